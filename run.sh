@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The front door. Every command sets the project up first (a virtual environment in .venv; quick when nothing changed).
+#
+#   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
+#   ./run.sh test [pytest args]       all tests
+#   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
+#   ./run.sh plan --cfg X             what a config's patch would do, without training
+#   ./run.sh setup                    only set up
+#
+# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.10 to 3.13 found (tried: ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}); set PYTHON=" >&2
+  return 2
+}
+
+# setup EXTRA: install the package with an extra ("" or test,lint) and the versions of constraints.txt into .venv.
+setup() {
+  local extra=$1 stamp state
+  stamp=".venv/.installed-${extra:-main}"
+  if [ ! -x .venv/bin/python ]; then
+    local python
+    python=$(find_python)
+    echo "setting up .venv with $("$python" --version); the first time downloads several GB (PyTorch)" >&2
+    rm -rf .venv
+    "$python" -m venv .venv || { rm -rf .venv; echo "error: $python can't make a virtual environment (Debian: apt install python3-venv)" >&2; return 2; }
+  fi
+  state=$(cat setup.cfg pyproject.toml constraints.txt | cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" >&2
+    echo "$state" >"$stamp"
+  fi
+}
+
+train() {
+  if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
+    # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
+    .venv/bin/accelerate launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no \
+      --dynamo_backend no --main_process_port "${MASTER_PORT:-0}" experiments/train_vit.py "$@"
+  else
+    .venv/bin/python experiments/train_vit.py "$@"
+  fi
+}
+
+main_job() {
+  train --cfg digits/dense
+  train --cfg digits/tucker_r16_finetune
+  echo
+  .venv/bin/python -m vit_tucker compare runs/digits-dense-0 runs/digits-tucker_r16_finetune-0
+}
+
+command=${1:-main}
+[ $# -gt 0 ] && shift
+case "$command" in
+  main) setup "" && main_job ;;
+  setup) setup "" ;;
+  test) setup test && exec .venv/bin/python -m pytest "$@" ;;
+  lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
+  train) setup "" && train "$@" ;;
+  plan | compare | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
+  -h | --help | help) sed -n '2,11s/^# \{0,1\}//p' "$0" ;;
+  *)
+    echo "error: unknown command '$command'; known: train, test, lint, plan, compare, methods, schema, setup, help" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,48 @@
+"""vit_tucker: swap the attention of any pretrained timm ViT, train it, compare it.
+
+import timm, vit_tucker
+model = timm.create_model("vit_base_patch16_224", pretrained=True)
+print(vit_tucker.patch(model, vit_tucker.TuckerConfig(ranks=(8, 16, 16))))
+"""
+
+from vit_tucker import attention as attention
+from vit_tucker.attention.base import AttentionConfig, HostSpec, MHAWeights, ParameterCount, Rule
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.registry import get_method, list_methods, register_method
+from vit_tucker.attention.variants.gqa import GQAConfig
+from vit_tucker.attention.variants.mha import MHAConfig
+from vit_tucker.attention.variants.mla import MLAConfig
+from vit_tucker.attention.variants.tucker import TuckerConfig
+from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
+from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
+from vit_tucker.patching.report import LayerReport, PatchReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionModule",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GQAConfig",
+    "HostSpec",
+    "LayerReport",
+    "MHAConfig",
+    "MHAWeights",
+    "MLAConfig",
+    "ParameterCount",
+    "PatchError",
+    "PatchRecord",
+    "PatchReport",
+    "Rule",
+    "TuckerConfig",
+    "VitTuckerError",
+    "get_method",
+    "list_methods",
+    "patch",
+    "patch_record",
+    "plan",
+    "register_method",
+    "unpatch",
+]

@@ -1,0 +1,194 @@
+"""What an attention method is: the host's description, the canonical weights and the config base.
+
+Letters, used in every shape comment of the package:
+B batch, N tokens, C embed_dim, O output width (C in nearly every host), H heads, G key/value heads, D head_dim, R rank.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.tucker import Pairs
+
+if TYPE_CHECKING:
+    from vit_tucker.attention.module import AttentionModule
+
+DENSE_INIT_STD = 0.02
+"""Standard deviation of timm's ViT initialisation (trunc_normal_, std=.02) of each dense projection."""
+
+
+@dataclass(frozen=True)
+class HostSpec:
+    """Shape and options of the attention layer that a method replaces; weights apart.
+
+    Attributes:
+        embed_dim: C, width of the tokens.
+        num_heads: H.
+        head_dim: D; H * D is C unless the host says otherwise.
+        out_dim: O, width of the output.
+        qkv_bias: query, key and value projections have a bias.
+        proj_bias: the output projection has a bias.
+        attn_drop: dropout rate of the attention weights.
+        proj_drop: dropout rate of the output.
+        fused_attn: the host runs on scaled_dot_product_attention.
+        extras: modules of the host beyond the four projections, by feature name: "qk_norm" (q_norm, k_norm), "scale_norm"
+            (norm), "gate" (gate). Methods that can't carry a feature refuse the host.
+    """
+
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    out_dim: int
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    fused_attn: bool = True
+    extras: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
+
+    @property
+    def attn_dim(self) -> int:
+        """H * D, width of all heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(D): the softmax scale of the host, which every method keeps."""
+        return self.head_dim**-0.5
+
+
+@dataclass(frozen=True)
+class MHAWeights:
+    """Canonical weights of multi-head attention, per head, as used in ``x @ W`` (torch's Linear holds the transpose).
+
+    Attributes:
+        query, key, value: (H, C, D).
+        out: (H, D, O).
+        query_bias, key_bias, value_bias: (H, D) or None.
+        out_bias: (O,) or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    out: Tensor
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
+    value_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+
+    def double(self) -> MHAWeights:
+        """The same in float64, detached: conversions are computed so."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return MHAWeights(**{name: value.detach().double() for name, value in tensors.items()})
+
+    def pre_pairs(self) -> Pairs:
+        """Pre-softmax tensor stack_i [WQ_i; bQ_i] WK_i^T: modes head, query (C, or C + 1 with a query bias), key (C).
+
+        The query bias is one more row of the query mode, since it does not cancel in the softmax; the key bias does.
+        """
+        query = self.query
+        if self.query_bias is not None:
+            query = torch.cat([query, self.query_bias.unsqueeze(1)], 1)
+        return Pairs(query, self.key)
+
+    def post_pairs(self) -> Pairs:
+        """Post-softmax tensor stack_i (WV_i WO_i)^T: modes head, output (O), value (C) (Eq 5 of the paper)."""
+        return Pairs(self.out.mT, self.value)
+
+    def folded_out_bias(self) -> Tensor | None:
+        """Output bias with the value biases in it, b_O + sum_i bV_i WO_i, exact since softmax rows sum to 1. (O,)"""
+        if self.value_bias is None:
+            return self.out_bias
+        folded = torch.einsum("hd,hdo->o", self.value_bias, self.out)
+        return folded if self.out_bias is None else folded + self.out_bias
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of one attention layer: the paper's tables count weights only.
+
+    Attributes:
+        weights: entries of projections, cores and factors.
+        biases: entries of biases, and of the host's norms and gates that the method carries.
+    """
+
+    weights: int
+    biases: int
+
+    @property
+    def total(self) -> int:
+        """Weights and biases."""
+        return self.weights + self.biases
+
+
+class Rule(BaseModel):
+    """Options for some of the layers, in place of the method's own: ``layers`` and any option of the method."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    layers: int | str | tuple[int | str, ...]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the rule sets."""
+        return dict(self.model_extra or {})
+
+
+class AttentionConfig(BaseModel):
+    """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
+
+    A new method derives from this class, is decorated with ``@register_method("name")`` and sets
+    ``method: Literal["name"] = "name"``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    carries: ClassVar[frozenset[str]] = frozenset()
+    """Features of ``HostSpec.extras`` that the method keeps exactly."""
+
+    method: str
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="Start from the host's weights (converted), or from the method's own initialisation.",
+    )
+    layers: int | str | tuple[int | str, ...] | None = Field(
+        default=None,
+        description="Which attention modules: full names with wildcards, 're:' patterns, indices, '0-5'. All if null.",
+    )
+    exclude: int | str | tuple[int | str, ...] | None = Field(
+        default=None, description="Attention modules to leave alone, written as in layers."
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(), description="Other options for some layers, in order: the last match wins."
+    )
+
+    @abstractmethod
+    def check(self, spec: HostSpec) -> None:
+        """Raise PatchError with the reason if the method with these options can't replace such a host."""
+
+    @abstractmethod
+    def build(self, spec: HostSpec, **factory: Any) -> AttentionModule:
+        """The module with the method's own random initialisation; ``factory``: device, dtype."""
+
+    @abstractmethod
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """Parameters of the built module, from the formula alone."""
+
+    @abstractmethod
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """Floating point operations (2 per multiply-add) of the matrix products for one image of N tokens."""
+
+    def refuse_extras(self, spec: HostSpec) -> None:
+        """Raise PatchError for a feature of the host that the method can't carry."""
+        for feature in spec.extras:
+            if feature not in self.carries:
+                able = (
+                    f"it carries {', '.join(sorted(self.carries))}" if self.carries else "its heads share projections"
+                )
+                raise PatchError(f"{self.method} can't carry the host's {feature} ({able})")

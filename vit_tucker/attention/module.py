@@ -1,0 +1,114 @@
+"""The module base of all attention layers, and helpers on Linear layers that the variants share."""
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.tensor.tucker import Pairs
+
+
+class AttentionModule(nn.Module):
+    """Base of all attention layers: timm's call contract and the attributes that timm's tools look for.
+
+    ``forward(x, attn_mask=None, is_causal=False)`` maps (B, N, C) to (B, N, O). A boolean mask is True where attention is
+    allowed, any other mask is added to the scores; both broadcast to (B, H, N, N). ``is_causal`` takes precedence.
+    """
+
+    def __init__(self, spec: HostSpec) -> None:
+        super().__init__()
+        self.num_heads = spec.num_heads
+        self.head_dim = spec.head_dim
+        self.attn_dim = spec.attn_dim
+        self.scale = spec.scale
+        self.fused_attn = spec.fused_attn
+        self.attn_drop = nn.Dropout(spec.attn_drop)
+        self.proj_drop = nn.Dropout(spec.proj_drop)
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Reset to the method's own random initialisation. timm's init functions call it by this name."""
+
+    @abstractmethod
+    def convert_from(self, weights: MHAWeights) -> None:
+        """Take over dense attention weights (float64), exactly where the ranks allow; called under no_grad."""
+
+    @abstractmethod
+    def pre_pairs(self) -> Pairs:
+        """The layer's pre-softmax tensor (H, C or C + 1, C): see ``MHAWeights.pre_pairs``."""
+
+    @abstractmethod
+    def post_pairs(self) -> Pairs:
+        """The layer's post-softmax tensor (H, O, C): see ``MHAWeights.post_pairs``."""
+
+
+class PerHeadModule(AttentionModule):
+    """Base of layers that form each head's query, key and output: norms and gate of the host apply unchanged."""
+
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
+
+    def add_extras(self, spec: HostSpec, **factory: Any) -> None:
+        """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
+        modules = {name: module for group in spec.extras.values() for name, module in group.items()}
+        for name in ("q_norm", "k_norm", "norm"):
+            setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
+        self.gate = copy.deepcopy(modules["gate"]) if "gate" in modules else None
+        for name in modules:
+            getattr(self, name).to(**factory)
+
+    def gated(self, x: Tensor, heads: Tensor) -> Tensor:
+        """Output norm and gate on the joined heads. x (B, N, C), heads (B, N, H*D) -> (B, N, H*D)"""
+        heads = self.norm(heads)
+        return heads if self.gate is None else heads * self.gate(x).sigmoid()
+
+
+def count_extras(spec: HostSpec) -> int:
+    """Parameters of the host's norms and gate."""
+    return sum(p.numel() for group in spec.extras.values() for module in group.values() for p in module.parameters())
+
+
+def flops_extras(spec: HostSpec, num_tokens: int) -> int:
+    """Operations of the host's gate projection; norms are no matrix products."""
+    return 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
+
+
+def linear_weight(linear: nn.Linear) -> Tensor:
+    """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
+    return linear.weight.detach().double().mT
+
+
+def linear_bias(linear: nn.Linear) -> Tensor | None:
+    """Bias of a Linear, (out,), float64, detached, or None."""
+    return None if linear.bias is None else linear.bias.detach().double()
+
+
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Copy ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
+    linear.weight.copy_(weight.mT)
+    if linear.bias is not None:
+        if bias is None:
+            linear.bias.zero_()
+        else:
+            linear.bias.copy_(bias)
+
+
+def init_linear(linear: nn.Linear, std: float) -> None:
+    """Normal weights with standard deviation ``std``, zero bias."""
+    nn.init.normal_(linear.weight, std=std)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(..., H*D) -> (H, ..., D)"""
+    return x.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(H, ..., D) -> (..., H*D)"""
+    return x.movedim(0, -2).flatten(-2)

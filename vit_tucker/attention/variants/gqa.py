@@ -1,0 +1,216 @@
+"""Grouped-query attention: groups of heads share a key and a value head; one group is multi-query attention (MQA).
+
+    parameters per layer: 2 d^2 + 2 G D d
+Source: Ainslie et al., GQA, arXiv 2305.13245; Shazeer, arXiv 1911.02150 (MQA).
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.module import (
+    PerHeadModule,
+    count_extras,
+    flops_extras,
+    init_linear,
+    join_heads,
+    linear_bias,
+    linear_weight,
+    set_linear,
+    split_heads,
+)
+from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
+
+
+@register_method("gqa")
+class GQAConfig(AttentionConfig):
+    """Grouped-query attention with ``num_kv_heads`` key/value heads (1: multi-query attention)."""
+
+    method: Literal["gqa"] = "gqa"
+    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
+
+    num_kv_heads: int = Field(ge=1, description="Number of key/value heads; divides the host's num_heads. 1 is MQA.")
+    conversion: Literal["mean", "svd"] = Field(
+        default="mean",
+        description="From pretrained heads: mean-pool each group's keys and values (the GQA paper), or the best rank-D basis "
+        "of each group's weight tensors.",
+    )
+
+    def check(self, spec: HostSpec) -> None:
+        """See base class."""
+        self.refuse_extras(spec)
+        if spec.num_heads % self.num_kv_heads:
+            divisors = [g for g in range(1, spec.num_heads + 1) if spec.num_heads % g == 0]
+            raise PatchError(
+                f"num_kv_heads={self.num_kv_heads} must divide num_heads={spec.num_heads}: one of {divisors}"
+            )
+        if self.conversion == "svd" and spec.extras:
+            raise PatchError(
+                f"conversion='svd' changes the head bases, so it can't keep {', '.join(spec.extras)}; use 'mean'"
+            )
+
+    def build(self, spec: HostSpec, **factory: Any) -> "GQA":
+        """See base class."""
+        return GQA(spec, self, **factory)
+
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """C HD + 2 C GD + HD O weights (2 d^2 + 2 G D d, Table 1)."""
+        kv_dim = self.num_kv_heads * spec.head_dim
+        weights = spec.embed_dim * (spec.attn_dim + 2 * kv_dim) + spec.attn_dim * spec.out_dim
+        biases = (spec.attn_dim + 2 * kv_dim) * spec.qkv_bias + spec.out_dim * has_proj_bias(spec, self)
+        return ParameterCount(weights, biases + count_extras(spec))
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class."""
+        projections = 2 * num_tokens * self.count_parameters(spec).weights
+        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
+        return projections + attention + flops_extras(spec, num_tokens)
+
+
+def has_proj_bias(spec: HostSpec, config: GQAConfig) -> bool:
+    """The SVD conversion folds value biases into the output bias, which then must exist."""
+    return spec.proj_bias or (config.conversion == "svd" and spec.qkv_bias)
+
+
+class GQA(PerHeadModule):
+    """Grouped-query self-attention. Parameter names follow timm's AttentionRope with unfused projections."""
+
+    def __init__(self, spec: HostSpec, config: GQAConfig, **factory: Any) -> None:
+        super().__init__(spec)
+        self.num_kv_heads = config.num_kv_heads
+        self.conversion = config.conversion
+        kv_dim = config.num_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(spec.embed_dim, spec.attn_dim, bias=spec.qkv_bias, **factory)
+        self.k_proj = nn.Linear(spec.embed_dim, kv_dim, bias=spec.qkv_bias, **factory)
+        self.v_proj = nn.Linear(spec.embed_dim, kv_dim, bias=spec.qkv_bias, **factory)
+        self.add_extras(spec, **factory)
+        self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=has_proj_bias(spec, config), **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal with timm's standard deviation."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
+            init_linear(linear, DENSE_INIT_STD)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+        B, N, _ = x.shape
+        q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
+        v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        y = attend(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
+        return self.proj_drop(self.proj(self.gated(x, y)))
+
+    def convert_from(self, weights: MHAWeights) -> None:
+        """Exact where num_kv_heads is num_heads; else each group's mean, or its best basis."""
+        if self.conversion == "mean":
+            converted = mean_pool_groups(weights, self.num_kv_heads)
+        else:
+            converted = svd_groups(weights, self.num_kv_heads)
+        for linear, weight, bias in (
+            (self.q_proj, converted.query, converted.query_bias),
+            (self.k_proj, converted.key, converted.key_bias),
+            (self.v_proj, converted.value, converted.value_bias),
+        ):
+            set_linear(linear, join_heads(weight), None if bias is None else bias.flatten())
+        set_linear(self.proj, converted.out.flatten(0, 1), converted.out_bias)
+
+    def _weights(self) -> MHAWeights:
+        group = self.num_heads // self.num_kv_heads
+        bias = linear_bias(self.q_proj)
+        return MHAWeights(
+            query=split_heads(linear_weight(self.q_proj), self.num_heads),
+            key=split_heads(linear_weight(self.k_proj), self.num_kv_heads).repeat_interleave(group, 0),
+            value=split_heads(linear_weight(self.v_proj), self.num_kv_heads).repeat_interleave(group, 0),
+            out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
+            query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
+        )
+
+    def pre_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().pre_pairs()
+
+    def post_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().post_pairs()
+
+
+def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
+    """Keys and values of each group replaced by their mean (section 2.1 of the GQA paper).
+
+    Args:
+        weights: H heads.
+        num_kv_heads: G, divides H.
+
+    Returns:
+        The same with key, value and their biases of G heads.
+    """
+
+    def pool(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(0, (num_kv_heads, -1)).mean(1)
+
+    key, value = pool(weights.key), pool(weights.value)
+    assert key is not None
+    assert value is not None
+    return MHAWeights(
+        weights.query,
+        key,
+        value,
+        weights.out,
+        query_bias=weights.query_bias,
+        key_bias=pool(weights.key_bias),
+        value_bias=pool(weights.value_bias),
+        out_bias=weights.out_bias,
+    )
+
+
+def svd_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
+    """Best rank-D key and value basis of each group's weight tensors; queries and outputs absorb the change of basis.
+
+    For a group with heads i, the key basis U (C, D) minimises sum_i ||WQ_i WK_i^T (I - U U^T)||^2, so that the new key is x U
+    and the new query weight WQ_i (WK_i^T U); values likewise with WO_i. Key biases vanish in the softmax, value biases are
+    folded into the output bias, exactly.
+
+    Args:
+        weights: H heads.
+        num_kv_heads: G, divides H.
+
+    Returns:
+        The same attention with key and value of G heads; exact for G = H.
+    """
+    groups = weights.key.shape[0] // num_kv_heads
+    head_dim = weights.key.shape[-1]
+    keys, values = [], []
+    pre, post = weights.pre_pairs(), weights.post_pairs()
+    for start in range(0, weights.key.shape[0], groups):
+        part = slice(start, start + groups)
+        keys.append(leading_eigenvectors(gram_right(Pairs(pre.left[part], pre.right[part])), head_dim))
+        values.append(leading_eigenvectors(gram_right(Pairs(post.left[part], post.right[part])), head_dim))
+    key, value = torch.stack(keys), torch.stack(values)  # (G, C, D)
+    to_key = weights.key.mT @ key.repeat_interleave(groups, 0)  # (H, D, D): old key basis to new
+    to_value = weights.value.mT @ value.repeat_interleave(groups, 0)
+    query_bias = weights.query_bias
+    return MHAWeights(
+        query=weights.query @ to_key,
+        key=key,
+        value=value,
+        out=to_value.mT @ weights.out,
+        query_bias=None if query_bias is None else torch.einsum("hd,hde->he", query_bias, to_key),
+        out_bias=weights.folded_out_bias(),
+    )

@@ -1,0 +1,109 @@
+"""Multi-head attention: the dense baseline, parameter for parameter timm's Attention.
+
+out = sum_i softmax(Q_i K_i^T / sqrt(D)) V_i WO_i + b,   parameters per layer: 4 d^2
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.module import (
+    PerHeadModule,
+    count_extras,
+    flops_extras,
+    init_linear,
+    join_heads,
+    linear_bias,
+    linear_weight,
+    set_linear,
+    split_heads,
+)
+from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.tensor.tucker import Pairs
+
+
+@register_method("mha")
+class MHAConfig(AttentionConfig):
+    """Multi-head attention with the host's shape: for baselines, and to train dense attention from a new start."""
+
+    method: Literal["mha"] = "mha"
+    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
+
+    def check(self, spec: HostSpec) -> None:
+        """See base class."""
+        self.refuse_extras(spec)
+
+    def build(self, spec: HostSpec, **factory: Any) -> "MHA":
+        """See base class."""
+        return MHA(spec, **factory)
+
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """3 C HD + HD O weights (4 d^2, Table 1)."""
+        weights = spec.attn_dim * (3 * spec.embed_dim + spec.out_dim)
+        biases = 3 * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
+        return ParameterCount(weights, biases + count_extras(spec))
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class."""
+        projections = 2 * num_tokens * spec.attn_dim * (3 * spec.embed_dim + spec.out_dim)
+        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
+        return projections + attention + flops_extras(spec, num_tokens)
+
+
+class MHA(PerHeadModule):
+    """Multi-head self-attention. Its state dict is that of timm's Attention."""
+
+    def __init__(self, spec: HostSpec, **factory: Any) -> None:
+        super().__init__(spec)
+        self.qkv = nn.Linear(spec.embed_dim, 3 * spec.attn_dim, bias=spec.qkv_bias, **factory)
+        self.add_extras(spec, **factory)
+        self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal with timm's standard deviation."""
+        for linear in (self.qkv, self.proj):
+            init_linear(linear, DENSE_INIT_STD)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        q, k, v = qkv.unbind(0)
+        y = attend(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
+        return self.proj_drop(self.proj(self.gated(x, y)))
+
+    def convert_from(self, weights: MHAWeights) -> None:
+        """Exact."""
+        qkv = torch.cat([join_heads(w) for w in (weights.query, weights.key, weights.value)], -1)
+        biases = [b for b in (weights.query_bias, weights.key_bias, weights.value_bias) if b is not None]
+        set_linear(self.qkv, qkv, torch.cat([b.flatten() for b in biases]) if biases else None)
+        set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    def _weights(self) -> MHAWeights:
+        query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
+        bias = linear_bias(self.qkv)
+        query_bias = None if bias is None else bias.chunk(3)[0].unflatten(0, (self.num_heads, -1))
+        out = linear_weight(self.proj).unflatten(0, (self.num_heads, -1))
+        return MHAWeights(query, key, value, out, query_bias=query_bias)
+
+    def pre_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().pre_pairs()
+
+    def post_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().post_pairs()

@@ -1,0 +1,167 @@
+"""Multi-head latent attention: queries, and keys with values, go through low-rank latents.
+
+    Q_i = x WDQ WUQ_i,  K_i = x WDKV WUK_i,  V_i = x WDKV WUV_i
+    parameters per layer: d^2 + 5 d c with one latent of width c for keys and values, d^2 + 6 d c with two
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (without the decoupled RoPE).
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.module import (
+    PerHeadModule,
+    count_extras,
+    flops_extras,
+    init_linear,
+    join_heads,
+    linear_bias,
+    linear_weight,
+    set_linear,
+    split_heads,
+)
+from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.tucker import Pairs, leading_eigenvectors
+
+
+@register_method("mla")
+class MLAConfig(AttentionConfig):
+    """Multi-head latent attention with a query latent and a key/value latent."""
+
+    method: Literal["mla"] = "mla"
+    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
+
+    q_lora_rank: int = Field(ge=1, description="Width of the query latent, at most embed_dim.")
+    kv_lora_rank: int = Field(ge=1, description="Width of the key/value latent, at most embed_dim.")
+    shared_kv: bool = Field(
+        default=True, description="Keys and values share one latent; false gives each its own of that width."
+    )
+
+    def check(self, spec: HostSpec) -> None:
+        """See base class."""
+        self.refuse_extras(spec)
+        limits = {
+            "q_lora_rank": min(spec.embed_dim, spec.attn_dim),
+            "kv_lora_rank": min(spec.embed_dim, spec.attn_dim * (1 + self.shared_kv)),
+        }
+        for name, limit in limits.items():
+            if getattr(self, name) > limit:
+                raise PatchError(f"{name}={getattr(self, name)} is above its full rank {limit}")
+
+    def build(self, spec: HostSpec, **factory: Any) -> "MLA":
+        """See base class."""
+        return MLA(spec, self, **factory)
+
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """cQ (C + HD) + cKV (C + 2 HD) + HD O weights (d^2 + 5 d c, Table 1); two latents: cKV C more (d^2 + 6 d c)."""
+        query = self.q_lora_rank * (spec.embed_dim + spec.attn_dim)
+        latents = 1 if self.shared_kv else 2
+        key_value = self.kv_lora_rank * (latents * spec.embed_dim + 2 * spec.attn_dim)
+        key_bias = "qk_norm" in spec.extras
+        biases = (2 + key_bias) * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
+        return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class."""
+        projections = 2 * num_tokens * self.count_parameters(spec).weights
+        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
+        return projections + attention + flops_extras(spec, num_tokens)
+
+
+class MLA(PerHeadModule):
+    """Multi-head latent self-attention, trained in its expanded form (queries and keys of width D)."""
+
+    def __init__(self, spec: HostSpec, config: MLAConfig, **factory: Any) -> None:
+        super().__init__(spec)
+        bias = spec.qkv_bias
+        key_bias = bias and "qk_norm" in spec.extras  # a key bias cancels in the softmax unless a norm follows it
+        self.q_down = nn.Linear(spec.embed_dim, config.q_lora_rank, bias=False, **factory)
+        self.q_up = nn.Linear(config.q_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.kv_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=False, **factory)
+        self.v_down = None
+        if not config.shared_kv:
+            self.v_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=False, **factory)
+        self.k_up = nn.Linear(config.kv_lora_rank, spec.attn_dim, bias=key_bias, **factory)
+        self.v_up = nn.Linear(config.kv_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.add_extras(spec, **factory)
+        self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal; each product of a down and an up projection has timm's standard deviation, split evenly between them."""
+        for down, up in ((self.q_down, self.q_up), (self.kv_down, self.k_up), (self.v_down, self.v_up)):
+            std = (DENSE_INIT_STD / up.in_features**0.5) ** 0.5
+            if down is not None:
+                init_linear(down, std)
+            init_linear(up, std)
+        init_linear(self.proj, DENSE_INIT_STD)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+        B, N, _ = x.shape
+        latent = self.kv_down(x)  # (B, N, cKV)
+        v_latent = latent if self.v_down is None else self.v_down(x)
+        q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        y = attend(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
+        return self.proj_drop(self.proj(self.gated(x, y)))
+
+    def convert_from(self, weights: MHAWeights) -> None:
+        """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
+        joined = {name: join_heads(getattr(weights, name)) for name in ("query", "key", "value")}  # (C, H*D)
+        q_basis = left_basis(joined["query"], self.q_down.out_features)
+        rank = self.kv_down.out_features
+        if self.v_down is None:
+            k_basis = v_basis = left_basis(torch.cat([joined["key"], joined["value"]], -1), rank)
+        else:
+            k_basis, v_basis = left_basis(joined["key"], rank), left_basis(joined["value"], rank)
+            set_linear(self.v_down, v_basis)
+        set_linear(self.q_down, q_basis)
+        set_linear(self.kv_down, k_basis)
+        biases = (weights.query_bias, weights.key_bias, weights.value_bias)
+        q_bias, k_bias, v_bias = (None if bias is None else bias.flatten() for bias in biases)
+        set_linear(self.q_up, q_basis.mT @ joined["query"], q_bias)
+        set_linear(self.k_up, k_basis.mT @ joined["key"], k_bias)
+        set_linear(self.v_up, v_basis.mT @ joined["value"], v_bias)
+        set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    def _weights(self) -> MHAWeights:
+        latent = linear_weight(self.kv_down)
+        v_latent = latent if self.v_down is None else linear_weight(self.v_down)
+        bias = linear_bias(self.q_up)
+        return MHAWeights(
+            query=split_heads(linear_weight(self.q_down) @ linear_weight(self.q_up), self.num_heads),
+            key=split_heads(latent @ linear_weight(self.k_up), self.num_heads),
+            value=split_heads(v_latent @ linear_weight(self.v_up), self.num_heads),
+            out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
+            query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
+        )
+
+    def pre_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().pre_pairs()
+
+    def post_pairs(self) -> Pairs:
+        """See base class."""
+        return self._weights().post_pairs()
+
+
+def left_basis(matrix: Tensor, rank: int) -> Tensor:
+    """The ``rank`` leading left singular vectors of a matrix (C, K), by its Gram. Shape (C, rank), float64."""
+    return leading_eigenvectors(matrix @ matrix.mT, rank)

@@ -1,0 +1,215 @@
+"""Tucker Attention: the heads' pre- and post-softmax weights as two Tucker tensors; all heads share one latent key and value.
+
+    P = x U2 + p0 (N x r2),  K = x U3 (N x r3),  V = x U3t (N x r3t),  T = C x1 U1,  S = Ct x1 U1t
+    Q_i = P T_i,  Y_i = softmax(Q_i K^T / sqrt(D)) V,  out = (sum_i Y_i S_i^T) U2t^T + b
+    parameters per layer: 2 (H r1 + r1 r2 r3 + d r2 + d r3), minus d r3 with shared_kv
+
+p0 is the query bias as the constant coordinate of the query mode; value biases are folded into b; key biases cancel.
+Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; Table 1 for the counts.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
+from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.tucker import Pairs, Tucker, gram_right, hosvd, leading_eigenvectors, squared_norm
+
+Ranks = tuple[PositiveInt, PositiveInt, PositiveInt]
+MODES = ("head", "query/output", "key/value")
+
+
+@register_method("tucker")
+class TuckerConfig(AttentionConfig):
+    """Tucker Attention. Ranks in the paper's order [head, query/output, key/value]."""
+
+    method: Literal["tucker"] = "tucker"
+
+    ranks: Ranks = Field(description="Ranks [head, query, key] of the pre-softmax tensor.")
+    post_ranks: Ranks | None = Field(
+        default=None, description="Ranks [head, output, value] of the post-softmax tensor; null: the same as ranks."
+    )
+    shared_kv: bool = Field(default=False, description="One latent basis for keys and values (U3 of both tensors).")
+
+    @property
+    def pre(self) -> Ranks:
+        """Ranks of the pre-softmax tensor."""
+        return self.ranks
+
+    @property
+    def post(self) -> Ranks:
+        """Ranks of the post-softmax tensor."""
+        return self.post_ranks or self.ranks
+
+    def check(self, spec: HostSpec) -> None:
+        """See base class."""
+        self.refuse_extras(spec)
+        full = full_ranks(spec)
+        for name, ranks, limits in (("ranks", self.pre, full[0]), ("post_ranks", self.post, full[1])):
+            for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
+                if rank > limit:
+                    raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+        if self.shared_kv and self.pre[2] != self.post[2]:
+            raise PatchError(f"shared_kv needs equal key and value ranks, not {self.pre[2]} and {self.post[2]}")
+
+    def build(self, spec: HostSpec, **factory: Any) -> "TuckerAttention":
+        """See base class."""
+        return TuckerAttention(spec, self, **factory)
+
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
+        weights = 0
+        for (r1, r2, r3), width in ((self.pre, spec.embed_dim), (self.post, spec.out_dim)):
+            weights += spec.num_heads * r1 + r1 * r2 * r3 + width * r2 + spec.embed_dim * r3
+        if self.shared_kv:
+            weights -= spec.embed_dim * self.post[2]
+        biases = self.pre[1] * spec.qkv_bias + spec.out_dim * has_out_bias(spec)
+        return ParameterCount(weights, biases)
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class. Includes folding the head factors into the cores, which a batch does once."""
+        heads, tokens = spec.num_heads, num_tokens
+        macs = 0
+        for (r1, r2, r3), width in ((self.pre, spec.embed_dim), (self.post, spec.out_dim)):
+            macs += heads * r1 * r2 * r3 + tokens * (width * r2 + r2 * heads * r3)
+        macs += tokens * spec.embed_dim * (self.pre[2] + (0 if self.shared_kv else self.post[2]))
+        return 2 * macs + attend_flops(heads, tokens, self.pre[2], self.post[2])
+
+
+def has_out_bias(spec: HostSpec) -> bool:
+    """The output bias also holds the host's value biases."""
+    return spec.proj_bias or spec.qkv_bias
+
+
+def full_ranks(spec: HostSpec) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2)."""
+    query = min(spec.embed_dim + spec.qkv_bias, spec.attn_dim)
+    key_value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
+    return (spec.num_heads, query, key_value), (spec.num_heads, output, key_value)
+
+
+class TuckerAttention(AttentionModule):
+    """Tucker self-attention.
+
+    Parameters: pre_core (r1, r2, r3), pre_head (H, r1), q_proj = U2 with the query bias, k_proj = U3; post_core, post_head,
+    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias.
+    """
+
+    def __init__(self, spec: HostSpec, config: TuckerConfig, **factory: Any) -> None:
+        super().__init__(spec)
+        pre, post = config.pre, config.post
+        self.pre_head = nn.Parameter(torch.empty(spec.num_heads, pre[0], **factory))
+        self.pre_core = nn.Parameter(torch.empty(pre, **factory))
+        self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias, **factory)
+        self.k_proj = nn.Linear(spec.embed_dim, pre[2], bias=False, **factory)
+        self.v_proj = None if config.shared_kv else nn.Linear(spec.embed_dim, post[2], bias=False, **factory)
+        self.post_head = nn.Parameter(torch.empty(spec.num_heads, post[0], **factory))
+        self.post_core = nn.Parameter(torch.empty(post, **factory))
+        self.proj = nn.Linear(post[1], spec.out_dim, bias=has_out_bias(spec), **factory)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal factors with columns of unit expected length, cores so that the tensors' entries have the dense init's std.
+
+        A dense init with standard deviation s gives W_i = WQ_i WK_i^T entries of standard deviation sqrt(D) s^2; independent
+        factors and core multiply variances, times r1 r2 r3.
+        """
+        target = self.head_dim**0.5 * DENSE_INIT_STD**2
+        for linear in (self.q_proj, self.k_proj, self.v_proj):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.normal_(self.proj.weight, std=self.proj.out_features**-0.5)
+        for linear in (self.q_proj, self.proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        for head, core, width in (
+            (self.pre_head, self.pre_core, self.q_proj.in_features),
+            (self.post_head, self.post_core, self.proj.out_features),
+        ):
+            nn.init.normal_(head, std=self.num_heads**-0.5)
+            spread = (self.num_heads * width * self.k_proj.in_features) ** -0.5  # product of the three factors' std
+            nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+        B, N, _ = x.shape
+        heads = self.num_heads
+        pre = torch.tensordot(self.pre_head, self.pre_core, 1)  # T, (H, r2, r3)
+        q = self.q_proj(x) @ pre.transpose(0, 1).flatten(1)  # (B, N, H*r3)
+        q = q.reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
+        k = self.k_proj(x).unsqueeze(1)  # (B, 1, N, r3)
+        v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
+        y = attend(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )  # (B, H, N, r3t)
+        post = torch.tensordot(self.post_head, self.post_core, 1)  # S, (H, r2t, r3t)
+        y = y.transpose(1, 2).reshape(B, N, -1) @ post.transpose(1, 2).flatten(0, 1)  # (B, N, r2t)
+        return self.proj_drop(self.proj(y))
+
+    def convert_from(self, weights: MHAWeights) -> None:
+        """HOSVD of both weight tensors (App. C.1.4); exact at full ranks."""
+        pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
+        basis = None
+        if self.v_proj is None:
+            basis = joint_right_basis(pre_pairs, post_pairs, self.k_proj.out_features)
+        pre_ranks, post_ranks = tuple(self.pre_core.shape), tuple(self.post_core.shape)
+        pre = hosvd(pre_pairs, pre_ranks, right=basis)  # type: ignore[arg-type]
+        post = hosvd(post_pairs, post_ranks, right=basis)  # type: ignore[arg-type]
+        self.set_tensors(pre, post, weights.folded_out_bias())
+
+    def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None) -> None:
+        """Copy two Tucker decompositions in; the last row of ``pre.left`` is the query bias where there is one.
+
+        Args:
+            pre: pre-softmax tensor, modes (H, C or C + 1, C).
+            post: post-softmax tensor, modes (H, O, C); its key/value factor must equal ``pre``'s with shared_kv.
+            out_bias: (O,) or None.
+        """
+        width = self.q_proj.in_features
+        bias = pre.left[width] if pre.left.shape[0] > width else None
+        set_linear(self.q_proj, pre.left[:width], bias)
+        set_linear(self.k_proj, pre.right)
+        if self.v_proj is not None:
+            set_linear(self.v_proj, post.right)
+        set_linear(self.proj, post.left.mT, out_bias)
+        for parameter, value in (
+            (self.pre_head, pre.head),
+            (self.pre_core, pre.core),
+            (self.post_head, post.head),
+            (self.post_core, post.core),
+        ):
+            parameter.copy_(value)
+
+    def pre_pairs(self) -> Pairs:
+        """See base class; pairs of width r2: left U2, right U3 T_i^T."""
+        left, bias = linear_weight(self.q_proj), linear_bias(self.q_proj)
+        if bias is not None:
+            left = torch.cat([left, bias.unsqueeze(0)])
+        slices = torch.tensordot(self.pre_head.detach().double(), self.pre_core.detach().double(), 1)
+        return Pairs(left.expand(self.num_heads, -1, -1), linear_weight(self.k_proj) @ slices.mT)
+
+    def post_pairs(self) -> Pairs:
+        """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
+        value = self.k_proj if self.v_proj is None else self.v_proj
+        slices = torch.tensordot(self.post_head.detach().double(), self.post_core.detach().double(), 1)
+        left = linear_weight(self.proj).mT  # (O, r2t)
+        return Pairs(left.expand(self.num_heads, -1, -1), linear_weight(value) @ slices.mT)
+
+
+def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
+    """One orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm: least summed relative error."""
+    weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
+    return leading_eigenvectors(weighted, rank)

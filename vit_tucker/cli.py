@@ -1,0 +1,121 @@
+"""Command lines: parse, call one function, turn errors into one line and an exit status.
+
+Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vit_tucker.errors import VitTuckerError
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Exit status of a command; user errors become one line on standard error, from the first process only."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        return command()
+    except VitTuckerError as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """``experiments/train_vit.py`` and ``./run.sh train``."""
+    parser = argparse.ArgumentParser(
+        prog="train_vit.py",
+        description="Train a timm ViT, dense or with another attention. The same command on the same folder continues the run.",
+    )
+    parser.add_argument("--cfg", required=True, help="config file, name below experiments/configs, or a run folder")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate only: the run's best weights, or the start")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys to override, values in YAML")
+    args, extra = parser.parse_known_args(argv)
+    if extra and any(text.startswith("-") for text in extra):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    return guarded(lambda: _train(args.cfg, [*args.overrides, *extra], args.evaluate))
+
+
+def _train(cfg: str, overrides: list[str], evaluate_only: bool) -> int:
+    from vit_tucker.config.load import load_config
+    from vit_tucker.run import run
+    from vit_tucker.training.engine import DivergedError
+
+    config = load_config(cfg, overrides)
+    if Path(cfg).is_dir():
+        config = config.model_copy(update={"output_dir": str(Path(cfg))})
+    try:
+        run(config, evaluate_only)
+    except DivergedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m vit_tucker``."""
+    parser = argparse.ArgumentParser(prog="python -m vit_tucker", description="Attention methods for timm ViTs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="what a config's patch would do: a table, or --json")
+    plan.add_argument("--cfg", required=True, help="config file, name below experiments/configs, or a run folder")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    compare = commands.add_parser("compare", help="runs side by side, from their results.json")
+    compare.add_argument("runs", nargs="+", type=Path, help="run folders")
+    commands.add_parser("methods", help="names of the registered attention methods")
+    commands.add_parser("schema", help="JSON schema of a config file, for editors")
+    args = parser.parse_args(argv)
+    return guarded(lambda: _COMMANDS[args.command](args))
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    from vit_tucker.config.load import load_config
+    from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.errors import ConfigError
+    from vit_tucker.models import create_host
+    from vit_tucker.patching.patch import plan
+
+    config = load_config(args.cfg, args.overrides)
+    if config.attention is None:
+        raise ConfigError(f"{args.cfg}: attention: the config patches nothing")
+    info = dataset_info(config.data.dataset)
+    in_chans = config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
+    model = create_host(config.model, config.model.num_classes or info.num_classes or 1000, in_chans)
+    report = plan(model, config.attention, img_size=config.model.img_size)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from vit_tucker.report.compare import comparison
+
+    print(comparison(args.runs))
+    return 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from vit_tucker import list_methods
+
+    print("\n".join(list_methods()))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    import json
+
+    from vit_tucker import attention as attention
+    from vit_tucker.config.schema import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+_COMMANDS = {"plan": _plan, "compare": _compare, "methods": _methods, "schema": _schema}

@@ -1,0 +1,200 @@
+"""The YAML schema of a run, as frozen pydantic models. Reading, merging and error lines are in load.py and source.py.
+
+Names are timm's wherever timm has one. Every field's description ends up in the JSON schema, and so in the user's editor.
+"""
+
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.registry import get_method, list_methods
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys rejected."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The timm model. Keys that are null are not passed to timm, so that the model's own defaults hold."""
+
+    name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
+    pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
+    checkpoint: str | None = Field(
+        default=None,
+        description="Weights of the dense host: a run folder, a checkpoints/... folder, or a .safetensors/.pth file.",
+    )
+    img_size: int | tuple[int, int] | None = Field(default=None, description="Image size in pixels.")
+    patch_size: int | None = Field(default=None, ge=1, description="Patch size in pixels.")
+    in_chans: int | None = Field(
+        default=None, ge=1, description="Image channels; the data set's own if null and not pretrained."
+    )
+    num_classes: int | None = Field(default=None, ge=1, description="Number of classes; the data set's if null.")
+    embed_dim: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
+    num_heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    qkv_bias: bool | None = None
+    qk_norm: bool | None = None
+    init_values: float | None = Field(default=None, description="LayerScale start value.")
+    class_token: bool | None = None
+    reg_tokens: int | None = Field(default=None, ge=0, description="Number of register tokens.")
+    global_pool: str | None = Field(default=None, description="token, avg, avgmax, max, map, or '' for none.")
+    dynamic_img_size: bool | None = None
+    drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the classifier.")
+    proj_drop_rate: float | None = Field(default=None, ge=0, lt=1)
+    attn_drop_rate: float | None = Field(default=None, ge=0, lt=1)
+    drop_path_rate: float | None = Field(default=None, ge=0, lt=1, description="Stochastic depth.")
+    model_kwargs: dict[str, Any] = Field(default={}, description="Any other argument of timm.create_model.")
+
+    def timm_kwargs(self) -> dict[str, Any]:
+        """Arguments of timm.create_model beyond name, pretrained and checkpoint."""
+        own = {"name", "pretrained", "checkpoint", "model_kwargs"}
+        given = {k: v for k in type(self).model_fields if k not in own and (v := getattr(self, k)) is not None}
+        return {**given, **self.model_kwargs}
+
+
+class DataConfig(Section):
+    """Data set and transforms (timm.data)."""
+
+    dataset: str = Field(
+        default="digits",
+        description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
+        "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
+    )
+    root: str = Field(default="data", description="Folder of the data sets.")
+    train_split: str = "train"
+    val_split: str = "validation"
+    download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
+    dataset_kwargs: dict[str, Any] = Field(default={}, description="Other arguments of timm.data.create_dataset.")
+    num_samples: int | None = Field(
+        default=None, ge=1, description="Train on the first n samples only (of a fixed shuffle)."
+    )
+    num_workers: int = Field(default=2, ge=0, description="Loader processes per training process.")
+    mean: tuple[float, ...] | None = Field(
+        default=None, description="Channel means; from pretrained_cfg or the data set if null."
+    )
+    std: tuple[float, ...] | None = Field(default=None, description="Channel standard deviations; as for mean.")
+    interpolation: str | None = Field(default=None, description="bilinear, bicubic or random (training only).")
+    crop_pct: float | None = Field(default=None, gt=0, le=1, description="Centre crop share at evaluation.")
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    no_aug: bool = Field(default=False, description="Evaluation-like transform for training too.")
+    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
+        default=None, description="Random resized crop, or keep ratio."
+    )
+    scale: tuple[float, float] | None = Field(default=None, description="Random resized crop: area range.")
+    ratio: tuple[float, float] | None = Field(default=None, description="Random resized crop: aspect range.")
+    hflip: float = Field(default=0.5, ge=0, le=1)
+    vflip: float = Field(default=0.0, ge=0, le=1)
+    color_jitter: float | tuple[float, ...] | None = None
+    aa: str | None = Field(default=None, description="AutoAugment policy, 'rand-m9-mstd0.5-inc1', '3a'.")
+    reprob: float = Field(default=0.0, ge=0, le=1, description="Random erasing probability.")
+    remode: Literal["const", "rand", "pixel"] = "pixel"
+    recount: int = Field(default=1, ge=1)
+
+
+class TrainConfig(Section):
+    """The recipe, in timm's words."""
+
+    epochs: int = Field(default=10, ge=1)
+    global_batch_size: int = Field(
+        default=128, ge=1, description="Images per optimizer step, over all processes and accumulation."
+    )
+    grad_accum_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    eval_batch_size: int | None = Field(
+        default=None, ge=1, description="Images per process at evaluation; the micro-batch if null."
+    )
+    eval_interval: int = Field(default=1, ge=1, description="Evaluate every n epochs, and after the last.")
+
+    opt: str = Field(default="adamw", description="Any optimizer of timm.optim.")
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0, description="Not on biases, norms, position embeddings and tokens.")
+    momentum: float = Field(default=0.9, ge=0, description="For optimizers that have one.")
+    opt_betas: tuple[float, float] | None = None
+    opt_eps: float | None = Field(default=None, gt=0)
+    layer_decay: float | None = Field(default=None, gt=0, le=1, description="Layer-wise learning-rate decay.")
+    clip_grad: float | None = Field(default=1.0, gt=0, description="Gradient norm; null: no clipping.")
+
+    sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    warmup_lr: float = Field(default=1e-6, ge=0)
+    min_lr: float = Field(default=1e-6, ge=0)
+    decay_epochs: float = Field(default=30.0, gt=0, description="Step schedule: epochs between decays.")
+    decay_rate: float = Field(default=0.1, gt=0, description="Step schedule: factor of each decay.")
+
+    smoothing: float = Field(default=0.0, ge=0, lt=1, description="Label smoothing.")
+    mixup: float = Field(default=0.0, ge=0, description="Mixup alpha.")
+    cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha.")
+    mixup_prob: float = Field(default=1.0, ge=0, le=1)
+    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    mixup_off_epoch: int = Field(default=0, ge=0, description="Turn mixup and cutmix off from this epoch on; 0: never.")
+
+    model_ema: bool = False
+    model_ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    model_ema_warmup: bool = True
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        default="auto", description="auto: what accelerate launch was told, else bf16 on GPUs that have it, else none."
+    )
+    cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
+    checkpoint_steps: int | None = Field(
+        default=None, ge=1, description="Also save every n optimizer steps; each epoch is saved."
+    )
+    checkpoint_hist: int = Field(default=2, ge=1, description="Resumable checkpoints to keep.")
+    log_interval: int = Field(default=50, ge=1, description="Optimizer steps between log points.")
+
+
+class RunConfig(Section):
+    """One run: everything that decides its result."""
+
+    name: str | None = Field(
+        default=None, description="Name in tables and in the default output_dir; the file's name if null."
+    )
+    seed: int = Field(default=0, ge=0)
+    output_dir: str | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
+    plugins: tuple[str, ...] = Field(
+        default=(), description="Python modules or .py files to import first, for attention methods of your own."
+    )
+    model: ModelConfig
+    attention: AttentionConfig | None = Field(
+        default=None, description="Attention to patch in; null keeps the dense host."
+    )
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _mixup_needs_even_batches(self) -> "RunConfig":
+        if (self.train.mixup or self.train.cutmix) and self.train.global_batch_size % (2 * self.train.grad_accum_steps):
+            raise ValueError("train.mixup and train.cutmix pair images: the micro-batch must be even")
+        return self
+
+
+def run_config_model() -> type[RunConfig]:
+    """RunConfig with the attention section as a union of the methods registered by now, discriminated by ``method``."""
+    methods = [get_method(name) for name in list_methods()]
+    union: Any = reduce(or_, methods)
+    if len(methods) > 1:
+        union = Annotated[union, Field(discriminator="method")]
+    field = RunConfig.model_fields["attention"]
+    return create_model(
+        "RunConfig",
+        __base__=RunConfig,
+        __module__=__name__,
+        attention=(union | None, Field(default=None, description=field.description)),
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a config file, for editors: the run's keys and ``base``."""
+    schema = run_config_model().model_json_schema()
+    schema["title"] = "vit_tucker run"
+    schema["required"] = []  # a file with a base need not repeat what the base says
+    schema["properties"]["base"] = {
+        "description": "Config file(s) that this one starts from; relative to this file, or to the shipped configs.",
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+    }
+    return schema

@@ -1,0 +1,226 @@
+"""Data sets by name: the embedded digits, Fashion-MNIST, CIFAR, ImageNet folders, and all that timm.data's factory reads.
+
+A map-style data set yields (PIL image, int label); transforms are applied later (loaders.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import datasets as tv
+
+from vit_tucker.data.idx import read_idx
+from vit_tucker.errors import DataError, nearest
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DIGITS_TEST_SHARE = 0.2
+DIGITS_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts that configs need not repeat.
+
+    Attributes:
+        num_classes: number of classes; None if only the files tell.
+        in_chans: channels of the stored images.
+        mean, std: of the training images, per channel, in [0, 1]; None: the model's own normalisation.
+    """
+
+    num_classes: int | None
+    in_chans: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+INFO = {
+    "digits": DatasetInfo(10, 1, (0.3055,), (0.3768,)),
+    "fashion_mnist": DatasetInfo(10, 1, (0.2860,), (0.3530,)),
+    "cifar10": DatasetInfo(10, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": DatasetInfo(100, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": DatasetInfo(1000),
+}
+FACTORY_PREFIXES = ("wds", "hfds", "hfids", "tfds", "torch")
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Facts about a data set; only 3 channels are known of one that timm's factory reads.
+
+    Raises:
+        DataError: a name that neither we nor timm's factory know.
+    """
+    if name in INFO:
+        return INFO[name]
+    if name in ("", "folder") or name.partition("/")[0].lower() in FACTORY_PREFIXES:
+        return DatasetInfo(None)
+    known = [*INFO, "folder", *(f"{prefix}/..." for prefix in FACTORY_PREFIXES)]
+    raise DataError(f"data.dataset: unknown data set '{name}', known: {', '.join(known)}{nearest(name, INFO)}")
+
+
+class ArrayDataset(Dataset):
+    """Grey images in memory.
+
+    Args:
+        images: (n, height, width) uint8.
+        labels: (n,) integers.
+        mode: PIL mode of the returned images, "L" or "RGB".
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, mode: str) -> None:
+        self.images, self.labels, self.mode = images, labels, mode
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert(self.mode), int(self.labels[index])
+
+
+class ConvertedDataset(Dataset):
+    """A data set of PIL images, converted to another PIL mode."""
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.dataset, self.mode = dataset, mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index]
+        return image.convert(self.mode), int(label)
+
+
+def load_digits(train: bool, mode: str) -> ArrayDataset:
+    """scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML): a fixed stratified split, 20% for evaluation."""
+    from sklearn.datasets import load_digits as sklearn_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = sklearn_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    train_index, test_index = train_test_split(
+        np.arange(len(images)), test_size=DIGITS_TEST_SHARE, stratify=bunch.target, random_state=DIGITS_SPLIT_SEED
+    )
+    index = np.sort(train_index if train else test_index)
+    return ArrayDataset(images[index], bunch.target[index], mode)
+
+
+def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
+    """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``, or the Debian package's folder."""
+    if download:
+        tv.FashionMNIST(str(root), train=train, download=True)
+    folders = [root / "FashionMNIST" / "raw", root / "fashion_mnist", root, DEBIAN_FASHION_MNIST]
+    prefix = "train" if train else "t10k"
+    for folder in folders:
+        for suffix in ("", ".gz"):
+            images = folder / f"{prefix}-images-idx3-ubyte{suffix}"
+            labels = folder / f"{prefix}-labels-idx1-ubyte{suffix}"
+            if images.is_file() and labels.is_file():
+                pixels, classes = read_idx(images, 3), read_idx(labels, 1)
+                if len(pixels) != len(classes):
+                    raise DataError(f"{folder}: {len(pixels)} {prefix} images but {len(classes)} labels")
+                return ArrayDataset(pixels, classes, mode)
+    searched = ", ".join(str(folder) for folder in folders)
+    raise DataError(
+        f"Fashion-MNIST not found, searched {searched}; get it with data.download=true, or as the Debian package "
+        "dataset-fashion-mnist"
+    )
+
+
+def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) -> ConvertedDataset:
+    """CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
+    cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
+    try:
+        return ConvertedDataset(cls(str(root), train=train, download=download), mode)
+    except RuntimeError:
+        raise DataError(
+            f"{name} not found or not intact, searched {root / cls.base_folder}; get it with data.download=true, or unpack "
+            f"{cls.filename} ({cls.url}) in {root}"
+        ) from None
+
+
+def load_factory(name: str, split: str, training: bool, mode: str, root: Path, options: dict[str, Any]) -> Any:
+    """Image folders and all else that timm.data.create_dataset reads; ``options`` are its arguments."""
+    if name == "imagenet":
+        root, name = (root / "imagenet" if (root / "imagenet").is_dir() else root), ""
+    name = "" if name == "folder" else name
+    if name == "" and not _has_split(root, split):
+        raise DataError(
+            f"no image folder for split '{split}', searched {root} (expected {root}/{split}/<class>/<image>); set data.root, "
+            "or put the images there (see data/README.md)"
+        )
+    try:
+        return create_dataset(
+            name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options
+        )  # fmt: skip
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"data set '{name or 'folder'}' (split '{split}', folder {root}) can't be opened: "
+            f"{type(error).__name__}: {reason[0] if reason else ''}"
+        ) from error
+
+
+def _has_split(root: Path, split: str) -> bool:
+    """Whether timm's folder reader will find the split as a folder of its own (it would read all of ``root`` otherwise)."""
+    synonyms = {"train": ["train", "training"], "validation": ["val", "valid", "validation", "eval", "evaluation"]}
+    names = next((group for group in synonyms.values() if split in group), [split])
+    return any((root / name).is_dir() for name in {split, *names})
+
+
+def load_dataset(name: str, split: str, training: bool, mode: str, root: str, options: dict[str, Any]) -> Any:
+    """Open a data set.
+
+    Args:
+        name: see ``DataConfig.dataset``.
+        split: "train", "validation", or a split's name in the set.
+        training: iterable sets shuffle when training.
+        mode: PIL mode of the images, "L" or "RGB".
+        root: folder of the data sets.
+        options: ``download`` and other arguments of timm's factory.
+
+    Returns:
+        A map-style data set of (PIL image, int), or an iterable one (timm's readers).
+
+    Raises:
+        DataError: missing or malformed; says which folder was searched and how to get it.
+    """
+    dataset_info(name)
+    folder = Path(root).expanduser()
+    train = split in ("train", "training")
+    download = bool(options.get("download", False))
+    loaders: dict[str, Callable[[], Any]] = {
+        "digits": lambda: load_digits(train, mode),
+        "fashion_mnist": lambda: load_fashion_mnist(train, mode, folder, download),
+        "cifar10": lambda: load_cifar("cifar10", train, mode, folder, download),
+        "cifar100": lambda: load_cifar("cifar100", train, mode, folder, download),
+    }
+    if name in loaders:
+        return loaders[name]()
+    return load_factory(name, split, training, mode, folder, options)
+
+
+def is_iterable(dataset: Any) -> bool:
+    """Whether the data set only streams, so that its own reader splits it among processes."""
+    return isinstance(dataset, IterableDataset)
+
+
+def subset(dataset: Any, num_samples: int | None) -> Any:
+    """The first ``num_samples`` of a fixed shuffle; all for None.
+
+    Raises:
+        DataError: more samples than there are, or a data set that only streams.
+    """
+    if num_samples is None:
+        return dataset
+    if is_iterable(dataset):
+        raise DataError("data.num_samples: a streamed data set has no order to cut")
+    if num_samples > len(dataset):
+        raise DataError(f"data.num_samples={num_samples}: the training split has {len(dataset)} images")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.Subset(dataset, order[:num_samples].tolist())

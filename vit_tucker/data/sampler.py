@@ -1,0 +1,104 @@
+"""Which image goes to which process at which step.
+
+An epoch is one permutation of the data set, cut into global batches; a global batch is cut into one shard for each process and
+accumulation step. The union over processes is the same for any number of them.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from vit_tucker.data.seeding import derive_seed
+
+Key = tuple[int, int]  # epoch, index
+
+
+def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
+    """Part ``number`` of a global batch: a slice from the front and its mirror image from the back.
+
+    timm's mixup pairs image i with image n-1-i of what it gets; mirrored shards keep the pairs of the global batch.
+
+    Args:
+        batch: (n,) indices, n divisible by ``shards``.
+        number: 0 <= number < shards.
+        shards: number of parts.
+
+    Returns:
+        (n / shards,) indices.
+    """
+    size = len(batch) // shards
+    if size % 2:
+        return batch[number * size : (number + 1) * size]
+    half = size // 2
+    front = batch[number * half : (number + 1) * half]
+    back = batch[len(batch) - (number + 1) * half : len(batch) - number * half]
+    return torch.cat([front, back])
+
+
+class TrainSampler(Sampler[list[Key]]):
+    """Batch sampler of one process: its shards of each global batch, the incomplete last batch dropped.
+
+    Args:
+        num_samples: size of the data set.
+        global_batch_size: images per optimizer step over all processes and accumulation steps.
+        seed: of the run.
+        rank, world_size: this process.
+        accumulation: micro-batches per step; the sampler yields that many lists per step.
+
+    Raises:
+        ValueError: a global batch that is larger than the data set or can't be split evenly.
+    """
+
+    def __init__(
+        self, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, accumulation: int
+    ) -> None:
+        if global_batch_size % (world_size * accumulation):
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} can't be split evenly over {world_size} processes x "
+                f"{accumulation} accumulation steps"
+            )
+        if global_batch_size > num_samples:
+            raise ValueError(
+                f"train.global_batch_size={global_batch_size} is larger than the {num_samples} training images"
+            )
+        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
+        self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
+        self.epoch = self.start_step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return self.num_samples // self.global_batch_size
+
+    def set_position(self, epoch: int, start_step: int = 0) -> None:
+        """Epoch to draw, and the first step of it that is still to do."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 0))
+        order = torch.randperm(self.num_samples, generator=generator)
+        for step in range(self.start_step, self.steps_per_epoch):
+            batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            for micro in range(self.accumulation):
+                part = shard(batch, micro * self.world_size + self.rank, self.world_size * self.accumulation)
+                yield [(epoch, index) for index in part.tolist()]
+
+
+class EvalSampler(Sampler[list[Key]]):
+    """Batch sampler of one process for evaluation: every world_size-th image, each exactly once over all processes."""
+
+    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.indices = list(range(rank, num_samples, world_size))
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[start : start + self.batch_size]]

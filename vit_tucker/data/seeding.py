@@ -1,0 +1,39 @@
+"""Randomness as a function of what it is for: (seed, epoch, image) for augmentations, (seed, step, process) for dropout.
+
+Nothing is drawn from a running stream, so the number of processes, of loader workers, and a resume in mid-epoch change nothing,
+and no RNG state needs saving.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def derive_seed(*keys: int) -> int:
+    """A 32-bit seed from non-negative integers; different keys give independent streams (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence(keys).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # timm's transforms and mixup draw from the global state
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators seeded inside, as they were afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()  # noqa: NPY002
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.default_generator.set_state(states[2])

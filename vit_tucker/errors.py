@@ -1,0 +1,30 @@
+"""Errors that a user can mend: one clear line each, exit status 2 on the command line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class VitTuckerError(ValueError):
+    """Base of all errors about what the user gave us. The message is one line."""
+
+
+class PatchError(VitTuckerError):
+    """A model or module that can't be patched as asked; nothing has been changed."""
+
+
+class ConfigError(VitTuckerError):
+    """A config file, key or value that can't be used."""
+
+
+class DataError(VitTuckerError):
+    """A data set that is missing or not of the expected format."""
+
+
+class CheckpointError(VitTuckerError):
+    """A checkpoint that is missing, torn, or of another model."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """'; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,108 @@
+"""The timm host model of a run: created, and started from timm's weights, from a file, or from another run."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model, list_models, load_state_dict
+from torch import nn
+
+from vit_tucker.config.schema import ModelConfig
+from vit_tucker.errors import CheckpointError, ConfigError, nearest
+from vit_tucker.patching.hosts import find_attention
+from vit_tucker.training.state import weights_metadata
+
+
+def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Module:
+    """Create the dense timm model with its weights.
+
+    Args:
+        config: model section.
+        num_classes: number of classes.
+        in_chans: image channels.
+
+    Returns:
+        The model on the CPU, float32.
+
+    Raises:
+        ConfigError: timm has no such model, or the model doesn't take an argument.
+        CheckpointError: the weights are missing or don't fit.
+    """
+    local = config.name.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir") and ":" in config.name
+    if not local and not is_model(config.name.partition(".")[0]):
+        hint = nearest(config.name, list_models())
+        raise ConfigError(f"model.name: timm {timm.__version__} has no model '{config.name}'{hint}")
+    kwargs = {**config.timm_kwargs(), "num_classes": num_classes, "in_chans": in_chans}
+    if config.checkpoint is not None:
+        kwargs["pretrained_cfg_overlay"] = weights_overlay(Path(config.checkpoint).expanduser(), num_classes)
+    try:
+        model = timm.create_model(config.name, pretrained=config.pretrained or config.checkpoint is not None, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"model: {config.name} does not take these arguments: {error}") from None
+    except (RuntimeError, AssertionError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if config.checkpoint is not None:
+            raise CheckpointError(
+                f"model.checkpoint: {config.checkpoint} does not fit {config.name}: {reason}"
+            ) from None
+        if config.pretrained:
+            raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
+        raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
+    if isinstance(getattr(model, "pretrained_cfg", None), dict):
+        model.pretrained_cfg.pop("state_dict", None)  # the overlay's weights, now in the model
+    return model
+
+
+def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
+    """pretrained_cfg entries that make timm load a checkpoint as if it were its own: filtered, resampled, head adapted.
+
+    Raises:
+        CheckpointError: missing, unreadable, or of a patched model.
+    """
+    file = checkpoint_file(checkpoint)
+    try:
+        state = load_state_dict(str(file), use_ema=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"model.checkpoint: {file} can't be read as weights: {reason}") from None
+    method = weights_metadata(file).get("attention", "")
+    if method:
+        raise CheckpointError(f"model.checkpoint: {file} holds a model patched with {method}, a dense host is needed")
+    overlay: dict[str, Any] = {"state_dict": state, "custom_load": False, "source": None}
+    head = next((state[k] for k in ("head.weight", "head.fc.weight", "fc.weight") if k in state), None)
+    overlay["num_classes"] = head.shape[0] if head is not None else num_classes
+    stem = state.get("patch_embed.proj.weight")
+    if stem is not None and stem.ndim == 4:
+        overlay["input_size"] = (stem.shape[1], 224, 224)
+    return overlay
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The weights file that a path means: itself, or the best (else the last) weights of a run or checkpoint folder.
+
+    Raises:
+        CheckpointError: nothing there.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"model.checkpoint: {path}: no such file or run folder")
+    for candidate in ("checkpoints/best", "checkpoints/last", "best", "last", "."):
+        file = path / candidate / "model.safetensors"
+        if file.is_file():
+            return file
+    raise CheckpointError(
+        f"model.checkpoint: {path} has no checkpoints/best/model.safetensors and no model.safetensors"
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters of the whole model and of its attention layers."""
+    attention = {id(p): p for module in find_attention(model).values() for p in module.parameters()}
+    return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in attention.values())
+
+
+def describe_device(device: torch.device) -> str:
+    """'NVIDIA H200' or 'cpu'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

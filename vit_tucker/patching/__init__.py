@@ -1,0 +1,1 @@
+"""Finding attention in timm models, replacing it, and putting it back."""

@@ -1,0 +1,242 @@
+"""plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.variants.mha import MHAConfig
+from vit_tucker.errors import PatchError, nearest
+from vit_tucker.patching import hosts
+from vit_tucker.patching.probe import count_tokens
+from vit_tucker.patching.report import LayerReport, PatchReport
+from vit_tucker.patching.selection import Selection, select
+from vit_tucker.tensor.tucker import relative_distance
+
+RECORD = "_vit_tucker_patch"
+PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules"}
+
+
+@dataclass
+class PatchRecord:
+    """What a patched model remembers. A plain object, so that the originals are no submodules and not in the state dict.
+
+    Attributes:
+        config: the config of the patch.
+        report: what was done.
+        originals: replaced modules by full name; None if they were not kept.
+    """
+
+    config: AttentionConfig
+    report: PatchReport
+    originals: dict[str, nn.Module] | None
+
+
+def patch(
+    model: nn.Module,
+    config: AttentionConfig,
+    *,
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    keep_originals: bool = True,
+    img_size: int | tuple[int, int] | None = None,
+) -> PatchReport:
+    """Replace attention modules of a timm model, in place.
+
+    Device, dtype, train/eval mode and requires_grad follow the replaced modules. With ``config.init == "pretrained"`` the
+    host's weights are converted in float64; each method says when that is exact.
+
+    Args:
+        model: a timm model (or any module that contains timm.layers.Attention), not wrapped by DDP, FSDP or torch.compile.
+        config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
+        layers: modules to patch, in place of ``config.layers``.
+        exclude: modules to leave alone, in place of ``config.exclude``.
+        keep_originals: keep the replaced modules, so that ``unpatch`` can restore them; costs their memory.
+        img_size: image size in pixels for the FLOPs; the model's own if None.
+
+    Returns:
+        The report; print it for a table.
+
+    Raises:
+        PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
+    """
+    config = _placed(config, layers, exclude)
+    replacements, report = _prepare(model, config, img_size, applied=True)
+    originals: dict[str, nn.Module] = {}
+    for name, replacement in replacements.items():
+        originals[name] = model.get_submodule(name)
+        _set_module(model, name, replacement)
+    setattr(model, RECORD, PatchRecord(config, report, originals if keep_originals else None))
+    return report
+
+
+def plan(
+    model: nn.Module,
+    config: AttentionConfig,
+    *,
+    layers: Selection | None = None,
+    exclude: Selection | None = None,
+    img_size: int | tuple[int, int] | None = None,
+) -> PatchReport:
+    """The report, and the errors, that ``patch`` would give; the model is not touched. Arguments as for ``patch``."""
+    return _prepare(model, _placed(config, layers, exclude), img_size, applied=False)[1]
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put the original modules back: the same objects with the same tensors, on the device of the modules they replace.
+
+    Raises:
+        PatchError: the model is not patched, or its originals were not kept.
+    """
+    record = patch_record(model)
+    if record is None:
+        raise PatchError("the model is not patched")
+    if record.originals is None:
+        raise PatchError("the original modules were not kept (patch(..., keep_originals=False)); load the model again")
+    for name, original in record.originals.items():
+        current = model.get_submodule(name)
+        device = next(current.parameters()).device
+        _set_module(model, name, original.to(device).train(current.training))
+    delattr(model, RECORD)
+
+
+def patch_record(model: nn.Module) -> PatchRecord | None:
+    """Config, report and originals of a patched model; None if it is not patched."""
+    return getattr(model, RECORD, None)
+
+
+def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selection | None) -> AttentionConfig:
+    """The config with ``layers`` and ``exclude`` of the call, so that the record tells the whole patch."""
+    given = {"layers": layers, "exclude": exclude}
+    update = {k: v if isinstance(v, int | str) else tuple(v) for k, v in given.items() if v is not None}
+    return config.model_copy(update=update) if update else config
+
+
+def _prepare(
+    model: nn.Module, config: AttentionConfig, img_size: int | tuple[int, int] | None, applied: bool
+) -> tuple[dict[str, AttentionModule], PatchReport]:
+    """Read, check, build and convert everything; nothing in the model changes."""
+    hosts.refuse_wrapped(model)
+    if patch_record(model) is not None:
+        raise PatchError("the model is already patched; call vit_tucker.unpatch(model) first")
+    found = hosts.find_attention(model)
+    if not found:
+        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
+    chosen = _choose(config, list(found))
+    configs = _layer_configs(config, list(found), chosen)
+    read = {name: _read(name, found[name], configs[name]) for name in chosen}
+    tokens = count_tokens(model, chosen, img_size)
+    shared: dict[int, AttentionModule] = {}  # one replacement for a module that stands at several places
+    replacements, rows = {}, []
+    for name in chosen:
+        module, host = found[name], read[name]
+        if id(module) not in shared:
+            shared[id(module)] = _replacement(module, host, configs[name])
+        replacements[name] = shared[id(module)]
+        rows.append(_row(name, host, configs[name], replacements[name], tokens.get(name)))
+    left = tuple(name for name in found if name not in read)
+    return replacements, PatchReport(tuple(rows), left, applied)
+
+
+def _choose(config: AttentionConfig, names: list[str]) -> list[str]:
+    chosen = select(config.layers, names)
+    if config.exclude is not None:
+        excluded = set(select(config.exclude, names))
+        chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise PatchError("layers and exclude together leave no attention module to patch")
+    return chosen
+
+
+def _layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> dict[str, AttentionConfig]:
+    """The config of each chosen layer: the rules in order, a later one on top of an earlier one."""
+    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
+    valid = set(type(config).model_fields) - PLACEMENT_FIELDS
+    for number, rule in enumerate(config.rules):
+        for key in rule.options:
+            if key not in valid:
+                raise PatchError(f"rules[{number}]: unknown option '{key}' of {config.method}{nearest(key, valid)}")
+        hit = [name for name in select(rule.layers, names) if name in options]
+        if not hit:
+            raise PatchError(f"rules[{number}]: layers={rule.layers!r} selects no patched module")
+        for name in hit:
+            options[name].update(rule.options)
+    return {name: _with_options(config, extra, name) for name, extra in options.items()}
+
+
+def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> AttentionConfig:
+    if not extra:
+        return config
+    values = {key: getattr(config, key) for key in type(config).model_fields}
+    try:
+        return type(config).model_validate({**values, **extra})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PatchError(f"{name}: a rule's {where} is invalid: {first['msg']}") from None
+
+
+def _read(name: str, module: nn.Module, config: AttentionConfig) -> hosts.Host:
+    try:
+        host = hosts.read_host(module)
+        config.check(host.spec)
+    except PatchError as error:
+        raise PatchError(f"{name}: {error}") from None
+    return host
+
+
+def _replacement(module: nn.Module, host: hosts.Host, config: AttentionConfig) -> AttentionModule:
+    """The new module, converted or newly initialised, with device, dtype, mode and requires_grad of the old one."""
+    like = host.weights.query
+    replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
+    if config.init == "pretrained" and not like.is_meta:
+        with torch.no_grad():
+            replacement.convert_from(host.weights.double())
+    replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    return replacement.train(module.training)
+
+
+def _row(
+    name: str, host: hosts.Host, config: AttentionConfig, replacement: AttentionModule, tokens: tuple[int, int] | None
+) -> LayerReport:
+    pre_error = post_error = None
+    if config.init == "pretrained" and not host.weights.query.is_meta:
+        weights = host.weights.double()
+        pre_error = relative_distance(weights.pre_pairs(), replacement.pre_pairs()).item()
+        post_error = relative_distance(weights.post_pairs(), replacement.post_pairs()).item()
+
+    def flops(method: AttentionConfig, spec: HostSpec) -> int | None:
+        return None if tokens is None else tokens[0] * method.count_flops(spec, tokens[1])
+
+    dense = MHAConfig()
+    return LayerReport(
+        name=name,
+        method=config.method,
+        options=describe_options(config),
+        params_before=dense.count_parameters(host.spec),
+        params_after=config.count_parameters(host.spec),
+        pre_error=pre_error,
+        post_error=post_error,
+        flops_before=flops(dense, host.spec),
+        flops_after=flops(config, host.spec),
+    )
+
+
+def describe_options(config: AttentionConfig) -> str:
+    """The method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
+    parts = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in PLACEMENT_FIELDS and (field.is_required() or value != field.default):
+            parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(parts)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

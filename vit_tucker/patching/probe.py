@@ -1,0 +1,64 @@
+"""How many tokens each attention layer sees: a forward pass on the meta device, without memory or arithmetic."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """The model's structure with all parameters and buffers on the meta device; the model itself is not touched."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+    return copy.deepcopy(model, memo)
+
+
+def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """Channels, height and width of the model's input: from ``img_size``, its patch embedding, or its pretrained_cfg."""
+    embed: Any = getattr(model, "patch_embed", None)
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    channels, *sizes = config.get("input_size", (3, 224, 224))
+    projection = getattr(embed, "proj", None)
+    channels = getattr(projection, "in_channels", channels)
+    size = img_size or getattr(embed, "img_size", None) or tuple(sizes)
+    height, width = (size, size) if isinstance(size, int) else size
+    return channels, height, width
+
+
+def count_tokens(
+    model: nn.Module, names: Iterable[str], img_size: int | tuple[int, int] | None = None
+) -> dict[str, tuple[int, int]]:
+    """Sequences per image and tokens per sequence that each named module receives.
+
+    Args:
+        model: any model that maps (B, 3, H, W) images; it is not touched.
+        names: full module names.
+        img_size: pixels; the model's own size if None.
+
+    Returns:
+        name -> (sequences, tokens); empty if the model can't run on the meta device.
+    """
+    try:
+        probe = meta_copy(model).eval()
+        seen: dict[str, tuple[int, int]] = {}
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else kwargs["x"]
+                seen[name] = (x.shape[0], x.shape[-2])
+
+            return hook
+
+        for name in names:
+            probe.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad():
+            probe(torch.empty(1, *input_shape(model, img_size), device="meta", dtype=dtype))
+    except Exception:
+        return {}
+    return seen

@@ -1,0 +1,135 @@
+"""What a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vit_tucker.attention.base import ParameterCount
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One replaced module.
+
+    Attributes:
+        name: full module name.
+        method: method name.
+        options: the method's options in words, 'ranks=8,16,16'.
+        params_before, params_after: parameters of the attention layer.
+        pre_error, post_error: relative Frobenius error of the pre- and post-softmax weight tensors; None if not converted.
+        flops_before, flops_after: operations per image (2 per multiply-add); None if the token count is unknown.
+    """
+
+    name: str
+    method: str
+    options: str
+    params_before: ParameterCount
+    params_after: ParameterCount
+    pre_error: float | None
+    post_error: float | None
+    flops_before: int | None
+    flops_after: int | None
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """All replaced modules, and the attention modules left alone.
+
+    Attributes:
+        layers: replaced modules in the model's order.
+        left_alone: full names of the attention modules that the selection leaves as they are.
+        applied: False for a plan.
+    """
+
+    layers: tuple[LayerReport, ...]
+    left_alone: tuple[str, ...] = ()
+    applied: bool = True
+
+    @property
+    def params_before(self) -> int:
+        """Attention parameters of the replaced modules before, biases included."""
+        return sum(layer.params_before.total for layer in self.layers)
+
+    @property
+    def params_after(self) -> int:
+        """Attention parameters of the replaced modules after, biases included."""
+        return sum(layer.params_after.total for layer in self.layers)
+
+    @property
+    def flops_before(self) -> int | None:
+        """Attention operations per image before, None if unknown."""
+        return _total([layer.flops_before for layer in self.layers])
+
+    @property
+    def flops_after(self) -> int | None:
+        """Attention operations per image after, None if unknown."""
+        return _total([layer.flops_after for layer in self.layers])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        layers = [{**asdict(x), "params_before": x.params_before._asdict(), "params_after": x.params_after._asdict()}
+                  for x in self.layers]  # fmt: skip
+        totals = {
+            name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")
+        }
+        return {"applied": self.applied, "layers": layers, "left_alone": list(self.left_alone), **totals}
+
+    def __str__(self) -> str:
+        header = ("module", "method", "options", "attention params", "share", "error pre", "error post", "MFLOPs/image")
+        rows = [
+            (
+                x.name,
+                x.method,
+                x.options,
+                f"{x.params_before.total:,} -> {x.params_after.total:,}",
+                f"{x.params_after.total / x.params_before.total:.1%}",
+                _error(x.pre_error),
+                _error(x.post_error),
+                _flops(x.flops_before, x.flops_after),
+            )
+            for x in self.layers
+        ]
+        total = (
+            f"{len(self.layers)} modules",
+            "",
+            "",
+            f"{self.params_before:,} -> {self.params_after:,}",
+            f"{self.params_after / self.params_before:.1%}" if self.params_before else "",
+            "",
+            "",
+            _flops(self.flops_before, self.flops_after),
+        )
+        lines = format_table([header, *rows, total], rule_after=(0, len(rows)))
+        lines.append("relative weight errors; FLOPs: 2 per multiply-add, attention layers only")
+        if self.left_alone:
+            lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
+        if not self.applied:
+            lines.append("plan only: nothing was changed")
+        return "\n".join(lines)
+
+
+def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...] = (0,)) -> list[str]:
+    """Lines of a plain table: first column left, the others right aligned, a rule below the given rows."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+        if number in rule_after:
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return lines
+
+
+def _total(values: list[int | None]) -> int | None:
+    return None if any(v is None for v in values) else sum(v for v in values if v is not None)
+
+
+def _error(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
+
+
+def _flops(before: int | None, after: int | None) -> str:
+    if before is None or after is None:
+        return "-"
+    return f"{before / 1e6:,.1f} -> {after / 1e6:,.1f}"

@@ -1,0 +1,67 @@
+"""Which attention modules a config means: full names with wildcards, regular expressions, indices and index ranges."""
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from vit_tucker.errors import PatchError, nearest
+
+Item = int | str
+Selection = Item | Iterable[Item]
+
+
+def matches(item: Item, names: Sequence[str]) -> set[str]:
+    """The names that one item selects.
+
+    Args:
+        item: an index (negative from the end), an index range 'first-last' (inclusive; '6-' to the end), 're:' and a regular
+            expression for the full name, or a full name with the wildcards * ? [].
+        names: full names of the attention modules, in the model's order; indices count in it.
+
+    Returns:
+        The selected names, never empty.
+
+    Raises:
+        PatchError: nothing is selected; says what there is.
+    """
+    if isinstance(item, int) and not isinstance(item, bool):
+        if not -len(names) <= item < len(names):
+            raise PatchError(f"layer index {item} is outside 0..{len(names) - 1} ({len(names)} attention modules)")
+        return {names[item]}
+    text = str(item).strip()
+    span = re.fullmatch(r"(\d+)\s*-\s*(\d*)", text)
+    if span or text.isdigit():
+        first = int(span[1] if span else text)
+        last = int(span[2]) if span and span[2] else (len(names) - 1 if span else first)
+        if not first <= last < len(names):
+            raise PatchError(f"layer range '{text}' is outside 0..{len(names) - 1} ({len(names)} attention modules)")
+        return set(names[first : last + 1])
+    if text.startswith("re:"):
+        try:
+            found = {name for name in names if re.fullmatch(text[3:], name)}
+        except re.error as error:
+            raise PatchError(f"layer pattern '{text}' is no regular expression: {error}") from None
+    else:
+        found = {name for name in names if fnmatch.fnmatchcase(name, text)}
+    if not found:
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise PatchError(
+            f"layer pattern '{text}' matches no attention module (patterns are matched against full names: {listed})"
+            f"{nearest(text, names)}"
+        )
+    return found
+
+
+def select(selection: Selection | None, names: Sequence[str]) -> list[str]:
+    """Names selected by any item of ``selection``, in the model's order; all for None.
+
+    Raises:
+        PatchError: an item selects nothing, or the selection is empty.
+    """
+    if selection is None:
+        return list(names)
+    items = [selection] if isinstance(selection, int | str) else list(selection)
+    if not items:
+        raise PatchError("the layer selection is an empty list; leave it out to take all layers")
+    chosen = set().union(*(matches(item, names) for item in items))
+    return [name for name in names if name in chosen]

@@ -1,0 +1,1 @@
+"""Tables from the files of runs; reads results.json only, never imports models or training."""

@@ -1,0 +1,161 @@
+"""Tucker decomposition (HOSVD) of a stack of matrix products, without ever forming the tensor.
+
+Attention weights come as pairs: head i has the matrix A_i B_i^T, with A_i (I, D) and B_i (J, D). Stacked over heads this is a
+tensor of shape (H, I, J) with I = J = embed_dim; for ViT-B/16 it has 7 million entries and its unfoldings an SVD of minutes,
+while everything that a HOSVD needs fits into the pairs and three Gram matrices.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """The tensor stack_i A_i B_i^T, kept as its factors.
+
+    Attributes:
+        left: A, (H, I, D).
+        right: B, (H, J, D).
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """The tensor itself, (H, I, J). For tests and small layers."""
+        return self.left @ self.right.mT
+
+
+class Tucker(NamedTuple):
+    """A Tucker decomposition of an order-3 tensor.
+
+    Attributes:
+        core: (R1, R2, R3).
+        head: U1, (H, R1).
+        left: U2, (I, R2).
+        right: U3, (J, R3).
+    """
+
+    core: Tensor
+    head: Tensor
+    left: Tensor
+    right: Tensor
+
+
+class Grams(NamedTuple):
+    """Mode Grams (unfolding times its transpose) of a Pairs tensor: head (H, H), left (I, I), right (J, J)."""
+
+    head: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def gram_left(pairs: Pairs) -> Tensor:
+    """Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite."""
+    weighted = pairs.left @ (pairs.right.mT @ pairs.right)  # (H, I, D)
+    flat = pairs.left.transpose(0, 1).flatten(1)  # (I, H*D)
+    return weighted.transpose(0, 1).flatten(1) @ flat.mT
+
+
+def gram_right(pairs: Pairs) -> Tensor:
+    """Gram of the right mode, sum_i B_i (A_i^T A_i) B_i^T. Shape (J, J)."""
+    return gram_left(Pairs(pairs.right, pairs.left))
+
+
+def gram_head(pairs: Pairs) -> Tensor:
+    """Gram of the head mode, G[i, j] = <A_i B_i^T, A_j B_j^T>. Shape (H, H)."""
+    left = torch.einsum("iad,jae->ijde", pairs.left, pairs.left)
+    right = torch.einsum("iad,jae->ijde", pairs.right, pairs.right)
+    return (left * right).sum((-2, -1))
+
+
+def grams(pairs: Pairs) -> Grams:
+    """All three mode Grams, from D-wide matrices only."""
+    return Grams(gram_head(pairs), gram_left(pairs), gram_right(pairs))
+
+
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """The ``rank`` leading eigenvectors of a symmetric matrix: the leading left singular vectors of the unfolding.
+
+    Args:
+        gram: (I, I), symmetric.
+        rank: 1 <= rank <= I.
+
+    Returns:
+        (I, rank), orthonormal columns by falling eigenvalue; the largest entry of each column is positive, so that the
+        same weights give the same factors on every machine.
+
+    Raises:
+        ValueError: rank outside 1..I.
+    """
+    if not 1 <= rank <= gram.shape[0]:
+        raise ValueError(f"rank {rank} is outside 1..{gram.shape[0]}")
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return (vectors * largest.sign()).contiguous()
+
+
+def project(pairs: Pairs, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Core of the tensor in given bases, ``tensor x_1 U1^T x_2 U2^T x_3 U3^T``, from the projected pairs.
+
+    Args:
+        pairs: the tensor, (H, I, J) as pairs of width D.
+        head: U1, (H, R1).
+        left: U2, (I, R2).
+        right: U3, (J, R3).
+
+    Returns:
+        (R1, R2, R3). With orthonormal bases this is the best core for them.
+    """
+    slices = (left.mT @ pairs.left) @ (right.mT @ pairs.right).mT  # (H, R2, R3)
+    return torch.tensordot(head, slices, dims=([0], [0]))
+
+
+def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None) -> Tucker:
+    """Truncated higher-order SVD of a Pairs tensor.
+
+    Args:
+        pairs: the tensor (H, I, J), float64 for exactness: the Grams square the condition number.
+        ranks: (R1, R2, R3) for the modes (head, left, right), each at most the mode's size.
+        right: an orthonormal basis (J, R3) to use for the right mode instead of its own (a basis shared by two tensors).
+
+    Returns:
+        Tucker with orthonormal factors. Squared error at most the sum over the modes of the discarded squared singular
+        values, hence at most 3 times that of the best approximation with these ranks; zero at full rank.
+
+    Source: De Lathauwer et al., A Multilinear SVD, 2000; Tucker Attention (arXiv 2603.30033), App. C.1.4.
+    """
+    head = leading_eigenvectors(gram_head(pairs), ranks[0])
+    left = leading_eigenvectors(gram_left(pairs), ranks[1])
+    if right is None:
+        right = leading_eigenvectors(gram_right(pairs), ranks[2])
+    return Tucker(project(pairs, head, left, right), head, left, right)
+
+
+def squared_norm(pairs: Pairs) -> Tensor:
+    """Squared Frobenius norm of the tensor, from D x D products. Scalar."""
+    return ((pairs.left.mT @ pairs.left) * (pairs.right.mT @ pairs.right)).sum()
+
+
+def relative_distance(pairs: Pairs, other: Pairs) -> Tensor:
+    """||tensor - other||_F / ||tensor||_F for two Pairs tensors of the same shape (H, I, J), widths may differ.
+
+    Each head's difference is [A, -A'] [B, B']^T; QR of both sides leaves a small matrix with the same norm, so that nothing
+    cancels: the result is good to about 1e-14 where subtracting squared norms would stop at 1e-8.
+
+    Args:
+        pairs: reference, widths D.
+        other: approximation, widths D'.
+
+    Returns:
+        Scalar, non-negative; 0/0 counts as 0.
+    """
+    width, rows = pairs.left.shape[-1] + other.left.shape[-1], min(pairs.left.shape[1], pairs.right.shape[1])
+    left = torch.cat([pairs.left, -other.left], -1)  # (H, I, D + D')
+    right = torch.cat([pairs.right, other.right], -1)
+    if width < rows:
+        left, right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right, mode="r").R
+    difference = torch.linalg.vector_norm(left @ right.mT)
+    norm = squared_norm(pairs).sqrt()
+    return torch.where(norm > 0, difference / norm, difference)

@@ -1,0 +1,116 @@
+"""The run folder: config.yaml, summary.csv, results.json, train.log, TensorBoard events, checkpoints/."""
+
+import csv
+import io
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+
+LOGGER = logging.getLogger("vit_tucker")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths and files of one run. Only the main process writes.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """Weights with the best top-1."""
+        return self.checkpoints / "best" / "model.safetensors"
+
+    @property
+    def results(self) -> Path:
+        """Everything that tables are made of; written when the run is done."""
+        return self.path / "results.json"
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _replace(self.config, text)
+
+    def write_summary(self, rows: list[dict[str, Any]]) -> None:
+        """Write summary.csv anew from all rows, so that a resumed run has none twice."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _replace(self.path / "summary.csv", text.getvalue())
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write results.json."""
+        _replace(self.results, json.dumps(results, indent=2) + "\n")
+
+    def log_to_file(self) -> None:
+        """Send the package's log lines to train.log too."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(self.path / "train.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        LOGGER.addHandler(handler)
+
+
+def _replace(file: Path, text: str) -> None:
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text)
+    os.replace(beside, file)
+
+
+def setup_console(main_process: bool) -> None:
+    """Plain log lines on standard output, from the main process only."""
+    LOGGER.setLevel(logging.INFO if main_process else logging.ERROR)
+    LOGGER.propagate = False
+    for handler in LOGGER.handlers[:]:
+        LOGGER.removeHandler(handler)
+        handler.close()
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.addHandler(console)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the source commit ('-dirty' with uncommitted changes; None outside a repository)."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "accelerate": accelerate.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changed else head
