@@ -142,10 +142,9 @@ def _config_path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
     """pydantic's location without the names of union members, which are no keys of the file."""
     path: list[str | int] = []
     for number, part in enumerate(loc):
-        if (isinstance(values, dict) and part in values) or (
-            isinstance(values, list) and isinstance(part, int) and part < len(values)
-        ):
-            values = values[part]
+        children = dict(enumerate(values)) if isinstance(values, list) else values
+        if isinstance(children, dict) and part in children:
+            values = children[part]
         elif number < len(loc) - 1 or not isinstance(values, dict) or part in list_methods():
             continue  # a union member's name, or an entry that is not there
         path.append(part)
