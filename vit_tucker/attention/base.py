@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import Self
 from torch import Tensor, nn
 
 from vit_tucker.errors import PatchError
@@ -183,6 +184,16 @@ class AttentionConfig(BaseModel):
     @abstractmethod
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
         """Floating point operations (2 per multiply-add) of the matrix products for one image of N tokens."""
+
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> Self:
+        """The config whose conversion of such a host is exact. The contract tests hold every method to it."""
+        return cls()
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> Self:
+        """A config that compresses such a host: for tests, benchmarks and docs."""
+        return cls()
 
     def refuse_extras(self, spec: HostSpec) -> None:
         """Raise PatchError for a feature of the host that the method can't carry."""

@@ -39,14 +39,11 @@ def attend(
     if fused:
         dropout = attn_drop.p if attn_drop.training else 0.0
         return fused_attention(q, k, v, attn_mask, is_causal, scale, dropout)
-    group = q.shape[1] // k.shape[1]
-    if group > 1:
-        k, v = expand_heads(k, group), expand_heads(v, group)
-    attn = (q * scale) @ k.transpose(-2, -1)
+    attn = (q * scale) @ expand_heads(k, q.shape[1]).transpose(-2, -1)
     attn = add_mask(attn, attn_mask, is_causal)
     attn = attn.softmax(dim=-1)
     attn = attn_drop(attn)
-    return attn @ v
+    return attn @ expand_heads(v, q.shape[1])
 
 
 @torch.fx.wrap
@@ -60,7 +57,7 @@ def fused_attention(
     if is_causal:
         attn_mask = None
     if group == 1 or is_causal or attn_mask is not None:
-        k, v = expand_heads(k, group), expand_heads(v, group)
+        k, v = expand_heads(k, heads), expand_heads(v, heads)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
         )
@@ -70,13 +67,12 @@ def fused_attention(
     return y.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
 
 
-def expand_heads(x: Tensor, group: int) -> Tensor:
-    """(B, G, N, D) -> (B, G * group, N, D), each head repeated ``group`` times in a row; a view for G = 1."""
-    if group == 1:
-        return x
-    if x.shape[1] == 1:
-        return x.expand(-1, group, -1, -1)
-    return x.repeat_interleave(group, dim=1)
+@torch.fx.wrap
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, G, N, D) -> (B, H, N, D), each head repeated H / G times in a row; a view for G = 1 and G = H."""
+    if x.shape[1] in (1, heads):
+        return x.expand(-1, heads, -1, -1)
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 @torch.fx.wrap

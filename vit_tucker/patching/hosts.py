@@ -79,7 +79,7 @@ def is_attention(module: nn.Module) -> bool:
 
     Attention pooling (timm's AttentionPool...) reads tokens out with a learned query; it is no self-attention.
     """
-    if type(module) in READERS or isinstance(module, AttentionModule):
+    if isinstance(module, (*READERS, AttentionModule)):
         return True
     name = type(module).__name__
     looks = "attention" in name.lower() or name.lower().endswith("attn")

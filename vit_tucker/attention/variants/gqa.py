@@ -55,6 +55,16 @@ class GQAConfig(AttentionConfig):
                 f"conversion='svd' changes the head bases, so it can't keep {', '.join(spec.extras)}; use 'mean'"
             )
 
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> "GQAConfig":
+        """As many key/value heads as heads."""
+        return cls(num_kv_heads=spec.num_heads)
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> "GQAConfig":
+        """Multi-query attention."""
+        return cls(num_kv_heads=1)
+
     def build(self, spec: HostSpec, **factory: Any) -> "GQA":
         """See base class."""
         return GQA(spec, self, **factory)

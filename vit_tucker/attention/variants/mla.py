@@ -45,13 +45,21 @@ class MLAConfig(AttentionConfig):
     def check(self, spec: HostSpec) -> None:
         """See base class."""
         self.refuse_extras(spec)
-        limits = {
-            "q_lora_rank": min(spec.embed_dim, spec.attn_dim),
-            "kv_lora_rank": min(spec.embed_dim, spec.attn_dim * (1 + self.shared_kv)),
-        }
-        for name, limit in limits.items():
+        for name, limit in zip(("q_lora_rank", "kv_lora_rank"), full_ranks(spec, self.shared_kv), strict=True):
             if getattr(self, name) > limit:
                 raise PatchError(f"{name}={getattr(self, name)} is above its full rank {limit}")
+
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> "MLAConfig":
+        """Latents as wide as the projections' ranks."""
+        query, key_value = full_ranks(spec, shared_kv=True)
+        return cls(q_lora_rank=query, kv_lora_rank=key_value)
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> "MLAConfig":
+        """Latents of an eighth of the width."""
+        rank = max(1, spec.embed_dim // 8)
+        return cls(q_lora_rank=rank, kv_lora_rank=rank)
 
     def build(self, spec: HostSpec, **factory: Any) -> "MLA":
         """See base class."""
@@ -71,6 +79,12 @@ class MLAConfig(AttentionConfig):
         projections = 2 * num_tokens * self.count_parameters(spec).weights
         attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
         return projections + attention + flops_extras(spec, num_tokens)
+
+
+def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
+    """The largest useful latents of queries and of keys and values."""
+    key_value = spec.attn_dim * (2 if shared_kv else 1)
+    return min(spec.embed_dim, spec.attn_dim), min(spec.embed_dim, key_value)
 
 
 class MLA(PerHeadModule):

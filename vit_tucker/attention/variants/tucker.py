@@ -58,6 +58,18 @@ class TuckerConfig(AttentionConfig):
         if self.shared_kv and self.pre[2] != self.post[2]:
             raise PatchError(f"shared_kv needs equal key and value ranks, not {self.pre[2]} and {self.post[2]}")
 
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> "TuckerConfig":
+        """The full ranks of both tensors."""
+        pre, post = full_ranks(spec)
+        return cls(ranks=pre, post_ranks=post)
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> "TuckerConfig":
+        """Ranks of an eighth of the width, head rank below the number of heads."""
+        rank = max(1, spec.embed_dim // 8)
+        return cls(ranks=(max(1, 2 * spec.num_heads // 3), rank, rank))
+
     def build(self, spec: HostSpec, **factory: Any) -> "TuckerAttention":
         """See base class."""
         return TuckerAttention(spec, self, **factory)
@@ -113,6 +125,11 @@ class TuckerAttention(AttentionModule):
         self.post_core = nn.Parameter(torch.empty(post, **factory))
         self.proj = nn.Linear(post[1], spec.out_dim, bias=has_out_bias(spec), **factory)
         self.init_weights()
+
+    def extra_repr(self) -> str:
+        """Ranks, for print(model)."""
+        shared = ", shared_kv=True" if self.v_proj is None else ""
+        return f"ranks={tuple(self.pre_core.shape)}, post_ranks={tuple(self.post_core.shape)}{shared}"
 
     def init_weights(self) -> None:
         """Normal factors with columns of unit expected length, cores so that the tensors' entries have the dense init's std.

@@ -1,0 +1,84 @@
+"""Shared fixtures: small hosts with non-zero biases, in float64 unless a test says otherwise."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vit_tucker
+from vit_tucker.attention.base import HostSpec, MHAWeights
+
+torch.set_num_threads(2)
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random values of order 1/sqrt(fan-in) for all parameters: timm starts biases at zero, which would hide lost ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1) * 0.1)
+    return module
+
+
+@pytest.fixture
+def make_vit() -> Callable[..., nn.Module]:
+    """Factory of small random ViTs: 16 tokens and a class token, 4 heads of width 6, 3 blocks."""
+
+    def make(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+        arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 7, **options}
+        model = timm.create_model("vit_tiny_patch16_224", **arguments)
+        return randomise(model, seed).to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """(2, 3, 16, 16) float64."""
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def make_spec(**options: Any) -> HostSpec:
+    """A host of 4 heads of width 6 on 24 channels."""
+    return HostSpec(**{"embed_dim": 24, "num_heads": 4, "head_dim": 6, "out_dim": 24, **options})
+
+
+def make_weights(spec: HostSpec, seed: int = 0, dtype: torch.dtype = torch.float64) -> MHAWeights:
+    """Random dense weights and biases for a spec."""
+    g = torch.Generator().manual_seed(seed)
+    h, d = spec.num_heads, spec.head_dim
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * shape[-2 if len(shape) > 2 else -1] ** -0.5).to(dtype)
+
+    weights = {name: normal(h, spec.embed_dim, d) for name in ("query", "key", "value")}
+    biases = {f"{name}_bias": normal(h, d) for name in ("query", "key", "value")} if spec.qkv_bias else {}
+    out_bias = normal(spec.out_dim) if spec.proj_bias else None
+    return MHAWeights(**weights, **biases, out=normal(h, d, spec.out_dim), out_bias=out_bias)
+
+
+def dense_attention(weights: MHAWeights, x: torch.Tensor, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Multi-head attention by its formula, head by head: the reference of the tests. x (B, N, C) -> (B, N, O)"""
+    out = torch.zeros(*x.shape[:2], weights.out.shape[-1], dtype=x.dtype)
+    for i in range(weights.query.shape[0]):
+        q, k, v = (x @ w[i] for w in (weights.query, weights.key, weights.value))
+        if weights.query_bias is not None:
+            q, k, v = q + weights.query_bias[i], k + weights.key_bias[i], v + weights.value_bias[i]
+        scores = scale * q @ k.mT
+        if mask is not None:
+            scores = scores + mask[:, i]
+        out = out + scores.softmax(-1) @ v @ weights.out[i]
+    return out if weights.out_bias is None else out + weights.out_bias
+
+
+def all_configs(spec: HostSpec) -> list[vit_tucker.AttentionConfig]:
+    """An exact and a compressing config of every registered method."""
+    methods = [vit_tucker.get_method(name) for name in vit_tucker.list_methods()]
+    return [config for method in methods for config in (method.full_rank(spec), method.example(spec))]

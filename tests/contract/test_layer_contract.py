@@ -1,0 +1,195 @@
+"""Every registered method x every property of an attention layer. A new method is tested here without a change."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vit_tucker
+from tests.conftest import all_configs, dense_attention, make_spec, make_weights, randomise
+from vit_tucker.attention.base import DENSE_INIT_STD
+from vit_tucker.tensor.tucker import Pairs, relative_distance
+
+SPECS = {
+    "timm": make_spec(),
+    "no biases": make_spec(qkv_bias=False, proj_bias=False),
+    "qkv bias only": make_spec(proj_bias=False),
+    "narrow heads": make_spec(head_dim=4),
+    "wide heads": make_spec(head_dim=10),
+    "other output width": make_spec(out_dim=20),
+    "one head": make_spec(num_heads=1, head_dim=24),
+}
+METHODS = [(name, spec) for name in vit_tucker.list_methods() for spec in SPECS]
+CONFIGS = [(config, spec) for spec in SPECS for config in all_configs(SPECS[spec])]
+X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def built(config, spec, dtype=torch.float64):
+    return randomise(config.build(spec, dtype=torch.float64)).to(dtype).eval()
+
+
+def converted(config, spec, weights):
+    module = config.build(spec, dtype=weights.query.dtype).eval()
+    with torch.no_grad():
+        module.convert_from(weights.double())
+    return module
+
+
+@pytest.mark.parametrize(("name", "spec"), METHODS)
+def test_full_rank_conversion_is_exact(name, spec):
+    spec = SPECS[spec]
+    config, weights = vit_tucker.get_method(name).full_rank(spec), make_weights(spec)
+    config.check(spec)
+    module = converted(config, spec, weights)
+    expected = dense_attention(weights, X, spec.scale)
+    torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-9)
+    for ours, host in ((module.pre_pairs(), weights.pre_pairs()), (module.post_pairs(), weights.post_pairs())):
+        assert relative_distance(host, ours) < 1e-12
+    changed = dense_attention(weights, X, spec.scale * 1.001)  # the tolerance sees a change of 0.1% in the scores
+    assert not torch.allclose(module(X), changed, rtol=1e-9, atol=1e-9)
+
+
+def compresses(name, spec):
+    example = vit_tucker.get_method(name).example(spec)
+    return example.count_parameters(spec).weights < vit_tucker.MHAConfig().count_parameters(spec).weights
+
+
+@pytest.mark.parametrize(("name", "spec"), [(name, spec) for name, spec in METHODS if compresses(name, SPECS[spec])])
+def test_compressing_conversion_is_not_exact(name, spec):
+    spec = SPECS[spec]
+    config = vit_tucker.get_method(name).example(spec)
+    weights = make_weights(spec)
+    module = converted(config, spec, weights)
+    assert not torch.allclose(module(X), dense_attention(weights, X, spec.scale), rtol=1e-3)
+    assert relative_distance(weights.pre_pairs(), module.pre_pairs()) > 1e-3
+
+
+@pytest.mark.parametrize("name", vit_tucker.list_methods())
+def test_low_precision_error_is_at_most_twice_the_references(name):
+    """bf16 layer against the float64 truth; the reference is the dense formula computed in bf16 (flash-attention's rule)."""
+    spec = SPECS["timm"]
+    weights = make_weights(spec)
+    truth = dense_attention(weights, X, spec.scale)
+    low = type(weights)(**{k: v.bfloat16() for k, v in vars(weights).items()})
+    reference_error = (dense_attention(low, X.bfloat16(), spec.scale).double() - truth).abs().max()
+    module = converted(vit_tucker.get_method(name).full_rank(spec), spec, weights).bfloat16()
+    assert (module(X.bfloat16()).double() - truth).abs().max() <= 2 * reference_error
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_parameters_are_counted_from_the_formula(config, spec):
+    spec = SPECS[spec]
+    module = config.build(spec)
+    count = config.count_parameters(spec)
+    biases = sum(p.numel() for p in module.parameters() if p.ndim == 1)
+    assert count.biases == biases
+    assert count.total == sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_flops_are_those_that_torch_counts(config, spec):
+    spec = SPECS[spec]
+    module = built(config, spec)
+    module.fused_attn = False  # torch counts the same products under other names in its fused kernels
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(X[:1])
+    assert counter.get_total_flops() == config.count_flops(spec, X.shape[1])
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_paths_and_masks_agree(config, spec):
+    module = built(config, SPECS[spec])
+    n = X.shape[1]
+    boolean = torch.rand(2, 1, n, n, generator=torch.Generator().manual_seed(0)) > 0.4
+    boolean |= torch.eye(n, dtype=torch.bool)
+    additive = torch.zeros(2, 1, n, n, dtype=torch.float64).masked_fill(~boolean, float("-inf"))
+    triangle = torch.ones(n, n, dtype=torch.bool).tril()
+    outputs = {}
+    for fused in (True, False):
+        module.fused_attn = fused
+        outputs[fused] = [module(X), module(X, boolean), module(X, attn_mask=additive), module(X, is_causal=True)]
+        torch.testing.assert_close(outputs[fused][1], outputs[fused][2])
+        torch.testing.assert_close(outputs[fused][3], module(X, attn_mask=triangle))
+        assert not torch.allclose(outputs[fused][0], outputs[fused][1])
+        per_head = torch.randn(2, module.num_heads, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        outputs[fused].append(module(X, attn_mask=per_head))
+    for a, b in zip(outputs[True], outputs[False], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_masked_tokens_do_not_matter(config, spec):
+    module = built(config, SPECS[spec])
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool)
+    mask[..., -2:] = False
+    changed = X.clone()
+    changed[:, -2:] += 1
+    torch.testing.assert_close(module(X, mask)[:, :-2], module(changed, mask)[:, :-2])
+    assert not torch.allclose(module(X)[:, :-2], module(changed)[:, :-2])
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_every_parameter_gets_a_gradient(config, spec):
+    module = built(config, SPECS[spec]).train()
+    module(X).square().sum().backward()
+    dead = [name for name, p in module.named_parameters() if p.grad is None]
+    assert dead == []
+    zero = [name for name, p in module.named_parameters() if p.ndim > 1 and not p.grad.any()]
+    assert zero == []
+
+
+@pytest.mark.parametrize("name", vit_tucker.list_methods())
+@pytest.mark.parametrize("rate", ["attn_drop", "proj_drop"])
+def test_dropout_rates_of_the_host_are_kept(name, rate):
+    spec = make_spec(**{rate: 0.5})
+    module = built(vit_tucker.get_method(name).example(spec), spec)
+    torch.testing.assert_close(module(X), module(X))
+    module.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(module(X), module(X))
+
+
+@pytest.mark.parametrize("name", vit_tucker.list_methods())
+def test_own_initialisation_has_the_dense_spread(name):
+    """Entries of the reconstructed W_i and Wt_i have the standard deviation of a dense init, sqrt(D) * 0.02^2."""
+    spec = make_spec(embed_dim=96, num_heads=8, head_dim=12, out_dim=96)
+    config = vit_tucker.get_method(name).example(spec)
+    target = spec.head_dim**0.5 * DENSE_INIT_STD**2
+    torch.manual_seed(0)
+    pairs = [(m.pre_pairs(), m.post_pairs()) for m in (config.build(spec) for _ in range(8))]
+    for side in (0, 1):
+        stds = [Pairs(p[side].left[:, :96], p[side].right).dense().std() for p in pairs]
+        mean = torch.stack(stds).square().mean().sqrt()
+        assert mean / target == pytest.approx(1, abs=0.1)  # products of few random cores: about 5% over 8 draws
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_copies_and_pickles(config, spec):
+    module = built(config, SPECS[spec])
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(X), module(X))
+    fresh = config.build(SPECS[spec], dtype=torch.float64).eval()
+    assert not torch.allclose(fresh(X), module(X))
+    fresh.load_state_dict(module.state_dict())
+    assert torch.equal(fresh(X), module(X))
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_builds_where_and_how_asked(config, spec):
+    module = config.build(SPECS[spec], device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {("meta", torch.bfloat16)}
+    assert module.fused_attn
+    assert isinstance(module.attn_drop, torch.nn.Dropout)
+
+
+@pytest.mark.parametrize("name", vit_tucker.list_methods())
+def test_config_is_frozen_and_survives_json(name):
+    config = vit_tucker.get_method(name).example(make_spec())
+    assert config.method == name
+    assert type(config).model_validate_json(config.model_dump_json()) == config
+    with pytest.raises(ValueError, match="frozen"):
+        config.init = "random"
+    with pytest.raises(ValueError, match="Extra inputs"):
+        type(config)(**{**config.model_dump(), "colour": "red"})

@@ -1,0 +1,264 @@
+"""patch, plan, unpatch on small timm ViTs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import vit_tucker as vt
+from tests.conftest import randomise
+from vit_tucker.attention.base import HostSpec
+
+SPEC = HostSpec(embed_dim=24, num_heads=4, head_dim=6, out_dim=24)
+TUCKER = vt.TuckerConfig(ranks=(3, 6, 6))
+
+
+@pytest.mark.parametrize("name", vt.list_methods())
+@pytest.mark.parametrize(
+    "options", [{}, {"qkv_bias": False}, {"reg_tokens": 2, "init_values": 0.1}, {"class_token": False, "global_pool": "avg"}]
+)
+def test_full_rank_patch_reproduces_the_logits(make_vit, images, name, options):
+    """float64 to 1e-9; float32 to 1e-4 relative, as the same model in float32 would be after other orders of summation."""
+    model = make_vit(**options)
+    reference = model(images)
+    config = vt.get_method(name).full_rank(SPEC)
+    single = copy.deepcopy(model).float()
+    report = vt.patch(model, config)
+    torch.testing.assert_close(model(images), reference, rtol=1e-9, atol=1e-9)
+    assert max(max(x.pre_error, x.post_error) for x in report.layers) < 1e-12
+    vt.patch(single, config)
+    assert ((single(images.float()) - reference).norm() / reference.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("name", vt.list_methods())
+def test_compressing_patch_changes_the_logits(make_vit, images, name):
+    model = make_vit()
+    reference = model(images)
+    config = vt.get_method(name).example(SPEC)
+    if config == vt.get_method(name).full_rank(SPEC):
+        config = config.model_copy(update={"init": "random"})  # nothing to compress: other weights must show
+    vt.patch(model, config)
+    assert not torch.allclose(model(images), reference, rtol=1e-2)
+
+
+def test_unpatch_restores_the_original_tensors(make_vit, images):
+    model = make_vit()
+    reference, state = model(images), copy.deepcopy(model.state_dict())
+    originals = {name: module for name, module in model.named_modules() if name.endswith(".attn")}
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    vt.patch(model, TUCKER)
+    assert vt.patch_record(model).config == TUCKER
+    vt.unpatch(model)
+    assert all(model.get_submodule(name) is module for name, module in originals.items())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(model(images), reference)
+    with pytest.raises(vt.PatchError, match="not patched"):
+        vt.unpatch(model)
+
+
+def test_training_the_patch_leaves_the_originals_alone(make_vit, images):
+    model = make_vit(qk_norm=True)
+    reference = model(images)
+    vt.patch(model, vt.GQAConfig(num_kv_heads=2))
+    model.train()
+    model(images).sum().backward()
+    torch.optim.SGD([p for m in model.modules() if isinstance(m, vt.AttentionModule) for p in m.parameters()], 1.0).step()
+    vt.unpatch(model)
+    assert torch.equal(model.eval()(images), reference)
+
+
+def test_originals_need_not_be_kept(make_vit):
+    model = make_vit()
+    vt.patch(model, TUCKER, keep_originals=False)
+    with pytest.raises(vt.PatchError, match="not kept"):
+        vt.unpatch(model)
+
+
+def test_plan_gives_the_same_report_and_touches_nothing(make_vit, images):
+    model = make_vit().train()
+    reference, state = model(images), copy.deepcopy(model.state_dict())
+    modules = dict(model.named_modules())
+    planned = vt.plan(model, TUCKER)
+    assert dict(model.named_modules()) == modules
+    assert model.training
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(model(images), reference)
+    assert not planned.applied
+    applied = vt.patch(model, TUCKER)
+    assert applied.applied
+    assert applied.layers == planned.layers
+
+
+def test_report_counts_what_is_there(make_vit):
+    model = make_vit()
+    dense = sum(p.numel() for b in model.blocks for p in b.attn.parameters())
+    report = vt.patch(model, TUCKER, layers="1-")
+    assert report.params_after == sum(p.numel() for b in model.blocks[1:] for p in b.attn.parameters())
+    assert report.params_before == dense // 3 * 2
+    assert report.left_alone == ("blocks.0.attn",)
+    assert [x.name for x in report.layers] == ["blocks.1.attn", "blocks.2.attn"]
+    spec_tokens = 17  # 16 patches and the class token
+    assert report.layers[0].flops_after == TUCKER.count_flops(SPEC, spec_tokens)
+    assert report.layers[0].flops_before == vt.MHAConfig().count_flops(SPEC, spec_tokens)
+    text = str(report)
+    for part in ("blocks.1.attn", "ranks=3,6,6", f"{report.params_before:,} -> {report.params_after:,}", "left alone (1)"):
+        assert part in text
+    assert report.to_dict()["layers"][0]["params_after"]["weights"] == TUCKER.count_parameters(SPEC).weights
+
+
+def test_layers_exclude_and_rules(make_vit):
+    model = make_vit()
+    rules = ({"layers": "0-1", "ranks": (4, 8, 8)}, {"layers": "blocks.1.attn", "ranks": (2, 4, 4), "shared_kv": True})
+    config = vt.TuckerConfig(ranks=(3, 6, 6), rules=rules)
+    options = {x.name: x.options for x in vt.plan(model, config).layers}
+    assert options == {
+        "blocks.0.attn": "ranks=4,8,8",
+        "blocks.1.attn": "ranks=2,4,4 shared_kv=True",  # the later rule wins
+        "blocks.2.attn": "ranks=3,6,6",
+    }
+    excluded = vt.plan(model, TUCKER, layers=["blocks.*.attn"], exclude=-1)
+    assert [x.name for x in excluded.layers] == ["blocks.0.attn", "blocks.1.attn"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (vt.TuckerConfig(ranks=(5, 6, 6)), "blocks.0.attn: ranks=.*head rank 5 is above its full rank 4"),
+        (vt.GQAConfig(num_kv_heads=3), "blocks.0.attn: num_kv_heads=3 must divide"),
+        (vt.TuckerConfig(ranks=(3, 6, 6), layers="attn"), "'attn' matches no attention module"),
+        (vt.TuckerConfig(ranks=(3, 6, 6), layers=[0], exclude=[0]), "leave no attention module"),
+        (vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 9, "ranks": (1, 1, 1)},)), "index 9 is outside"),
+        (
+            vt.TuckerConfig(ranks=(3, 6, 6), layers=[0], rules=({"layers": 1, "ranks": (1, 1, 1)},)),
+            r"rules\[0\]: layers=1 selects no patched module",
+        ),
+        (vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "rank": 3},)), r"rules\[0\]: unknown option 'rank'.*'ranks'"),
+        (vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "ranks": 3},)), "blocks.1.attn: a rule's ranks is invalid"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("act", [vt.patch, vt.plan])
+def test_errors_come_before_any_change(make_vit, images, act, config, message):
+    model = make_vit()
+    reference, modules = model(images), dict(model.named_modules())
+    with pytest.raises(vt.PatchError, match=message) as caught:
+        act(model, config)
+    assert "\n" not in str(caught.value)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(images), reference)
+    assert vt.patch_record(model) is None
+
+
+@pytest.mark.parametrize("act", [vt.patch, vt.plan])
+def test_patched_and_wrapped_models_are_refused(make_vit, act):
+    model = make_vit()
+    vt.patch(model, TUCKER)
+    with pytest.raises(vt.PatchError, match="already patched"):
+        act(model, TUCKER)
+    backbone = nn.Sequential(model)  # the record is on the inner model; its layers still tell
+    with pytest.raises(vt.PatchError, match="0.blocks.0.attn: already patched"):
+        act(backbone, TUCKER)
+    with pytest.raises(vt.PatchError, match="the model is a DataParallel: patch the model before"):
+        act(nn.DataParallel(make_vit()), TUCKER)
+    with pytest.raises(vt.PatchError, match="the model is a OptimizedModule: patch the model before torch.compile"):
+        act(torch.compile(make_vit()), TUCKER)
+
+
+def test_ddp_wrapped_model_is_refused(make_vit, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(make_vit())
+        with pytest.raises(vt.PatchError, match="the model is a DistributedDataParallel: .*accelerator.prepare"):
+            vt.patch(wrapped, TUCKER)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_mode_dtype_and_requires_grad_follow_the_host(make_vit):
+    model = make_vit().bfloat16().train()
+    model.blocks[0].eval()
+    model.blocks[1].attn.requires_grad_(False)
+    vt.patch(model, TUCKER)
+    assert [b.attn.training for b in model.blocks] == [False, True, True]
+    assert [all(p.requires_grad for p in b.attn.parameters()) for b in model.blocks] == [True, False, True]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    frozen = list(model.blocks[1].attn.parameters())
+    assert not any(p.requires_grad for p in frozen)
+
+
+def test_meta_model_is_patched_without_data(make_vit):
+    with torch.device("meta"):
+        import timm
+
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=4, depth=2)
+    report = vt.patch(model, TUCKER)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert report.layers[0].pre_error is None
+    assert report.layers[0].flops_after > 0
+
+
+def test_random_init_does_not_look_at_the_host(make_vit):
+    models = [make_vit(seed=s) for s in (0, 1)]
+    for model in models:
+        torch.manual_seed(0)
+        assert vt.patch(model, vt.TuckerConfig(ranks=(3, 6, 6), init="random")).layers[0].pre_error is None
+    assert torch.equal(models[0].blocks[0].attn.pre_core, models[1].blocks[0].attn.pre_core)
+    converted = [make_vit(seed=s) for s in (0, 1)]
+    for model in converted:
+        vt.patch(model, TUCKER)
+    assert not torch.equal(converted[0].blocks[0].attn.pre_core, converted[1].blocks[0].attn.pre_core)
+
+
+def test_one_module_at_two_places_is_replaced_by_one(make_vit, images):
+    model = make_vit()
+    model.blocks[2].attn = model.blocks[0].attn
+    vt.patch(model, TUCKER)
+    assert model.blocks[2].attn is model.blocks[0].attn
+    assert isinstance(model.blocks[1].attn, vt.AttentionModule)
+    vt.unpatch(model)
+    assert model.blocks[2].attn is model.blocks[0].attn
+
+
+def test_patched_model_survives_deepcopy_and_unpatches_there(make_vit, images):
+    model = make_vit()
+    reference = model(images)
+    vt.patch(model, TUCKER)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(images), model(images))
+    vt.unpatch(twin)
+    assert torch.equal(twin(images), reference)
+    assert isinstance(model.blocks[0].attn, vt.AttentionModule)
+
+
+@pytest.mark.parametrize("feature", ["qk_norm", "scale_attn_norm"])
+def test_norms_are_carried_or_refused(make_vit, images, feature):
+    model = make_vit(**{feature: True})
+    reference = model(images)
+    with pytest.raises(vt.PatchError, match=r"blocks.0.attn: tucker can't carry the host's (qk_norm|scale_norm)"):
+        vt.patch(model, TUCKER)
+    for name in ("mha", "gqa", "mla"):
+        vt.patch(model, vt.get_method(name).full_rank(SPEC))
+        torch.testing.assert_close(model(images), reference, rtol=1e-9, atol=1e-9)
+        vt.unpatch(model)
+    with pytest.raises(vt.PatchError, match="conversion='svd' changes the head bases"):
+        vt.patch(model, vt.GQAConfig(num_kv_heads=2, conversion="svd"))
+
+
+def test_gate_is_carried_or_refused():
+    from timm.models.vision_transformer import Attention
+
+    try:
+        attention = Attention(24, num_heads=4, qkv_bias=True, gated=True)
+    except TypeError:
+        pytest.skip("this timm has no gate")
+    model = nn.ModuleDict({"attn": randomise(attention)}).double().eval()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    reference = model["attn"](x)
+    with pytest.raises(vt.PatchError, match="attn: tucker can't carry the host's gate"):
+        vt.patch(model, TUCKER)
+    for name in ("mha", "gqa", "mla"):
+        vt.patch(model, vt.get_method(name).full_rank(SPEC))
+        torch.testing.assert_close(model["attn"](x), reference, rtol=1e-9, atol=1e-9)
+        vt.unpatch(model)
