@@ -32,7 +32,15 @@ def make_vit() -> Callable[..., nn.Module]:
     """Factory of small random ViTs: 16 tokens and a class token, 4 heads of width 6, 3 blocks."""
 
     def make(seed: int = 0, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-        arguments = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 4, "num_classes": 7, **options}
+        arguments = {
+            "img_size": 16,
+            "patch_size": 4,
+            "embed_dim": 24,
+            "depth": 3,
+            "num_heads": 4,
+            "num_classes": 7,
+            **options,
+        }
         model = timm.create_model("vit_tiny_patch16_224", **arguments)
         return randomise(model, seed).to(dtype).eval()
 
@@ -56,7 +64,9 @@ def make_weights(spec: HostSpec, seed: int = 0, dtype: torch.dtype = torch.float
     h, d = spec.num_heads, spec.head_dim
 
     def normal(*shape: int) -> torch.Tensor:
-        return (torch.randn(*shape, generator=g, dtype=torch.float64) * shape[-2 if len(shape) > 2 else -1] ** -0.5).to(dtype)
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * shape[-2 if len(shape) > 2 else -1] ** -0.5).to(
+            dtype
+        )
 
     weights = {name: normal(h, spec.embed_dim, d) for name in ("query", "key", "value")}
     biases = {f"{name}_bias": normal(h, d) for name in ("query", "key", "value")} if spec.qkv_bias else {}
@@ -64,7 +74,9 @@ def make_weights(spec: HostSpec, seed: int = 0, dtype: torch.dtype = torch.float
     return MHAWeights(**weights, **biases, out=normal(h, d, spec.out_dim), out_bias=out_bias)
 
 
-def dense_attention(weights: MHAWeights, x: torch.Tensor, scale: float, mask: torch.Tensor | None = None) -> torch.Tensor:
+def dense_attention(
+    weights: MHAWeights, x: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Multi-head attention by its formula, head by head: the reference of the tests. x (B, N, C) -> (B, N, O)"""
     out = torch.zeros(*x.shape[:2], weights.out.shape[-1], dtype=x.dtype)
     for i in range(weights.query.shape[0]):

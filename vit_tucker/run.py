@@ -114,6 +114,7 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
         seed=config.seed,
         run_dir=run_dir,
         metadata={"architecture": config.model.name, "attention": config.attention.method if config.attention else ""},
+        facts={"params/attention": attention, "params/total": params},
         progress=progress,
     )
     if accelerator.is_main_process:

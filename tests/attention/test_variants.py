@@ -28,7 +28,9 @@ def test_published_parameters_of_vit_b(config, published):
     assert config.count_parameters(VIT_B).weights == published
 
 
-@pytest.mark.parametrize(("d", "heads", "g", "c", "r"), [(768, 12, 4, 128, (8, 128, 64)), (2048, 32, 8, 64, (32, 64, 64))])
+@pytest.mark.parametrize(
+    ("d", "heads", "g", "c", "r"), [(768, 12, 4, 128, (8, 128, 64)), (2048, 32, 8, 64, (32, 64, 64))]
+)
 def test_table_1(d, heads, g, c, r):
     """Table 1's formulas, in its own letters."""
     width = d // heads
@@ -58,7 +60,10 @@ def test_table_1(d, heads, g, c, r):
         (vt.TuckerConfig(ranks=(5, 8, 8)), r"ranks=\[5, 8, 8\]: head rank 5 is above its full rank 4"),
         (vt.TuckerConfig(ranks=(4, 25, 8)), "query/output rank 25 is above its full rank 24"),
         (vt.TuckerConfig(ranks=(4, 8, 8), post_ranks=(4, 8, 30)), "post_ranks=.*key/value rank 30"),
-        (vt.TuckerConfig(ranks=(4, 8, 8), post_ranks=(4, 8, 6), shared_kv=True), "equal key and value ranks, not 8 and 6"),
+        (
+            vt.TuckerConfig(ranks=(4, 8, 8), post_ranks=(4, 8, 6), shared_kv=True),
+            "equal key and value ranks, not 8 and 6",
+        ),
     ],
     ids=str,
 )
@@ -91,7 +96,9 @@ def test_mean_pooled_gqa_is_the_mean():
         module.convert_from(weights)
     expected = torch.cat([weights.key[:2].mean(0), weights.key[2:].mean(0)], -1)
     torch.testing.assert_close(module.k_proj.weight, expected.mT)
-    torch.testing.assert_close(module.k_proj.bias, torch.cat([weights.key_bias[:2].mean(0), weights.key_bias[2:].mean(0)]))
+    torch.testing.assert_close(
+        module.k_proj.bias, torch.cat([weights.key_bias[:2].mean(0), weights.key_bias[2:].mean(0)])
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -113,7 +113,9 @@ def test_paths_and_masks_agree(config, spec):
         torch.testing.assert_close(outputs[fused][1], outputs[fused][2])
         torch.testing.assert_close(outputs[fused][3], module(X, attn_mask=triangle))
         assert not torch.allclose(outputs[fused][0], outputs[fused][1])
-        per_head = torch.randn(2, module.num_heads, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        per_head = torch.randn(
+            2, module.num_heads, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
         outputs[fused].append(module(X, attn_mask=per_head))
     for a, b in zip(outputs[True], outputs[False], strict=True):
         torch.testing.assert_close(a, b)

@@ -33,7 +33,9 @@ class Model(nn.Module):
 def test_unknown_attention_is_refused_by_name_unless_excluded(stranger):
     model = Model(Attention(24, num_heads=4), stranger)
     config = vt.TuckerConfig(ranks=(2, 8, 8))
-    with pytest.raises(vt.PatchError, match=rf"layers.1: unknown attention class .*{type(stranger).__name__} \(known: timm"):
+    with pytest.raises(
+        vt.PatchError, match=rf"layers.1: unknown attention class .*{type(stranger).__name__} \(known: timm"
+    ):
         vt.patch(model, config)
     assert isinstance(model.layers[0], Attention)
     report = vt.patch(model, config, exclude="layers.1")
@@ -54,7 +56,7 @@ def test_other_timm_attention_is_named():
 
 def test_attention_pooling_is_left_alone():
     model = timm.create_model("vit_base_patch16_siglip_224", embed_dim=48, depth=2, num_heads=4, num_classes=0)
-    assert [name for name in find_attention(model)] == ["blocks.0.attn", "blocks.1.attn"]
+    assert list(find_attention(model)) == ["blocks.0.attn", "blocks.1.attn"]
     assert vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8))).left_alone == ()
 
 
@@ -73,7 +75,9 @@ def test_weights_are_read_per_head():
     torch.testing.assert_close(x @ read.weights.query[1] + read.weights.query_bias[1], q[:, 6:12])
     torch.testing.assert_close(x @ read.weights.key[2] + read.weights.key_bias[2], k[:, 12:18])
     torch.testing.assert_close(x @ read.weights.value[3] + read.weights.value_bias[3], v[:, 18:])
-    torch.testing.assert_close(torch.einsum("hd,hdo->o", v[0].view(4, 6), read.weights.out) + host.proj.bias, host.proj(v[0]))
+    torch.testing.assert_close(
+        torch.einsum("hd,hdo->o", v[0].view(4, 6), read.weights.out) + host.proj.bias, host.proj(v[0])
+    )
     assert (read.spec.embed_dim, read.spec.num_heads, read.spec.head_dim, read.spec.out_dim) == (24, 4, 6, 24)
 
 

@@ -16,7 +16,8 @@ TUCKER = vt.TuckerConfig(ranks=(3, 6, 6))
 
 @pytest.mark.parametrize("name", vt.list_methods())
 @pytest.mark.parametrize(
-    "options", [{}, {"qkv_bias": False}, {"reg_tokens": 2, "init_values": 0.1}, {"class_token": False, "global_pool": "avg"}]
+    "options",
+    [{}, {"qkv_bias": False}, {"reg_tokens": 2, "init_values": 0.1}, {"class_token": False, "global_pool": "avg"}],
 )
 def test_full_rank_patch_reproduces_the_logits(make_vit, images, name, options):
     """float64 to 1e-9; float32 to 1e-4 relative, as the same model in float32 would be after other orders of summation."""
@@ -64,7 +65,9 @@ def test_training_the_patch_leaves_the_originals_alone(make_vit, images):
     vt.patch(model, vt.GQAConfig(num_kv_heads=2))
     model.train()
     model(images).sum().backward()
-    torch.optim.SGD([p for m in model.modules() if isinstance(m, vt.AttentionModule) for p in m.parameters()], 1.0).step()
+    torch.optim.SGD(
+        [p for m in model.modules() if isinstance(m, vt.AttentionModule) for p in m.parameters()], 1.0
+    ).step()
     vt.unpatch(model)
     assert torch.equal(model.eval()(images), reference)
 
@@ -103,7 +106,12 @@ def test_report_counts_what_is_there(make_vit):
     assert report.layers[0].flops_after == TUCKER.count_flops(SPEC, spec_tokens)
     assert report.layers[0].flops_before == vt.MHAConfig().count_flops(SPEC, spec_tokens)
     text = str(report)
-    for part in ("blocks.1.attn", "ranks=3,6,6", f"{report.params_before:,} -> {report.params_after:,}", "left alone (1)"):
+    for part in (
+        "blocks.1.attn",
+        "ranks=3,6,6",
+        f"{report.params_before:,} -> {report.params_after:,}",
+        "left alone (1)",
+    ):
         assert part in text
     assert report.to_dict()["layers"][0]["params_after"]["weights"] == TUCKER.count_parameters(SPEC).weights
 
@@ -134,8 +142,14 @@ def test_layers_exclude_and_rules(make_vit):
             vt.TuckerConfig(ranks=(3, 6, 6), layers=[0], rules=({"layers": 1, "ranks": (1, 1, 1)},)),
             r"rules\[0\]: layers=1 selects no patched module",
         ),
-        (vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "rank": 3},)), r"rules\[0\]: unknown option 'rank'.*'ranks'"),
-        (vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "ranks": 3},)), "blocks.1.attn: a rule's ranks is invalid"),
+        (
+            vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "rank": 3},)),
+            r"rules\[0\]: unknown option 'rank'.*'ranks'",
+        ),
+        (
+            vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 1, "ranks": 3},)),
+            "blocks.1.attn: a rule's ranks is invalid",
+        ),
     ],
     ids=str,
 )

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from typing_extensions import Self
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.tucker import Pairs

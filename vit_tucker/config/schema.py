@@ -3,7 +3,7 @@
 Names are timm's wherever timm has one. Every field's description ends up in the JSON schema, and so in the user's editor.
 """
 
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
@@ -175,7 +175,12 @@ class RunConfig(Section):
 
 def run_config_model() -> type[RunConfig]:
     """RunConfig with the attention section as a union of the methods registered by now, discriminated by ``method``."""
-    methods = [get_method(name) for name in list_methods()]
+    return _run_config_model(tuple(get_method(name) for name in list_methods()))
+
+
+@lru_cache
+def _run_config_model(methods: tuple[type[AttentionConfig], ...]) -> type[RunConfig]:
+    """One class per set of methods, so that equal configs compare equal."""
     union: Any = reduce(or_, methods)
     if len(methods) > 1:
         union = Annotated[union, Field(discriminator="method")]

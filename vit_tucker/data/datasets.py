@@ -40,7 +40,7 @@ class DatasetInfo:
 
 
 INFO = {
-    "digits": DatasetInfo(10, 1, (0.3055,), (0.3768,)),
+    "digits": DatasetInfo(10, 1, (0.3055,), (0.3760,)),
     "fashion_mnist": DatasetInfo(10, 1, (0.2860,), (0.3530,)),
     "cifar10": DatasetInfo(10, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": DatasetInfo(100, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),

@@ -89,7 +89,7 @@ class PatchReport:
             for x in self.layers
         ]
         total = (
-            f"{len(self.layers)} modules",
+            f"{len(self.layers)} module{'s' if len(self.layers) != 1 else ''}",
             "",
             "",
             f"{self.params_before:,} -> {self.params_after:,}",

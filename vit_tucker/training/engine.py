@@ -68,6 +68,7 @@ class Trainer:
         seed: of the run.
         run_dir: where results go.
         metadata: strings for the header of saved weights.
+        facts: scalars for TensorBoard, written once.
         progress: where the run stands.
     """
 
@@ -83,6 +84,7 @@ class Trainer:
     seed: int
     run_dir: RunDir
     metadata: dict[str, str]
+    facts: dict[str, float]
     progress: Progress
 
     def save(self) -> None:
@@ -176,6 +178,9 @@ def fit(trainer: Trainer, loaders: Loaders) -> None:
         if t.accelerator.is_main_process
         else None
     )
+    if writer is not None:
+        for name, value in t.facts.items():
+            writer.add_scalar(name, value, progress.global_step)
     while progress.epoch < t.config.epochs:
         if t.mixup is not None and 0 < t.config.mixup_off_epoch <= progress.epoch:
             t.mixup.mixup_enabled = False

@@ -1,0 +1,125 @@
+"""Loaders: augmentation by image and epoch only, streamed sets counted once."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.test_datasets import write_shards
+from vit_tucker.config.schema import DataConfig, TrainConfig
+from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.loaders import build_loaders
+from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.transforms import eval_transform, resolve_data
+from vit_tucker.errors import ConfigError
+
+RESOLVED = {
+    "input_size": (1, 8, 8),
+    "mean": (0.3,),
+    "std": (0.4,),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+AUGMENTED = DataConfig(scale=(0.5, 1.0), hflip=0.5, reprob=0.5, num_workers=0)
+
+
+def build(data=AUGMENTED, rank=0, world_size=1, seed=0, resolved=RESOLVED, **train):
+    recipe = TrainConfig(**{"global_batch_size": 16, **train})
+    return build_loaders(data, recipe, resolved, seed, rank, world_size, pin_memory=False)
+
+
+def first_step(loaders, epoch=0, start=0):
+    return next(iter(loaders.train.steps(epoch, start)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_image_and_epoch_only(workers):
+    data = AUGMENTED.model_copy(update={"num_workers": workers})
+    ((images, labels),) = first_step(build())
+    ((again, same),) = first_step(build(data))
+    assert torch.equal(images, again)
+    assert torch.equal(labels, same)
+    halves = [first_step(build(data, rank, 2))[0] for rank in (0, 1)]
+    united = torch.cat([half[0] for half in halves])
+    assert {x.numpy().tobytes() for x in united} == {x.numpy().tobytes() for x in images}
+    ((other, _),) = first_step(build(data, seed=1))
+    assert not torch.equal(images, other)
+    ((later, _),) = first_step(build(data), epoch=1)
+    assert not torch.equal(images, later)
+
+
+def test_resuming_in_mid_epoch_gives_the_same_batches():
+    whole = list(build().train.steps(2))
+    rest = list(build().train.steps(2, 5))
+    assert len(rest) == len(whole) - 5
+    assert torch.equal(rest[0][0][0], whole[5][0][0])
+
+
+def test_accumulation_groups_micro_batches():
+    loaders = build(grad_accum_steps=4)
+    step = first_step(loaders)
+    assert [tuple(images.shape) for images, _ in step] == [(4, 1, 8, 8)] * 4
+    assert loaders.train.steps_per_epoch == 1437 // 16
+
+
+def test_loading_leaves_the_global_generators_alone():
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    before = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    first_step(build())
+    assert (torch.rand(1), random.random(), np.random.rand()) == before  # noqa: NPY002
+    with seeded(derive_seed(1, 2)):
+        inside = torch.rand(1)
+    with seeded(derive_seed(1, 2)):
+        assert torch.equal(torch.rand(1), inside)
+    assert derive_seed(1, 2) != derive_seed(2, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_streamed_evaluation_counts_each_image_once(tmp_path, workers, world_size):
+    write_shards(tmp_path, sizes=(3, 2, 4))
+    resolved = {**RESOLVED, "input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    data = DataConfig(dataset="wds/", root=str(tmp_path), num_workers=workers)
+    reds = []
+    for rank in range(world_size):
+        loaders = build(data, rank, world_size, resolved=resolved, global_batch_size=6)
+        assert loaders.num_eval is None
+        reds += [round(x[0, 0, 0].item() * 255 / 20) for images, _ in loaders.eval for x in images]
+    assert sorted(reds) == list(range(9))
+
+
+def test_streamed_training_has_the_promised_steps(tmp_path):
+    write_shards(tmp_path, sizes=(6, 6))
+    resolved = {**RESOLVED, "input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
+    data = DataConfig(dataset="wds/", root=str(tmp_path), num_workers=1)
+    loaders = build(data, resolved=resolved, global_batch_size=4, grad_accum_steps=2)
+    for epoch in (0, 1):
+        assert [[len(labels) for _, labels in step] for step in loaders.train.steps(epoch)] == [[2, 2]] * 3
+
+
+def test_batches_that_do_not_fit_are_a_config_error():
+    with pytest.raises(ConfigError, match="larger than the 1437 training images"):
+        build(global_batch_size=2000)
+
+
+def test_normalisation_follows_weights_or_data(make_vit):
+    model, info = make_vit(), dataset_info("digits")
+    scratch = resolve_data(DataConfig(), info, model, False, (1, 16, 16))
+    assert (scratch["mean"], scratch["std"]) == (info.mean, info.std)
+    pretrained = resolve_data(DataConfig(), info, model, True, (3, 16, 16))
+    assert pretrained["mean"] == model.pretrained_cfg["mean"]
+    chosen = resolve_data(DataConfig(mean=(0.1,), crop_pct=0.8), info, model, True, (3, 16, 16))
+    assert (chosen["mean"], chosen["crop_pct"]) == ((0.1,) * 3, 0.8)
+    with pytest.raises(ConfigError, match="data.mean: 2 values for 3 channels"):
+        resolve_data(DataConfig(mean=(0.1, 0.2)), info, model, True, (3, 16, 16))
+    image = __import__("PIL.Image").Image.new("L", (16, 16), 255)
+    white = eval_transform({**scratch, "crop_pct": 1.0})(image)
+    assert white.shape == (1, 16, 16)
+    assert white.mean().item() == pytest.approx((1 - info.mean[0]) / info.std[0], rel=1e-5)

@@ -1,0 +1,120 @@
+"""Command lines as users type them: output, exit status, one line per mistake."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vit_tucker.cli import main, train_main
+
+ROOT = Path(__file__).parents[1]
+TINY = ["model.depth=1", "model.embed_dim=32", "train.epochs=1", "train.warmup_epochs=0"]
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def test_train_evaluate_and_plan_from_the_shell(in_tmp):
+    done = script(
+        "--cfg", "tucker_r16.yaml", *TINY, "attention.ranks=[8, 8, 8]", f"output_dir={in_tmp}/run", cwd=in_tmp
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: best top-1" in done.stdout
+    assert "\r" not in done.stderr  # no progress bar into a pipe
+    again = script("--cfg", f"{in_tmp}/run", cwd=in_tmp)
+    assert again.returncode == 0
+    assert "best/model.safetensors: top-1" in again.stdout
+    assert "epoch 1/1" not in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cfg", "tuker_r16.yaml"], "error: tuker_r16.yaml: no such config"),
+        (["--cfg", "tucker_r16.yaml", "train.epoch=5"], "did you mean 'epochs'?"),
+        (
+            ["--cfg", "tucker_r16.yaml", "attention.ranks=[9, 8, 8]"],
+            "attention: blocks.0.attn: ranks=[9, 8, 8]: head rank 9",
+        ),
+        (["--cfg", "tucker_r16.yaml", "train.epochs"], "overrides are written key.sub=value"),
+        (["--cfg", "tucker_r16.yaml", "--epochs", "5"], "unrecognized arguments: --epochs"),
+        ([], "the following arguments are required: --cfg"),
+    ],
+    ids=str,
+)
+def test_mistakes_exit_with_2(in_tmp, capfd, arguments, message):
+    try:
+        status = train_main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capfd.readouterr().err
+    assert message in error
+    if error.startswith("error:"):
+        assert error.count("\n") == 1
+    assert not (in_tmp / "runs").exists()
+
+
+def test_failures_of_the_training_exit_with_1_and_interrupts_with_130(in_tmp, capfd, monkeypatch):
+    diverging = ["train.lr=1e18", "train.opt=sgd", "train.clip_grad=null"]
+    assert train_main(["--cfg", "tucker_r16.yaml", *TINY, *diverging]) == 1
+    assert "error: the loss is" in capfd.readouterr().err
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vit_tucker.run.fit", interrupt)
+    assert train_main(["--cfg", "tucker_r16.yaml", *TINY, "output_dir=b"]) == 130
+    assert "the same command continues" in capfd.readouterr().err
+
+
+def test_plan_prints_a_table_or_json(in_tmp, capfd):
+    assert main(["plan", "--cfg", "imagenet/tucker_r16", "model.pretrained=false", "model.depth=2"]) == 0
+    out = capfd.readouterr().out
+    assert "blocks.1.attn" in out
+    assert "plan only: nothing was changed" in out
+    assert main(["plan", "--cfg", "imagenet/gqa2", "--json", "model.pretrained=false", "model.depth=2"]) == 0
+    assert len(json.loads(capfd.readouterr().out)["layers"]) == 2
+    assert main(["plan", "--cfg", "digits/dense"]) == 2
+    assert "patches nothing" in capfd.readouterr().err
+
+
+def test_small_commands(in_tmp, capfd):
+    assert main(["methods"]) == 0
+    assert capfd.readouterr().out.split() == ["gqa", "mha", "mla", "tucker"]
+    assert main(["schema"]) == 0
+    assert json.loads(capfd.readouterr().out)["title"] == "vit_tucker run"
+    assert main(["compare", "nowhere"]) == 2
+    assert "no results.json" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["compere"])
+    assert stop.value.code == 2
+
+
+def test_third_party_method_trains_from_yaml(in_tmp):
+    """A user's own method, in a file next to the YAML, from config to results, in a process of its own."""
+    (in_tmp / "mine.py").write_text(
+        "from typing import Literal\nimport vit_tucker\nfrom vit_tucker.attention.variants.gqa import GQAConfig\n\n"
+        '@vit_tucker.register_method("mine")\nclass MineConfig(GQAConfig):\n    method: Literal["mine"] = "mine"\n'
+    )
+    (in_tmp / "mine.yaml").write_text(
+        "base: digits/dense.yaml\nplugins: [mine.py]\nattention: {method: mine, num_kv_heads: 2, init: random}\n"
+    )
+    done = script("--cfg", "mine.yaml", *TINY, cwd=in_tmp)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((in_tmp / "runs" / "mine-0" / "results.json").read_text())
+    assert results["patch"]["layers"][0]["method"] == "mine"
+    again = script("--cfg", "runs/mine-0", cwd=in_tmp)
+    assert again.returncode == 0, again.stderr

@@ -1,0 +1,68 @@
+"""Imports go one way: tensor <- attention <- config, patching <- data <- training; report reads files; run and cli on top."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vit_tucker
+
+PACKAGE = Path(vit_tucker.__file__).parent
+ALLOWED = {
+    "errors": set(),
+    "tensor": {"errors"},
+    "attention": {"errors", "tensor"},
+    "config": {"errors", "attention"},
+    "patching": {"errors", "tensor", "attention"},
+    "data": {"errors", "config"},
+    "training": {"errors", "config", "data"},
+    "models": {"errors", "config", "patching", "training"},
+    "report": {"errors"},
+    "run": {"errors", "config", "patching", "data", "training", "models"},
+    "cli": {"errors", "attention", "config", "patching", "data", "training", "models", "report", "run", ""},
+    "__main__": {"cli"},
+    "__init__": {"errors", "attention", "patching"},
+}
+
+
+def imported_parts(file: Path) -> set[str]:
+    """First-level parts of vit_tucker that a file imports ('' for the package itself)."""
+    parts = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{a.name}" if node.module == "vit_tucker" else node.module for a in node.names]
+        known = set(ALLOWED)
+        for name in names:
+            head, _, rest = name.partition(".")
+            if head == "vit_tucker":
+                part = rest.partition(".")[0]
+                parts.add(part if part in known else "")
+    return parts
+
+
+def part_of(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_go_one_way(file):
+    part = part_of(file)
+    assert imported_parts(file) - {part} <= ALLOWED[part]
+
+
+def test_wrong_arrows_are_seen(tmp_path):
+    file = tmp_path / "wrong.py"
+    file.write_text(
+        "from vit_tucker.training.engine import fit\nimport vit_tucker.patching.patch\nfrom vit_tucker import plan\n"
+    )
+    assert imported_parts(file) == {"training", "patching", ""}
+
+
+def test_only_hosts_knows_timms_attention_classes():
+    users = [
+        f.name for f in PACKAGE.rglob("*.py") if "vision_transformer" in f.read_text() or "timm.layers" in f.read_text()
+    ]
+    allowed = {"hosts.py", "patch.py"}  # patch.py names the class in a docstring
+    assert set(users) <= allowed
