@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value")
     compare = commands.add_parser("compare", help="runs side by side, from their results.json")
     compare.add_argument("runs", nargs="+", type=Path, help="run folders")
+    compare.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="keep configs, summaries, results and the table there"
+    )
     commands.add_parser("methods", help="names of the registered attention methods")
     commands.add_parser("schema", help="JSON schema of a config file, for editors")
     args = parser.parse_args(argv)
@@ -95,9 +98,11 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from vit_tucker.report.compare import comparison
+    from vit_tucker.report.compare import comparison, save_comparison
 
     print(comparison(args.runs))
+    if args.save is not None:
+        save_comparison(args.runs, args.save)
     return 0
 
 

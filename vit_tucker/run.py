@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
         "train_seconds": progress.seconds,
         "images_per_second": progress.global_step * config.train.global_batch_size / progress.seconds,
         "num_train": loaders.train.num_samples,
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
     if accelerator.is_main_process:
         run_dir.write_results(results)

@@ -175,12 +175,9 @@ SHIPPED = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_resolve_and_their_models_build(name):
     import timm
-    import torch
 
     config = load_config(name)
-    kwargs = config.model.timm_kwargs() | {"num_classes": config.model.num_classes or 10}
-    with torch.device("meta"):
-        model = timm.create_model(config.model.name, **kwargs)
+    model = timm.create_model(config.model.name, **{**config.model.timm_kwargs(), "depth": 1, "num_classes": 10})
     if config.attention is not None:
         report = vt.plan(model, config.attention)
         assert report.params_after < report.params_before

@@ -46,8 +46,9 @@ def test_weight_decay_acts_on_matrices_and_cores_only(make_vit):
     names = dict(model.named_parameters())
     assert set(decay) == {id(p) for p in names.values()}
     for name, p in names.items():
-        kept = p.ndim < 2 or name in ("pos_embed", "cls_token", "reg_token")
+        kept = p.ndim < 2 or name in model.no_weight_decay()
         assert decay[id(p)] == (0.0 if kept else RECIPE.weight_decay), name
+    assert decay[id(names["pos_embed"])] == 0
     assert decay[id(names["blocks.0.attn.pre_core"])] > 0
     assert decay[id(names["blocks.0.attn.pre_head"])] > 0
     assert decay[id(names["blocks.0.attn.q_proj.bias"])] == 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import vit_tucker as vt
 from vit_tucker.config.load import load_config
-from vit_tucker.report.compare import comparison
+from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run import run
 from vit_tucker.training import engine
 from vit_tucker.training.engine import DivergedError
@@ -59,7 +59,12 @@ def test_a_run_leaves_everything_a_table_needs():
     assert "top-1" in Path("a/train.log").read_text()
     with pytest.raises(vt.ConfigError, match="nowhere: no results.json"):
         comparison([Path("nowhere")])
+    save_comparison([Path("a")], Path("kept"))
+    kept = Path("kept/digits-tucker_r16-0")
+    assert sorted(f.name for f in kept.iterdir()) == ["config.yaml", "results.json", "summary.csv"]
+    assert load_config(kept) == load_config("a")
     table = comparison([Path("a")])
+    assert table in Path("kept/README.md").read_text()
     assert f"{attention:,}" in table
     assert "tucker ranks=3,8,8" in table
 

@@ -1,12 +1,26 @@
-"""Runs side by side."""
+"""Runs side by side, and their small files kept for the record."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
 
-COLUMNS = ("run", "attention", "attention params", "of dense", "params", "top-1 %", "top-5 %", "epochs", "train s")
+COLUMNS = (
+    "run",
+    "attention",
+    "attention params",
+    "of dense",
+    "params",
+    "top-1 %",
+    "best epoch %",
+    "top-5 %",
+    "epochs",
+    "train s",
+)
+TEXT_COLUMNS = 2
+KEPT_FILES = ("config.yaml", "summary.csv", "results.json")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -34,36 +48,65 @@ def describe_attention(results: dict[str, Any]) -> str:
 
 
 def comparison(folders: list[Path]) -> str:
-    """A table of finished runs, best weights of each.
+    """A Markdown table of finished runs: accuracy after the last epoch, and of the best one (chosen on the same images).
 
     Args:
         folders: run folders.
 
     Returns:
-        Lines of a Markdown table.
+        The table's lines.
+
+    Raises:
+        ConfigError: a run is not finished.
     """
-    rows = [COLUMNS, tuple("---" if i < 2 else "---:" for i in range(len(COLUMNS)))]
+    rows = [COLUMNS]
     for folder in folders:
         results = read_results(folder)
-        params, best = results["params"], results["best"]
-        rows.append(
-            (
-                results["name"],
-                describe_attention(results),
-                f"{params['attention']:,}",
-                f"{params['attention'] / params['dense_attention']:.1%}",
-                f"{params['total']:,}",
-                f"{best['top1']:.2f}",
-                f"{best['top5']:.2f}",
-                str(results["epochs"]),
-                f"{results['train_seconds']:.1f}",
-            )
+        params, last = results["params"], results["last"]
+        row = (
+            results["name"],
+            describe_attention(results),
+            f"{params['attention']:,}",
+            f"{params['attention'] / params['dense_attention']:.1%}",
+            f"{params['total']:,}",
+            f"{last['eval_top1']:.2f}",
+            f"{results['best']['top1']:.2f}",
+            f"{last['eval_top5']:.2f}",
+            str(results["epochs"]),
+            f"{results['train_seconds']:.0f}",
         )
+        rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    aligned = [[c.ljust(w) if i < TEXT_COLUMNS else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+               for row in rows]  # fmt: skip
+    rule = ["-" * w if i < TEXT_COLUMNS else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (aligned[0], rule, *aligned[1:]))
+
+
+def save_comparison(folders: list[Path], out: Path) -> None:
+    """Copy config.yaml, summary.csv and results.json of each run below ``out``, and write the table to its README.md.
+
+    Args:
+        folders: run folders.
+        out: where to.
+
+    Raises:
+        ConfigError: a run is not finished; nothing has been written.
+    """
+    table = comparison(folders)
     lines = []
-    for number, row in enumerate(rows):
-        if number == 1:
-            row = tuple(("-" * (w - 1) + ":") if i > 1 else "-" * w for i, w in enumerate(widths))
-        cells = [c.rjust(w) if i > 1 else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for folder in folders:
+        results = read_results(folder)
+        kept = out / f"{results['name']}-{results['config']['seed']}"
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in KEPT_FILES:
+            shutil.copyfile(folder / name, kept / name)
+        where = results["environment"]
+        versions = ", ".join(f"{name} {where[name]}" for name in ("torch", "timm", "accelerate"))
+        lines.append(
+            f"- `{kept.name}`: seed {results['config']['seed']}, {results['num_train']} training and "
+            f"{results['data']['num_eval']} evaluation images, {results['processes']} process(es) on {where['device']}, "
+            f"{versions}, finished {results['finished']}, commit {where['commit']}"
+        )
+    notes = "Written by `python -m vit_tucker compare RUNS... --save FOLDER`; top-1 and top-5 are those after the last epoch."
+    (out / "README.md").write_text("\n".join([f"# {out.name}", "", table, "", *lines, "", notes, ""]))

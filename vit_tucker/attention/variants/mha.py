@@ -36,6 +36,16 @@ class MHAConfig(AttentionConfig):
         """See base class."""
         self.refuse_extras(spec)
 
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> "MHAConfig":
+        """There is only one."""
+        return cls()
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> "MHAConfig":
+        """There is only one."""
+        return cls()
+
     def build(self, spec: HostSpec, **factory: Any) -> "MHA":
         """See base class."""
         return MHA(spec, **factory)
