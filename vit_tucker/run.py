@@ -54,23 +54,25 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
     num_classes = config.model.num_classes or info.num_classes
     if num_classes is None:
         raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell")
-    model = create_host(config.model, num_classes, in_chans)
+    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
+        model = create_host(config.model, num_classes, in_chans)
     params_dense, attention_dense = count_parameters(model)
     report = patch_model(model, config)
     resolved = resolve_data(
         config.data, info, model, config.model.pretrained, input_shape(model, config.model.img_size)
     )
     finished = run_dir.results.is_file()
-    loaders = build_loaders(
-        config.data,
-        config.train,
-        resolved,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-        with_train=not (finished or evaluate_only),
-    )
+    with accelerator.main_process_first():
+        loaders = build_loaders(
+            config.data,
+            config.train,
+            resolved,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+            with_train=not (finished or evaluate_only),
+        )
     model.to(accelerator.device)
     params, attention = count_parameters(model)
     results: dict[str, Any] = {

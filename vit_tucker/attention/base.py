@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.tucker import Pairs
 
@@ -203,3 +204,20 @@ class AttentionConfig(BaseModel):
                     f"it carries {', '.join(sorted(self.carries))}" if self.carries else "its heads share projections"
                 )
                 raise PatchError(f"{self.method} can't carry the host's {feature} ({able})")
+
+
+class PerHeadConfig(AttentionConfig):
+    """Base of methods that form each head's query, key and output of width D: they carry all features of the host."""
+
+    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class: each weight multiplies each token once, then the attention itself, then the host's gate."""
+        projections = 2 * num_tokens * self.count_parameters(spec).weights
+        gate = 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
+        return projections + attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim) + gate
+
+
+def count_extras(spec: HostSpec) -> int:
+    """Parameters of the host's norms and gate."""
+    return sum(p.numel() for group in spec.extras.values() for module in group.values() for p in module.parameters())

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.sdpa import attend
 from vit_tucker.tensor.tucker import Pairs
 
 
@@ -51,6 +52,7 @@ class PerHeadModule(AttentionModule):
     k_norm: nn.Module
     norm: nn.Module
     gate: nn.Module | None
+    proj: nn.Linear
 
     def add_extras(self, spec: HostSpec, **factory: Any) -> None:
         """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
@@ -61,20 +63,46 @@ class PerHeadModule(AttentionModule):
         for name in modules:
             getattr(self, name).to(**factory)
 
-    def gated(self, x: Tensor, heads: Tensor) -> Tensor:
-        """Output norm and gate on the joined heads. x (B, N, C), heads (B, N, H*D) -> (B, N, H*D)"""
-        heads = self.norm(heads)
-        return heads if self.gate is None else heads * self.gate(x).sigmoid()
+    def attend_heads(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """Everything after the projections: norms, softmax(QK)V, gate, output projection.
 
+        Args:
+            x: (B, N, C), the layer's input, for the gate.
+            q: (B, H, N, D).
+            k, v: (B, G, N, D), G divides H.
+            attn_mask, is_causal: as for the layer.
 
-def count_extras(spec: HostSpec) -> int:
-    """Parameters of the host's norms and gate."""
-    return sum(p.numel() for group in spec.extras.values() for module in group.values() for p in module.parameters())
+        Returns:
+            (B, N, O).
+        """
+        y = attend(
+            self.q_norm(q),
+            self.k_norm(k),
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        y = self.norm(y.transpose(1, 2).flatten(2))  # (B, N, H*D)
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(y))
 
+    @abstractmethod
+    def dense_weights(self) -> MHAWeights:
+        """Query, key, value and output weights of each of the H heads, float64, and the query bias."""
 
-def flops_extras(spec: HostSpec, num_tokens: int) -> int:
-    """Operations of the host's gate projection; norms are no matrix products."""
-    return 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
+    def pre_pairs(self) -> Pairs:
+        """See base class."""
+        return self.dense_weights().pre_pairs()
+
+    def post_pairs(self) -> Pairs:
+        """See base class."""
+        return self.dense_weights().post_pairs()
 
 
 def linear_weight(linear: nn.Linear) -> Tensor:

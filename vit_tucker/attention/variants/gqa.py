@@ -4,17 +4,15 @@
 Source: Ainslie et al., GQA, arXiv 2305.13245; Shazeer, arXiv 1911.02150 (MQA).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
-    count_extras,
-    flops_extras,
     init_linear,
     join_heads,
     linear_bias,
@@ -23,17 +21,15 @@ from vit_tucker.attention.module import (
     split_heads,
 )
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
 
 
 @register_method("gqa")
-class GQAConfig(AttentionConfig):
+class GQAConfig(PerHeadConfig):
     """Grouped-query attention with ``num_kv_heads`` key/value heads (1: multi-query attention)."""
 
     method: Literal["gqa"] = "gqa"
-    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
 
     num_kv_heads: int = Field(ge=1, description="Number of key/value heads; divides the host's num_heads. 1 is MQA.")
     conversion: Literal["mean", "svd"] = Field(
@@ -76,12 +72,6 @@ class GQAConfig(AttentionConfig):
         biases = (spec.attn_dim + 2 * kv_dim) * spec.qkv_bias + spec.out_dim * has_proj_bias(spec, self)
         return ParameterCount(weights, biases + count_extras(spec))
 
-    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class."""
-        projections = 2 * num_tokens * self.count_parameters(spec).weights
-        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
-        return projections + attention + flops_extras(spec, num_tokens)
-
 
 def has_proj_bias(spec: HostSpec, config: GQAConfig) -> bool:
     """The SVD conversion folds value biases into the output bias, which then must exist."""
@@ -114,18 +104,7 @@ class GQA(PerHeadModule):
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
         v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        y = attend(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )
-        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
-        return self.proj_drop(self.proj(self.gated(x, y)))
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Exact where num_kv_heads is num_heads; else each group's mean, or its best basis."""
@@ -141,7 +120,8 @@ class GQA(PerHeadModule):
             set_linear(linear, join_heads(weight), None if bias is None else bias.flatten())
         set_linear(self.proj, converted.out.flatten(0, 1), converted.out_bias)
 
-    def _weights(self) -> MHAWeights:
+    def dense_weights(self) -> MHAWeights:
+        """See base class."""
         group = self.num_heads // self.num_kv_heads
         bias = linear_bias(self.q_proj)
         return MHAWeights(
@@ -151,14 +131,6 @@ class GQA(PerHeadModule):
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
             query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
         )
-
-    def pre_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().pre_pairs()
-
-    def post_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().post_pairs()
 
 
 def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:

@@ -3,16 +3,14 @@
 out = sum_i softmax(Q_i K_i^T / sqrt(D)) V_i WO_i + b,   parameters per layer: 4 d^2
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
-    count_extras,
-    flops_extras,
     init_linear,
     join_heads,
     linear_bias,
@@ -21,16 +19,13 @@ from vit_tucker.attention.module import (
     split_heads,
 )
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.sdpa import attend, attend_flops
-from vit_tucker.tensor.tucker import Pairs
 
 
 @register_method("mha")
-class MHAConfig(AttentionConfig):
+class MHAConfig(PerHeadConfig):
     """Multi-head attention with the host's shape: for baselines, and to train dense attention from a new start."""
 
     method: Literal["mha"] = "mha"
-    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
 
     def check(self, spec: HostSpec) -> None:
         """See base class."""
@@ -56,12 +51,6 @@ class MHAConfig(AttentionConfig):
         biases = 3 * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
         return ParameterCount(weights, biases + count_extras(spec))
 
-    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class."""
-        projections = 2 * num_tokens * spec.attn_dim * (3 * spec.embed_dim + spec.out_dim)
-        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
-        return projections + attention + flops_extras(spec, num_tokens)
-
 
 class MHA(PerHeadModule):
     """Multi-head self-attention. Its state dict is that of timm's Attention."""
@@ -83,18 +72,7 @@ class MHA(PerHeadModule):
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
-        y = attend(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )
-        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
-        return self.proj_drop(self.proj(self.gated(x, y)))
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Exact."""
@@ -103,17 +81,10 @@ class MHA(PerHeadModule):
         set_linear(self.qkv, qkv, torch.cat([b.flatten() for b in biases]) if biases else None)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
 
-    def _weights(self) -> MHAWeights:
+    def dense_weights(self) -> MHAWeights:
+        """See base class."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
         bias = linear_bias(self.qkv)
         query_bias = None if bias is None else bias.chunk(3)[0].unflatten(0, (self.num_heads, -1))
         out = linear_weight(self.proj).unflatten(0, (self.num_heads, -1))
         return MHAWeights(query, key, value, out, query_bias=query_bias)
-
-    def pre_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().pre_pairs()
-
-    def post_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().post_pairs()

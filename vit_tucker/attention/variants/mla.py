@@ -5,17 +5,15 @@
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (without the decoupled RoPE).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
-    count_extras,
-    flops_extras,
     init_linear,
     join_heads,
     linear_bias,
@@ -24,17 +22,15 @@ from vit_tucker.attention.module import (
     split_heads,
 )
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.tucker import Pairs, leading_eigenvectors
+from vit_tucker.tensor.tucker import leading_eigenvectors
 
 
 @register_method("mla")
-class MLAConfig(AttentionConfig):
+class MLAConfig(PerHeadConfig):
     """Multi-head latent attention with a query latent and a key/value latent."""
 
     method: Literal["mla"] = "mla"
-    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
 
     q_lora_rank: int = Field(ge=1, description="Width of the query latent, at most embed_dim.")
     kv_lora_rank: int = Field(ge=1, description="Width of the key/value latent, at most embed_dim.")
@@ -73,12 +69,6 @@ class MLAConfig(AttentionConfig):
         key_bias = "qk_norm" in spec.extras
         biases = (2 + key_bias) * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
-
-    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class."""
-        projections = 2 * num_tokens * self.count_parameters(spec).weights
-        attention = attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim)
-        return projections + attention + flops_extras(spec, num_tokens)
 
 
 def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
@@ -123,18 +113,7 @@ class MLA(PerHeadModule):
         q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        y = attend(
-            self.q_norm(q),
-            self.k_norm(k),
-            v,
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )
-        y = y.transpose(1, 2).reshape(B, N, self.attn_dim)
-        return self.proj_drop(self.proj(self.gated(x, y)))
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
@@ -155,7 +134,8 @@ class MLA(PerHeadModule):
         set_linear(self.v_up, v_basis.mT @ joined["value"], v_bias)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
 
-    def _weights(self) -> MHAWeights:
+    def dense_weights(self) -> MHAWeights:
+        """See base class."""
         latent = linear_weight(self.kv_down)
         v_latent = latent if self.v_down is None else linear_weight(self.v_down)
         bias = linear_bias(self.q_up)
@@ -166,14 +146,6 @@ class MLA(PerHeadModule):
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
             query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
         )
-
-    def pre_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().pre_pairs()
-
-    def post_pairs(self) -> Pairs:
-        """See base class."""
-        return self._weights().post_pairs()
 
 
 def left_basis(matrix: Tensor, rank: int) -> Tensor:
