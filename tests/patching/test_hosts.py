@@ -57,7 +57,15 @@ def test_other_timm_attention_is_named():
 def test_attention_pooling_is_left_alone():
     model = timm.create_model("vit_base_patch16_siglip_224", embed_dim=48, depth=2, num_heads=4, num_classes=0)
     assert list(find_attention(model)) == ["blocks.0.attn", "blocks.1.attn"]
-    assert vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8))).left_alone == ()
+    assert vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8))).left_alone == ("attn_pool",)
+
+
+def test_cross_attention_is_left_alone():
+    model = timm.create_model("crossvit_tiny_240").eval()
+    report = vt.patch(model, vt.TuckerConfig(ranks=(1, 8, 8)))
+    assert all("fusion" in name for name in report.left_alone)
+    assert report.left_alone
+    assert torch.isfinite(model(torch.randn(1, 3, 240, 240))).all()
 
 
 def test_changed_scale_is_refused():

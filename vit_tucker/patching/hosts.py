@@ -74,21 +74,34 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module is self-attention, ours, known or not: by class, or by a class name with a number of heads.
+def looks_like_attention(module: nn.Module) -> bool:
+    """By the class's name and a number of heads: what a user may take for attention, known to us or not."""
+    name = type(module).__name__.lower()
+    return ("attention" in name or name.endswith("attn")) and hasattr(module, "num_heads")
 
-    Attention pooling (timm's AttentionPool...) reads tokens out with a learned query; it is no self-attention.
+
+def is_self_attention(module: nn.Module) -> bool:
+    """Whether tokens attend to each other in it: a known class, or a name like one.
+
+    Attention pooling (timm's AttentionPool...) reads tokens out with a learned query, cross-attention takes its queries from
+    elsewhere: no weights of ours fit them.
     """
     if isinstance(module, (*READERS, AttentionModule)):
         return True
     name = type(module).__name__
-    looks = "attention" in name.lower() or name.lower().endswith("attn")
-    return looks and hasattr(module, "num_heads") and not name.startswith("AttentionPool")
+    return looks_like_attention(module) and not name.startswith("AttentionPool") and "Cross" not in name
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
     """All self-attention modules of a model by full name, in the model's order; a shared module under each of its names."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_attention(module)}
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_self_attention(module)}
+
+
+def find_other_attention(model: nn.Module) -> list[str]:
+    """Full names of attention pooling and cross-attention, which no method replaces."""
+    return [
+        name for name, module in model.named_modules() if looks_like_attention(module) and not is_self_attention(module)
+    ]
 
 
 def read_host(module: nn.Module) -> Host:

@@ -139,7 +139,7 @@ def _prepare(
             shared[id(module)] = _replacement(module, host, configs[name])
         replacements[name] = shared[id(module)]
         rows.append(_row(name, host, configs[name], replacements[name], tokens.get(name)))
-    left = tuple(name for name in found if name not in read)
+    left = tuple([name for name in found if name not in read] + hosts.find_other_attention(model))
     return replacements, PatchReport(tuple(rows), left, applied)
 
 

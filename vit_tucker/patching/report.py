@@ -36,7 +36,8 @@ class PatchReport:
 
     Attributes:
         layers: replaced modules in the model's order.
-        left_alone: full names of the attention modules that the selection leaves as they are.
+        left_alone: full names of the attention modules that the selection leaves as they are, then of
+            attention pooling and cross-attention.
         applied: False for a plan.
     """
 
