@@ -18,7 +18,7 @@ from vit_tucker.training import engine
 from vit_tucker.training.engine import DivergedError
 
 TINY = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "train.epochs=2", "train.warmup_epochs=0.5"]
-TINY += ["train.global_batch_size=64"]  # 22 steps per epoch
+TINY += ["train.global_batch_size=64", "train.lr=2e-3"]  # 22 steps per epoch
 RANKS = "attention.ranks=[3, 8, 8]"
 
 
