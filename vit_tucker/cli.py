@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vit_tucker.errors import VitTuckerError
+from vit_tucker.errors import DivergedError, VitTuckerError
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -17,10 +17,10 @@ def guarded(command: Callable[[], int]) -> int:
     first = os.environ.get("RANK", "0") == "0"
     try:
         return command()
-    except VitTuckerError as error:
+    except (VitTuckerError, DivergedError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, VitTuckerError) else 1
     except KeyboardInterrupt:
         if first:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -45,16 +45,11 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 def _train(cfg: str, overrides: list[str], evaluate_only: bool) -> int:
     from vit_tucker.config.load import load_config
     from vit_tucker.run import run
-    from vit_tucker.training.engine import DivergedError
 
     config = load_config(cfg, overrides)
     if Path(cfg).is_dir():
         config = config.model_copy(update={"output_dir": str(Path(cfg))})
-    try:
-        run(config, evaluate_only)
-    except DivergedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    run(config, evaluate_only)
     return 0
 
 

@@ -24,6 +24,10 @@ class CheckpointError(VitTuckerError):
     """A checkpoint that is missing, torn, or of another model."""
 
 
+class DivergedError(RuntimeError):
+    """The loss became NaN or infinite: the run failed, exit status 1."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)

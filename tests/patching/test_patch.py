@@ -83,7 +83,11 @@ def test_plan_gives_the_same_report_and_touches_nothing(make_vit, images):
     model = make_vit().train()
     reference, state = model(images), copy.deepcopy(model.state_dict())
     modules = dict(model.named_modules())
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
     planned = vt.plan(model, TUCKER)
+    assert torch.equal(torch.rand(3), expected)
     assert dict(model.named_modules()) == modules
     assert model.training
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -225,6 +229,8 @@ def test_random_init_does_not_look_at_the_host(make_vit):
 def test_one_module_at_two_places_is_replaced_by_one(make_vit, images):
     model = make_vit()
     model.blocks[2].attn = model.blocks[0].attn
+    with pytest.raises(vt.PatchError, match="blocks.2.attn: is the same module as blocks.0.attn, but the rules"):
+        vt.patch(model, vt.TuckerConfig(ranks=(3, 6, 6), rules=({"layers": 2, "ranks": (2, 6, 6)},)))
     vt.patch(model, TUCKER)
     assert model.blocks[2].attn is model.blocks[0].attn
     assert isinstance(model.blocks[1].attn, vt.AttentionModule)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 import vit_tucker as vt
 from vit_tucker.config.load import load_config
+from vit_tucker.errors import DivergedError
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run import run
 from vit_tucker.training import engine
-from vit_tucker.training.engine import DivergedError
 
 TINY = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "train.epochs=2", "train.warmup_epochs=0.5"]
 TINY += ["train.global_batch_size=64", "train.lr=2e-3"]  # 22 steps per epoch

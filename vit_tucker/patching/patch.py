@@ -83,8 +83,13 @@ def plan(
     exclude: Selection | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> PatchReport:
-    """The report, and the errors, that ``patch`` would give; the model is not touched. Arguments as for ``patch``."""
-    return _prepare(model, _placed(config, layers, exclude), img_size, applied=False)[1]
+    """The report, and the errors, that ``patch`` would give. Arguments as for ``patch``.
+
+    Nothing is touched: neither the model, nor the random number generators.
+    """
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in cuda if index is not None]):
+        return _prepare(model, _placed(config, layers, exclude), img_size, applied=False)[1]
 
 
 def unpatch(model: nn.Module) -> None:
@@ -131,13 +136,15 @@ def _prepare(
     configs = _layer_configs(config, list(found), chosen)
     read = {name: _read(name, found[name], configs[name]) for name in chosen}
     tokens = count_tokens(model, chosen, img_size)
-    shared: dict[int, AttentionModule] = {}  # one replacement for a module that stands at several places
-    replacements, rows = {}, []
+    first_name: dict[int, str] = {}  # a module that stands at several places gets one replacement
+    replacements: dict[str, AttentionModule] = {}
+    rows = []
     for name in chosen:
         module, host = found[name], read[name]
-        if id(module) not in shared:
-            shared[id(module)] = _replacement(module, host, configs[name])
-        replacements[name] = shared[id(module)]
+        first = first_name.setdefault(id(module), name)
+        if configs[first] != configs[name]:
+            raise PatchError(f"{name}: is the same module as {first}, but the rules give it other options")
+        replacements[name] = replacements[first] if first in replacements else _replacement(module, host, configs[name])
         rows.append(_row(name, host, configs[name], replacements[name], tokens.get(name)))
     left = tuple([name for name in found if name not in read] + hosts.find_other_attention(model))
     return replacements, PatchReport(tuple(rows), left, applied)

@@ -19,14 +19,11 @@ from tqdm import tqdm
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.loaders import Batch, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
+from vit_tucker.errors import DivergedError
 from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
 from vit_tucker.training.optim import learning_rate
 from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import save_checkpoint, save_weights
-
-
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass

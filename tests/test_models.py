@@ -1,0 +1,79 @@
+"""The host of a run: timm's own checkpoint formats, resampling, adapted heads, and refusals."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vit_tucker as vt
+from vit_tucker.config.schema import ModelConfig
+from vit_tucker.models import count_parameters, create_host
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
+
+
+def host_config(**options):
+    return ModelConfig(name="vit_tiny_patch16_224", **{**SMALL, **options})
+
+
+@pytest.fixture
+def source():
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=3, **SMALL)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pth", "pth with state_dict", "folder"])
+def test_checkpoints_of_timm_are_loaded(tmp_path, source, layout):
+    state = source.state_dict()
+    file = tmp_path / ("model.safetensors" if layout in ("safetensors", "folder") else "model.pth")
+    if file.suffix == ".safetensors":
+        save_file(state, str(file))
+    else:
+        torch.save({"state_dict": state} if "state_dict" in layout else state, file)
+    model = create_host(host_config(checkpoint=str(tmp_path if layout == "folder" else file)), 10, 3)
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert "state_dict" not in model.pretrained_cfg
+
+
+def test_position_embedding_head_and_channels_are_adapted(tmp_path, source):
+    save_file(source.state_dict(), str(tmp_path / "m.safetensors"))
+    config = host_config(checkpoint=str(tmp_path / "m.safetensors"), img_size=24)
+    model = create_host(config, num_classes=3, in_chans=1)
+    assert model.pos_embed.shape == (1, 37, 24)
+    assert model.head.out_features == 3
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    summed = source.patch_embed.proj.weight.sum(1, keepdim=True)  # timm sums the colour channels
+    torch.testing.assert_close(model.patch_embed.proj.weight, summed)
+
+
+def test_converted_checkpoint_keeps_the_logits(tmp_path, source):
+    save_file(source.state_dict(), str(tmp_path / "m.safetensors"))
+    model = create_host(host_config(checkpoint=str(tmp_path / "m.safetensors")), 10, 3).eval()
+    vt.patch(model, vt.TuckerConfig(ranks=(4, 24, 24)))
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(model(x), source.eval()(x), rtol=1e-4, atol=1e-5)  # float32
+    other = timm.create_model("vit_tiny_patch16_224", num_classes=10, **SMALL).eval()
+    assert not torch.allclose(model(x), other(x), rtol=1e-2)
+
+
+def test_pickles_are_not_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("pwned").touch, ())
+
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(vt.CheckpointError, match="evil.pth can't be read as weights"):
+        create_host(host_config(checkpoint=str(tmp_path / "evil.pth")), 10, 3)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_missing_pretrained_weights_are_one_line():
+    config = ModelConfig(name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
+    with pytest.raises(vt.CheckpointError, match="model.pretrained: no weights for vit_tiny_patch16_224") as caught:
+        create_host(config, 1000, 3)  # the test environment is offline
+    assert "\n" not in str(caught.value)
+
+
+def test_count_parameters(source):
+    attention = sum(p.numel() for b in source.blocks for p in b.attn.parameters())
+    assert count_parameters(source) == (sum(p.numel() for p in source.parameters()), attention)
