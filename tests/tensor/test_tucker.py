@@ -74,6 +74,19 @@ def test_hosvd_spans_the_leading_singular_vectors():
         torch.testing.assert_close(factor @ factor.mT, vectors @ vectors.mT, rtol=0, atol=1e-9)  # Grams square the gaps
 
 
+def test_full_rank_is_exact_for_badly_conditioned_factors():
+    """Singular values over 12 decades, one row more than columns: a Gram alone would drop a true direction."""
+    pairs = random_pairs(heads=4, rows=17, columns=16, width=4)
+    scales = torch.logspace(0, -12, 16, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(17, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64)).Q
+    flat = (basis * scales) @ torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q
+    pairs = Pairs(flat.unflatten(1, (4, 4)).transpose(0, 1).contiguous(), pairs.right)
+    assert relative_distance(pairs, as_pairs(hosvd(pairs, (4, 16, 16)))) < 1e-14
+    gram_only = leading_eigenvectors(grams(pairs).left, 16)
+    projected = Pairs(gram_only @ (gram_only.mT @ pairs.left), pairs.right)
+    assert relative_distance(pairs, projected) > 1e-14
+
+
 def test_core_is_the_projection():
     pairs = random_pairs()
     head, left, right = (torch.randn(n, 2, dtype=torch.float64) for n in (4, 9, 7))

@@ -91,9 +91,36 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """
     if not 1 <= rank <= gram.shape[0]:
         raise ValueError(f"rank {rank} is outside 1..{gram.shape[0]}")
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank]
+    return _fix_signs(torch.linalg.eigh(gram).eigenvectors.flip(-1)[:, :rank])
+
+
+def _fix_signs(vectors: Tensor) -> Tensor:
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * largest.sign()).contiguous()
+
+
+def left_basis(pairs: Pairs, rank: int) -> Tensor:
+    """The ``rank`` leading left singular vectors of the left mode's unfolding.
+
+    A Gram squares the singular values, so that directions below 1e-8 of the largest drown in rounding. Where the columns of all
+    A_i together are fewer than the rows, the search is therefore held to their span by a QR: with a rank that covers the span
+    nothing at all is lost, which full-rank conversions need (the query mode has one row more than the heads have columns).
+
+    Args:
+        pairs: the tensor, (H, I, J) as pairs of width D.
+        rank: 1 <= rank <= I.
+
+    Returns:
+        (I, rank), orthonormal columns.
+    """
+    heads, rows, width = pairs.left.shape
+    if heads * width >= rows:
+        return leading_eigenvectors(gram_left(pairs), rank)
+    flat = pairs.left.transpose(0, 1).flatten(1)  # (I, H*D)
+    q, r = torch.linalg.qr(flat, mode="complete" if rank > heads * width else "reduced")
+    span, rest = q[:, : heads * width], q[:, heads * width : rank]
+    inner = Pairs(r[: heads * width].unflatten(1, (heads, width)).transpose(0, 1), pairs.right)  # (H, H*D, D)
+    return _fix_signs(torch.cat([span @ leading_eigenvectors(gram_left(inner), min(rank, heads * width)), rest], 1))
 
 
 def project(pairs: Pairs, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -127,9 +154,9 @@ def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None
     Source: De Lathauwer et al., A Multilinear SVD, 2000; Tucker Attention (arXiv 2603.30033), App. C.1.4.
     """
     head = leading_eigenvectors(gram_head(pairs), ranks[0])
-    left = leading_eigenvectors(gram_left(pairs), ranks[1])
+    left = left_basis(pairs, ranks[1])
     if right is None:
-        right = leading_eigenvectors(gram_right(pairs), ranks[2])
+        right = left_basis(Pairs(pairs.right, pairs.left), ranks[2])
     return Tucker(project(pairs, head, left, right), head, left, right)
 
 
