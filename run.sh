@@ -44,8 +44,10 @@ setup() {
 train() {
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
+    local port
+    port=${MASTER_PORT:-$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
     .venv/bin/accelerate launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port "${MASTER_PORT:-0}" experiments/train_vit.py "$@"
+      --dynamo_backend no --main_process_port "$port" experiments/train_vit.py "$@"
   else
     .venv/bin/python experiments/train_vit.py "$@"
   fi

@@ -62,7 +62,7 @@ def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
     """
     file = checkpoint_file(checkpoint)
     try:
-        state = load_state_dict(str(file), use_ema=True)
+        state = load_state_dict(str(file), use_ema=True, weights_only=True)  # older timm would unpickle anything
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"model.checkpoint: {file} can't be read as weights: {reason}") from None

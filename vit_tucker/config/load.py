@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -159,7 +159,7 @@ def _valid_keys(model: type[BaseModel], values: dict[str, Any], prefix: str = ""
         if prefix == "" and name == "attention":
             method = (values.get("attention") or {}).get("method")
             section = get_method(method) if method in list_methods() else None
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if get_origin(section) is None and isinstance(section, type) and issubclass(section, BaseModel):
             yield from _valid_keys(section, values, f"{prefix}{name}.")
 
 
