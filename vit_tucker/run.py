@@ -90,6 +90,10 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
         "patch": report.to_dict() if report is not None else None,
         "data": {**resolved, "num_eval": loaders.num_eval},
     }
+    if finished:
+        LOGGER.info(
+            f"{run_dir.path}: finished, so evaluated; remove the folder to train anew, or choose another output_dir="
+        )
     if loaders.train is None:
         return evaluate_run(run_dir, model, loaders.eval, accelerator, results)
 
