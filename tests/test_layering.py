@@ -18,8 +18,9 @@ ALLOWED = {
     "training": {"errors", "config", "data"},
     "models": {"errors", "config", "patching", "training"},
     "report": {"errors"},
-    "run": {"errors", "config", "patching", "data", "training", "models"},
-    "cli": {"errors", "attention", "config", "patching", "data", "training", "models", "report", "run", ""},
+    "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
+    "run": {"errors", "config", "data", "models", "training", "build"},
+    "cli": {"errors", "attention", "config", "patching", "data", "training", "models", "report", "run", "build", ""},
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},
 }

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import json
 
+    from vit_tucker.build import classes_and_channels
     from vit_tucker.config.load import load_config
-    from vit_tucker.data.datasets import dataset_info
     from vit_tucker.errors import ConfigError
     from vit_tucker.models import create_host
     from vit_tucker.patching.patch import plan
@@ -84,9 +84,7 @@ def _plan(args: argparse.Namespace) -> int:
     config = load_config(args.cfg, args.overrides)
     if config.attention is None:
         raise ConfigError(f"{args.cfg}: attention: the config patches nothing")
-    info = dataset_info(config.data.dataset)
-    in_chans = config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
-    model = create_host(config.model, config.model.num_classes or info.num_classes or 1000, in_chans)
+    model = create_host(config.model, *classes_and_channels(config))
     report = plan(model, config.attention, img_size=config.model.img_size)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
     return 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,22 @@ def test_patching_a_trained_run_starts_from_its_accuracy():
     ruined = run(config("output_dir=low", "model.checkpoint=dense", low, base="digits/dense"), evaluate_only=True)
     assert ruined["evaluation"]["loss"] != pytest.approx(dense["best"]["loss"], rel=1e-5)
     assert not Path("full").exists()
+
+
+def test_a_run_does_not_need_its_start_any_more():
+    """Continued and evaluated without the dense run; the report of the conversion is kept."""
+    run(config("output_dir=dense", "train.epochs=1", base="digits/dense"))
+    options = ["model.checkpoint=dense", "attention={method: tucker, ranks: [2, 8, 8]}"]
+    first = run(config("output_dir=a", *options, base="digits/dense"))
+    error = first["patch"]["layers"][0]["pre_error"]
+    assert 0 < error < 1
+    shutil.rmtree("dense")
+    assert run(load_config("a"))["evaluation"]["top1"] == first["best"]["top1"]
+    Path("a/results.json").unlink()
+    shutil.rmtree("a/checkpoints/step-00000044")
+    again = run(load_config("a"))
+    assert again["patch"]["layers"][0]["pre_error"] == error
+    assert again["last"] == first["last"]
 
 
 def test_patched_checkpoints_are_no_dense_start():

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, summary.csv, results.json, train.log, TensorBoard events, checkpoints/."""
+"""The run folder: config.yaml, patch.json, summary.csv, results.json, train.log, TensorBoard events, checkpoints/."""
 
 import csv
 import io
@@ -49,10 +49,20 @@ class RunDir:
         """Everything that tables are made of; written when the run is done."""
         return self.path / "results.json"
 
-    def write_config(self, text: str) -> None:
-        """Write config.yaml."""
+    def start(self, config: str, patch: dict[str, Any] | None) -> None:
+        """Write config.yaml and patch.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _replace(self.config, text)
+        _replace(self.config, config)
+        if patch is not None:
+            _replace(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
+        handler = logging.FileHandler(self.path / "train.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        LOGGER.addHandler(handler)
+
+    def read_patch(self) -> dict[str, Any] | None:
+        """The patch report of the run's start; None for a dense run."""
+        file = self.path / "patch.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
         """Write summary.csv anew from all rows, so that a resumed run has none twice."""
@@ -66,13 +76,6 @@ class RunDir:
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         _replace(self.results, json.dumps(results, indent=2) + "\n")
-
-    def log_to_file(self) -> None:
-        """Send the package's log lines to train.log too."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(self.path / "train.log")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        LOGGER.addHandler(handler)
 
 
 def _replace(file: Path, text: str) -> None:

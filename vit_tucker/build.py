@@ -1,0 +1,175 @@
+"""The parts of a run, built from its config: accelerator, model, trainer."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.transforms import resolve_data
+from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.models import count_parameters, create_host
+from vit_tucker.patching.patch import patch
+from vit_tucker.patching.probe import input_shape
+from vit_tucker.patching.report import PatchReport
+from vit_tucker.training.engine import Progress, Trainer
+from vit_tucker.training.optim import create_optimizer, create_scheduler
+from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.state import list_checkpoints, load_checkpoint
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """The model of a run before training.
+
+    Attributes:
+        model: patched, on the device.
+        num_classes: of the classifier.
+        data: timm's data config (input size, normalisation, crop).
+        params: parameters: total, attention, dense_total, dense_attention.
+        patch: the patch report as plain values; None for a dense run.
+    """
+
+    model: nn.Module
+    num_classes: int
+    data: dict[str, Any]
+    params: dict[str, int]
+    patch: dict[str, Any] | None
+
+
+def create_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerator with the config's precision; 'auto' is what the launcher was told, else bf16 on GPUs that have it."""
+    cpu = config.cpu or not torch.cuda.is_available()
+    precision = config.mixed_precision
+    if precision == "auto":
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        has_bf16 = not cpu and torch.cuda.is_bf16_supported()
+        precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+
+
+def classes_and_channels(config: RunConfig) -> tuple[int, int]:
+    """Number of classes and image channels: the model section's, else the data set's (3 channels for timm's weights).
+
+    Raises:
+        ConfigError: neither tells the number of classes.
+    """
+    info = dataset_info(config.data.dataset)
+    num_classes = config.model.num_classes or info.num_classes
+    if num_classes is None:
+        raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell")
+    return num_classes, config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
+
+
+def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> BuiltModel:
+    """Create the host, start it from its weights, patch it.
+
+    A run that has weights of its own is only built: what it started from need not be there any more.
+
+    Raises:
+        VitTuckerError: see ``create_host`` and ``patch``.
+    """
+    num_classes, in_chans = classes_and_channels(config)
+    started = run_dir.best.is_file() or bool(list_checkpoints(run_dir.checkpoints))
+    host = config.model.model_copy(update={"pretrained": False, "checkpoint": None}) if started else config.model
+    model = create_host(host, num_classes, in_chans)
+    dense_total, dense_attention = count_parameters(model)
+    report = None
+    if config.attention is not None:
+        attention = config.attention.model_copy(update={"init": "random"}) if started else config.attention
+        report = patch_model(model, attention, config.model.img_size)
+        if report is not None and not started:
+            LOGGER.info(str(report))
+    info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
+    data = resolve_data(config.data, info, model, config.model.pretrained, size)
+    total, attention_total = count_parameters(model)
+    params = {
+        "total": total,
+        "attention": attention_total,
+        "dense_total": dense_total,
+        "dense_attention": dense_attention,
+    }
+    patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
+    return BuiltModel(model.to(device), num_classes, data, params, patch_values)
+
+
+def patch_model(model: nn.Module, attention: AttentionConfig, img_size: int | tuple[int, int] | None) -> PatchReport:
+    """Patch the host in place; an error names the config's section.
+
+    Raises:
+        PatchError: see ``patch``.
+    """
+    try:
+        return patch(model, attention, keep_originals=False, img_size=img_size)
+    except PatchError as error:
+        raise PatchError(f"attention: {error}") from None
+
+
+def build_trainer(
+    config: RunConfig, accelerator: Accelerator, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
+) -> Trainer:
+    """Optimizer, schedule, EMA and mixup around the model, restored from the run's last checkpoint, prepared by Accelerate."""
+    model, recipe = built.model, config.train
+    optimizer = create_optimizer(model, recipe)
+    scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)
+    ema = None
+    if recipe.model_ema:
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    progress, scaler = resume(run_dir, model, ema, optimizer)
+    scheduler.step_update(progress.global_step)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(scaler)
+    mixup = create_mixup(recipe, built.num_classes)
+    return Trainer(
+        accelerator=accelerator,
+        model=prepared,
+        bare=accelerator.unwrap_model(prepared),
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup is not None else recipe.smoothing),
+        mixup=mixup,
+        ema=ema,
+        config=recipe,
+        seed=config.seed,
+        run_dir=run_dir,
+        metadata={"architecture": config.model.name, "attention": config.attention.method if config.attention else ""},
+        facts={"params/attention": built.params["attention"], "params/total": built.params["total"]},
+        progress=progress,
+    )
+
+
+def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix in batch mode, or None."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def resume(
+    run_dir: RunDir, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, dict[str, Any] | None]:
+    """Progress and GradScaler state of the last checkpoint, loaded into model, EMA and optimizer; a fresh start if none."""
+    checkpoints = list_checkpoints(run_dir.checkpoints)
+    if not checkpoints:
+        return Progress(), None
+    saved = load_checkpoint(checkpoints[-1], model, ema.module if ema is not None else None, optimizer)
+    scaler = saved.pop("scaler", None)
+    progress = Progress(**saved)
+    LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
+    return progress, scaler
