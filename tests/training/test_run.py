@@ -1,6 +1,7 @@
 """Whole runs on the embedded digits, in this process: files, resume, EMA, refusals."""
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 import vit_tucker as vt
 from vit_tucker.config.load import load_config
+from vit_tucker.data.loaders import TrainLoader
 from vit_tucker.errors import DivergedError
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run import run
@@ -198,6 +200,15 @@ def test_divergence_stops_the_run():
     with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d, lr .*\); lower train.lr"):
         run(config("output_dir=a", "train.lr=1e18", "train.opt=sgd", "train.clip_grad=null", "train.warmup_epochs=0"))
     assert not Path("a/results.json").exists()
+
+
+def test_data_that_ends_early_is_an_error_not_a_short_epoch(monkeypatch):
+    steps = TrainLoader.steps
+    monkeypatch.setattr(TrainLoader, "steps", lambda self, *position: itertools.islice(steps(self, *position), 3))
+    with pytest.raises(
+        vt.DataError, match="the training data ended after 3 of 22 steps of epoch 1; a streamed set needs"
+    ):
+        run(config("output_dir=a"))
 
 
 def test_ema_mixup_accumulation_and_layer_decay_run_together():

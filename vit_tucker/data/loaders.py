@@ -80,18 +80,17 @@ class TrainLoader:
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step of an epoch, from ``start_step`` on."""
-        skip = 0
         if self.sampler is not None:
             self.sampler.set_position(epoch, start_step)
+            done = start_step
         else:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-            skip = start_step
+            done = 0  # a stream starts at its beginning; what is done already is read and dropped
         micro_batches: list[Batch] = []
-        done = 0 if self.sampler is None else start_step
         for images, labels in self.loader:
             micro_batches.append((images, labels))
             if len(micro_batches) == self.accumulation:
-                if done >= skip:
+                if done >= start_step:
                     yield micro_batches
                 micro_batches = []
                 done += 1

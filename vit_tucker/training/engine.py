@@ -19,7 +19,7 @@ from tqdm import tqdm
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.loaders import Batch, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import DivergedError
+from vit_tucker.errors import DataError, DivergedError
 from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
 from vit_tucker.training.optim import learning_rate
 from vit_tucker.training.run_dir import LOGGER, RunDir
@@ -105,8 +105,8 @@ class Trainer:
 def train_step(trainer: Trainer, micro_batches: list[Batch]) -> Tensor:
     """One optimizer step over this process's micro-batches.
 
-    All randomness of the step follows from (seed, step, process); mixup draws from (seed, step, micro-batch), so that all
-    processes mix their mirrored shards alike.
+    All randomness of the step follows from (seed, step, process); mixup draws from (seed, step), so that all processes
+    and micro-batches mix their mirrored shards alike.
 
     Args:
         trainer: the run.
@@ -239,6 +239,11 @@ def train_epoch(trainer: Trainer, loader: TrainLoader, writer: SummaryWriter | N
         if due_save and progress.step < loader.steps_per_epoch:
             t.save()
     bar.close()
+    if progress.step != loader.steps_per_epoch:
+        raise DataError(
+            f"the training data ended after {progress.step} of {loader.steps_per_epoch} steps of epoch {progress.epoch + 1}; "
+            "a streamed set needs at least as many shards as processes x data.num_workers, and its true size"
+        )
 
 
 def reduced_losses(trainer: Trainer, pending: list[Tensor]) -> list[float]:
