@@ -91,6 +91,12 @@ def test_plan_prints_a_table_or_json(in_tmp, capfd):
     assert "patches nothing" in capfd.readouterr().err
 
 
+def test_output_may_be_cut_by_its_reader():
+    plan = f"{sys.executable} -m vit_tucker schema | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", plan], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
 def test_small_commands(in_tmp, capfd):
     assert main(["methods"]) == 0
     assert capfd.readouterr().out.split() == ["gqa", "mha", "mla", "tucker"]

@@ -35,6 +35,7 @@ class BuiltModel:
         data: timm's data config (input size, normalisation, crop).
         params: parameters: total, attention, dense_total, dense_attention.
         patch: the patch report as plain values; None for a dense run.
+        report: the patch report, to be shown; None for a dense run and for one that goes on from weights of its own.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class BuiltModel:
     data: dict[str, Any]
     params: dict[str, int]
     patch: dict[str, Any] | None
+    report: PatchReport | None
 
 
 def create_accelerator(config: TrainConfig) -> Accelerator:
@@ -86,8 +88,6 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
     if config.attention is not None:
         attention = config.attention.model_copy(update={"init": "random"}) if started else config.attention
         report = patch_model(model, attention, config.model.img_size)
-        if report is not None and not started:
-            LOGGER.info(str(report))
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.pretrained, size)
     total, attention_total = count_parameters(model)
@@ -98,7 +98,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
         "dense_attention": dense_attention,
     }
     patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
-    return BuiltModel(model.to(device), num_classes, data, params, patch_values)
+    return BuiltModel(model.to(device), num_classes, data, params, patch_values, None if started else report)
 
 
 def patch_model(model: nn.Module, attention: AttentionConfig, img_size: int | tuple[int, int] | None) -> PatchReport:

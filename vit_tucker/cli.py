@@ -16,11 +16,16 @@ def guarded(command: Callable[[], int]) -> int:
     """Exit status of a command; user errors become one line on standard error, from the first process only."""
     first = os.environ.get("RANK", "0") == "0"
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except (VitTuckerError, DivergedError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, VitTuckerError) else 1
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         if first:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

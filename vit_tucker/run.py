@@ -61,6 +61,8 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
     trainer = build_trainer(config, accelerator, run_dir, built, loaders.train.steps_per_epoch)
     if accelerator.is_main_process:
         run_dir.start(dump_config(config), built.patch)
+    if built.report is not None:
+        LOGGER.info(str(built.report))
     announce(config, results, accelerator)
     fit(trainer, loaders)
     results |= summarise(trainer)
