@@ -86,6 +86,8 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
             [],
             "attention.method: unknown method 'tuker', known: .*; did you mean 'tucker'?",
         ),
+        ("attention: tucker\n", [], "x.yaml:2: attention: "),
+        ("attention: tucker\ntrian: {}\n", [], "x.yaml:3: trian: unknown key; did you mean 'train'?"),
         ("attention: {ranks: [1, 2, 3]}\n", [], "x.yaml:2: attention.method: missing, known: gqa, mha, mla, tucker"),
         ("attention: {method: tucker, ranks: [1, 2]}\n", [], "x.yaml:2: attention.ranks: has too few entries"),
         (

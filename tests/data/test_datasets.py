@@ -213,6 +213,23 @@ def test_unreadable_factory_names_say_why(tmp_path):
         load("wds/", root=tmp_path)
 
 
+def test_misspelt_splits_are_not_the_test_set():
+    for name in ("digits", "fashion_mnist", "cifar10"):
+        with pytest.raises(DataError, match=rf"{name} has no split 'trian', known: train, .*did you mean 'train'"):
+            load(name, "trian")
+    assert len(load("digits", "test")) == 360
+
+
+@pytest.mark.parametrize(("name", "cls"), [("fashion_mnist", "FashionMNIST"), ("cifar10", "CIFAR10")])
+def test_failing_downloads_are_one_line(tmp_path, monkeypatch, name, cls):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tv, cls, type(cls, (), {"__init__": fail, "base_folder": "x"}))
+    with pytest.raises(DataError, match=f"can't be downloaded to {tmp_path}: no network"):
+        load(name, root=tmp_path, download=True)
+
+
 def test_subset_is_fixed_and_bounded():
     data = load("digits")
     part = subset(data, 100)

@@ -157,7 +157,8 @@ def _valid_keys(model: type[BaseModel], values: dict[str, Any], prefix: str = ""
         yield prefix + name
         section = info.annotation
         if prefix == "" and name == "attention":
-            method = (values.get("attention") or {}).get("method")
+            given = values.get("attention")
+            method = given.get("method") if isinstance(given, dict) else None
             section = get_method(method) if method in list_methods() else None
         if get_origin(section) is None and isinstance(section, type) and issubclass(section, BaseModel):
             yield from _valid_keys(section, values, f"{prefix}{name}.")

@@ -19,6 +19,8 @@ from vit_tucker.data.idx import read_idx
 from vit_tucker.errors import DataError, nearest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+TRAIN_SPLITS = ("train", "training")
+EVAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SPLIT_SEED = 0
 
@@ -113,7 +115,10 @@ def load_digits(train: bool, mode: str) -> ArrayDataset:
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
     """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``, or the Debian package's folder."""
     if download:
-        tv.FashionMNIST(str(root), train=train, download=True)
+        try:
+            tv.FashionMNIST(str(root), train=train, download=True)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"Fashion-MNIST can't be downloaded to {root}: {error}") from None
     folders = [root / "FashionMNIST" / "raw", root / "fashion_mnist", root, DEBIAN_FASHION_MNIST]
     prefix = "train" if train else "t10k"
     for folder in folders:
@@ -137,6 +142,8 @@ def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) ->
     cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
     try:
         return ConvertedDataset(cls(str(root), train=train, download=download), mode)
+    except OSError as error:
+        raise DataError(f"{name} can't be downloaded to {root}: {error}") from None
     except RuntimeError:
         raise DataError(
             f"{name} not found or not intact, searched {root / cls.base_folder}; get it with data.download=true, or unpack "
@@ -192,7 +199,7 @@ def load_dataset(name: str, split: str, training: bool, mode: str, root: str, op
     """
     dataset_info(name)
     folder = Path(root).expanduser()
-    train = split in ("train", "training")
+    train = split in TRAIN_SPLITS
     download = bool(options.get("download", False))
     loaders: dict[str, Callable[[], Any]] = {
         "digits": lambda: load_digits(train, mode),
@@ -201,6 +208,9 @@ def load_dataset(name: str, split: str, training: bool, mode: str, root: str, op
         "cifar100": lambda: load_cifar("cifar100", train, mode, folder, download),
     }
     if name in loaders:
+        if not train and split not in EVAL_SPLITS:  # a misspelt training split must not become the test set
+            splits = (*TRAIN_SPLITS, *EVAL_SPLITS)
+            raise DataError(f"{name} has no split '{split}', known: {', '.join(splits)}{nearest(split, splits)}")
         return loaders[name]()
     return load_factory(name, split, training, mode, folder, options)
 

@@ -109,7 +109,7 @@ class PatchReport:
 
 
 def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines of a plain table: first column left, the others right aligned, a rule below the given rows."""
+    """Lines of a plain table: three columns left, the others right aligned, a rule below the given rows."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
