@@ -6,7 +6,7 @@ print(vit_tucker.patch(model, vit_tucker.TuckerConfig(ranks=(8, 16, 16))))
 """
 
 from vit_tucker import attention as attention
-from vit_tucker.attention.base import AttentionConfig, HostSpec, MHAWeights, ParameterCount, Rule
+from vit_tucker.attention.base import AttentionConfig, Calibration, HostSpec, MHAWeights, ParameterCount, Rule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.registry import get_method, list_methods, register_method
 from vit_tucker.attention.variants.gqa import GQAConfig
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionConfig",
     "AttentionModule",
+    "Calibration",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -12,6 +12,7 @@ from torch import nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, PatchError
@@ -84,12 +85,15 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
     host = config.model.model_copy(update={"pretrained": False, "checkpoint": None}) if started else config.model
     model = create_host(host, num_classes, in_chans)
     dense_total, dense_attention = count_parameters(model)
-    report = None
-    if config.attention is not None:
-        attention = config.attention.model_copy(update={"init": "random"}) if started else config.attention
-        report = patch_model(model, attention, config.model.img_size)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.pretrained, size)
+    model.to(device)
+    report = None
+    if config.attention is not None:
+        attention = config.attention
+        if started:
+            attention = attention.model_copy(update={"init": "random", "calibration": None})
+        report = patch_model(model, attention, config, data)
     total, attention_total = count_parameters(model)
     params = {
         "total": total,
@@ -98,17 +102,26 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
         "dense_attention": dense_attention,
     }
     patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
-    return BuiltModel(model.to(device), num_classes, data, params, patch_values, None if started else report)
+    return BuiltModel(model, num_classes, data, params, patch_values, None if started else report)
 
 
-def patch_model(model: nn.Module, attention: AttentionConfig, img_size: int | tuple[int, int] | None) -> PatchReport:
-    """Patch the host in place; an error names the config's section.
+def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
+    """Patch the host in place, calibrated on training images if so configured; an error names the config's section.
+
+    Args:
+        model: dense, on its device.
+        attention: what to patch in; of a run with weights of its own, without conversion.
+        config: of the run, for its images.
+        data: timm's data config.
 
     Raises:
-        PatchError: see ``patch``.
+        PatchError: see ``patch``. DataError: the images are missing.
     """
+    images = None
+    if (options := attention.calibration) is not None:
+        images = calibration_images(config.data, data, options.images, options.batch_size, options.seed)
     try:
-        return patch(model, attention, keep_originals=False, img_size=img_size)
+        return patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
     except PatchError as error:
         raise PatchError(f"attention: {error}") from None
 

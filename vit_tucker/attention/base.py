@@ -143,6 +143,28 @@ class Rule(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Calibration(BaseModel):
+    """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
+    batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")
+    objective: Literal["features", "layer"] = Field(
+        default="features",
+        description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
+        "size in the layer's own output.",
+    )
+    damping: float = Field(
+        default=1e-3, gt=0, le=1, description="Added to the second moments, relative to their mean eigenvalue."
+    )
+    refine_steps: int = Field(
+        default=0, ge=0, description="Adam steps per layer on its output error, kept only where held-out images gain."
+    )
+    refine_lr: float = Field(default=2e-3, gt=0, description="Step of the refinement, relative to each factor's size.")
+    seed: int = Field(default=0, ge=0, description="Of the choice of images and of the random probes.")
+
+
 class AttentionConfig(BaseModel):
     """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
 
@@ -168,6 +190,10 @@ class AttentionConfig(BaseModel):
     )
     rules: tuple[Rule, ...] = Field(
         default=(), description="Other options for some layers, in order: the last match wins."
+    )
+
+    calibration: Calibration | None = Field(
+        default=None, description="Convert the pretrained weights for the tokens of some training images; null: by weights alone."
     )
 
     @abstractmethod

@@ -7,7 +7,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.sdpa import attend
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.regression import LinearMoments, ridge_readout
 from vit_tucker.tensor.tucker import Pairs
 
 
@@ -28,6 +32,10 @@ class AttentionModule(nn.Module):
         self.attn_drop = nn.Dropout(spec.attn_drop)
         self.proj_drop = nn.Dropout(spec.proj_drop)
 
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See the class. x (B, N, C) -> (B, N, O)"""
+        return self.proj_drop(self.readout(self.mix(x, attn_mask, is_causal)))
+
     @abstractmethod
     def init_weights(self) -> None:
         """Reset to the method's own random initialisation. timm's init functions call it by this name."""
@@ -35,6 +43,42 @@ class AttentionModule(nn.Module):
     @abstractmethod
     def convert_from(self, weights: MHAWeights) -> None:
         """Take over dense attention weights (float64), exactly where the ranks allow; called under no_grad."""
+
+    def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
+        """Take over dense attention weights so that the error on the tokens is least; called under no_grad.
+
+        Args:
+            weights: float64.
+            moments: of the layer's tokens, float64.
+            damping: of the moments, relative to their mean eigenvalue.
+        """
+        raise PatchError(f"{type(self).__name__} has no activation-aware conversion; leave calibration out")
+
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """All heads' outputs side by side, before the linear read-out that ends the layer. (B, N, C) -> (B, N, F)"""
+        raise PatchError(f"{type(self).__name__} does not say what its linear read-out sees; leave calibration out")
+
+    def readout(self, mixed: Tensor) -> Tensor:
+        """What follows ``mix``, dropout apart: linear. (B, N, F) -> (B, N, O)"""
+        raise PatchError(f"{type(self).__name__} does not say what its linear read-out is; leave calibration out")
+
+    @property
+    def has_out_bias(self) -> bool:
+        """Whether the read-out has a bias, which can take up means."""
+        return getattr(getattr(self, "proj", None), "bias", None) is not None
+
+    def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
+        """Fit what follows ``mix`` to the host's output; called under no_grad.
+
+        Args:
+            moments: of f = ``mix(x)`` and y, the host's output.
+            out_root: root of the output metric (O, O).
+            damping: ridge towards the present read-out, relative to the mean variance of f.
+        """
+
+    def input_projections(self) -> list[nn.Linear]:
+        """The Linears that read the layer's input x: refinement steps are taken in whitened coordinates there."""
+        return []
 
     @abstractmethod
     def pre_pairs(self) -> Pairs:
@@ -63,10 +107,14 @@ class PerHeadModule(AttentionModule):
         for name in modules:
             getattr(self, name).to(**factory)
 
+    def readout(self, mixed: Tensor) -> Tensor:
+        """See base class."""
+        return self.proj(mixed)
+
     def attend_heads(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor:
-        """Everything after the projections: norms, softmax(QK)V, gate, output projection.
+        """Everything between the projections: norms, softmax(QK)V, gate.
 
         Args:
             x: (B, N, C), the layer's input, for the gate.
@@ -75,7 +123,7 @@ class PerHeadModule(AttentionModule):
             attn_mask, is_causal: as for the layer.
 
         Returns:
-            (B, N, O).
+            (B, N, H*D).
         """
         y = attend(
             self.q_norm(q),
@@ -90,7 +138,13 @@ class PerHeadModule(AttentionModule):
         y = self.norm(y.transpose(1, 2).flatten(2))  # (B, N, H*D)
         if self.gate is not None:
             y = y * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(y))
+        return y
+
+    def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
+        """See base class: the output projection, by ridge regression."""
+        ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
+        readout, _ = ridge_readout(ff, yf, linear_weight(self.proj).mT, damping)
+        set_linear(self.proj, readout.mT, y_mean - readout @ f_mean)
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:

@@ -8,18 +8,19 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.base import AttentionConfig, Calibration, HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError, nearest
 from vit_tucker.patching import hosts
+from vit_tucker.patching.calibrate import CalibratedLayer, calibrate, timed
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.patching.selection import Selection, select
 from vit_tucker.tensor.tucker import relative_distance
 
 RECORD = "_vit_tucker_patch"
-PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules"}
+PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules", "calibration"}
 
 
 @dataclass
@@ -43,6 +44,7 @@ def patch(
     *,
     layers: Selection | None = None,
     exclude: Selection | None = None,
+    calibration: Iterable[Any] | None = None,
     keep_originals: bool = True,
     img_size: int | tuple[int, int] | None = None,
 ) -> PatchReport:
@@ -56,6 +58,9 @@ def patch(
         config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
+        calibration: batches of images as the model takes them, (B, channels, height, width) tensors or tuples that start with
+            one, such as a DataLoader: the conversion then minimises the error on the tokens that each layer sees, with the
+            options of ``config.calibration``. No labels are used.
         keep_originals: keep the replaced modules, so that ``unpatch`` can restore them; costs their memory.
         img_size: image size in pixels for the FLOPs; the model's own if None.
 
@@ -66,7 +71,11 @@ def patch(
         PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
     """
     config = _placed(config, layers, exclude)
-    replacements, report = _prepare(model, config, img_size, applied=True)
+    if calibration is not None and config.calibration is None:
+        config = config.model_copy(update={"calibration": Calibration()})
+    if config.calibration is not None and calibration is None:
+        raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
+    replacements, report = _prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
         originals[name] = model.get_submodule(name)
@@ -89,7 +98,7 @@ def plan(
     """
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[index for index in cuda if index is not None]):
-        return _prepare(model, _placed(config, layers, exclude), img_size, applied=False)[1]
+        return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False)[1]
 
 
 def unpatch(model: nn.Module) -> None:
@@ -123,12 +132,18 @@ def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selectio
 
 
 def _prepare(
-    model: nn.Module, config: AttentionConfig, img_size: int | tuple[int, int] | None, applied: bool
+    model: nn.Module,
+    config: AttentionConfig,
+    img_size: int | tuple[int, int] | None,
+    batches: Iterable[Any] | None,
+    applied: bool,
 ) -> tuple[dict[str, AttentionModule], PatchReport]:
     """Read, check, build and convert everything; nothing in the model changes."""
     hosts.refuse_wrapped(model)
     if patch_record(model) is not None:
         raise PatchError("the model is already patched; call vit_tucker.unpatch(model) first")
+    if config.calibration is not None and config.init != "pretrained":
+        raise PatchError(f"calibration converts pretrained weights, but init is '{config.init}'")
     found = hosts.find_attention(model)
     if not found:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
@@ -136,18 +151,18 @@ def _prepare(
     configs = _layer_configs(config, list(found), chosen)
     read = {name: _read(name, found[name], configs[name]) for name in chosen}
     tokens = count_tokens(model, chosen, img_size)
-    first_name: dict[int, str] = {}  # a module that stands at several places gets one replacement
-    replacements: dict[str, AttentionModule] = {}
-    rows = []
+    built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
-        module, host = found[name], read[name]
-        first = first_name.setdefault(id(module), name)
-        if configs[first] != configs[name]:
-            raise PatchError(f"{name}: is the same module as {first}, but the rules give it other options")
-        replacements[name] = replacements[first] if first in replacements else _replacement(module, host, configs[name])
-        rows.append(_row(name, host, configs[name], replacements[name], tokens.get(name)))
+        layer = built.get(id(found[name]))
+        if layer is None:
+            built[id(found[name])] = _build(name, found[name], read[name], configs[name])
+        elif configs[layer.name] != configs[name]:
+            raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
+    converted = _convert(model, config, list(built.values()), batches)
+    layers = {name: built[id(found[name])] for name in chosen}
+    rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
     left = tuple([name for name in found if name not in read] + hosts.find_other_attention(model))
-    return replacements, PatchReport(tuple(rows), left, applied)
+    return {name: layer.replacement for name, layer in layers.items()}, PatchReport(rows, left, applied)
 
 
 def _choose(config: AttentionConfig, names: list[str]) -> list[str]:
@@ -197,25 +212,40 @@ def _read(name: str, module: nn.Module, config: AttentionConfig) -> hosts.Host:
     return host
 
 
-def _replacement(module: nn.Module, host: hosts.Host, config: AttentionConfig) -> AttentionModule:
-    """The new module, converted or newly initialised, with device, dtype, mode and requires_grad of the old one."""
+def _build(name: str, module: nn.Module, host: hosts.Host, config: AttentionConfig) -> CalibratedLayer:
+    """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
-    if config.init == "pretrained" and not like.is_meta:
-        with torch.no_grad():
-            replacement.convert_from(host.weights.double())
     replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
-    return replacement.train(module.training)
+    return CalibratedLayer(name, module, host, replacement.train(module.training))
+
+
+def _convert(
+    model: nn.Module, config: AttentionConfig, layers: list[CalibratedLayer], batches: Iterable[Any] | None
+) -> bool:
+    """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
+    if config.init != "pretrained" or any(layer.host.weights.query.is_meta for layer in layers):
+        return False
+    if config.calibration is not None:
+        if batches is None:  # a plan: its images are not at hand
+            return False
+        calibrate(model, layers, config.calibration, batches)
+        return True
+    for layer in layers:
+        with timed(layer), torch.no_grad():
+            layer.replacement.convert_from(layer.host.weights.double())
+    return True
 
 
 def _row(
-    name: str, host: hosts.Host, config: AttentionConfig, replacement: AttentionModule, tokens: tuple[int, int] | None
+    name: str, layer: CalibratedLayer, config: AttentionConfig, tokens: tuple[int, int] | None, converted: bool
 ) -> LayerReport:
+    host = layer.host
     pre_error = post_error = None
-    if config.init == "pretrained" and not host.weights.query.is_meta:
+    if converted:
         weights = host.weights.double()
-        pre_error = relative_distance(weights.pre_pairs(), replacement.pre_pairs()).item()
-        post_error = relative_distance(weights.post_pairs(), replacement.post_pairs()).item()
+        pre_error = relative_distance(weights.pre_pairs(), layer.replacement.pre_pairs()).item()
+        post_error = relative_distance(weights.post_pairs(), layer.replacement.post_pairs()).item()
 
     def flops(method: AttentionConfig, spec: HostSpec) -> int | None:
         return None if tokens is None else tokens[0] * method.count_flops(spec, tokens[1])
@@ -229,6 +259,8 @@ def _row(
         params_after=config.count_parameters(host.spec),
         pre_error=pre_error,
         post_error=post_error,
+        output_error=layer.output_error if converted and config.calibration is not None else None,
+        seconds=layer.seconds if converted else None,
         flops_before=flops(dense, host.spec),
         flops_after=flops(config, host.spec),
     )

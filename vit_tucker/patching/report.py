@@ -16,6 +16,8 @@ class LayerReport:
         options: the method's options in words, 'ranks=8,16,16'.
         params_before, params_after: parameters of the attention layer.
         pre_error, post_error: relative Frobenius error of the pre- and post-softmax weight tensors; None if not converted.
+        output_error: ||y^ - y|| / ||y - mean y|| of the layer's output on the calibration tokens; None without calibration.
+        seconds: time of the conversion, passes through the model apart; None if not converted.
         flops_before, flops_after: operations per image (2 per multiply-add); None if the token count is unknown.
     """
 
@@ -26,6 +28,8 @@ class LayerReport:
     params_after: ParameterCount
     pre_error: float | None
     post_error: float | None
+    output_error: float | None
+    seconds: float | None
     flops_before: int | None
     flops_after: int | None
 
@@ -65,6 +69,12 @@ class PatchReport:
         """Attention operations per image after, None if unknown."""
         return _total([layer.flops_after for layer in self.layers])
 
+    @property
+    def seconds(self) -> float | None:
+        """Time of all conversions, None if nothing was converted."""
+        known = [layer.seconds for layer in self.layers if layer.seconds is not None]
+        return sum(known) if known else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         layers = [{**asdict(x), "params_before": x.params_before._asdict(), "params_after": x.params_after._asdict()}
@@ -75,7 +85,8 @@ class PatchReport:
         return {"applied": self.applied, "layers": layers, "left_alone": list(self.left_alone), **totals}
 
     def __str__(self) -> str:
-        header = ("module", "method", "options", "attention params", "share", "error pre", "error post", "MFLOPs/image")
+        header = ("module", "method", "options", "attention params", "share", "error pre", "error post", "output error",
+                  "seconds", "MFLOPs/image")  # fmt: skip
         rows = [
             (
                 x.name,
@@ -85,6 +96,8 @@ class PatchReport:
                 f"{x.params_after.total / x.params_before.total:.1%}",
                 _error(x.pre_error),
                 _error(x.post_error),
+                _error(x.output_error),
+                "-" if x.seconds is None else f"{x.seconds:.1f}",
                 _flops(x.flops_before, x.flops_after),
             )
             for x in self.layers
@@ -97,10 +110,12 @@ class PatchReport:
             f"{self.params_after / self.params_before:.1%}" if self.params_before else "",
             "",
             "",
+            "",
+            "-" if self.seconds is None else f"{self.seconds:.1f}",
             _flops(self.flops_before, self.flops_after),
         )
         lines = format_table([header, *rows, total], rule_after=(0, len(rows)))
-        lines.append("relative weight errors; FLOPs: 2 per multiply-add, attention layers only")
+        lines.append("errors: relative, of the weight tensors and of the output on calibration tokens; FLOPs: 2 per multiply-add, attention only")
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
         if not self.applied:

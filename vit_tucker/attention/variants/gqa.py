@@ -20,9 +20,12 @@ from vit_tucker.attention.module import (
     set_linear,
     split_heads,
 )
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.errors import PatchError
+from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
+from vit_tucker.tensor.weighted import head_weights, mean_metric
 
 
 @register_method("gqa")
@@ -98,8 +101,8 @@ class GQA(PerHeadModule):
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
@@ -112,6 +115,20 @@ class GQA(PerHeadModule):
             converted = mean_pool_groups(weights, self.num_kv_heads)
         else:
             converted = svd_groups(weights, self.num_kv_heads)
+        self._set(converted)
+
+    def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
+        """Best bases on the tokens with conversion='svd'; means stay means, and only the read-out is fitted afterwards."""
+        if self.conversion == "mean":
+            self.convert_from(weights)
+        else:
+            self._set(svd_groups(weights, self.num_kv_heads, moments, damping))
+
+    def input_projections(self) -> list[nn.Linear]:
+        """See base class."""
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def _set(self, converted: MHAWeights) -> None:
         for linear, weight, bias in (
             (self.q_proj, converted.query, converted.query_bias),
             (self.k_proj, converted.key, converted.key_bias),
@@ -162,37 +179,73 @@ def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
     )
 
 
-def svd_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
+def svd_groups(
+    weights: MHAWeights, num_kv_heads: int, moments: Moments | None = None, damping: float = 0.0
+) -> MHAWeights:
     """Best rank-D key and value basis of each group's weight tensors; queries and outputs absorb the change of basis.
 
     For a group with heads i, the key basis U (C, D) minimises sum_i ||WQ_i WK_i^T (I - U U^T)||^2, so that the new key is x U
-    and the new query weight WQ_i (WK_i^T U); values likewise with WO_i. Key biases vanish in the softmax, value biases are
-    folded into the output bias, exactly.
+    and the new query weight WQ_i (WK_i^T U); values likewise with WO_i. With moments the norms are those of the error on the
+    tokens. Key biases vanish in the softmax, value biases are folded into the output bias, exactly.
 
     Args:
         weights: H heads.
         num_kv_heads: G, divides H.
+        moments: of the layer's tokens; None for the error in the weights.
+        damping: of the moments.
 
     Returns:
         The same attention with key and value of G heads; exact for G = H.
     """
-    groups = weights.key.shape[0] // num_kv_heads
-    head_dim = weights.key.shape[-1]
-    keys, values = [], []
+    heads, _, head_dim = weights.key.shape
+    group = heads // num_kv_heads
     pre, post = weights.pre_pairs(), weights.post_pairs()
-    for start in range(0, weights.key.shape[0], groups):
-        part = slice(start, start + groups)
-        keys.append(leading_eigenvectors(gram_right(Pairs(pre.left[part], pre.right[part])), head_dim))
-        values.append(leading_eigenvectors(gram_right(Pairs(post.left[part], post.right[part])), head_dim))
-    key, value = torch.stack(keys), torch.stack(values)  # (G, C, D)
-    to_key = weights.key.mT @ key.repeat_interleave(groups, 0)  # (H, D, D): old key basis to new
-    to_value = weights.value.mT @ value.repeat_interleave(groups, 0)
+    left_query = left_out = None
+    if moments is not None:
+        left_query = metric_root(moments.query[: pre.left.shape[1], : pre.left.shape[1]], damping).root
+        left_out = metric_root(moments.output, damping).root
+    keys, values, to_key, to_value = [], [], [], []
+    for start in range(0, heads, group):
+        part = slice(start, start + group)
+        key_metrics = None if moments is None else moments.key[part]
+        value_metrics = None if moments is None else moments.value[part]
+        basis, change = group_basis(Pairs(pre.left[part], pre.right[part]), head_dim, left_query, key_metrics, damping)
+        keys.append(basis)
+        to_key.append(change)
+        basis, change = group_basis(Pairs(post.left[part], post.right[part]), head_dim, left_out, value_metrics, damping)
+        values.append(basis)
+        to_value.append(change)
+    change_key, change_value = torch.cat(to_key), torch.cat(to_value)  # (H, D, D): old basis to new
     query_bias = weights.query_bias
     return MHAWeights(
-        query=weights.query @ to_key,
-        key=key,
-        value=value,
-        out=to_value.mT @ weights.out,
-        query_bias=None if query_bias is None else torch.einsum("hd,hde->he", query_bias, to_key),
+        query=weights.query @ change_key,
+        key=torch.stack(keys),
+        value=torch.stack(values),
+        out=change_value.mT @ weights.out,
+        query_bias=None if query_bias is None else torch.einsum("hd,hde->he", query_bias, change_key),
         out_bias=weights.folded_out_bias(),
     )
+
+
+def group_basis(
+    pairs: Pairs, rank: int, left_root: Tensor | None, metrics: Tensor | None, damping: float
+) -> tuple[Tensor, Tensor]:
+    """One basis for the right mode of a group of heads, W_i ~ A_i change_i basis^T.
+
+    Args:
+        pairs: the group's tensor A_i B_i^T, left (g, I, D), right (g, C, D).
+        rank: width of the basis, R.
+        left_root: root of the left metric (I, I), or None.
+        metrics: right metrics (g, C, C), or None.
+        damping: of the right metrics.
+
+    Returns:
+        basis (C, R) and change (g, D, R).
+    """
+    if left_root is None or metrics is None:
+        basis = leading_eigenvectors(gram_right(pairs), rank)
+        return basis, pairs.right.mT @ basis
+    root = metric_root(mean_metric(metrics), damping)
+    left = left_root @ pairs.left * head_weights(metrics)[:, None, None]
+    whitened = leading_eigenvectors(gram_right(Pairs(left, root.root @ pairs.right)), rank)
+    return root.inverse @ whitened, pairs.right.mT @ root.root @ whitened

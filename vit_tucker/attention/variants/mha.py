@@ -18,6 +18,7 @@ from vit_tucker.attention.module import (
     set_linear,
     split_heads,
 )
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 
 
@@ -67,8 +68,8 @@ class MHA(PerHeadModule):
         for linear in (self.qkv, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
@@ -80,6 +81,14 @@ class MHA(PerHeadModule):
         biases = [b for b in (weights.query_bias, weights.key_bias, weights.value_bias) if b is not None]
         set_linear(self.qkv, qkv, torch.cat([b.flatten() for b in biases]) if biases else None)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
+        """Exact without looking at tokens."""
+        self.convert_from(weights)
+
+    def input_projections(self) -> list[nn.Linear]:
+        """See base class."""
+        return [self.qkv]
 
     def dense_weights(self) -> MHAWeights:
         """See base class."""

@@ -21,8 +21,10 @@ from vit_tucker.attention.module import (
     set_linear,
     split_heads,
 )
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.errors import PatchError
+from vit_tucker.tensor.metric import Root, metric_root
 from vit_tucker.tensor.tucker import leading_eigenvectors
 
 
@@ -105,8 +107,8 @@ class MLA(PerHeadModule):
             init_linear(up, std)
         init_linear(self.proj, DENSE_INIT_STD)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         latent = self.kv_down(x)  # (B, N, cKV)
         v_latent = latent if self.v_down is None else self.v_down(x)
@@ -117,22 +119,48 @@ class MLA(PerHeadModule):
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        joined = {name: join_heads(getattr(weights, name)) for name in ("query", "key", "value")}  # (C, H*D)
-        q_basis = left_basis(joined["query"], self.q_down.out_features)
-        rank = self.kv_down.out_features
-        if self.v_down is None:
-            k_basis = v_basis = left_basis(torch.cat([joined["key"], joined["value"]], -1), rank)
-        else:
-            k_basis, v_basis = left_basis(joined["key"], rank), left_basis(joined["value"], rank)
-            set_linear(self.v_down, v_basis)
-        set_linear(self.q_down, q_basis)
-        set_linear(self.kv_down, k_basis)
+        self._convert(weights, None, 0.0)
+
+    def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
+        """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
+        the other; query and value biases take up the tokens' mean."""
+        self._convert(weights, moments, damping)
+
+    def _convert(self, weights: MHAWeights, moments: Moments | None, damping: float) -> None:
+        query, key, value = (join_heads(w) for w in (weights.query, weights.key, weights.value))  # (C, H*D)
         biases = (weights.query_bias, weights.key_bias, weights.value_bias)
         q_bias, k_bias, v_bias = (None if bias is None else bias.flatten() for bias in biases)
-        set_linear(self.q_up, q_basis.mT @ joined["query"], q_bias)
-        set_linear(self.k_up, k_basis.mT @ joined["key"], k_bias)
-        set_linear(self.v_up, v_basis.mT @ joined["value"], v_bias)
+        width = query.shape[1]
+        x_root = q_grad = kv_grad = None
+        if moments is not None:
+            x_root = metric_root(moments.token_covariance if q_bias is not None else moments.query[:-1, :-1], damping)
+            q_grad, kv_grad = (metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad))
+        q_down, q_up = latent(query, self.q_down.out_features, x_root, q_grad)
+        rank = self.kv_down.out_features
+        if self.v_down is None:
+            k_down, kv_up = latent(torch.cat([key, value], -1), rank, x_root, kv_grad)
+            v_down, k_up, v_up = k_down, kv_up[:, :width], kv_up[:, width:]
+        else:
+            k_grad = v_grad = None
+            if moments is not None:
+                k_grad = metric_root(moments.kv_grad[:width, :width], damping).root
+                v_grad = metric_root(moments.kv_grad[width:, width:], damping).root
+            k_down, k_up = latent(key, rank, x_root, k_grad)
+            v_down, v_up = latent(value, rank, x_root, v_grad)
+            set_linear(self.v_down, v_down)
+        if moments is not None and q_bias is not None and v_bias is not None:
+            q_bias = q_bias + moments.mean @ (query - q_down @ q_up)
+            v_bias = v_bias + moments.mean @ (value - v_down @ v_up)
+        set_linear(self.q_down, q_down)
+        set_linear(self.kv_down, k_down)
+        set_linear(self.q_up, q_up, q_bias)
+        set_linear(self.k_up, k_up, k_bias)
+        set_linear(self.v_up, v_up, v_bias)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    def input_projections(self) -> list[nn.Linear]:
+        """See base class."""
+        return [linear for linear in (self.q_down, self.kv_down, self.v_down) if linear is not None]
 
     def dense_weights(self) -> MHAWeights:
         """See base class."""
@@ -148,6 +176,19 @@ class MLA(PerHeadModule):
         )
 
 
-def left_basis(matrix: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading left singular vectors of a matrix (C, K), by its Gram. Shape (C, rank), float64."""
-    return leading_eigenvectors(matrix @ matrix.mT, rank)
+def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
+
+    Args:
+        matrix: (C, K), float64.
+        rank: width of the latent, R.
+        left: root of the left metric (C, C), or None.
+        right: root of the right metric (K, K), or None.
+
+    Returns:
+        down (C, R) and up (R, K), with the least ||left (matrix - down up) right||_F.
+    """
+    whitened = matrix if left is None else left.root @ matrix
+    weighted = whitened if right is None else whitened @ right
+    basis = leading_eigenvectors(weighted @ weighted.mT, rank)
+    return basis if left is None else left.inverse @ basis, basis.mT @ whitened

@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.tucker import Pairs, Tucker, gram_right, hosvd, leading_eigenvectors, squared_norm
+from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.regression import LinearMoments, reduced_rank_readout
+from vit_tucker.tensor.tucker import Pairs, Tucker, gram_right, hooi, hosvd, leading_eigenvectors, squared_norm
+from vit_tucker.tensor.weighted import head_weights, mean_metric, weighted_tucker, whitened_hosvd
 
 Ranks = tuple[PositiveInt, PositiveInt, PositiveInt]
 MODES = ("head", "query/output", "key/value")
@@ -34,6 +38,10 @@ class TuckerConfig(AttentionConfig):
     ranks: Ranks = Field(description="Ranks [head, query, key] of the pre-softmax tensor.")
     post_ranks: Ranks | None = Field(
         default=None, description="Ranks [head, output, value] of the post-softmax tensor; null: the same as ranks."
+    )
+    conversion: Literal["hosvd", "hooi"] = Field(
+        default="hosvd",
+        description="From pretrained heads without calibration: HOSVD (the paper's), or HOOI, which refines it.",
     )
     shared_kv: bool = Field(default=False, description="One latent basis for keys and values (U3 of both tensors).")
 
@@ -55,6 +63,8 @@ class TuckerConfig(AttentionConfig):
             for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
                 if rank > limit:
                     raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+        if self.shared_kv and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
         if self.shared_kv and self.pre[2] != self.post[2]:
             raise PatchError(f"shared_kv needs equal key and value ranks, not {self.pre[2]} and {self.post[2]}")
 
@@ -116,6 +126,7 @@ class TuckerAttention(AttentionModule):
     def __init__(self, spec: HostSpec, config: TuckerConfig, **factory: Any) -> None:
         super().__init__(spec)
         pre, post = config.pre, config.post
+        self.conversion = config.conversion
         self.pre_head = nn.Parameter(torch.empty(spec.num_heads, pre[0], **factory))
         self.pre_core = nn.Parameter(torch.empty(pre, **factory))
         self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias, **factory)
@@ -153,8 +164,8 @@ class TuckerAttention(AttentionModule):
             spread = (self.num_heads * width * self.k_proj.in_features) ** -0.5  # product of the three factors' std
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, O)"""
+    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See AttentionModule. x (B, N, C) -> Y, (B, N, H*r3t)"""
         B, N, _ = x.shape
         heads = self.num_heads
         pre = torch.tensordot(self.pre_head, self.pre_core, 1)  # T, (H, r2, r3)
@@ -172,20 +183,71 @@ class TuckerAttention(AttentionModule):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )  # (B, H, N, r3t)
+        return y.transpose(1, 2).reshape(B, N, -1)
+
+    def readout(self, mixed: Tensor) -> Tensor:
+        """See AttentionModule. Y (B, N, H*r3t) -> (sum_i Y_i S_i^T) U2t^T + b, (B, N, O)"""
         post = torch.tensordot(self.post_head, self.post_core, 1)  # S, (H, r2t, r3t)
-        y = y.transpose(1, 2).reshape(B, N, -1) @ post.transpose(1, 2).flatten(0, 1)  # (B, N, r2t)
-        return self.proj_drop(self.proj(y))
+        return self.proj(mixed @ post.transpose(1, 2).flatten(0, 1))
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """HOSVD of both weight tensors (App. C.1.4); exact at full ranks."""
+        """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
         pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
         basis = None
         if self.v_proj is None:
             basis = joint_right_basis(pre_pairs, post_pairs, self.k_proj.out_features)
-        pre_ranks, post_ranks = tuple(self.pre_core.shape), tuple(self.post_core.shape)
-        pre = hosvd(pre_pairs, pre_ranks, right=basis)  # type: ignore[arg-type]
-        post = hosvd(post_pairs, post_ranks, right=basis)  # type: ignore[arg-type]
+        pre_ranks, post_ranks = self.ranks
+        if self.conversion == "hooi" and basis is None:
+            pre, post = hooi(pre_pairs, pre_ranks), hooi(post_pairs, post_ranks)
+        else:
+            pre, post = hosvd(pre_pairs, pre_ranks, right=basis), hosvd(post_pairs, post_ranks, right=basis)
         self.set_tensors(pre, post, weights.folded_out_bias())
+
+    def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
+        """The decompositions with the least error on the tokens, to first order, head by head.
+
+        Query mode: E[x~ x~^T] with x~ = [x, 1]; key mode: how much each head's scores matter (``Moments.key``); value mode:
+        the covariance of the heads' averaged tokens, their mean going into the output bias exactly; output mode: E[g g^T].
+        The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
+        """
+        pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
+        query = moments.query[: pre_pairs.left.shape[1], : pre_pairs.left.shape[1]]
+        value, mean = moments.value, moments.value_mean
+        if not self.has_out_bias:  # no place for the mean: it must be kept by the factors
+            value = value + mean.unsqueeze(2) * mean.unsqueeze(1)
+        value = value.mean(0)
+        basis = None
+        if self.v_proj is None:
+            basis = joint_weighted_basis(pre_pairs, post_pairs, query, moments.key, moments.output, value,
+                                         self.k_proj.out_features, damping)  # fmt: skip
+        pre_ranks, post_ranks = self.ranks
+        pre = weighted_tucker(pre_pairs, pre_ranks, query, moments.key, damping, basis)
+        post = whitened_hosvd(post_pairs, post_ranks, moments.output, value, damping, basis)
+        out_bias = weights.folded_out_bias()
+        if out_bias is not None:
+            out_bias = out_bias + mean_output(post_pairs, mean) - mean_output(tucker_pairs(post), mean)
+        self.set_tensors(pre, post, out_bias)
+
+    def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
+        """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
+        ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
+        prior = Tucker(self.post_core.detach().double(), self.post_head.detach().double(),
+                       linear_weight(self.proj).mT, torch.empty(0))  # fmt: skip
+        fitted = reduced_rank_readout(ff, yf, prior, damping, out_root)
+        slices = torch.tensordot(fitted.head, fitted.core, 1)  # S, (H, r2t, r3t)
+        readout = (fitted.left @ slices).transpose(0, 1).flatten(1)  # (O, H*r3t)
+        set_linear(self.proj, fitted.left.mT, y_mean - readout @ f_mean)
+        self.post_head.copy_(fitted.head)
+        self.post_core.copy_(fitted.core)
+
+    def input_projections(self) -> list[nn.Linear]:
+        """See base class."""
+        return [linear for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]
+
+    @property
+    def ranks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Ranks of the pre- and of the post-softmax tensor."""
+        return tuple(self.pre_core.shape), tuple(self.post_core.shape)  # type: ignore[return-value]
 
     def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None) -> None:
         """Copy two Tucker decompositions in; the last row of ``pre.left`` is the query bias where there is one.
@@ -230,3 +292,32 @@ def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
     """One orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm: least summed relative error."""
     weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
     return leading_eigenvectors(weighted, rank)
+
+
+def joint_weighted_basis(
+    pre: Pairs,
+    post: Pairs,
+    query: Tensor,
+    key: Tensor,
+    output: Tensor,
+    value: Tensor,
+    rank: int,
+    damping: float,
+) -> Tensor:
+    """One basis (C, rank) for keys and values, in the mean of their metrics; see ``Moments`` for the four metrics."""
+    root = metric_root((mean_metric(key) + mean_metric(value[None])) / 2, damping)
+    left_pre = metric_root(query, damping).root @ pre.left * head_weights(key)[:, None, None]
+    left_post = metric_root(output, damping).root @ post.left
+    pair = Pairs(left_pre, root.root @ pre.right), Pairs(left_post, root.root @ post.right)
+    return root.inverse @ joint_right_basis(*pair, rank)
+
+
+def tucker_pairs(tucker: Tucker) -> Pairs:
+    """The tensor of a Tucker decomposition as pairs of width R2."""
+    slices = torch.tensordot(tucker.head, tucker.core, 1)
+    return Pairs(tucker.left.expand(len(slices), -1, -1), tucker.right @ slices.mT)
+
+
+def mean_output(post: Pairs, mean: Tensor) -> Tensor:
+    """sum_i A_i B_i^T mean_i: output (O,) of the heads' mean averaged tokens (H, C)."""
+    return torch.einsum("hod,hd->o", post.left, torch.einsum("hcd,hc->hd", post.right, mean))

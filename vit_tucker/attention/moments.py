@@ -1,0 +1,186 @@
+"""What a layer sees: second moments of its tokens, streamed, in the form that activation-aware conversions need.
+
+The error of a layer is measured on its tokens x_n by probes g_n, vectors in the space of the layer's output: E (g_n . dy_n)^2. A probe
+that is random noise measures the layer's own output; a probe that is the gradient of random combinations of the model's final
+features measures what the error does to them. To first order, with p the softmax rows and a_in = sum_l p_i(n,l) x_l,
+
+    dy from dWt:  g_n^T sum_i dWt_i^T a_in            metrics: output E[g g^T], value Cov[a_i], head by head
+    dy from dW:   x~_n^T sum_i dW_i kappa_in          metrics: query E[x~ x~^T] with x~ = [x, 1], key E[kappa_i kappa_i^T]
+    kappa_in = sum_l s_i(n,l) x_l,   s = p * (g^T Wt_i^T x_l - its mean under p): the gradient of the scores
+
+kappa does not change when all keys are shifted, as the softmax does not; heads with little influence have small kappa.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.sdpa import add_mask
+from vit_tucker.tensor.metric import covariance
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of an attention layer, and its probe.
+
+    Attributes:
+        x: tokens, (B, N, C).
+        y: output of the host, (B, N, O).
+        probe: g, (B, N, O).
+        attn_mask, is_causal: as the layer got them.
+    """
+
+    x: Tensor
+    y: Tensor
+    probe: Tensor
+    attn_mask: Tensor | None = None
+    is_causal: bool = False
+
+    def token_weights(self) -> Tensor:
+        """Weight of each token in regressions, |g_n|. (B, N)"""
+        return self.probe.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one layer's tokens, float64. See the module's formulas.
+
+    Attributes:
+        tokens: number of tokens.
+        mean: E[x], (C,).
+        query: E[[x, 1] [x, 1]^T], (C + 1, C + 1).
+        key: E[kappa_i kappa_i^T], (H, C, C).
+        value: covariance of a_i, weighted by |g|, (H, C, C).
+        value_mean: mean of a_i, weighted by |g|, (H, C).
+        output: E[g g^T], (O, O).
+        query_grad: second moment of the gradients with respect to the joined queries, (H*D, H*D).
+        kv_grad: the same for joined keys, then values, (2*H*D, 2*H*D).
+    """
+
+    tokens: int
+    mean: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    value_mean: Tensor
+    output: Tensor
+    query_grad: Tensor
+    kv_grad: Tensor
+
+    @property
+    def token_covariance(self) -> Tensor:
+        """Covariance of the tokens, (C, C)."""
+        return covariance(self.query[:-1, :-1], self.mean)
+
+    @staticmethod
+    def bytes(spec: HostSpec) -> int:
+        """Memory of one layer's moments."""
+        c, hd = spec.embed_dim, spec.attn_dim
+        return 8 * ((c + 1) ** 2 + 2 * spec.num_heads * c * c + spec.out_dim**2 + 5 * hd * hd)
+
+
+class MomentSums:
+    """Running sums behind ``Moments``. Products in the tokens' dtype (at least float32), sums in float64."""
+
+    def __init__(self, spec: HostSpec, weights: MHAWeights) -> None:
+        self.spec = spec
+        like = weights.query
+        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        given = {name: value for name, value in vars(weights).items() if value is not None}
+        self.weights = MHAWeights(**{name: value.detach().to(self.dtype) for name, value in given.items()})
+        heads, c, out, hd = spec.num_heads, spec.embed_dim, spec.out_dim, spec.attn_dim
+        shapes = {"query": (c + 1, c + 1), "key": (heads, c, c), "value": (heads, c, c), "value_mean": (heads, c),
+                  "output": (out, out), "query_grad": (hd, hd), "kv_grad": (2 * hd, 2 * hd)}  # fmt: skip
+        self.sums = {name: torch.zeros(s, dtype=torch.float64, device=like.device) for name, s in shapes.items()}
+        self.weight_sum = torch.zeros((), dtype=torch.float64, device=like.device)
+        self.tokens = 0
+        self.shift: Tensor | None = None
+
+    def add(self, call: LayerCall) -> None:
+        """Add one call. The batch is worked off in slices, so that the attention maps stay small."""
+        slices = max(1, int(call.x.shape[0] * self.spec.num_heads * call.x.shape[1] ** 2 / 2**25))
+        for part in torch.arange(call.x.shape[0], device=call.x.device).chunk(slices):
+            mask = call.attn_mask
+            if mask is not None and mask.ndim == 4 and mask.shape[0] == call.x.shape[0] > 1:
+                mask = mask[part]
+            self._add(call.x[part].to(self.dtype), call.probe[part].to(self.dtype), mask, call.is_causal)
+
+    def _add(self, x: Tensor, probe: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+        w, spec = self.weights, self.spec
+        if self.shift is None:
+            self.shift = x.mean((0, 1))  # sums of squares of shifted tokens: large means don't eat the digits
+        centred = x - self.shift
+        p, q, k = attention_maps(x, w, spec, attn_mask, is_causal)
+        v = heads_of(centred, w.value)  # (B, H, N, D); the shift passes through the softmax unchanged
+        probe_v = torch.einsum("bno,hdo->bhnd", probe, w.out)  # gradient of the head's averaged value
+        s = probe_v @ v.mT
+        s = p * (s - (p * s).sum(-1, keepdim=True))  # gradient of the scores
+        kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)
+        averaged = p @ centred.unsqueeze(1)
+        token_weights = probe.norm(dim=-1)  # (B, N)
+        ones = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
+        flat_probe = probe.flatten(0, 1)
+        grad_q, grad_k = s @ k * spec.scale, s.mT @ q * spec.scale
+        grad_kv = torch.cat([joined(grad_k), joined(p.mT @ probe_v)], -1)
+        sums = self.sums
+        sums["query"] += ones.mT @ ones
+        sums["output"] += flat_probe.mT @ flat_probe
+        sums["query_grad"] += joined(grad_q).mT @ joined(grad_q)
+        sums["kv_grad"] += grad_kv.mT @ grad_kv
+        for head in range(spec.num_heads):
+            kap, avg = kappa[:, head].flatten(0, 1), averaged[:, head].flatten(0, 1)
+            weighted = avg * token_weights.flatten().unsqueeze(1)
+            sums["key"][head] += kap.mT @ kap
+            sums["value"][head] += weighted.mT @ avg
+            sums["value_mean"][head] += weighted.sum(0)
+        self.weight_sum += token_weights.sum()
+        self.tokens += len(ones)
+
+    def moments(self) -> Moments:
+        """The means.
+
+        Raises:
+            ValueError: no tokens, values that are not finite, or probes that are all zero.
+        """
+        if self.tokens == 0 or self.shift is None:
+            raise ValueError("no tokens reached the layer")
+        if not all(torch.isfinite(value).all() for value in self.sums.values()):
+            raise ValueError("the tokens or their gradients are not finite")
+        if not self.weight_sum > 0:
+            raise ValueError("the layer's output has no influence on the model's features")
+        per_token = {name: self.sums[name] / self.tokens for name in ("query", "key", "output", "query_grad", "kv_grad")}
+        shifted_mean = self.sums["value_mean"] / self.weight_sum
+        return Moments(
+            tokens=self.tokens,
+            mean=per_token["query"][-1, :-1],
+            value=covariance(self.sums["value"] / self.weight_sum, shifted_mean),
+            value_mean=shifted_mean + self.shift.double(),
+            **per_token,
+        )
+
+
+def attention_maps(
+    x: Tensor, weights: MHAWeights, spec: HostSpec, attn_mask: Tensor | None, is_causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The host's softmax rows (B, H, N, N), queries and keys (B, H, N, D), with its biases and query/key norms."""
+    q = heads_of(x, weights.query, weights.query_bias)
+    k = heads_of(x, weights.key, weights.key_bias)
+    norms = spec.extras.get("qk_norm", {})
+    if norms:
+        dtype = next((p.dtype for norm in norms.values() for p in norm.parameters()), q.dtype)
+        q, k = norms["q_norm"](q.to(dtype)).to(q.dtype), norms["k_norm"](k.to(dtype)).to(k.dtype)
+    scores = add_mask(q * spec.scale @ k.mT, attn_mask, is_causal)
+    return scores.softmax(-1), q, k
+
+
+def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, N, C) by (H, C, D) -> (B, H, N, D)"""
+    y = torch.einsum("bnc,hcd->bhnd", x, weight)
+    return y if bias is None else y + bias[:, None]
+
+
+def joined(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B*N, H*D)"""
+    return x.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,54 @@
+"""Images for activation-aware conversions: some of the training set, as the evaluation sees them, without labels."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.datasets import is_iterable, load_dataset, subset
+from vit_tucker.data.seeding import derive_seed
+from vit_tucker.data.transforms import eval_transform
+from vit_tucker.errors import DataError
+
+
+def calibration_images(
+    data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, seed: int
+) -> Iterator[Tensor]:
+    """Batches of training images with the evaluation's transform; the same ones in every process.
+
+    Args:
+        data: config section; ``num_samples`` holds here too.
+        resolved: timm's data config, see ``resolve_data``.
+        images: how many, drawn without replacement by ``seed``; the first ones of a streamed set.
+        batch_size: images per batch.
+        seed: of the choice.
+
+    Yields:
+        (B, channels, height, width), float32.
+
+    Raises:
+        DataError: the split is missing, or has fewer images.
+    """
+    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
+    options = {"download": data.download, "batch_size": batch_size, "seed": 0, **data.dataset_kwargs}
+    split = load_dataset(data.dataset, data.train_split, False, mode, data.root, options)
+    split = subset(split, data.num_samples)
+    if is_iterable(split):
+        samples: Iterable[Any] = itertools.islice(split, images)
+    else:
+        if images > len(split):
+            raise DataError(f"attention.calibration.images={images}: the training split has {len(split)} images")
+        generator = torch.Generator().manual_seed(derive_seed(seed, len(split)))
+        samples = (split[int(index)] for index in torch.randperm(len(split), generator=generator)[:images])
+    transform = eval_transform(resolved)
+    batch: list[Tensor] = []
+    for image, _ in samples:
+        batch.append(transform(image))
+        if len(batch) == batch_size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)

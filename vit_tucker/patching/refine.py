@@ -1,0 +1,125 @@
+"""Layer-by-layer refinement: a few Adam steps that fit a converted layer's output to its host's, without labels.
+
+The steps are taken in whitened coordinates, where a factor's entries all move the output about equally, and relative to each
+factor's size; without that they spoil what a closed form has already fitted. A held-out eighth of the sequences decides: the best
+state seen on it is kept, so the result is never worse there than the start.
+"""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.moments import LayerCall
+from vit_tucker.tensor.metric import Root
+
+SEQUENCES = 16
+CHECK_EVERY = 10
+
+
+class Whitened(nn.Module):
+    """Parametrisation of a Linear's weight (out, in) by V: out_inverse V in_inverse.
+
+    Args:
+        out_root, in_root: roots of the metrics of the output and of the input; None for the identity.
+    """
+
+    def __init__(self, out_root: Root | None, in_root: Root | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out = None if out_root is None else tuple(part.to(dtype) for part in out_root)
+        self.input = None if in_root is None else tuple(part.to(dtype) for part in in_root)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """V -> weight"""
+        return self._map(v, 1)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Weight -> V"""
+        return self._map(weight, 0)
+
+    def _map(self, matrix: Tensor, which: int) -> Tensor:
+        if self.out is not None:
+            matrix = self.out[which] @ matrix
+        return matrix if self.input is None else matrix @ self.input[which]
+
+
+def refine(
+    layer: AttentionModule, calls: list[LayerCall], in_root: Root, out_root: Root, *, steps: int, lr: float, seed: int
+) -> tuple[float, float]:
+    """Fit a layer's output to the host's on given calls, in place.
+
+    Args:
+        layer: converted, in eval mode; any dtype, refined in float32 (float64 if it is).
+        calls: inputs and outputs of the host, weights of the tokens as the norm of the probes.
+        in_root: root of the tokens' second moment (C, C).
+        out_root: root of the output metric (O, O): the error is measured in it.
+        steps: of Adam, with a cosine schedule and a short warm-up.
+        lr: relative to the root mean square of each parameter; cut to a quarter, from the best state, whenever a check finds
+            no gain.
+        seed: of the choice of sequences.
+
+    Returns:
+        Relative squared error on the held-out sequences before and after.
+    """
+    dtype = torch.float64 if next(layer.parameters()).dtype == torch.float64 else torch.float32
+    work = copy.deepcopy(layer).to(dtype).requires_grad_(True)
+    for linear in work.input_projections():
+        parametrize.register_parametrization(linear, "weight", Whitened(None, in_root, dtype))
+    parametrize.register_parametrization(work.proj, "weight", Whitened(out_root, None, dtype))
+    metric = out_root.root.to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    held = [slice(0, max(1, call.x.shape[0] // 8)) for call in calls]
+    parameters = [p for p in work.parameters() if p.square().mean() > 0]
+    sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
+    solver = torch.optim.Adam([{"params": [p]} for p in parameters], betas=(0.9, 0.99))
+    norm = sum(_loss(None, call, part, metric).item() for call, part in zip(calls, held, strict=True))
+
+    @torch.no_grad()
+    def held_out() -> float:
+        return sum(_loss(work, call, part, metric).item() for call, part in zip(calls, held, strict=True)) / max(norm, 1e-300)
+
+    first = best = held_out()
+    best_state = copy.deepcopy(work.state_dict())
+    for step in range(steps):
+        factor = min(1.0, (step + 1) / 5) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, size in zip(solver.param_groups, sizes, strict=True):
+            group["lr"] = lr * factor * size
+        number = int(torch.randint(len(calls), (), generator=generator))
+        call, start = calls[number], held[number].stop if calls[number].x.shape[0] > 1 else 0
+        part = start + torch.randperm(call.x.shape[0] - start, generator=generator)[:SEQUENCES]
+        with torch.enable_grad():
+            loss = _loss(work, call, part, metric) / max(norm, 1e-300)
+            solver.zero_grad()
+            loss.backward()
+        solver.step()
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
+            now = held_out()
+            if now < best:
+                best, best_state = now, copy.deepcopy(work.state_dict())
+            else:  # the steps are too large for what is left to gain
+                work.load_state_dict(best_state)
+                solver.state.clear()
+                lr /= 4
+    work.load_state_dict(best_state)
+    for linear in [*work.input_projections(), work.proj]:
+        parametrize.remove_parametrizations(linear, "weight")
+    if best < first:
+        layer.load_state_dict(work.state_dict())
+    return first, best
+
+
+def _loss(layer: AttentionModule | None, call: LayerCall, part: Tensor | slice, metric: Tensor) -> Tensor:
+    """Weighted squared error of some sequences of a call in the output metric; without a layer the variance of the targets."""
+    y = call.y[part].to(metric.dtype)
+    if layer is None:
+        difference = y - y.mean((0, 1))
+    else:
+        mask = call.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == call.x.shape[0] > 1:
+            mask = mask[part]
+        difference = layer(call.x[part].to(metric.dtype), attn_mask=mask, is_causal=call.is_causal) - y
+    weights = call.token_weights()[part].to(metric.dtype)
+    return ((difference @ metric).square().sum(-1) * weights).mean()

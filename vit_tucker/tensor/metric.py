@@ -1,0 +1,53 @@
+"""Symmetric positive semidefinite metrics: damping, square roots, and what makes a metric useless."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Root(NamedTuple):
+    """Square root of a metric and its inverse; both (..., I, I), symmetric.
+
+    Attributes:
+        root: R with R R = M + damping.
+        inverse: R^-1.
+    """
+
+    root: Tensor
+    inverse: Tensor
+
+
+def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
+    """Square root of ``metric + damping * mean eigenvalue``.
+
+    Sums of products taken in lower precision can have slightly negative eigenvalues; they count as zero.
+
+    Args:
+        metric: (..., I, I), symmetric, positive semidefinite up to rounding.
+        damping: relative to the mean eigenvalue; few samples leave directions without any, which only damping makes invertible.
+
+    Returns:
+        The root and its inverse, float64.
+
+    Raises:
+        ValueError: entries that are not finite, no positive eigenvalue, or a singular metric without damping.
+    """
+    if not torch.isfinite(metric).all():
+        raise ValueError("the second moments are not finite")
+    metric = metric.double()
+    values, vectors = torch.linalg.eigh((metric + metric.mT) / 2)
+    values = values.clamp_min(0)
+    mean = values.mean(-1, keepdim=True)
+    if not (mean > 0).all():
+        raise ValueError("the second moments are zero: the inputs are constant")
+    values = values + damping * mean
+    if (values <= 0).any():
+        raise ValueError("the second moments are singular; damping makes them invertible")
+    roots = values.sqrt().unsqueeze(-2)
+    return Root((vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT)
+
+
+def covariance(second_moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
+    return second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)

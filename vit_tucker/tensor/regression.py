@@ -1,0 +1,135 @@
+"""Linear read-outs from second moments: ridge regression towards a prior, at full or at reduced rank.
+
+    minimise E|| y - R f - b ||^2_M + ridge || R - R0 ||^2
+With the prior R0 an exact read-out stays exact, whatever the ridge.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
+
+
+@dataclass
+class LinearMoments:
+    """Weighted sums over tokens for the regression of y on f.
+
+    Attributes:
+        count: sum of the weights.
+        f_sum, y_sum: (F,), (O,).
+        ff: sum of f f^T, (F, F).
+        yf: sum of y f^T, (O, F).
+        yy: sum of |y|^2, scalar.
+        f_shift, y_shift: subtracted from f and y before summing, so that large means don't eat the digits.
+    """
+
+    count: Tensor
+    f_sum: Tensor
+    y_sum: Tensor
+    ff: Tensor
+    yf: Tensor
+    yy: Tensor
+    f_shift: Tensor
+    y_shift: Tensor
+
+    @classmethod
+    def like(cls, f: Tensor, y: Tensor, centre: bool) -> "LinearMoments":
+        """Empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``."""
+        zeros = [torch.zeros(s, dtype=torch.float64, device=f.device) for s in ((), f.shape[1], y.shape[1])]
+        products = [f.new_zeros(f.shape[1], f.shape[1]).double(), f.new_zeros(y.shape[1], f.shape[1]).double()]
+        shifts = [t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)]
+        return cls(zeros[0], zeros[1], zeros[2], products[0], products[1], zeros[0].clone(), shifts[0], shifts[1])
+
+    def add(self, f: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add features (n, F) and targets (n, O) with weights (n,)."""
+        f, y = f - self.f_shift, y - self.y_shift
+        weighted = f * weights[:, None]
+        self.count += weights.sum().double()
+        self.f_sum += weighted.sum(0).double()
+        self.y_sum += (y * weights[:, None]).sum(0).double()
+        self.ff += (weighted.mT @ f).double()
+        self.yf += (y.mT @ weighted).double()
+        self.yy += (y.square().sum(1) * weights).sum().double()
+
+    def centred(self, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Covariances ff (F, F) and yf (O, F) and the means of f and y; with no bias raw moments, zero means."""
+        f_mean, y_mean = self.f_sum / self.count, self.y_sum / self.count
+        ff, yf = self.ff / self.count, self.yf / self.count
+        if not has_bias:
+            return ff, yf, torch.zeros_like(f_mean), torch.zeros_like(y_mean)
+        ff, yf = ff - f_mean[:, None] * f_mean, yf - y_mean[:, None] * f_mean
+        return ff, yf, f_mean + self.f_shift.double(), y_mean + self.y_shift.double()
+
+
+def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tuple[Tensor, Root]:
+    """The best read-out at full rank, and the root of the damped feature metric.
+
+    Args:
+        ff: (F, F) feature (co)variance.
+        yf: (O, F).
+        prior: R0, (O, F).
+        damping: ridge relative to the mean variance of the features.
+
+    Returns:
+        R, (O, F), and the root of ff + ridge.
+    """
+    root = metric_root(ff, damping)
+    # R - R0 solves (R - R0)(ff + ridge) = yf - R0 ff: zero where R0 already explains y
+    return prior + (yf - prior @ ff) @ root.inverse @ root.inverse, root
+
+
+def reduced_rank_readout(
+    ff: Tensor, yf: Tensor, prior: Tucker, damping: float, out_root: Root, sweeps: int = 6
+) -> Tucker:
+    """The best read-out sum_i U2 S_i f_i, S = C x1 U1, from features f = (f_1, ..., f_H) of R3 each.
+
+    At full head rank the exact minimum: reduced-rank regression. Below, head factor and the rest in turns, each exactly.
+
+    Args:
+        ff: (H*R3, H*R3).
+        yf: (O, H*R3).
+        prior: the read-out to start from and to lean to: core (R1, R2, R3), head (H, R1), left (O, R2), right untouched.
+        damping: ridge relative to the mean variance of the features.
+        out_root: root of the output metric (O, O).
+        sweeps: turns at head rank below H.
+
+    Returns:
+        prior with new core, head and left factor.
+
+    Source: Izenman, Reduced-rank regression for the multivariate linear model, 1975.
+    """
+    heads, (r1, r2, r3) = prior.head.shape[0], prior.core.shape
+    slices = torch.tensordot(prior.head, prior.core, 1)  # (H, R2, R3)
+    dense = (prior.left @ slices).transpose(0, 1).flatten(1)  # (O, H*R3)
+    full, root = ridge_readout(ff, yf, dense, damping)
+    metric = root.root @ root.root
+    target = out_root.root @ full @ metric  # cross moments of the damped problem
+    head = prior.head if r1 < heads else torch.eye(heads, dtype=ff.dtype, device=ff.device)
+    blocks = metric.unflatten(0, (heads, r3)).unflatten(2, (heads, r3))  # (H, R3, H, R3)
+    cross = target.unflatten(1, (heads, r3))  # (O, H, R3)
+    left, core = _best_left_and_core(blocks, cross, head, r2)
+    for _ in range(sweeps if r1 < heads else 0):
+        head = _best_head(blocks, cross, left, core)
+        left, core = _best_left_and_core(blocks, cross, head, r2)
+    return Tucker(core, head, out_root.inverse @ left, prior.right)
+
+
+def _best_left_and_core(blocks: Tensor, cross: Tensor, head: Tensor, r2: int) -> tuple[Tensor, Tensor]:
+    """Reduced-rank regression on the mixed features sum_i U1[i, a] f_i. Returns (O, R2) and (R1, R2, R3)."""
+    mixed = torch.einsum("ha,hrks,kb->arbs", head, blocks, head).flatten(0, 1).flatten(1)  # (R1*R3, R1*R3)
+    readout = torch.einsum("ohr,ha->oar", cross, head).flatten(1) @ (root := metric_root(mixed, 1e-12)).inverse
+    left = leading_eigenvectors(readout @ readout.mT, r2)
+    core = (left.mT @ readout @ root.inverse).unflatten(1, (head.shape[1], -1))  # (R2, R1, R3)
+    return left, core.transpose(0, 1)
+
+
+def _best_head(blocks: Tensor, cross: Tensor, left: Tensor, core: Tensor) -> Tensor:
+    """Head factor (H, R1) for given left factor and core: least squares, then orthonormal columns."""
+    heads, r1 = blocks.shape[0], core.shape[0]
+    normal = torch.einsum("aqr,hrks,bqs->hakb", core, blocks, core).flatten(0, 1).flatten(1)
+    right_side = torch.einsum("oq,ohr,aqr->ha", left, cross, core).flatten()
+    inverse = metric_root(normal, 1e-12).inverse
+    return torch.linalg.qr((inverse @ (inverse @ right_side)).view(heads, r1)).Q

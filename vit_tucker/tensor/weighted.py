@@ -1,0 +1,153 @@
+"""Tucker decompositions in weighted norms: the error that counts is the one on the tokens, not the one in the weights.
+
+    loss = sum_i || L (W_i - W^_i) R_i ||_F^2,    L L = left metric,  R_i R_i = right metric of head i
+
+With one right metric for all heads this is a plain HOSVD of the whitened tensor. Heads that see different tokens have different
+metrics; then the HOSVD of the mean metric is the start, and a quasi-Newton method (L-BFGS, in whitened coordinates, where a step
+has the same size in all directions) finds the rest.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
+
+Ranks = tuple[int, int, int]
+
+
+def mean_metric(metrics: Tensor) -> Tensor:
+    """Mean over heads of the metrics, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
+    traces = metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
+    share = torch.where(traces > 0, 1 / traces.clamp_min(torch.finfo(metrics.dtype).tiny), 0.0)
+    return (metrics * share[:, None, None]).mean(0)
+
+
+def head_weights(metrics: Tensor) -> Tensor:
+    """How much each head counts: the root of its metric's trace, the largest 1, none below 1e-3. (H, J, J) -> (H,)"""
+    weights = metrics.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()
+    if not (weights > 0).any():
+        raise ValueError("the second moments are zero: the inputs are constant")
+    return (weights / weights.max()).clamp_min(1e-3)
+
+
+def whitened_hosvd(
+    pairs: Pairs,
+    ranks: Ranks,
+    left_metric: Tensor,
+    right_metric: Tensor,
+    damping: float = 1e-3,
+    right: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tucker:
+    """HOSVD in the norm of a left and a right metric, and of weights of the heads.
+
+    Args:
+        pairs: the tensor (H, I, J).
+        ranks: (R1, R2, R3).
+        left_metric: (I, I).
+        right_metric: (J, J).
+        damping: see ``metric_root``.
+        right: basis (J, R3) of the right mode to use instead of the best.
+        weights: (H,), positive: how much each head counts. A head mode cut to less than H keeps what is large; without weights
+            that is what is large in numbers, and heads with small scores but much influence are lost. A scale per head costs
+            nothing, since the head factor absorbs it.
+
+    Returns:
+        Tucker of the tensor itself: the whitening is undone in the factors, which are not orthonormal.
+
+    Source: De Lathauwer et al., 2000, for the whitened tensor.
+    """
+    left_root, right_root = metric_root(left_metric, damping), metric_root(right_metric, damping)
+    scale = torch.ones_like(pairs.left[:, 0, 0]) if weights is None else weights
+    whitened = Pairs(left_root.root @ (pairs.left * scale[:, None, None]), right_root.root @ pairs.right)
+    basis = None if right is None else torch.linalg.qr(right_root.root @ right).Q
+    core, head, left, new_right = hosvd(whitened, ranks, right=basis)
+    if right is None:
+        return Tucker(core, head / scale[:, None], left_root.inverse @ left, right_root.inverse @ new_right)
+    # the core in the given basis instead of the orthonormal one
+    core = core @ torch.linalg.lstsq(right_root.root @ right, new_right).solution.mT
+    return Tucker(core, head / scale[:, None], left_root.inverse @ left, right)
+
+
+def weighted_tucker(
+    pairs: Pairs,
+    ranks: Ranks,
+    left_metric: Tensor,
+    right_metrics: Tensor,
+    damping: float = 1e-3,
+    right: Tensor | None = None,
+    steps: int = 40,
+) -> Tucker:
+    """Tucker decomposition that minimises the weighted error, each head with its own right metric.
+
+    Args:
+        pairs: the tensor (H, I, J), float64.
+        ranks: (R1, R2, R3).
+        left_metric: (I, I).
+        right_metrics: (H, J, J).
+        damping: see ``metric_root``.
+        right: right factor (J, R3) to keep fixed (a basis shared by two tensors).
+        steps: L-BFGS iterations after the whitened HOSVD; none where the ranks are full.
+
+    Returns:
+        The decomposition; never worse in the weighted error than ``whitened_hosvd``, its start.
+    """
+    mean, weights = mean_metric(right_metrics), head_weights(right_metrics)
+    start = whitened_hosvd(pairs, ranks, left_metric, mean, damping, right, weights)
+    full = (pairs.left.shape[0], min(pairs.left.shape[1], pairs.left.shape[0] * pairs.left.shape[2]),
+            min(pairs.right.shape[1], pairs.right.shape[0] * pairs.right.shape[2]))  # fmt: skip
+    if steps == 0 or all(rank >= limit for rank, limit in zip(ranks, full, strict=True)):
+        return start
+    left_root = metric_root(left_metric, damping)
+    right_root = metric_root(mean, damping)
+    traces = right_metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
+    floor = (damping * traces / mean.shape[0]).clamp_min(damping * 1e-6 * traces.max() / mean.shape[0])
+    metrics = right_metrics + floor[:, None, None] * torch.eye(mean.shape[0], dtype=mean.dtype, device=mean.device)
+    loss = _weighted_error(
+        Pairs(left_root.root @ pairs.left, right_root.root @ pairs.right),
+        right_root.inverse @ (metrics / traces.mean()) @ right_root.inverse,
+    )
+    fixed = None if right is None else right_root.root @ right
+    factors = [start.head, start.core, left_root.root @ start.left]
+    if fixed is None:
+        factors.append(right_root.root @ start.right)
+    head, core, left, *rest = _minimise(lambda h, c, lo, r=fixed: loss(h, c, lo, r), factors, steps)
+    return Tucker(core, head, left_root.inverse @ left, right_root.inverse @ rest[0] if rest else start.right)
+
+
+def _weighted_error(pairs: Pairs, metrics: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Relative squared error sum_i tr(E_i K_i E_i^T) of a Tucker (head, core, left, right), E_i = A_i B_i^T - U2 T_i U3^T.
+
+    Multiplied out, so that nothing larger than the metrics (H, J, J) is formed.
+    """
+    right_metric = pairs.right.mT @ metrics  # (H, D, J)
+    norm = ((pairs.left.mT @ pairs.left) * (right_metric @ pairs.right)).sum()
+
+    def error(head: Tensor, core: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        slices = torch.tensordot(head, core, 1)  # T, (H, R2, R3)
+        cross = ((left.mT @ pairs.left) @ (right_metric @ right) * slices).sum()
+        square = ((left.mT @ left) @ slices @ (right.mT @ (metrics @ right)) * slices).sum()
+        return (norm - 2 * cross + square) / norm
+
+    return error
+
+
+def _minimise(loss: Callable[..., Tensor], start: list[Tensor], steps: int) -> list[Tensor]:
+    """L-BFGS from ``start``; returns the start where nothing better was found."""
+    with torch.enable_grad():
+        variables = [tensor.detach().clone().requires_grad_(True) for tensor in start]
+        solver = torch.optim.LBFGS(variables, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            value = loss(*variables)
+            value.backward()
+            return value
+
+        before = loss(*variables).item()
+        solver.step(closure)
+        after = loss(*variables).item()
+    return [v.detach() for v in variables] if after < before else start
