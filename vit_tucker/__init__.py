@@ -9,6 +9,7 @@ from vit_tucker import attention as attention
 from vit_tucker.attention.base import AttentionConfig, Calibration, HostSpec, MHAWeights, ParameterCount, Rule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.registry import get_method, list_methods, register_method
+from vit_tucker.attention.special_cases import DenseTensors, to_dense, to_mha, to_tucker
 from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.mla import MLAConfig
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DenseTensors",
     "GQAConfig",
     "HostSpec",
     "LayerReport",
@@ -45,5 +47,8 @@ __all__ = [
     "patch_record",
     "plan",
     "register_method",
+    "to_dense",
+    "to_mha",
+    "to_tucker",
     "unpatch",
 ]

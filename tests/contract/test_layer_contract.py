@@ -10,6 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import vit_tucker
 from tests.conftest import all_configs, dense_attention, make_spec, make_weights, randomise
 from vit_tucker.attention.base import DENSE_INIT_STD
+from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.regression import LinearMoments
 from vit_tucker.tensor.tucker import Pairs, relative_distance
 
 SPECS = {
@@ -23,6 +26,13 @@ SPECS = {
 }
 METHODS = [(name, spec) for name in vit_tucker.list_methods() for spec in SPECS]
 CONFIGS = [(config, spec) for spec in SPECS for config in all_configs(SPECS[spec])]
+GENERATOR = torch.Generator().manual_seed(7)
+TOKENS = (
+    torch.randn(20, 9, 8, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    @ torch.randn(8, 24, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    / 8**0.5
+    + torch.randn(20, 9, 24, generator=torch.Generator().manual_seed(10), dtype=torch.float64) * 0.1
+)
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
@@ -49,6 +59,47 @@ def test_full_rank_conversion_is_exact(name, spec):
         assert relative_distance(host, ours) < 1e-12
     changed = dense_attention(weights, X, spec.scale * 1.001)  # the tolerance sees a change of 0.1% in the scores
     assert not torch.allclose(module(X), changed, rtol=1e-9, atol=1e-9)
+
+
+def calibrated(config, spec, weights, x):
+    """A module converted for the tokens x, as the calibration does it for one layer; float64 throughout."""
+    module, y = config.build(spec, dtype=torch.float64).eval(), dense_attention(weights, x, spec.scale)
+    sums, probe = MomentSums(spec, weights), torch.randn(y.shape, generator=GENERATOR, dtype=torch.float64)
+    sums.add(LayerCall(x, y, probe))
+    moments = sums.moments()
+    with torch.no_grad():
+        module.convert_calibrated(weights, moments, 1e-6)
+        f = module.mix(x).flatten(0, 1)
+        readout = LinearMoments.like(f, y.flatten(0, 1), centre=module.has_out_bias)
+        readout.add(f, y.flatten(0, 1), probe.norm(dim=-1).flatten())
+        module.fit_readout(readout, metric_root(moments.output, 1e-6), 1e-6)
+    return module, y
+
+
+@pytest.mark.parametrize(("name", "spec"), METHODS)
+def test_full_rank_calibrated_conversion_is_exact(name, spec):
+    spec = SPECS[spec]
+    module, y = calibrated(vit_tucker.get_method(name).full_rank(spec), spec, make_weights(spec), TOKENS)
+    torch.testing.assert_close(module(TOKENS), y, rtol=1e-7, atol=1e-7)  # roots of metrics of condition 1e6
+
+
+@pytest.mark.parametrize(("name", "spec"), METHODS)
+def test_calibrated_conversion_beats_the_weights_alone(name, spec):
+    spec, weights = SPECS[spec], make_weights(SPECS[spec])
+    config = vit_tucker.get_method(name).example(spec)
+    module, y = calibrated(config, spec, weights, TOKENS)
+    plain = (converted(config, spec, weights)(TOKENS) - y).norm()
+    assert (module(TOKENS) - y).norm() <= plain * (1 + 1e-6) + 1e-8 * y.norm()  # exact ones differ by rounding
+
+
+@pytest.mark.parametrize(("name", "spec"), METHODS)
+def test_readout_of_mix_is_the_layer(name, spec):
+    module = built(vit_tucker.get_method(name).example(SPECS[spec]), SPECS[spec])
+    torch.testing.assert_close(module.readout(module.mix(X)), module(X))
+    f = module.mix(X)
+    torch.testing.assert_close(  # linear: what the regression relies on
+        module.readout(2 * f) - module.readout(f), module.readout(f) - module.readout(torch.zeros_like(f))
+    )
 
 
 def compresses(name, spec):

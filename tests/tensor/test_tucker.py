@@ -1,20 +1,26 @@
 """HOSVD of pairs against the textbook HOSVD of the formed tensor."""
 
 import pytest
+import tensorly
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorly.decomposition import tucker as tensorly_tucker
+from tensorly.tenalg import svd_interface
 
 from vit_tucker.tensor.modes import tucker_to_tensor, unfold
 from vit_tucker.tensor.tucker import (
     Pairs,
     grams,
+    hooi,
     hosvd,
     leading_eigenvectors,
     project,
     relative_distance,
     squared_norm,
 )
+
+tensorly.set_backend("pytorch")
 
 
 def random_pairs(heads: int = 4, rows: int = 9, columns: int = 7, width: int = 3, seed: int = 0) -> Pairs:
@@ -114,3 +120,48 @@ def test_eigenvectors_have_a_fixed_sign_and_range():
     assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
     with pytest.raises(ValueError, match=r"rank 3 is outside 1\.\.2"):
         leading_eigenvectors(torch.eye(2), 3)
+
+
+RANKS = [(2, 3, 4), (4, 9, 7), (1, 1, 1), (3, 5, 2)]
+
+
+def tensorly_error(pairs: Pairs, ranks, iterations: int) -> float:
+    """Relative error of tensorly's Tucker of the formed tensor: HOSVD start, then HOOI."""
+    core, factors = tensorly_tucker(pairs.dense(), rank=list(ranks), init="svd", n_iter_max=iterations, tol=0)
+    return ((pairs.dense() - tucker_to_tensor(core, factors)).norm() / pairs.dense().norm()).item()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_hosvd_is_the_truncated_svd_of_each_unfolding(ranks):
+    """tensorly starts its HOOI from the same bases; its own HOSVD error is that of their projection."""
+    pairs = random_pairs()
+    tensor, bases = pairs.dense(), []
+    for mode, rank in enumerate(ranks):
+        u, _, _ = svd_interface(tensorly.unfold(tensor, mode), n_eigenvecs=rank)
+        bases.append(u)
+    ours = hosvd(pairs, ranks)
+    for basis, mine in zip(bases, (ours.head, ours.left, ours.right), strict=True):
+        torch.testing.assert_close(mine @ mine.mT, basis @ basis.mT, rtol=1e-9, atol=1e-9)  # same subspace
+    if ranks != (4, 9, 7):
+        other = hosvd(random_pairs(seed=1), ranks).left
+        assert not torch.allclose(other @ other.mT, bases[1] @ bases[1].mT, atol=1e-3)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_hooi_reaches_tensorlys_error_and_is_at_most_hosvds(ranks):
+    pairs = random_pairs()
+    ours = relative_distance(pairs, as_pairs(hooi(pairs, ranks, 200))).item()
+    assert ours == pytest.approx(tensorly_error(pairs, ranks, 200), rel=1e-6, abs=1e-12)
+    start = relative_distance(pairs, as_pairs(hosvd(pairs, ranks))).item()
+    assert ours <= start + 1e-12
+    if ranks in ((2, 3, 4), (3, 5, 2)):
+        assert ours < start * (1 - 1e-4)  # there is something to refine
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(2, 8), st.integers(2, 8), st.integers(1, 3), st.integers(0, 50), st.data())
+def test_hooi_never_loses_to_hosvd(heads, rows, columns, width, seed, data):
+    pairs = random_pairs(heads, rows, columns, width, seed)
+    ranks = tuple(data.draw(st.integers(1, size)) for size in (heads, rows, columns))
+    errors = [relative_distance(pairs, as_pairs(f(pairs, ranks))).item() for f in (hooi, hosvd)]
+    assert errors[0] <= errors[1] + 1e-7  # exact ones differ by the rounding of Grams

@@ -193,7 +193,8 @@ class AttentionConfig(BaseModel):
     )
 
     calibration: Calibration | None = Field(
-        default=None, description="Convert the pretrained weights for the tokens of some training images; null: by weights alone."
+        default=None,
+        description="Convert the pretrained weights for the tokens of some training images; null: by weights alone.",
     )
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 import copy
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.sdpa import attend
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout
-from vit_tucker.tensor.tucker import Pairs
+from vit_tucker.tensor.selector import selector_form
+from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
 
 
 class AttentionModule(nn.Module):
@@ -24,6 +27,8 @@ class AttentionModule(nn.Module):
 
     def __init__(self, spec: HostSpec) -> None:
         super().__init__()
+        self.spec = replace(spec, extras={})
+        self.extras = tuple(spec.extras)
         self.num_heads = spec.num_heads
         self.head_dim = spec.head_dim
         self.attn_dim = spec.attn_dim
@@ -80,6 +85,21 @@ class AttentionModule(nn.Module):
         """The Linears that read the layer's input x: refinement steps are taken in whitened coordinates there."""
         return []
 
+    def output_projections(self) -> list[nn.Linear]:
+        """The Linears that write the layer's output, likewise. Here: ``proj`` if there is one."""
+        proj = getattr(self, "proj", None)
+        return [proj] if isinstance(proj, nn.Linear) else []
+
+    def folded_out_bias(self) -> Tensor | None:
+        """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
+        proj = getattr(self, "proj", None)
+        return linear_bias(proj) if isinstance(proj, nn.Linear) else None
+
+    def tucker_form(self) -> tuple[Tucker, Tucker]:
+        """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""
+        pre, post = self.pre_pairs(), self.post_pairs()
+        return hosvd(pre, mode_ranks(pre)), hosvd(post, mode_ranks(post))
+
     @abstractmethod
     def pre_pairs(self) -> Pairs:
         """The layer's pre-softmax tensor (H, C or C + 1, C): see ``MHAWeights.pre_pairs``."""
@@ -90,8 +110,13 @@ class AttentionModule(nn.Module):
 
 
 class PerHeadModule(AttentionModule):
-    """Base of layers that form each head's query, key and output: norms and gate of the host apply unchanged."""
+    """Base of layers that form each head's query, key and output: norms and gate of the host apply unchanged.
 
+    Attributes:
+        num_kv_heads: G, key/value heads.
+    """
+
+    num_kv_heads: int
     q_norm: nn.Module
     k_norm: nn.Module
     norm: nn.Module
@@ -148,7 +173,20 @@ class PerHeadModule(AttentionModule):
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:
-        """Query, key, value and output weights of each of the H heads, float64, and the query bias."""
+        """Query, key, value and output weights of each of the H heads, float64, and the biases but the key's (it cancels)."""
+
+    def folded_out_bias(self) -> Tensor | None:
+        """See base class."""
+        return self.dense_weights().folded_out_bias()
+
+    def tucker_form(self) -> tuple[Tucker, Tucker]:
+        """See base class; Thms B.2 and B.3: bases are the projections, the core picks columns."""
+        weights, group = self.dense_weights(), self.num_heads // self.num_kv_heads
+        pre, post = weights.pre_pairs(), weights.post_pairs()
+        return (
+            selector_form(pre.left, pre.right[::group], self.num_kv_heads),
+            selector_form(post.left, post.right[::group], self.num_kv_heads),
+        )
 
     def pre_pairs(self) -> Pairs:
         """See base class."""
@@ -167,6 +205,12 @@ def linear_weight(linear: nn.Linear) -> Tensor:
 def linear_bias(linear: nn.Linear) -> Tensor | None:
     """Bias of a Linear, (out,), float64, detached, or None."""
     return None if linear.bias is None else linear.bias.detach().double()
+
+
+def head_bias(linear: nn.Linear, num_heads: int, repeat: int = 1) -> Tensor | None:
+    """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
+    bias = linear_bias(linear)
+    return None if bias is None else bias.unflatten(0, (num_heads, -1)).repeat_interleave(repeat, 0)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:

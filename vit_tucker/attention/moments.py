@@ -1,8 +1,8 @@
 """What a layer sees: second moments of its tokens, streamed, in the form that activation-aware conversions need.
 
-The error of a layer is measured on its tokens x_n by probes g_n, vectors in the space of the layer's output: E (g_n . dy_n)^2. A probe
-that is random noise measures the layer's own output; a probe that is the gradient of random combinations of the model's final
-features measures what the error does to them. To first order, with p the softmax rows and a_in = sum_l p_i(n,l) x_l,
+The error of a layer is measured on its tokens x_n by probes g_n, vectors in the space of the layer's output: E (g_n . dy_n)^2.
+A probe of random noise measures the layer's own output; the gradient of a random combination of the model's final features
+measures what the error does to them. To first order, with p the softmax rows and a_in = sum_l p_i(n,l) x_l,
 
     dy from dWt:  g_n^T sum_i dWt_i^T a_in            metrics: output E[g g^T], value Cov[a_i], head by head
     dy from dW:   x~_n^T sum_i dW_i kappa_in          metrics: query E[x~ x~^T] with x~ = [x, 1], key E[kappa_i kappa_i^T]
@@ -19,6 +19,9 @@ from torch import Tensor
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.sdpa import add_mask
 from vit_tucker.tensor.metric import covariance
+
+CONSTANT = 1e-11
+"""Variance of the tokens over their squared mean below which they count as constant: float32 rounding is 1e-14."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class MomentSums:
                   "output": (out, out), "query_grad": (hd, hd), "kv_grad": (2 * hd, 2 * hd)}  # fmt: skip
         self.sums = {name: torch.zeros(s, dtype=torch.float64, device=like.device) for name, s in shapes.items()}
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=like.device)
+        self.spread = torch.zeros((), dtype=torch.float64, device=like.device)
         self.tokens = 0
         self.shift: Tensor | None = None
 
@@ -136,6 +140,7 @@ class MomentSums:
             sums["value"][head] += weighted.mT @ avg
             sums["value_mean"][head] += weighted.sum(0)
         self.weight_sum += token_weights.sum()
+        self.spread += centred.square().sum()
         self.tokens += len(ones)
 
     def moments(self) -> Moments:
@@ -148,9 +153,15 @@ class MomentSums:
             raise ValueError("no tokens reached the layer")
         if not all(torch.isfinite(value).all() for value in self.sums.values()):
             raise ValueError("the tokens or their gradients are not finite")
+        mean = self.sums["query"][-1, :-1] / self.tokens
+        variance = self.spread / self.tokens - (mean - self.shift).square().sum()
+        if variance <= CONSTANT * mean.square().sum():
+            raise ValueError("all tokens are the same: the inputs are constant")
         if not self.weight_sum > 0:
             raise ValueError("the layer's output has no influence on the model's features")
-        per_token = {name: self.sums[name] / self.tokens for name in ("query", "key", "output", "query_grad", "kv_grad")}
+        per_token = {
+            name: self.sums[name] / self.tokens for name in ("query", "key", "output", "query_grad", "kv_grad")
+        }
         shifted_mean = self.sums["value_mean"] / self.weight_sum
         return Moments(
             tokens=self.tokens,

@@ -1,8 +1,8 @@
 """Activation-aware conversion: run calibration images through the dense model, convert each layer for the tokens it sees.
 
-Two passes over the images, and nothing kept of them but sums: the first collects ``Moments``, from which each layer's bases follow;
-the second collects the moments of the converted layer's features and of the host's outputs, from which its linear read-out follows
-by regression (so it also corrects what the new scores get wrong). No labels are needed.
+Two passes over the images, of which only sums are kept: from the first, ``Moments``, follow each layer's bases; from the second,
+moments of the converted layer's features and of the host's outputs, follows its linear read-out by regression, which also
+corrects what the new scores get wrong. No labels are needed.
 """
 
 import time
@@ -151,8 +151,11 @@ def memory_groups(layers: list[CalibratedLayer]) -> Iterator[list[CalibratedLaye
         yield group
 
 
+See = Callable[[CalibratedLayer, Tensor, dict[str, Any], Tensor], None]
+
+
 @contextmanager
-def watching(layers: Iterable[CalibratedLayer], see: Callable[[CalibratedLayer, Any, dict[str, Any], Tensor], None]) -> Iterator[None]:
+def watching(layers: Iterable[CalibratedLayer], see: See) -> Iterator[None]:
     """Calls ``see(layer, x, options, y)`` at each call of each layer's dense module."""
 
     def hook(layer: CalibratedLayer) -> Callable[..., None]:
@@ -277,7 +280,12 @@ def fit_readouts(
 
 @torch.no_grad()
 def refine_layer(
-    model: nn.Module, layer: CalibratedLayer, images: list[Tensor], weights: list[Tensor], metrics: Metrics, options: Calibration
+    model: nn.Module,
+    layer: CalibratedLayer,
+    images: list[Tensor],
+    weights: list[Tensor],
+    metrics: Metrics,
+    options: Calibration,
 ) -> None:
     """Refine one converted layer on its calls; these are kept in memory while it lasts."""
     calls: list[LayerCall] = []

@@ -68,7 +68,8 @@ def refine(
     work = copy.deepcopy(layer).to(dtype).requires_grad_(True)
     for linear in work.input_projections():
         parametrize.register_parametrization(linear, "weight", Whitened(None, in_root, dtype))
-    parametrize.register_parametrization(work.proj, "weight", Whitened(out_root, None, dtype))
+    for linear in work.output_projections():
+        parametrize.register_parametrization(linear, "weight", Whitened(out_root, None, dtype))
     metric = out_root.root.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     held = [slice(0, max(1, call.x.shape[0] // 8)) for call in calls]
@@ -79,7 +80,8 @@ def refine(
 
     @torch.no_grad()
     def held_out() -> float:
-        return sum(_loss(work, call, part, metric).item() for call, part in zip(calls, held, strict=True)) / max(norm, 1e-300)
+        losses = [_loss(work, call, part, metric).item() for call, part in zip(calls, held, strict=True)]
+        return sum(losses) / max(norm, 1e-300)
 
     first = best = held_out()
     best_state = copy.deepcopy(work.state_dict())
@@ -104,7 +106,7 @@ def refine(
                 solver.state.clear()
                 lr /= 4
     work.load_state_dict(best_state)
-    for linear in [*work.input_projections(), work.proj]:
+    for linear in [*work.input_projections(), *work.output_projections()]:
         parametrize.remove_parametrizations(linear, "weight")
     if best < first:
         layer.load_state_dict(work.state_dict())

@@ -1,6 +1,6 @@
 """What a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
@@ -29,7 +29,7 @@ class LayerReport:
     pre_error: float | None
     post_error: float | None
     output_error: float | None
-    seconds: float | None
+    seconds: float | None = field(compare=False)
     flops_before: int | None
     flops_after: int | None
 
@@ -115,7 +115,10 @@ class PatchReport:
             _flops(self.flops_before, self.flops_after),
         )
         lines = format_table([header, *rows, total], rule_after=(0, len(rows)))
-        lines.append("errors: relative, of the weight tensors and of the output on calibration tokens; FLOPs: 2 per multiply-add, attention only")
+        lines.append(
+            "errors: relative, of the weight tensors and of the output on calibration tokens; "
+            "FLOPs: 2 per multiply-add, attention layers only"
+        )
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
         if not self.applied:

@@ -184,9 +184,26 @@ def hooi(pairs: Pairs, ranks: tuple[int, int, int], steps: int = 10) -> Tucker:
 
 
 def _mode_basis(own: Tensor, other: Tensor, head: Tensor, rank: int) -> Tensor:
-    """Leading left singular vectors of the mode of ``own`` (H, I, D), the other modes projected: other (H, R3, D), head (H, R1)."""
+    """Leading left singular vectors of the mode of ``own`` (H, I, D), with ``other`` (H, R3, D) and the head mode projected."""
     unfolded = torch.einsum("ha,hid,hrd->iar", head, own, other).flatten(1)  # (I, R1*R3)
     return leading_eigenvectors(unfolded @ unfolded.mT, rank)
+
+
+def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
+    """One orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm: least summed relative error."""
+    weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
+    return leading_eigenvectors(weighted, rank)
+
+
+def tucker_pairs(tucker: Tucker) -> Pairs:
+    """The tensor of a Tucker decomposition as pairs of width R2."""
+    slices = torch.tensordot(tucker.head, tucker.core, 1)
+    return Pairs(tucker.left.expand(len(slices), -1, -1), tucker.right @ slices.mT)
+
+
+def apply_pairs(pairs: Pairs, vectors: Tensor) -> Tensor:
+    """sum_i A_i B_i^T x_i for one vector per head. (H, J) -> (I,)"""
+    return torch.einsum("hid,hd->i", pairs.left, torch.einsum("hjd,hj->hd", pairs.right, vectors))
 
 
 def squared_norm(pairs: Pairs) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.tensor.metric import metric_root
-from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
+from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, joint_right_basis
 
 Ranks = tuple[int, int, int]
 
@@ -151,3 +151,30 @@ def _minimise(loss: Callable[..., Tensor], start: list[Tensor], steps: int) -> l
         solver.step(closure)
         after = loss(*variables).item()
     return [v.detach() for v in variables] if after < before else start
+
+
+def joint_weighted_basis(
+    pre: Pairs,
+    post: Pairs,
+    query: Tensor,
+    key: Tensor,
+    output: Tensor,
+    value: Tensor,
+    rank: int,
+    damping: float,
+) -> Tensor:
+    """One basis (C, rank) for the right modes of two tensors, in the mean of their right metrics.
+
+    Args:
+        pre, post: the tensors.
+        query, output: left metrics of pre and post.
+        key: right metrics of pre, one per head (H, C, C).
+        value: right metric of post, (C, C).
+        rank: width of the basis.
+        damping: of the metrics.
+    """
+    root = metric_root((mean_metric(key) + mean_metric(value[None])) / 2, damping)
+    left_pre = metric_root(query, damping).root @ pre.left * head_weights(key)[:, None, None]
+    left_post = metric_root(output, damping).root @ post.left
+    pair = Pairs(left_pre, root.root @ pre.right), Pairs(left_post, root.root @ post.right)
+    return root.inverse @ joint_right_basis(*pair, rank)

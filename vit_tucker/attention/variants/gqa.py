@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
+    head_bias,
     init_linear,
     join_heads,
     linear_bias,
@@ -140,13 +141,14 @@ class GQA(PerHeadModule):
     def dense_weights(self) -> MHAWeights:
         """See base class."""
         group = self.num_heads // self.num_kv_heads
-        bias = linear_bias(self.q_proj)
         return MHAWeights(
             query=split_heads(linear_weight(self.q_proj), self.num_heads),
             key=split_heads(linear_weight(self.k_proj), self.num_kv_heads).repeat_interleave(group, 0),
             value=split_heads(linear_weight(self.v_proj), self.num_kv_heads).repeat_interleave(group, 0),
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
-            query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
+            query_bias=head_bias(self.q_proj, self.num_heads),
+            value_bias=head_bias(self.v_proj, self.num_kv_heads, group),
+            out_bias=linear_bias(self.proj),
         )
 
 
@@ -212,7 +214,9 @@ def svd_groups(
         basis, change = group_basis(Pairs(pre.left[part], pre.right[part]), head_dim, left_query, key_metrics, damping)
         keys.append(basis)
         to_key.append(change)
-        basis, change = group_basis(Pairs(post.left[part], post.right[part]), head_dim, left_out, value_metrics, damping)
+        basis, change = group_basis(
+            Pairs(post.left[part], post.right[part]), head_dim, left_out, value_metrics, damping
+        )
         values.append(basis)
         to_value.append(change)
     change_key, change_value = torch.cat(to_key), torch.cat(to_value)  # (H, D, D): old basis to new

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
+    head_bias,
     init_linear,
     join_heads,
     linear_bias,
@@ -58,6 +59,7 @@ class MHA(PerHeadModule):
 
     def __init__(self, spec: HostSpec, **factory: Any) -> None:
         super().__init__(spec)
+        self.num_kv_heads = spec.num_heads
         self.qkv = nn.Linear(spec.embed_dim, 3 * spec.attn_dim, bias=spec.qkv_bias, **factory)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
@@ -93,7 +95,7 @@ class MHA(PerHeadModule):
     def dense_weights(self) -> MHAWeights:
         """See base class."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
-        bias = linear_bias(self.qkv)
-        query_bias = None if bias is None else bias.chunk(3)[0].unflatten(0, (self.num_heads, -1))
+        biases = head_bias(self.qkv, 3 * self.num_heads)
+        query_bias, _, value_bias = (None, None, None) if biases is None else biases.chunk(3)
         out = linear_weight(self.proj).unflatten(0, (self.num_heads, -1))
-        return MHAWeights(query, key, value, out, query_bias=query_bias)
+        return MHAWeights(query, key, value, out, query_bias, None, value_bias, linear_bias(self.proj))

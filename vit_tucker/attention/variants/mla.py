@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.module import (
     PerHeadModule,
+    head_bias,
     init_linear,
     join_heads,
     linear_bias,
@@ -25,7 +26,8 @@ from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root, metric_root
-from vit_tucker.tensor.tucker import leading_eigenvectors
+from vit_tucker.tensor.selector import basis_and_columns
+from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
 
 @register_method("mla")
@@ -84,6 +86,7 @@ class MLA(PerHeadModule):
 
     def __init__(self, spec: HostSpec, config: MLAConfig, **factory: Any) -> None:
         super().__init__(spec)
+        self.num_kv_heads = spec.num_heads
         bias = spec.qkv_bias
         key_bias = bias and "qk_norm" in spec.extras  # a key bias cancels in the softmax unless a norm follows it
         self.q_down = nn.Linear(spec.embed_dim, config.q_lora_rank, bias=False, **factory)
@@ -166,14 +169,43 @@ class MLA(PerHeadModule):
         """See base class."""
         latent = linear_weight(self.kv_down)
         v_latent = latent if self.v_down is None else linear_weight(self.v_down)
-        bias = linear_bias(self.q_up)
         return MHAWeights(
             query=split_heads(linear_weight(self.q_down) @ linear_weight(self.q_up), self.num_heads),
             key=split_heads(latent @ linear_weight(self.k_up), self.num_heads),
             value=split_heads(v_latent @ linear_weight(self.v_up), self.num_heads),
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
-            query_bias=None if bias is None else bias.unflatten(0, (self.num_heads, -1)),
+            query_bias=head_bias(self.q_up, self.num_heads),
+            value_bias=head_bias(self.v_up, self.num_heads),
+            out_bias=linear_bias(self.proj),
         )
+
+    def tucker_form(self) -> tuple[Tucker, Tucker]:
+        """See base class; Thm B.4: the bases are the down-projections, the core multiplies the up-projections.
+
+        A query bias adds the coordinate 1 to the query latent.
+        """
+        weights = self.dense_weights()
+        q_basis, q_up = linear_weight(self.q_down), split_heads(linear_weight(self.q_up), self.num_heads)  # (H, cQ, D)
+        if weights.query_bias is not None:
+            q_basis = torch.block_diag(q_basis, torch.ones(1, 1, dtype=q_basis.dtype, device=q_basis.device))
+            q_up = torch.cat([q_up, weights.query_bias.unsqueeze(1)], 1)
+        k_basis, k_up = linear_weight(self.kv_down), split_heads(linear_weight(self.k_up), self.num_heads)
+        v_basis = k_basis if self.v_down is None else linear_weight(self.v_down)
+        v_up = split_heads(linear_weight(self.v_up), self.num_heads)
+        eye = torch.eye(self.num_heads, dtype=q_basis.dtype, device=q_basis.device)
+        pre = Tucker(q_up @ k_up.mT, eye, q_basis, k_basis)
+        if (
+            q_basis.shape[1] > self.attn_dim
+        ):  # more coordinates than the heads have columns: those are the smaller basis
+            pairs = weights.pre_pairs()
+            columns, selected = basis_and_columns(pairs.left)
+            pre = Tucker(selected @ k_up.mT, eye, columns, k_basis)
+        latent_outputs = v_up @ weights.out  # (H, cKV, O)
+        if self.num_heads * v_up.shape[1] < min(weights.out.shape[2], self.attn_dim):
+            out_basis, columns = basis_and_columns(latent_outputs.mT)
+            return pre, Tucker(columns, eye, out_basis, v_basis)
+        out_basis, columns = basis_and_columns(weights.out.mT)
+        return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:

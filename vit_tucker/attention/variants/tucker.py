@@ -20,10 +20,10 @@ from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, reduced_rank_readout
-from vit_tucker.tensor.tucker import Pairs, Tucker, gram_right, hooi, hosvd, leading_eigenvectors, squared_norm
-from vit_tucker.tensor.weighted import head_weights, mean_metric, weighted_tucker, whitened_hosvd
+from vit_tucker.tensor.tucker import Pairs, Tucker, apply_pairs, hooi, hosvd, joint_right_basis, tucker_pairs
+from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, whitened_hosvd
 
 Ranks = tuple[PositiveInt, PositiveInt, PositiveInt]
 MODES = ("head", "query/output", "key/value")
@@ -225,7 +225,7 @@ class TuckerAttention(AttentionModule):
         post = whitened_hosvd(post_pairs, post_ranks, moments.output, value, damping, basis)
         out_bias = weights.folded_out_bias()
         if out_bias is not None:
-            out_bias = out_bias + mean_output(post_pairs, mean) - mean_output(tucker_pairs(post), mean)
+            out_bias = out_bias + apply_pairs(post_pairs, mean) - apply_pairs(tucker_pairs(post), mean)
         self.set_tensors(pre, post, out_bias)
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
@@ -243,6 +243,18 @@ class TuckerAttention(AttentionModule):
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
         return [linear for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]
+
+    def tucker_form(self) -> tuple[Tucker, Tucker]:
+        """See base class: the layer's own parameters; one key/value factor with shared_kv."""
+        query, bias = linear_weight(self.q_proj), linear_bias(self.q_proj)
+        if bias is not None:
+            query = torch.cat([query, bias.unsqueeze(0)])
+        key = linear_weight(self.k_proj)
+        value = key if self.v_proj is None else linear_weight(self.v_proj)
+        pre_head, pre_core, post_head, post_core = (
+            p.detach().double() for p in (self.pre_head, self.pre_core, self.post_head, self.post_core)
+        )
+        return Tucker(pre_core, pre_head, query, key), Tucker(post_core, post_head, linear_weight(self.proj).mT, value)
 
     @property
     def ranks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -286,38 +298,3 @@ class TuckerAttention(AttentionModule):
         slices = torch.tensordot(self.post_head.detach().double(), self.post_core.detach().double(), 1)
         left = linear_weight(self.proj).mT  # (O, r2t)
         return Pairs(left.expand(self.num_heads, -1, -1), linear_weight(value) @ slices.mT)
-
-
-def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
-    """One orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm: least summed relative error."""
-    weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
-    return leading_eigenvectors(weighted, rank)
-
-
-def joint_weighted_basis(
-    pre: Pairs,
-    post: Pairs,
-    query: Tensor,
-    key: Tensor,
-    output: Tensor,
-    value: Tensor,
-    rank: int,
-    damping: float,
-) -> Tensor:
-    """One basis (C, rank) for keys and values, in the mean of their metrics; see ``Moments`` for the four metrics."""
-    root = metric_root((mean_metric(key) + mean_metric(value[None])) / 2, damping)
-    left_pre = metric_root(query, damping).root @ pre.left * head_weights(key)[:, None, None]
-    left_post = metric_root(output, damping).root @ post.left
-    pair = Pairs(left_pre, root.root @ pre.right), Pairs(left_post, root.root @ post.right)
-    return root.inverse @ joint_right_basis(*pair, rank)
-
-
-def tucker_pairs(tucker: Tucker) -> Pairs:
-    """The tensor of a Tucker decomposition as pairs of width R2."""
-    slices = torch.tensordot(tucker.head, tucker.core, 1)
-    return Pairs(tucker.left.expand(len(slices), -1, -1), tucker.right @ slices.mT)
-
-
-def mean_output(post: Pairs, mean: Tensor) -> Tensor:
-    """sum_i A_i B_i^T mean_i: output (O,) of the heads' mean averaged tokens (H, C)."""
-    return torch.einsum("hod,hd->o", post.left, torch.einsum("hcd,hc->hd", post.right, mean))

@@ -1,0 +1,129 @@
+"""Streamed second moments against autograd and against direct formulas."""
+
+import pytest
+import torch
+
+from tests.conftest import make_spec, make_weights
+from vit_tucker.attention.moments import LayerCall, MomentSums
+
+SPEC = make_spec()
+B, N, C, H, D = 3, 5, 24, 4, 6
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(x, w, pre=None, post=None, mask=None):
+    """The host by its formula, with the folded matrices W_i (H, C + 1, C) and Wt_i (H, C, O) as leaves."""
+    pre = w.pre_pairs().dense() if pre is None else pre
+    post = w.post_pairs().dense().mT if post is None else post
+    ones = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+    scores = torch.einsum("bnc,hcd,bmd->bhnm", ones, pre, x) * SPEC.scale
+    if mask is not None:
+        scores = scores + mask
+    return torch.einsum("bhnm,bmc,hco->bno", scores.softmax(-1), x, post)
+
+
+def collected(x, probe, w=None, **options):
+    sums = MomentSums(SPEC, make_weights(SPEC) if w is None else w)
+    sums.add(LayerCall(x, torch.zeros_like(probe), probe, **options))
+    return sums.moments()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_key_moments_are_those_of_the_gradients_of_the_scores(masked):
+    """With one probed token n the gradient of W_i is scale * x~_n kappa_in^T: kappa's second moment follows from it."""
+    w, x, probe = make_weights(SPEC), rand(1, N, C, seed=1), rand(1, N, C, seed=2)
+    mask = rand(1, H, N, N, seed=3) if masked else None
+    expected = torch.zeros(H, C, C, dtype=torch.float64)
+    for n in range(N):
+        pre = w.pre_pairs().dense().requires_grad_(True)
+        (layer(x, w, pre=pre, mask=mask)[0, n] @ probe[0, n]).backward()
+        length = x[0, n].square().sum() + 1
+        expected += pre.grad.mT @ pre.grad / (length * SPEC.scale**2) / N
+    found = collected(x, probe, attn_mask=mask)
+    torch.testing.assert_close(found.key, expected, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(collected(x, probe).key, expected, rtol=1e-3) or not masked
+
+
+def test_other_moments_by_their_formulas():
+    w, x, probe = make_weights(SPEC), rand(B, N, C, seed=1) + 2, rand(B, N, C, seed=2)
+    found = collected(x, probe)
+    ones = torch.cat([x, torch.ones(B, N, 1, dtype=torch.float64)], -1).flatten(0, 1)
+    torch.testing.assert_close(found.query, ones.mT @ ones / len(ones))
+    torch.testing.assert_close(found.mean, x.mean((0, 1)))
+    torch.testing.assert_close(found.token_covariance, torch.cov(x.flatten(0, 1).mT, correction=0))
+    flat = probe.flatten(0, 1)
+    torch.testing.assert_close(found.output, flat.mT @ flat / len(flat))
+    scores = torch.einsum(
+        "bnc,hcd,bmd->bhnm", torch.cat([x, torch.ones_like(x[..., :1])], -1), w.pre_pairs().dense(), x
+    )
+    averaged = ((scores * SPEC.scale).softmax(-1) @ x[:, None]).transpose(0, 1).flatten(1, 2)  # (H, B*N, C)
+    weights = flat.norm(dim=-1)
+    for head in range(H):
+        mean = weights @ averaged[head] / weights.sum()
+        centred = averaged[head] - mean
+        torch.testing.assert_close(found.value_mean[head], mean)
+        torch.testing.assert_close(found.value[head], (centred * weights[:, None]).mT @ centred / weights.sum())
+
+
+def test_gradients_of_queries_keys_and_values():
+    w, x, probe = make_weights(SPEC), rand(B, N, C, seed=1), rand(B, N, C, seed=2)
+    q, k, v = (
+        (torch.einsum("bnc,hcd->bhnd", x, weight) + bias[:, None]).requires_grad_(True)
+        for weight, bias in ((w.query, w.query_bias), (w.key, w.key_bias), (w.value, w.value_bias))
+    )
+    y = torch.einsum("bhnd,hdo->bno", (q @ k.mT * SPEC.scale).softmax(-1) @ v, w.out)
+    grads = torch.autograd.grad((y * probe).sum(), (q, k, v))
+    joined = [g.transpose(1, 2).flatten(2).flatten(0, 1) for g in grads]
+    found = collected(x, probe)
+    torch.testing.assert_close(found.query_grad, joined[0].mT @ joined[0] / (B * N), rtol=1e-9, atol=1e-12)
+    both = torch.cat(joined[1:], 1)
+    torch.testing.assert_close(found.kv_grad, both.mT @ both / (B * N), rtol=1e-9, atol=1e-12)
+
+
+def test_streaming_in_parts_changes_nothing():
+    w, x, probe = make_weights(SPEC), rand(B, N, C, seed=1) + 5, rand(B, N, C, seed=2)
+    sums = MomentSums(SPEC, w)
+    for part in (slice(0, 1), slice(1, 3)):
+        sums.add(LayerCall(x[part], probe[part], probe[part]))
+    for name, value in vars(collected(x, probe)).items():
+        if name != "tokens":
+            torch.testing.assert_close(getattr(sums.moments(), name), value, rtol=1e-9, atol=1e-9)
+
+
+def test_shifting_all_keys_changes_no_key_moment():
+    """The softmax doesn't see a constant added to every key; a metric that did would waste rank on it."""
+    w = make_weights(SPEC)
+    flat = type(w)(**{**vars(w), "query": w.query * 0, "query_bias": w.query_bias * 0})  # the same softmax for both
+    x, probe = rand(B, N, C, seed=1), rand(B, N, C, seed=2)
+    here, there = collected(x, probe, flat), collected(x + rand(C, seed=4), probe, flat)
+    torch.testing.assert_close(here.key, there.key, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(here.value, there.value, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(here.query, there.query, rtol=1e-2)
+
+
+def test_float32_moments_of_tokens_far_from_zero():
+    """A mean a thousand times the spread must not eat the digits."""
+    w, probe = make_weights(SPEC), rand(B, N, C, seed=2)
+    x = rand(B, N, C, seed=1) * 0.1 + 100
+    single = type(w)(**{k: v.float() for k, v in vars(w).items() if v is not None})
+    single = type(w)(**{**vars(single), "query": single.query * 0, "query_bias": single.query_bias * 0})
+    double = type(w)(**{**vars(w), "query": w.query * 0, "query_bias": w.query_bias * 0})
+    found, expected = collected(x.float(), probe.float(), single), collected(x, probe, double)
+    torch.testing.assert_close(found.value, expected.value, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(found.key, expected.key, rtol=2e-3, atol=1e-5)
+
+
+def test_useless_moments_are_named():
+    w = make_weights(SPEC)
+    with pytest.raises(ValueError, match="no tokens"):
+        MomentSums(SPEC, w).moments()
+    x = rand(B, N, C)
+    with pytest.raises(ValueError, match="inputs are constant"):
+        collected(torch.ones_like(x), x)
+    with pytest.raises(ValueError, match="no influence"):
+        collected(x, torch.zeros_like(x))
+    with pytest.raises(ValueError, match="not finite"):
+        collected(x * float("inf"), x)

@@ -1,0 +1,226 @@
+"""Activation-aware patches of whole models: what they gain, what they leave alone, what they refuse."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import vit_tucker as vt
+from tests.conftest import all_configs, make_spec
+from vit_tucker.patching import calibrate as calibration_module
+
+EXAMPLES = {
+    "tucker": vt.TuckerConfig(ranks=(4, 8, 8)),
+    "tucker, cut heads": vt.TuckerConfig(ranks=(2, 8, 8)),
+    "tucker, shared": vt.TuckerConfig(ranks=(4, 8, 8), shared_kv=True),
+    "gqa svd": vt.GQAConfig(num_kv_heads=1, conversion="svd"),
+    "gqa mean": vt.GQAConfig(num_kv_heads=1),
+    "mla": vt.MLAConfig(q_lora_rank=6, kv_lora_rank=6),
+    "mla, two latents": vt.MLAConfig(q_lora_rank=6, kv_lora_rank=6, shared_kv=False),
+}
+
+
+def pictures(count=24, seed=0, dtype=torch.float64):
+    """Images with few degrees of freedom, as real ones: tokens that fill no more than some directions."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(10, 3 * 16 * 16, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    mix = torch.randn(count, 10, generator=generator, dtype=torch.float64)
+    return (mix @ basis).view(count, 3, 16, 16).to(dtype) / 3
+
+
+def distance(model, reference, x):
+    with torch.no_grad():
+        return ((model(x) - reference).norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize("objective", ["features", "layer"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_calibrated_conversions_are_nearer_on_unseen_images(make_vit, name, objective):
+    model, unseen = make_vit(), pictures(seed=1)
+    reference = model(unseen).detach()
+    config = EXAMPLES[name]
+    vt.patch(model, config)
+    plain = distance(model, reference, unseen)
+    vt.unpatch(model)
+    config = config.model_copy(update={"calibration": vt.Calibration(objective=objective)})
+    report = vt.patch(model, config, calibration=pictures(64).split(16))
+    assert distance(model, reference, unseen) < 0.8 * plain
+    assert all(0 < layer.output_error < 1 for layer in report.layers)
+
+
+@pytest.mark.parametrize("config", all_configs(make_spec())[::2], ids=lambda c: c.method)
+def test_full_rank_stays_exact(make_vit, images, config):
+    model = make_vit()
+    reference = model(images)
+    report = vt.patch(model, config, calibration=[pictures()])
+    torch.testing.assert_close(model(images), reference, rtol=1e-7, atol=1e-7)
+    assert max(layer.output_error for layer in report.layers) < 1e-7
+
+
+def test_model_is_left_as_it_was(make_vit):
+    model = make_vit().train()
+    model.blocks[1].eval()
+    state = copy.deepcopy(model.state_dict())
+    modes = [m.training for m in model.modules()]
+    attention = [block.attn for block in model.blocks]
+    vt.patch(model, EXAMPLES["tucker"], calibration=[pictures()])
+    vt.unpatch(model)
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert all(not a._forward_hooks for a in attention)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_same_images_same_result_in_one_group_or_many(make_vit, monkeypatch):
+    results = []
+    for limit in (2**32, 2**32, 1):
+        monkeypatch.setattr(calibration_module, "MOMENT_BYTES", limit)
+        model = make_vit()
+        vt.patch(model, EXAMPLES["tucker, cut heads"], calibration=pictures().split(8))
+        results.append(model.state_dict())
+    for other in results[1:]:
+        assert all(torch.equal(results[0][k], v) for k, v in other.items())
+
+
+def test_images_and_loaders(make_vit):
+    """One tensor, a list, tuples with labels, a generator; no more images than asked for."""
+    labels = torch.zeros(8, dtype=torch.long)
+    states = []
+    for batches in (
+        pictures(8),
+        [pictures(8)],
+        [(pictures(8), labels)],
+        (b for b in [pictures(8)]),
+        [torch.cat([pictures(8), pictures(8, seed=5)])],
+    ):
+        model = make_vit()
+        config = EXAMPLES["tucker"].model_copy(update={"calibration": vt.Calibration(images=8)})
+        vt.patch(model, config, calibration=batches)
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(states[0][k], v) for k, v in state.items())
+
+
+def test_refinement_lowers_the_output_error(make_vit):
+    errors = []
+    for steps in (0, 80):
+        model = make_vit()
+        config = vt.TuckerConfig(ranks=(2, 6, 6), calibration=vt.Calibration(refine_steps=steps, refine_lr=5e-3))
+        report = vt.patch(model, config, calibration=pictures(64).split(16))
+        errors.append([layer.output_error for layer in report.layers])
+    gains = [after / before for before, after in zip(*errors, strict=True)]
+    assert max(gains) <= 1.02  # held-out sequences decide; on all tokens it may be a little worse
+    assert min(gains) < 0.99
+
+
+@pytest.mark.parametrize("name", ["gqa mean", "mla"])
+def test_hosts_with_query_and_key_norms(make_vit, name):
+    model, unseen = make_vit(qk_norm=True), pictures(seed=1)
+    reference = model(unseen).detach()
+    vt.patch(model, EXAMPLES[name])
+    plain = distance(model, reference, unseen)
+    vt.unpatch(model)
+    vt.patch(model, EXAMPLES[name], calibration=pictures(64).split(16))
+    assert distance(model, reference, unseen) < plain
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_hosts_without_biases(make_vit, name):
+    model, unseen = make_vit(qkv_bias=False, proj_bias=False), pictures(seed=1)
+    reference = model(unseen).detach()
+    vt.patch(model, EXAMPLES[name])
+    plain = distance(model, reference, unseen)
+    vt.unpatch(model)
+    vt.patch(model, EXAMPLES[name], calibration=pictures(64).split(16))
+    assert distance(model, reference, unseen) < plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precisions(make_vit, dtype):
+    model, unseen = make_vit(dtype=dtype), pictures(seed=1, dtype=dtype)
+    reference = model(unseen).detach()
+    vt.patch(model, EXAMPLES["tucker"])
+    plain = distance(model, reference, unseen)
+    vt.unpatch(model)
+    report = vt.patch(model, EXAMPLES["tucker"], calibration=pictures(64, dtype=dtype).split(16))
+    assert distance(model, reference, unseen) < plain
+    assert all(p.dtype == dtype for p in model.parameters())
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_report_tells_output_errors_and_seconds(make_vit):
+    model = make_vit()
+    plain = vt.patch(model, EXAMPLES["tucker"])
+    assert all(layer.output_error is None and layer.seconds > 0 for layer in plain.layers)
+    vt.unpatch(model)
+    report = vt.patch(model, EXAMPLES["tucker"], calibration=[pictures()])
+    row = report.layers[0]
+    assert f"{row.output_error:.4f}" in str(report)
+    assert report.to_dict()["layers"][0]["output_error"] == row.output_error
+    assert report.seconds == pytest.approx(sum(layer.seconds for layer in report.layers))
+    assert vt.patch_record(model).config.calibration == vt.Calibration()
+    # the weights are further away than the HOSVD's, the outputs are not: that is the point
+    assert row.pre_error > plain.layers[0].pre_error
+
+
+def test_selection_and_rules_hold(make_vit):
+    model = make_vit()
+    config = vt.TuckerConfig(ranks=(2, 8, 8), exclude=[0], rules=({"layers": 2, "ranks": (3, 10, 10)},))
+    report = vt.patch(model, config, calibration=[pictures()])
+    assert [layer.name for layer in report.layers] == ["blocks.1.attn", "blocks.2.attn"]
+    assert model.blocks[2].attn.ranks[0] == (3, 10, 10)
+
+
+def refused(model, config, batches, message):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(vt.PatchError, match=message):
+        vt.patch(model, config, calibration=batches)
+    assert vt.patch_record(model) is None
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration: no images"),
+        ([torch.zeros(3, 16, 16)], r"batch 0 is \(3, 16, 16\), not a float tensor"),
+        ([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], "not a float tensor"),
+        ([{"image": 1}], "batch 0 is dict"),
+        ([torch.full((1, 3, 16, 16), float("nan"))], "batch 0 holds values that are not finite"),
+    ],
+)
+def test_bad_images_are_refused(make_vit, batches, message):
+    refused(make_vit(), EXAMPLES["tucker"], batches, message)
+
+
+def test_too_few_tokens_are_refused(make_vit):
+    config = vt.TuckerConfig(ranks=(4, 20, 20))
+    refused(
+        make_vit(), config, [pictures(1)], "blocks.0.attn: calibration: 17 tokens are too few for rank 20; give more"
+    )
+
+
+def test_constant_tokens_are_refused(make_vit):
+    model = make_vit(class_token=False, global_pool="avg")
+    nn.init.zeros_(model.pos_embed)
+    refused(model, EXAMPLES["tucker"], [torch.ones(4, 3, 16, 16).double()], "blocks.0.attn: calibration: .*constant")
+
+
+def test_calibration_needs_images_and_pretrained_weights(make_vit):
+    config = vt.TuckerConfig(ranks=(4, 8, 8), calibration=vt.Calibration())
+    refused(make_vit(), config, None, r"no images: patch\(model, config, calibration=batches\)")
+    random = config.model_copy(update={"init": "random"})
+    refused(make_vit(), random, [pictures()], "init is 'random'")
+    planned = vt.plan(make_vit(), config)
+    assert planned.layers[0].pre_error is None
+    assert planned.layers[0].params_after.total > 0
+
+
+def test_methods_without_calibration_say_so(make_vit, monkeypatch):
+    monkeypatch.setattr(
+        "vit_tucker.attention.variants.tucker.TuckerAttention.convert_calibrated",
+        vt.AttentionModule.convert_calibrated,
+    )
+    refused(make_vit(), EXAMPLES["tucker"], [pictures()], "TuckerAttention has no activation-aware conversion")
