@@ -68,10 +68,10 @@ case "$command" in
   test) setup test && exec .venv/bin/python -m pytest "$@" ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
-  plan | compare | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
+  plan | ranks | compare | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
   -h | --help | help) sed -n '2,11s/^# \{0,1\}//p' "$0" ;;
   *)
-    echo "error: unknown command '$command'; known: train, test, lint, plan, compare, methods, schema, setup, help" >&2
+    echo "error: unknown command '$command'; known: train, test, lint, plan, ranks, compare, methods, schema, setup, help" >&2
     exit 2
     ;;
 esac

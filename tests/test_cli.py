@@ -126,3 +126,54 @@ def test_third_party_method_trains_from_yaml(in_tmp):
     assert results["patch"]["layers"][0]["method"] == "mine"
     again = script("--cfg", "runs/mine-0", cwd=in_tmp)
     assert again.returncode == 0, again.stderr
+
+
+DIGITS_VIT = ["model.img_size=16", "model.patch_size=4", "model.embed_dim=32", "model.depth=2", "model.num_heads=4"]
+
+
+def test_ranks_of_a_model_from_the_command_line(in_tmp, capsys):
+    arguments = [
+        "ranks",
+        "vit_tiny_patch16_224",
+        "--random",
+        "--data",
+        "digits",
+        "--images",
+        "32",
+        "--out",
+        "out",
+        "--gqa",
+        "2",
+    ]
+    assert main([*arguments, *DIGITS_VIT]) == 0
+    printed = capsys.readouterr().out
+    assert "| pre | key | 32 |" in printed
+    assert "| pre, whitened | key | 32 |" in printed
+    names = {file.name for file in (in_tmp / "out").iterdir()}
+    assert names == {"layers.csv", "ranks.csv", "singular_values.csv"} | {
+        f"spectra{kind}.{suffix}" for kind in ("", "_whitened") for suffix in ("png", "pdf")
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit_tinny_patch16_224", "--random"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["vit_tiny_patch16_224", "--checkpoint", "missing.pth"], "missing.pth: no such file or run folder"),
+        (["vit_tiny_patch16_224", "--random", "model.dept=2"], "did you mean 'depth'?"),
+        (["vit_tiny_patch16_224", "--random", "--data", "digit"], "did you mean 'digits'?"),
+        (["resnet18", "--random"], "no attention module that vit_tucker can read"),
+        (["vit_tiny_patch16_224", "--random", "--dta", "digits"], "unrecognized arguments: --dta"),
+    ],
+    ids=str,
+)
+def test_mistakes_in_ranks_exit_with_2(in_tmp, capfd, arguments, message):
+    try:
+        status = main(["ranks", *arguments])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (in_tmp / "runs").exists()

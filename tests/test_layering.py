@@ -16,11 +16,15 @@ ALLOWED = {
     "patching": {"errors", "tensor", "attention"},
     "data": {"errors", "config"},
     "training": {"errors", "config", "data"},
+    "analysis": {"errors", "tensor", "attention", "patching"},
     "models": {"errors", "config", "patching", "training"},
     "report": {"errors"},
-    "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
+    "build": {"errors", "attention", "config", "patching", "data", "training", "models", "analysis"},
     "run": {"errors", "config", "data", "models", "training", "build"},
-    "cli": {"errors", "attention", "config", "patching", "data", "training", "models", "report", "run", "build", ""},
+    "cli": {
+        *("errors", "attention", "config", "patching", "data", "training"),
+        *("models", "analysis", "report", "run", "build", ""),
+    },
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},
 }

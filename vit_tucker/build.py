@@ -1,6 +1,7 @@
 """The parts of a run, built from its config: accelerator, model, trainer."""
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.analysis.spectra import rank_scalars
+from vit_tucker.attention.base import AttentionConfig, Calibration
+from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.config.source import Source, merge, read_overrides
 from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.transforms import resolve_data
@@ -126,6 +130,41 @@ def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig,
         raise PatchError(f"attention: {error}") from None
 
 
+def analysed_model(
+    name: str, checkpoint: str | None, random: bool, dataset: str | None, options: Calibration, overrides: Sequence[str]
+) -> tuple[nn.Module, Iterator[Tensor] | None]:
+    """A dense model without its head, and training images for it.
+
+    Args:
+        name: timm model name.
+        checkpoint: weights, see ``ModelConfig.checkpoint``; timm's pretrained ones if None.
+        random: neither, but timm's initialisation.
+        dataset: data set of the images; none if None.
+        options: how many images, and which.
+        overrides: ``key.sub=value`` strings of the model and data sections.
+
+    Returns:
+        The model in eval mode, and batches of images or None.
+
+    Raises:
+        VitTuckerError: unknown name, weights that are missing or don't fit, bad overrides, missing data.
+    """
+    given: dict[str, Any] = {"model": {"name": name, "pretrained": checkpoint is None and not random}}
+    if checkpoint is not None:
+        given["model"]["checkpoint"] = checkpoint
+    if dataset is not None:
+        given["data"] = {"dataset": dataset}
+    config = validate(merge(Source(given), read_overrides(overrides)))
+    info = dataset_info(config.data.dataset)
+    channels = config.model.in_chans or (3 if config.model.pretrained or dataset is None else info.in_chans)
+    model = create_host(config.model, 0, channels).eval()
+    if dataset is None:
+        return model, None
+    size = input_shape(model, config.model.img_size)
+    data = resolve_data(config.data, info, model, config.model.pretrained, size)
+    return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed)
+
+
 def build_trainer(
     config: RunConfig, accelerator: Accelerator, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
 ) -> Trainer:
@@ -157,6 +196,7 @@ def build_trainer(
         metadata={"architecture": config.model.name, "attention": config.attention.method if config.attention else ""},
         facts={"params/attention": built.params["attention"], "params/total": built.params["total"]},
         progress=progress,
+        inspect=rank_scalars if recipe.log_ranks else None,
     )
 
 

@@ -71,9 +71,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument(
         "--save", type=Path, metavar="FOLDER", help="keep configs, summaries, results and the table there"
     )
+    ranks = commands.add_parser(
+        "ranks",
+        help="the ranks that a model's attention really has: CSV files and a figure",
+        description="Singular values and ranks of the pre- and post-softmax tensors of each attention layer, mode by mode.",
+    )
+    ranks.add_argument("model", metavar="MODEL", help="timm model name")
+    weights = ranks.add_mutually_exclusive_group()
+    weights.add_argument(
+        "--checkpoint", metavar="FILE", help="weights of a dense model, or a run folder; timm's own if left out"
+    )
+    weights.add_argument("--random", action="store_true", help="timm's initialisation instead of trained weights")
+    ranks.add_argument(
+        "--data", metavar="DATASET", help="also whitened by the tokens of training images of this data set"
+    )
+    ranks.add_argument("--images", type=int, default=256, help="how many of them")
+    ranks.add_argument(
+        "--gqa", type=_numbers, metavar="G,...", help="key/value heads whose reach is marked in the figure"
+    )
+    ranks.add_argument(
+        "--mla", type=_numbers, metavar="C,...", help="latent widths whose reach is marked in the figure"
+    )
+    ranks.add_argument("--out", type=Path, metavar="FOLDER", help="where to; runs/ranks-MODEL if left out")
+    ranks.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys, e.g. model.img_size=224")
     commands.add_parser("methods", help="names of the registered attention methods")
     commands.add_parser("schema", help="JSON schema of a config file, for editors")
-    args = parser.parse_args(argv)
+    args, extra = parser.parse_known_args(argv)
+    if extra and (not hasattr(args, "overrides") or any(text.startswith("-") for text in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:  # argparse takes the overrides only where it meets them first
+        args.overrides += extra
     return guarded(lambda: _COMMANDS[args.command](args))
 
 
@@ -92,6 +119,31 @@ def _plan(args: argparse.Namespace) -> int:
     model = create_host(config.model, *classes_and_channels(config))
     report = plan(model, config.attention, img_size=config.model.img_size)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """'4,2' -> (4, 2)"""
+    return tuple(int(part) for part in text.split(","))
+
+
+def _ranks(args: argparse.Namespace) -> int:
+    from vit_tucker.analysis.spectra import analyse, save_spectra
+    from vit_tucker.attention.base import Calibration
+    from vit_tucker.build import analysed_model
+    from vit_tucker.report.spectra import draw_spectra, rank_table
+
+    options = Calibration(images=max(1, args.images))
+    model, batches = analysed_model(args.model, args.checkpoint, args.random, args.data, options, args.overrides)
+    folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
+    save_spectra(folder, *analyse(model, batches, options))
+    files = [
+        draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])
+    ]
+    print(rank_table(folder))
+    print(
+        f"means over layers (smallest-largest); {folder}/ranks.csv, singular_values.csv, {', '.join(f.name for f in files)}"
+    )
     return 0
 
 
@@ -121,4 +173,4 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"plan": _plan, "compare": _compare, "methods": _methods, "schema": _schema}
+_COMMANDS = {"plan": _plan, "ranks": _ranks, "compare": _compare, "methods": _methods, "schema": _schema}

@@ -145,6 +145,10 @@ class TrainConfig(Section):
         default=None, ge=1, description="Also save every n optimizer steps; each epoch is saved."
     )
     checkpoint_hist: int = Field(default=2, ge=1, description="Resumable checkpoints to keep.")
+    log_ranks: bool = Field(
+        default=False,
+        description="At each evaluation, also log the effective rank of each mode of each attention layer to TensorBoard.",
+    )
     log_interval: int = Field(default=50, ge=1, description="Optimizer steps between log points.")
 
 

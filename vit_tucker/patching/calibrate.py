@@ -5,10 +5,9 @@ moments of the converted layer's features and of the host's outputs, follows its
 corrects what the new scores get wrong. No labels are needed.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,36 +16,36 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import Calibration
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
-from vit_tucker.errors import PatchError
-from vit_tucker.patching.hosts import Host
 from vit_tucker.patching.refine import refine
+from vit_tucker.patching.watch import (
+    Layer,
+    WatchedLayer,
+    collect_images,
+    evaluating,
+    final_features,
+    located,
+    memory_groups,
+    run_with_probes,
+    timed,
+    watching,
+)
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.regression import LinearMoments
 
-MOMENT_BYTES = 4 * 2**30
-"""Layers are worked off in groups whose moments fit into this; each group costs two passes."""
 EXACT = 1e-10
 """Relative squared output error below which a conversion counts as exact and its read-out is left alone."""
 
 
 @dataclass
-class CalibratedLayer:
+class CalibratedLayer(WatchedLayer):
     """A layer on its way through the calibration.
 
     Attributes:
-        name: full module name.
-        module: the host's module, in the model.
-        host: read from it.
         replacement: the module to convert.
-        seconds: time spent on it, passes through the model apart.
         output_error: ||y^ - y|| / ||y - mean y|| over the calibration tokens.
     """
 
-    name: str
-    module: nn.Module
-    host: Host
-    replacement: AttentionModule
-    seconds: float = 0.0
+    replacement: AttentionModule = field(kw_only=True)
     output_error: float = float("nan")
 
 
@@ -65,15 +64,7 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     images = collect_images(model, batches, options.images)
     with evaluating(model):
         for group in memory_groups(layers):
-            sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in group}
-            weights: dict[str, list[Tensor]] = {layer.name: [] for layer in group}
-
-            def see(layer: CalibratedLayer, call: LayerCall, sums: Any = sums, weights: Any = weights) -> None:
-                weights[layer.name].append(call.token_weights().float())
-                with timed(layer):
-                    sums[layer.name].add(call)
-
-            run_with_probes(model, group, images, options, see)
+            sums, weights = sum_moments(model, group, images, options)
             metrics = {layer.name: convert(layer, sums.pop(layer.name), options.damping) for layer in group}
             fit_readouts(model, group, images, weights, metrics, options.damping)
             for layer in group if options.refine_steps else []:
@@ -82,143 +73,34 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
         measure(model, layers, images)
 
 
-def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
-    """The first ``limit`` images, in batches, on the model's device and in its dtype.
+def sum_moments(
+    model: nn.Module, layers: list[Layer], images: list[Tensor], options: Calibration
+) -> tuple[dict[str, MomentSums], dict[str, list[Tensor]]]:
+    """First pass: by layer's name the sums behind its moments, and the token weights of each of its calls."""
+    sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in layers}
+    weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
-    Raises:
-        PatchError: nothing there, no image tensors, or values that are not finite.
-    """
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    images: list[Tensor] = []
-    count = 0
-    for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
-        tensor = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise PatchError(f"calibration: batch {number} is {shape}, not a float tensor (B, channels, height, width)")
-        if not torch.isfinite(tensor).all():
-            raise PatchError(f"calibration: batch {number} holds values that are not finite")
-        images.append(tensor[: limit - count].to(like.device, like.dtype))
-        count += len(images[-1])
-        if count >= limit:
-            break
-    if count == 0:
-        raise PatchError("calibration: no images")
-    return images
+    def see(layer: Layer, call: LayerCall) -> None:
+        weights[layer.name].append(call.token_weights().float())
+        with timed(layer):
+            sums[layer.name].add(call)
+
+    run_with_probes(model, layers, images, options, see)
+    return sums, weights
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def timed(layer: CalibratedLayer) -> Iterator[None]:
-    """Adds the time spent inside to the layer's seconds."""
-    start = time.perf_counter()
-    yield
-    layer.seconds += time.perf_counter() - start
-
-
-@contextmanager
-def located(name: str) -> Iterator[None]:
-    """Turns numerical complaints into a PatchError that names the layer."""
-    try:
-        yield
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise PatchError(f"{name}: calibration: {error}") from None
-
-
-def memory_groups(layers: list[CalibratedLayer]) -> Iterator[list[CalibratedLayer]]:
-    """The layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
-    group: list[CalibratedLayer] = []
-    used = 0
-    for layer in layers:
-        needed = Moments.bytes(layer.host.spec)
-        if group and used + needed > MOMENT_BYTES:
-            yield group
-            group, used = [], 0
-        group.append(layer)
-        used += needed
-    if group:
-        yield group
-
-
-See = Callable[[CalibratedLayer, Tensor, dict[str, Any], Tensor], None]
-
-
-@contextmanager
-def watching(layers: Iterable[CalibratedLayer], see: See) -> Iterator[None]:
-    """Calls ``see(layer, x, options, y)`` at each call of each layer's dense module."""
-
-    def hook(layer: CalibratedLayer) -> Callable[..., None]:
-        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            given = {**dict(zip(("x", "attn_mask", "is_causal"), args, strict=False)), **kwargs}
-            options = {name: given[name] for name in ("attn_mask", "is_causal") if given.get(name) is not None}
-            see(layer, given["x"], options, output)
-
-        return seen
-
-    handles = [layer.module.register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_with_probes(
-    model: nn.Module,
-    layers: list[CalibratedLayer],
-    images: list[Tensor],
-    options: Calibration,
-    see: Callable[[CalibratedLayer, LayerCall], None],
-) -> None:
-    """Show each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
-    generator = torch.Generator().manual_seed(options.seed)
-    backward = options.objective == "features"
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    for batch in images:
-        calls: list[tuple[CalibratedLayer, Tensor, dict[str, Any], Tensor]] = []
-
-        def note(layer: CalibratedLayer, x: Tensor, given: dict[str, Any], y: Tensor, calls: Any = calls) -> None:
-            if backward and not y.requires_grad:
-                y.requires_grad_(True)
-            calls.append((layer, x.detach(), given, y))
-
-        with torch.set_grad_enabled(backward), watching(layers, note):
-            features = final_features(model, batch)
-        outputs = [y for *_, y in calls]
-        if backward:
-            target = (features.float() * noise(features.float())).sum()
-            grads = torch.autograd.grad(target, outputs, allow_unused=True)
-            probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
-        else:
-            probes = [noise(y) for y in outputs]
-        with torch.no_grad():
-            for (layer, x, given, y), probe in zip(calls, probes, strict=True):
-                see(layer, LayerCall(x, y.detach(), probe, **given))
-
-
-def final_features(model: Any, images: Tensor) -> Tensor:
-    """The model's features before its head (timm's forward_features), else its output."""
-    forward = getattr(model, "forward_features", model)
-    features = forward(images)
-    while isinstance(features, tuple | list):
-        features = features[0]
-    if isinstance(features, Mapping):
-        features = next(value for value in features.values() if isinstance(value, Tensor))
-    return features
+def collect_moments(
+    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
+) -> Iterator[tuple[Layer, Moments]]:
+    """The moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
+    images = collect_images(model, batches, options.images)
+    with evaluating(model):
+        for group in memory_groups(layers):
+            sums, _ = sum_moments(model, group, images, options)
+            for layer in group:
+                with located(layer.name):
+                    moments = sums.pop(layer.name).moments()
+                yield layer, moments
 
 
 @dataclass(frozen=True)

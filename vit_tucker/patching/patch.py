@@ -13,10 +13,11 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError, nearest
 from vit_tucker.patching import hosts
-from vit_tucker.patching.calibrate import CalibratedLayer, calibrate, timed
+from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.patching.selection import Selection, select
+from vit_tucker.patching.watch import timed
 from vit_tucker.tensor.tucker import relative_distance
 
 RECORD = "_vit_tucker_patch"
@@ -217,7 +218,7 @@ def _build(name: str, module: nn.Module, host: hosts.Host, config: AttentionConf
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
     replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
-    return CalibratedLayer(name, module, host, replacement.train(module.training))
+    return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 
 
 def _convert(

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -66,6 +66,7 @@ class Trainer:
         run_dir: where results go.
         metadata: strings for the header of saved weights.
         facts: scalars for TensorBoard, written once.
+        inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
         progress: where the run stands.
     """
 
@@ -83,6 +84,7 @@ class Trainer:
     metadata: dict[str, str]
     facts: dict[str, float]
     progress: Progress
+    inspect: Callable[[nn.Module], dict[str, float]] | None = None
 
     def save(self) -> None:
         """Write a resumable checkpoint (main process)."""
@@ -281,6 +283,8 @@ def evaluate_epoch(trainer: Trainer, loaders: Loaders, writer: SummaryWriter | N
     if writer is not None:
         for name, value in row.items():
             writer.add_scalar(name.replace("eval_", "eval/", 1), value, progress.global_step)
+        for name, value in t.inspect(t.bare).items() if t.inspect is not None else []:
+            writer.add_scalar(name, value, progress.global_step)
     return row
 
 

@@ -1,0 +1,100 @@
+"""Spectra of whole models: against the formed tensors, known ranks of the methods, whitening, and the files."""
+
+import csv
+
+import pytest
+import torch
+
+import vit_tucker as vt
+from tests.patching.test_calibrate import pictures
+from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spectra
+from vit_tucker.patching.hosts import read_host
+from vit_tucker.report.spectra import draw_spectra, rank_table
+from vit_tucker.tensor.modes import unfold
+
+
+def by_mode(rows, layer="blocks.0.attn", whitened=False):
+    return {(r.tensor, r.mode): r for r in rows if r.layer == layer and r.whitened == whitened}
+
+
+def test_spectra_are_those_of_the_hosts_tensors(make_vit):
+    model = make_vit()
+    rows, shapes = analyse(model)
+    assert len(rows) == 3 * 6
+    assert shapes[0] == Shape("blocks.0.attn", 24, 4, 6)
+    weights = read_host(model.blocks[1].attn).weights
+    found = by_mode(rows, "blocks.1.attn")
+    for tensor, pairs in (("pre", weights.pre_pairs()), ("post", weights.post_pairs())):
+        names = ("head", "query", "key") if tensor == "pre" else ("head", "output", "value")
+        for mode, name in enumerate(names):
+            expected = torch.linalg.svdvals(unfold(pairs.dense(), mode))
+            values = found[tensor, name].values
+            torch.testing.assert_close(values, expected[: len(values)], rtol=1e-10, atol=1e-10)
+
+
+def test_ranks_of_patched_models_are_their_methods(make_vit):
+    model = make_vit()
+    vt.patch(model, vt.GQAConfig(num_kv_heads=2))
+    ranks = {key: row.summary()["numerical_rank"] for key, row in by_mode(analyse(model)[0]).items()}
+    assert ranks["pre", "key"] == ranks["post", "value"] == 12
+    assert ranks["pre", "head"] == 4
+    vt.unpatch(model)
+    vt.patch(model, vt.TuckerConfig(ranks=(3, 8, 10)))
+    ranks = {key: row.summary()["numerical_rank"] for key, row in by_mode(analyse(model)[0]).items()}
+    assert [ranks["pre", m] for m in ("head", "query", "key")] == [3, 8, 10]
+
+
+def test_whitened_spectra_count_what_the_tokens_fill(make_vit):
+    """Images of 10 degrees of freedom: weights of full rank, of which the tokens of the first layer see few directions."""
+    rows, _ = analyse(make_vit(), [pictures(64)])
+    plain, whitened = by_mode(rows), by_mode(rows, whitened=True)
+    for mode in (("pre", "query"), ("pre", "key"), ("post", "value")):
+        assert whitened[mode].summary()["rank_99"] < plain[mode].summary()["rank_99"]
+    assert whitened["pre", "head"].size == 4
+
+
+def test_rows_in_numbers(make_vit):
+    rows, _ = analyse(make_vit())
+    for row in rows:
+        numbers = row.summary()
+        assert 1 <= numbers["stable_rank"] <= numbers["effective_rank"] <= numbers["numerical_rank"] <= row.size
+        assert numbers["rank_90"] <= numbers["rank_95"] <= numbers["rank_99"] <= row.size
+
+
+def test_layers_without_weights_have_no_rank(make_vit):
+    model = make_vit()
+    with torch.no_grad():
+        model.blocks[0].attn.proj.weight.zero_()
+    numbers = by_mode(analyse(model)[0])["post", "value"].summary()
+    assert numbers["numerical_rank"] == 0
+    assert not any(name.startswith("ranks/post_value/blocks.0") for name in rank_scalars(model))
+
+
+def test_scalars_for_tensorboard(make_vit):
+    scalars = rank_scalars(make_vit())
+    assert len(scalars) == 18
+    assert 1 <= scalars["ranks/pre_key/blocks.2.attn"] <= 24
+
+
+def test_models_without_attention_are_refused():
+    with pytest.raises(vt.PatchError, match="Linear has no attention module that vit_tucker can read"):
+        analyse(torch.nn.Linear(2, 2))
+
+
+def test_files_and_figure(make_vit, tmp_path):
+    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)]))
+    with (tmp_path / "singular_values.csv").open() as stream:
+        lines = list(csv.DictReader(stream))
+    assert len(lines) == 2 * 3 * (4 + 24 + 24 + 4 + 24 + 24)
+    values = [
+        float(x["value"]) for x in lines if (x["layer"], x["mode"], x["whitened"]) == ("blocks.2.attn", "key", "True")
+    ]
+    assert values == sorted(values, reverse=True)
+    table = rank_table(tmp_path)
+    assert "| pre | key | 24 |" in table
+    assert "| post, whitened | value | 24 |" in table
+    files = [draw_spectra(tmp_path, whitened, gqa=(2,), mla=(6, 3)) for whitened in (False, True)]
+    for file in files:
+        assert file.stat().st_size > 20_000
+        assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    assert files[0].read_bytes() != files[1].read_bytes()

@@ -1,0 +1,1 @@
+"""What a model's attention weights look like: spectra and ranks of their tensors."""

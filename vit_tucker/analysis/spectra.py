@@ -1,0 +1,194 @@
+"""Spectra of the attention tensors of a model: what ranks its heads, queries, keys, outputs and values really have.
+
+Two tensors per layer, three modes each: pre-softmax (head, query, key) and post-softmax (head, output, value). Plain: of the
+weights. Whitened: in the metrics of the activation-aware conversion, where it counts what matters for the tokens.
+"""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import Calibration, HostSpec
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.moments import Moments
+from vit_tucker.errors import PatchError
+from vit_tucker.patching import hosts
+from vit_tucker.patching.calibrate import collect_moments
+from vit_tucker.patching.watch import WatchedLayer
+from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
+from vit_tucker.tensor.tucker import Pairs
+from vit_tucker.tensor.weighted import head_weights, mean_metric
+
+MODES = {"pre": ("head", "query", "key"), "post": ("head", "output", "value")}
+DAMPING = 1e-6
+"""Of the metrics, relative to their mean eigenvalue: low, so that it does not show up in the spectra."""
+
+
+@dataclass(frozen=True)
+class ModeSpectrum:
+    """One mode of one tensor of one layer.
+
+    Attributes:
+        layer: full module name.
+        tensor: "pre" or "post".
+        mode: "head", "query", "key", "output" or "value".
+        whitened: in the tokens' metrics, or of the weights alone.
+        size: full size of the mode.
+        values: singular values of the mode's unfolding, falling, float64.
+    """
+
+    layer: str
+    tensor: str
+    mode: str
+    whitened: bool
+    size: int
+    values: Tensor
+
+    def summary(self) -> dict[str, Any]:
+        """The spectrum in numbers, a row of ranks.csv."""
+        facts = {k: v for k, v in vars(self).items() if k != "values"}
+        if not self.values[0] > 0:
+            return {**facts, "largest": 0.0, "numerical_rank": 0, **dict.fromkeys(("effective_rank", "stable_rank"), 0.0),
+                    "rank_90": 0, "rank_95": 0, "rank_99": 0}  # fmt: skip
+        return {
+            **facts,
+            "largest": self.values[0].item(),
+            "numerical_rank": numerical_rank(self.values, self.size**2),
+            "effective_rank": effective_rank(self.values),
+            "stable_rank": stable_rank(self.values),
+            "rank_90": energy_rank(self.values, 0.90),
+            "rank_95": energy_rank(self.values, 0.95),
+            "rank_99": energy_rank(self.values, 0.99),
+        }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What bounds a layer's ranks: for the marks of the figure."""
+
+    layer: str
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+
+
+def tensors_of(module: nn.Module) -> tuple[HostSpec, Pairs, Pairs]:
+    """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
+
+    Raises:
+        PatchError: an attention class that we can't read.
+    """
+    if isinstance(module, AttentionModule):
+        return module.spec, module.pre_pairs(), module.post_pairs()
+    host = hosts.read_host(module)
+    weights = host.weights.double()
+    return host.spec, weights.pre_pairs(), weights.post_pairs()
+
+
+def spectra_of(name: str, pre: Pairs, post: Pairs, moments: Moments | None = None) -> list[ModeSpectrum]:
+    """The six spectra of one layer.
+
+    Args:
+        name: of the layer.
+        pre, post: its tensors.
+        moments: of its tokens, for whitened spectra.
+    """
+    if moments is not None:
+        pre, post = whiten(pre, post, moments)
+    rows = []
+    for tensor, pairs in (("pre", pre), ("post", post)):
+        sizes = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]
+        for mode, size, values in zip(MODES[tensor], sizes, mode_spectra(pairs), strict=True):
+            rows.append(ModeSpectrum(name, tensor, mode, moments is not None, size, values))
+    return rows
+
+
+def whiten(pre: Pairs, post: Pairs, moments: Moments) -> tuple[Pairs, Pairs]:
+    """Both tensors in the metrics of ``TuckerAttention.convert_calibrated``; heads weighted by their influence."""
+    width = pre.left.shape[1]
+    query = metric_root(moments.query[:width, :width], DAMPING).root
+    key = metric_root(mean_metric(moments.key), DAMPING).root
+    output, value = metric_root(moments.output, DAMPING).root, metric_root(moments.value.mean(0), DAMPING).root
+    weighted = pre.left * head_weights(moments.key)[:, None, None]
+    return Pairs(query @ weighted, key @ pre.right), Pairs(output @ post.left, value @ post.right)
+
+
+def analyse(
+    model: nn.Module, batches: Iterable[Any] | None = None, options: Calibration | None = None
+) -> tuple[list[ModeSpectrum], list[Shape]]:
+    """Spectra of all attention layers of a model, plain and, with images, whitened.
+
+    Args:
+        model: a timm model, dense or patched.
+        batches: images as the model takes them, see ``patch``; only dense layers have whitened spectra.
+        options: of the pass over the images.
+
+    Returns:
+        Spectra in the order of the layers, and the layers' shapes. Layers that we can't read are left out.
+
+    Raises:
+        PatchError: no attention layer that we can read, or bad images.
+    """
+    rows: list[ModeSpectrum] = []
+    shapes: list[Shape] = []
+    readable: list[WatchedLayer] = []
+    seen: set[int] = set()
+    for name, module in hosts.find_attention(model).items():
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        try:
+            spec, pre, post = tensors_of(module)
+        except PatchError:
+            continue
+        shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))
+        rows += spectra_of(name, pre, post)
+        if batches is not None and not isinstance(module, AttentionModule):
+            readable.append(WatchedLayer(name, module, hosts.read_host(module)))
+    if not shapes:
+        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
+    if batches is not None:
+        for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
+            weights = layer.host.weights.double()
+            rows += spectra_of(layer.name, weights.pre_pairs(), weights.post_pairs(), moments)
+    return rows, shapes
+
+
+@torch.no_grad()
+def rank_scalars(model: nn.Module) -> dict[str, float]:
+    """Effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
+    scalars = {}
+    for row in analyse(model)[0]:
+        if row.values[0] > 0:
+            scalars[f"ranks/{row.tensor}_{row.mode}/{row.layer}"] = effective_rank(row.values)
+    return scalars
+
+
+def save_spectra(folder: Path, rows: list[ModeSpectrum], shapes: list[Shape]) -> None:
+    """Write ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "layers.csv", [asdict(shape) for shape in shapes])
+    _write(folder / "ranks.csv", [row.summary() for row in rows])
+    names = ("layer", "tensor", "mode", "whitened")
+    values = (
+        {**{name: getattr(row, name) for name in names}, "index": index, "value": f"{value:.8g}"}
+        for row in rows
+        for index, value in enumerate(row.values.tolist(), 1)
+    )
+    _write(folder / "singular_values.csv", values)
+
+
+def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    iterator = iter(rows)
+    first = next(iterator)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(first), lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(first)
+        writer.writerows(iterator)

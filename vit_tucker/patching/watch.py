@@ -1,0 +1,174 @@
+"""Watching attention layers at work: what goes in, what comes out, and what an error there would cost."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import Calibration
+from vit_tucker.attention.moments import LayerCall, Moments
+from vit_tucker.errors import PatchError
+from vit_tucker.patching.hosts import Host
+
+MOMENT_BYTES = 4 * 2**30
+"""Layers are worked off in groups whose moments fit into this; each group costs its own passes over the images."""
+
+
+@dataclass
+class WatchedLayer:
+    """A dense attention layer of a model.
+
+    Attributes:
+        name: full module name.
+        module: the host's module, in the model.
+        host: read from it.
+        seconds: time spent on it, passes through the model apart.
+    """
+
+    name: str
+    module: nn.Module
+    host: Host
+    seconds: float = 0.0
+
+
+Layer = TypeVar("Layer", bound=WatchedLayer)
+
+
+def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
+    """The first ``limit`` images, in batches, on the model's device and in its dtype.
+
+    Raises:
+        PatchError: nothing there, no image tensors, or values that are not finite.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    images: list[Tensor] = []
+    count = 0
+    for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
+        tensor = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise PatchError(f"calibration: batch {number} is {shape}, not a float tensor (B, channels, height, width)")
+        if not torch.isfinite(tensor).all():
+            raise PatchError(f"calibration: batch {number} holds values that are not finite")
+        images.append(tensor[: limit - count].to(like.device, like.dtype))
+        count += len(images[-1])
+        if count >= limit:
+            break
+    if count == 0:
+        raise PatchError("calibration: no images")
+    return images
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, every module's own mode restored afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def timed(layer: WatchedLayer) -> Iterator[None]:
+    """Adds the time spent inside to the layer's seconds."""
+    start = time.perf_counter()
+    yield
+    layer.seconds += time.perf_counter() - start
+
+
+@contextmanager
+def located(name: str) -> Iterator[None]:
+    """Turns numerical complaints into a PatchError that names the layer."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise PatchError(f"{name}: calibration: {error}") from None
+
+
+def memory_groups(layers: list[Layer]) -> Iterator[list[Layer]]:
+    """The layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
+    group: list[Layer] = []
+    used = 0
+    for layer in layers:
+        needed = Moments.bytes(layer.host.spec)
+        if group and used + needed > MOMENT_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(layer)
+        used += needed
+    if group:
+        yield group
+
+
+@contextmanager
+def watching(layers: Iterable[Layer], see: Callable[[Layer, Tensor, dict[str, Any], Tensor], None]) -> Iterator[None]:
+    """Calls ``see(layer, x, options, y)`` at each call of each layer's dense module."""
+
+    def hook(layer: Layer) -> Callable[..., None]:
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            given = {**dict(zip(("x", "attn_mask", "is_causal"), args, strict=False)), **kwargs}
+            options = {name: given[name] for name in ("attn_mask", "is_causal") if given.get(name) is not None}
+            see(layer, given["x"], options, output)
+
+        return seen
+
+    handles = [layer.module.register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_with_probes(
+    model: nn.Module,
+    layers: list[Layer],
+    images: list[Tensor],
+    options: Calibration,
+    see: Callable[[Layer, LayerCall], None],
+) -> None:
+    """Show each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
+    generator = torch.Generator().manual_seed(options.seed)
+    backward = options.objective == "features"
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    for batch in images:
+        calls: list[tuple[Layer, Tensor, dict[str, Any], Tensor]] = []
+
+        def note(layer: Layer, x: Tensor, given: dict[str, Any], y: Tensor, calls: Any = calls) -> None:
+            if backward and not y.requires_grad:
+                y.requires_grad_(True)
+            calls.append((layer, x.detach(), given, y))
+
+        with torch.set_grad_enabled(backward), watching(layers, note):
+            features = final_features(model, batch)
+        outputs = [y for *_, y in calls]
+        if backward:
+            target = (features.float() * noise(features.float())).sum()
+            grads = torch.autograd.grad(target, outputs, allow_unused=True)
+            probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
+        else:
+            probes = [noise(y) for y in outputs]
+        with torch.no_grad():
+            for (layer, x, given, y), probe in zip(calls, probes, strict=True):
+                see(layer, LayerCall(x, y.detach(), probe, **given))
+
+
+def final_features(model: Any, images: Tensor) -> Tensor:
+    """The model's features before its head (timm's forward_features), else its output."""
+    forward = getattr(model, "forward_features", model)
+    features = forward(images)
+    while isinstance(features, tuple | list):
+        features = features[0]
+    if isinstance(features, Mapping):
+        features = next(value for value in features.values() if isinstance(value, Tensor))
+    return features

@@ -1,0 +1,121 @@
+"""Spectra of attention tensors as a table and as a figure, from the files that ``python -m vit_tucker ranks`` writes."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+
+PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
+NUMBERS = ("effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "numerical_rank")
+FLOOR = 1e-4
+"""Lower end of the figure's axis, relative to the largest singular value."""
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Lines of a CSV file."""
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def rank_table(folder: Path) -> str:
+    """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
+
+    Args:
+        folder: with ranks.csv.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in read_rows(folder / "ranks.csv"):
+        groups[row["whitened"], row["tensor"], row["mode"]].append(row)
+    lines = [
+        f"| tensor | mode | size | {' | '.join(n.replace('_', ' ') for n in NUMBERS)} |",
+        "|---" * (3 + len(NUMBERS)) + "|",
+    ]
+    for (whitened, tensor, mode), rows in groups.items():
+        cells = []
+        for name in NUMBERS:
+            values = [float(row[name]) for row in rows]
+            cells.append(f"{sum(values) / len(values):.1f} ({min(values):.4g}-{max(values):.4g})")
+        label = f"{tensor}, whitened" if whitened == "True" else tensor
+        lines.append(f"| {label} | {mode} | {rows[0]['size']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_spectra(
+    folder: Path, whitened: bool = False, gqa: tuple[int, ...] | None = None, mla: tuple[int, ...] | None = None
+) -> Path:
+    """Decay of each mode's singular values over the depth of the model, and the ranks that GQA and MLA could reach at most.
+
+    Args:
+        folder: with layers.csv and singular_values.csv; gets spectra.png and spectra.pdf (spectra_whitened.*).
+        whitened: draw the whitened spectra.
+        gqa: numbers of key/value heads to mark, rank G * head_dim of keys and values; a half and one if None.
+        mla: latent widths to mark, ranks of queries, keys and values; a quarter of embed_dim if None.
+
+    Returns:
+        The PNG file.
+    """
+    layers = read_rows(folder / "layers.csv")
+    depth = {row["layer"]: number for number, row in enumerate(layers)}
+    curves: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_rows(folder / "singular_values.csv"):
+        if row["whitened"] == str(whitened):
+            curves[row["tensor"], row["mode"]][row["layer"]].append(float(row["value"]))
+    heads, width, dim = (int(layers[0][name]) for name in ("num_heads", "head_dim", "embed_dim"))
+    gqa = tuple(dict.fromkeys((max(1, heads // 2), 1))) if gqa is None else gqa
+    mla = (max(1, dim // 4),) if mla is None else mla
+    figure, axes = plt.subplots(2, 3, figsize=(7.2, 4.2), sharey=True, layout="constrained")
+    colours = plt.get_cmap("viridis")
+    last = max(1, len(layers) - 1)
+    for axis, (tensor, mode) in zip(axes.flat, PANELS, strict=True):
+        for layer, values in curves[tensor, mode].items():
+            relative = [value / values[0] if values[0] > 0 else 0.0 for value in values]
+            # a head mode of few values is read by its points
+            style = {"marker": "o", "markersize": 2.5} if len(values) <= 32 else {}
+            axis.plot(
+                range(1, len(values) + 1), relative, color=colours(0.92 * depth[layer] / last), linewidth=0.9, **style
+            )
+        mark_limits(axis, mode, heads, width, gqa, mla)
+        axis.set_yscale("log")
+        axis.set_ylim(FLOOR, 1.5)
+        axis.set_title(f"{tensor}-softmax, {mode} mode", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25, linewidth=0.4)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("singular value / largest", fontsize=7)
+    for axis in axes[1]:
+        axis.set_xlabel("index", fontsize=7)
+    scale = ScalarMappable(Normalize(0, last / 0.92), colours)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.7, pad=0.01, boundaries=[last * i / 100 for i in range(101)])
+    bar.set_ticks([0, last])
+    bar.set_label("layer", fontsize=7, labelpad=-6)
+    bar.ax.tick_params(labelsize=7)
+    file = folder / ("spectra_whitened.png" if whitened else "spectra.png")
+    for suffix in (".png", ".pdf"):
+        figure.savefig(file.with_suffix(suffix), dpi=200)
+    plt.close(figure)
+    return file
+
+
+def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
+    """Vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
+    marks: dict[int, list[str]] = {}
+    if mode == "head":
+        marks[heads] = ["MHA, GQA, MLA"]
+    if mode in ("query", "key", "value"):
+        for latent in mla:
+            marks.setdefault(latent, []).append(f"MLA-{latent}")
+    if mode in ("key", "value"):
+        for groups in gqa:
+            marks.setdefault(groups * width, []).append(f"GQA-{groups}")
+    for number, (rank, labels) in enumerate(sorted(marks.items())):
+        axis.axvline(rank, color="tab:red", linewidth=0.8, linestyle="--")
+        axis.annotate(", ".join(labels), (rank, 0.04 + 0.09 * number), xycoords=("data", "axes fraction"), xytext=(-2, 0),
+                      textcoords="offset points", fontsize=6, color="tab:red", ha="right",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})  # fmt: skip
