@@ -150,7 +150,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["layer", "models"], help="what to measure")
+    parser.add_argument("what", nargs="*", help="what to measure: layer, models")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(MODELS), default=list(MODELS), help="which models")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="for speed.json and speed.md")
@@ -159,6 +159,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(convert_model(args.one)))
         return
+    if not args.what or set(args.what) - {"layer", "models"}:
+        parser.error("say what to measure: layer, models, or both")
     results = {"layer": layer_rows(args.rounds) if "layer" in args.what else [],
                "models": model_rows(args.only) if "models" in args.what else []}  # fmt: skip
     note = f"{date.today()}, torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} CPU threads"
