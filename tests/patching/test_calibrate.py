@@ -115,20 +115,16 @@ def test_refinement_lowers_the_output_error(make_vit):
     assert min(gains) < 0.99
 
 
-@pytest.mark.parametrize("name", ["gqa mean", "mla"])
-def test_hosts_with_query_and_key_norms(make_vit, name):
-    model, unseen = make_vit(qk_norm=True), pictures(seed=1)
-    reference = model(unseen).detach()
-    vt.patch(model, EXAMPLES[name])
-    plain = distance(model, reference, unseen)
-    vt.unpatch(model)
-    vt.patch(model, EXAMPLES[name], calibration=pictures(64).split(16))
-    assert distance(model, reference, unseen) < plain
+NORMS, NO_BIASES = {"qk_norm": True}, {"qkv_bias": False, "proj_bias": False}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_hosts_without_biases(make_vit, name):
-    model, unseen = make_vit(qkv_bias=False, proj_bias=False), pictures(seed=1)
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [("gqa mean", NORMS), ("mla", NORMS), *((name, NO_BIASES) for name in EXAMPLES)],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_hosts_with_norms_and_without_biases(make_vit, name, host):
+    model, unseen = make_vit(**host), pictures(seed=1)
     reference = model(unseen).detach()
     vt.patch(model, EXAMPLES[name])
     plain = distance(model, reference, unseen)

@@ -41,6 +41,13 @@ class LayerCall:
     attn_mask: Tensor | None = None
     is_causal: bool = False
 
+    def part(self, sequences: Tensor | slice) -> "LayerCall":
+        """Some of the B sequences, with their masks."""
+        mask = self.attn_mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] == self.x.shape[0] > 1:
+            mask = mask[sequences]
+        return LayerCall(self.x[sequences], self.y[sequences], self.probe[sequences], mask, self.is_causal)
+
     def token_weights(self) -> Tensor:
         """Weight of each token in regressions, |g_n|. (B, N)"""
         return self.probe.norm(dim=-1)
@@ -106,17 +113,15 @@ class MomentSums:
         """Add one call. The batch is worked off in slices, so that the attention maps stay small."""
         slices = max(1, int(call.x.shape[0] * self.spec.num_heads * call.x.shape[1] ** 2 / 2**25))
         for part in torch.arange(call.x.shape[0], device=call.x.device).chunk(slices):
-            mask = call.attn_mask
-            if mask is not None and mask.ndim == 4 and mask.shape[0] == call.x.shape[0] > 1:
-                mask = mask[part]
-            self._add(call.x[part].to(self.dtype), call.probe[part].to(self.dtype), mask, call.is_causal)
+            self._add(call.part(part))
 
-    def _add(self, x: Tensor, probe: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
+    def _add(self, call: LayerCall) -> None:
+        x, probe = call.x.to(self.dtype), call.probe.to(self.dtype)
         w, spec = self.weights, self.spec
         if self.shift is None:
             self.shift = x.mean((0, 1))  # sums of squares of shifted tokens: large means don't eat the digits
         centred = x - self.shift
-        p, q, k = attention_maps(x, w, spec, attn_mask, is_causal)
+        p, q, k = attention_maps(x, w, spec, call.attn_mask, call.is_causal)
         v = heads_of(centred, w.value)  # (B, H, N, D); the shift passes through the softmax unchanged
         probe_v = torch.einsum("bno,hdo->bhnd", probe, w.out)  # gradient of the head's averaged value
         s = probe_v @ v.mT

@@ -18,6 +18,7 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
 from vit_tucker.attention.variants.tucker import TuckerAttention, TuckerConfig
 from vit_tucker.errors import PatchError
+from vit_tucker.tensor.ranks import numerical_rank
 from vit_tucker.tensor.tucker import Tucker
 
 
@@ -124,7 +125,7 @@ def split_rank(tensor: Tensor, rank: int, tolerance: float, name: str) -> tuple[
     """
     u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
     for head, values in enumerate(s):
-        found = int((values > tolerance * values[0]).sum())
+        found = numerical_rank(values, len(values), tolerance)
         if found > rank:
             raise PatchError(
                 f"the {name} matrix of head {head} has rank {found}, MHA holds rank {rank} (head_dim) at most"

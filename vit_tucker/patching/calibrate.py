@@ -6,7 +6,6 @@ corrects what the new scores get wrong. No labels are needed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,7 +149,7 @@ def fit_readouts(
                 sums[layer.name] = LinearMoments.like(f, targets, centre=layer.replacement.has_out_bias)
             sums[layer.name].add(f, targets, next(remaining[layer.name]).flatten().to(f.dtype))
 
-    with in_eval_mode(layers), watching(layers, see):
+    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
         for batch in images:
             final_features(model, batch)
     for layer in layers:
@@ -180,7 +179,7 @@ def refine_layer(
     with watching([layer], see):
         for batch in images:
             final_features(model, batch)
-    with in_eval_mode([layer]), located(layer.name):
+    with evaluating(layer.replacement), located(layer.name):
         roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
         refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
 
@@ -193,7 +192,7 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
     def see(layer: CalibratedLayer, x: Tensor, given: dict[str, Any], y: Tensor) -> None:
         errors[layer.name].add(layer.replacement(x, **given), y)
 
-    with in_eval_mode(layers), watching(layers, see):
+    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
         for batch in images:
             final_features(model, batch)
     for layer in layers:
@@ -223,19 +222,6 @@ class ErrorSums:
             return 0.0
         variance = self.total - self.mean_sum.square().sum().item() / self.count
         return (self.squares / max(variance, 1e-12 * self.total, 1e-300)) ** 0.5
-
-
-@contextmanager
-def in_eval_mode(layers: Iterable[CalibratedLayer]) -> Iterator[None]:
-    """The replacements in eval mode for a while."""
-    modes = [(module, module.training) for layer in layers for module in layer.replacement.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def at_least_float32(x: Tensor) -> Tensor:

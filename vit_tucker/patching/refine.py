@@ -76,12 +76,12 @@ def refine(
     parameters = [p for p in work.parameters() if p.square().mean() > 0]
     sizes = [p.detach().square().mean().sqrt().item() for p in parameters]
     solver = torch.optim.Adam([{"params": [p]} for p in parameters], betas=(0.9, 0.99))
-    norm = sum(_loss(None, call, part, metric).item() for call, part in zip(calls, held, strict=True))
+    unseen = [call.part(part) for call, part in zip(calls, held, strict=True)]
+    norm = max(sum(_loss(None, call, metric).item() for call in unseen), 1e-300)
 
     @torch.no_grad()
     def held_out() -> float:
-        losses = [_loss(work, call, part, metric).item() for call, part in zip(calls, held, strict=True)]
-        return sum(losses) / max(norm, 1e-300)
+        return sum(_loss(work, call, metric).item() for call in unseen) / norm
 
     first = best = held_out()
     best_state = copy.deepcopy(work.state_dict())
@@ -93,7 +93,7 @@ def refine(
         call, start = calls[number], held[number].stop if calls[number].x.shape[0] > 1 else 0
         part = start + torch.randperm(call.x.shape[0] - start, generator=generator)[:SEQUENCES]
         with torch.enable_grad():
-            loss = _loss(work, call, part, metric) / max(norm, 1e-300)
+            loss = _loss(work, call.part(part), metric) / norm
             solver.zero_grad()
             loss.backward()
         solver.step()
@@ -113,15 +113,11 @@ def refine(
     return first, best
 
 
-def _loss(layer: AttentionModule | None, call: LayerCall, part: Tensor | slice, metric: Tensor) -> Tensor:
-    """Weighted squared error of some sequences of a call in the output metric; without a layer the variance of the targets."""
-    y = call.y[part].to(metric.dtype)
+def _loss(layer: AttentionModule | None, call: LayerCall, metric: Tensor) -> Tensor:
+    """Weighted squared error on a call in the output metric; without a layer the variance of the targets."""
+    y = call.y.to(metric.dtype)
     if layer is None:
         difference = y - y.mean((0, 1))
     else:
-        mask = call.attn_mask
-        if mask is not None and mask.ndim == 4 and mask.shape[0] == call.x.shape[0] > 1:
-            mask = mask[part]
-        difference = layer(call.x[part].to(metric.dtype), attn_mask=mask, is_causal=call.is_causal) - y
-    weights = call.token_weights()[part].to(metric.dtype)
-    return ((difference @ metric).square().sum(-1) * weights).mean()
+        difference = layer(call.x.to(metric.dtype), attn_mask=call.attn_mask, is_causal=call.is_causal) - y
+    return ((difference @ metric).square().sum(-1) * call.token_weights().to(metric.dtype)).mean()

@@ -64,10 +64,11 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, every module's own mode restored afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def evaluating(*roots: nn.Module) -> Iterator[None]:
+    """The modules in eval mode, every submodule's own mode restored afterwards."""
+    modes = {module: module.training for root in roots for module in root.modules()}
+    for root in roots:
+        root.eval()
     try:
         yield
     finally:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vit_tucker.tensor.ranks import energy_rank
+
 Ranks = tuple[int, int, int]
 
 
@@ -49,9 +51,7 @@ def energy_ranks(tensor: TensorModes, energy: float, multiple: int = 1) -> Ranks
     """
     ranks = []
     for mode, (values, full) in enumerate(zip(tensor.energies, tensor.full, strict=True)):
-        lost = values.flip(0).cumsum(0).flip(0)  # what rank 0, 1, ... would lose
-        enough = lost <= (1 - energy) * lost[0]
-        rank = int(enough.nonzero()[0]) if enough.any() else len(values)
+        rank = energy_rank(values.sqrt(), energy)
         ranks.append(round_up(max(1, rank), 1 if mode == 0 else multiple, full))
     return ranks[0], ranks[1], ranks[2]
 

@@ -22,7 +22,6 @@ class LinearMoments:
         f_sum, y_sum: (F,), (O,).
         ff: sum of f f^T, (F, F).
         yf: sum of y f^T, (O, F).
-        yy: sum of |y|^2, scalar.
         f_shift, y_shift: subtracted from f and y before summing, so that large means don't eat the digits.
     """
 
@@ -31,7 +30,6 @@ class LinearMoments:
     y_sum: Tensor
     ff: Tensor
     yf: Tensor
-    yy: Tensor
     f_shift: Tensor
     y_shift: Tensor
 
@@ -41,7 +39,7 @@ class LinearMoments:
         zeros = [torch.zeros(s, dtype=torch.float64, device=f.device) for s in ((), f.shape[1], y.shape[1])]
         products = [f.new_zeros(f.shape[1], f.shape[1]).double(), f.new_zeros(y.shape[1], f.shape[1]).double()]
         shifts = [t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)]
-        return cls(zeros[0], zeros[1], zeros[2], products[0], products[1], zeros[0].clone(), shifts[0], shifts[1])
+        return cls(zeros[0], zeros[1], zeros[2], products[0], products[1], shifts[0], shifts[1])
 
     def add(self, f: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add features (n, F) and targets (n, O) with weights (n,)."""
@@ -52,7 +50,6 @@ class LinearMoments:
         self.y_sum += (y * weights[:, None]).sum(0).double()
         self.ff += (weighted.mT @ f).double()
         self.yf += (y.mT @ weighted).double()
-        self.yy += (y.square().sum(1) * weights).sum().double()
 
     def centred(self, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariances ff (F, F) and yf (O, F) and the means of f and y; with no bias raw moments, zero means."""

@@ -286,15 +286,8 @@ class TuckerAttention(AttentionModule):
 
     def pre_pairs(self) -> Pairs:
         """See base class; pairs of width r2: left U2, right U3 T_i^T."""
-        left, bias = linear_weight(self.q_proj), linear_bias(self.q_proj)
-        if bias is not None:
-            left = torch.cat([left, bias.unsqueeze(0)])
-        slices = torch.tensordot(self.pre_head.detach().double(), self.pre_core.detach().double(), 1)
-        return Pairs(left.expand(self.num_heads, -1, -1), linear_weight(self.k_proj) @ slices.mT)
+        return tucker_pairs(self.tucker_form()[0])
 
     def post_pairs(self) -> Pairs:
         """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
-        value = self.k_proj if self.v_proj is None else self.v_proj
-        slices = torch.tensordot(self.post_head.detach().double(), self.post_core.detach().double(), 1)
-        left = linear_weight(self.proj).mT  # (O, r2t)
-        return Pairs(left.expand(self.num_heads, -1, -1), linear_weight(value) @ slices.mT)
+        return tucker_pairs(self.tucker_form()[1])
