@@ -11,7 +11,7 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -86,8 +86,8 @@ def top1(model: nn.Module, loader: DataLoader) -> float:
     return 100 * hits / count
 
 
-def measure(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]:
-    """All rows and columns; prints as it goes."""
+def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, Any]]:
+    """All rows and columns, one at a time."""
     torch.manual_seed(0)
     classes, channels = classes_and_channels(config)
     model = create_host(config.model, classes if args.top1 else 0, channels).eval()
@@ -101,9 +101,8 @@ def measure(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]
     loader = DataLoader(test, batch_size=128, sampler=[(0, int(i)) for i in order[: args.top1_images]])
     calibration = list(calibration_images(config.data, data, args.images, 16, 0))
     reference = features(model, unseen)
-    rows = []
     if args.top1:
-        rows.append({"case": "dense", "conversion": "", "share": 1.0, "cosine": 1.0, "top1": top1(model, loader)})
+        yield {"case": "dense", "conversion": "", "share": 1.0, "cosine": 1.0, "top1": top1(model, loader)}
     for case in cases(args.ranks, args.peers):
         for column, options in COLUMNS.items():
             if column == "HOOI" and case.other is None:
@@ -125,9 +124,7 @@ def measure(args: argparse.Namespace, config: RunConfig) -> list[dict[str, Any]]
                 "seconds": seconds,
             }
             vt.unpatch(model)
-            rows.append(row)
-            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
-    return rows
+            yield row
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -144,6 +141,26 @@ def table(rows: list[dict[str, Any]], metric: str) -> str:
         cells = [f"{mine[c][metric]:.{3 if metric == 'cosine' else 2}f}" if c in mine else "" for c in COLUMNS]
         lines.append(f"| {name} | {next(iter(mine.values()))['share']:.1%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """The tables, and under which circumstances they were measured."""
+    text = "\n\n".join(table(rows, metric) for metric in (["cosine", "top1"] if args.top1 else ["cosine"]))
+    if args.top1:
+        text += f"\n\ndense top1: {rows[0]['top1']:.2f} on {args.top1_images} test images"
+    return (
+        f"{text}\n\n{args.images} calibration images, {args.eval_images} others for the cosine; {date.today()}, "
+        f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} CPU threads"
+    )
+
+
+def write(folder: Path, rows: list[dict[str, Any]], text: str) -> None:
+    """results.csv and results.md, again after each row: a run of half an hour may be stopped."""
+    (folder / "results.md").write_text(text + "\n")
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["case", "conversion", "share", "cosine", "top1", "output_error", "seconds"])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> int:
@@ -164,27 +181,17 @@ def main() -> int:
 
     def run() -> int:
         config = load_config(args.cfg, args.overrides)
-        rows = measure(args, config)
-        dense = [row for row in rows if row["case"] == "dense"]
-        text = "\n\n".join(table(rows, metric) for metric in (["cosine", "top1"] if args.top1 else ["cosine"]))
-        if dense:
-            text += f"\n\ndense top1: {dense[0]['top1']:.2f} on {args.top1_images} test images"
-        text += (
-            f"\n\n{args.images} calibration images, {args.eval_images} others for the cosine; {date.today()}, "
-            f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} CPU threads"
-        )
-        print(text)
         if args.save is not None:
             args.save.mkdir(parents=True, exist_ok=True)
-            (args.save / "results.md").write_text(text + "\n")
             checkpoint = config.model.model_copy(update={"checkpoint": Path(str(config.model.checkpoint)).name})
             (args.save / "config.yaml").write_text(dump_config(config.model_copy(update={"model": checkpoint})))
-            with (args.save / "results.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(
-                    file, ["case", "conversion", "share", "cosine", "top1", "output_error", "seconds"]
-                )
-                writer.writeheader()
-                writer.writerows(rows)
+        rows: list[dict[str, Any]] = []
+        for row in measure(args, config):
+            rows.append(row)
+            print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()), flush=True)
+            if args.save is not None:
+                write(args.save, rows, summary(rows, args))
+        print(summary(rows, args))
         return 0
 
     return guarded(run)
