@@ -6,8 +6,9 @@ print(vit_tucker.patch(model, vit_tucker.TuckerConfig(ranks=(8, 16, 16))))
 """
 
 from vit_tucker import attention as attention
-from vit_tucker.attention.base import AttentionConfig, Calibration, HostSpec, MHAWeights, ParameterCount, Rule
+from vit_tucker.attention.base import AttentionConfig, HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.options import Calibration, RankRule, Rule
 from vit_tucker.attention.registry import get_method, list_methods, register_method
 from vit_tucker.attention.special_cases import DenseTensors, to_dense, to_mha, to_tucker
 from vit_tucker.attention.variants.gqa import GQAConfig
@@ -38,6 +39,7 @@ __all__ = [
     "PatchError",
     "PatchRecord",
     "PatchReport",
+    "RankRule",
     "Rule",
     "TuckerConfig",
     "VitTuckerError",

@@ -12,7 +12,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vit_tucker.analysis.spectra import rank_scalars
-from vit_tucker.attention.base import AttentionConfig, Calibration
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import Calibration
 from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig, TrainConfig
 from vit_tucker.config.source import Source, merge, read_overrides
@@ -21,7 +22,7 @@ from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.models import count_parameters, create_host
-from vit_tucker.patching.patch import patch
+from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_shape
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.training.engine import Progress, Trainer
@@ -39,6 +40,7 @@ class BuiltModel:
         num_classes: of the classifier.
         data: timm's data config (input size, normalisation, crop).
         params: parameters: total, attention, dense_total, dense_attention.
+        attention: config of the patch, with the ranks that a rank rule chose; None for a dense run.
         patch: the patch report as plain values; None for a dense run.
         report: the patch report, to be shown; None for a dense run and for one that goes on from weights of its own.
     """
@@ -47,6 +49,7 @@ class BuiltModel:
     num_classes: int
     data: dict[str, Any]
     params: dict[str, int]
+    attention: AttentionConfig | None
     patch: dict[str, Any] | None
     report: PatchReport | None
 
@@ -92,12 +95,17 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.pretrained, size)
     model.to(device)
-    report = None
-    if config.attention is not None:
-        attention = config.attention
-        if started:
-            attention = attention.model_copy(update={"init": "random", "calibration": None})
-        report = patch_model(model, attention, config, data)
+    report, attention = None, config.attention
+    if attention is not None:
+        if started:  # its ranks are those of its config: without conversion there is nothing to choose
+            report = patch_model(
+                model, attention.model_copy(update={"init": "random", "calibration": None}), config, data
+            )
+        else:
+            report = patch_model(model, attention, config, data)
+            record = patch_record(model)
+            assert record is not None
+            attention = record.config
     total, attention_total = count_parameters(model)
     params = {
         "total": total,
@@ -106,7 +114,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device) -> Bui
         "dense_attention": dense_attention,
     }
     patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
-    return BuiltModel(model, num_classes, data, params, patch_values, None if started else report)
+    return BuiltModel(model, num_classes, data, params, attention, patch_values, None if started else report)
 
 
 def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
@@ -193,11 +201,22 @@ def build_trainer(
         config=recipe,
         seed=config.seed,
         run_dir=run_dir,
-        metadata={"architecture": config.model.name, "attention": config.attention.method if config.attention else ""},
+        metadata=weights_header(config.model.name, config.attention),
         facts={"params/attention": built.params["attention"], "params/total": built.params["total"]},
         progress=progress,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
+    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
+    if attention is None:
+        return {"architecture": architecture, "attention": ""}
+    return {
+        "architecture": architecture,
+        "attention": attention.method,
+        "attention_config": attention.model_dump_json(),
+    }
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

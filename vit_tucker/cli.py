@@ -129,7 +129,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _ranks(args: argparse.Namespace) -> int:
     from vit_tucker.analysis.spectra import analyse, save_spectra
-    from vit_tucker.attention.base import Calibration
+    from vit_tucker.attention.options import Calibration
     from vit_tucker.build import analysed_model
     from vit_tucker.report.spectra import draw_spectra, rank_table
 

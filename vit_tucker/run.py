@@ -38,13 +38,14 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
     run_dir = RunDir(Path(str(config.output_dir)))
     accelerator = create_accelerator(config.train)
     setup_console(accelerator.is_main_process)
-    check_folder(run_dir, config)
+    config = check_folder(run_dir, config)
     seed_everything(derive_seed(config.seed))
     finished = run_dir.results.is_file()
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with accelerator.main_process_first():  # what has to be downloaded is downloaded once
         built = build_model(config, run_dir, accelerator.device)
+        config = config.model_copy(update={"attention": built.attention})
         loaders = build_loaders(
             config.data,
             config.train,
@@ -76,21 +77,30 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
     return results
 
 
-def check_folder(run_dir: RunDir, config: RunConfig) -> None:
+def check_folder(run_dir: RunDir, config: RunConfig) -> RunConfig:
     """Refuse a folder that holds a run of another config.
+
+    Returns:
+        The config, with the ranks that a rank rule chose when the run began.
 
     Raises:
         ConfigError: with the differences.
     """
     if not run_dir.config.is_file():
-        return
-    differences = config_difference(load_config(run_dir.config), config)
+        return config
+    stored = load_config(run_dir.config)
+    if stored.attention is not None:
+        written = config.model_copy(update={"attention": stored.attention.without_choices()})
+        if not config_difference(written, config):
+            config = config.model_copy(update={"attention": stored.attention})
+    differences = config_difference(stored, config)
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise ConfigError(
             f"{run_dir.path} holds a run with another config: {'; '.join(differences[:3])}{more}; choose another output_dir=, "
             "or remove that folder"
         )
+    return config
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:

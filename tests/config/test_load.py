@@ -95,6 +95,32 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
             [],
             "x.yaml:2: attention.ranks.1: Input should be greater than 0",
         ),
+        (
+            "attention: {method: tucker, ranks: {budgt: 0.1}}\n",
+            [],
+            "x.yaml:2: attention.ranks.budgt: unknown key; did you mean 'budget'?",
+        ),
+        (
+            "attention: {method: tucker, ranks: {}}\n",
+            [],
+            "x.yaml:2: attention.ranks: give one of budget, flops, energy$",
+        ),
+        (
+            "attention: {method: tucker, ranks: {budget: 0.1}}\n",
+            ["attention.ranks.energy=0.9"],
+            "attention.ranks: give one of budget, flops, energy, not 2$",
+        ),
+        (
+            "attention: {method: tucker, ranks: {budget: 15}}\n",
+            [],
+            "x.yaml:2: attention.ranks.budget: Input should be less than or equal to 1, not 15",
+        ),
+        ("attention: {method: tucker, ranks: 16}\n", [], "x.yaml:2: attention.ranks: Input should be a valid"),
+        (
+            "attention: {method: tucker, ranks: [1, 2, 3], calibration: {image: 3}}\n",
+            [],
+            "attention.calibration.image: unknown key; did you mean 'images'?",
+        ),
         ("attention: {method: gqa}\n", [], "x.yaml:2: attention.num_kv_heads: missing"),
         ("train: {mixup: 0.1, global_batch_size: 3}\n", [], "the micro-batch must be even"),
         ("", ["train.epcohs=3"], "command line: train.epcohs: unknown key; did you mean 'epochs'?"),

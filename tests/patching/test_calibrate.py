@@ -59,6 +59,14 @@ def test_full_rank_stays_exact(make_vit, images, config):
     assert max(layer.output_error for layer in report.layers) < 1e-7
 
 
+def test_works_where_gradients_are_off(make_vit, images):
+    first, second = make_vit(), make_vit()
+    vt.patch(first, EXAMPLES["tucker"], calibration=[pictures()])
+    with torch.no_grad():
+        vt.patch(second, EXAMPLES["tucker"], calibration=[pictures()])
+    torch.testing.assert_close(second(images), first(images), rtol=0, atol=0)
+
+
 def test_model_is_left_as_it_was(make_vit):
     model = make_vit().train()
     model.blocks[1].eval()

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import Calibration, HostSpec
+from vit_tucker.attention.base import HostSpec
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import whiten
+from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import hosts
 from vit_tucker.patching.calibrate import collect_moments
 from vit_tucker.patching.watch import WatchedLayer
-from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.tucker import Pairs
-from vit_tucker.tensor.weighted import head_weights, mean_metric
 
 MODES = {"pre": ("head", "query", "key"), "post": ("head", "output", "value")}
 DAMPING = 1e-6
@@ -91,32 +90,20 @@ def tensors_of(module: nn.Module) -> tuple[HostSpec, Pairs, Pairs]:
     return host.spec, weights.pre_pairs(), weights.post_pairs()
 
 
-def spectra_of(name: str, pre: Pairs, post: Pairs, moments: Moments | None = None) -> list[ModeSpectrum]:
+def spectra_of(name: str, pre: Pairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
     """The six spectra of one layer.
 
     Args:
         name: of the layer.
         pre, post: its tensors.
-        moments: of its tokens, for whitened spectra.
+        whitened: they are in the metrics of the tokens.
     """
-    if moments is not None:
-        pre, post = whiten(pre, post, moments)
     rows = []
     for tensor, pairs in (("pre", pre), ("post", post)):
         sizes = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]
         for mode, size, values in zip(MODES[tensor], sizes, mode_spectra(pairs), strict=True):
-            rows.append(ModeSpectrum(name, tensor, mode, moments is not None, size, values))
+            rows.append(ModeSpectrum(name, tensor, mode, whitened, size, values))
     return rows
-
-
-def whiten(pre: Pairs, post: Pairs, moments: Moments) -> tuple[Pairs, Pairs]:
-    """Both tensors in the metrics of ``TuckerAttention.convert_calibrated``; heads weighted by their influence."""
-    width = pre.left.shape[1]
-    query = metric_root(moments.query[:width, :width], DAMPING).root
-    key = metric_root(mean_metric(moments.key), DAMPING).root
-    output, value = metric_root(moments.output, DAMPING).root, metric_root(moments.value.mean(0), DAMPING).root
-    weighted = pre.left * head_weights(moments.key)[:, None, None]
-    return Pairs(query @ weighted, key @ pre.right), Pairs(output @ post.left, value @ post.right)
 
 
 def analyse(
@@ -156,7 +143,8 @@ def analyse(
     if batches is not None:
         for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
             weights = layer.host.weights.double()
-            rows += spectra_of(layer.name, weights.pre_pairs(), weights.post_pairs(), moments)
+            pairs = whiten(weights.pre_pairs(), weights.post_pairs(), moments, layer.host.spec.scale, DAMPING)
+            rows += spectra_of(layer.name, *pairs, whitened=True)
     return rows, shapes
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from vit_tucker.attention.options import Calibration, RankRule, Rule
 from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.tucker import Pairs
@@ -131,40 +132,6 @@ class ParameterCount(NamedTuple):
         return self.weights + self.biases
 
 
-class Rule(BaseModel):
-    """Options for some of the layers, in place of the method's own: ``layers`` and any option of the method."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    layers: int | str | tuple[int | str, ...]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that the rule sets."""
-        return dict(self.model_extra or {})
-
-
-class Calibration(BaseModel):
-    """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
-    batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")
-    objective: Literal["features", "layer"] = Field(
-        default="features",
-        description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
-        "size in the layer's own output.",
-    )
-    damping: float = Field(
-        default=1e-3, gt=0, le=1, description="Added to the second moments, relative to their mean eigenvalue."
-    )
-    refine_steps: int = Field(
-        default=0, ge=0, description="Adam steps per layer on its output error, kept only where held-out images gain."
-    )
-    refine_lr: float = Field(default=2e-3, gt=0, description="Step of the refinement, relative to each factor's size.")
-    seed: int = Field(default=0, ge=0, description="Of the choice of images and of the random probes.")
-
-
 class AttentionConfig(BaseModel):
     """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
 
@@ -196,6 +163,15 @@ class AttentionConfig(BaseModel):
         default=None,
         description="Convert the pretrained weights for the tokens of some training images; null: by weights alone.",
     )
+
+    @property
+    def rank_rule(self) -> RankRule | None:
+        """The rule by which the ranks are yet to be chosen; None where they are given."""
+        return None
+
+    def without_choices(self) -> Self:
+        """The config as its author wrote it: without the ranks that rank rules chose."""
+        return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})
 
     @abstractmethod
     def check(self, spec: HostSpec) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.sdpa import add_mask
-from vit_tucker.tensor.metric import covariance
+from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
+from vit_tucker.tensor.tucker import Pairs
 
 CONSTANT = 1e-11
 """Variance of the tokens over their squared mean below which they count as constant: float32 rounding is 1e-14."""
@@ -175,6 +176,29 @@ class MomentSums:
             value_mean=shifted_mean + self.shift.double(),
             **per_token,
         )
+
+
+def whiten(pre: Pairs, post: Pairs, moments: Moments, scale: float, damping: float) -> tuple[Pairs, Pairs]:
+    """Both weight tensors in the metrics of the tokens: the squared norm of a change is the error it makes, to first order.
+
+    Args:
+        pre, post: of the layer, float64.
+        moments: of its tokens.
+        scale: softmax scale.
+        damping: of the metrics, relative to their mean eigenvalue.
+
+    Returns:
+        Tensors of the same shapes. The unit is that of E (g . dy)^2, see above; heads are weighted by their influence.
+    """
+    width = pre.left.shape[1]
+    query, key = metric_root(moments.query[:width, :width], damping), metric_root(mean_metric(moments.key), damping)
+    output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
+    traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
+    heads = scale * traces.sqrt()
+    return (
+        Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right),
+        Pairs(output.root @ post.left, value.root @ post.right),
+    )
 
 
 def attention_maps(

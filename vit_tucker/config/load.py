@@ -6,7 +6,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -109,7 +110,7 @@ def _error_line(error: ValidationError, source: Source, model: type[RunConfig]) 
     """The first mistake, unknown keys before all else: they often cause the others."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
-    path = _config_path(first["loc"], source.values)
+    path = _config_path(first["loc"], source.values, first["type"] == "missing")
     key, where = dotted(path), source.where(path)
     if first["type"] == "extra_forbidden":
         name = str(path[-1])
@@ -138,14 +139,14 @@ def _leaf(keys: Sequence[str]) -> list[str]:
     return [key.rpartition(".")[2] for key in keys]
 
 
-def _config_path(loc: tuple[int | str, ...], values: Any) -> KeyPath:
-    """pydantic's location without the names of union members, which are no keys of the file."""
+def _config_path(loc: tuple[int | str, ...], values: Any, missing: bool) -> KeyPath:
+    """pydantic's location without the names of union members, which are no keys of the file; the last key may be missing."""
     path: list[str | int] = []
     for number, part in enumerate(loc):
         children = dict(enumerate(values)) if isinstance(values, list) else values
         if isinstance(children, dict) and part in children:
             values = children[part]
-        elif number < len(loc) - 1 or not isinstance(values, dict) or part in list_methods():
+        elif not missing or number < len(loc) - 1 or not isinstance(values, dict) or part in list_methods():
             continue  # a union member's name, or an entry that is not there
         path.append(part)
     return tuple(path)
@@ -160,8 +161,17 @@ def _valid_keys(model: type[BaseModel], values: dict[str, Any], prefix: str = ""
             given = values.get("attention")
             method = given.get("method") if isinstance(given, dict) else None
             section = get_method(method) if method in list_methods() else None
-        if get_origin(section) is None and isinstance(section, type) and issubclass(section, BaseModel):
-            yield from _valid_keys(section, values, f"{prefix}{name}.")
+        for part in _models_in(section):
+            yield from _valid_keys(part, values, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models among the members of an annotation such as ``tuple[int, ...] | Section | None``."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        for member in get_args(annotation):
+            yield from _models_in(member)
+    elif get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
 
 
 class _Dumper(yaml.SafeDumper):

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import Calibration
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
+from vit_tucker.attention.options import Calibration
 from vit_tucker.patching.refine import refine
 from vit_tucker.patching.watch import (
     Layer,

@@ -2,26 +2,27 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig, Calibration, HostSpec
+from vit_tucker.attention.base import AttentionConfig, HostSpec
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.options import Calibration
 from vit_tucker.attention.variants.mha import MHAConfig
-from vit_tucker.errors import PatchError, nearest
+from vit_tucker.errors import PatchError
 from vit_tucker.patching import hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.probe import count_tokens
+from vit_tucker.patching.ranks import resolve_ranks
 from vit_tucker.patching.report import LayerReport, PatchReport
-from vit_tucker.patching.selection import Selection, select
-from vit_tucker.patching.watch import timed
+from vit_tucker.patching.selection import Selection
+from vit_tucker.patching.watch import collect_images, timed
 from vit_tucker.tensor.tucker import relative_distance
 
 RECORD = "_vit_tucker_patch"
-PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules", "calibration"}
 
 
 @dataclass
@@ -29,7 +30,7 @@ class PatchRecord:
     """What a patched model remembers. A plain object, so that the originals are no submodules and not in the state dict.
 
     Attributes:
-        config: the config of the patch.
+        config: the config of the patch, with the ranks that rank rules chose.
         report: what was done.
         originals: replaced modules by full name; None if they were not kept.
     """
@@ -37,6 +38,20 @@ class PatchRecord:
     config: AttentionConfig
     report: PatchReport
     originals: dict[str, nn.Module] | None
+
+
+class Prepared(NamedTuple):
+    """Everything that a patch installs.
+
+    Attributes:
+        config: with the ranks that rank rules chose.
+        replacements: by full module name.
+        report: of the patch.
+    """
+
+    config: AttentionConfig
+    replacements: dict[str, AttentionModule]
+    report: PatchReport
 
 
 def patch(
@@ -76,7 +91,7 @@ def patch(
         config = config.model_copy(update={"calibration": Calibration()})
     if config.calibration is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
-    replacements, report = _prepare(model, config, img_size, calibration, applied=True)
+    config, replacements, report = _prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
         originals[name] = model.get_submodule(name)
@@ -99,7 +114,7 @@ def plan(
     """
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[index for index in cuda if index is not None]):
-        return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False)[1]
+        return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 
 def unpatch(model: nn.Module) -> None:
@@ -138,7 +153,7 @@ def _prepare(
     img_size: int | tuple[int, int] | None,
     batches: Iterable[Any] | None,
     applied: bool,
-) -> tuple[dict[str, AttentionModule], PatchReport]:
+) -> Prepared:
     """Read, check, build and convert everything; nothing in the model changes."""
     hosts.refuse_wrapped(model)
     if patch_record(model) is not None:
@@ -148,10 +163,20 @@ def _prepare(
     found = hosts.find_attention(model)
     if not found:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
-    chosen = _choose(config, list(found))
-    configs = _layer_configs(config, list(found), chosen)
+    chosen = choose_layers(config, list(found))
+    config = without_stale_choices(config, list(found), chosen)
+    configs = layer_configs(config, list(found), chosen)
     read = {name: _read(name, found[name], configs[name]) for name in chosen}
     tokens = count_tokens(model, chosen, img_size)
+    images = None
+    if config.calibration is not None and batches is not None:
+        images = collect_images(model, batches, config.calibration.images)
+    notes: tuple[str, ...] = ()
+    if any(layer.rank_rule is not None for layer in configs.values()):
+        config = resolve_ranks(model, config, configs, read, tokens, images)
+        configs = layer_configs(config, list(found), chosen)
+        if config.calibration is not None and images is None:
+            notes = ("ranks chosen from the weights alone: patch chooses them by the calibration images",)
     built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
         layer = built.get(id(found[name]))
@@ -159,49 +184,12 @@ def _prepare(
             built[id(found[name])] = _build(name, found[name], read[name], configs[name])
         elif configs[layer.name] != configs[name]:
             raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
-    converted = _convert(model, config, list(built.values()), batches)
+    converted = _convert(model, config, list(built.values()), images)
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
     left = tuple([name for name in found if name not in read] + hosts.find_other_attention(model))
-    return {name: layer.replacement for name, layer in layers.items()}, PatchReport(rows, left, applied)
-
-
-def _choose(config: AttentionConfig, names: list[str]) -> list[str]:
-    chosen = select(config.layers, names)
-    if config.exclude is not None:
-        excluded = set(select(config.exclude, names))
-        chosen = [name for name in chosen if name not in excluded]
-    if not chosen:
-        raise PatchError("layers and exclude together leave no attention module to patch")
-    return chosen
-
-
-def _layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> dict[str, AttentionConfig]:
-    """The config of each chosen layer: the rules in order, a later one on top of an earlier one."""
-    options: dict[str, dict[str, Any]] = {name: {} for name in chosen}
-    valid = set(type(config).model_fields) - PLACEMENT_FIELDS
-    for number, rule in enumerate(config.rules):
-        for key in rule.options:
-            if key not in valid:
-                raise PatchError(f"rules[{number}]: unknown option '{key}' of {config.method}{nearest(key, valid)}")
-        hit = [name for name in select(rule.layers, names) if name in options]
-        if not hit:
-            raise PatchError(f"rules[{number}]: layers={rule.layers!r} selects no patched module")
-        for name in hit:
-            options[name].update(rule.options)
-    return {name: _with_options(config, extra, name) for name, extra in options.items()}
-
-
-def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> AttentionConfig:
-    if not extra:
-        return config
-    values = {key: getattr(config, key) for key in type(config).model_fields}
-    try:
-        return type(config).model_validate({**values, **extra})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PatchError(f"{name}: a rule's {where} is invalid: {first['msg']}") from None
+    report = PatchReport(rows, left, applied, notes)
+    return Prepared(config, {name: layer.replacement for name, layer in layers.items()}, report)
 
 
 def _read(name: str, module: nn.Module, config: AttentionConfig) -> hosts.Host:
@@ -222,15 +210,15 @@ def _build(name: str, module: nn.Module, host: hosts.Host, config: AttentionConf
 
 
 def _convert(
-    model: nn.Module, config: AttentionConfig, layers: list[CalibratedLayer], batches: Iterable[Any] | None
+    model: nn.Module, config: AttentionConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
 ) -> bool:
     """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
     if config.init != "pretrained" or any(layer.host.weights.query.is_meta for layer in layers):
         return False
     if config.calibration is not None:
-        if batches is None:  # a plan: its images are not at hand
+        if images is None:  # a plan: its images are not at hand
             return False
-        calibrate(model, layers, config.calibration, batches)
+        calibrate(model, layers, config.calibration, images)
         return True
     for layer in layers:
         with timed(layer), torch.no_grad():
@@ -265,16 +253,6 @@ def _row(
         flops_before=flops(dense, host.spec),
         flops_after=flops(config, host.spec),
     )
-
-
-def describe_options(config: AttentionConfig) -> str:
-    """The method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
-    parts = []
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if name not in PLACEMENT_FIELDS and (field.is_required() or value != field.default):
-            parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return " ".join(parts)
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:

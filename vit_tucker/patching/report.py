@@ -43,11 +43,13 @@ class PatchReport:
         left_alone: full names of the attention modules that the selection leaves as they are, then of
             attention pooling and cross-attention.
         applied: False for a plan.
+        notes: what else a reader should know.
     """
 
     layers: tuple[LayerReport, ...]
     left_alone: tuple[str, ...] = ()
     applied: bool = True
+    notes: tuple[str, ...] = ()
 
     @property
     def params_before(self) -> int:
@@ -82,7 +84,8 @@ class PatchReport:
         totals = {
             name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")
         }
-        return {"applied": self.applied, "layers": layers, "left_alone": list(self.left_alone), **totals}
+        lists = {"left_alone": list(self.left_alone), "notes": list(self.notes)}
+        return {"applied": self.applied, "layers": layers, **lists, **totals}
 
     def __str__(self) -> str:
         header = ("module", "method", "options", "attention params", "share", "error pre", "error post", "output error",
@@ -121,6 +124,7 @@ class PatchReport:
         )
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
+        lines += self.notes
         if not self.applied:
             lines.append("plan only: nothing was changed")
         return "\n".join(lines)

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import Calibration
 from vit_tucker.attention.moments import LayerCall, Moments
+from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
 from vit_tucker.patching.hosts import Host
 
@@ -151,10 +151,10 @@ def run_with_probes(
             calls.append((layer, x.detach(), given, y))
 
         with torch.set_grad_enabled(backward), watching(layers, note):
-            features = final_features(model, batch)
+            features = final_features(model, batch).float()
+            target = (features * noise(features)).sum() if backward else None
         outputs = [y for *_, y in calls]
-        if backward:
-            target = (features.float() * noise(features.float())).sum()
+        if target is not None:
             grads = torch.autograd.grad(target, outputs, allow_unused=True)
             probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
         else:

@@ -39,10 +39,13 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def describe_attention(results: dict[str, Any]) -> str:
-    """'dense', or the method with its options."""
+    """'dense', or the method with its options, or with the rule that chose its ranks."""
     patch = results["patch"]
     if patch is None:
         return "dense"
+    ranks = results["config"]["attention"].get("ranks")
+    if isinstance(ranks, dict):
+        return f"{patch['layers'][0]['method']} {' '.join(f'{name}={value}' for name, value in ranks.items())}"
     options = list(dict.fromkeys(layer["options"] for layer in patch["layers"]))
     return f"{patch['layers'][0]['method']} {options[0]}{' ...' if len(options) > 1 else ''}".strip()
 

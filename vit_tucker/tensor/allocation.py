@@ -1,110 +1,149 @@
-"""Ranks under a budget, over many tensors at once: each unit of cost goes where it lowers the error most.
+"""Ranks for many tensors at once: the least error within a cost, or the least cost within an error.
 
-The squared error of a truncated HOSVD is at most the sum, over the modes, of the discarded squared singular values. That bound is
-a sum of falling terms, one per mode of each tensor, so it can be lowered greedily: again and again the step with the largest gain
-per cost. The cost of a step depends on the other two ranks of its tensor (the core is their product) and is counted exactly.
+With the orthonormal bases of a HOSVD, the squared error of every rank triple is known at once: it is the squared norm of the
+core outside the leading (r1, r2, r3) corner. These tables are searched by a Lagrange multiplier: each tensor by itself takes
+the triple of least error + weight * cost, and the weight is the one whose triples just fit; what is left is spent step by step.
 """
 
-import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.ranks import energy_rank
+from vit_tucker.tensor.tucker import Pairs, hosvd
 
 Ranks = tuple[int, int, int]
+MAX_STEPS = 128
+"""Rank values per mode in a table: wider modes go in coarser steps."""
 
 
 @dataclass(frozen=True)
-class TensorModes:
-    """What the allocation knows of one tensor.
+class RankTable:
+    """Squared error and cost of each rank triple of one tensor.
 
     Attributes:
-        energies: squared singular values of the three modes, falling, in the same unit for all tensors.
-        full: largest ranks that make sense, at most the lengths of the energies.
-        cost: of a rank triple; grows with each rank.
+        ranks: the rank values of the three modes, rising, int64: (n1,), (n2,), (n3,).
+        error: squared error, (n1, n2, n3), float64; 0 in the last entry.
+        cost: (n1, n2, n3), float64.
+        norm: squared norm of the tensor, in the unit of the error.
     """
 
-    energies: tuple[Tensor, Tensor, Tensor]
-    full: Ranks
-    cost: Callable[[Ranks], int]
+    ranks: tuple[Tensor, Tensor, Tensor]
+    error: Tensor
+    cost: Tensor
+    norm: float
 
-    def error(self, ranks: Ranks) -> float:
-        """Bound on the squared error: discarded energy, summed over the modes."""
-        return sum(e[r:].sum().item() for e, r in zip(self.energies, ranks, strict=True))
-
-
-def round_up(rank: int, multiple: int, full: int) -> int:
-    """The next multiple, at most ``full``."""
-    return min(full, -(-rank // multiple) * multiple)
+    def triple(self, index: int) -> Ranks:
+        """The ranks of an entry, by its index in the flattened tables."""
+        at = torch.unravel_index(torch.tensor(index), self.error.shape)
+        r1, r2, r3 = (int(values[i]) for values, i in zip(self.ranks, at, strict=True))
+        return r1, r2, r3
 
 
-def energy_ranks(tensor: TensorModes, energy: float, multiple: int = 1) -> Ranks:
-    """The smallest ranks that keep a share of each mode's energy, query and key modes rounded up to multiples.
-
-    Args:
-        tensor: its energies.
-        energy: 0 < energy <= 1.
-        multiple: for the second and third mode.
-    """
-    ranks = []
-    for mode, (values, full) in enumerate(zip(tensor.energies, tensor.full, strict=True)):
-        rank = energy_rank(values.sqrt(), energy)
-        ranks.append(round_up(max(1, rank), 1 if mode == 0 else multiple, full))
-    return ranks[0], ranks[1], ranks[2]
+def rank_steps(full: int, multiple: int) -> Tensor:
+    """Multiples below the full rank, at most MAX_STEPS of them, and the full rank."""
+    step = multiple * -(-full // (MAX_STEPS * multiple))
+    return torch.tensor([*range(step, full, step), full])
 
 
-def allocate(tensors: Sequence[TensorModes], budget: float, multiple: int = 1) -> list[Ranks]:
-    """Ranks of all tensors whose summed cost is within the budget and whose summed error bound is low.
+def rank_table(pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], multiple: int = 1) -> RankTable:
+    """Error and cost of the truncated HOSVDs of a tensor.
 
     Args:
-        tensors: in any order.
-        budget: in the unit of the costs.
+        pairs: the tensor (H, I, J), float64.
+        full: ranks at which its HOSVD is exact.
+        cost: of ranks (r1, r2, r3), in arithmetic that broadcasts.
         multiple: step of the second and third mode; the head mode goes in steps of one.
 
-    Returns:
-        One triple per tensor.
+    Source: De Lathauwer et al., A multilinear singular value decomposition, 2000 (property 10: what truncation costs).
+    """
+    squares = hosvd(pairs, full).core.square().cpu()
+    kept = squares.cumsum(0).cumsum(1).cumsum(2)
+    r1, r2, r3 = ranks = rank_steps(full[0], 1), rank_steps(full[1], multiple), rank_steps(full[2], multiple)
+    kept = kept[r1 - 1][:, r2 - 1][:, :, r3 - 1]
+    norm = kept[-1, -1, -1].item()
+    costs = cost(r1[:, None, None], r2[None, :, None], r3[None, None, :]).double()
+    return RankTable(ranks, (norm - kept).clamp_min(0), costs, norm)
+
+
+def least_error(tables: Sequence[RankTable], budget: float) -> list[Ranks]:
+    """The triples of least summed error whose summed cost is within the budget.
 
     Raises:
         ValueError: even the smallest ranks cost more; says how much.
     """
-    ranks: list[Ranks] = [(1, round_up(1, multiple, t.full[1]), round_up(1, multiple, t.full[2])) for t in tensors]
-    spent = sum(t.cost(r) for t, r in zip(tensors, ranks, strict=True))
-    if spent > budget:
-        raise ValueError(f"the smallest ranks cost {spent}, more than {budget:.0f}")
-    sums = [tuple(torch.cat([e.new_zeros(1), e.cumsum(0)]).tolist() for e in t.energies) for t in tensors]
-    heap: list[tuple[float, int, int, Ranks]] = []  # (-gain per cost, tensor, mode, ranks it was computed for)
-
-    def push(index: int) -> None:
-        for mode in range(3):
-            step = next_step(tensors[index], ranks[index], mode, multiple)
-            if step is not None:
-                kept = sums[index][mode]
-                gain = kept[min(step[mode], len(kept) - 1)] - kept[min(ranks[index][mode], len(kept) - 1)]
-                cost = tensors[index].cost(step) - tensors[index].cost(ranks[index])
-                heapq.heappush(heap, (-gain / cost, index, mode, ranks[index]))
-
-    for index in range(len(tensors)):
-        push(index)
-    while heap:
-        _, index, mode, known = heapq.heappop(heap)
-        if known != ranks[index]:  # another mode has moved since, so the cost has changed: pushed anew then
-            continue
-        step = next_step(tensors[index], ranks[index], mode, multiple)
-        assert step is not None
-        cost = tensors[index].cost(step) - tensors[index].cost(ranks[index])
-        if spent + cost <= budget:
-            ranks[index], spent = step, spent + cost
-            push(index)
-    return ranks
+    smallest = sum(t.cost.min().item() for t in tables)
+    if smallest > budget:
+        raise ValueError(f"the smallest ranks cost {smallest:.0f}, more than {budget:.0f}")
+    chosen = minimise([t.error for t in tables], [t.cost for t in tables], budget)
+    return [t.triple(i) for t, i in zip(tables, chosen, strict=True)]
 
 
-def next_step(tensor: TensorModes, ranks: Ranks, mode: int, multiple: int) -> Ranks | None:
-    """The triple with one mode's rank a step higher; None at its full rank."""
-    if ranks[mode] >= tensor.full[mode]:
-        return None
-    raised = round_up(ranks[mode] + 1, 1 if mode == 0 else multiple, tensor.full[mode])
-    step = [*ranks[:mode], raised, *ranks[mode + 1 :]]
-    return step[0], step[1], step[2]
+def least_cost(tables: Sequence[RankTable], energy: float) -> list[Ranks]:
+    """The triples of least summed cost that keep a share of the summed squared norms.
+
+    Args:
+        tables: of the tensors.
+        energy: 0 < energy <= 1; at 1 all but rounding (1e-12) is kept.
+    """
+    limit = (1 - energy + 1e-12) * sum(t.norm for t in tables)
+    chosen = minimise([t.cost for t in tables], [t.error for t in tables], limit)
+    return [t.triple(i) for t, i in zip(tables, chosen, strict=True)]
+
+
+def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: float) -> list[int]:
+    """One entry of each table such that the summed objective is low and the summed constraint within the limit.
+
+    Args:
+        objective, constraint: one pair of tables of the same shape per tensor.
+        limit: at least the sum of the constraints' least entries.
+
+    Returns:
+        Indices into the flattened tables.
+    """
+    goals, uses = [t.flatten() for t in objective], [t.flatten() for t in constraint]
+
+    def pick(weight: float) -> list[int]:
+        return [int((goal + weight * use).argmin()) for goal, use in zip(goals, uses, strict=True)]
+
+    def fits(chosen: list[int]) -> bool:
+        return sum(use[i].item() for use, i in zip(uses, chosen, strict=True)) <= limit
+
+    best = [int(use.argmin()) for use in uses]
+    spread = sum((use.max() - use.min()).item() for use in uses)
+    low = high = sum((goal.max() - goal.min()).item() for goal in goals) / spread if spread > 0 else 1.0
+    for _ in range(60):  # a weight that fits, and one that doesn't
+        if fits(pick(high)):
+            break
+        high *= 4
+    for _ in range(60):
+        if not fits(pick(low)):
+            break
+        low /= 4
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        chosen = pick(middle)
+        if fits(chosen):
+            high, best = middle, chosen
+        else:
+            low = middle
+    return spend(goals, uses, best, limit)
+
+
+def spend(goals: list[Tensor], uses: list[Tensor], chosen: list[int], limit: float) -> list[int]:
+    """Spend what is left below the limit: again and again the change with the largest gain per use that still fits."""
+    left = limit - sum(use[i].item() for use, i in zip(uses, chosen, strict=True))
+    while True:
+        best, which, entry = 0.0, -1, -1
+        for number, (goal, use, at) in enumerate(zip(goals, uses, chosen, strict=True)):
+            gain, extra = goal[at] - goal, use - use[at]
+            rate = torch.where((gain > 0) & (extra <= left), gain / extra.clamp_min(1e-300), 0.0)
+            top = int(rate.argmax())
+            if rate[top] > best:
+                best, which, entry = rate[top].item(), number, top
+        if which < 0:
+            return chosen
+        left -= (uses[which][entry] - uses[which][chosen[which]]).item()
+        chosen = [*chosen[:which], entry, *chosen[which + 1 :]]

@@ -51,3 +51,10 @@ def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
 def covariance(second_moment: Tensor, mean: Tensor) -> Tensor:
     """E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
     return second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+
+
+def mean_metric(metrics: Tensor) -> Tensor:
+    """Mean over heads of the metrics, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
+    traces = metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
+    share = torch.where(traces > 0, 1 / traces.clamp_min(torch.finfo(metrics.dtype).tiny), 0.0)
+    return (metrics * share[:, None, None]).mean(0)

@@ -12,17 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.metric import mean_metric, metric_root
 from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, joint_right_basis
 
 Ranks = tuple[int, int, int]
-
-
-def mean_metric(metrics: Tensor) -> Tensor:
-    """Mean over heads of the metrics, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
-    traces = metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
-    share = torch.where(traces > 0, 1 / traces.clamp_min(torch.finfo(metrics.dtype).tiny), 0.0)
-    return (metrics * share[:, None, None]).mean(0)
 
 
 def head_weights(metrics: Tensor) -> Tensor:

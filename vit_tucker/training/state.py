@@ -58,7 +58,8 @@ def save_weights(file: Path, model: nn.Module, metadata: dict[str, str]) -> None
     Args:
         file: where to.
         model: unwrapped model; no key prefixes of DDP or torch.compile get in.
-        metadata: strings for the file's header; ``attention`` names the method of a patched model.
+        metadata: strings for the file's header; ``attention`` names the method of a patched model, ``attention_config`` holds
+            its options.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {k.removeprefix("_orig_mod."): v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}

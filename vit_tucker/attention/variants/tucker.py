@@ -8,24 +8,26 @@ p0 is the query bias as the constant coordinate of the query mode; value biases 
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; Table 1 for the counts.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Discriminator, Field, PositiveInt, Tag
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.ranks import RankRule, full_ranks, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
+from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, reduced_rank_readout
 from vit_tucker.tensor.tucker import Pairs, Tucker, apply_pairs, hooi, hosvd, joint_right_basis, tucker_pairs
 from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, whitened_hosvd
 
-Ranks = tuple[PositiveInt, PositiveInt, PositiveInt]
+PositiveRanks = tuple[PositiveInt, PositiveInt, PositiveInt]
 MODES = ("head", "query/output", "key/value")
 
 
@@ -35,8 +37,14 @@ class TuckerConfig(AttentionConfig):
 
     method: Literal["tucker"] = "tucker"
 
-    ranks: Ranks = Field(description="Ranks [head, query, key] of the pre-softmax tensor.")
-    post_ranks: Ranks | None = Field(
+    ranks: Annotated[
+        Annotated[PositiveRanks, Tag("triple")] | Annotated[RankRule, Tag("rule")],
+        Discriminator(lambda given: "rule" if isinstance(given, dict | RankRule) else "triple"),
+    ] = Field(
+        description="Ranks [head, query, key] of the pre-softmax tensor; or a rule by which those of both tensors are chosen: "
+        "{budget: 0.15}, {flops: 0.2} or {energy: 0.95}."
+    )
+    post_ranks: PositiveRanks | None = Field(
         default=None, description="Ranks [head, output, value] of the post-softmax tensor; null: the same as ranks."
     )
     conversion: Literal["hosvd", "hooi"] = Field(
@@ -46,18 +54,33 @@ class TuckerConfig(AttentionConfig):
     shared_kv: bool = Field(default=False, description="One latent basis for keys and values (U3 of both tensors).")
 
     @property
+    def rank_rule(self) -> RankRule | None:
+        """See base class."""
+        return self.ranks if isinstance(self.ranks, RankRule) else None
+
+    @property
     def pre(self) -> Ranks:
         """Ranks of the pre-softmax tensor."""
+        if isinstance(self.ranks, RankRule):
+            raise PatchError(f"ranks {self.ranks}: they are chosen when a model is patched")
         return self.ranks
 
     @property
     def post(self) -> Ranks:
         """Ranks of the post-softmax tensor."""
-        return self.post_ranks or self.ranks
+        return self.post_ranks or self.pre
 
     def check(self, spec: HostSpec) -> None:
         """See base class."""
         self.refuse_extras(spec)
+        if self.rank_rule is not None:
+            if self.post_ranks is not None:
+                raise PatchError(
+                    f"post_ranks={list(self.post_ranks)}: ranks {self.rank_rule} choose those of both tensors"
+                )
+            if self.shared_kv:
+                raise PatchError(f"ranks {self.rank_rule} have no form for shared_kv; give the ranks")
+            return
         full = full_ranks(spec)
         for name, ranks, limits in (("ranks", self.pre, full[0]), ("post_ranks", self.post, full[1])):
             for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
@@ -86,34 +109,28 @@ class TuckerConfig(AttentionConfig):
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
         """H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
-        weights = 0
-        for (r1, r2, r3), width in ((self.pre, spec.embed_dim), (self.post, spec.out_dim)):
-            weights += spec.num_heads * r1 + r1 * r2 * r3 + width * r2 + spec.embed_dim * r3
+        heads, width = spec.num_heads, spec.embed_dim
+        weights = tensor_weights(*self.pre, heads, width, width) + tensor_weights(
+            *self.post, heads, spec.out_dim, width
+        )
         if self.shared_kv:
-            weights -= spec.embed_dim * self.post[2]
+            weights -= width * self.post[2]
         biases = self.pre[1] * spec.qkv_bias + spec.out_dim * has_out_bias(spec)
         return ParameterCount(weights, biases)
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
         """See base class. Includes folding the head factors into the cores, which a batch does once."""
-        heads, tokens = spec.num_heads, num_tokens
-        macs = 0
-        for (r1, r2, r3), width in ((self.pre, spec.embed_dim), (self.post, spec.out_dim)):
-            macs += heads * r1 * r2 * r3 + tokens * (width * r2 + r2 * heads * r3)
-        macs += tokens * spec.embed_dim * (self.pre[2] + (0 if self.shared_kv else self.post[2]))
-        return 2 * macs + attend_flops(heads, tokens, self.pre[2], self.post[2])
+        heads, width = spec.num_heads, spec.embed_dim
+        macs = tensor_macs(*self.pre, heads, width, width, num_tokens)
+        macs += tensor_macs(*self.post, heads, spec.out_dim, width, num_tokens)
+        if self.shared_kv:
+            macs -= num_tokens * width * self.post[2]
+        return 2 * macs + attend_flops(heads, num_tokens, self.pre[2], self.post[2])
 
 
 def has_out_bias(spec: HostSpec) -> bool:
     """The output bias also holds the host's value biases."""
     return spec.proj_bias or spec.qkv_bias
-
-
-def full_ranks(spec: HostSpec) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2)."""
-    query = min(spec.embed_dim + spec.qkv_bias, spec.attn_dim)
-    key_value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
-    return (spec.num_heads, query, key_value), (spec.num_heads, output, key_value)
 
 
 class TuckerAttention(AttentionModule):

@@ -1,0 +1,88 @@
+"""Options that all methods share: rules for some layers, rules that choose ranks, and calibration."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+
+class RankRule(BaseModel):
+    """Ranks chosen by vit_tucker, over all layers that have the rule: give one of budget, flops and energy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Parameters to spend, as a share of the layers' dense attention parameters.",
+    )
+    flops: float | None = Field(
+        default=None, gt=0, le=1, description="Operations to spend, as a share of the layers' dense attention's."
+    )
+    energy: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the attention tensors' squared norms to keep, with as few parameters as possible.",
+    )
+    multiple_of: int = Field(default=8, ge=1, description="Steps of the query/output and key/value ranks, for kernels.")
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> RankRule:
+        given = [name for name in ("budget", "flops", "energy") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of budget, flops, energy{f', not {len(given)}' if given else ''}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{name}: {value}" for name, value in self if value is not None) + "}"
+
+
+class Rule(BaseModel):
+    """Options for some of the layers, in place of the method's own: ``layers`` and any option of the method.
+
+    ``chosen_by`` marks the ranks that a rank rule chose; they hold as long as the layer has that very rule.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    layers: int | str | tuple[int | str, ...]
+    chosen_by: RankRule | None = Field(
+        default=None, description="Written by vit_tucker: the rank rule that chose them."
+    )
+
+    @model_serializer(mode="wrap")
+    def _mark_choices_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name != "chosen_by" or value is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that the rule sets."""
+        return dict(self.model_extra or {})
+
+
+class Calibration(BaseModel):
+    """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
+    batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")
+    objective: Literal["features", "layer"] = Field(
+        default="features",
+        description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
+        "size in the layer's own output.",
+    )
+    damping: float = Field(
+        default=1e-3, gt=0, le=1, description="Added to the second moments, relative to their mean eigenvalue."
+    )
+    refine_steps: int = Field(
+        default=0, ge=0, description="Adam steps per layer on its output error, kept only where held-out images gain."
+    )
+    refine_lr: float = Field(default=2e-3, gt=0, description="Step of the refinement, relative to each factor's size.")
+    seed: int = Field(default=0, ge=0, description="Of the choice of images and of the random probes.")

@@ -1,0 +1,80 @@
+"""Which attention modules a config patches, and with which options each."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.errors import PatchError, nearest
+from vit_tucker.patching.selection import select
+
+PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules", "calibration"}
+
+
+def choose_layers(config: AttentionConfig, names: list[str]) -> list[str]:
+    """Names of the attention modules that the config patches, in the model's order.
+
+    Raises:
+        PatchError: a pattern selects nothing, or nothing is left.
+    """
+    chosen = select(config.layers, names)
+    if config.exclude is not None:
+        excluded = set(select(config.exclude, names))
+        chosen = [name for name in chosen if name not in excluded]
+    if not chosen:
+        raise PatchError("layers and exclude together leave no attention module to patch")
+    return chosen
+
+
+def layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> dict[str, AttentionConfig]:
+    """The config of each chosen layer: the rules in order, a later one on top of an earlier one.
+
+    Ranks that a rank rule chose hold only where the layer's ranks still are that rule: who changes it gets others.
+
+    Raises:
+        PatchError: a rule selects nothing, or an option is unknown or invalid.
+    """
+    configs = dict.fromkeys(chosen, config)
+    valid = set(type(config).model_fields) - PLACEMENT_FIELDS
+    for number, rule in enumerate(config.rules):
+        for key in rule.options:
+            if key not in valid:
+                raise PatchError(f"rules[{number}]: unknown option '{key}' of {config.method}{nearest(key, valid)}")
+        hit = [name for name in select(rule.layers, names) if name in configs]
+        if not hit and rule.chosen_by is None:
+            raise PatchError(f"rules[{number}]: layers={rule.layers!r} selects no patched module")
+        for name in hit:
+            if rule.chosen_by is None or rule.chosen_by == configs[name].rank_rule:
+                configs[name] = _with_options(configs[name], rule.options, name)
+    return configs
+
+
+def without_stale_choices(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> AttentionConfig:
+    """The config without ranks that were chosen by a rule which no layer has any more."""
+    written = config.without_choices()
+    current = {layer.rank_rule for layer in layer_configs(written, names, chosen).values()}
+    kept = tuple(rule for rule in config.rules if rule.chosen_by is None or rule.chosen_by in current)
+    return config if len(kept) == len(config.rules) else config.model_copy(update={"rules": kept})
+
+
+def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> AttentionConfig:
+    if not extra:
+        return config
+    values = {key: getattr(config, key) for key in type(config).model_fields}
+    try:
+        return type(config).model_validate({**values, **extra})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PatchError(f"{name}: a rule's {where} is invalid: {first['msg']}") from None
+
+
+def describe_options(config: AttentionConfig) -> str:
+    """The method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
+    parts = []
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in PLACEMENT_FIELDS and (field.is_required() or value != field.default):
+            parts.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    return " ".join(parts)
