@@ -4,7 +4,9 @@
     python benchmarks/conversion_quality.py --cfg fashion_mnist/dense --top1 model.checkpoint=runs/fashion_mnist-dense-0
 
 All attention layers are converted. `cosine` compares the final features, token by token, with the dense model's on test images
-that no conversion has seen; `top1` is the accuracy on the test set. `--save FOLDER` writes CSV, table and config.
+that no conversion has seen; `output_error` is the layers' own, on dense inputs; `top1` is the accuracy on the test set. Columns
+with chosen ranks spend the parameters of the row's ranks where they lower the error most. `--save FOLDER` writes CSV, table and
+config.
 """
 
 import argparse
@@ -32,41 +34,63 @@ from vit_tucker.data.datasets import dataset_info, load_dataset
 from vit_tucker.data.loaders import SeededDataset
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
+from vit_tucker.patching.hosts import find_attention
 from vit_tucker.patching.probe import input_shape
 
 FEATURES = vt.Calibration()
-COLUMNS = {
-    "weights": None,  # HOSVD, or the method's own conversion
-    "HOOI": None,
-    "layer": FEATURES.model_copy(update={"objective": "layer"}),
-    "features": FEATURES,
-    "features, refined": FEATURES.model_copy(update={"refine_steps": 60}),
-}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One row: a name, the config, and the same with HOOI."""
+class Column:
+    """One way to convert.
 
-    name: str
-    config: vt.AttentionConfig
-    other: vt.AttentionConfig | None
+    Attributes:
+        calibration: None: by the weights alone.
+        hooi: by HOOI, Tucker only.
+        chosen: ranks chosen by the budget that the given ones need, Tucker only.
+    """
+
+    calibration: vt.Calibration | None = None
+    hooi: bool = False
+    chosen: bool = False
+
+    def of(self, config: vt.AttentionConfig, share: float) -> vt.AttentionConfig | None:
+        """The config, or None where there is no such thing."""
+        update: dict[str, Any] = {"calibration": self.calibration}
+        if isinstance(config, vt.TuckerConfig):
+            update |= {"conversion": "hooi"} if self.hooi else {}
+            update |= {"ranks": vt.RankRule(budget=share), "post_ranks": None} if self.chosen else {}
+        elif self.hooi or self.chosen:
+            return None
+        return config.model_copy(update=update)
 
 
-def cases(ranks: str, peers: str) -> list[Case]:
+COLUMNS = {
+    "weights": Column(),  # HOSVD, or the method's own conversion
+    "HOOI": Column(hooi=True),
+    "layer": Column(FEATURES.model_copy(update={"objective": "layer"})),
+    "features": Column(FEATURES),
+    "features, refined": Column(FEATURES.model_copy(update={"refine_steps": 60})),
+    "weights, chosen ranks": Column(chosen=True),
+    "layer, chosen ranks": Column(FEATURES.model_copy(update={"objective": "layer"}), chosen=True),
+    "features, chosen ranks": Column(FEATURES, chosen=True),
+}
+METRICS = {"cosine": ".3f", "output_error": ".3f", "top1": ".2f"}
+
+
+def cases(ranks: str, peers: str) -> dict[str, vt.AttentionConfig]:
     """Tucker at the given rank triples, "8,16,16 8,32,32"; GQA and MLA beside them, "gqa-mean:2 gqa-svd:2 mla:64"."""
-    rows = []
+    rows: dict[str, vt.AttentionConfig] = {}
     for text in ranks.split():
         r1, r2, r3 = (int(part) for part in text.split(","))
-        config = vt.TuckerConfig(ranks=(r1, r2, r3))
-        rows.append(Case(f"Tucker ({r1},{r2},{r3})", config, config.model_copy(update={"conversion": "hooi"})))
+        rows[f"Tucker ({r1},{r2},{r3})"] = vt.TuckerConfig(ranks=(r1, r2, r3))
     for text in peers.split():
         name, _, number = text.partition(":")
         if name == "mla":
-            rows.append(Case(f"MLA-{number}", vt.MLAConfig(q_lora_rank=int(number), kv_lora_rank=int(number)), None))
+            rows[f"MLA-{number}"] = vt.MLAConfig(q_lora_rank=int(number), kv_lora_rank=int(number))
             continue
         gqa = vt.GQAConfig(num_kv_heads=int(number)).model_copy(update={"conversion": name.removeprefix("gqa-")})
-        rows.append(Case(f"GQA-{number} {gqa.conversion}", gqa, None))
+        rows[f"GQA-{number} {gqa.conversion}"] = gqa
     return rows
 
 
@@ -86,6 +110,33 @@ def top1(model: nn.Module, loader: DataLoader) -> float:
     return 100 * hits / count
 
 
+@torch.no_grad()
+def layer_calls(model: nn.Module, batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Input and output of each dense attention layer on some images, by its name."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for name, module in find_attention(model).items():
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+            calls[name] = (args[0], output)
+
+        handles.append(module.register_forward_hook(note))
+    model(batch)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@torch.no_grad()
+def output_error(model: nn.Module, calls: dict[str, tuple[Tensor, Tensor]]) -> float:
+    """||y^ - y|| / ||y - mean y|| on the dense layers' inputs, mean over the layers."""
+    errors = [
+        ((model.get_submodule(name)(x) - y).norm() / (y - y.mean((0, 1))).norm()).item()
+        for name, (x, y) in calls.items()
+    ]
+    return sum(errors) / len(errors)
+
+
 def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, Any]]:
     """All rows and columns, one at a time."""
     torch.manual_seed(0)
@@ -100,56 +151,53 @@ def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, A
     unseen = [torch.stack([test[0, int(i)][0] for i in part]) for part in order[: args.eval_images].split(16)]
     loader = DataLoader(test, batch_size=128, sampler=[(0, int(i)) for i in order[: args.top1_images]])
     calibration = list(calibration_images(config.data, data, args.images, 16, 0))
-    reference = features(model, unseen)
+    reference, calls = features(model, unseen), layer_calls(model, unseen[0])
     if args.top1:
         yield {"case": "dense", "conversion": "", "share": 1.0, "cosine": 1.0, "top1": top1(model, loader)}
-    for case in cases(args.ranks, args.peers):
-        for column, options in COLUMNS.items():
-            if column == "HOOI" and case.other is None:
+    for name, given in cases(args.ranks, args.peers).items():
+        uniform = vt.plan(model, given)
+        share = uniform.params_after / uniform.params_before
+        for column in args.columns:
+            chosen = COLUMNS[column].of(given, share)
+            if chosen is None:
                 continue
-            chosen = case.other if column == "HOOI" and case.other is not None else case.config
-            chosen = chosen.model_copy(update={"calibration": options})
             started = time.perf_counter()
             torch.manual_seed(0)
-            report = vt.patch(model, chosen, calibration=None if options is None else calibration)
+            report = vt.patch(model, chosen, calibration=calibration if chosen.calibration is not None else None)
             seconds = time.perf_counter() - started
             found = torch.cosine_similarity(features(model, unseen), reference, dim=-1).mean().item()
             row = {
-                "case": case.name,
+                "case": name,
                 "conversion": column,
                 "share": report.params_after / report.params_before,
                 "cosine": found,
                 "top1": top1(model, loader) if args.top1 else None,
-                "output_error": mean([x.output_error for x in report.layers]),
+                "output_error": output_error(model, calls),
                 "seconds": seconds,
             }
             vt.unpatch(model)
             yield row
 
 
-def mean(values: list[float | None]) -> float | None:
-    """Mean of the known values."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def table(rows: list[dict[str, Any]], metric: str) -> str:
+def table(rows: list[dict[str, Any]], metric: str, columns: list[str]) -> str:
     """Markdown: one line per case, one column per conversion."""
-    lines = [f"| {metric} | parameters | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    lines = [f"| {metric} | parameters | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name in dict.fromkeys(row["case"] for row in rows if row["case"] != "dense"):
         mine = {row["conversion"]: row for row in rows if row["case"] == name}
-        cells = [f"{mine[c][metric]:.{3 if metric == 'cosine' else 2}f}" if c in mine else "" for c in COLUMNS]
+        cells = [f"{mine[c][metric]:{METRICS[metric]}}" if c in mine else "" for c in columns]
         lines.append(f"| {name} | {next(iter(mine.values()))['share']:.1%} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def summary(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """The tables, and under which circumstances they were measured."""
-    text = "\n\n".join(table(rows, metric) for metric in (["cosine", "top1"] if args.top1 else ["cosine"]))
+    metrics = [metric for metric in METRICS if metric != "top1" or args.top1]
+    text = "\n\n".join(table(rows, metric, args.columns) for metric in metrics)
     if args.top1:
         text += f"\n\ndense top1: {rows[0]['top1']:.2f} on {args.top1_images} test images"
     return (
-        f"{text}\n\n{args.images} calibration images, {args.eval_images} others for the cosine; {date.today()}, "
+        f"{text}\n\n{args.images} calibration images, {args.eval_images} others for the cosine, 16 of these for the mean error "
+        f"of the layers' outputs; {date.today()}, "
         f"torch {torch.__version__}, timm {timm.__version__}, {torch.get_num_threads()} CPU threads"
     )
 
@@ -171,6 +219,7 @@ def main() -> int:
         "--ranks", default="6,128,128 6,64,64 6,32,32 6,16,16 4,64,64 4,32,32", help="triples, spaces between"
     )
     parser.add_argument("--peers", default="gqa-mean:3 gqa-svd:3 mla:64", help="gqa-mean:G, gqa-svd:G, mla:RANK")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS)[:5], help="which conversions")
     parser.add_argument("--images", type=int, default=64, help="calibration images, from the training set")
     parser.add_argument("--eval-images", type=int, default=64, help="test images for the cosine")
     parser.add_argument("--top1", action="store_true", help="also the accuracy: the weights must have a trained head")

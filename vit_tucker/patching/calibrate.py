@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
+from vit_tucker.patching.readout import HeldOut, fit_readout
 from vit_tucker.patching.refine import refine
 from vit_tucker.patching.watch import (
     Layer,
@@ -29,7 +30,6 @@ from vit_tucker.patching.watch import (
     watching,
 )
 from vit_tucker.tensor.metric import metric_root
-from vit_tucker.tensor.regression import LinearMoments
 
 EXACT = 1e-10
 """Relative squared output error below which a conversion counts as exact and its read-out is left alone."""
@@ -136,7 +136,7 @@ def fit_readouts(
     damping: float,
 ) -> None:
     """Second pass: fit each replacement's read-out to the host's outputs on the host's inputs; an exact one is left alone."""
-    sums: dict[str, LinearMoments] = {}
+    sums: dict[str, HeldOut] = {}
     errors = {layer.name: ErrorSums() for layer in layers}
     remaining = {name: iter(values) for name, values in weights.items()}
 
@@ -144,19 +144,18 @@ def fit_readouts(
         with timed(layer):
             mixed = layer.replacement.mix(x, **given)
             errors[layer.name].add(layer.replacement.readout(mixed), y)
-            f, targets = at_least_float32(mixed).flatten(0, -2), at_least_float32(y).flatten(0, -2)
             if layer.name not in sums:
-                sums[layer.name] = LinearMoments.like(f, targets, centre=layer.replacement.has_out_bias)
-            sums[layer.name].add(f, targets, next(remaining[layer.name]).flatten().to(f.dtype))
+                sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
+            sums[layer.name].add(mixed, y, next(remaining[layer.name]))
 
     with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
         for batch in images:
             final_features(model, batch)
     for layer in layers:
         if errors[layer.name].relative() ** 2 > EXACT:
-            with timed(layer), located(layer.name):
+            with timed(layer), located(layer.name), evaluating(layer.replacement):
                 root = metric_root(metrics[layer.name].output, damping)
-                layer.replacement.fit_readout(sums[layer.name], root, damping)
+                fit_readout(layer.replacement, sums.pop(layer.name), root, damping)
 
 
 @torch.no_grad()
@@ -222,8 +221,3 @@ class ErrorSums:
             return 0.0
         variance = self.total - self.mean_sum.square().sum().item() / self.count
         return (self.squares / max(variance, 1e-12 * self.total, 1e-300)) ** 0.5
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """float64 stays, anything narrower becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -4,7 +4,7 @@
 With the prior R0 an exact read-out stays exact, whatever the ridge.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,30 @@ class LinearMoments:
         self.y_sum += (y * weights[:, None]).sum(0).double()
         self.ff += (weighted.mT @ f).double()
         self.yf += (y.mT @ weighted).double()
+
+    def empty(self) -> "LinearMoments":
+        """Sums of nothing yet, with the same shifts: those of two can be added."""
+        zeros = [torch.zeros_like(t) for t in (self.count, self.f_sum, self.y_sum, self.ff, self.yf)]
+        return LinearMoments(zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], self.f_shift, self.y_shift)
+
+    def plus(self, other: "LinearMoments") -> "LinearMoments":
+        """Sums over the tokens of both; the shifts must be the same."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("count", "f_sum", "y_sum", "ff", "yf")}
+        return replace(self, **sums)
+
+    def loss(self, readout: Tensor, bias: Tensor, metric: Tensor) -> float:
+        """Summed error of y^ = R f + b in a metric, up to the constant that is its value for y^ = 0 after the shifts.
+
+        Args:
+            readout: R, (O, F), float64.
+            bias: b, (O,).
+            metric: (O, O).
+        """
+        left = metric @ readout
+        rest = self.y_shift.double() - readout @ self.f_shift.double() - bias
+        squares = (left * (readout @ self.ff - 2 * self.yf)).sum()
+        means = 2 * (metric @ rest) @ (self.y_sum - readout @ self.f_sum)
+        return (squares + means + self.count * rest @ metric @ rest).item()
 
     def centred(self, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Covariances ff (F, F) and yf (O, F) and the means of f and y; with no bias raw moments, zero means."""

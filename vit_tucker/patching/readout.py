@@ -1,0 +1,91 @@
+"""The read-out of a converted layer, by regression: how strong a ridge it needs is for held-out sequences to say.
+
+Features of many heads are nearly collinear, and images share much of what they show: fitted to the last digit, a read-out knows
+the calibration images by heart.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.regression import LinearMoments
+
+HELD_OUT = 4
+"""One sequence of so many is held out."""
+RIDGES = (1.0, 10.0, 100.0, 1000.0)
+"""Ridges to try, as multiples of the damping; and none of the regression at all."""
+
+
+@dataclass
+class HeldOut:
+    """Regression moments of all sequences, apart for those that are held out.
+
+    Attributes:
+        kept, held: of the two parts.
+        sequences: how many there were.
+    """
+
+    kept: LinearMoments
+    held: LinearMoments
+    sequences: int = 0
+
+    @classmethod
+    def like(cls, mixed: Tensor, y: Tensor, centre: bool) -> HeldOut:
+        """Empty sums for features (B, N, F) and targets (B, N, O)."""
+        kept = LinearMoments.like(tokens(mixed), tokens(y), centre)
+        return cls(kept, kept.empty())
+
+    def add(self, mixed: Tensor, y: Tensor, weights: Tensor) -> None:
+        """Add features (B, N, F) and targets (B, N, O) with weights (B, N)."""
+        number = torch.arange(len(mixed), device=mixed.device) + self.sequences
+        held = number % HELD_OUT == HELD_OUT - 1
+        for sums, part in ((self.kept, ~held), (self.held, held)):
+            if part.any():
+                f = tokens(mixed[part])
+                sums.add(f, tokens(y[part]), weights[part].flatten().to(f.dtype))
+        self.sequences += len(mixed)
+
+
+def tokens(x: Tensor) -> Tensor:
+    """(B, N, F) -> (B*N, F); float64 stays, anything narrower becomes float32."""
+    return (x if x.dtype == torch.float64 else x.float()).flatten(0, -2)
+
+
+def fit_readout(module: AttentionModule, sums: HeldOut, out_root: Root, damping: float) -> None:
+    """Fit the read-out, with the ridge that is best for the held-out sequences; left alone where none gains.
+
+    Args:
+        module: converted, in eval mode; called under no_grad.
+        sums: of its features and the host's outputs. Fewer than HELD_OUT sequences: the middle ridge, unseen.
+        out_root: root of the output metric (O, O).
+        damping: unit of the ridges, relative to the mean variance of the features.
+    """
+    both = sums.kept.plus(sums.held)
+    if sums.sequences < HELD_OUT:
+        module.fit_readout(both, out_root, RIDGES[len(RIDGES) // 2] * damping)
+        return
+    start = copy.deepcopy(module.state_dict())
+    metric = out_root.root @ out_root.root
+    least, best = sums.held.loss(*linear_map(module, len(both.f_sum)), metric), None
+    for ridge in RIDGES:
+        module.fit_readout(sums.kept, out_root, ridge * damping)
+        loss = sums.held.loss(*linear_map(module, len(both.f_sum)), metric)
+        module.load_state_dict(start)
+        if loss < least:
+            least, best = loss, ridge
+    if best is not None:
+        module.fit_readout(both, out_root, best * damping)
+
+
+def linear_map(module: AttentionModule, features: int) -> tuple[Tensor, Tensor]:
+    """The read-out as a matrix (O, F) and a bias (O,), float64."""
+    like = next(module.parameters())
+    bias = module.readout(like.new_zeros(1, 1, features))[0, 0]
+    columns = module.readout(torch.eye(features, dtype=like.dtype, device=like.device).unsqueeze(0))[0] - bias
+    return columns.mT.double(), bias.double()
