@@ -186,7 +186,10 @@ def hooi(pairs: Pairs, ranks: tuple[int, int, int], steps: int = 10) -> Tucker:
 def _mode_basis(own: Tensor, other: Tensor, head: Tensor, rank: int) -> Tensor:
     """Leading left singular vectors of the mode of ``own`` (H, I, D), with ``other`` (H, R3, D) and the head mode projected."""
     unfolded = torch.einsum("ha,hid,hrd->iar", head, own, other).flatten(1)  # (I, R1*R3)
-    return leading_eigenvectors(unfolded @ unfolded.mT, rank)
+    if not rank <= unfolded.shape[1] < unfolded.shape[0]:
+        return leading_eigenvectors(unfolded @ unfolded.mT, rank)
+    q, r = torch.linalg.qr(unfolded)  # the search is held to the span of the few columns: small eigenvalue problems
+    return _fix_signs(q @ leading_eigenvectors(r @ r.mT, rank))
 
 
 def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
