@@ -27,7 +27,12 @@ class RankRule(BaseModel):
         le=1,
         description="Share of the attention tensors' squared norms to keep, with as few parameters as possible.",
     )
-    multiple_of: int = Field(default=8, ge=1, description="Steps of the query/output and key/value ranks, for kernels.")
+    multiple_of: int = Field(
+        default=8,
+        ge=1,
+        description="Steps of the query/output and key/value ranks, for kernels; at most 128 steps, so wide layers take "
+        "larger multiples.",
+    )
 
     @model_validator(mode="after")
     def _one_goal(self) -> RankRule:

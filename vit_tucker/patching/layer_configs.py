@@ -66,8 +66,7 @@ def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> 
         return type(config).model_validate({**values, **extra})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PatchError(f"{name}: a rule's {where} is invalid: {first['msg']}") from None
+        raise PatchError(f"{name}: a rule's {first['loc'][0]} is invalid: {first['msg']}") from None
 
 
 def describe_options(config: AttentionConfig) -> str:

@@ -116,6 +116,9 @@ def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ..
             marks.setdefault(groups * width, []).append(f"GQA-{groups}")
     for number, (rank, labels) in enumerate(sorted(marks.items())):
         axis.axvline(rank, color="tab:red", linewidth=0.8, linestyle="--")
-        axis.annotate(", ".join(labels), (rank, 0.04 + 0.09 * number), xycoords=("data", "axes fraction"), xytext=(-2, 0),
-                      textcoords="offset points", fontsize=6, color="tab:red", ha="right",
+        low, high = axis.get_xlim()
+        left = rank > (low + high) / 2  # on the side that has room
+        axis.annotate(", ".join(labels), (rank, 0.04 + 0.09 * number), xycoords=("data", "axes fraction"),
+                      xytext=(-2 if left else 2, 0), textcoords="offset points", fontsize=6, color="tab:red",
+                      ha="right" if left else "left",
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8})  # fmt: skip

@@ -86,6 +86,8 @@ class TuckerConfig(AttentionConfig):
             for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
                 if rank > limit:
                     raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+        if self.calibration is not None and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' goes by the weights alone; leave it out with calibration")
         if self.shared_kv and self.conversion == "hooi":
             raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
         if self.shared_kv and self.pre[2] != self.post[2]:
