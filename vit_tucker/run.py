@@ -89,18 +89,17 @@ def check_folder(run_dir: RunDir, config: RunConfig) -> RunConfig:
     if not run_dir.config.is_file():
         return config
     stored = load_config(run_dir.config)
-    if stored.attention is not None:
-        written = config.model_copy(update={"attention": stored.attention.without_choices()})
-        if not config_difference(written, config):
-            config = config.model_copy(update={"attention": stored.attention})
-    differences = config_difference(stored, config)
+    written, chosen, given = stored, stored.attention, config.attention
+    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
+        written = stored.model_copy(update={"attention": chosen.without_choices()})
+    differences = config_difference(written, config)
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise ConfigError(
             f"{run_dir.path} holds a run with another config: {'; '.join(differences[:3])}{more}; choose another output_dir=, "
             "or remove that folder"
         )
-    return config
+    return config.model_copy(update={"attention": chosen})
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def test_chosen_ranks_are_in_config_results_and_weights(monkeypatch):
     again = run(config("output_dir=a", BUDGET, "model.depth=2"))
     assert again["config"] == results["config"]
     assert run(load_config("a"))["evaluation"]["top1"] == results["best"]["top1"]
-    with pytest.raises(vt.ConfigError, match=r"attention.ranks.budget: 0.4 -> 0.5"):
+    with pytest.raises(vt.ConfigError, match=r"another config: attention.ranks.budget: 0.4 -> 0.5; choose"):
         run(config("output_dir=a", BUDGET.replace("0.4", "0.5"), "model.depth=2"))
 
 
