@@ -25,6 +25,11 @@ def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
     return (spec.num_heads, query, key_value), (spec.num_heads, output, key_value)
 
 
+def has_out_bias(spec: HostSpec) -> bool:
+    """The output bias also holds the host's value biases."""
+    return spec.proj_bias or spec.qkv_bias
+
+
 def tensor_weights(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int) -> Any:
     """H r1 + r1 r2 r3 + I r2 + J r3 (Table 1), of numbers or of tensors that broadcast.
 
@@ -75,7 +80,6 @@ def layer_tables(
         calls, num_tokens: sequences per image, and tokens of each: for flops.
     """
     heads, width = spec.num_heads, spec.embed_dim
-    has_out_bias = spec.proj_bias or spec.qkv_bias
 
     def parameters(left: int, bias: int) -> Any:
         return lambda r1, r2, r3: tensor_weights(r1, r2, r3, heads, left, width) + bias * r2
@@ -93,7 +97,7 @@ def layer_tables(
         rank_table(pairs, full, cost, rule.multiple_of)
         for pairs, full, cost in zip((pre, post), full_ranks(spec), costs, strict=True)
     ]
-    fixed = 0 if counts_flops else spec.out_dim * has_out_bias
+    fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec)
     return LayerTables(tables[0], tables[1], fixed, dense)
 
 

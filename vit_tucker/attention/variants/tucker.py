@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.ranks import RankRule, full_ranks, tensor_macs, tensor_weights
+from vit_tucker.attention.options import RankRule
+from vit_tucker.attention.ranks import full_ranks, has_out_bias, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
@@ -128,11 +129,6 @@ class TuckerConfig(AttentionConfig):
         if self.shared_kv:
             macs -= num_tokens * width * self.post[2]
         return 2 * macs + attend_flops(heads, num_tokens, self.pre[2], self.post[2])
-
-
-def has_out_bias(spec: HostSpec) -> bool:
-    """The output bias also holds the host's value biases."""
-    return spec.proj_bias or spec.qkv_bias
 
 
 class TuckerAttention(AttentionModule):
