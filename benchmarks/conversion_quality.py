@@ -34,7 +34,7 @@ from vit_tucker.data.datasets import dataset_info, load_dataset
 from vit_tucker.data.loaders import SeededDataset
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
-from vit_tucker.patching.hosts import find_attention
+from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.probe import input_shape
 
 FEATURES = vt.Calibration()

@@ -14,7 +14,7 @@ from torch import nn
 import vit_tucker
 from vit_tucker.attention.base import HostSpec, MHAWeights
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

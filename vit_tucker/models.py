@@ -10,7 +10,7 @@ from torch import nn
 
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
-from vit_tucker.patching.hosts import find_attention
+from vit_tucker.patching.find import find_attention
 from vit_tucker.training.state import weights_metadata
 
 

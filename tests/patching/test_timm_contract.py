@@ -86,31 +86,3 @@ def test_token_counts_come_from_a_dry_run(make_vit):
     dynamic = make_vit(dynamic_img_size=True)
     assert count_tokens(dynamic, names, img_size=24) == dict.fromkeys(names, (1, 37))
     assert count_tokens(torch.nn.Identity(), ["nothing"]) == {}
-
-
-FAMILIES = {
-    "vit_base_patch32_clip_224": {"embed_dim": 48, "depth": 2, "num_heads": 4},
-    "vit_small_patch14_reg4_dinov2": {"img_size": 28, "embed_dim": 48, "depth": 2, "num_heads": 4},
-    "vit_base_patch16_siglip_224": {"embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 0},
-    "deit_tiny_distilled_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 4},
-    "deit3_small_patch16_224": {"embed_dim": 48, "depth": 2, "num_heads": 4},
-    "vit_relpos_small_patch16_224": None,
-    "flexivit_small": {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 48},
-    "vit_wee_patch16_reg1_gap_256": {"depth": 2},
-}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_of_timm(name):
-    """Hosts built on timm.layers.Attention are patched and run; others are refused by name."""
-    options = FAMILIES[name]
-    model = timm.create_model(name, **(options or {})).eval()
-    config = vt.TuckerConfig(ranks=(2, 8, 8))
-    if options is None:
-        with pytest.raises(vt.PatchError, match="unknown attention class|no attention module|can't carry"):
-            vt.patch(model, config)
-        return
-    report = vt.patch(model, config)
-    assert len(report.layers) == 2
-    assert report.flops_after < report.flops_before
-    assert torch.isfinite(model(torch.randn(1, *input_shape(model)))).all()

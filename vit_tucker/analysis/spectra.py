@@ -18,10 +18,11 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
-from vit_tucker.patching import hosts
+from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import collect_moments
 from vit_tucker.patching.watch import WatchedLayer
 from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
+from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
 from vit_tucker.tensor.tucker import Pairs
 
 MODES = {"pre": ("head", "query", "key"), "post": ("head", "output", "value")}
@@ -77,21 +78,25 @@ class Shape:
     head_dim: int
 
 
-def tensors_of(module: nn.Module) -> tuple[HostSpec, Pairs, Pairs]:
+def tensors_of(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
     """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
+
+    Args:
+        module: of a model.
+        mixed_rope: see ``hosts.read_host``.
 
     Raises:
         PatchError: an attention class that we can't read.
     """
     if isinstance(module, AttentionModule):
-        return module.spec, module.pre_pairs(), module.post_pairs()
-    host = hosts.read_host(module)
+        return module.spec, module.pre_tensor(), module.post_pairs()
+    host = hosts.read_host(module, mixed_rope)
     weights = host.weights.double()
-    return host.spec, weights.pre_pairs(), weights.post_pairs()
+    return host.spec, weights.pre_tensor(host.spec.rope), weights.post_pairs()
 
 
-def spectra_of(name: str, pre: Pairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
-    """The six spectra of one layer.
+def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
+    """The six spectra of one layer. A key mode with RoPE: what its latent pairs hold, two equal values each.
 
     Args:
         name: of the layer.
@@ -99,9 +104,15 @@ def spectra_of(name: str, pre: Pairs, post: Pairs, whitened: bool = False) -> li
         whitened: they are in the metrics of the tokens.
     """
     rows = []
-    for tensor, pairs in (("pre", pre), ("post", post)):
+    for tensor, given in (("pre", pre), ("post", post)):
+        if isinstance(given, RotaryPairs):
+            lifted = lift(given)
+            pairs, spectra = lifted.pairs, mode_spectra(lifted.pairs)
+            spectra = spectra._replace(right=pair_energies(lifted).sqrt().sort(descending=True).values)
+        else:
+            pairs, spectra = given, mode_spectra(given)
         sizes = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]
-        for mode, size, values in zip(MODES[tensor], sizes, mode_spectra(pairs), strict=True):
+        for mode, size, values in zip(MODES[tensor], sizes, spectra, strict=True):
             rows.append(ModeSpectrum(name, tensor, mode, whitened, size, values))
     return rows
 
@@ -126,24 +137,26 @@ def analyse(
     shapes: list[Shape] = []
     readable: list[WatchedLayer] = []
     seen: set[int] = set()
-    for name, module in hosts.find_attention(model).items():
+    mixed_rope = hosts.has_mixed_rope(model)
+    for name, module in find.find_attention(model).items():
         if id(module) in seen:
             continue
         seen.add(id(module))
         try:
-            spec, pre, post = tensors_of(module)
+            spec, pre, post = tensors_of(module, mixed_rope)
         except PatchError:
             continue
         shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))
         rows += spectra_of(name, pre, post)
         if batches is not None and not isinstance(module, AttentionModule):
-            readable.append(WatchedLayer(name, module, hosts.read_host(module)))
+            readable.append(WatchedLayer(name, module, hosts.read_host(module, mixed_rope)))
     if not shapes:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
     if batches is not None:
         for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
             weights = layer.host.weights.double()
-            pairs = whiten(weights.pre_pairs(), weights.post_pairs(), moments, layer.host.spec.scale, DAMPING)
+            spec = layer.host.spec
+            pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
     return rows, shapes
 

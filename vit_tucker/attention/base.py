@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from vit_tucker.attention.options import Calibration, RankRule, Rule
+from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
 from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
+from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
 
 if TYPE_CHECKING:
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
 
 DENSE_INIT_STD = 0.02
 """Standard deviation of timm's ViT initialisation (trunc_normal_, std=.02) of each dense projection."""
+CALL_FEATURES = frozenset({"position_bias", "layout"})
+"""What ``AttentionModule.forward`` takes care of, for methods that implement ``mix`` and ``readout``."""
+REASONS = {
+    "qk_norm": "its queries and keys are normalised head by head, which {method} never forms",
+    "scale_norm": "the heads' outputs pass a norm before the output projection, which {method} merges with the values",
+    "gate": "the heads' outputs pass a gate before the output projection, which {method} merges with the values",
+    "rope": "its queries and keys are rotated (RoPE)",
+    "position_bias": "its scores have a relative position bias",
+    "layout": "its tokens don't come as (B, N, C)",
+}
+"""Why a method may be unable to carry a feature of the host."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +51,16 @@ class HostSpec:
         head_dim: D; H * D is C unless the host says otherwise.
         out_dim: O, width of the output.
         qkv_bias: query, key and value projections have a bias.
+        key_bias: False if of these only queries and values have one (BEiT, EVA).
+        num_kv_heads: key/value heads of the host, None for H.
         proj_bias: the output projection has a bias.
         attn_drop: dropout rate of the attention weights.
         proj_drop: dropout rate of the output.
         fused_attn: the host runs on scaled_dot_product_attention.
+        rope: how queries and keys are rotated, None if they are not.
+        layout: of the tokens, "sequence" (..., N, C), "grid" (B, ..., C) or "channels_first" (B, C, ...).
         extras: modules of the host beyond the four projections, by feature name: "qk_norm" (q_norm, k_norm), "scale_norm"
-            (norm), "gate" (gate). Methods that can't carry a feature refuse the host.
+            (norm), "gate" (gate), "position_bias" (position_bias). Methods that can't carry a feature refuse the host.
     """
 
     embed_dim: int
@@ -51,10 +68,14 @@ class HostSpec:
     head_dim: int
     out_dim: int
     qkv_bias: bool = True
+    key_bias: bool = True
+    num_kv_heads: int | None = None
     proj_bias: bool = True
     attn_drop: float = 0.0
     proj_drop: float = 0.0
     fused_attn: bool = True
+    rope: RopeSpec | None = None
+    layout: Literal["sequence", "grid", "channels_first"] = "sequence"
     extras: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
 
     @property
@@ -66,6 +87,27 @@ class HostSpec:
     def scale(self) -> float:
         """1 / sqrt(D): the softmax scale of the host, which every method keeps."""
         return self.head_dim**-0.5
+
+    @property
+    def has_key_bias(self) -> bool:
+        """Keys have a bias. It cancels in the softmax unless a norm or a rotation follows it."""
+        return self.qkv_bias and self.key_bias
+
+    @property
+    def rotates_latent(self) -> bool:
+        """Methods with a latent key rotate it; norms of each head's key come before its own rotation and forbid that."""
+        return self.rope is not None and "qk_norm" not in self.extras
+
+    @property
+    def latent_key_bias(self) -> bool:
+        """A key bias that does not cancel: rotations of the latent key make it depend on the position."""
+        return self.has_key_bias and self.rotates_latent
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What the host does beyond plain attention on (B, N, C): names in ``REASONS``."""
+        rope = ("rope",) if self.rope is not None else ()
+        return (*rope, *(("layout",) if self.layout != "sequence" else ()), *self.extras)
 
 
 @dataclass(frozen=True)
@@ -102,6 +144,21 @@ class MHAWeights:
         if self.query_bias is not None:
             query = torch.cat([query, self.query_bias.unsqueeze(1)], 1)
         return Pairs(query, self.key)
+
+    def pre_tensor(self, rope: RopeSpec | None) -> Pairs | RotaryPairs:
+        """The pre-softmax tensor with its rotations, if there are any."""
+        return self.pre_pairs() if rope is None else self.rotary_pairs(rope)
+
+    def rotary_pairs(self, rope: RopeSpec) -> RotaryPairs:
+        """The pre-softmax tensor of a host with RoPE: with a row for the key bias, which rotations keep from cancelling."""
+        query, key = self.query, self.key
+        if self.query_bias is not None:
+            query = torch.cat([query, self.query_bias.unsqueeze(1)], 1)
+        if self.key_bias is not None:
+            key = torch.cat([key, self.key_bias.unsqueeze(1)], 1)
+        heads, _, width = key.shape
+        columns = pair_columns(rope, heads, width).to(key.device)
+        return RotaryPairs(adjacent_pairs(query, rope.half), adjacent_pairs(key, rope.half), columns)
 
     def post_pairs(self) -> Pairs:
         """Post-softmax tensor stack_i (WV_i WO_i)^T: modes head, output (O), value (C) (Eq 5 of the paper)."""
@@ -141,7 +198,7 @@ class AttentionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     carries: ClassVar[frozenset[str]] = frozenset()
-    """Features of ``HostSpec.extras`` that the method keeps exactly."""
+    """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
 
     method: str
     init: Literal["pretrained", "random"] = Field(
@@ -199,20 +256,18 @@ class AttentionConfig(BaseModel):
     def example(cls, spec: HostSpec) -> Self:
         """A config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
 
-    def refuse_extras(self, spec: HostSpec) -> None:
+    def refuse_features(self, spec: HostSpec) -> None:
         """Raise PatchError for a feature of the host that the method can't carry."""
-        for feature in spec.extras:
+        for feature in spec.features:
             if feature not in self.carries:
-                able = (
-                    f"it carries {', '.join(sorted(self.carries))}" if self.carries else "its heads share projections"
-                )
-                raise PatchError(f"{self.method} can't carry the host's {feature} ({able})")
+                reason = REASONS.get(feature, "unknown").format(method=self.method)
+                raise PatchError(f"{self.method} can't carry the host's {feature}: {reason}")
 
 
 class PerHeadConfig(AttentionConfig):
     """Base of methods that form each head's query, key and output of width D: they carry all features of the host."""
 
-    carries: ClassVar[frozenset[str]] = frozenset({"qk_norm", "scale_norm", "gate"})
+    carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope", "qk_norm", "scale_norm", "gate"}
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
         """See base class: each weight multiplies each token once, then the attention itself, then the host's gate."""

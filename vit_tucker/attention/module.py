@@ -8,27 +8,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.sdpa import attend
+from vit_tucker.attention.rope import rotate_heads
+from vit_tucker.attention.sdpa import attend, expand_heads
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout
+from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import selector_form
 from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
 
 
 class AttentionModule(nn.Module):
-    """Base of all attention layers: timm's call contract and the attributes that timm's tools look for.
+    """Base of all attention layers: timm's call contracts and the attributes that timm's tools look for.
 
-    ``forward(x, attn_mask=None, is_causal=False)`` maps (B, N, C) to (B, N, O). A boolean mask is True where attention is
-    allowed, any other mask is added to the scores; both broadcast to (B, H, N, N). ``is_causal`` takes precedence.
+    ``forward(x, attn_mask=None, is_causal=False, rope=None, ...)`` maps (B, N, C), or the host's own layout of tokens, to the
+    same with O channels. A boolean mask is True where attention is allowed, any other mask is added to the scores; both
+    broadcast to (B, H, N, N). ``is_causal`` takes precedence. The position bias of the host is kept, as ``position_bias``.
     """
+
+    position_bias: PositionBias | None
 
     def __init__(self, spec: HostSpec) -> None:
         super().__init__()
         self.spec = replace(spec, extras={})
-        self.extras = tuple(spec.extras)
+        self.extras = tuple(name for name in spec.extras if name != "position_bias")
+        self.position_bias = copy.deepcopy(spec.extras.get("position_bias", {}).get("position_bias"))  # type: ignore[assignment]
         self.num_heads = spec.num_heads
         self.head_dim = spec.head_dim
         self.attn_dim = spec.attn_dim
@@ -37,9 +44,59 @@ class AttentionModule(nn.Module):
         self.attn_drop = nn.Dropout(spec.attn_drop)
         self.proj_drop = nn.Dropout(spec.proj_drop)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """See the class. x (B, N, C) -> (B, N, O)"""
-        return self.proj_drop(self.readout(self.mix(x, attn_mask, is_causal)))
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        rope: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        shared_rel_pos: Tensor | None = None,
+        shared_rel_pos_bias: Tensor | None = None,
+    ) -> Tensor:
+        """See the class.
+
+        Args:
+            x: tokens in the layout of the host.
+            attn_mask, is_causal: see the class.
+            rope: table of sines and cosines, see ``vit_tucker.attention.rope``.
+            mask: (W, N, N), additive, of each window (Swin).
+            shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
+
+        Raises:
+            PatchError: a table for a layer whose host had no RoPE.
+        """
+        if rope is not None and self.spec.rope is None:
+            raise PatchError(
+                f"{type(self).__name__} got a table of rotations, but the layer that it replaced had no RoPE"
+            )
+        call = read_call(
+            self.spec.layout,
+            self.position_bias,
+            x,
+            attn_mask,
+            is_causal,
+            rope,
+            mask=mask,
+            shared_rel_pos=shared_rel_pos,
+            shared_rel_pos_bias=shared_rel_pos_bias,
+        )
+        return from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
+
+    def run(self, call: Call) -> Tensor:
+        """The layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
+        return self.readout(self.mix(call.x, call.attn_mask, call.is_causal, call.rope))
+
+    @property
+    def rel_pos(self) -> PositionBias | None:
+        """The position bias under the name by which timm's models look for it."""
+        return self.position_bias
+
+    def set_window_size(self, window_size: tuple[int, int]) -> None:
+        """Resize the position bias, if there is one; timm's ``set_input_size`` calls it by this name."""
+        if self.position_bias is not None:
+            self.position_bias.set_window_size(window_size)
 
     @abstractmethod
     def init_weights(self) -> None:
@@ -59,7 +116,9 @@ class AttentionModule(nn.Module):
         """
         raise PatchError(f"{type(self).__name__} has no activation-aware conversion; leave calibration out")
 
-    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         """All heads' outputs side by side, before the linear read-out that ends the layer. (B, N, C) -> (B, N, F)"""
         raise PatchError(f"{type(self).__name__} does not say what its linear read-out sees; leave calibration out")
 
@@ -102,7 +161,15 @@ class AttentionModule(nn.Module):
 
     @abstractmethod
     def pre_pairs(self) -> Pairs:
-        """The layer's pre-softmax tensor (H, C or C + 1, C): see ``MHAWeights.pre_pairs``."""
+        """The layer's pre-softmax tensor (H, C or C + 1, C), see ``MHAWeights.pre_pairs``; with RoPE where nothing rotates."""
+
+    def pre_tensor(self) -> Pairs | RotaryPairs:
+        """The pre-softmax tensor with its rotations, if there are any."""
+        return self.pre_pairs() if self.spec.rope is None else self.rotary_pairs()
+
+    def rotary_pairs(self) -> RotaryPairs:
+        """The pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
+        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
     @abstractmethod
     def post_pairs(self) -> Pairs:
@@ -125,7 +192,7 @@ class PerHeadModule(AttentionModule):
 
     def add_extras(self, spec: HostSpec, **factory: Any) -> None:
         """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
-        modules = {name: module for group in spec.extras.values() for name, module in group.items()}
+        modules = {name: module for key in self.extras for name, module in spec.extras[key].items()}
         for name in ("q_norm", "k_norm", "norm"):
             setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
         self.gate = copy.deepcopy(modules["gate"]) if "gate" in modules else None
@@ -137,22 +204,28 @@ class PerHeadModule(AttentionModule):
         return self.proj(mixed)
 
     def attend_heads(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
     ) -> Tensor:
-        """Everything between the projections: norms, softmax(QK)V, gate.
+        """Everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
 
         Args:
             x: (B, N, C), the layer's input, for the gate.
             q: (B, H, N, D).
             k, v: (B, G, N, D), G divides H.
-            attn_mask, is_causal: as for the layer.
+            attn_mask, is_causal, rope: as for the layer.
 
         Returns:
             (B, N, H*D).
         """
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.rope is not None:
+            if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
+                k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
+            prefix, half = self.spec.rope.num_prefix_tokens, self.spec.rope.half
+            q, k = rotate_heads(q, rope, prefix, half).type_as(v), rotate_heads(k, rope, prefix, half).type_as(v)
         y = attend(
-            self.q_norm(q),
-            self.k_norm(k),
+            q,
+            k,
             v,
             scale=self.scale,
             attn_drop=self.attn_drop,
@@ -160,10 +233,12 @@ class PerHeadModule(AttentionModule):
             attn_mask=attn_mask,
             is_causal=is_causal,
         )
-        y = self.norm(y.transpose(1, 2).flatten(2))  # (B, N, H*D)
-        if self.gate is not None:
-            y = y * self.gate(x).sigmoid()
-        return y
+        return self.finish(x, y.transpose(1, 2).flatten(2))
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """Norm and gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
+        y = self.norm(y)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
         """See base class: the output projection, by ridge regression."""
@@ -173,7 +248,14 @@ class PerHeadModule(AttentionModule):
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:
-        """Query, key, value and output weights of each of the H heads, float64, and the biases but the key's (it cancels)."""
+        """Query, key, value and output weights of each of the H heads and their biases, float64; a key bias only where it
+        does not cancel."""
+
+    def rotary_pairs(self) -> RotaryPairs:
+        """See base class."""
+        if self.spec.rope is None:
+            raise PatchError(f"{type(self).__name__} has no RoPE here")
+        return self.dense_weights().rotary_pairs(self.spec.rope)
 
     def folded_out_bias(self) -> Tensor | None:
         """See base class."""

@@ -9,6 +9,10 @@ measures what the error does to them. To first order, with p the softmax rows an
     kappa_in = sum_l s_i(n,l) x_l,   s = p * (g^T Wt_i^T x_l - its mean under p): the gradient of the scores
 
 kappa does not change when all keys are shifted, as the softmax does not; heads with little influence have small kappa.
+
+With RoPE there is a kappa for each rotation, sum_l s_i(n,l) exp(-i angle(l)) x~_l, and the key metric is their mean, weighted by
+how much a rotation matters in the head. It needs none of them: sum_n kappa kappa^* = sum_{l,m} (s^T s)_lm c_lm x~_l x~_m^T with
+c_lm the weighted mean of cos(angle(l) - angle(m)). Shifts don't cancel any more, hence x~ = [x, 1].
 """
 
 from dataclasses import dataclass
@@ -17,8 +21,10 @@ import torch
 from torch import Tensor
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.rope import RopeSpec, head_angles, rotate_heads
 from vit_tucker.attention.sdpa import add_mask
 from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
+from vit_tucker.tensor.rotary import RotaryPairs, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs
 
 CONSTANT = 1e-11
@@ -33,7 +39,7 @@ class LayerCall:
         x: tokens, (B, N, C).
         y: output of the host, (B, N, O).
         probe: g, (B, N, O).
-        attn_mask, is_causal: as the layer got them.
+        attn_mask, is_causal, rope: as the layer got them, position biases in the mask.
     """
 
     x: Tensor
@@ -41,13 +47,17 @@ class LayerCall:
     probe: Tensor
     attn_mask: Tensor | None = None
     is_causal: bool = False
+    rope: Tensor | None = None
 
     def part(self, sequences: Tensor | slice) -> "LayerCall":
         """Some of the B sequences, with their masks."""
-        mask = self.attn_mask
-        if mask is not None and mask.ndim == 4 and mask.shape[0] == self.x.shape[0] > 1:
-            mask = mask[sequences]
-        return LayerCall(self.x[sequences], self.y[sequences], self.probe[sequences], mask, self.is_causal)
+
+        def taken(given: Tensor | None) -> Tensor | None:
+            each = given is not None and given.ndim == 4 and given.shape[0] == self.x.shape[0] > 1
+            return given[sequences] if each and given is not None else given
+
+        x, y, probe = self.x[sequences], self.y[sequences], self.probe[sequences]
+        return LayerCall(x, y, probe, taken(self.attn_mask), self.is_causal, taken(self.rope))
 
     def token_weights(self) -> Tensor:
         """Weight of each token in regressions, |g_n|. (B, N)"""
@@ -62,7 +72,7 @@ class Moments:
         tokens: number of tokens.
         mean: E[x], (C,).
         query: E[[x, 1] [x, 1]^T], (C + 1, C + 1).
-        key: E[kappa_i kappa_i^T], (H, C, C).
+        key: E[kappa_i kappa_i^T], (H, C, C), with RoPE (H, C + 1, C + 1).
         value: covariance of a_i, weighted by |g|, (H, C, C).
         value_mean: mean of a_i, weighted by |g|, (H, C).
         output: E[g g^T], (O, O).
@@ -102,13 +112,17 @@ class MomentSums:
         given = {name: value for name, value in vars(weights).items() if value is not None}
         self.weights = MHAWeights(**{name: value.detach().to(self.dtype) for name, value in given.items()})
         heads, c, out, hd = spec.num_heads, spec.embed_dim, spec.out_dim, spec.attn_dim
-        shapes = {"query": (c + 1, c + 1), "key": (heads, c, c), "value": (heads, c, c), "value_mean": (heads, c),
+        key = c if spec.rope is None else c + 1
+        shapes = {"query": (c + 1, c + 1), "key": (heads, key, key), "value": (heads, c, c), "value_mean": (heads, c),
                   "output": (out, out), "query_grad": (hd, hd), "kv_grad": (2 * hd, 2 * hd)}  # fmt: skip
         self.sums = {name: torch.zeros(s, dtype=torch.float64, device=like.device) for name, s in shapes.items()}
         self.weight_sum = torch.zeros((), dtype=torch.float64, device=like.device)
         self.spread = torch.zeros((), dtype=torch.float64, device=like.device)
         self.tokens = 0
         self.shift: Tensor | None = None
+        self.rotation_weights = torch.empty(0)
+        if spec.rope is not None:
+            self.rotation_weights = rotation_weights(self.weights.rotary_pairs(spec.rope))
 
     def add(self, call: LayerCall) -> None:
         """Add one call. The batch is worked off in slices, so that the attention maps stay small."""
@@ -122,32 +136,63 @@ class MomentSums:
         if self.shift is None:
             self.shift = x.mean((0, 1))  # sums of squares of shifted tokens: large means don't eat the digits
         centred = x - self.shift
-        p, q, k = attention_maps(x, w, spec, call.attn_mask, call.is_causal)
+        p, q, k = attention_maps(x, w, spec, call.attn_mask, call.is_causal, call.rope)
         v = heads_of(centred, w.value)  # (B, H, N, D); the shift passes through the softmax unchanged
         probe_v = torch.einsum("bno,hdo->bhnd", probe, w.out)  # gradient of the head's averaged value
         s = probe_v @ v.mT
         s = p * (s - (p * s).sum(-1, keepdim=True))  # gradient of the scores
-        kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)
+        key_sums = self._key_sums(s, centred, call.rope)
         averaged = p @ centred.unsqueeze(1)
         token_weights = probe.norm(dim=-1)  # (B, N)
         ones = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
         flat_probe = probe.flatten(0, 1)
         grad_q, grad_k = s @ k * spec.scale, s.mT @ q * spec.scale
+        if spec.rope is not None:
+            prefix, half = spec.rope.num_prefix_tokens, spec.rope.half
+            grad_q, grad_k = (rotate_heads(g, call.rope, prefix, half, inverse=True) for g in (grad_q, grad_k))
         grad_kv = torch.cat([joined(grad_k), joined(p.mT @ probe_v)], -1)
         sums = self.sums
         sums["query"] += ones.mT @ ones
         sums["output"] += flat_probe.mT @ flat_probe
         sums["query_grad"] += joined(grad_q).mT @ joined(grad_q)
         sums["kv_grad"] += grad_kv.mT @ grad_kv
+        sums["key"] += key_sums
         for head in range(spec.num_heads):
-            kap, avg = kappa[:, head].flatten(0, 1), averaged[:, head].flatten(0, 1)
+            avg = averaged[:, head].flatten(0, 1)
             weighted = avg * token_weights.flatten().unsqueeze(1)
-            sums["key"][head] += kap.mT @ kap
             sums["value"][head] += weighted.mT @ avg
             sums["value_mean"][head] += weighted.sum(0)
         self.weight_sum += token_weights.sum()
         self.spread += centred.square().sum()
         self.tokens += len(ones)
+
+    def _key_sums(self, s: Tensor, centred: Tensor, rope: Tensor | None) -> Tensor:
+        """Sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
+
+        Args:
+            s: gradient of the scores, (B, H, N, N).
+            centred: x - shift, (B, N, C).
+            rope: the call's table.
+        """
+        if self.spec.rope is None:
+            kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)
+            return torch.stack([kap.mT @ kap for kap in kappa.transpose(0, 1).flatten(1, 2)])
+        tokens = torch.cat([centred, torch.ones_like(centred[..., :1])], -1)  # (B, N, C + 1)
+        weighted = s.mT @ s
+        if rope is not None:
+            weighted = weighted * angle_kernel(rope, self.spec.rope, self.rotation_weights, s.shape[-1])
+        return torch.stack(
+            [tokens.flatten(0, 1).mT @ (part @ tokens).flatten(0, 1) for part in weighted.transpose(0, 1)]
+        )
+
+    def _key_moments(self, mean_of_shift: Tensor) -> Tensor:
+        """Key moments in the coordinates of the tokens: [x, 1] instead of [x - shift, 1]."""
+        key = self.sums["key"] / self.tokens
+        if self.spec.rope is None:
+            return key
+        change = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
+        change[:-1, -1] = mean_of_shift
+        return change @ key @ change.mT
 
     def moments(self) -> Moments:
         """The means.
@@ -165,20 +210,49 @@ class MomentSums:
             raise ValueError("all tokens are the same: the inputs are constant")
         if not self.weight_sum > 0:
             raise ValueError("the layer's output has no influence on the model's features")
-        per_token = {
-            name: self.sums[name] / self.tokens for name in ("query", "key", "output", "query_grad", "kv_grad")
-        }
+        per_token = {name: self.sums[name] / self.tokens for name in ("query", "output", "query_grad", "kv_grad")}
         shifted_mean = self.sums["value_mean"] / self.weight_sum
         return Moments(
             tokens=self.tokens,
             mean=per_token["query"][-1, :-1],
+            key=self._key_moments(self.shift.double()),
             value=covariance(self.sums["value"] / self.weight_sum, shifted_mean),
             value_mean=shifted_mean + self.shift.double(),
             **per_token,
         )
 
 
-def whiten(pre: Pairs, post: Pairs, moments: Moments, scale: float, damping: float) -> tuple[Pairs, Pairs]:
+def rotation_weights(tensor: RotaryPairs) -> Tensor:
+    """How much the rotation of each pair matters in its head: shares of the squared norm. (H, D/2)"""
+    left, right = (side.square().unflatten(-1, (-1, 2)).sum((1, 3)) for side in (tensor.left, tensor.right))
+    return left * right / (left * right).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
+    """Weighted means of cos(angle(l) - angle(m)) over a head's rotations; prefix tokens have the angle 0.
+
+    Args:
+        rope: table, see ``vit_tucker.attention.rope``.
+        spec: of the host.
+        weights: of the rotations, (H, D/2).
+        num_tokens: N.
+
+    Returns:
+        (H, N, N), or (B, H, N, N) for tables per image.
+    """
+    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half))  # (..., N', D/2)
+    if sin.ndim == 2:
+        sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
+    prefix = num_tokens - sin.shape[-2]
+    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
+    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
+    share = weights.unsqueeze(1)  # (H, 1, D/2)
+    return (cos * share) @ cos.mT + (sin * share) @ sin.mT
+
+
+def whiten(
+    pre: Pairs | RotaryPairs, post: Pairs, moments: Moments, scale: float, damping: float
+) -> tuple[Pairs | RotaryPairs, Pairs]:
     """Both weight tensors in the metrics of the tokens: the squared norm of a change is the error it makes, to first order.
 
     Args:
@@ -188,29 +262,39 @@ def whiten(pre: Pairs, post: Pairs, moments: Moments, scale: float, damping: flo
         damping: of the metrics, relative to their mean eigenvalue.
 
     Returns:
-        Tensors of the same shapes. The unit is that of E (g . dy)^2, see above; heads are weighted by their influence.
+        Tensors of the same kinds and shapes. The unit is that of E (g . dy)^2, see above; heads are weighted by their
+        influence.
     """
-    width = pre.left.shape[1]
-    query, key = metric_root(moments.query[:width, :width], damping), metric_root(mean_metric(moments.key), damping)
+    rows, columns = pre.left.shape[1], pre.right.shape[1]
+    query = metric_root(moments.query[:rows, :rows], damping)
+    key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
     output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
     traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
     heads = scale * traces.sqrt()
-    return (
-        Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right),
-        Pairs(output.root @ post.left, value.root @ post.right),
-    )
+    whitened_post = Pairs(output.root @ post.left, value.root @ post.right)
+    if isinstance(pre, RotaryPairs):
+        return whiten_rotary(pre, query.root, key.root, heads), whitened_post
+    return Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right), whitened_post
 
 
 def attention_maps(
-    x: Tensor, weights: MHAWeights, spec: HostSpec, attn_mask: Tensor | None, is_causal: bool
+    x: Tensor,
+    weights: MHAWeights,
+    spec: HostSpec,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    rope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The host's softmax rows (B, H, N, N), queries and keys (B, H, N, D), with its biases and query/key norms."""
+    """The host's softmax rows (B, H, N, N), queries and keys (B, H, N, D), with its biases, query/key norms and rotations."""
     q = heads_of(x, weights.query, weights.query_bias)
     k = heads_of(x, weights.key, weights.key_bias)
     norms = spec.extras.get("qk_norm", {})
     if norms:
         dtype = next((p.dtype for norm in norms.values() for p in norm.parameters()), q.dtype)
         q, k = norms["q_norm"](q.to(dtype)).to(q.dtype), norms["k_norm"](k.to(dtype)).to(k.dtype)
+    if spec.rope is not None:
+        prefix, half = spec.rope.num_prefix_tokens, spec.rope.half
+        q, k = rotate_heads(q, rope, prefix, half), rotate_heads(k, rope, prefix, half)
     scores = add_mask(q * spec.scale @ k.mT, attn_mask, is_causal)
     return scores.softmax(-1), q, k
 

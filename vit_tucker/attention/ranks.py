@@ -14,15 +14,32 @@ from typing import Any
 from vit_tucker.attention.base import HostSpec
 from vit_tucker.attention.options import RankRule
 from vit_tucker.attention.sdpa import attend_flops
+from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
 from vit_tucker.tensor.tucker import Pairs
 
 
 def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
-    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2)."""
+    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2).
+
+    With RoPE each head's pairs keep their rotations, so that the latent key must hold all H*D columns.
+    """
     query = min(spec.embed_dim + spec.qkv_bias, spec.attn_dim)
-    key_value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
-    return (spec.num_heads, query, key_value), (spec.num_heads, output, key_value)
+    value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
+    key = value if spec.rope is None else spec.attn_dim
+    return (spec.num_heads, query, key), (spec.num_heads, output, value)
+
+
+def even_rank(rank: int) -> int:
+    """The next lower even number, 2 at least: what latent RoPE, which rotates pairs, makes of a rank."""
+    return max(2, rank - rank % 2)
+
+
+def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
+    """Raise PatchError for a latent key of odd width on a host with RoPE."""
+    if spec.rotates_latent and rank % 2:
+        lower = f"{rank - 1} or " if rank > 1 else ""
+        raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
 
 
 def has_out_bias(spec: HostSpec) -> bool:
@@ -75,14 +92,14 @@ def layer_tables(
     Args:
         rule: flops counts operations, budget and energy count parameters.
         spec: the host.
-        pre, post: its tensors, plain or whitened, in units that compare across layers.
+        pre, post: its tensors, plain or whitened, in units that compare across layers; with RoPE the lifted pre-softmax tensor.
         dense: cost of the dense layer.
         calls, num_tokens: sequences per image, and tokens of each: for flops.
     """
     heads, width = spec.num_heads, spec.embed_dim
 
-    def parameters(left: int, bias: int) -> Any:
-        return lambda r1, r2, r3: tensor_weights(r1, r2, r3, heads, left, width) + bias * r2
+    def parameters(left: int, bias: int, key_bias: int = 0) -> Any:
+        return lambda r1, r2, r3: tensor_weights(r1, r2, r3, heads, left, width) + bias * r2 + key_bias * r3
 
     def flops(left: int) -> Any:
         return lambda r1, r2, r3: (
@@ -92,9 +109,10 @@ def layer_tables(
 
     counts_flops = rule.flops is not None
     costs = (flops(width), flops(spec.out_dim)) if counts_flops else (
-        parameters(width, int(spec.qkv_bias)), parameters(spec.out_dim, 0))  # fmt: skip
+        parameters(width, int(spec.qkv_bias), int(spec.latent_key_bias)), parameters(spec.out_dim, 0))  # fmt: skip
+    rotary = spec.rope is not None
     tables = [
-        rank_table(pairs, full, cost, rule.multiple_of)
+        rank_table(pairs, full, cost, rule.multiple_of, rotary=rotary and pairs is pre)
         for pairs, full, cost in zip((pre, post), full_ranks(spec), costs, strict=True)
     ]
     fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec)

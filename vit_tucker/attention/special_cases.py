@@ -9,6 +9,7 @@ A query bias is one more coordinate of the query mode: where the queries have fe
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Appendix B.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def to_dense(layer: AttentionModule) -> DenseTensors:
     """W_i = WQ_i WK_i^T and Wt_i = WV_i WO_i of any layer of ours, formed in full.
 
     Args:
-        layer: MHA, GQA, MLA or Tucker, without query/key norms or gates.
+        layer: MHA, GQA, MLA or Tucker, without query/key norms, gates or RoPE.
 
     Raises:
         PatchError: the layer's attention is not bilinear in its tokens.
@@ -55,7 +56,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     Nothing is approximated: bases are the layer's own projections, the cores select or multiply their columns.
 
     Args:
-        layer: MHA, GQA (MQA), MLA or Tucker, without query/key norms or gates; biases included.
+        layer: MHA, GQA (MQA), MLA or Tucker, without query/key norms, gates or RoPE; biases included.
 
     Returns:
         A Tucker layer with the layer's device, dtype, dropout and mode.
@@ -73,6 +74,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker.fused_attn = layer.fused_attn
     with torch.no_grad():
         tucker.set_tensors(pre, post, layer.folded_out_bias())
+    keep_position_bias(layer, tucker)
     return tucker.requires_grad_(like.requires_grad).train(layer.training)
 
 
@@ -80,7 +82,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
     """The same attention as multi-head attention, where the ranks allow it: each W_i and Wt_i must have rank head_dim at most.
 
     Args:
-        layer: any layer of ours, without query/key norms or gates.
+        layer: any layer of ours, without query/key norms, gates or RoPE.
         tolerance: singular values below this share of the largest count as zero.
 
     Returns:
@@ -114,6 +116,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
             mha.proj.bias.zero_()
             if dense.out_bias is not None:
                 mha.proj.bias.copy_(dense.out_bias)
+    keep_position_bias(layer, mha)
     return mha.requires_grad_(like.requires_grad).train(layer.training)
 
 
@@ -137,9 +140,15 @@ def split_rank(tensor: Tensor, rank: int, tolerance: float, name: str) -> tuple[
 
 
 def refuse_nonlinear(layer: AttentionModule) -> None:
-    """Raise PatchError for a layer whose scores or outputs pass through a norm or a gate."""
-    if layer.extras:
-        raise PatchError(f"{type(layer).__name__} with {', '.join(layer.extras)} is not bilinear in its tokens")
+    """Raise PatchError for a layer whose scores or outputs pass through a norm, a gate or rotations."""
+    features = [*layer.extras, *(["RoPE"] if layer.spec.rope is not None else [])]
+    if features:
+        raise PatchError(f"{type(layer).__name__} with {', '.join(features)} is not bilinear in its tokens")
+
+
+def keep_position_bias(layer: AttentionModule, new: AttentionModule) -> None:
+    """Give a new layer a copy of the other's position bias, which adds to the scores whatever made them."""
+    new.position_bias = copy.deepcopy(layer.position_bias)
 
 
 def ranks_of(tucker: Tucker) -> tuple[int, int, int]:

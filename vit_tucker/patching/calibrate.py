@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.call import Call, to_sequences
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
@@ -140,9 +141,10 @@ def fit_readouts(
     errors = {layer.name: ErrorSums() for layer in layers}
     remaining = {name: iter(values) for name, values in weights.items()}
 
-    def see(layer: CalibratedLayer, x: Tensor, given: dict[str, Any], y: Tensor) -> None:
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         with timed(layer):
-            mixed = layer.replacement.mix(x, **given)
+            y = to_sequences(y, layer.host.spec.layout)
+            mixed = layer.replacement.mix(*call)
             errors[layer.name].add(layer.replacement.readout(mixed), y)
             if layer.name not in sums:
                 sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
@@ -171,9 +173,9 @@ def refine_layer(
     calls: list[LayerCall] = []
     remaining = iter(weights)
 
-    def see(layer: CalibratedLayer, x: Tensor, given: dict[str, Any], y: Tensor) -> None:
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
-        calls.append(LayerCall(x, y, probe, **given))
+        calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:]))
 
     with watching([layer], see):
         for batch in images:
@@ -188,8 +190,8 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
     """Fill in each layer's output error, on the tokens of the dense model."""
     errors = {layer.name: ErrorSums() for layer in layers}
 
-    def see(layer: CalibratedLayer, x: Tensor, given: dict[str, Any], y: Tensor) -> None:
-        errors[layer.name].add(layer.replacement(x, **given), y)
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
+        errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
 
     with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
         for batch in images:

@@ -3,16 +3,19 @@
 A host is recognised by its exact class; a subclass may compute something else. A new host is one reader here.
 """
 
-from collections.abc import Callable
+import copy
+import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Attention as TimmAttention
-from torch import nn
+from torch import Tensor, nn
 
-from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.base import HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.call import PositionBias
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.errors import PatchError
 
 
@@ -23,50 +26,268 @@ class Host:
     Attributes:
         spec: shape and options.
         weights: canonical weights in the module's dtype; on the meta device they hold no data.
+        parameters: what the layer has.
     """
 
     spec: HostSpec
     weights: MHAWeights
+    parameters: ParameterCount
 
 
-def read_timm_attention(module: nn.Module) -> Host:
-    """Reader for timm.layers.Attention (in timm.models.vision_transformer before timm 1.0.16).
+Projections = dict[str, Tensor | None]
+"""Weights (heads, C, D) and biases (heads, D) of query, key and value under the names of ``MHAWeights``."""
 
-    Capabilities are asked of the module, not of timm's version: older classes simply lack ``norm`` and ``gate``.
+
+def read_fused(m: Any, heads_first: bool = False) -> Projections:
+    """One projection ``qkv`` for all, Linear or 1x1 convolution, its outputs ordered (qkv, head, D) or (head, qkv, D)."""
+    bias = getattr(m, "q_bias", None)
+    if bias is not None:  # BEiT, EVA: keys have none, but for a buffer of zeros
+        bias = torch.cat([m.q_bias, torch.zeros_like(m.q_bias), m.v_bias])
+    bias = m.qkv.bias if bias is None else bias
+    order = (m.num_heads, 3, -1) if heads_first else (3, m.num_heads, -1)
+
+    def split(rows: Tensor) -> Tensor:
+        parts = rows.unflatten(0, order)
+        return parts.transpose(0, 1) if heads_first else parts  # (3, H, D, ...)
+
+    query, key, value = split(m.qkv.weight.flatten(1)).mT.unbind(0)  # each (H, C, D)
+    weights: Projections = {"query": query, "key": key, "value": value}
+    if bias is not None:
+        weights["query_bias"], weights["key_bias"], weights["value_bias"] = split(bias).unbind(0)
+    if getattr(m, "q_bias", None) is not None:
+        weights["key_bias"] = None
+    return weights
+
+
+def read_unfused(m: Any) -> Projections:
+    """Projections of their own, ``q_proj``, ``k_proj`` and ``v_proj``; the latter may have fewer heads."""
+    weights: Projections = {}
+    for name, linear in (("query", m.q_proj), ("key", m.k_proj), ("value", m.v_proj)):
+        heads = m.num_heads if name == "query" else getattr(m, "num_kv_heads", m.num_heads)
+        repeat = m.num_heads // heads
+        weights[name] = linear.weight.unflatten(0, (heads, -1)).mT.repeat_interleave(repeat, 0)  # (H, C, D)
+        if linear.bias is not None:
+            weights[f"{name}_bias"] = linear.bias.unflatten(0, (heads, -1)).repeat_interleave(repeat, 0)
+    return weights
+
+
+def read_split(m: Any) -> Projections:
+    """TNT: one projection ``qk`` for queries and keys, one ``v`` for values."""
+    weights: Projections = {}
+    for names, linear in ((("query", "key"), m.qk), (("value",), m.v)):
+        parts = linear.weight.unflatten(0, (len(names), m.num_heads, -1)).mT
+        weights.update(zip(names, parts.unbind(0), strict=True))
+        if linear.bias is not None:
+            biases = linear.bias.unflatten(0, (len(names), m.num_heads, -1)).unbind(0)
+            weights.update({f"{name}_bias": bias for name, bias in zip(names, biases, strict=True)})
+    return weights
+
+
+def make_host(
+    m: Any,
+    projections: Projections,
+    position_bias: PositionBias | None = None,
+    heads_last: bool = False,
+    **options: Any,
+) -> Host:
+    """Host of a module from its projections; norms, gate and rates are asked of the module: older classes lack some.
+
+    Args:
+        m: the module, with ``proj``.
+        projections: of the heads.
+        position_bias: additive bias of its scores.
+        heads_last: the output projection takes its inputs ordered (D, head) instead of (head, D).
+        options: of HostSpec, ``layout`` and ``rope``.
+
+    Raises:
+        PatchError: the softmax scale is not that of the head width, or heads of different widths.
     """
-    m: Any = module
-    heads, width = m.num_heads, m.qkv.out_features // 3
+    query, value = projections["query"], projections["value"]
+    assert query is not None
+    assert value is not None
+    heads, embed_dim, head_dim = query.shape
+    if value.shape != query.shape:
+        raise PatchError(f"its queries have width {head_dim}, its values {value.shape[-1]}")
+    if abs(m.scale - head_dim**-0.5) > 1e-9:
+        raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {head_dim**-0.5}")
     extras: dict[str, dict[str, nn.Module]] = {}
-    if not isinstance(m.q_norm, nn.Identity) or not isinstance(m.k_norm, nn.Identity):
+    if not all(isinstance(getattr(m, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
         extras["qk_norm"] = {"q_norm": m.q_norm, "k_norm": m.k_norm}
     if not isinstance(getattr(m, "norm", nn.Identity()), nn.Identity):
         extras["scale_norm"] = {"norm": m.norm}
     if getattr(m, "gate", None) is not None:
         extras["gate"] = {"gate": m.gate}
+    if position_bias is not None:
+        extras["position_bias"] = {"position_bias": position_bias}
+    kv_heads = getattr(m, "num_kv_heads", heads)
     spec = HostSpec(
-        embed_dim=m.qkv.in_features,
+        embed_dim=embed_dim,
         num_heads=heads,
-        head_dim=width // heads,
-        out_dim=m.proj.out_features,
-        qkv_bias=m.qkv.bias is not None,
+        head_dim=head_dim,
+        out_dim=m.proj.weight.shape[0],
+        qkv_bias=projections.get("query_bias") is not None,
+        key_bias=projections.get("key_bias") is not None or projections.get("query_bias") is None,
+        num_kv_heads=None if kv_heads == heads else kv_heads,
         proj_bias=m.proj.bias is not None,
-        attn_drop=m.attn_drop.p,
-        proj_drop=m.proj_drop.p,
-        fused_attn=m.fused_attn,
+        attn_drop=getattr(getattr(m, "attn_drop", None), "p", 0.0),
+        proj_drop=getattr(getattr(m, "proj_drop", None), "p", 0.0),
+        fused_attn=getattr(m, "fused_attn", True),
         extras=extras,
+        **options,
     )
-    if abs(m.scale - spec.scale) > 1e-9:
-        raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {spec.scale}")
-    query, key, value = m.qkv.weight.unflatten(0, (3, heads, -1)).mT.unbind(0)  # each (H, C, D)
-    biases: dict[str, torch.Tensor] = {}
-    if m.qkv.bias is not None:
-        names = ("query_bias", "key_bias", "value_bias")
-        biases = dict(zip(names, m.qkv.bias.unflatten(0, (3, heads, -1)).unbind(0), strict=True))  # each (H, D)
-    out = m.proj.weight.mT.unflatten(0, (heads, -1))  # (H, D, O)
-    return Host(spec, MHAWeights(query, key, value, out, out_bias=m.proj.bias, **biases))
+    out = m.proj.weight.flatten(1).mT  # (H*D, O)
+    out = out.unflatten(0, (head_dim, heads)).transpose(0, 1) if heads_last else out.unflatten(0, (heads, head_dim))
+    weights = (query.numel() // heads) * (heads + 2 * kv_heads) + out.numel()
+    total = sum(p.numel() for p in m.parameters())
+    dense = MHAWeights(**projections, out=out, out_bias=m.proj.bias)  # type: ignore[arg-type]
+    return Host(spec, dense, ParameterCount(weights, total - weights))
 
 
-READERS: dict[type[nn.Module], Callable[[nn.Module], Host]] = {TimmAttention: read_timm_attention}
+def rope_of(m: Any, per_head: bool) -> RopeSpec:
+    """How a module of EVA's kind rotates its queries and keys."""
+    return RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
+
+
+def read_rotary(m: Any, per_head: bool) -> Host:
+    """AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
+        raise PatchError("fused projections with fewer key/value heads")
+    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope_of(m, per_head))
+
+
+def bias_table(m: Any, *kept: str) -> PositionBias | None:
+    """The bias of BEiT and Swin, a table in the attention module itself: a copy of the module with nothing else in it."""
+    if m.relative_position_bias_table is None:
+        return None
+    source = copy.copy(m)
+    for group in ("_parameters", "_buffers", "_modules"):
+        setattr(source, group, {name: value if name in kept else None for name, value in getattr(m, group).items()})
+    return PositionBias(source, "_get_rel_pos_bias")
+
+
+def read_table(m: Any) -> Host:
+    """BEiT's Attention and Swin's WindowAttention."""
+    bias = bias_table(m, "relative_position_bias_table", "relative_position_index")
+    return make_host(m, read_fused(m), bias)
+
+
+def bias_module(m: Any) -> PositionBias | None:
+    """The bias of a ``rel_pos`` module."""
+    return None if m.rel_pos is None else PositionBias(m.rel_pos, "get_bias")
+
+
+def read_sam(m: Any) -> Host:
+    """SAM's ViT without relative positions."""
+    if m.use_rel_pos:
+        raise PatchError(BY_QUERIES)
+    if m.rope is not None:
+        raise PatchError("it holds its own table of rotations")
+    return make_host(m, read_fused(m), layout="grid")
+
+
+READERS: dict[str, Callable[[Any], Host]] = {
+    "timm.models.vision_transformer.Attention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.beit.Attention": read_table,
+    "timm.models.swin_transformer.WindowAttention": read_table,
+    "timm.models.vision_transformer_relpos.RelPosAttention": lambda m: make_host(m, read_fused(m), bias_module(m)),
+    "timm.models.maxxvit.AttentionCl": lambda m: make_host(
+        m, read_fused(m, m.head_first), bias_module(m), layout="grid"
+    ),
+    "timm.models.maxxvit.Attention2d": lambda m: make_host(
+        m, read_fused(m, m.head_first), bias_module(m), layout="channels_first"
+    ),
+    "timm.models.vision_transformer_sam.Attention": read_sam,
+    "timm.models.davit.WindowAttention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.nest.Attention": lambda m: make_host(m, read_fused(m), heads_last=True),
+    "timm.models.metaformer.Attention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.convit.MHSA": lambda m: make_host(m, read_fused(m)),
+    "timm.models.tnt.Attention": lambda m: make_host(m, read_split(m)),
+    "timm.models.volo.Attention": lambda m: make_host(m, read_fused(m), layout="grid"),
+    "timm.models.fastvit.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
+    "timm.models.visformer.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
+}
+"""Readers by the class's place in timm."""
+ROTARY = ("timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention")
+
+COSINE = "cosine attention: the scores of normalised queries and keys, scaled head by head"
+COARSER = "its keys and values come from a coarser grid"
+POOLED = "its queries are pooled"
+MERGED = "attention and MLP share their projections in one block"
+BY_QUERIES = "its relative position bias depends on the queries: no additive mask carries it"
+CONVOLUTIONS = "its projections are strided or spatial convolutions"
+CHANNELS = "channels attend, not tokens"
+REFUSED = {
+    "timm.models.convit.GPSA": "positional attention is mixed in after the softmax",
+    "timm.models.cait.TalkingHeadAttn": "its heads are mixed before and after the softmax",
+    "timm.models.swin_transformer_v2.WindowAttention": COSINE,
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": COSINE,
+    "timm.models.levit.Attention": "its values are wider than its queries, and batch norms follow its projections",
+    "timm.models.levit.AttentionDownsample": "its queries come from a coarser grid than its keys",
+    "timm.models.efficientformer.Attention": "its values are wider than its queries",
+    "timm.models.efficientformer_v2.Attention2d": "its heads are mixed before and after the softmax",
+    "timm.models.efficientformer_v2.Attention2dDownsample": "its queries come from a coarser grid than its keys",
+    "timm.models.tiny_vit.Attention": "it normalises its own input",
+    "timm.models.mvitv2.MultiScaleAttention": "its queries, keys and values are pooled",
+    "timm.models.mvitv2.MultiScaleAttentionPoolFirst": "its queries, keys and values are pooled",
+    "timm.models.hieradet_sam2.MultiScaleAttention": POOLED,
+    "timm.models.hiera.MaskUnitAttention": "its queries are pooled within mask units",
+    "timm.models.pvt_v2.Attention": COARSER,
+    "timm.models.twins.GlobalSubSampleAttn": COARSER,
+    "timm.models.twins.LocallyGroupedAttn": "it cuts its input into windows itself",
+    "timm.models.nextvit.EfficientAttention": COARSER,
+    "timm.models.gcvit.WindowAttentionGlobal": "its queries may come from outside",
+    "timm.models.coat.FactorAttnConvRelPosEnc": "factorised attention: there are no scores between tokens",
+    "timm.models.efficientvit_msra.CascadedGroupAttention": "each head's input is the output of the one before",
+    "timm.models.efficientvit_msra.LocalWindowAttention": "its heads follow one another",
+    "timm.models.cpubone.ConvAttention": CONVOLUTIONS,
+    "timm.models.lowformer.ConvAttention": CONVOLUTIONS,
+    "timm.layers.attention2d.MultiQueryAttention2d": CONVOLUTIONS,
+    "timm.models.gemma4_vit.Gemma4Attention": "its values are normalised, and its scores are not scaled",
+    "timm.layers.diff_attention.DiffAttention": "its weights are the difference of two softmaxes",
+    "timm.layers.halo_attn.HaloAttn": BY_QUERIES,
+    "timm.layers.bottleneck_attn.BottleneckAttn": BY_QUERIES,
+    "timm.models.vision_transformer.ParallelScalingBlock": MERGED,
+    "timm.models.vision_transformer.DiffParallelScalingBlock": MERGED,
+}
+"""Why no method of ours can take such a layer's place."""
+LEFT_ALONE = {
+    "timm.models.cait.ClassAttn": "only the class token attends",
+    "timm.models.volo.ClassAttention": "only the class token attends",
+    "timm.models.volo.OutlookAttention": "its weights come from a projection, not from queries and keys",
+    "timm.models.xcit.XCA": CHANNELS,
+    "timm.models.edgenext.CrossCovarianceAttn": CHANNELS,
+    "timm.models.davit.ChannelAttention": CHANNELS,
+    "timm.models.davit.ChannelAttentionV2": CHANNELS,
+}
+"""What stands beside self-attention and stays as it is."""
+
+
+MIXED_ROPE = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
+"""The embedding whose tables differ from head to head."""
+
+
+def class_at(place: str) -> type[nn.Module] | None:
+    """The class at a place 'module.Class'; None where this timm has none."""
+    module, _, name = place.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else None
+
+
+def classes_at(places: Iterable[str]) -> dict[type[nn.Module], str]:
+    """The classes that this timm has, with their places."""
+    found = {class_at(place): place for place in places}
+    return {cls: place for cls, place in found.items() if cls is not None}
+
+
+READERS_BY_CLASS = {cls: READERS[place] for cls, place in classes_at(READERS).items()}
+ROTARY_CLASSES = tuple(classes_at(ROTARY))
+REASONS_BY_CLASS = {cls: REFUSED[place] for cls, place in classes_at(REFUSED).items()}
+LEFT_ALONE_BY_CLASS = {cls: LEFT_ALONE[place] for cls, place in classes_at(LEFT_ALONE).items()}
+SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
+"""Classes in which tokens attend to each other, whether a method of ours can take their place or not."""
 
 
 def class_name(module: nn.Module) -> str:
@@ -74,64 +295,31 @@ def class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def looks_like_attention(module: nn.Module) -> bool:
-    """By the class's name and a number of heads: what a user may take for attention, known to us or not."""
-    name = type(module).__name__.lower()
-    return ("attention" in name or name.endswith("attn")) and hasattr(module, "num_heads")
+def has_mixed_rope(model: nn.Module) -> bool:
+    """Whether the model makes its tables of rotations head by head."""
+    mixed = class_at(MIXED_ROPE)
+    return mixed is not None and any(type(module) is mixed for module in model.modules())
 
 
-def is_self_attention(module: nn.Module) -> bool:
-    """Whether tokens attend to each other in it: a known class, or a name like one.
-
-    Attention pooling (timm's AttentionPool...) reads tokens out with a learned query, cross-attention takes its queries from
-    elsewhere: no weights of ours fit them.
-    """
-    if isinstance(module, (*READERS, AttentionModule)):
-        return True
-    name = type(module).__name__
-    return looks_like_attention(module) and not name.startswith("AttentionPool") and "Cross" not in name
-
-
-def find_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """All self-attention modules of a model by full name, in the model's order; a shared module under each of its names."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if is_self_attention(module)}
-
-
-def find_other_attention(model: nn.Module) -> list[str]:
-    """Full names of attention pooling and cross-attention, which no method replaces."""
-    return [
-        name for name, module in model.named_modules() if looks_like_attention(module) and not is_self_attention(module)
-    ]
-
-
-def read_host(module: nn.Module) -> Host:
+def read_host(module: nn.Module, mixed_rope: bool = False) -> Host:
     """Read an attention module.
 
+    Args:
+        module: of a model.
+        mixed_rope: the model makes its tables of rotations head by head.
+
     Raises:
-        PatchError: unknown class, or an option that no method can carry; the message lacks the module's name.
+        PatchError: unknown class, or something that no method can carry; the message lacks the module's name.
     """
     if isinstance(module, AttentionModule):
         raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
-    reader = READERS.get(type(module))
-    if reader is None:
-        known = ", ".join(f"{cls.__module__}.{cls.__qualname__}" for cls in READERS)
-        raise PatchError(f"unknown attention class {class_name(module)} (known: {known}); leave it alone with exclude=")
+    cls = type(module)
+    reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
+    if reason is not None:
+        raise PatchError(f"{class_name(module)} can't be replaced: {reason}; leave it alone with exclude=")
     with torch.no_grad():
-        return reader(module)
-
-
-WRAPPERS = {
-    "DistributedDataParallel": "patch the model before it is wrapped (before accelerator.prepare)",
-    "DataParallel": "patch the model before it is wrapped",
-    "FullyShardedDataParallel": "patch the model before it is wrapped (before accelerator.prepare)",
-    "OptimizedModule": "patch the model before torch.compile",
-}
-
-
-def refuse_wrapped(model: nn.Module) -> None:
-    """Raise PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
-    for name, module in model.named_modules():
-        advice = WRAPPERS.get(type(module).__name__)
-        if advice is not None:
-            where = f"module '{name}'" if name else "the model"
-            raise PatchError(f"{where} is a {type(module).__name__}: {advice}")
+        if cls in ROTARY_CLASSES:
+            return read_rotary(module, mixed_rope)
+        if cls in READERS_BY_CLASS:
+            return READERS_BY_CLASS[cls](module)
+    raise PatchError(f"unknown attention class {class_name(module)}; leave it alone with exclude=")

@@ -1,6 +1,6 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import AttentionConfig, HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError
-from vit_tucker.patching import hosts
+from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.probe import count_tokens
@@ -20,6 +21,7 @@ from vit_tucker.patching.ranks import resolve_ranks
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.patching.selection import Selection
 from vit_tucker.patching.watch import collect_images, timed
+from vit_tucker.tensor.rotary import tensor_distance
 from vit_tucker.tensor.tucker import relative_distance
 
 RECORD = "_vit_tucker_patch"
@@ -70,7 +72,7 @@ def patch(
     host's weights are converted in float64; each method says when that is exact.
 
     Args:
-        model: a timm model (or any module that contains timm.layers.Attention), not wrapped by DDP, FSDP or torch.compile.
+        model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile.
         config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
@@ -155,18 +157,19 @@ def _prepare(
     applied: bool,
 ) -> Prepared:
     """Read, check, build and convert everything; nothing in the model changes."""
-    hosts.refuse_wrapped(model)
+    find.refuse_wrapped(model)
     if patch_record(model) is not None:
         raise PatchError("the model is already patched; call vit_tucker.unpatch(model) first")
     if config.calibration is not None and config.init != "pretrained":
         raise PatchError(f"calibration converts pretrained weights, but init is '{config.init}'")
-    found = hosts.find_attention(model)
+    found = find.find_attention(model)
     if not found:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
     chosen = choose_layers(config, list(found))
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)
-    read = {name: _read(name, found[name], configs[name]) for name in chosen}
+    mixed_rope = hosts.has_mixed_rope(model)
+    read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
     tokens = count_tokens(model, chosen, img_size)
     images = None
     if config.calibration is not None and batches is not None:
@@ -187,14 +190,38 @@ def _prepare(
     converted = _convert(model, config, list(built.values()), images)
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
-    left = tuple([name for name in found if name not in read] + hosts.find_other_attention(model))
+    left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
+    notes += rotation_notes(read, layers)
     report = PatchReport(rows, left, applied, notes)
     return Prepared(config, {name: layer.replacement for name, layer in layers.items()}, report)
 
 
-def _read(name: str, module: nn.Module, config: AttentionConfig) -> hosts.Host:
+def rotation_notes(read: Mapping[str, hosts.Host], layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:
+    """What becomes of the rotations of hosts with RoPE: kept head by head, or those of one latent key."""
+    latent = {name: layer.replacement for name, layer in layers.items() if hasattr(layer.replacement, "rope_columns")}
+    ranks = {name: 2 * len(m.rope_columns) for name, m in latent.items() if isinstance(m.rope_columns, Tensor)}
+    cut = [name for name, rank in ranks.items() if rank < read[name].spec.attn_dim]
+    if not ranks:
+        return ()
+    if not cut:
+        return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
+    widths = sorted({ranks[name] for name in cut})
+    full = sorted({read[name].spec.attn_dim for name in cut})
+    return (
+        f"latent RoPE: {len(cut)} layers rotate one latent key of width {in_words(widths)} for all heads, an approximation of "
+        f"the host's RoPE (exact from width {in_words(full)} on)",
+    )
+
+
+def in_words(numbers: Sequence[int]) -> str:
+    """'16', or '16 to 48'"""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> hosts.Host:
     try:
-        host = hosts.read_host(module)
+        host = hosts.read_host(module, mixed_rope)
+        config.refuse_features(host.spec)
         config.check(host.spec)
     except PatchError as error:
         raise PatchError(f"{name}: {error}") from None
@@ -229,22 +256,23 @@ def _convert(
 def _row(
     name: str, layer: CalibratedLayer, config: AttentionConfig, tokens: tuple[int, int] | None, converted: bool
 ) -> LayerReport:
-    host = layer.host
+    host, replacement = layer.host, layer.replacement
     pre_error = post_error = None
     if converted:
         weights = host.weights.double()
-        pre_error = relative_distance(weights.pre_pairs(), layer.replacement.pre_pairs()).item()
-        post_error = relative_distance(weights.post_pairs(), layer.replacement.post_pairs()).item()
+        pre_error = tensor_distance(weights.pre_tensor(host.spec.rope), replacement.pre_tensor()).item()
+        post_error = relative_distance(weights.post_pairs(), replacement.post_pairs()).item()
 
     def flops(method: AttentionConfig, spec: HostSpec) -> int | None:
         return None if tokens is None else tokens[0] * method.count_flops(spec, tokens[1])
 
-    dense = MHAConfig()
+    groups = host.spec.num_kv_heads
+    dense: AttentionConfig = MHAConfig() if groups is None else GQAConfig(num_kv_heads=groups)
     return LayerReport(
         name=name,
         method=config.method,
         options=describe_options(config),
-        params_before=dense.count_parameters(host.spec),
+        params_before=host.parameters,
         params_after=config.count_parameters(host.spec),
         pre_error=pre_error,
         post_error=post_error,

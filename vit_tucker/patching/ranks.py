@@ -16,6 +16,7 @@ from vit_tucker.errors import PatchError
 from vit_tucker.patching.calibrate import collect_moments
 from vit_tucker.patching.hosts import Host
 from vit_tucker.patching.watch import WatchedLayer
+from vit_tucker.tensor.rotary import ordinary
 from vit_tucker.tensor.tucker import Pairs, squared_norm
 
 PRE_WEIGHT = 2.0
@@ -114,10 +115,9 @@ def choose_layer_ranks(
 
 
 def _dense_cost(layer: OpenLayer, calls: int, num_tokens: int) -> int:
-    dense: AttentionConfig = MHAConfig()
     if layer.rule.flops is not None:
-        return calls * dense.count_flops(layer.host.spec, num_tokens)
-    return dense.count_parameters(layer.host.spec).total
+        return calls * MHAConfig().count_flops(layer.host.spec, num_tokens)
+    return layer.host.parameters.total
 
 
 @torch.no_grad()
@@ -133,13 +133,15 @@ def _tensors(
     if calibration is None:
         for layer in layers:
             weights = layer.host.weights.double()
-            pre, post = weights.pre_pairs(), weights.post_pairs()
+            pre, post = ordinary(weights.pre_tensor(layer.host.spec.rope)), weights.post_pairs()
             yield layer, _divided(pre, squared_norm(pre)), _divided(post, squared_norm(post))
         return
     options, images = calibration
     for layer, moments in collect_moments(model, layers, options, images):
         weights, scale = layer.host.weights.double(), layer.host.spec.scale
-        pre, post = whiten(weights.pre_pairs(), weights.post_pairs(), moments, scale, options.damping)
+        given = weights.pre_tensor(layer.host.spec.rope)
+        whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
+        pre = ordinary(whitened)
         unit = squared_norm(post) ** (1.0 if options.objective == "layer" else 0.5)
         yield layer, _divided(pre, unit / PRE_WEIGHT), _divided(post, unit)
 

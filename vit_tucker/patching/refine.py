@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from vit_tucker.attention.call import Call
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall
 from vit_tucker.tensor.metric import Root
@@ -119,5 +120,6 @@ def _loss(layer: AttentionModule | None, call: LayerCall, metric: Tensor) -> Ten
     if layer is None:
         difference = y - y.mean((0, 1))
     else:
-        difference = layer(call.x.to(metric.dtype), attn_mask=call.attn_mask, is_causal=call.is_causal) - y
+        given = Call(call.x.to(metric.dtype), call.attn_mask, call.is_causal, call.rope)
+        difference = layer.run(given) - y
     return ((difference @ metric).square().sum(-1) * call.token_weights().to(metric.dtype)).mean()

@@ -1,5 +1,6 @@
 """Watching attention layers at work: what goes in, what comes out, and what an error there would cost."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
@@ -109,14 +111,15 @@ def memory_groups(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 
 @contextmanager
-def watching(layers: Iterable[Layer], see: Callable[[Layer, Tensor, dict[str, Any], Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, x, options, y)`` at each call of each layer's dense module."""
+def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
+    """Calls ``see(layer, call, y)`` at each call of each layer's dense module; y in the layout of the host."""
 
     def hook(layer: Layer) -> Callable[..., None]:
+        signature, spec = inspect.signature(layer.module.forward), layer.host.spec
+        bias: Any = spec.extras.get("position_bias", {}).get("position_bias")
+
         def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            given = {**dict(zip(("x", "attn_mask", "is_causal"), args, strict=False)), **kwargs}
-            options = {name: given[name] for name in ("attn_mask", "is_causal") if given.get(name) is not None}
-            see(layer, given["x"], options, output)
+            see(layer, read_call(spec.layout, bias, **signature.bind(*args, **kwargs).arguments), output)
 
         return seen
 
@@ -126,6 +129,12 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Tensor, dict[str, An
     finally:
         for handle in handles:
             handle.remove()
+
+
+def detached(call: Call) -> Call:
+    """The call without the graph that made it."""
+    mask, rope = (None if value is None else value.detach() for value in (call.attn_mask, call.rope))
+    return Call(call.x.detach(), mask, call.is_causal, rope)
 
 
 def run_with_probes(
@@ -143,12 +152,12 @@ def run_with_probes(
         return torch.randn(like.shape, generator=generator).to(like)
 
     for batch in images:
-        calls: list[tuple[Layer, Tensor, dict[str, Any], Tensor]] = []
+        calls: list[tuple[Layer, Call, Tensor]] = []
 
-        def note(layer: Layer, x: Tensor, given: dict[str, Any], y: Tensor, calls: Any = calls) -> None:
+        def note(layer: Layer, call: Call, y: Tensor, calls: Any = calls) -> None:
             if backward and not y.requires_grad:
                 y.requires_grad_(True)
-            calls.append((layer, x.detach(), given, y))
+            calls.append((layer, detached(call), y))
 
         with torch.set_grad_enabled(backward), watching(layers, note):
             features = final_features(model, batch).float()
@@ -160,8 +169,9 @@ def run_with_probes(
         else:
             probes = [noise(y) for y in outputs]
         with torch.no_grad():
-            for (layer, x, given, y), probe in zip(calls, probes, strict=True):
-                see(layer, LayerCall(x, y.detach(), probe, **given))
+            for (layer, call, y), probe in zip(calls, probes, strict=True):
+                layout = layer.host.spec.layout
+                see(layer, LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:]))
 
 
 def final_features(model: Any, images: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ core outside the leading (r1, r2, r3) corner. These tables are searched by a Lag
 the triple of least error + weight * cost, and the weight is the one whose triples just fit; what is left is spent step by step.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,9 @@ def rank_steps(full: int, multiple: int) -> Tensor:
     return torch.tensor([*range(step, full, step), full])
 
 
-def rank_table(pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], multiple: int = 1) -> RankTable:
+def rank_table(
+    pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], multiple: int = 1, rotary: bool = False
+) -> RankTable:
     """Error and cost of the truncated HOSVDs of a tensor.
 
     Args:
@@ -56,12 +59,15 @@ def rank_table(pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], 
         full: ranks at which its HOSVD is exact.
         cost: of ranks (r1, r2, r3), in arithmetic that broadcasts.
         multiple: step of the second and third mode; the head mode goes in steps of one.
+        rotary: the tensor is a lifted one (``tensor.rotary``): its third mode is cut as it is, by pairs.
 
     Source: De Lathauwer et al., A multilinear singular value decomposition, 2000 (property 10: what truncation costs).
     """
-    squares = hosvd(pairs, full).core.square().cpu()
+    right = torch.eye(full[2], dtype=pairs.right.dtype, device=pairs.right.device) if rotary else None
+    squares = hosvd(pairs, full, right=right).core.square().cpu()
     kept = squares.cumsum(0).cumsum(1).cumsum(2)
-    r1, r2, r3 = ranks = rank_steps(full[0], 1), rank_steps(full[1], multiple), rank_steps(full[2], multiple)
+    third = math.lcm(multiple, 2) if rotary else multiple
+    r1, r2, r3 = ranks = rank_steps(full[0], 1), rank_steps(full[1], multiple), rank_steps(full[2], third)
     kept = kept[r1 - 1][:, r2 - 1][:, :, r3 - 1]
     norm = kept[-1, -1, -1].item()
     costs = cost(r1[:, None, None], r2[None, :, None], r3[None, None, :]).double()

@@ -48,6 +48,12 @@ def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
     return Root((vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT)
 
 
+def identity_root(size: int, like: Tensor) -> Root:
+    """Root of the identity metric (size, size), with the device and dtype of ``like``."""
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    return Root(eye, eye)
+
+
 def covariance(second_moment: Tensor, mean: Tensor) -> Tensor:
     """E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
     return second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.metric import mean_metric, metric_root
+from vit_tucker.tensor.metric import identity_root, mean_metric, metric_root
 from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, joint_right_basis
 
 Ranks = tuple[int, int, int]
@@ -29,8 +29,8 @@ def head_weights(metrics: Tensor) -> Tensor:
 def whitened_hosvd(
     pairs: Pairs,
     ranks: Ranks,
-    left_metric: Tensor,
-    right_metric: Tensor,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
     damping: float = 1e-3,
     right: Tensor | None = None,
     weights: Tensor | None = None,
@@ -40,8 +40,8 @@ def whitened_hosvd(
     Args:
         pairs: the tensor (H, I, J).
         ranks: (R1, R2, R3).
-        left_metric: (I, I).
-        right_metric: (J, J).
+        left_metric: (I, I), or None for the identity.
+        right_metric: (J, J), or None for the identity.
         damping: see ``metric_root``.
         right: basis (J, R3) of the right mode to use instead of the best.
         weights: (H,), positive: how much each head counts. A head mode cut to less than H keeps what is large; without weights
@@ -53,7 +53,10 @@ def whitened_hosvd(
 
     Source: De Lathauwer et al., 2000, for the whitened tensor.
     """
-    left_root, right_root = metric_root(left_metric, damping), metric_root(right_metric, damping)
+    left_root, right_root = (
+        identity_root(side.shape[1], side) if metric is None else metric_root(metric, damping)
+        for side, metric in zip(pairs, (left_metric, right_metric), strict=True)
+    )
     scale = torch.ones_like(pairs.left[:, 0, 0]) if weights is None else weights
     whitened = Pairs(left_root.root @ (pairs.left * scale[:, None, None]), right_root.root @ pairs.right)
     basis = None if right is None else torch.linalg.qr(right_root.root @ right).Q

@@ -10,7 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
+from vit_tucker.attention.base import (
+    CALL_FEATURES,
+    DENSE_INIT_STD,
+    HostSpec,
+    MHAWeights,
+    ParameterCount,
+    PerHeadConfig,
+    count_extras,
+)
 from vit_tucker.attention.module import (
     PerHeadModule,
     head_bias,
@@ -44,15 +52,15 @@ class GQAConfig(PerHeadConfig):
 
     def check(self, spec: HostSpec) -> None:
         """See base class."""
-        self.refuse_extras(spec)
         if spec.num_heads % self.num_kv_heads:
             divisors = [g for g in range(1, spec.num_heads + 1) if spec.num_heads % g == 0]
             raise PatchError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={spec.num_heads}: one of {divisors}"
             )
-        if self.conversion == "svd" and spec.extras:
+        fixed = [feature for feature in spec.features if feature not in CALL_FEATURES]
+        if self.conversion == "svd" and fixed:
             raise PatchError(
-                f"conversion='svd' changes the head bases, so it can't keep {', '.join(spec.extras)}; use 'mean'"
+                f"conversion='svd' changes the head bases, so it can't keep {', '.join(fixed)}; use 'mean'"
             )
 
     @classmethod
@@ -73,7 +81,9 @@ class GQAConfig(PerHeadConfig):
         """C HD + 2 C GD + HD O weights (2 d^2 + 2 G D d, Table 1)."""
         kv_dim = self.num_kv_heads * spec.head_dim
         weights = spec.embed_dim * (spec.attn_dim + 2 * kv_dim) + spec.attn_dim * spec.out_dim
-        biases = (spec.attn_dim + 2 * kv_dim) * spec.qkv_bias + spec.out_dim * has_proj_bias(spec, self)
+        biases = (spec.attn_dim + (1 + spec.key_bias) * kv_dim) * spec.qkv_bias + spec.out_dim * has_proj_bias(
+            spec, self
+        )
         return ParameterCount(weights, biases + count_extras(spec))
 
 
@@ -91,7 +101,7 @@ class GQA(PerHeadModule):
         self.conversion = config.conversion
         kv_dim = config.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.embed_dim, spec.attn_dim, bias=spec.qkv_bias, **factory)
-        self.k_proj = nn.Linear(spec.embed_dim, kv_dim, bias=spec.qkv_bias, **factory)
+        self.k_proj = nn.Linear(spec.embed_dim, kv_dim, bias=spec.has_key_bias, **factory)
         self.v_proj = nn.Linear(spec.embed_dim, kv_dim, bias=spec.qkv_bias, **factory)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=has_proj_bias(spec, config), **factory)
@@ -102,13 +112,15 @@ class GQA(PerHeadModule):
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
-    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
         v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Exact where num_kv_heads is num_heads; else each group's mean, or its best basis."""
@@ -147,6 +159,7 @@ class GQA(PerHeadModule):
             value=split_heads(linear_weight(self.v_proj), self.num_kv_heads).repeat_interleave(group, 0),
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
             query_bias=head_bias(self.q_proj, self.num_heads),
+            key_bias=head_bias(self.k_proj, self.num_kv_heads, group),
             value_bias=head_bias(self.v_proj, self.num_kv_heads, group),
             out_bias=linear_bias(self.proj),
         )

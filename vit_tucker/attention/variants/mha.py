@@ -30,8 +30,7 @@ class MHAConfig(PerHeadConfig):
     method: Literal["mha"] = "mha"
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
-        self.refuse_extras(spec)
+        """See base class: any host will do."""
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MHAConfig":
@@ -50,17 +49,23 @@ class MHAConfig(PerHeadConfig):
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
         """3 C HD + HD O weights (4 d^2, Table 1)."""
         weights = spec.attn_dim * (3 * spec.embed_dim + spec.out_dim)
-        biases = 3 * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
+        biases = (2 + spec.key_bias) * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
         return ParameterCount(weights, biases + count_extras(spec))
 
 
 class MHA(PerHeadModule):
-    """Multi-head self-attention. Its state dict is that of timm's Attention."""
+    """Multi-head self-attention. Its state dict is that of timm's Attention, of EvaAttention where keys have no bias."""
+
+    q_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
 
     def __init__(self, spec: HostSpec, **factory: Any) -> None:
         super().__init__(spec)
         self.num_kv_heads = spec.num_heads
-        self.qkv = nn.Linear(spec.embed_dim, 3 * spec.attn_dim, bias=spec.qkv_bias, **factory)
+        self.qkv = nn.Linear(spec.embed_dim, 3 * spec.attn_dim, bias=spec.has_key_bias, **factory)
+        without_key = spec.qkv_bias and not spec.key_bias
+        for name in ("q_bias", "v_bias"):
+            setattr(self, name, nn.Parameter(torch.empty(spec.attn_dim, **factory)) if without_key else None)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
         self.init_weights()
@@ -69,18 +74,29 @@ class MHA(PerHeadModule):
         """Normal with timm's standard deviation."""
         for linear in (self.qkv, self.proj):
             init_linear(linear, DENSE_INIT_STD)
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
-    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
+        qkv = self.qkv(x)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Exact."""
         qkv = torch.cat([join_heads(w) for w in (weights.query, weights.key, weights.value)], -1)
         biases = [b for b in (weights.query_bias, weights.key_bias, weights.value_bias) if b is not None]
+        if self.q_bias is not None and self.v_bias is not None:
+            self.q_bias.copy_(biases[0].flatten())
+            self.v_bias.copy_(biases[-1].flatten())
         set_linear(self.qkv, qkv, torch.cat([b.flatten() for b in biases]) if biases else None)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
 
@@ -96,6 +112,10 @@ class MHA(PerHeadModule):
         """See base class."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
         biases = head_bias(self.qkv, 3 * self.num_heads)
-        query_bias, _, value_bias = (None, None, None) if biases is None else biases.chunk(3)
+        query_bias, key_bias, value_bias = (None, None, None) if biases is None else biases.chunk(3)
+        if self.q_bias is not None and self.v_bias is not None:
+            query_bias, value_bias = (
+                bias.detach().double().unflatten(0, (self.num_heads, -1)) for bias in (self.q_bias, self.v_bias)
+            )
         out = linear_weight(self.proj).unflatten(0, (self.num_heads, -1))
-        return MHAWeights(query, key, value, out, query_bias, None, value_bias, linear_bias(self.proj))
+        return MHAWeights(query, key, value, out, query_bias, key_bias, value_bias, linear_bias(self.proj))

@@ -2,16 +2,21 @@
 
     Q_i = x WDQ WUQ_i,  K_i = x WDKV WUK_i,  V_i = x WDKV WUV_i
     parameters per layer: d^2 + 5 d c with one latent of width c for keys and values, d^2 + 6 d c with two
-Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 (without the decoupled RoPE).
+
+For hosts with RoPE the latent key itself is rotated (latent RoPE; no decoupled RoPE): Q_i WUK_i^T meets x WDKV, both rotated, so
+that a query is still one matrix times a token. All heads then share the latent as key and value. Where norms of the heads' keys
+come before the rotation there is no such form; then each head's key is rotated, as in the host.
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
+from vit_tucker.attention.latent import LatentKeys, latent_keys
 from vit_tucker.attention.module import (
     PerHeadModule,
     head_bias,
@@ -23,9 +28,13 @@ from vit_tucker.attention.module import (
     split_heads,
 )
 from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, rotate_latent, spread_columns
+from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
@@ -44,7 +53,7 @@ class MLAConfig(PerHeadConfig):
 
     def check(self, spec: HostSpec) -> None:
         """See base class."""
-        self.refuse_extras(spec)
+        refuse_odd(spec, "kv_lora_rank", self.kv_lora_rank)
         for name, limit in zip(("q_lora_rank", "kv_lora_rank"), full_ranks(spec, self.shared_kv), strict=True):
             if getattr(self, name) > limit:
                 raise PatchError(f"{name}={getattr(self, name)} is above its full rank {limit}")
@@ -52,14 +61,15 @@ class MLAConfig(PerHeadConfig):
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
         """Latents as wide as the projections' ranks."""
-        query, key_value = full_ranks(spec, shared_kv=True)
-        return cls(q_lora_rank=query, kv_lora_rank=key_value)
+        shared = not spec.rotates_latent
+        query, key_value = full_ranks(spec, shared)
+        return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "MLAConfig":
         """Latents of an eighth of the width."""
         rank = max(1, spec.embed_dim // 8)
-        return cls(q_lora_rank=rank, kv_lora_rank=rank)
+        return cls(q_lora_rank=rank, kv_lora_rank=even_rank(rank) if spec.rotates_latent else rank)
 
     def build(self, spec: HostSpec, **factory: Any) -> "MLA":
         """See base class."""
@@ -70,28 +80,50 @@ class MLAConfig(PerHeadConfig):
         query = self.q_lora_rank * (spec.embed_dim + spec.attn_dim)
         latents = 1 if self.shared_kv else 2
         key_value = self.kv_lora_rank * (latents * spec.embed_dim + 2 * spec.attn_dim)
-        key_bias = "qk_norm" in spec.extras
-        biases = (2 + key_bias) * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
+        key_bias = spec.attn_dim * has_head_key_bias(spec) + self.kv_lora_rank * spec.latent_key_bias
+        biases = 2 * spec.attn_dim * spec.qkv_bias + key_bias + spec.out_dim * spec.proj_bias
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class. With RoPE queries and outputs of width cKV, instead of the heads' keys and values."""
+        flops = super().count_flops(spec, num_tokens)
+        if not spec.rotates_latent:
+            return flops
+        heads, width = spec.num_heads, spec.head_dim
+        expanded = attend_flops(heads, num_tokens, width, width)
+        return flops - expanded + attend_flops(heads, num_tokens, self.kv_lora_rank, self.kv_lora_rank)
 
 
 def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
-    """The largest useful latents of queries and of keys and values."""
+    """The largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
     key_value = spec.attn_dim * (2 if shared_kv else 1)
-    return min(spec.embed_dim, spec.attn_dim), min(spec.embed_dim, key_value)
+    return min(spec.embed_dim, spec.attn_dim), key_value if spec.rotates_latent else min(spec.embed_dim, key_value)
+
+
+def has_head_key_bias(spec: HostSpec) -> bool:
+    """Each head's key has a bias: it cancels in the softmax unless a norm follows it."""
+    return spec.has_key_bias and "qk_norm" in spec.extras
 
 
 class MLA(PerHeadModule):
-    """Multi-head latent self-attention, trained in its expanded form (queries and keys of width D)."""
+    """Multi-head latent self-attention, trained in its expanded form (queries and keys of width D), with RoPE in its absorbed
+    form. Then the buffer rope_columns (cKV/2,) says by which column of the host's table each latent pair rotates.
+    """
+
+    rope_columns: Tensor | None
 
     def __init__(self, spec: HostSpec, config: MLAConfig, **factory: Any) -> None:
         super().__init__(spec)
         self.num_kv_heads = spec.num_heads
         bias = spec.qkv_bias
-        key_bias = bias and "qk_norm" in spec.extras  # a key bias cancels in the softmax unless a norm follows it
+        key_bias = has_head_key_bias(spec)
         self.q_down = nn.Linear(spec.embed_dim, config.q_lora_rank, bias=False, **factory)
         self.q_up = nn.Linear(config.q_lora_rank, spec.attn_dim, bias=bias, **factory)
-        self.kv_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=False, **factory)
+        self.kv_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=spec.latent_key_bias, **factory)
+        columns = None
+        if spec.rotates_latent:
+            columns = torch.empty(config.kv_lora_rank // 2, dtype=torch.int64, device=factory.get("device"))
+        self.register_buffer("rope_columns", columns)
         self.v_down = None
         if not config.shared_kv:
             self.v_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=False, **factory)
@@ -109,16 +141,54 @@ class MLA(PerHeadModule):
                 init_linear(down, std)
             init_linear(up, std)
         init_linear(self.proj, DENSE_INIT_STD)
+        if self.rope_columns is not None:
+            self.rope_columns.copy_(spread_columns(self.kv_down.out_features, self.num_heads, self.head_dim))
 
-    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         latent = self.kv_down(x)  # (B, N, cKV)
         v_latent = latent if self.v_down is None else self.v_down(x)
         q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        if self.rope_columns is not None:
+            return self.finish(x, self.attend_latent(q, latent, v_latent, attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal)
+        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+
+    def attend_latent(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
+    ) -> Tensor:
+        """Attention in the latent space, where keys are rotated.
+
+        Args:
+            q: (B, H, N, D).
+            k, v: latents of keys and values, (B, N, cKV).
+            attn_mask, is_causal, rope: as for the layer.
+
+        Returns:
+            The heads' outputs, (B, N, H*D).
+        """
+        assert self.spec.rope is not None
+        assert self.rope_columns is not None
+        q = q @ self.k_up.weight.unflatten(0, (self.num_heads, -1))  # Q_i WUK_i^T, (B, H, N, cKV)
+        q, key = rotate_latent(
+            q, k.unsqueeze(1), rope, self.rope_columns, self.spec.rope.num_prefix_tokens, self.spec.rope.half
+        )
+        y = attend(
+            q,
+            key,
+            v.unsqueeze(1),
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )  # (B, H, N, cKV)
+        y = (y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT).transpose(1, 2).flatten(2)  # (B, N, H*D)
+        return y if self.v_up.bias is None else y + self.v_up.bias
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
@@ -130,36 +200,71 @@ class MLA(PerHeadModule):
         self._convert(weights, moments, damping)
 
     def _convert(self, weights: MHAWeights, moments: Moments | None, damping: float) -> None:
-        query, key, value = (join_heads(w) for w in (weights.query, weights.key, weights.value))  # (C, H*D)
-        biases = (weights.query_bias, weights.key_bias, weights.value_bias)
-        q_bias, k_bias, v_bias = (None if bias is None else bias.flatten() for bias in biases)
-        width = query.shape[1]
-        x_root = q_grad = kv_grad = None
+        query, value = join_heads(weights.query), join_heads(weights.value)  # (C, H*D)
+        q_bias, v_bias = (None if bias is None else bias.flatten() for bias in (weights.query_bias, weights.value_bias))
+        metrics = Metrics(None, None, None)
         if moments is not None:
-            x_root = metric_root(moments.token_covariance if q_bias is not None else moments.query[:-1, :-1], damping)
-            q_grad, kv_grad = (metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad))
-        q_down, q_up = latent(query, self.q_down.out_features, x_root, q_grad)
-        rank = self.kv_down.out_features
-        if self.v_down is None:
-            k_down, kv_up = latent(torch.cat([key, value], -1), rank, x_root, kv_grad)
-            v_down, k_up, v_up = k_down, kv_up[:, :width], kv_up[:, width:]
+            tokens = moments.token_covariance if q_bias is not None else moments.query[:-1, :-1]
+            metrics = Metrics(metric_root(tokens, damping), *(
+                metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad)))  # fmt: skip
+        q_down, q_up = latent(query, self.q_down.out_features, metrics.tokens, metrics.query_grad)
+        if self.spec.rope is None or self.rope_columns is None:
+            k_down, k_up, v_down, v_up = self._latents(weights, metrics)
+            down_bias, k_bias = None, None if weights.key_bias is None else weights.key_bias.flatten()
         else:
-            k_grad = v_grad = None
-            if moments is not None:
-                k_grad = metric_root(moments.kv_grad[:width, :width], damping).root
-                v_grad = metric_root(moments.kv_grad[width:, width:], damping).root
-            k_down, k_up = latent(key, rank, x_root, k_grad)
-            v_down, v_up = latent(value, rank, x_root, v_grad)
-            set_linear(self.v_down, v_down)
+            keys, v_down, v_up = self._rotary_latents(weights, self.spec.rope, metrics, moments, damping)
+            k_down, down_bias = (
+                keys.basis[: len(query)],
+                keys.basis[len(query)] if len(keys.basis) > len(query) else None,
+            )
+            k_up, k_bias = join_heads(keys.lifted.pairs.right), None
         if moments is not None and q_bias is not None and v_bias is not None:
             q_bias = q_bias + moments.mean @ (query - q_down @ q_up)
             v_bias = v_bias + moments.mean @ (value - v_down @ v_up)
+        if self.v_down is not None:
+            set_linear(self.v_down, v_down)
+        elif down_bias is not None and v_bias is not None:  # values that share the keys' bias: a constant
+            v_bias = v_bias - down_bias @ v_up
+        if (
+            self.rope_columns is not None and self.spec.rope is not None and self.spec.rope.half
+        ):  # pairs side by side, as the latent keys have them
+            q_up, q_bias = self._adjacent(q_up), None if q_bias is None else self._adjacent(q_bias)
         set_linear(self.q_down, q_down)
-        set_linear(self.kv_down, k_down)
+        set_linear(self.kv_down, k_down, down_bias)
         set_linear(self.q_up, q_up, q_bias)
         set_linear(self.k_up, k_up, k_bias)
         set_linear(self.v_up, v_up, v_bias)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    def _adjacent(self, x: Tensor) -> Tensor:
+        return adjacent_pairs(x.unflatten(-1, (self.num_heads, -1)), half=True).flatten(-2)
+
+    def _latents(self, weights: MHAWeights, metrics: "Metrics") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Projections of keys, then of values, down (C, cKV) and up (cKV, H*D)."""
+        key, value = join_heads(weights.key), join_heads(weights.value)
+        width, rank = key.shape[1], self.kv_down.out_features
+        if self.v_down is None:
+            down, up = latent(torch.cat([key, value], -1), rank, metrics.tokens, metrics.kv_grad)
+            return down, up[:, :width], down, up[:, width:]
+        k_grad, v_grad = metrics.parts(width)
+        return *latent(key, rank, metrics.tokens, k_grad), *latent(value, rank, metrics.tokens, v_grad)
+
+    def _rotary_latents(
+        self, weights: MHAWeights, rope: RopeSpec, metrics: "Metrics", moments: Moments | None, damping: float
+    ) -> tuple[LatentKeys, Tensor, Tensor]:
+        """Latent keys, and projections of values, down (C, cKV) and up (cKV, H*D), of a host with RoPE; sets the rotations."""
+        assert self.rope_columns is not None
+        value, rank = join_heads(weights.value), self.kv_down.out_features
+        _, v_grad = metrics.parts(value.shape[1])
+        shared = None if self.v_down is not None else value if v_grad is None else value @ v_grad
+        keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
+        self.rope_columns.copy_(keys.columns)
+        if self.v_down is not None:
+            return keys, *latent(value, rank, metrics.tokens, v_grad)
+        down, target = keys.basis[: len(value)], value
+        if metrics.tokens is None:
+            return keys, down, torch.linalg.lstsq(down, target).solution
+        return keys, down, torch.linalg.lstsq(metrics.tokens.root @ down, metrics.tokens.root @ target).solution
 
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
@@ -169,15 +274,34 @@ class MLA(PerHeadModule):
         """See base class."""
         latent = linear_weight(self.kv_down)
         v_latent = latent if self.v_down is None else linear_weight(self.v_down)
+        value_bias = head_bias(self.v_up, self.num_heads)
+        if self.v_down is None and self.kv_down.bias is not None and value_bias is not None:
+            shift = self.kv_down.bias.detach().double() @ linear_weight(self.v_up)
+            value_bias = value_bias + split_heads(shift, self.num_heads)
         return MHAWeights(
             query=split_heads(linear_weight(self.q_down) @ linear_weight(self.q_up), self.num_heads),
             key=split_heads(latent @ linear_weight(self.k_up), self.num_heads),
             value=split_heads(v_latent @ linear_weight(self.v_up), self.num_heads),
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
             query_bias=head_bias(self.q_up, self.num_heads),
-            value_bias=head_bias(self.v_up, self.num_heads),
+            key_bias=head_bias(self.k_up, self.num_heads),
+            value_bias=value_bias,
             out_bias=linear_bias(self.proj),
         )
+
+    def rotary_pairs(self) -> RotaryPairs:
+        """See base class; pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
+        if self.rope_columns is None:
+            return super().rotary_pairs()
+        weights, k_up = self.dense_weights(), split_heads(linear_weight(self.k_up), self.num_heads)  # (H, cKV, D)
+        query, key = weights.query, linear_weight(self.kv_down)
+        if weights.query_bias is not None:
+            query = torch.cat([query, weights.query_bias.unsqueeze(1)], 1)
+        bias = linear_bias(self.kv_down)
+        if bias is not None:
+            key = torch.cat([key, bias.unsqueeze(0)])
+        columns = self.rope_columns.expand(self.num_heads, -1)
+        return RotaryPairs(query @ k_up.mT, key.expand(self.num_heads, -1, -1), columns)
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """See base class; Thm B.4: the bases are the down-projections, the core multiplies the up-projections.
@@ -206,6 +330,27 @@ class MLA(PerHeadModule):
             return pre, Tucker(columns, eye, out_basis, v_basis)
         out_basis, columns = basis_and_columns(weights.out.mT)
         return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
+
+
+class Metrics(NamedTuple):
+    """Roots of what errors cost; None for the error in the weights.
+
+    Attributes:
+        tokens: of the tokens, (C, C).
+        query_grad: of the gradients with respect to the queries, (H*D, H*D).
+        kv_grad: the same for keys, then values, (2*H*D, 2*H*D).
+    """
+
+    tokens: Root | None
+    query_grad: Tensor | None
+    kv_grad: Tensor | None
+
+    def parts(self, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """Roots for keys and for values alone."""
+        if self.kv_grad is None:
+            return None, None
+        square = self.kv_grad @ self.kv_grad
+        return metric_root(square[:width, :width]).root, metric_root(square[width:, width:]).root
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -5,26 +5,38 @@
     parameters per layer: 2 (H r1 + r1 r2 r3 + d r2 + d r3), minus d r3 with shared_kv
 
 p0 is the query bias as the constant coordinate of the query mode; value biases are folded into b; key biases cancel.
-Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; Table 1 for the counts.
+With RoPE, Q_i and K are rotated in the latent space of the keys (latent RoPE), where the key bias counts.
+Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; Table 1 for the counts; Def 3.1 for RoPE.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Discriminator, Field, PositiveInt, Tag
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, AttentionConfig, HostSpec, MHAWeights, ParameterCount
+from vit_tucker.attention.base import (
+    CALL_FEATURES,
+    DENSE_INIT_STD,
+    AttentionConfig,
+    HostSpec,
+    MHAWeights,
+    ParameterCount,
+    count_extras,
+)
+from vit_tucker.attention.latent import latent_keys, value_columns
 from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import RankRule
-from vit_tucker.attention.ranks import full_ranks, has_out_bias, tensor_macs, tensor_weights
+from vit_tucker.attention.ranks import even_rank, full_ranks, has_out_bias, refuse_odd, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.rope import rotate_latent, spread_columns
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
-from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.metric import Root, metric_root
 from vit_tucker.tensor.regression import LinearMoments, reduced_rank_readout
+from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs, Tucker, apply_pairs, hooi, hosvd, joint_right_basis, tucker_pairs
 from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, whitened_hosvd
 
@@ -35,6 +47,8 @@ MODES = ("head", "query/output", "key/value")
 @register_method("tucker")
 class TuckerConfig(AttentionConfig):
     """Tucker Attention. Ranks in the paper's order [head, query/output, key/value]."""
+
+    carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
 
     method: Literal["tucker"] = "tucker"
 
@@ -73,7 +87,6 @@ class TuckerConfig(AttentionConfig):
 
     def check(self, spec: HostSpec) -> None:
         """See base class."""
-        self.refuse_extras(spec)
         if self.rank_rule is not None:
             if self.post_ranks is not None:
                 raise PatchError(
@@ -87,6 +100,9 @@ class TuckerConfig(AttentionConfig):
             for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
                 if rank > limit:
                     raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+        refuse_odd(spec, f"ranks={list(self.pre)}: key rank", self.pre[2])
+        if spec.rope is not None and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' has no form for hosts with RoPE; use 'hosvd'")
         if self.calibration is not None and self.conversion == "hooi":
             raise PatchError("conversion='hooi' goes by the weights alone; leave it out with calibration")
         if self.shared_kv and self.conversion == "hooi":
@@ -103,7 +119,7 @@ class TuckerConfig(AttentionConfig):
     @classmethod
     def example(cls, spec: HostSpec) -> "TuckerConfig":
         """Ranks of an eighth of the width, head rank below the number of heads."""
-        rank = max(1, spec.embed_dim // 8)
+        rank = max(1, spec.embed_dim // 8) if spec.rope is None else even_rank(spec.embed_dim // 8)
         return cls(ranks=(max(1, 2 * spec.num_heads // 3), rank, rank))
 
     def build(self, spec: HostSpec, **factory: Any) -> "TuckerAttention":
@@ -118,8 +134,8 @@ class TuckerConfig(AttentionConfig):
         )
         if self.shared_kv:
             weights -= width * self.post[2]
-        biases = self.pre[1] * spec.qkv_bias + spec.out_dim * has_out_bias(spec)
-        return ParameterCount(weights, biases)
+        biases = self.pre[1] * spec.qkv_bias + self.pre[2] * spec.latent_key_bias + spec.out_dim * has_out_bias(spec)
+        return ParameterCount(weights, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
         """See base class. Includes folding the head factors into the cores, which a batch does once."""
@@ -135,8 +151,11 @@ class TuckerAttention(AttentionModule):
     """Tucker self-attention.
 
     Parameters: pre_core (r1, r2, r3), pre_head (H, r1), q_proj = U2 with the query bias, k_proj = U3; post_core, post_head,
-    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias.
+    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias. With RoPE the buffer rope_columns (r3/2,) says by which
+    column of the host's table each latent pair rotates.
     """
+
+    rope_columns: Tensor | None
 
     def __init__(self, spec: HostSpec, config: TuckerConfig, **factory: Any) -> None:
         super().__init__(spec)
@@ -145,7 +164,11 @@ class TuckerAttention(AttentionModule):
         self.pre_head = nn.Parameter(torch.empty(spec.num_heads, pre[0], **factory))
         self.pre_core = nn.Parameter(torch.empty(pre, **factory))
         self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias, **factory)
-        self.k_proj = nn.Linear(spec.embed_dim, pre[2], bias=False, **factory)
+        self.k_proj = nn.Linear(spec.embed_dim, pre[2], bias=spec.latent_key_bias, **factory)
+        columns = (
+            None if spec.rope is None else torch.empty(pre[2] // 2, dtype=torch.int64, device=factory.get("device"))
+        )
+        self.register_buffer("rope_columns", columns)
         self.v_proj = None if config.shared_kv else nn.Linear(spec.embed_dim, post[2], bias=False, **factory)
         self.post_head = nn.Parameter(torch.empty(spec.num_heads, post[0], **factory))
         self.post_core = nn.Parameter(torch.empty(post, **factory))
@@ -168,7 +191,9 @@ class TuckerAttention(AttentionModule):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.proj.weight, std=self.proj.out_features**-0.5)
-        for linear in (self.q_proj, self.proj):
+        if self.rope_columns is not None:
+            self.rope_columns.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+        for linear in (self.q_proj, self.k_proj, self.proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         for head, core, width in (
@@ -179,7 +204,9 @@ class TuckerAttention(AttentionModule):
             spread = (self.num_heads * width * self.k_proj.in_features) ** -0.5  # product of the three factors' std
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
-    def mix(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> Y, (B, N, H*r3t)"""
         B, N, _ = x.shape
         heads = self.num_heads
@@ -188,6 +215,8 @@ class TuckerAttention(AttentionModule):
         q = q.reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
         k = self.k_proj(x).unsqueeze(1)  # (B, 1, N, r3)
         v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
+        if self.spec.rope is not None and self.rope_columns is not None:
+            q, k = rotate_latent(q, k, rope, self.rope_columns, self.spec.rope.num_prefix_tokens, self.spec.rope.half)
         y = attend(
             q,
             k,
@@ -208,14 +237,18 @@ class TuckerAttention(AttentionModule):
     def convert_from(self, weights: MHAWeights) -> None:
         """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
         pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
-        basis = None
-        if self.v_proj is None:
-            basis = joint_right_basis(pre_pairs, post_pairs, self.k_proj.out_features)
         pre_ranks, post_ranks = self.ranks
-        if self.conversion == "hooi" and basis is None:
+        if self.spec.rope is not None:
+            pre = self._rotary_pre(weights)
+            post = hosvd(post_pairs, post_ranks) if self.v_proj is not None else whitened_hosvd(
+                post_pairs, post_ranks, right=pre.right[: self.k_proj.in_features])  # fmt: skip
+        elif self.v_proj is None:
+            basis = joint_right_basis(pre_pairs, post_pairs, self.k_proj.out_features)
+            pre, post = hosvd(pre_pairs, pre_ranks, right=basis), hosvd(post_pairs, post_ranks, right=basis)
+        elif self.conversion == "hooi":
             pre, post = hooi(pre_pairs, pre_ranks), hooi(post_pairs, post_ranks)
         else:
-            pre, post = hosvd(pre_pairs, pre_ranks, right=basis), hosvd(post_pairs, post_ranks, right=basis)
+            pre, post = hosvd(pre_pairs, pre_ranks), hosvd(post_pairs, post_ranks)
         self.set_tensors(pre, post, weights.folded_out_bias())
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
@@ -231,17 +264,38 @@ class TuckerAttention(AttentionModule):
         if not self.has_out_bias:  # no place for the mean: it must be kept by the factors
             value = value + mean.unsqueeze(2) * mean.unsqueeze(1)
         value = value.mean(0)
-        basis = None
-        if self.v_proj is None:
-            basis = joint_weighted_basis(pre_pairs, post_pairs, query, moments.key, moments.output, value,
-                                         self.k_proj.out_features, damping)  # fmt: skip
         pre_ranks, post_ranks = self.ranks
-        pre = weighted_tucker(pre_pairs, pre_ranks, query, moments.key, damping, basis)
+        basis = None
+        if self.spec.rope is not None:
+            pre = self._rotary_pre(weights, moments, damping, value)
+            basis = pre.right[: self.k_proj.in_features] if self.v_proj is None else None
+        else:
+            if self.v_proj is None:
+                basis = joint_weighted_basis(pre_pairs, post_pairs, query, moments.key, moments.output, value,
+                                             self.k_proj.out_features, damping)  # fmt: skip
+            pre = weighted_tucker(pre_pairs, pre_ranks, query, moments.key, damping, basis)
         post = whitened_hosvd(post_pairs, post_ranks, moments.output, value, damping, basis)
         out_bias = weights.folded_out_bias()
         if out_bias is not None:
             out_bias = out_bias + apply_pairs(post_pairs, mean) - apply_pairs(tucker_pairs(post), mean)
         self.set_tensors(pre, post, out_bias)
+
+    def _rotary_pre(
+        self, weights: MHAWeights, moments: Moments | None = None, damping: float = 0.0, value: Tensor | None = None
+    ) -> Tucker:
+        """The pre-softmax tensor of a host with RoPE on a latent key; sets the rotations of its pairs.
+
+        Args:
+            weights, moments, damping: see ``convert_calibrated``.
+            value: metric of the values (C, C), where they share the latent.
+        """
+        assert self.spec.rope is not None
+        assert self.rope_columns is not None
+        columns = value_columns(weights.out, weights.value) if self.v_proj is None else None
+        root = None if value is None or columns is None else metric_root(value, damping)
+        keys = latent_keys(weights, self.spec.rope, self.k_proj.out_features, moments, damping, columns, root)
+        self.rope_columns.copy_(keys.columns)
+        return keys.tucker(self.ranks[0])
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
         """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
@@ -261,11 +315,11 @@ class TuckerAttention(AttentionModule):
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """See base class: the layer's own parameters; one key/value factor with shared_kv."""
-        query, bias = linear_weight(self.q_proj), linear_bias(self.q_proj)
-        if bias is not None:
-            query = torch.cat([query, bias.unsqueeze(0)])
-        key = linear_weight(self.k_proj)
-        value = key if self.v_proj is None else linear_weight(self.v_proj)
+        query, key, weight = augmented_weight(self.q_proj), augmented_weight(self.k_proj), linear_weight(self.k_proj)
+        value = weight if self.v_proj is None else linear_weight(self.v_proj)
+        key = (
+            value if self.k_proj.bias is None and self.v_proj is None else key
+        )  # the very same tensor where they share it
         pre_head, pre_core, post_head, post_core = (
             p.detach().double() for p in (self.pre_head, self.pre_core, self.post_head, self.post_core)
         )
@@ -280,16 +334,17 @@ class TuckerAttention(AttentionModule):
         """Copy two Tucker decompositions in; the last row of ``pre.left`` is the query bias where there is one.
 
         Args:
-            pre: pre-softmax tensor, modes (H, C or C + 1, C).
+            pre: pre-softmax tensor, modes (H, C or C + 1, C), or C + 1 keys with a key bias.
             post: post-softmax tensor, modes (H, O, C); its key/value factor must equal ``pre``'s with shared_kv.
             out_bias: (O,) or None.
         """
-        width = self.q_proj.in_features
-        bias = pre.left[width] if pre.left.shape[0] > width else None
-        set_linear(self.q_proj, pre.left[:width], bias)
-        set_linear(self.k_proj, pre.right)
+        for linear, factor in ((self.q_proj, pre.left), (self.k_proj, pre.right)):
+            width = linear.in_features
+            set_linear(linear, factor[:width], factor[width] if factor.shape[0] > width else None)
         if self.v_proj is not None:
             set_linear(self.v_proj, post.right)
+        elif self.k_proj.bias is not None and out_bias is not None:  # values that share the keys' bias: a constant
+            out_bias = out_bias - constant_output(post, pre.right[-1])
         set_linear(self.proj, post.left.mT, out_bias)
         for parameter, value in (
             (self.pre_head, pre.head),
@@ -299,10 +354,37 @@ class TuckerAttention(AttentionModule):
         ):
             parameter.copy_(value)
 
+    def folded_out_bias(self) -> Tensor | None:
+        """See base class."""
+        bias = linear_bias(self.proj)
+        if bias is None or self.v_proj is not None or self.k_proj.bias is None:
+            return bias
+        return bias + constant_output(self.tucker_form()[1], self.k_proj.bias.detach().double())
+
     def pre_pairs(self) -> Pairs:
         """See base class; pairs of width r2: left U2, right U3 T_i^T."""
-        return tucker_pairs(self.tucker_form()[0])
+        pre = self.tucker_form()[0]
+        return tucker_pairs(pre._replace(right=pre.right[: self.k_proj.in_features]))
+
+    def rotary_pairs(self) -> RotaryPairs:
+        """See base class; pairs of width r3: left U2 T_i, right U3."""
+        if self.rope_columns is None:
+            raise PatchError("TuckerAttention has no RoPE here")
+        core, head, left, right = self.tucker_form()[0]
+        columns = self.rope_columns.expand(self.num_heads, -1)
+        return RotaryPairs(left @ torch.tensordot(head, core, 1), right.expand(self.num_heads, -1, -1), columns)
 
     def post_pairs(self) -> Pairs:
         """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
         return tucker_pairs(self.tucker_form()[1])
+
+
+def augmented_weight(linear: nn.Linear) -> Tensor:
+    """Weight (in, out) of a Linear with its bias as a last row, float64."""
+    weight, bias = linear_weight(linear), linear_bias(linear)
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
+
+
+def constant_output(post: Tucker, value: Tensor) -> Tensor:
+    """Output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
+    return post.left @ (torch.tensordot(post.head, post.core, 1).sum(0) @ value)

@@ -1,0 +1,131 @@
+"""A fixed sample of timm's families, small models of the real classes: every method carries what its map says, exactly."""
+
+from importlib import import_module
+
+import pytest
+import timm
+import torch
+from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
+from torch import nn
+
+import vit_tucker as vt
+from tests.conftest import randomise
+from vit_tucker.analysis.host_map import EXACT, describe
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.hosts import has_mixed_rope, read_host
+from vit_tucker.patching.probe import input_shape
+
+PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
+STAGES = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+FAMILIES: dict[str, dict] = {
+    "vit_tiny_patch16_224": PLAIN,
+    "vit_wee_patch16_reg1_gap_256": {"depth": 2, "img_size": 64},
+    "vit_base_patch16_clip_224": PLAIN,
+    "vit_base_patch16_siglip_224": {**PLAIN, "num_classes": 0},
+    "vit_small_patch14_reg4_dinov2": PLAIN,
+    "vit_medium_patch32_clip_224": PLAIN,
+    "deit_tiny_distilled_patch16_224": PLAIN,
+    "deit3_small_patch16_224": PLAIN,
+    "flexivit_small": {**PLAIN, "img_size": 48, "patch_size": 16},
+    "beit_base_patch16_224": PLAIN,
+    "beitv2_base_patch16_224": PLAIN,
+    "eva_giant_patch14_224": PLAIN,
+    "eva02_tiny_patch14_224": PLAIN,
+    "eva02_base_patch16_clip_224": PLAIN,
+    "vit_small_patch16_rope_224": PLAIN,
+    "vit_small_patch16_rope_mixed_224": PLAIN,
+    "vit_betwixt_patch16_rope_reg4_gap_256": PLAIN,
+    "vit_small_patch16_dinov3": PLAIN,
+    "vit_pe_core_tiny_patch16_384": {**PLAIN, "num_classes": 5},
+    "vit_relpos_small_patch16_224": PLAIN,
+    "vit_srelpos_small_patch16_224": PLAIN,
+    "swin_tiny_patch4_window7_224": {
+        "img_size": 64,
+        "window_size": 4,
+        "embed_dim": 16,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+    },
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64, "depths": (1, 1, 1, 1)},
+    "coatnet_nano_rw_224": {"img_size": 64, "depths": (1, 1, 1, 1)},
+    "davit_tiny": {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
+    "nest.Nest": {
+        "img_size": 64,
+        "patch_size": 4,
+        "embed_dims": (16, 16, 32),
+        "num_heads": (2, 2, 4),
+        "depths": (1, 1, 1),
+    },
+    "tnt_s_patch16_224": {"img_size": 32, "embed_dim": 48, "inner_dim": 16, "depth": 2},
+    "volo.VOLO": {
+        "img_size": 64,
+        "layers": (1, 1, 1),
+        "embed_dims": (24, 48, 48),
+        "num_heads": (2, 4, 4),
+        "mlp_ratio": (3, 3, 3),
+        "downsamples": (True, False, False),
+        "outlook_attention": (True, False, False),
+    },
+    "metaformer.MetaFormer": {
+        "depths": (1, 1),
+        "dims": (16, 64),
+        "token_mixers": (nn.Identity, Attention),
+        "norm_layers": (LayerNorm2dNoBias, LayerNormNoBias),
+    },
+    "fastvit_sa12": {"layers": (1, 1, 1, 1)},
+    "visformer_tiny": {"img_size": 64, "embed_dim": 48, "depth": (1, 1, 1)},
+    "crossvit_tiny_240": {},
+    "naflexvit_base_patch16_gap": {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 64},
+    "mobilevit_xxs": {},
+    "beit3_base_patch16_224": PLAIN,
+}
+
+
+def small_model(name: str, **more) -> nn.Module:
+    """A small random model of a family, float64, eval."""
+    options = {**FAMILIES[name], **more}
+    module, _, cls = name.rpartition(".")
+    if module:  # the models of these families fix their sizes
+        return randomise(getattr(import_module(f"timm.models.{module}"), cls)(**options)).double().eval()
+    return randomise(timm.create_model(name, **options)).double().eval()
+
+
+def image(model: nn.Module, size: int | None = None) -> torch.Tensor:
+    """(2, channels, H, W) as the model takes it."""
+    shape = (3, size, size) if size else input_shape(model)
+    return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def full_rank_config(model: nn.Module, method: str) -> vt.AttentionConfig:
+    """The exact config of a method, layer by layer."""
+    rules, config, mixed = [], None, has_mixed_rope(model)
+    for name, module in find_attention(model).items():
+        full = vt.get_method(method).full_rank(read_host(module, mixed).spec)
+        config = config or full
+        options = full.model_dump(exclude={"method", "init", "layers", "exclude", "rules", "calibration"})
+        rules.append(vt.Rule(layers=f"re:{name}", **options))
+    return config.model_copy(update={"rules": tuple(rules)})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_method_is_exact_where_the_map_says_so(name):
+    model = small_model(name)
+    x = image(model, FAMILIES[name].get("img_size"))
+    expected = model(x)
+    entry = describe(name, model)
+    assert entry.patchable("gqa"), entry
+    assert entry.patchable("mha"), entry
+    for method, status in entry.methods.items():
+        config = full_rank_config(model, method)
+        if status != EXACT:
+            with pytest.raises(vt.PatchError, match="can't carry"):
+                vt.patch(model, config)
+            continue
+        report = vt.patch(model, config)
+        torch.testing.assert_close(model(x), expected, rtol=1e-7, atol=1e-8 * expected.abs().max().item())
+        assert report.params_before == sum(
+            p.numel() for m in vt.patch_record(model).originals.values() for p in m.parameters()
+        )
+        assert report.params_after == sum(p.numel() for m in find_attention(model).values() for p in m.parameters())
+        vt.unpatch(model)
+        assert torch.equal(model(x), expected)

@@ -1,0 +1,140 @@
+"""What can be patched, model by model: the attention of every timm model, read from its structure alone, and what each method
+makes of it.
+
+Models are built on the meta device: no weights, no memory. A method is *exact* for a model if its full-rank conversion gives
+the model's own outputs, which tests/contract and benchmarks/hosts.py hold it to; *refused* comes with the reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from vit_tucker.attention.registry import get_method, list_methods
+from vit_tucker.errors import ConfigError, PatchError, nearest
+from vit_tucker.patching.find import find_attention, find_other_attention
+from vit_tucker.patching.hosts import Host, class_name, has_mixed_rope, read_host
+
+EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model.
+
+    Attributes:
+        name: of the model in timm.
+        layers: number of self-attention layers by class.
+        features: what they do beyond plain attention, see ``HostSpec.features``.
+        heads: their numbers of heads, rising.
+        left_alone: number of pooling, cross- and channel attention modules by class.
+        methods: by method "exact", "10 of 12 layers: reason", or "refused: reason".
+    """
+
+    name: str
+    layers: dict[str, int]
+    features: tuple[str, ...]
+    heads: tuple[int, ...]
+    left_alone: dict[str, int]
+    methods: dict[str, str]
+
+    def patchable(self, method: str) -> bool:
+        """Whether ``patch`` takes the whole model."""
+        return self.methods[method] == EXACT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def model_names(pattern: str | None = None) -> list[str]:
+    """Names of timm's models, all or by a wildcard.
+
+    Raises:
+        ConfigError: none matches; names the nearest.
+    """
+    names = timm.list_models(pattern or "")
+    if not names:
+        raise ConfigError(f"no timm model matches '{pattern}'{nearest(str(pattern), timm.list_models())}")
+    return names
+
+
+def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
+    """The entries of all models that have attention."""
+    for name in names:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name, pretrained=False)
+        entry = describe(name, model)
+        if entry.layers or entry.left_alone:
+            yield entry
+
+
+def describe(name: str, model: nn.Module) -> ModelEntry:
+    """The entry of one model, dense, on any device."""
+    found = find_attention(model)
+    hosts: list[Host] = []
+    unread: list[str] = []
+    mixed_rope = has_mixed_rope(model)
+    for module in found.values():
+        try:
+            hosts.append(read_host(module, mixed_rope))
+        except PatchError as error:
+            unread.append(str(error).removesuffix("; leave it alone with exclude="))
+    left_alone = Counter(class_name(model.get_submodule(other)) for other in find_other_attention(model))
+    return ModelEntry(
+        name=name,
+        layers=dict(Counter(class_name(module) for module in found.values())),
+        features=tuple(sorted({feature for host in hosts for feature in host.spec.features})),
+        heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found.values()})),
+        left_alone=dict(left_alone),
+        methods={method: status(method, hosts, unread) for method in list_methods()},
+    )
+
+
+def status(method: str, hosts: list[Host], unread: list[str]) -> str:
+    """What a method makes of a model's layers.
+
+    Args:
+        method: name.
+        hosts: layers that could be read.
+        unread: why others could not.
+    """
+    reasons, config = list(unread), get_method(method)
+    for host in hosts:
+        try:
+            full = config.full_rank(host.spec)
+            full.refuse_features(host.spec)
+            full.check(host.spec)
+        except PatchError as error:
+            reasons.append(str(error))
+    total = len(hosts) + len(unread)
+    if not total:
+        return "refused: no self-attention between tokens"
+    if not reasons:
+        return EXACT
+    why = "; ".join(dict.fromkeys(reasons))
+    return f"refused: {why}" if len(reasons) == total else f"{total - len(reasons)} of {total} layers: {why}"
+
+
+def short_name(place: str) -> str:
+    """'timm.models.eva.EvaAttention' -> 'eva.EvaAttention'"""
+    return ".".join(place.split(".")[-2:])
+
+
+def counts_in_words(counts: dict[str, int]) -> str:
+    """'24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'"""
+    return ", ".join(f"{count} {short_name(place)}" for place, count in counts.items())
+
+
+def summary(entries: list[ModelEntry]) -> str:
+    """How many models each method takes."""
+    parts = [f"{method} {sum(entry.patchable(method) for entry in entries)}" for method in list_methods()]
+    return f"{len(entries)} models with attention; patchable as a whole: {', '.join(parts)}"

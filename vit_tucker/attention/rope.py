@@ -1,0 +1,143 @@
+"""Rotary position embeddings (RoPE): of each head's queries and keys, as hosts have them, and in a latent key space.
+
+Blocks hand their attention a table of sines and cosines, one column pair for each pair of a head's D coordinates:
+
+    (N', 2 D) one table for all heads           (H, N', 2 D) a table per head (mixed RoPE)
+    (B, 1, N', 2 D), (B, H, N', 2 D)            the same per image (patch dropout, images of many sizes)
+
+N' = N without the prefix tokens, which are not rotated. As complex numbers, z = x_0 + i x_1 becomes z exp(i angle).
+
+Latent RoPE (Tucker Attention, arXiv 2603.30033, Def 3.1 and Eq 12) rotates the one key that all heads share, and the heads'
+queries in that space: score_i(m, n) = Q_im R(m) R(n)^T K_n^T. Scores depend on relative positions only (Lemma B.5), and what
+forms a query from a token stays one matrix per head (Cor 3.2.1). Each latent pair is rotated by one column pair of the host's
+table, so whatever makes the table (axial, mixed or DINOv3 embeddings, another image size, augmentation) works unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """How a host rotates its queries and keys.
+
+    Attributes:
+        num_prefix_tokens: class and register tokens at the start, which are not rotated.
+        half: pairs are (p, p + D/2) instead of (2 p, 2 p + 1).
+        per_head: each head has angles of its own (mixed RoPE).
+    """
+
+    num_prefix_tokens: int = 0
+    half: bool = False
+    per_head: bool = False
+
+
+def pair_columns(rope: RopeSpec, num_heads: int, head_dim: int) -> Tensor:
+    """Numbers of the rotations of each head's D/2 pairs: equal numbers have equal angles. (H, D/2), int64
+
+    The rotation of pair p of head i has the number i * D/2 + p, with one table for all heads p.
+    """
+    numbers = torch.arange(num_heads * (head_dim // 2)).unflatten(0, (num_heads, -1))
+    return numbers if rope.per_head else numbers[:1].expand(num_heads, -1)
+
+
+def spread_columns(width: int, num_heads: int, head_dim: int) -> Tensor:
+    """Rotations for ``width`` / 2 latent pairs, spread evenly over a table's columns, then over the heads. (width/2,), int64"""
+    columns = head_dim // 2
+    rounds, rest = divmod(width // 2, columns)
+    whole = torch.arange(rounds * columns)
+    spread = (2 * torch.arange(rest) + 1) * columns // (2 * max(rest, 1)) + rounds * columns
+    return torch.cat([whole, spread]) % (num_heads * columns)
+
+
+def adjacent_pairs(x: Tensor, half: bool) -> Tensor:
+    """Coordinates (..., D) in the order in which pairs are neighbours."""
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if half else x
+
+
+def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
+
+
+def head_angles(rope: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of a table (..., N', 2 D), one per pair: each (..., N', D/2)."""
+    return tuple(part.chunk(2, -1)[0] if half else part[..., ::2] for part in rope.chunk(2, -1))  # type: ignore[return-value]
+
+
+def latent_angles(rope: Tensor, columns: Tensor, num_heads: int, half: bool) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of the latent pairs.
+
+    Args:
+        rope: table, see above.
+        columns: number of each latent pair's rotation, (R/2,), see ``pair_columns``.
+        num_heads: H.
+        half: layout of the table.
+
+    Returns:
+        Each (N', R/2), or (B, 1, N', R/2) for tables per image.
+    """
+    angles = []
+    for part in head_angles(rope, half):
+        if part.ndim >= 3 and part.shape[-3] == num_heads > 1:
+            chosen = part.movedim(-3, -2).flatten(-2).index_select(-1, columns)  # (..., N', H*D/2)
+            angles.append(chosen.unsqueeze(-3) if part.ndim > 3 else chosen)
+        else:
+            angles.append(part.index_select(-1, columns % part.shape[-1]))
+    return angles[0], angles[1]
+
+
+def rotate_heads(x: Tensor, rope: Tensor | None, num_prefix_tokens: int, half: bool, inverse: bool = False) -> Tensor:
+    """The host's rotation of each head's coordinates.
+
+    Args:
+        x: queries or keys, (B, H, N, D), or (B, 1, N, D) for a table that all heads share.
+        rope: table, or None to rotate nothing.
+        num_prefix_tokens, half: see ``RopeSpec``.
+        inverse: rotate back.
+    """
+    return x if rope is None else _rotate_heads(x, rope, num_prefix_tokens, half, inverse)
+
+
+@torch.fx.wrap
+def _rotate_heads(x: Tensor, rope: Tensor, num_prefix_tokens: int, half: bool, inverse: bool) -> Tensor:
+    """A leaf in fx graphs."""
+    sin, cos = head_angles(rope, half)
+    rotated = rotate(adjacent_pairs(x[:, :, num_prefix_tokens:], half), -sin if inverse else sin, cos)
+    if half:
+        rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    return torch.cat([x[:, :, :num_prefix_tokens], rotated], 2)
+
+
+def rotate_latent(
+    q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, num_prefix_tokens: int, half: bool
+) -> tuple[Tensor, Tensor]:
+    """Latent RoPE: the heads' queries and the one key that they share, rotated in the key's space.
+
+    Args:
+        q: (B, H, N, R).
+        k: (B, 1, N, R).
+        rope: table, or None to rotate nothing.
+        columns: number of each pair's rotation, (R/2,).
+        num_prefix_tokens, half: see ``RopeSpec``.
+
+    Returns:
+        q and k, rotated.
+    """
+    return (q, k) if rope is None else _rotate_latent(q, k, rope, columns, num_prefix_tokens, half)
+
+
+@torch.fx.wrap
+def _rotate_latent(
+    q: Tensor, k: Tensor, rope: Tensor, columns: Tensor, num_prefix_tokens: int, half: bool
+) -> tuple[Tensor, Tensor]:
+    """A leaf in fx graphs."""
+    sin, cos = latent_angles(rope, columns, q.shape[1], half)
+    return tuple(  # type: ignore[return-value]
+        torch.cat([x[:, :, :num_prefix_tokens], rotate(x[:, :, num_prefix_tokens:], sin, cos)], 2) for x in (q, k)
+    )

@@ -1,0 +1,206 @@
+"""Stacks of matrix products whose inner coordinates are rotated in pairs: the pre-softmax tensor of heads with RoPE.
+
+Head i scores tokens x and y as sum_k Re(conj(x^T a_ik) (y^T b_ik) exp(i angle_k)), with complex columns a_ik = A_i[:, 2k] +
+i A_i[:, 2k+1], b_ik likewise, and an angle per pair of tokens that belongs to the rotation of pair k. Pairs with the same
+rotation mix, others never do: averaged over angles, the squared norm is sum_ik |a_ik|^2 |b_ik|^2.
+
+For each rotation the b_ik of all heads span a small complex space. In orthonormal bases of these spaces, side by side, the
+tensor is an ordinary one (H, I, S) with that norm, whose right mode may be cut but not turned: ``lift``. A latent key for all
+heads (latent RoPE) is such a cut; with all S coordinates nothing is lost, which makes heads with RoPE a special case of it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, relative_distance
+
+
+class RotaryPairs(NamedTuple):
+    """The tensor stack_i A_i R B_i^T, R the rotations.
+
+    Attributes:
+        left: A, (H, I, K), pairs of columns side by side.
+        right: B, (H, J, K).
+        columns: number of each pair's rotation, (H, K/2), int64; equal numbers have equal angles.
+    """
+
+    left: Tensor
+    right: Tensor
+    columns: Tensor
+
+
+class Lifted(NamedTuple):
+    """A RotaryPairs tensor in orthonormal coordinates of its rotations' spaces, the most energetic pair first.
+
+    Attributes:
+        pairs: ordinary tensor (H, I, S).
+        basis: right coordinates (J, S), pairs of columns side by side: B_i = basis @ pairs.right_i where the a_ik don't vanish.
+        columns: number of each pair's rotation, (S/2,).
+    """
+
+    pairs: Pairs
+    basis: Tensor
+    columns: Tensor
+
+
+def as_complex(x: Tensor) -> Tensor:
+    """(..., K) pairs of coordinates -> (..., K/2) complex."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def as_real(z: Tensor) -> Tensor:
+    """(..., K/2) complex -> (..., K) pairs of coordinates."""
+    return torch.view_as_real(z).flatten(-2)
+
+
+def coefficient_blocks(gamma: Tensor) -> Tensor:
+    """Real matrices (..., S, K) of complex coefficients (..., S/2, K/2): multiplication on the right of rows of pairs.
+
+    A key k = sum_j gamma_j kappa_j meets the query q as the latent keys kappa_j meet conj(gamma_j) q.
+    """
+    rows = torch.stack([torch.stack([gamma.real, gamma.imag], -1), torch.stack([-gamma.imag, gamma.real], -1)], -3)
+    return rows.flatten(-2).flatten(-3, -2)  # (..., S/2, 2, K/2, 2) -> (..., S, K)
+
+
+def lift(tensor: RotaryPairs) -> Lifted:
+    """See the module. S = 2 min(J, M) for each rotation, M pairs with it; H*D for heads in general position.
+
+    Args:
+        tensor: float64. Rotations with fewer pairs than others count as many, the rest of them zero.
+    """
+    left, right, columns = tensor
+    energy = left.square().unflatten(-1, (-1, 2)).sum((1, 3))  # |a_ik|^2, (H, K/2)
+    rotations, counts = columns.flatten().unique(return_counts=True)
+    members = (
+        columns.flatten().argsort(stable=True).split(counts.tolist())
+    )  # of each rotation: pairs (i, k) as i * K/2 + k
+    none = columns.numel()  # a pair of zeros
+    index = torch.nn.utils.rnn.pad_sequence(list(members), batch_first=True, padding_value=none)  # (F, M)
+    vectors = as_complex(right).transpose(0, 1).flatten(1) * energy.flatten().sqrt()  # (J, H*K/2)
+    weighted = torch.nn.functional.pad(vectors, (0, 1))[:, index].movedim(1, 0)  # (F, J, M)
+    basis, values, _ = torch.linalg.svd(weighted, full_matrices=False)  # (F, J, L), (F, L)
+    best = values.flatten().argsort(descending=True, stable=True)
+    width = values.shape[1]
+    chosen = basis.transpose(0, 1).flatten(1)[:, best]  # (J, S/2)
+    latent_columns = rotations.repeat_interleave(width)[best]
+    gamma = chosen.mH @ as_complex(right)  # (H, S/2, K/2)
+    gamma = gamma * (latent_columns[:, None] == columns[:, None, :])
+    return Lifted(Pairs(left, coefficient_blocks(gamma)), as_real(chosen), latent_columns)
+
+
+def pair_energies(lifted: Lifted) -> Tensor:
+    """Squared norm of each coordinate of the right mode, falling by pairs. (S,)"""
+    return (lifted.pairs.left @ lifted.pairs.right.mT).square().sum((0, 1))
+
+
+def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
+    """||tensor - other|| / ||tensor|| averaged over all angles; widths K and K' may differ.
+
+    Args:
+        tensor: reference.
+        other: approximation with the same (H, I, J).
+
+    Returns:
+        Scalar; see ``relative_distance`` for its precision.
+    """
+    sides = as_complex(tensor.right), as_complex(other.right)
+    parts: list[list[Tensor]] = [[], []]
+    for rotation in torch.cat([tensor.columns.flatten(), other.columns.flatten()]).unique():
+        masks = [(side.columns == rotation) for side in (tensor, other)]
+        members = [z.transpose(1, 2)[mask] for z, mask in zip(sides, masks, strict=True)]  # (M, J)
+        span = torch.linalg.qr(torch.cat(members).mT).Q  # (J, L)
+        for part, z, mask in zip(parts, sides, masks, strict=True):
+            part.append(span.mH @ (z * mask.unsqueeze(1)))  # (H, L, K/2)
+    lifted = [coefficient_blocks(torch.cat(part, 1)) for part in parts]
+    return relative_distance(Pairs(tensor.left, lifted[0]), Pairs(other.left, lifted[1]))
+
+
+def tensor_distance(tensor: Pairs | RotaryPairs, other: Pairs | RotaryPairs) -> Tensor:
+    """Relative distance of two tensors, both with rotations or both without."""
+    if isinstance(tensor, RotaryPairs) and isinstance(other, RotaryPairs):
+        return rotary_distance(tensor, other)
+    return relative_distance(Pairs(tensor.left, tensor.right), Pairs(other.left, other.right))
+
+
+def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
+    """The tensor without rotations, or lifted: an ordinary one with its norm."""
+    return lift(tensor).pairs if isinstance(tensor, RotaryPairs) else tensor
+
+
+def whiten_rotary(
+    tensor: RotaryPairs, left: Tensor | None = None, right: Tensor | None = None, weights: Tensor | None = None
+) -> RotaryPairs:
+    """The tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,)."""
+    a, b, columns = tensor
+    if weights is not None:
+        a = a * weights[:, None, None]
+    return RotaryPairs(a if left is None else left @ a, b if right is None else right @ b, columns)
+
+
+def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
+    """Truncated higher-order SVD of a lifted tensor: its leading pairs, and the leading bases of the other modes.
+
+    Args:
+        lifted: the tensor (H, I, S).
+        ranks: (R1, R2, R3), R3 even.
+
+    Returns:
+        Tucker with right factor (J, R3), whose pairs rotate by ``lifted.columns[: R3 / 2]``; exact at full rank.
+    """
+    size, rank = lifted.basis.shape[1], ranks[2]
+    if rank % 2 or not 2 <= rank <= size:
+        raise ValueError(f"rank {rank} of the right mode is not an even number up to {size}")
+    eye = torch.eye(size, rank, dtype=lifted.basis.dtype, device=lifted.basis.device)
+    return hosvd(lifted.pairs, ranks, right=eye)._replace(right=lifted.basis[:, :rank])
+
+
+def leave_room(
+    lifted: Lifted,
+    values: Tensor,
+    width: int,
+    spare_columns: Tensor,
+    metric: Root | None = None,
+    trials: int = 9,
+) -> Lifted:
+    """A latent of given width that holds keys, which rotate, and values, which don't (one latent for both).
+
+    The leading pairs serve the keys; values read the real span of all coordinates, and the rest of the width is theirs. How many
+    pairs the keys get is tried out: the summed relative errors of both decide.
+
+    Args:
+        lifted: the keys' tensor (H, I, S), with its basis (J, S) in the coordinates of the values.
+        values: columns of what the values must span, (C, V), C <= J.
+        width: of the latent, even.
+        spare_columns: rotations for pairs that serve no key yet, (width/2,).
+        metric: root of the metric (C, C) of their error; None for the identity.
+        trials: how many divisions are tried; keys get one pair at least.
+
+    Returns:
+        The keys' tensor with ``width`` coordinates; its right factors are zero where pairs serve the values alone.
+    """
+    pairs, rows = width // 2, values.shape[0]
+    energy = pair_energies(lifted).unflatten(0, (-1, 2)).sum(1)  # (S/2,)
+    basis = lifted.basis[:rows] if metric is None else metric.root @ lifted.basis[:rows]
+    values = values if metric is None else metric.root @ values
+    most = min(pairs, len(energy))
+    best, error = None, float("inf")
+    for count in torch.linspace(1, most, trials).round().int().unique().tolist():
+        span = torch.linalg.qr(basis[:, : 2 * count]).Q
+        rest = values - span @ (span.mT @ values)
+        u, s, _ = torch.linalg.svd(rest, full_matrices=False)
+        spare = width - 2 * count
+        lost = s[spare:].square().sum() / values.square().sum() + energy[count:].sum() / energy.sum()
+        if lost < error:
+            best, error = (count, u[:, :spare]), lost.item()
+    assert best is not None
+    count, extra = best
+    extra = extra if metric is None else metric.inverse @ extra
+    padding = lifted.basis.new_zeros(lifted.basis.shape[0], width - 2 * count)
+    padding[:rows, : extra.shape[1]] = extra
+    right = torch.zeros_like(lifted.pairs.right[:, :1]).repeat(1, width, 1)
+    right[:, : 2 * count] = lifted.pairs.right[:, : 2 * count]
+    columns = torch.cat([lifted.columns[:count], spare_columns[count:].to(lifted.columns)])
+    return Lifted(Pairs(lifted.pairs.left, right), torch.cat([lifted.basis[:, : 2 * count], padding], 1), columns)
