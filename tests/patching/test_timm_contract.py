@@ -1,7 +1,6 @@
 """timm's own tools keep working on a patched model."""
 
 import pytest
-import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import AttentionExtract
