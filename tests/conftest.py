@@ -13,6 +13,7 @@ from torch import nn
 
 import vit_tucker
 from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.rope import RopeSpec
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -70,19 +71,58 @@ def make_weights(spec: HostSpec, seed: int = 0, dtype: torch.dtype = torch.float
 
     weights = {name: normal(h, spec.embed_dim, d) for name in ("query", "key", "value")}
     biases = {f"{name}_bias": normal(h, d) for name in ("query", "key", "value")} if spec.qkv_bias else {}
+    if not spec.key_bias:
+        biases.pop("key_bias", None)
     out_bias = normal(spec.out_dim) if spec.proj_bias else None
     return MHAWeights(**weights, **biases, out=normal(h, d, spec.out_dim), out_bias=out_bias)
 
 
+def make_angles(spec: HostSpec, num_tokens: int = 9) -> torch.Tensor | None:
+    """Angles of a host's rotations, (N', D/2), or (H, N', D/2) for mixed RoPE; linear in a 1-D position."""
+    if spec.rope is None:
+        return None
+    pairs = spec.head_dim // 2
+    frequencies = torch.linspace(0.2, 1.7, spec.num_heads * pairs, dtype=torch.float64).unflatten(0, (-1, pairs))
+    position = torch.arange(num_tokens - spec.rope.num_prefix_tokens, dtype=torch.float64)
+    return position[:, None] * (frequencies[:, None] if spec.rope.per_head else frequencies[0])
+
+
+def make_table(angles: torch.Tensor, half: bool) -> torch.Tensor:
+    """The table that timm hands a block for such angles: sines, then cosines. (..., N', D/2) -> (..., N', 2 D)"""
+    both = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
+    return torch.cat([both.sin(), both.cos()], -1)
+
+
+def rope_of(spec: HostSpec, num_tokens: int = 9) -> dict[str, torch.Tensor]:
+    """What a block hands its attention besides the tokens: {} or {"rope": table}."""
+    angles = make_angles(spec, num_tokens)
+    return {} if angles is None else {"rope": make_table(angles, spec.rope.half)}
+
+
+def rotated(x: torch.Tensor, angles: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
+    """Queries or keys of one head (B, N, D), each pair turned as a complex number; prefix tokens stay."""
+    pairs = x.unflatten(-1, (2, -1)).mT if rope.half else x.unflatten(-1, (-1, 2))
+    z = torch.view_as_complex(pairs.double().contiguous()) * torch.nn.functional.pad(
+        torch.polar(torch.ones_like(angles), angles), (0, 0, rope.num_prefix_tokens, 0), value=1.0
+    )
+    turned = torch.view_as_real(z).to(x.dtype)
+    return (turned.mT if rope.half else turned).flatten(-2)
+
+
 def dense_attention(
-    weights: MHAWeights, x: torch.Tensor, scale: float, mask: torch.Tensor | None = None
+    weights: MHAWeights, x: torch.Tensor, spec: HostSpec, scale: float | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multi-head attention by its formula, head by head: the reference of the tests. x (B, N, C) -> (B, N, O)"""
     out = torch.zeros(*x.shape[:2], weights.out.shape[-1], dtype=x.dtype)
+    scale, angles = scale or spec.scale, make_angles(spec, x.shape[1])
     for i in range(weights.query.shape[0]):
         q, k, v = (x @ w[i] for w in (weights.query, weights.key, weights.value))
         if weights.query_bias is not None:
-            q, k, v = q + weights.query_bias[i], k + weights.key_bias[i], v + weights.value_bias[i]
+            q, v = q + weights.query_bias[i], v + weights.value_bias[i]
+        if weights.key_bias is not None:
+            k = k + weights.key_bias[i]
+        if angles is not None:
+            q, k = (rotated(y, angles[i] if spec.rope.per_head else angles, spec.rope) for y in (q, k))
         scores = scale * q @ k.mT
         if mask is not None:
             scores = scores + mask[:, i]

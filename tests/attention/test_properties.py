@@ -47,9 +47,9 @@ def relative(found, truth):
 def test_full_rank_is_as_good_as_the_host_in_its_precision(dtype, **shape):
     """Our error at most twice that of the dense formula in the same precision, both against float64."""
     spec, weights, x = host(**shape)
-    truth = dense_attention(weights, x, spec.scale)
+    truth = dense_attention(weights, x, spec)
     low = type(weights)(**{k: v.to(dtype) for k, v in vars(weights).items() if v is not None})
-    reference = relative(dense_attention(low, x.to(dtype), spec.scale), truth)
+    reference = relative(dense_attention(low, x.to(dtype), spec), truth)
     module = convert(vt.TuckerConfig.full_rank(spec), spec, weights).to(dtype)
     floor = (
         4 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-10

@@ -134,7 +134,7 @@ def test_svd_conversion_of_gqa_is_exact_with_all_heads():
     with torch.no_grad():
         module.convert_from(weights)
     x = torch.randn(2, 5, 24, dtype=torch.float64)
-    torch.testing.assert_close(module(x), dense_attention(weights, x, spec.scale), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module(x), dense_attention(weights, x, spec), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("bias", ["query_bias", "value_bias", "out_bias"])
@@ -148,9 +148,9 @@ def test_each_bias_matters_and_is_kept(bias):
     module = vt.TuckerConfig.full_rank(spec).build(spec, dtype=torch.float64)
     with torch.no_grad():
         module.convert_from(weights)
-    assert not torch.allclose(dense_attention(without, x, spec.scale), module(x), rtol=1e-3)
+    assert not torch.allclose(dense_attention(without, x, spec), module(x), rtol=1e-3)
     no_key_bias = type(weights)(**{**vars(weights), "key_bias": torch.zeros_like(weights.key_bias)})
-    torch.testing.assert_close(dense_attention(no_key_bias, x, spec.scale), module(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(dense_attention(no_key_bias, x, spec), module(x), rtol=1e-9, atol=1e-9)
 
 
 def test_shared_kv_is_one_basis_and_exact_at_full_rank():
@@ -162,7 +162,7 @@ def test_shared_kv_is_one_basis_and_exact_at_full_rank():
     with torch.no_grad():
         module.convert_from(weights)
     assert not any(name.startswith("v_proj") for name, _ in module.named_parameters())
-    torch.testing.assert_close(module(x), dense_attention(weights, x, spec.scale), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module(x), dense_attention(weights, x, spec), rtol=1e-9, atol=1e-9)
 
 
 def test_mla_with_two_latents_is_exact_at_full_rank():
@@ -178,7 +178,7 @@ def test_mla_with_two_latents_is_exact_at_full_rank():
         module = config.build(spec, dtype=torch.float64)
         with torch.no_grad():
             module.convert_from(weights)
-        expected = dense_attention(weights, x, spec.scale)
+        expected = dense_attention(weights, x, spec)
         assert torch.allclose(module(x), expected, rtol=1e-9, atol=1e-9) == exact
 
 

@@ -8,11 +8,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit_tucker
-from tests.conftest import all_configs, dense_attention, make_spec, make_weights, randomise
+from tests.conftest import all_configs, dense_attention, make_spec, make_weights, randomise, rope_of
 from vit_tucker.attention.base import DENSE_INIT_STD
 from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.regression import LinearMoments
+from vit_tucker.tensor.rotary import tensor_distance
 from vit_tucker.tensor.tucker import Pairs, relative_distance
 
 SPECS = {
@@ -23,6 +25,13 @@ SPECS = {
     "wide heads": make_spec(head_dim=10),
     "other output width": make_spec(out_dim=20),
     "one head": make_spec(num_heads=1, head_dim=24),
+    "no key bias": make_spec(key_bias=False),
+    "rope": make_spec(rope=RopeSpec(1)),
+    "rope half": make_spec(key_bias=False, rope=RopeSpec(3, half=True)),
+    "rope mixed": make_spec(qkv_bias=False, rope=RopeSpec(0, per_head=True)),
+    "rope mixed half": make_spec(rope=RopeSpec(1, half=True, per_head=True)),
+    "rope narrow heads": make_spec(head_dim=4, rope=RopeSpec(1)),
+    "rope wide heads": make_spec(head_dim=10, proj_bias=False, rope=RopeSpec(1)),
 }
 METHODS = [(name, spec) for name in vit_tucker.list_methods() for spec in SPECS]
 CONFIGS = [(config, spec) for spec in SPECS for config in all_configs(SPECS[spec])]
@@ -53,23 +62,24 @@ def test_full_rank_conversion_is_exact(name, spec):
     config, weights = vit_tucker.get_method(name).full_rank(spec), make_weights(spec)
     config.check(spec)
     module = converted(config, spec, weights)
-    expected = dense_attention(weights, X, spec.scale)
-    torch.testing.assert_close(module(X), expected, rtol=1e-9, atol=1e-9)
-    for ours, host in ((module.pre_pairs(), weights.pre_pairs()), (module.post_pairs(), weights.post_pairs())):
-        assert relative_distance(host, ours) < 1e-12
-    changed = dense_attention(weights, X, spec.scale * 1.001)  # the tolerance sees a change of 0.1% in the scores
-    assert not torch.allclose(module(X), changed, rtol=1e-9, atol=1e-9)
+    expected, given = dense_attention(weights, X, spec), rope_of(spec)
+    torch.testing.assert_close(module(X, **given), expected, rtol=1e-9, atol=1e-9)
+    assert tensor_distance(weights.pre_tensor(spec.rope), module.pre_tensor()) < 1e-12
+    assert relative_distance(weights.post_pairs(), module.post_pairs()) < 1e-12
+    changed = dense_attention(weights, X, spec, spec.scale * 1.001)  # the tolerance sees a change of 0.1% in the scores
+    assert not torch.allclose(module(X, **given), changed, rtol=1e-9, atol=1e-9)
 
 
 def calibrated(config, spec, weights, x):
     """A module converted for the tokens x, as the calibration does it for one layer; float64 throughout."""
-    module, y = config.build(spec, dtype=torch.float64).eval(), dense_attention(weights, x, spec.scale)
+    module, y = config.build(spec, dtype=torch.float64).eval(), dense_attention(weights, x, spec)
+    given = rope_of(spec)
     sums, probe = MomentSums(spec, weights), torch.randn(y.shape, generator=GENERATOR, dtype=torch.float64)
-    sums.add(LayerCall(x, y, probe))
+    sums.add(LayerCall(x, y, probe, **given))
     moments = sums.moments()
     with torch.no_grad():
         module.convert_calibrated(weights, moments, 1e-6)
-        f = module.mix(x).flatten(0, 1)
+        f = module.mix(x, **given).flatten(0, 1)
         readout = LinearMoments.like(f, y.flatten(0, 1), centre=module.has_out_bias)
         readout.add(f, y.flatten(0, 1), probe.norm(dim=-1).flatten())
         module.fit_readout(readout, metric_root(moments.output, 1e-6), 1e-6)
@@ -80,7 +90,9 @@ def calibrated(config, spec, weights, x):
 def test_full_rank_calibrated_conversion_is_exact(name, spec):
     spec = SPECS[spec]
     module, y = calibrated(vit_tucker.get_method(name).full_rank(spec), spec, make_weights(spec), TOKENS)
-    torch.testing.assert_close(module(TOKENS), y, rtol=1e-7, atol=1e-7)  # roots of metrics of condition 1e6
+    torch.testing.assert_close(
+        module(TOKENS, **rope_of(spec)), y, rtol=1e-7, atol=1e-7
+    )  # roots of metrics of condition 1e6
 
 
 @pytest.mark.parametrize(("name", "spec"), METHODS)
@@ -88,15 +100,17 @@ def test_calibrated_conversion_beats_the_weights_alone(name, spec):
     spec, weights = SPECS[spec], make_weights(SPECS[spec])
     config = vit_tucker.get_method(name).example(spec)
     module, y = calibrated(config, spec, weights, TOKENS)
-    plain = (converted(config, spec, weights)(TOKENS) - y).norm()
-    assert (module(TOKENS) - y).norm() <= plain * (1 + 1e-6) + 1e-8 * y.norm()  # exact ones differ by rounding
+    given = rope_of(spec)
+    plain = (converted(config, spec, weights)(TOKENS, **given) - y).norm()
+    assert (module(TOKENS, **given) - y).norm() <= plain * (1 + 1e-6) + 1e-8 * y.norm()  # exact ones differ by rounding
 
 
 @pytest.mark.parametrize(("name", "spec"), METHODS)
 def test_readout_of_mix_is_the_layer(name, spec):
     module = built(vit_tucker.get_method(name).example(SPECS[spec]), SPECS[spec])
-    torch.testing.assert_close(module.readout(module.mix(X)), module(X))
-    f = module.mix(X)
+    given = rope_of(SPECS[spec])
+    torch.testing.assert_close(module.readout(module.mix(X, **given)), module(X, **given))
+    f = module.mix(X, **given)
     torch.testing.assert_close(  # linear: what the regression relies on
         module.readout(2 * f) - module.readout(f), module.readout(f) - module.readout(torch.zeros_like(f))
     )
@@ -113,20 +127,23 @@ def test_compressing_conversion_is_not_exact(name, spec):
     config = vit_tucker.get_method(name).example(spec)
     weights = make_weights(spec)
     module = converted(config, spec, weights)
-    assert not torch.allclose(module(X), dense_attention(weights, X, spec.scale), rtol=1e-3)
-    assert relative_distance(weights.pre_pairs(), module.pre_pairs()) > 1e-3
+    assert not torch.allclose(module(X, **rope_of(spec)), dense_attention(weights, X, spec), rtol=1e-3)
+    assert tensor_distance(weights.pre_tensor(spec.rope), module.pre_tensor()) > 1e-3
 
 
 @pytest.mark.parametrize("name", vit_tucker.list_methods())
-def test_low_precision_error_is_at_most_twice_the_references(name):
+@pytest.mark.parametrize("spec", ["timm", "rope", "rope mixed half"])
+def test_low_precision_error_is_at_most_twice_the_references(name, spec):
     """bf16 layer against the float64 truth; the reference is the dense formula computed in bf16 (flash-attention's rule)."""
-    spec = SPECS["timm"]
-    weights = make_weights(spec)
-    truth = dense_attention(weights, X, spec.scale)
-    low = type(weights)(**{k: v.bfloat16() for k, v in vars(weights).items()})
-    reference_error = (dense_attention(low, X.bfloat16(), spec.scale).double() - truth).abs().max()
+    spec = SPECS[spec]
+    weights, given = make_weights(spec), rope_of(spec)
+    truth = dense_attention(weights, X, spec)
+    low = type(weights)(**{k: None if v is None else v.bfloat16() for k, v in vars(weights).items()})
+    reference_error = (dense_attention(low, X.bfloat16(), spec).double() - truth).abs().max()
     module = converted(vit_tucker.get_method(name).full_rank(spec), spec, weights).bfloat16()
-    assert (module(X.bfloat16()).double() - truth).abs().max() <= 2 * reference_error
+    ours = module(X.bfloat16(), **{key: table.float() for key, table in given.items()})
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - truth).abs().max() <= 2 * reference_error
 
 
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
@@ -145,14 +162,18 @@ def test_flops_are_those_that_torch_counts(config, spec):
     module = built(config, spec)
     module.fused_attn = False  # torch counts the same products under other names in its fused kernels
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(X[:1])
+        module(X[:1], **rope_of(spec))
     assert counter.get_total_flops() == config.count_flops(spec, X.shape[1])
 
 
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
 def test_paths_and_masks_agree(config, spec):
     module = built(config, SPECS[spec])
-    n = X.shape[1]
+    n, given = X.shape[1], rope_of(SPECS[spec])
+
+    def run(**options):
+        return module(X, **given, **options)
+
     boolean = torch.rand(2, 1, n, n, generator=torch.Generator().manual_seed(0)) > 0.4
     boolean |= torch.eye(n, dtype=torch.bool)
     additive = torch.zeros(2, 1, n, n, dtype=torch.float64).masked_fill(~boolean, float("-inf"))
@@ -160,14 +181,14 @@ def test_paths_and_masks_agree(config, spec):
     outputs = {}
     for fused in (True, False):
         module.fused_attn = fused
-        outputs[fused] = [module(X), module(X, boolean), module(X, attn_mask=additive), module(X, is_causal=True)]
+        outputs[fused] = [run(), run(attn_mask=boolean), run(attn_mask=additive), run(is_causal=True)]
         torch.testing.assert_close(outputs[fused][1], outputs[fused][2])
-        torch.testing.assert_close(outputs[fused][3], module(X, attn_mask=triangle))
+        torch.testing.assert_close(outputs[fused][3], run(attn_mask=triangle))
         assert not torch.allclose(outputs[fused][0], outputs[fused][1])
         per_head = torch.randn(
             2, module.num_heads, n, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64
         )
-        outputs[fused].append(module(X, attn_mask=per_head))
+        outputs[fused].append(run(attn_mask=per_head))
     for a, b in zip(outputs[True], outputs[False], strict=True):
         torch.testing.assert_close(a, b)
 
@@ -179,14 +200,15 @@ def test_masked_tokens_do_not_matter(config, spec):
     mask[..., -2:] = False
     changed = X.clone()
     changed[:, -2:] += 1
-    torch.testing.assert_close(module(X, mask)[:, :-2], module(changed, mask)[:, :-2])
-    assert not torch.allclose(module(X)[:, :-2], module(changed)[:, :-2])
+    given = rope_of(SPECS[spec])
+    torch.testing.assert_close(module(X, mask, **given)[:, :-2], module(changed, mask, **given)[:, :-2])
+    assert not torch.allclose(module(X, **given)[:, :-2], module(changed, **given)[:, :-2])
 
 
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
 def test_every_parameter_gets_a_gradient(config, spec):
     module = built(config, SPECS[spec]).train()
-    module(X).square().sum().backward()
+    module(X, **rope_of(SPECS[spec])).square().sum().backward()
     dead = [name for name, p in module.named_parameters() if p.grad is None]
     assert dead == []
     zero = [name for name, p in module.named_parameters() if p.ndim > 1 and not p.grad.any()]
@@ -221,12 +243,14 @@ def test_own_initialisation_has_the_dense_spread(name):
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
 def test_copies_and_pickles(config, spec):
     module = built(config, SPECS[spec])
+    given = rope_of(SPECS[spec])
+    expected = module(X, **given)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(twin(X), module(X))
+        assert torch.equal(twin(X, **given), expected)
     fresh = config.build(SPECS[spec], dtype=torch.float64).eval()
-    assert not torch.allclose(fresh(X), module(X))
+    assert not torch.allclose(fresh(X, **given), expected)
     fresh.load_state_dict(module.state_dict())
-    assert torch.equal(fresh(X), module(X))
+    assert torch.equal(fresh(X, **given), expected)
 
 
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
