@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.conftest import make_spec, make_weights
+from tests.conftest import make_angles, make_spec, make_weights, rope_of
 from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.attention.rope import RopeSpec
 
 SPEC = make_spec()
 B, N, C, H, D = 3, 5, 24, 4, 6
@@ -25,8 +26,8 @@ def layer(x, w, pre=None, post=None, mask=None):
     return torch.einsum("bhnm,bmc,hco->bno", scores.softmax(-1), x, post)
 
 
-def collected(x, probe, w=None, **options):
-    sums = MomentSums(SPEC, make_weights(SPEC) if w is None else w)
+def collected(x, probe, w=None, spec=SPEC, **options):
+    sums = MomentSums(spec, make_weights(spec) if w is None else w)
     sums.add(LayerCall(x, torch.zeros_like(probe), probe, **options))
     return sums.moments()
 
@@ -45,6 +46,38 @@ def test_key_moments_are_those_of_the_gradients_of_the_scores(masked):
     found = collected(x, probe, attn_mask=mask)
     torch.testing.assert_close(found.key, expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(collected(x, probe).key, expected, rtol=1e-3) or not masked
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_key_moments_with_rope_are_those_of_each_rotations_gradients(per_head, half):
+    """Score gradients with respect to the cosine and the sine matrix of each rotation, from tokens probed one by one."""
+    rope = RopeSpec(1, half, per_head)
+    spec = make_spec(rope=rope)
+    w, x, probe = make_weights(spec), rand(1, N, C, seed=1) + 1, rand(1, N, C, seed=2)
+    angles = torch.nn.functional.pad(make_angles(spec, N), (0, 0, 1, 0))
+    turns = angles if per_head else angles.expand(H, -1, -1)  # (H, N, D/2)
+    tensor = w.rotary_pairs(rope)
+    left, right = (torch.view_as_complex(side.unflatten(-1, (-1, 2))) for side in (tensor.left, tensor.right))
+    matrices = torch.einsum("hip,hjp->hpij", left.conj(), right)  # score = Re(x~_m M x~_n exp(i (angle_n - angle_m)))
+    ones = torch.cat([x, torch.ones_like(x[..., :1])], -1)[0]
+    weights = left.abs().square().sum(1) * right.abs().square().sum(1)
+    weights = weights / weights.sum(1, keepdim=True)
+    expected = torch.zeros(H, C + 1, C + 1, dtype=torch.float64)
+    for n in range(N):
+        cosine, sine = matrices.real.clone().requires_grad_(True), (-matrices.imag).clone().requires_grad_(True)
+        turn = turns[:, None] - turns[:, n][:, None, None]  # (H, 1, N, D/2)
+        products = [torch.einsum("i,hpij,nj->hnp", ones[n], m, ones) for m in (cosine, sine)]
+        scores = (products[0] * turn[:, 0].cos() + products[1] * turn[:, 0].sin()).sum(-1) * spec.scale
+        averaged = scores.softmax(-1) @ x[0]
+        y = torch.einsum("hc,hcd,hdo->o", averaged, w.value, w.out)
+        (y @ probe[0, n]).backward()
+        for grad in (cosine.grad, sine.grad):
+            share = grad * weights.sqrt()[:, :, None, None] / (ones[n].norm() * spec.scale)
+            expected += torch.einsum("hpij,hpik->hjk", share, share) / N
+    found = collected(x, probe, w, spec=spec, **rope_of(spec, N))
+    torch.testing.assert_close(found.key, expected, rtol=1e-8, atol=1e-9)
+    assert not torch.allclose(collected(x, probe, w, spec=spec).key, expected, rtol=1e-2)
 
 
 def test_other_moments_by_their_formulas():

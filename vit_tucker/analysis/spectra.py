@@ -108,7 +108,7 @@ def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool 
         if isinstance(given, RotaryPairs):
             lifted = lift(given)
             pairs, spectra = lifted.pairs, mode_spectra(lifted.pairs)
-            spectra = spectra._replace(right=pair_energies(lifted).sqrt().sort(descending=True).values)
+            spectra = spectra._replace(right=(pair_energies(lifted) / 2).sqrt().repeat_interleave(2))
         else:
             pairs, spectra = given, mode_spectra(given)
         sizes = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]

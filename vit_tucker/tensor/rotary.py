@@ -1,12 +1,12 @@
 """Stacks of matrix products whose inner coordinates are rotated in pairs: the pre-softmax tensor of heads with RoPE.
 
 Head i scores tokens x and y as sum_k Re(conj(x^T a_ik) (y^T b_ik) exp(i angle_k)), with complex columns a_ik = A_i[:, 2k] +
-i A_i[:, 2k+1], b_ik likewise, and an angle per pair of tokens that belongs to the rotation of pair k. Pairs with the same
-rotation mix, others never do: averaged over angles, the squared norm is sum_ik |a_ik|^2 |b_ik|^2.
+i A_i[:, 2k+1], b_ik likewise, and an angle per pair of tokens that belongs to the rotation of pair k. Averaged over all angles
+rotations don't mix: the squared norm is half of the sum, over heads and rotations, of |sum_k conj(a_ik) b_ik^T|^2.
 
 For each rotation the b_ik of all heads span a small complex space. In orthonormal bases of these spaces, side by side, the
-tensor is an ordinary one (H, I, S) with that norm, whose right mode may be cut but not turned: ``lift``. A latent key for all
-heads (latent RoPE) is such a cut; with all S coordinates nothing is lost, which makes heads with RoPE a special case of it.
+tensor is an ordinary one (H, I, S) with twice that squared norm, whose right mode may be cut but not turned: ``lift``. A latent
+key for all heads (latent RoPE) is such a cut; with all S coordinates nothing is lost: heads with RoPE are a special case of it.
 """
 
 from typing import NamedTuple
@@ -92,8 +92,8 @@ def lift(tensor: RotaryPairs) -> Lifted:
 
 
 def pair_energies(lifted: Lifted) -> Tensor:
-    """Squared norm of each coordinate of the right mode, falling by pairs. (S,)"""
-    return (lifted.pairs.left @ lifted.pairs.right.mT).square().sum((0, 1))
+    """Squared norm of each pair of coordinates of the right mode, falling. (S/2,)"""
+    return (lifted.pairs.left @ lifted.pairs.right.mT).square().sum((0, 1)).unflatten(0, (-1, 2)).sum(1)
 
 
 def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
@@ -126,8 +126,11 @@ def tensor_distance(tensor: Pairs | RotaryPairs, other: Pairs | RotaryPairs) -> 
 
 
 def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
-    """The tensor without rotations, or lifted: an ordinary one with its norm."""
-    return lift(tensor).pairs if isinstance(tensor, RotaryPairs) else tensor
+    """An ordinary tensor with the norm of the given one: itself, or lifted."""
+    if not isinstance(tensor, RotaryPairs):
+        return tensor
+    left, right = lift(tensor).pairs
+    return Pairs(left * 0.5**0.5, right)
 
 
 def whiten_rotary(
@@ -182,7 +185,7 @@ def leave_room(
         The keys' tensor with ``width`` coordinates; its right factors are zero where pairs serve the values alone.
     """
     pairs, rows = width // 2, values.shape[0]
-    energy = pair_energies(lifted).unflatten(0, (-1, 2)).sum(1)  # (S/2,)
+    energy = pair_energies(lifted)
     basis = lifted.basis[:rows] if metric is None else metric.root @ lifted.basis[:rows]
     values = values if metric is None else metric.root @ values
     most = min(pairs, len(energy))

@@ -368,5 +368,7 @@ def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | 
     whitened = matrix if left is None else left.root @ matrix
     weighted = whitened if right is None else whitened @ right
     basis = leading_eigenvectors(weighted @ weighted.mT, min(rank, len(matrix)))
-    basis = torch.nn.functional.pad(basis, (0, rank - basis.shape[1]))  # rotated keys may need more columns than tokens have
+    basis = torch.nn.functional.pad(
+        basis, (0, rank - basis.shape[1])
+    )  # rotated keys may need more columns than tokens have
     return basis if left is None else left.inverse @ basis, basis.mT @ whitened

@@ -1,0 +1,192 @@
+"""Rotations: the host's own, and latent RoPE with the properties that the paper claims for it (Lemma B.5, Cor 3.2.1)."""
+
+import pytest
+import timm.layers
+import torch
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+import vit_tucker as vt
+from tests.conftest import make_angles, make_spec, make_table, make_weights, randomise, rope_of
+from vit_tucker.attention.rope import RopeSpec, pair_columns, rotate, rotate_heads, spread_columns
+
+H, D, C = 4, 8, 32
+SPEC = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, rope=RopeSpec(0))
+MIXED = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, rope=RopeSpec(0, per_head=True))
+LATENT = [
+    vt.TuckerConfig(ranks=(3, 12, 10)),
+    vt.TuckerConfig(ranks=(3, 12, 10), shared_kv=True),
+    vt.TuckerConfig(ranks=(2, 3, 2)),
+    vt.MLAConfig(q_lora_rank=12, kv_lora_rank=10),
+    vt.MLAConfig(q_lora_rank=5, kv_lora_rank=2, shared_kv=False),
+]
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layer(config, spec=SPEC):
+    config.check(spec)
+    return randomise(config.build(spec, dtype=torch.float64)).eval()
+
+
+def attention_maps(module, x, **options):
+    """Softmax rows (B, H, N, N) of a layer."""
+    maps = []
+    module.fused_attn = False
+    handle = module.attn_drop.register_forward_hook(lambda m, args, output: maps.append(output))
+    module(x, **options)
+    handle.remove()
+    return maps[0]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_heads_are_rotated_as_timm_does(half, prefix, per_head):
+    spec = make_spec(embed_dim=C, num_heads=H, head_dim=D, rope=RopeSpec(prefix, half, per_head))
+    x, table = rand(2, H, 9, D), rope_of(spec)["rope"]
+    found = rotate_heads(x, table, prefix, half)
+    if half:
+        sin, cos = table.chunk(2, -1)
+        first, second = x[:, :, prefix:].chunk(2, -1)
+        expected = x[:, :, prefix:] * cos + torch.cat([-second, first], -1) * sin  # timm's own in newer versions
+    else:
+        expected = apply_rot_embed_cat(x[:, :, prefix:], table)
+    torch.testing.assert_close(found[:, :, prefix:], expected, rtol=1e-15, atol=1e-15)
+    assert torch.equal(found[:, :, :prefix], x[:, :, :prefix])
+    assert not torch.allclose(found[:, :, prefix:], x[:, :, prefix:])
+    torch.testing.assert_close(rotate_heads(found, table, prefix, half, inverse=True), x)
+
+
+@pytest.mark.parametrize("config", LATENT, ids=str)
+@pytest.mark.parametrize("spec", [SPEC, MIXED], ids=["axial", "mixed"])
+def test_scores_depend_on_relative_positions_only(config, spec):
+    """Lemma B.5: all tokens moved by the same distance see each other as before; some of them moved, they don't."""
+    module, x = layer(config, spec), rand(2, 6, C)
+    table = make_table(make_angles(spec, 40), half=False)
+    here, there = table[..., :6, :], table[..., 30:36, :]
+    torch.testing.assert_close(module(x, rope=there), module(x, rope=here), rtol=1e-10, atol=1e-10)
+    torn = torch.cat([here[..., :3, :], there[..., 3:, :]], -2)
+    assert not torch.allclose(module(x, rope=torn), module(x, rope=here), rtol=1e-3)
+
+
+def grids():
+    """Tables of timm's embeddings on an 8 x 8 grid, (8, 8, 2 D), or (H, 8, 8, 2 D)."""
+    axial = timm.layers.RotaryEmbeddingCat(D, in_pixels=False, feat_shape=[8, 8], ref_feat_shape=[4, 4])
+    yield "axial", SPEC, axial.get_embed().unflatten(0, (8, 8))
+    if hasattr(timm.layers, "RotaryEmbeddingMixed"):
+        mixed = timm.layers.RotaryEmbeddingMixed(H * D, 2, H, feat_shape=[8, 8])
+        yield "mixed", MIXED, mixed.get_embed()[1].unflatten(1, (8, 8))
+    if hasattr(timm.layers, "RotaryEmbeddingDinoV3"):
+        dinov3 = timm.layers.RotaryEmbeddingDinoV3(D, feat_shape=[8, 8], rotate_half=False)
+        yield "dinov3", SPEC, dinov3.get_embed().unflatten(0, (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "table"), list(grids()), ids=lambda value: value if isinstance(value, str) else ""
+)
+@pytest.mark.parametrize("config", LATENT, ids=str)
+def test_a_window_of_a_grid_may_lie_anywhere(config, name, spec, table):
+    """On ViT's 2-D grids, with the tables that timm makes: windows of 3 x 3 tokens."""
+    module, x = layer(config, spec), rand(2, 9, C)
+
+    def window(top, left):
+        return table[..., top : top + 3, left : left + 3, :].flatten(-3, -2).double().detach()
+
+    reference = module(x, rope=window(0, 0))
+    for corner in ((4, 1), (1, 5), (5, 5)):
+        torch.testing.assert_close(
+            module(x, rope=window(*corner)), reference, rtol=1e-5, atol=1e-5
+        )  # tables in float32
+    transposed = window(0, 0).unflatten(-2, (3, 3)).transpose(-3, -2).flatten(-3, -2)
+    assert not torch.allclose(module(x, rope=transposed), reference, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", LATENT, ids=str)
+@pytest.mark.parametrize("half", [False, True])
+def test_queries_fuse_into_one_matrix_per_head(config, half):
+    """Cor 3.2.1: score_i = (x~_m L_i) R(m) R(n)^T (x~_n U3)^T with matrices that know no position."""
+    spec = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, rope=RopeSpec(2, half))
+    module, x, angles = layer(config, spec), rand(2, 9, C), make_angles(spec)
+    fused = module.rotary_pairs()
+    ones = torch.cat([x, torch.ones(2, 9, 1, dtype=x.dtype)], -1)
+    turn = torch.nn.functional.pad(angles, (0, 0, 2, 0))[:, fused.columns[0] % (D // 2)]  # (N, R/2)
+    q, k = (rotate(ones[:, None] @ side, turn.sin(), turn.cos()) for side in (fused.left, fused.right))  # (B, H, N, R)
+    expected = (q @ k.mT * spec.scale).softmax(-1)
+    torch.testing.assert_close(
+        attention_maps(module, x, rope=make_table(angles, half)), expected, rtol=1e-10, atol=1e-12
+    )
+    assert not torch.allclose(attention_maps(module, x), expected, rtol=1e-3)
+
+
+def test_rope_of_each_head_does_not_fuse():
+    """WQ_i R(m - n) WK_i^T is another matrix for every distance, so there is nothing to fuse; in the latent there is."""
+    weights = make_weights(SPEC)
+    angles = make_angles(SPEC)
+    fused = [
+        rotate(weights.query[0], angle.sin().expand(C, -1), angle.cos().expand(C, -1)) @ weights.key[0].mT
+        for angle in angles[:2]
+    ]
+    assert (fused[1] - fused[0]).norm() > 0.3 * fused[0].norm()
+    x, module = rand(1, 9, C), vt.MHAConfig().build(SPEC, dtype=torch.float64).eval()
+    with torch.no_grad():
+        module.convert_from(weights)
+    q = torch.einsum(
+        "bnc,hcd,hed->bhne", x, weights.query, weights.key
+    )  # fused, then rotated in the space of the tokens
+    turn = make_angles(SPEC)[:, torch.arange(C // 2) % (D // 2)]
+    scores = rotate(q, turn.sin(), turn.cos()) @ rotate(x, turn.sin(), turn.cos()).unsqueeze(1).mT * SPEC.scale
+    assert not torch.allclose(scores.softmax(-1), attention_maps(module, x, **rope_of(SPEC)), rtol=0.05)
+
+
+@pytest.mark.parametrize("config", LATENT, ids=str)
+@pytest.mark.parametrize("spec", [SPEC, MIXED], ids=["axial", "mixed"])
+def test_tables_per_image(config, spec):
+    """Patch dropout and images of many sizes: each image with a table of its own."""
+    module, x = layer(config, spec), rand(3, 6, C)
+    tables = make_table(make_angles(spec, 40), half=False)
+    each = [tables[..., torch.randperm(40, generator=torch.Generator().manual_seed(i))[:6], :] for i in range(3)]
+    together = torch.stack(each) if spec.rope.per_head else torch.stack(each).unsqueeze(1)
+    expected = torch.cat([module(x[i : i + 1], rope=table) for i, table in enumerate(each)])
+    torch.testing.assert_close(module(x, rope=together), expected)
+    assert not torch.allclose(module(x, rope=each[0]), expected)
+
+
+def test_odd_widths_are_refused_with_the_even_ones():
+    with pytest.raises(
+        vt.PatchError, match=r"ranks=\[3, 8, 7\]: key rank 7 is odd: latent RoPE rotates pairs, take 6 or 8"
+    ):
+        vt.TuckerConfig(ranks=(3, 8, 7)).check(SPEC)
+    with pytest.raises(vt.PatchError, match="kv_lora_rank 1 is odd: latent RoPE rotates pairs, take 2"):
+        vt.MLAConfig(q_lora_rank=4, kv_lora_rank=1).check(SPEC)
+    vt.TuckerConfig(ranks=(3, 8, 8), post_ranks=(3, 8, 7)).check(SPEC)  # values don't rotate
+    vt.TuckerConfig(ranks=(3, 8, 7)).check(make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C))
+    with pytest.raises(vt.PatchError, match="conversion='hooi' has no form for hosts with RoPE"):
+        vt.TuckerConfig(ranks=(3, 8, 8), conversion="hooi").check(SPEC)
+
+
+def test_latent_pairs_are_spread_over_the_table():
+    assert spread_columns(8, 4, 8).tolist() == [0, 1, 2, 3]
+    assert spread_columns(4, 4, 8).tolist() == [1, 3]
+    assert spread_columns(2, 4, 8).tolist() == [2]
+    assert spread_columns(12, 4, 8).tolist() == [0, 1, 2, 3, 5, 7]  # then those of the next head
+    assert spread_columns(80, 4, 8).max() < 16
+    assert pair_columns(RopeSpec(), 2, 4).tolist() == [[0, 1], [0, 1]]
+    assert pair_columns(RopeSpec(per_head=True), 2, 4).tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("name", vt.list_methods())
+def test_layers_without_rope_refuse_a_table(name):
+    spec = make_spec()
+    module = vt.get_method(name).example(spec).build(spec)
+    with pytest.raises(vt.PatchError, match="got a table of rotations, but the layer that it replaced had no RoPE"):
+        module(torch.zeros(1, 3, 24), rope=torch.zeros(3, 12))
+
+
+@pytest.mark.parametrize("config", LATENT[:4], ids=str)
+def test_learned_angles_get_gradients(config):
+    module, x = layer(config, MIXED), rand(2, 6, C)
+    angles = make_angles(MIXED, 6).requires_grad_(True)
+    module(x, rope=make_table(angles, half=False)).square().sum().backward()
+    assert angles.grad.abs().sum() > 0
