@@ -94,6 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     ranks.add_argument("--out", type=Path, metavar="FOLDER", help="where to; runs/ranks-MODEL if left out")
     ranks.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys, e.g. model.img_size=224")
+    hosts = commands.add_parser(
+        "hosts",
+        help="which timm models can be patched, by which methods, and why not",
+        description="The attention of timm's models, read from their structure (on the meta device, about two minutes for all).",
+    )
+    hosts.add_argument("--filter", metavar="PATTERN", help="names of models with wildcards, e.g. 'vit_*'")
+    hosts.add_argument("--json", action="store_true")
+    hosts.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the map there, as Markdown, instead of printing it"
+    )
     commands.add_parser("methods", help="names of the registered attention methods")
     commands.add_parser("schema", help="JSON schema of a config file, for editors")
     args, extra = parser.parse_known_args(argv)
@@ -147,6 +157,31 @@ def _ranks(args: argparse.Namespace) -> int:
     return 0
 
 
+def _hosts(args: argparse.Namespace) -> int:
+    import json
+
+    import timm
+    from tqdm import tqdm
+
+    from vit_tucker.analysis.host_map import model_names, survey
+    from vit_tucker.errors import ConfigError
+    from vit_tucker.report.host_map import document, terminal_map
+
+    names = model_names(args.filter)
+    entries = [entry.to_dict() for entry in survey(tqdm(names, unit="models", disable=None, leave=False))]
+    if not entries:
+        raise ConfigError(f"none of the {len(names)} models that match '{args.filter}' has attention")
+    if args.json:
+        print(json.dumps(entries, indent=2))
+    elif args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(document(entries, timm.__version__))
+        print(f"{args.out}: {len(entries)} models")
+    else:
+        print(terminal_map(entries))
+    return 0
+
+
 def _compare(args: argparse.Namespace) -> int:
     from vit_tucker.report.compare import comparison, save_comparison
 
@@ -173,4 +208,11 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"plan": _plan, "ranks": _ranks, "compare": _compare, "methods": _methods, "schema": _schema}
+_COMMANDS = {
+    "plan": _plan,
+    "ranks": _ranks,
+    "hosts": _hosts,
+    "compare": _compare,
+    "methods": _methods,
+    "schema": _schema,
+}

@@ -20,9 +20,10 @@ from torch import nn
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest
 from vit_tucker.patching.find import find_attention, find_other_attention
-from vit_tucker.patching.hosts import Host, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.hosts import EXCLUDE, Host, class_name, has_mixed_rope, read_host
 
 EXACT = "exact"
+LATENT = "exact (latent RoPE)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ModelEntry:
         features: what they do beyond plain attention, see ``HostSpec.features``.
         heads: their numbers of heads, rising.
         left_alone: number of pooling, cross- and channel attention modules by class.
-        methods: by method "exact", "10 of 12 layers: reason", or "refused: reason".
+        methods: by method "exact", "exact (latent RoPE)", "10 of 12 layers: reason", or "refused: reason".
     """
 
     name: str
@@ -47,7 +48,7 @@ class ModelEntry:
 
     def patchable(self, method: str) -> bool:
         """Whether ``patch`` takes the whole model."""
-        return self.methods[method] == EXACT
+        return self.methods[method] in (EXACT, LATENT)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -87,16 +88,21 @@ def describe(name: str, model: nn.Module) -> ModelEntry:
         try:
             hosts.append(read_host(module, mixed_rope))
         except PatchError as error:
-            unread.append(str(error).removesuffix("; leave it alone with exclude="))
-    left_alone = Counter(class_name(model.get_submodule(other)) for other in find_other_attention(model))
+            unread.append(str(error).removesuffix(EXCLUDE).replace(class_name(module), short_name(class_name(module))))
+    left_alone = Counter(short_name(class_name(model.get_submodule(other))) for other in find_other_attention(model))
     return ModelEntry(
         name=name,
-        layers=dict(Counter(class_name(module) for module in found.values())),
+        layers=dict(Counter(short_name(class_name(module)) for module in found.values())),
         features=tuple(sorted({feature for host in hosts for feature in host.spec.features})),
         heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found.values()})),
         left_alone=dict(left_alone),
         methods={method: status(method, hosts, unread) for method in list_methods()},
     )
+
+
+def short_name(place: str) -> str:
+    """'timm.models.eva.EvaAttention' -> 'eva.EvaAttention'"""
+    return ".".join(place.split(".")[-2:])
 
 
 def status(method: str, hosts: list[Host], unread: list[str]) -> str:
@@ -119,22 +125,7 @@ def status(method: str, hosts: list[Host], unread: list[str]) -> str:
     if not total:
         return "refused: no self-attention between tokens"
     if not reasons:
-        return EXACT
+        latent = config.latent_rope and any(host.spec.rotates_latent for host in hosts)
+        return LATENT if latent else EXACT
     why = "; ".join(dict.fromkeys(reasons))
     return f"refused: {why}" if len(reasons) == total else f"{total - len(reasons)} of {total} layers: {why}"
-
-
-def short_name(place: str) -> str:
-    """'timm.models.eva.EvaAttention' -> 'eva.EvaAttention'"""
-    return ".".join(place.split(".")[-2:])
-
-
-def counts_in_words(counts: dict[str, int]) -> str:
-    """'24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'"""
-    return ", ".join(f"{count} {short_name(place)}" for place, count in counts.items())
-
-
-def summary(entries: list[ModelEntry]) -> str:
-    """How many models each method takes."""
-    parts = [f"{method} {sum(entry.patchable(method) for entry in entries)}" for method in list_methods()]
-    return f"{len(entries)} models with attention; patchable as a whole: {', '.join(parts)}"

@@ -200,6 +200,9 @@ class AttentionConfig(BaseModel):
     carries: ClassVar[frozenset[str]] = frozenset()
     """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
 
+    latent_rope: ClassVar[bool] = False
+    """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""
+
     method: str
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",

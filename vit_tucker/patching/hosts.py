@@ -262,6 +262,8 @@ LEFT_ALONE = {
 """What stands beside self-attention and stays as it is."""
 
 
+EXCLUDE = "; leave it alone with exclude="
+"""What a user can do about a layer that is refused."""
 MIXED_ROPE = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
 """The embedding whose tables differ from head to head."""
 
@@ -316,10 +318,10 @@ def read_host(module: nn.Module, mixed_rope: bool = False) -> Host:
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:
-        raise PatchError(f"{class_name(module)} can't be replaced: {reason}; leave it alone with exclude=")
+        raise PatchError(f"{class_name(module)} can't be replaced: {reason}{EXCLUDE}")
     with torch.no_grad():
         if cls in ROTARY_CLASSES:
             return read_rotary(module, mixed_rope)
         if cls in READERS_BY_CLASS:
             return READERS_BY_CLASS[cls](module)
-    raise PatchError(f"unknown attention class {class_name(module)}; leave it alone with exclude=")
+    raise PatchError(f"unknown attention class {class_name(module)}{EXCLUDE}")

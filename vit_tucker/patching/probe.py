@@ -19,12 +19,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> tuple[int, int, int]:
-    """Channels, height and width of the model's input: from ``img_size``, its patch embedding, or its pretrained_cfg."""
+    """Channels, height and width of the model's input: from ``img_size``, its stem, or its pretrained_cfg."""
     embed: Any = getattr(model, "patch_embed", None)
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels, *sizes = config.get("input_size", (3, 224, 224))
-    projection = getattr(embed, "proj", None)
-    channels = getattr(projection, "in_channels", channels)
+    stem = model if embed is None else embed  # a convolution of patches, or a whole network before them (hybrids)
+    channels = next((m.in_channels for m in stem.modules() if isinstance(m, nn.Conv2d)), channels)
     size = img_size or getattr(embed, "img_size", None) or tuple(sizes)
     height, width = (size, size) if isinstance(size, int) else size
     return channels, height, width

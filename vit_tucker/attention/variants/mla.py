@@ -9,7 +9,7 @@ come before the rotation there is no such form; then each head's key is rotated,
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -42,6 +42,8 @@ from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 @register_method("mla")
 class MLAConfig(PerHeadConfig):
     """Multi-head latent attention with a query latent and a key/value latent."""
+
+    latent_rope: ClassVar[bool] = True
 
     method: Literal["mla"] = "mla"
 

@@ -49,6 +49,7 @@ class TuckerConfig(AttentionConfig):
     """Tucker Attention. Ranks in the paper's order [head, query/output, key/value]."""
 
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
+    latent_rope: ClassVar[bool] = True
 
     method: Literal["tucker"] = "tucker"
 

@@ -1,0 +1,164 @@
+"""Every timm model that the map (docs/hosts.md) calls patchable, patched and run: once at full rank against the model's own
+outputs, once compressed.
+
+    python benchmarks/hosts.py --out benchmarks/results/hosts [--filter 'vit_*']
+
+Models are random, two blocks deep where their constructor allows it, at most 1024 wide, in float64. A row is written for each
+model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a difference at full rank is
+above TOLERANCE.
+"""
+
+import argparse
+import csv
+import gc
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import vit_tucker as vt
+from vit_tucker.analysis.host_map import EXACT, LATENT, describe, model_names
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.hosts import has_mixed_rope, read_host
+from vit_tucker.patching.probe import input_shape
+
+TOLERANCE = 1e-9
+"""Largest difference over the largest output: float64 leaves about 1e-15, an ill-conditioned random model a little more."""
+SHALLOW: tuple[dict[str, Any], ...] = ({"depth": 2}, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {})
+WIDTH = 1024
+COLUMNS = ("model", "method", "map", "layers", "embed_dim", "params_m", "full_rank_difference", "compressed_difference",
+           "compressed_share", "seconds")  # fmt: skip
+
+
+def shallow_model(name: str) -> nn.Module:
+    """The model with few blocks, on the CPU."""
+    for options in SHALLOW:
+        try:
+            with torch.device("meta"):
+                found = find_attention(timm.create_model(name, **options))
+        except Exception:  # the constructor has no such argument, or not for this model
+            continue
+        specs = [read_host(module).spec for module in found.values()]
+        if max(spec.embed_dim for spec in specs) > WIDTH and "depth" in options:
+            options = {**options, "embed_dim": 32 * max(spec.num_heads for spec in specs)}
+        return timm.create_model(name, **options)
+    raise RuntimeError(f"{name} can't be built")
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Random values of order 1/sqrt(fan-in): timm starts biases at zero and layer scales near it, which would hide losses."""
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.3
+        p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale + (p.ndim == 1) * 0.1)
+
+
+def full_rank(model: nn.Module, method: str) -> vt.AttentionConfig:
+    """The exact config of a method, layer by layer."""
+    rules, first, mixed = [], None, has_mixed_rope(model)
+    for name, module in find_attention(model).items():
+        config = vt.get_method(method).full_rank(read_host(module, mixed).spec)
+        first = first or config
+        options = config.model_dump(exclude={"method", "init", "layers", "exclude", "rules", "calibration"})
+        rules.append(vt.Rule(layers=f"re:{name}", **options))
+    assert first is not None
+    return first.model_copy(update={"rules": tuple(rules)})
+
+
+def compressed(model: nn.Module, method: str) -> vt.AttentionConfig:
+    """A small config that fits all layers."""
+    specs = [read_host(module).spec for module in find_attention(model).values()]
+    return vt.get_method(method).example(min(specs, key=lambda spec: (spec.embed_dim, spec.num_heads)))
+
+
+@torch.no_grad()
+def check(name: str, methods: list[str]) -> list[dict[str, Any]]:
+    """Rows of one model; none if no method takes it."""
+    with torch.device("meta"):
+        entry = describe(name, timm.create_model(name))
+    methods = [method for method in methods if entry.methods[method] in (EXACT, LATENT)]
+    if not methods:
+        return []
+    model = shallow_model(name).eval()
+    randomise(model)
+    model = model.double()
+    x = torch.randn(1, *input_shape(model), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = tensor_of(model(x))
+    size = expected.abs().max()
+    rows = []
+    for method in methods:
+        start, differences = time.perf_counter(), []
+        for config in (full_rank(model, method), compressed(model, method)):
+            report = vt.patch(model, config)
+            differences.append(((tensor_of(model(x)) - expected).abs().max() / size).item())
+            vt.unpatch(model)
+        rows.append(
+            {
+                "model": name,
+                "method": method,
+                "map": entry.methods[method],
+                "layers": len(report.layers),
+                "embed_dim": max(read_host(module).spec.embed_dim for module in find_attention(model).values()),
+                "params_m": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+                "full_rank_difference": f"{differences[0]:.1e}",
+                "compressed_difference": f"{differences[1]:.1e}",
+                "compressed_share": f"{report.params_after / report.params_before:.3f}",
+                "seconds": f"{time.perf_counter() - start:.1f}",
+            }
+        )
+    return rows
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    """The first tensor of a model's output."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--filter", metavar="PATTERN", help="names of models with wildcards")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "results.csv"
+    old = list(csv.DictReader(file.open())) if file.exists() else []
+    done = {(row["model"], row["method"]) for row in old}
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        for name in model_names(args.filter):
+            missing = [method for method in vt.list_methods() if (name, method) not in done]
+            if len(missing) < len(vt.list_methods()):
+                continue
+            try:
+                rows = check(name, missing)
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+                continue
+            for row in rows:
+                writer.writerow(row)
+                print(" ".join(map(str, row.values())), flush=True)
+            stream.flush()
+            gc.collect()
+    rows = list(csv.DictReader(file.open()))
+    bad = [row for row in rows if not float(row["full_rank_difference"]) <= TOLERANCE]
+    same = [row for row in rows if row["method"] != "mha" and not float(row["compressed_difference"]) > TOLERANCE]
+    models = {row["model"] for row in rows}
+    print(
+        f"{len(models)} models, {len(rows)} conversions; {len(bad)} differ at full rank, {len(same)} do not when compressed"
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

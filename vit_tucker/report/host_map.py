@@ -1,0 +1,120 @@
+"""The map of what can be patched, as Markdown: a summary, a table by kind of attention, a table by model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Entry = dict[str, Any]
+
+
+HEAD = """# What can be patched
+
+Every model of timm {version} that has attention, read from its structure; made by
+`python -m vit_tucker hosts --out docs/hosts.md`.
+
+**{summary}.**
+
+- **exact**: the method carries all that the model's attention does; at full rank the patched model gives the model's own
+  outputs (`benchmarks/hosts.py` patches and runs each of them). Smaller ranks, fewer key/value heads and narrower latents
+  approximate.
+- **exact (latent RoPE)**: the same, from a key rank of `H * D` on. All heads share one latent key, whose pairs keep rotations of
+  the heads' pairs; below that rank some of them are missing, and the patch report says so.
+- **n of m layers**: `layers=` or `exclude=` can choose those that can be replaced.
+- **refused**: `patch` raises one error with the reason and changes nothing.
+- **stays as it is**: pooling, cross-attention, attention of channels or of a class token alone; no method replaces them.
+
+## By kind of attention
+"""
+LEGEND = """
+Beyond plain attention: `qk_norm` norms of queries and keys, `scale_norm` a norm and `gate` a gate of the output, `rope` rotary
+embeddings, `position_bias` relative position bias, `layout` tokens as a grid or with channels first.
+
+## Reasons
+"""
+
+
+class Notes:
+    """Reasons, numbered in the order in which they come up."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def cell(self, status: str) -> str:
+        """'exact', 'refused [3]' or '2 of 12 layers [4]'."""
+        verdict, colon, reasons = status.partition(": ")
+        if not colon:
+            return status
+        marks = [str(self.numbers.setdefault(reason, len(self.numbers) + 1)) for reason in reasons.split("; ")]
+        return f"{verdict} [{', '.join(marks)}]"
+
+    def lines(self) -> list[str]:
+        """'[3] ...'"""
+        return [f"- [{number}] {reason}" for reason, number in self.numbers.items()]
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns line up."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+
+
+def counts(values: dict[str, int]) -> str:
+    """'24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'"""
+    return ", ".join(f"{count} {name}" for name, count in values.items())
+
+
+def model_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
+    """A row for each model."""
+    methods = list(entries[0]["methods"])
+    header = ("model", "self-attention", "heads", *methods, "stays as it is")
+    rows = [
+        (
+            entry["name"],
+            counts(entry["layers"]),
+            ", ".join(map(str, entry["heads"])),
+            *(notes.cell(entry["methods"][method]) for method in methods),
+            counts(entry["left_alone"]),
+        )
+        for entry in entries
+    ]
+    return markdown_table(header, rows)
+
+
+def kind_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
+    """A row for each kind of attention: classes, what they do beyond plain attention, and what methods make of them."""
+    methods = list(entries[0]["methods"])
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for entry in entries:
+        verdicts = (notes.cell(entry["methods"][method]) for method in methods)
+        kind = (", ".join(entry["layers"]), ", ".join(entry["features"]), *verdicts)
+        kinds.setdefault(kind, []).append(entry["name"])
+    rows = [(cells[0] or "none", cells[1], str(len(names)), names[0], *cells[2:]) for cells, names in kinds.items()]
+    rows.sort(key=lambda row: -int(row[2]))
+    return markdown_table(("self-attention", "beyond plain attention", "models", "for example", *methods), rows)
+
+
+def summary(entries: Sequence[Entry]) -> str:
+    """How many models each method takes as a whole."""
+    taken = (
+        f"{method} {sum(entry['methods'][method].startswith('exact') for entry in entries)}"
+        for method in entries[0]["methods"]
+    )
+    return f"{len(entries)} models with attention; patched as a whole by: {', '.join(taken)}"
+
+
+def terminal_map(entries: Sequence[Entry]) -> str:
+    """The table by model with its notes, for people at a terminal."""
+    notes = Notes()
+    table = model_table(entries, notes)
+    return "\n".join([*table, "", *notes.lines(), summary(entries)])
+
+
+def document(entries: Sequence[Entry], timm_version: str) -> str:
+    """The whole map as a Markdown file."""
+    notes = Notes()
+    kinds, models = kind_table(entries, notes), model_table(entries, notes)
+    head = HEAD.format(version=timm_version, summary=summary(entries))
+    return "\n".join([head, *kinds, LEGEND, *notes.lines(), "", "## By model", "", *models, ""])
