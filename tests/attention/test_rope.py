@@ -6,8 +6,9 @@ import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 import vit_tucker as vt
-from tests.conftest import make_angles, make_spec, make_table, make_weights, randomise, rope_of
+from tests.conftest import dense_attention, make_angles, make_spec, make_table, make_weights, randomise, rope_of
 from vit_tucker.attention.rope import RopeSpec, pair_columns, rotate, rotate_heads, spread_columns
+from vit_tucker.tensor.rotary import rotary_distance
 
 H, D, C = 4, 8, 32
 SPEC = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, rope=RopeSpec(0))
@@ -190,3 +191,25 @@ def test_learned_angles_get_gradients(config):
     angles = make_angles(MIXED, 6).requires_grad_(True)
     module(x, rope=make_table(angles, half=False)).square().sum().backward()
     assert angles.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+def test_gqa_svd_keeps_the_rotations_of_its_heads(half, per_head):
+    """Exact with all heads; with fewer better than the mean, though the keys keep their pairs."""
+    spec = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, rope=RopeSpec(1, half, per_head))
+    weights, x, given = make_weights(spec), rand(2, 9, C), rope_of(spec)
+    errors = {}
+    for groups in (H, 2, 1):
+        for conversion in ("svd", "mean"):
+            module = vt.GQAConfig(num_kv_heads=groups, conversion=conversion).build(spec, dtype=torch.float64).eval()
+            with torch.no_grad():
+                module.convert_from(weights)
+            errors[groups, conversion] = rotary_distance(weights.rotary_pairs(spec.rope), module.rotary_pairs())
+            if groups == H:
+                expected = dense_attention(weights, x, spec)
+                torch.testing.assert_close(module(x, **given), expected, rtol=1e-9, atol=1e-9)
+                assert not torch.allclose(module(x), expected, rtol=1e-3)
+    assert errors[H, "svd"] < 1e-12
+    assert 0.05 < errors[2, "svd"] < 0.95 * errors[2, "mean"]
+    assert errors[2, "svd"] < errors[1, "svd"] < 0.95 * errors[1, "mean"]

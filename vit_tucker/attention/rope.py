@@ -59,6 +59,11 @@ def adjacent_pairs(x: Tensor, half: bool) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if half else x
 
 
+def separate_pairs(x: Tensor, half: bool) -> Tensor:
+    """The inverse of ``adjacent_pairs``."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if half else x
+
+
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -109,9 +114,7 @@ def _rotate_heads(x: Tensor, rope: Tensor, num_prefix_tokens: int, half: bool, i
     """A leaf in fx graphs."""
     sin, cos = head_angles(rope, half)
     rotated = rotate(adjacent_pairs(x[:, :, num_prefix_tokens:], half), -sin if inverse else sin, cos)
-    if half:
-        rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    return torch.cat([x[:, :, :num_prefix_tokens], rotated], 2)
+    return torch.cat([x[:, :, :num_prefix_tokens], separate_pairs(rotated, half)], 2)
 
 
 def rotate_latent(

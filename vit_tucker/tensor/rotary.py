@@ -133,6 +133,24 @@ def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
     return Pairs(left * 0.5**0.5, right)
 
 
+def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:
+    """One key for all heads with as many pairs as each of them: pair k of every head as a multiple of one pair k.
+
+    Complex multiples pass through any rotation, so the heads may even rotate the pair by angles of their own.
+
+    Args:
+        tensor: float64; its columns don't matter.
+
+    Returns:
+        basis (J, K), pairs side by side, and change (H, K, K): query i @ change_i meets the new key as query i met key i.
+    """
+    energy = tensor.left.square().unflatten(-1, (-1, 2)).sum((1, 3))  # (H, K/2)
+    vectors = as_complex(tensor.right).permute(2, 1, 0)  # b, (K/2, J, H)
+    basis = torch.linalg.svd(vectors * energy.mT.sqrt().unsqueeze(1), full_matrices=False).U[..., 0].mT  # (J, K/2)
+    gamma = (basis.mH @ as_complex(tensor.right)).diagonal(dim1=-2, dim2=-1)  # u_k^* b_ik, (H, K/2)
+    return as_real(basis), coefficient_blocks(torch.diag_embed(gamma)).mT
+
+
 def whiten_rotary(
     tensor: RotaryPairs, left: Tensor | None = None, right: Tensor | None = None, weights: Tensor | None = None
 ) -> RotaryPairs:

@@ -31,8 +31,10 @@ from vit_tucker.attention.module import (
 )
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.rope import RopeSpec, separate_pairs
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.rotary import RotaryPairs, best_pair_each
 from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
 from vit_tucker.tensor.weighted import head_weights, mean_metric
 
@@ -57,7 +59,7 @@ class GQAConfig(PerHeadConfig):
             raise PatchError(
                 f"num_kv_heads={self.num_kv_heads} must divide num_heads={spec.num_heads}: one of {divisors}"
             )
-        fixed = [feature for feature in spec.features if feature not in CALL_FEATURES]
+        fixed = [feature for feature in spec.extras if feature not in CALL_FEATURES]
         if self.conversion == "svd" and fixed:
             raise PatchError(
                 f"conversion='svd' changes the head bases, so it can't keep {', '.join(fixed)}; use 'mean'"
@@ -127,7 +129,7 @@ class GQA(PerHeadModule):
         if self.conversion == "mean":
             converted = mean_pool_groups(weights, self.num_kv_heads)
         else:
-            converted = svd_groups(weights, self.num_kv_heads)
+            converted = svd_groups(weights, self.num_kv_heads, self.spec.rope)
         self._set(converted)
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
@@ -135,7 +137,7 @@ class GQA(PerHeadModule):
         if self.conversion == "mean":
             self.convert_from(weights)
         else:
-            self._set(svd_groups(weights, self.num_kv_heads, moments, damping))
+            self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
 
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
@@ -195,74 +197,80 @@ def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
 
 
 def svd_groups(
-    weights: MHAWeights, num_kv_heads: int, moments: Moments | None = None, damping: float = 0.0
+    weights: MHAWeights,
+    num_kv_heads: int,
+    rope: RopeSpec | None = None,
+    moments: Moments | None = None,
+    damping: float = 0.0,
 ) -> MHAWeights:
     """Best rank-D key and value basis of each group's weight tensors; queries and outputs absorb the change of basis.
 
     For a group with heads i, the key basis U (C, D) minimises sum_i ||WQ_i WK_i^T (I - U U^T)||^2, so that the new key is x U
     and the new query weight WQ_i (WK_i^T U); values likewise with WO_i. With moments the norms are those of the error on the
-    tokens. Key biases vanish in the softmax, value biases are folded into the output bias, exactly.
+    tokens. Key biases vanish in the softmax, value biases are folded into the output bias, exactly. With RoPE each pair of the
+    new key is the best one for that pair of all heads, up to complex factors, which rotations leave alone.
 
     Args:
         weights: H heads.
         num_kv_heads: G, divides H.
+        rope: of the host.
         moments: of the layer's tokens; None for the error in the weights.
         damping: of the moments.
 
     Returns:
         The same attention with key and value of G heads; exact for G = H.
     """
-    heads, _, head_dim = weights.key.shape
-    group = heads // num_kv_heads
-    pre, post = weights.pre_pairs(), weights.post_pairs()
-    left_query = left_out = None
+    pre, post = weights.pre_tensor(rope), weights.post_pairs()
+    rows = pre.left.shape[1]
+    left_query = left_out = key_metrics = value_metrics = None
     if moments is not None:
-        left_query = metric_root(moments.query[: pre.left.shape[1], : pre.left.shape[1]], damping).root
+        left_query = metric_root(moments.query[:rows, :rows], damping).root
         left_out = metric_root(moments.output, damping).root
-    keys, values, to_key, to_value = [], [], [], []
-    for start in range(0, heads, group):
-        part = slice(start, start + group)
-        key_metrics = None if moments is None else moments.key[part]
-        value_metrics = None if moments is None else moments.value[part]
-        basis, change = group_basis(Pairs(pre.left[part], pre.right[part]), head_dim, left_query, key_metrics, damping)
-        keys.append(basis)
-        to_key.append(change)
-        basis, change = group_basis(
-            Pairs(post.left[part], post.right[part]), head_dim, left_out, value_metrics, damping
-        )
-        values.append(basis)
-        to_value.append(change)
-    change_key, change_value = torch.cat(to_key), torch.cat(to_value)  # (H, D, D): old basis to new
-    query_bias = weights.query_bias
+        key_metrics, value_metrics = moments.key, moments.value
+    keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
+    values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)
+    query, width = pre.left @ change_key, weights.query.shape[1]
+    if rope is not None:
+        query, keys = separate_pairs(query, rope.half), separate_pairs(keys, rope.half)
     return MHAWeights(
-        query=weights.query @ change_key,
-        key=torch.stack(keys),
-        value=torch.stack(values),
+        query=query[:, :width],
+        key=keys[:, :width],
+        value=values,
         out=change_value.mT @ weights.out,
-        query_bias=None if query_bias is None else torch.einsum("hd,hde->he", query_bias, change_key),
+        query_bias=None if weights.query_bias is None else query[:, width],
+        key_bias=None if rope is None or weights.key_bias is None else keys[:, width],
         out_bias=weights.folded_out_bias(),
     )
 
 
-def group_basis(
-    pairs: Pairs, rank: int, left_root: Tensor | None, metrics: Tensor | None, damping: float
+def group_bases(
+    tensor: Pairs | RotaryPairs, groups: int, left_root: Tensor | None, metrics: Tensor | None, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """One basis for the right mode of a group of heads, W_i ~ A_i change_i basis^T.
+    """One basis of width D for the right mode of each group of heads, W_i ~ A_i change_i basis^T.
 
     Args:
-        pairs: the group's tensor A_i B_i^T, left (g, I, D), right (g, C, D).
-        rank: width of the basis, R.
+        tensor: A_i B_i^T, left (H, I, D), right (H, J, D), with rotations or without.
+        groups: G.
         left_root: root of the left metric (I, I), or None.
-        metrics: right metrics (g, C, C), or None.
+        metrics: right metrics (H, J, J), or None.
         damping: of the right metrics.
 
     Returns:
-        basis (C, R) and change (g, D, R).
+        bases (G, J, D) and changes (H, D, D).
     """
-    if left_root is None or metrics is None:
-        basis = leading_eigenvectors(gram_right(pairs), rank)
-        return basis, pairs.right.mT @ basis
-    root = metric_root(mean_metric(metrics), damping)
-    left = left_root @ pairs.left * head_weights(metrics)[:, None, None]
-    whitened = leading_eigenvectors(gram_right(Pairs(left, root.root @ pairs.right)), rank)
-    return root.inverse @ whitened, pairs.right.mT @ root.root @ whitened
+    bases, changes = [], []
+    rows = tensor.right.shape[1]
+    for part in torch.arange(len(tensor.left), device=tensor.left.device).chunk(groups):
+        left, right, root = tensor.left[part], tensor.right[part], None
+        if left_root is not None and metrics is not None:
+            metric = metrics[part, :rows, :rows]
+            root = metric_root(mean_metric(metric), damping)
+            left, right = left_root @ left * head_weights(metric)[:, None, None], root.root @ right
+        if isinstance(tensor, RotaryPairs):
+            basis, change = best_pair_each(RotaryPairs(left, right, tensor.columns[part]))
+        else:
+            basis = leading_eigenvectors(gram_right(Pairs(left, right)), right.shape[-1])
+            change = right.mT @ basis
+        bases.append(basis if root is None else root.inverse @ basis)
+        changes.append(change)
+    return torch.stack(bases), torch.cat(changes)
