@@ -213,3 +213,33 @@ def test_gqa_svd_keeps_the_rotations_of_its_heads(half, per_head):
     assert errors[H, "svd"] < 1e-12
     assert 0.05 < errors[2, "svd"] < 0.95 * errors[2, "mean"]
     assert errors[2, "svd"] < errors[1, "svd"] < 0.95 * errors[1, "mean"]
+
+
+SPECIAL = {  # ranks of the pre-softmax tensor, (H, query, key), with RoPE of all heads and with mixed RoPE
+    "mha": (vt.MHAConfig(), (H, C, H * D), (H, C, H * D)),
+    "mqa": (vt.GQAConfig(num_kv_heads=1), (H, C, D), (H, C, H * D)),
+    "gqa": (vt.GQAConfig(num_kv_heads=2), (H, C, 2 * D), (H, C, H * D)),
+    "mla": (vt.MLAConfig(q_lora_rank=6, kv_lora_rank=10), (H, 7, 10), (H, 7, 10)),
+    "mla, two latents": (vt.MLAConfig(q_lora_rank=6, kv_lora_rank=10, shared_kv=False), (H, 7, 10), (H, 7, 10)),
+    "tucker": (vt.TuckerConfig(ranks=(3, 12, 10)), (3, 12, 10), (3, 12, 10)),
+    "tucker, shared": (vt.TuckerConfig(ranks=(3, 12, 10), shared_kv=True), (3, 12, 10), (3, 12, 10)),
+}
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_other_attentions_with_rope_are_tucker_attention_with_latent_rope(name, per_head, half, bias):
+    config, *ranks = SPECIAL[name]
+    spec = make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C, qkv_bias=bias, rope=RopeSpec(1, half, per_head))
+    source, x, given = layer(config, spec), rand(2, 9, C), rope_of(spec)
+    tucker = vt.to_tucker(source)
+    torch.testing.assert_close(tucker(x, **given), source(x, **given), rtol=1e-10, atol=1e-10)
+    query = ranks[per_head][1] - (name.startswith("mla") and not bias)  # the query bias is one more coordinate
+    assert tucker.ranks[0] == (ranks[per_head][0], query, ranks[per_head][2])
+    assert rotary_distance(source.rotary_pairs(), tucker.rotary_pairs()) < 1e-12
+    tucker.rope_columns.copy_(tucker.rope_columns.roll(1))
+    assert not torch.allclose(tucker(x, **given), source(x, **given), rtol=1e-3)
+    with pytest.raises(vt.PatchError, match="with RoPE is not bilinear"):
+        vt.to_dense(source)

@@ -1,4 +1,4 @@
-"""The module base of all attention layers, and helpers on Linear layers that the variants share."""
+"""The module base of all attention layers, and that of layers which form each head's query and key."""
 
 import copy
 from abc import abstractmethod
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.linear import linear_bias, linear_weight, set_linear
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import rotate_heads
 from vit_tucker.attention.sdpa import attend, expand_heads
@@ -171,6 +172,13 @@ class AttentionModule(nn.Module):
         """The pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
         raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
+    def latent_columns(self) -> Tensor:
+        """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
+        columns: Tensor | None = getattr(self, "rope_columns", None)
+        if columns is None:
+            raise PatchError(f"{type(self).__name__} does not say what its rotations are")
+        return columns
+
     @abstractmethod
     def post_pairs(self) -> Pairs:
         """The layer's post-softmax tensor (H, O, C): see ``MHAWeights.post_pairs``."""
@@ -264,11 +272,22 @@ class PerHeadModule(AttentionModule):
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """See base class; Thms B.2 and B.3: bases are the projections, the core picks columns."""
         weights, group = self.dense_weights(), self.num_heads // self.num_kv_heads
-        pre, post = weights.pre_pairs(), weights.post_pairs()
+        pre, post = weights.pre_tensor(self.spec.rope), weights.post_pairs()
+        keys = pre.right[:: self._heads_per_key]
         return (
-            selector_form(pre.left, pre.right[::group], self.num_kv_heads),
+            selector_form(pre.left, keys, len(keys), keep_columns=self.spec.rope is not None),
             selector_form(post.left, post.right[::group], self.num_kv_heads),
         )
+
+    @property
+    def _heads_per_key(self) -> int:
+        """How many heads have the same key, rotated: where each rotates by angles of its own, one."""
+        mixed = self.spec.rope is not None and self.spec.rope.per_head
+        return 1 if mixed else self.num_heads // self.num_kv_heads
+
+    def latent_columns(self) -> Tensor:
+        """See base class."""
+        return self.rotary_pairs().columns[:: self._heads_per_key].flatten()
 
     def pre_pairs(self) -> Pairs:
         """See base class."""
@@ -277,46 +296,3 @@ class PerHeadModule(AttentionModule):
     def post_pairs(self) -> Pairs:
         """See base class."""
         return self.dense_weights().post_pairs()
-
-
-def linear_weight(linear: nn.Linear) -> Tensor:
-    """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
-    return linear.weight.detach().double().mT
-
-
-def linear_bias(linear: nn.Linear) -> Tensor | None:
-    """Bias of a Linear, (out,), float64, detached, or None."""
-    return None if linear.bias is None else linear.bias.detach().double()
-
-
-def head_bias(linear: nn.Linear, num_heads: int, repeat: int = 1) -> Tensor | None:
-    """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
-    bias = linear_bias(linear)
-    return None if bias is None else bias.unflatten(0, (num_heads, -1)).repeat_interleave(repeat, 0)
-
-
-def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Copy ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
-    linear.weight.copy_(weight.mT)
-    if linear.bias is not None:
-        if bias is None:
-            linear.bias.zero_()
-        else:
-            linear.bias.copy_(bias)
-
-
-def init_linear(linear: nn.Linear, std: float) -> None:
-    """Normal weights with standard deviation ``std``, zero bias."""
-    nn.init.normal_(linear.weight, std=std)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-
-
-def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(..., H*D) -> (H, ..., D)"""
-    return x.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """(H, ..., D) -> (..., H*D)"""
-    return x.movedim(0, -2).flatten(-2)

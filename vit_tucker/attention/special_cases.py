@@ -6,6 +6,8 @@
     MLA      (H, cQ, cKV)                      (H, min(d, H*cKV), cKV)            Thm B.4
 
 A query bias is one more coordinate of the query mode: where the queries have fewer than d columns (MLA) it costs one rank.
+With RoPE the key ranks are H*D, G*D (H*D again if each head rotates by angles of its own) and cKV: the latent key holds the very
+columns that rotate, so that latent RoPE contains RoPE of the heads.
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Appendix B.
 """
 
@@ -56,7 +58,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     Nothing is approximated: bases are the layer's own projections, the cores select or multiply their columns.
 
     Args:
-        layer: MHA, GQA (MQA), MLA or Tucker, without query/key norms, gates or RoPE; biases included.
+        layer: MHA, GQA (MQA), MLA or Tucker, without query/key norms or gates; biases and RoPE included.
 
     Returns:
         A Tucker layer with the layer's device, dtype, dropout and mode.
@@ -64,7 +66,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     Raises:
         PatchError: the layer's attention is not bilinear in its tokens.
     """
-    refuse_nonlinear(layer)
+    refuse_nonlinear(layer, rope=True)
     spec = layer.spec
     like = next(layer.parameters())
     pre, post = layer.tucker_form()
@@ -74,6 +76,8 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker.fused_attn = layer.fused_attn
     with torch.no_grad():
         tucker.set_tensors(pre, post, layer.folded_out_bias())
+        if tucker.rope_columns is not None:
+            tucker.rope_columns.copy_(layer.latent_columns())
     keep_position_bias(layer, tucker)
     return tucker.requires_grad_(like.requires_grad).train(layer.training)
 
@@ -139,9 +143,9 @@ def split_rank(tensor: Tensor, rank: int, tolerance: float, name: str) -> tuple[
     return torch.nn.functional.pad(left, pad), torch.nn.functional.pad(right, pad)
 
 
-def refuse_nonlinear(layer: AttentionModule) -> None:
-    """Raise PatchError for a layer whose scores or outputs pass through a norm, a gate or rotations."""
-    features = [*layer.extras, *(["RoPE"] if layer.spec.rope is not None else [])]
+def refuse_nonlinear(layer: AttentionModule, rope: bool = False) -> None:
+    """Raise PatchError for a layer whose scores or outputs pass through a norm or a gate; with RoPE, unless ``rope``."""
+    features = [*layer.extras, *(["RoPE"] if layer.spec.rope is not None and not rope else [])]
     if features:
         raise PatchError(f"{type(layer).__name__} with {', '.join(features)} is not bilinear in its tokens")
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from vit_tucker.tensor.tucker import Tucker
 
 
-def selector_form(left: Tensor, right: Tensor, groups: int) -> Tucker:
+def selector_form(left: Tensor, right: Tensor, groups: int, keep_columns: bool = False) -> Tucker:
     """Tucker form of stack_i A_i B_g(i)^T with head i in group g(i): the bases hold all columns, the core selects.
 
     Where the columns outnumber the rows the basis is the identity, and the core holds the matrices themselves.
@@ -15,12 +15,13 @@ def selector_form(left: Tensor, right: Tensor, groups: int) -> Tucker:
         left: A, (H, I, D).
         right: B, (G, J, D), one for each group of H / G heads.
         groups: G.
+        keep_columns: the right basis holds the columns of B in any case, head by head: rotations go by columns.
 
     Returns:
-        Tucker with head rank H, left rank min(I, H*D), right rank min(J, G*D).
+        Tucker with head rank H, left rank min(I, H*D), right rank min(J, G*D), or G*D.
     """
     left_basis, left_columns = basis_and_columns(left)
-    right_basis, right_columns = basis_and_columns(right)
+    right_basis, right_columns = all_columns(right) if keep_columns else basis_and_columns(right)
     right_columns = right_columns.repeat_interleave(left.shape[0] // groups, 0)
     eye = torch.eye(left.shape[0], dtype=left.dtype, device=left.device)
     return Tucker(left_columns @ right_columns.mT, eye, left_basis, right_basis)
@@ -31,5 +32,11 @@ def basis_and_columns(matrices: Tensor) -> tuple[Tensor, Tensor]:
     count, rows, width = matrices.shape
     if count * width >= rows:
         return torch.eye(rows, dtype=matrices.dtype, device=matrices.device), matrices
+    return all_columns(matrices)
+
+
+def all_columns(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis of all columns (I, K*D), and selectors (K, K*D, D) of each matrix's own. Takes (K, I, D)."""
+    count, _, width = matrices.shape
     selector = torch.eye(count * width, dtype=matrices.dtype, device=matrices.device)
     return matrices.transpose(0, 1).flatten(1), selector.unflatten(1, (count, width)).transpose(0, 1)

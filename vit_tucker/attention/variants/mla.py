@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.latent import LatentKeys, latent_keys
-from vit_tucker.attention.module import (
-    PerHeadModule,
+from vit_tucker.attention.linear import (
+    augmented_weight,
     head_bias,
     init_linear,
     join_heads,
@@ -27,6 +27,7 @@ from vit_tucker.attention.module import (
     set_linear,
     split_heads,
 )
+from vit_tucker.attention.module import PerHeadModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
@@ -291,6 +292,10 @@ class MLA(PerHeadModule):
             out_bias=linear_bias(self.proj),
         )
 
+    def latent_columns(self) -> Tensor:
+        """See base class."""
+        return super().latent_columns() if self.rope_columns is None else self.rope_columns
+
     def rotary_pairs(self) -> RotaryPairs:
         """See base class; pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
         if self.rope_columns is None:
@@ -315,16 +320,17 @@ class MLA(PerHeadModule):
         if weights.query_bias is not None:
             q_basis = torch.block_diag(q_basis, torch.ones(1, 1, dtype=q_basis.dtype, device=q_basis.device))
             q_up = torch.cat([q_up, weights.query_bias.unsqueeze(1)], 1)
-        k_basis, k_up = linear_weight(self.kv_down), split_heads(linear_weight(self.k_up), self.num_heads)
-        v_basis = k_basis if self.v_down is None else linear_weight(self.v_down)
+        k_basis, k_up = augmented_weight(self.kv_down), split_heads(linear_weight(self.k_up), self.num_heads)
+        v_basis = linear_weight(self.kv_down if self.v_down is None else self.v_down)
+        if self.v_down is None and self.kv_down.bias is None:
+            k_basis = v_basis  # the very same tensor
         v_up = split_heads(linear_weight(self.v_up), self.num_heads)
         eye = torch.eye(self.num_heads, dtype=q_basis.dtype, device=q_basis.device)
         pre = Tucker(q_up @ k_up.mT, eye, q_basis, k_basis)
         if (
             q_basis.shape[1] > self.attn_dim
         ):  # more coordinates than the heads have columns: those are the smaller basis
-            pairs = weights.pre_pairs()
-            columns, selected = basis_and_columns(pairs.left)
+            columns, selected = basis_and_columns(weights.pre_pairs().left)
             pre = Tucker(selected @ k_up.mT, eye, columns, k_basis)
         latent_outputs = v_up @ weights.out  # (H, cKV, O)
         if self.num_heads * v_up.shape[1] < min(weights.out.shape[2], self.attn_dim):

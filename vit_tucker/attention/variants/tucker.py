@@ -25,7 +25,8 @@ from vit_tucker.attention.base import (
     count_extras,
 )
 from vit_tucker.attention.latent import latent_keys, value_columns
-from vit_tucker.attention.module import AttentionModule, linear_bias, linear_weight, set_linear
+from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, set_linear
+from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import RankRule
 from vit_tucker.attention.ranks import even_rank, full_ranks, has_out_bias, refuse_odd, tensor_macs, tensor_weights
@@ -378,12 +379,6 @@ class TuckerAttention(AttentionModule):
     def post_pairs(self) -> Pairs:
         """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
         return tucker_pairs(self.tucker_form()[1])
-
-
-def augmented_weight(linear: nn.Linear) -> Tensor:
-    """Weight (in, out) of a Linear with its bias as a last row, float64."""
-    weight, bias = linear_weight(linear), linear_bias(linear)
-    return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
 
 
 def constant_output(post: Tucker, value: Tensor) -> Tensor:

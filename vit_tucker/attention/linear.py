@@ -1,0 +1,53 @@
+"""Helpers on Linear layers that the variants share: weights as used in ``x @ W``, by heads, float64."""
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_weight(linear: nn.Linear) -> Tensor:
+    """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
+    return linear.weight.detach().double().mT
+
+
+def augmented_weight(linear: nn.Linear) -> Tensor:
+    """Weight (in, out) of a Linear with its bias as a last row, float64."""
+    weight, bias = linear_weight(linear), linear_bias(linear)
+    return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
+
+
+def linear_bias(linear: nn.Linear) -> Tensor | None:
+    """Bias of a Linear, (out,), float64, detached, or None."""
+    return None if linear.bias is None else linear.bias.detach().double()
+
+
+def head_bias(linear: nn.Linear, num_heads: int, repeat: int = 1) -> Tensor | None:
+    """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
+    bias = linear_bias(linear)
+    return None if bias is None else bias.unflatten(0, (num_heads, -1)).repeat_interleave(repeat, 0)
+
+
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Copy ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
+    linear.weight.copy_(weight.mT)
+    if linear.bias is not None:
+        if bias is None:
+            linear.bias.zero_()
+        else:
+            linear.bias.copy_(bias)
+
+
+def init_linear(linear: nn.Linear, std: float) -> None:
+    """Normal weights with standard deviation ``std``, zero bias."""
+    nn.init.normal_(linear.weight, std=std)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(..., H*D) -> (H, ..., D)"""
+    return x.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(H, ..., D) -> (..., H*D)"""
+    return x.movedim(0, -2).flatten(-2)
