@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vit_tucker.attention.base import HostSpec
+from vit_tucker.attention.base import HostSpec, count_extras
 from vit_tucker.attention.options import RankRule
 from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
@@ -115,7 +115,7 @@ def layer_tables(
         rank_table(pairs, full, cost, rule.multiple_of, rotary=rotary and pairs is pre)
         for pairs, full, cost in zip((pre, post), full_ranks(spec), costs, strict=True)
     ]
-    fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec)
+    fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec) + count_extras(spec)
     return LayerTables(tables[0], tables[1], fixed, dense)
 
 
