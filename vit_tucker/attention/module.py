@@ -99,6 +99,12 @@ class AttentionModule(nn.Module):
         if self.position_bias is not None:
             self.position_bias.set_window_size(window_size)
 
+    @property
+    def latent_width(self) -> int | None:
+        """Width of the one key that rotates for all heads (latent RoPE); None without one."""
+        columns: Tensor | None = getattr(self, "rope_columns", None)
+        return None if columns is None else 2 * len(columns)
+
     @abstractmethod
     def init_weights(self) -> None:
         """Reset to the method's own random initialisation. timm's init functions call it by this name."""

@@ -1,6 +1,6 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, rotation_notes
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
 from vit_tucker.patching.report import LayerReport, PatchReport
@@ -179,7 +180,7 @@ def _prepare(
         config = resolve_ranks(model, config, configs, read, tokens, images)
         configs = layer_configs(config, list(found), chosen)
         if config.calibration is not None and images is None:
-            notes = ("ranks chosen from the weights alone: patch chooses them by the calibration images",)
+            notes = (CHOSEN_BY_WEIGHTS,)
     built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
         layer = built.get(id(found[name]))
@@ -191,31 +192,10 @@ def _prepare(
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
     left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
-    notes += rotation_notes(read, layers)
+    replacements = {name: layer.replacement for name, layer in layers.items()}
+    notes += rotation_notes(read, replacements)
     report = PatchReport(rows, left, applied, notes)
-    return Prepared(config, {name: layer.replacement for name, layer in layers.items()}, report)
-
-
-def rotation_notes(read: Mapping[str, hosts.Host], layers: Mapping[str, CalibratedLayer]) -> tuple[str, ...]:
-    """What becomes of the rotations of hosts with RoPE: kept head by head, or those of one latent key."""
-    latent = {name: layer.replacement for name, layer in layers.items() if hasattr(layer.replacement, "rope_columns")}
-    ranks = {name: 2 * len(m.rope_columns) for name, m in latent.items() if isinstance(m.rope_columns, Tensor)}
-    cut = [name for name, rank in ranks.items() if rank < read[name].spec.attn_dim]
-    if not ranks:
-        return ()
-    if not cut:
-        return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
-    widths = sorted({ranks[name] for name in cut})
-    full = sorted({read[name].spec.attn_dim for name in cut})
-    return (
-        f"latent RoPE: {len(cut)} layers rotate one latent key of width {in_words(widths)} for all heads, an approximation of "
-        f"the host's RoPE (exact from width {in_words(full)} on)",
-    )
-
-
-def in_words(numbers: Sequence[int]) -> str:
-    """'16', or '16 to 48'"""
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return Prepared(config, replacements, report)
 
 
 def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> hosts.Host:

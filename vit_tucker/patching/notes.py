@@ -1,0 +1,32 @@
+"""Remarks of a patch report: what a reader of the numbers should know besides."""
+
+from collections.abc import Mapping, Sequence
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.patching.hosts import Host
+
+CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
+
+
+def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, AttentionModule]) -> tuple[str, ...]:
+    """What becomes of the rotations of hosts with RoPE where one latent key takes the place of the heads' own.
+
+    Args:
+        hosts, layers: what was there and what replaces it, by full module name.
+    """
+    widths = {name: layer.latent_width for name, layer in layers.items()}
+    cut = {name: width for name, width in widths.items() if width is not None and width < hosts[name].spec.attn_dim}
+    if cut:
+        full = sorted({hosts[name].spec.attn_dim for name in cut})
+        return (
+            f"latent RoPE: {len(cut)} layers rotate one latent key of width {in_words(sorted(set(cut.values())))} for all heads, "
+            f"an approximation of the host's RoPE (exact from width {in_words(full)} on)",
+        )
+    if any(width is not None for width in widths.values()):
+        return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
+    return ()
+
+
+def in_words(numbers: Sequence[int]) -> str:
+    """'16', or '16 to 48'; of rising numbers."""
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
