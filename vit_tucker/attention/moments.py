@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from vit_tucker.attention.base import HostSpec, MHAWeights
-from vit_tucker.attention.rope import RopeSpec, head_angles, rotate_heads
+from vit_tucker.attention.rope import angle_kernel, rotate_heads
 from vit_tucker.attention.sdpa import add_mask
 from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
-from vit_tucker.tensor.rotary import RotaryPairs, whiten_rotary
+from vit_tucker.tensor.rotary import RotaryPairs, pair_shares, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs
 
 CONSTANT = 1e-11
@@ -122,7 +122,7 @@ class MomentSums:
         self.shift: Tensor | None = None
         self.rotation_weights = torch.empty(0)
         if spec.rope is not None:
-            self.rotation_weights = rotation_weights(self.weights.rotary_pairs(spec.rope))
+            self.rotation_weights = pair_shares(self.weights.rotary_pairs(spec.rope))
 
     def add(self, call: LayerCall) -> None:
         """Add one call. The batch is worked off in slices, so that the attention maps stay small."""
@@ -220,34 +220,6 @@ class MomentSums:
             value_mean=shifted_mean + self.shift.double(),
             **per_token,
         )
-
-
-def rotation_weights(tensor: RotaryPairs) -> Tensor:
-    """How much the rotation of each pair matters in its head: shares of the squared norm. (H, D/2)"""
-    left, right = (side.square().unflatten(-1, (-1, 2)).sum((1, 3)) for side in (tensor.left, tensor.right))
-    return left * right / (left * right).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
-
-
-def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
-    """Weighted means of cos(angle(l) - angle(m)) over a head's rotations; prefix tokens have the angle 0.
-
-    Args:
-        rope: table, see ``vit_tucker.attention.rope``.
-        spec: of the host.
-        weights: of the rotations, (H, D/2).
-        num_tokens: N.
-
-    Returns:
-        (H, N, N), or (B, H, N, N) for tables per image.
-    """
-    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half))  # (..., N', D/2)
-    if sin.ndim == 2:
-        sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
-    prefix = num_tokens - sin.shape[-2]
-    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
-    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
-    share = weights.unsqueeze(1)  # (H, 1, D/2)
-    return (cos * share) @ cos.mT + (sin * share) @ sin.mT
 
 
 def whiten(

@@ -144,3 +144,25 @@ def _rotate_latent(
     return tuple(  # type: ignore[return-value]
         torch.cat([x[:, :, :num_prefix_tokens], rotate(x[:, :, num_prefix_tokens:], sin, cos)], 2) for x in (q, k)
     )
+
+
+def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
+    """Weighted means of cos(angle(l) - angle(m)) over a head's rotations; prefix tokens have the angle 0.
+
+    Args:
+        rope: table, see ``vit_tucker.attention.rope``.
+        spec: of the host.
+        weights: of the rotations, (H, D/2).
+        num_tokens: N.
+
+    Returns:
+        (H, N, N), or (B, H, N, N) for tables per image.
+    """
+    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half))  # (..., N', D/2)
+    if sin.ndim == 2:
+        sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
+    prefix = num_tokens - sin.shape[-2]
+    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
+    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
+    share = weights.unsqueeze(1)  # (H, 1, D/2)
+    return (cos * share) @ cos.mT + (sin * share) @ sin.mT

@@ -65,6 +65,12 @@ def coefficient_blocks(gamma: Tensor) -> Tensor:
     return rows.flatten(-2).flatten(-3, -2)  # (..., S/2, 2, K/2, 2) -> (..., S, K)
 
 
+def pair_shares(tensor: RotaryPairs) -> Tensor:
+    """Share of each pair in its head's squared norm, (H, K/2)."""
+    left, right = (side.square().unflatten(-1, (-1, 2)).sum((1, 3)) for side in (tensor.left, tensor.right))
+    return left * right / (left * right).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+
+
 def lift(tensor: RotaryPairs) -> Lifted:
     """See the module. S = 2 min(J, M) for each rotation, M pairs with it; H*D for heads in general position.
 
