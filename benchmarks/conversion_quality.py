@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import vit_tucker as vt
+from vit_tucker.attention.rope import spread_columns
+from vit_tucker.attention.variants.tucker import TuckerAttention
 from vit_tucker.build import classes_and_channels
 from vit_tucker.cli import guarded
 from vit_tucker.config.load import dump_config, load_config
@@ -36,6 +38,7 @@ from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.probe import input_shape
+from vit_tucker.tensor.tucker import Tucker, hosvd
 
 FEATURES = vt.Calibration()
 
@@ -48,11 +51,13 @@ class Column:
         calibration: None: by the weights alone.
         hooi: by HOOI, Tucker only.
         chosen: ranks chosen by the budget that the given ones need, Tucker only.
+        spread: hosts with RoPE as if nothing rotated, Tucker only.
     """
 
     calibration: vt.Calibration | None = None
     hooi: bool = False
     chosen: bool = False
+    spread: bool = False
 
     def of(self, config: vt.AttentionConfig, share: float) -> vt.AttentionConfig | None:
         """The config, or None where there is no such thing."""
@@ -60,14 +65,36 @@ class Column:
         if isinstance(config, vt.TuckerConfig):
             update |= {"conversion": "hooi"} if self.hooi else {}
             update |= {"ranks": vt.RankRule(budget=share), "post_ranks": None} if self.chosen else {}
-        elif self.hooi or self.chosen:
+            if self.spread:
+                return SpreadTuckerConfig(ranks=config.ranks)
+        elif self.hooi or self.chosen or self.spread:
             return None
         return config.model_copy(update=update)
+
+
+class SpreadTucker(TuckerAttention):
+    """What a HOSVD that knows nothing of rotations makes of a host with RoPE: latent pairs spread evenly over its table."""
+
+    def _rotary_pre(self, weights: vt.MHAWeights, *others: Any) -> Tucker:
+        assert self.rope_columns is not None
+        self.rope_columns.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+        pre = hosvd(weights.pre_pairs(), self.ranks[0])
+        missing = self.k_proj.in_features + (self.k_proj.bias is not None) - len(pre.right)
+        return pre._replace(right=torch.nn.functional.pad(pre.right, (0, 0, 0, missing)))
+
+
+class SpreadTuckerConfig(vt.TuckerConfig):
+    """See ``SpreadTucker``."""
+
+    def build(self, spec: vt.HostSpec, **factory: Any) -> SpreadTucker:
+        """See base class."""
+        return SpreadTucker(spec, self, **factory)
 
 
 COLUMNS = {
     "weights": Column(),  # HOSVD, or the method's own conversion
     "HOOI": Column(hooi=True),
+    "weights, rotations ignored": Column(spread=True),
     "layer": Column(FEATURES.model_copy(update={"objective": "layer"})),
     "features": Column(FEATURES),
     "features, refined": Column(FEATURES.model_copy(update={"refine_steps": 60})),
@@ -111,16 +138,18 @@ def top1(model: nn.Module, loader: DataLoader) -> float:
 
 
 @torch.no_grad()
-def layer_calls(model: nn.Module, batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Input and output of each dense attention layer on some images, by its name."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
+def layer_calls(model: nn.Module, batch: Tensor) -> dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+    """Arguments and output of each dense attention layer on some images, by its name."""
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
     handles = []
     for name, module in find_attention(model).items():
 
-        def note(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-            calls[name] = (args[0], output)
+        def note(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, name: str = name
+        ) -> None:
+            calls[name] = (args, kwargs, output)
 
-        handles.append(module.register_forward_hook(note))
+        handles.append(module.register_forward_hook(note, with_kwargs=True))
     model(batch)
     for handle in handles:
         handle.remove()
@@ -128,11 +157,11 @@ def layer_calls(model: nn.Module, batch: Tensor) -> dict[str, tuple[Tensor, Tens
 
 
 @torch.no_grad()
-def output_error(model: nn.Module, calls: dict[str, tuple[Tensor, Tensor]]) -> float:
+def output_error(model: nn.Module, calls: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]]) -> float:
     """||y^ - y|| / ||y - mean y|| on the dense layers' inputs, mean over the layers."""
     errors = [
-        ((model.get_submodule(name)(x) - y).norm() / (y - y.mean((0, 1))).norm()).item()
-        for name, (x, y) in calls.items()
+        ((model.get_submodule(name)(*args, **kwargs) - y).norm() / (y - y.mean((0, 1))).norm()).item()
+        for name, (args, kwargs, y) in calls.items()
     ]
     return sum(errors) / len(errors)
 

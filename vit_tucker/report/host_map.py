@@ -51,14 +51,14 @@ class Notes:
         return [f"- [{number}] {reason}" for reason, number in self.numbers.items()]
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns line up."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = True) -> list[str]:
+    """Lines of a table; aligned columns line up, which makes files of many rows several times larger."""
+    widths = [max(len(row[i]) for row in (header, *rows)) if aligned else 0 for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
 
-    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+    return [line(header), "|" + "|".join("-" * max(width + 2, 3) for width in widths) + "|", *map(line, rows)]
 
 
 def counts(values: dict[str, int]) -> str:
@@ -66,7 +66,7 @@ def counts(values: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in values.items())
 
 
-def model_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
+def model_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> list[str]:
     """A row for each model."""
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
@@ -80,7 +80,7 @@ def model_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
         )
         for entry in entries
     ]
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, aligned)
 
 
 def kind_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
@@ -115,6 +115,6 @@ def terminal_map(entries: Sequence[Entry]) -> str:
 def document(entries: Sequence[Entry], timm_version: str) -> str:
     """The whole map as a Markdown file."""
     notes = Notes()
-    kinds, models = kind_table(entries, notes), model_table(entries, notes)
+    kinds, models = kind_table(entries, notes), model_table(entries, notes, aligned=False)
     head = HEAD.format(version=timm_version, summary=summary(entries))
     return "\n".join([head, *kinds, LEGEND, *notes.lines(), "", "## By model", "", *models, ""])

@@ -1,0 +1,125 @@
+"""The map of hosts: what it says of single models, the committed file, and the command."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from vit_tucker.analysis.host_map import EXACT, LATENT, describe, model_names, survey
+from vit_tucker.cli import main
+from vit_tucker.errors import ConfigError
+from vit_tucker.report.host_map import Notes, document, markdown_table, terminal_map
+
+MAP = Path(__file__).parents[2] / "docs" / "hosts.md"
+SAMPLE = (
+    "vit_tiny_patch16_224",
+    "eva02_tiny_patch14_224",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_tiny_window8_256",
+    "convit_tiny",
+    "xcit_nano_12_p16_224",
+    "crossvit_tiny_240",
+)
+
+
+def entry_of(name, **options):
+    with torch.device("meta"):
+        return describe(name, timm.create_model(name, **options))
+
+
+def test_plain_attention_is_exact():
+    entry = entry_of("vit_tiny_patch16_224")
+    assert entry.layers == {"attention.Attention": 12} or entry.layers == {"vision_transformer.Attention": 12}
+    assert entry.heads == (3,)
+    assert set(entry.methods.values()) == {EXACT}
+    assert entry.features == ()
+
+
+def test_rope_is_exact_with_the_kind_of_rope_named():
+    entry = entry_of("eva02_tiny_patch14_224")
+    assert entry.methods == {"gqa": EXACT, "mha": EXACT, "mla": LATENT, "tucker": LATENT}
+    assert entry.features == ("rope",)
+    assert all(entry.patchable(method) for method in entry.methods)
+
+
+def test_refusals_tell_the_reason():
+    swin = entry_of("swinv2_tiny_window8_256")
+    assert swin.methods["gqa"] == (
+        "refused: swin_transformer_v2.WindowAttention can't be replaced: cosine attention: the scores of normalised queries and "
+        "keys, scaled head by head"
+    )
+    normed = entry_of("eva02_base_patch16_clip_224")
+    assert normed.methods["mha"] == EXACT
+    assert normed.methods["mla"] == LATENT
+    assert normed.methods["tucker"].startswith("refused: tucker can't carry the host's scale_norm")
+    assert (
+        entry_of("convit_tiny").methods["mha"].startswith("2 of 12 layers: convit.GPSA can't be replaced: positional")
+    )
+    assert not entry_of("convit_tiny").patchable("mha")
+    xcit = entry_of("xcit_nano_12_p16_224")
+    assert xcit.methods["gqa"] == "refused: no self-attention between tokens"
+    assert xcit.left_alone["xcit.XCA"] == 12
+
+
+def test_survey_leaves_out_models_without_attention():
+    assert [entry.name for entry in survey(["resnet10t", "vit_tiny_patch16_224"])] == ["vit_tiny_patch16_224"]
+    with pytest.raises(
+        ConfigError, match="no timm model matches 'vit_tinny_patch16_224'; did you mean 'vit_tiny_patch16_224'"
+    ):
+        model_names("vit_tinny_patch16_224")
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_the_committed_map_is_that_of_the_code(name):
+    text = MAP.read_text()
+    if f"timm {timm.__version__} " not in text:
+        pytest.skip("the map is of another timm")
+    row = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    reasons = dict(re.findall(r"^- \[(\d+)\] (.*)$", text, re.MULTILINE))
+    for cell, status in zip(cells[3:7], entry_of(name).methods.values(), strict=True):
+        marks = re.findall(r"\[([\d, ]+)\]$", cell)
+        expected = cell.partition(" [")[0]
+        if marks:
+            expected += ": " + "; ".join(reasons[mark] for mark in marks[0].split(", "))
+        assert status == expected
+
+
+def test_the_committed_map_holds_what_was_promised():
+    counts = dict(re.findall(r"(\w+) (\d+)", MAP.read_text().split("patched as a whole by: ")[1].split("**")[0]))
+    assert int(counts["gqa"]) >= 280
+    assert int(counts["tucker"]) >= 250
+    rows = [line for line in MAP.read_text().split("## By model")[1].splitlines() if line.startswith("| ")][1:]
+    exact = [sum(row.split(" | ")[3 + i].startswith("exact") for row in rows) for i in range(4)]
+    assert exact == [int(counts[method]) for method in ("gqa", "mha", "mla", "tucker")]
+
+
+def test_notes_number_reasons_once():
+    notes = Notes()
+    assert notes.cell("exact") == "exact"
+    assert notes.cell("refused: this; that") == "refused [1, 2]"
+    assert notes.cell("2 of 3 layers: that") == "2 of 3 layers [2]"
+    assert notes.lines() == ["- [1] this", "- [2] that"]
+    assert markdown_table(("a", "bcd"), [("xyz", "1")]) == ["| a   | bcd |", "|-----|-----|", "| xyz | 1   |"]
+
+
+def test_command(capsys, tmp_path):
+    assert main(["hosts", "--filter", "vit_wee*"]) == 0
+    shown = capsys.readouterr().out
+    assert "| vit_wee_patch16_reg1_gap_256 " in shown
+    assert "1 models with attention; patched as a whole by: gqa 1, mha 1, mla 1, tucker 1" in shown
+    assert main(["hosts", "--filter", "vit_wee*", "--json"]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert entries[0]["methods"]["tucker"] == "exact"
+    file = tmp_path / "new" / "map.md"
+    assert main(["hosts", "--filter", "vit_wee*", "--out", str(file)]) == 0
+    assert file.read_text() == document(entries, timm.__version__)
+    assert terminal_map(entries) == shown.rstrip("\n")
+    capsys.readouterr()
+    assert main(["hosts", "--filter", "nothing_like_it*"]) == 2
+    assert capsys.readouterr().err.startswith("error: no timm model matches 'nothing_like_it*'")
+    assert main(["hosts", "--filter", "resnet10t"]) == 2
+    assert "none of the 1 models that match 'resnet10t' has attention" in capsys.readouterr().err
