@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from vit_tucker.analysis.host_map import EXACT, LATENT, describe, model_names
+from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, describe, model_names
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 from vit_tucker.patching.probe import input_shape
@@ -79,8 +79,7 @@ def compressed(model: nn.Module, method: str) -> vt.AttentionConfig:
 @torch.no_grad()
 def check(name: str, methods: list[str]) -> list[dict[str, Any]]:
     """Rows of one model; none if no method takes it."""
-    with torch.device("meta"):
-        entry = describe(name, timm.create_model(name))
+    entry = describe(name, build_structure(name))
     methods = [method for method in methods if entry.methods[method] in (EXACT, LATENT)]
     if not methods:
         return []

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 
-from vit_tucker.analysis.host_map import EXACT, LATENT, describe, model_names, survey
+from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, describe, model_names, survey
 from vit_tucker.cli import main
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.host_map import Notes, document, markdown_table, terminal_map
@@ -25,9 +24,8 @@ SAMPLE = (
 )
 
 
-def entry_of(name, **options):
-    with torch.device("meta"):
-        return describe(name, timm.create_model(name, **options))
+def entry_of(name):
+    return describe(name, build_structure(name))
 
 
 def test_plain_attention_is_exact():

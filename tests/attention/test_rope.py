@@ -47,17 +47,18 @@ def attention_maps(module, x, **options):
 def test_heads_are_rotated_as_timm_does(half, prefix, per_head):
     spec = make_spec(embed_dim=C, num_heads=H, head_dim=D, rope=RopeSpec(prefix, half, per_head))
     x, table = rand(2, H, 9, D), rope_of(spec)["rope"]
-    found = rotate_heads(x, table, prefix, half)
+    found = rotate_heads(x, table, spec.rope)
     if half:
         sin, cos = table.chunk(2, -1)
         first, second = x[:, :, prefix:].chunk(2, -1)
         expected = x[:, :, prefix:] * cos + torch.cat([-second, first], -1) * sin  # timm's own in newer versions
     else:
-        expected = apply_rot_embed_cat(x[:, :, prefix:], table)
+        each = [apply_rot_embed_cat(x[:, i, prefix:], table[i] if per_head else table) for i in range(H)]
+        expected = torch.stack(each, 1)
     torch.testing.assert_close(found[:, :, prefix:], expected, rtol=1e-15, atol=1e-15)
     assert torch.equal(found[:, :, :prefix], x[:, :, :prefix])
     assert not torch.allclose(found[:, :, prefix:], x[:, :, prefix:])
-    torch.testing.assert_close(rotate_heads(found, table, prefix, half, inverse=True), x)
+    torch.testing.assert_close(rotate_heads(found, table, spec.rope, inverse=True), x)
 
 
 @pytest.mark.parametrize("config", LATENT, ids=str)
@@ -151,6 +152,8 @@ def test_tables_per_image(config, spec):
     together = torch.stack(each) if spec.rope.per_head else torch.stack(each).unsqueeze(1)
     expected = torch.cat([module(x[i : i + 1], rope=table) for i, table in enumerate(each)])
     torch.testing.assert_close(module(x, rope=together), expected)
+    if not spec.rope.per_head:  # as older timm hands them over
+        torch.testing.assert_close(module(x, rope=together.squeeze(1)), expected)
     assert not torch.allclose(module(x, rope=each[0]), expected)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from vit_tucker.analysis.host_map import EXACT, describe
+from vit_tucker.analysis.host_map import describe
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 from vit_tucker.patching.probe import input_shape
@@ -87,6 +87,8 @@ def small_model(name: str, **more) -> nn.Module:
     module, _, cls = name.rpartition(".")
     if module:  # the models of these families fix their sizes
         return randomise(getattr(import_module(f"timm.models.{module}"), cls)(**options)).double().eval()
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
     return randomise(timm.create_model(name, **options)).double().eval()
 
 
@@ -117,7 +119,8 @@ def test_every_method_is_exact_where_the_map_says_so(name):
     assert entry.patchable("mha"), entry
     for method, status in entry.methods.items():
         config = full_rank_config(model, method)
-        if status != EXACT:
+        if not entry.patchable(method):
+            assert "can't carry" in status
             with pytest.raises(vt.PatchError, match="can't carry"):
                 vt.patch(model, config)
             continue

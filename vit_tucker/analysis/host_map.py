@@ -70,12 +70,20 @@ def model_names(pattern: str | None = None) -> list[str]:
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
     """The entries of all models that have attention."""
     for name in names:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            model = timm.create_model(name, pretrained=False)
-        entry = describe(name, model)
+        entry = describe(name, build_structure(name))
         if entry.layers or entry.left_alone:
             yield entry
+
+
+def build_structure(name: str) -> nn.Module:
+    """A timm model without weights, on the meta device; on the CPU where its constructor computes with values."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.device("meta"):
+                return timm.create_model(name, pretrained=False)
+        except (RuntimeError, NotImplementedError):
+            return timm.create_model(name, pretrained=False)
 
 
 def describe(name: str, model: nn.Module) -> ModelEntry:

@@ -235,8 +235,7 @@ class PerHeadModule(AttentionModule):
         if self.spec.rope is not None:
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
                 k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
-            prefix, half = self.spec.rope.num_prefix_tokens, self.spec.rope.half
-            q, k = rotate_heads(q, rope, prefix, half).type_as(v), rotate_heads(k, rope, prefix, half).type_as(v)
+            q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
         y = attend(
             q,
             k,

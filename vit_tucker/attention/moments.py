@@ -148,8 +148,7 @@ class MomentSums:
         flat_probe = probe.flatten(0, 1)
         grad_q, grad_k = s @ k * spec.scale, s.mT @ q * spec.scale
         if spec.rope is not None:
-            prefix, half = spec.rope.num_prefix_tokens, spec.rope.half
-            grad_q, grad_k = (rotate_heads(g, call.rope, prefix, half, inverse=True) for g in (grad_q, grad_k))
+            grad_q, grad_k = (rotate_heads(g, call.rope, spec.rope, inverse=True) for g in (grad_q, grad_k))
         grad_kv = torch.cat([joined(grad_k), joined(p.mT @ probe_v)], -1)
         sums = self.sums
         sums["query"] += ones.mT @ ones
@@ -265,8 +264,7 @@ def attention_maps(
         dtype = next((p.dtype for norm in norms.values() for p in norm.parameters()), q.dtype)
         q, k = norms["q_norm"](q.to(dtype)).to(q.dtype), norms["k_norm"](k.to(dtype)).to(k.dtype)
     if spec.rope is not None:
-        prefix, half = spec.rope.num_prefix_tokens, spec.rope.half
-        q, k = rotate_heads(q, rope, prefix, half), rotate_heads(k, rope, prefix, half)
+        q, k = rotate_heads(q, rope, spec.rope), rotate_heads(k, rope, spec.rope)
     scores = add_mask(q * spec.scale @ k.mT, attn_mask, is_causal)
     return scores.softmax(-1), q, k
 

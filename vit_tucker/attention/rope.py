@@ -2,10 +2,11 @@
 
 Blocks hand their attention a table of sines and cosines, one column pair for each pair of a head's D coordinates:
 
-    (N', 2 D) one table for all heads           (H, N', 2 D) a table per head (mixed RoPE)
-    (B, 1, N', 2 D), (B, H, N', 2 D)            the same per image (patch dropout, images of many sizes)
+    (N', 2 D) one table for all heads           (B, 1, N', 2 D) one per image (patch dropout, images of many sizes)
+    (H, N', 2 D) a table per head (mixed RoPE)  (B, H, N', 2 D) the same per image
 
-N' = N without the prefix tokens, which are not rotated. As complex numbers, z = x_0 + i x_1 becomes z exp(i angle).
+N' = N without the prefix tokens, which are not rotated. Older timm hands (B, N', 2 D) over for one table per image. As complex
+numbers, z = x_0 + i x_1 becomes z exp(i angle).
 
 Latent RoPE (Tucker Attention, arXiv 2603.30033, Def 3.1 and Eq 12) rotates the one key that all heads share, and the heads'
 queries in that space: score_i(m, n) = Q_im R(m) R(n)^T K_n^T. Scores depend on relative positions only (Lemma B.5), and what
@@ -70,26 +71,27 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
 
 
-def head_angles(rope: Tensor, half: bool) -> tuple[Tensor, Tensor]:
-    """Sines and cosines of a table (..., N', 2 D), one per pair: each (..., N', D/2)."""
+def head_angles(rope: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of a table, one per pair: each (N', D/2), (H, N', D/2), (B, 1, N', D/2) or (B, H, N', D/2)."""
+    if rope.ndim == 3 and not per_head:
+        rope = rope.unsqueeze(1)
     return tuple(part.chunk(2, -1)[0] if half else part[..., ::2] for part in rope.chunk(2, -1))  # type: ignore[return-value]
 
 
-def latent_angles(rope: Tensor, columns: Tensor, num_heads: int, half: bool) -> tuple[Tensor, Tensor]:
+def latent_angles(rope: Tensor, columns: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
     """Sines and cosines of the latent pairs.
 
     Args:
         rope: table, see above.
         columns: number of each latent pair's rotation, (R/2,), see ``pair_columns``.
-        num_heads: H.
-        half: layout of the table.
+        half, per_head: see ``RopeSpec``.
 
     Returns:
         Each (N', R/2), or (B, 1, N', R/2) for tables per image.
     """
     angles = []
-    for part in head_angles(rope, half):
-        if part.ndim >= 3 and part.shape[-3] == num_heads > 1:
+    for part in head_angles(rope, half, per_head):
+        if per_head:
             chosen = part.movedim(-3, -2).flatten(-2).index_select(-1, columns)  # (..., N', H*D/2)
             angles.append(chosen.unsqueeze(-3) if part.ndim > 3 else chosen)
         else:
@@ -97,29 +99,29 @@ def latent_angles(rope: Tensor, columns: Tensor, num_heads: int, half: bool) -> 
     return angles[0], angles[1]
 
 
-def rotate_heads(x: Tensor, rope: Tensor | None, num_prefix_tokens: int, half: bool, inverse: bool = False) -> Tensor:
+def rotate_heads(x: Tensor, rope: Tensor | None, spec: RopeSpec, inverse: bool = False) -> Tensor:
     """The host's rotation of each head's coordinates.
 
     Args:
         x: queries or keys, (B, H, N, D), or (B, 1, N, D) for a table that all heads share.
         rope: table, or None to rotate nothing.
-        num_prefix_tokens, half: see ``RopeSpec``.
+        spec: of the host.
         inverse: rotate back.
     """
-    return x if rope is None else _rotate_heads(x, rope, num_prefix_tokens, half, inverse)
+    if rope is None:
+        return x
+    return _rotate_heads(x, rope, spec.num_prefix_tokens, spec.half, spec.per_head, inverse)
 
 
 @torch.fx.wrap
-def _rotate_heads(x: Tensor, rope: Tensor, num_prefix_tokens: int, half: bool, inverse: bool) -> Tensor:
+def _rotate_heads(x: Tensor, rope: Tensor, prefix: int, half: bool, per_head: bool, inverse: bool) -> Tensor:
     """A leaf in fx graphs."""
-    sin, cos = head_angles(rope, half)
-    rotated = rotate(adjacent_pairs(x[:, :, num_prefix_tokens:], half), -sin if inverse else sin, cos)
-    return torch.cat([x[:, :, :num_prefix_tokens], separate_pairs(rotated, half)], 2)
+    sin, cos = head_angles(rope, half, per_head)
+    rotated = rotate(adjacent_pairs(x[:, :, prefix:], half), -sin if inverse else sin, cos)
+    return torch.cat([x[:, :, :prefix], separate_pairs(rotated, half)], 2)
 
 
-def rotate_latent(
-    q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, num_prefix_tokens: int, half: bool
-) -> tuple[Tensor, Tensor]:
+def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
     """Latent RoPE: the heads' queries and the one key that they share, rotated in the key's space.
 
     Args:
@@ -127,23 +129,24 @@ def rotate_latent(
         k: (B, 1, N, R).
         rope: table, or None to rotate nothing.
         columns: number of each pair's rotation, (R/2,).
-        num_prefix_tokens, half: see ``RopeSpec``.
+        spec: of the host.
 
     Returns:
         q and k, rotated.
     """
-    return (q, k) if rope is None else _rotate_latent(q, k, rope, columns, num_prefix_tokens, half)
+    if rope is None:
+        return q, k
+    return _rotate_latent(q, k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
 
 
 @torch.fx.wrap
 def _rotate_latent(
-    q: Tensor, k: Tensor, rope: Tensor, columns: Tensor, num_prefix_tokens: int, half: bool
+    q: Tensor, k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
 ) -> tuple[Tensor, Tensor]:
     """A leaf in fx graphs."""
-    sin, cos = latent_angles(rope, columns, q.shape[1], half)
-    return tuple(  # type: ignore[return-value]
-        torch.cat([x[:, :, :num_prefix_tokens], rotate(x[:, :, num_prefix_tokens:], sin, cos)], 2) for x in (q, k)
-    )
+    sin, cos = latent_angles(rope, columns, half, per_head)
+    q, k = (torch.cat([x[:, :, :prefix], rotate(x[:, :, prefix:], sin, cos)], 2) for x in (q, k))
+    return q, k
 
 
 def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
@@ -158,7 +161,7 @@ def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int)
     Returns:
         (H, N, N), or (B, H, N, N) for tables per image.
     """
-    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half))  # (..., N', D/2)
+    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half, spec.per_head))
     if sin.ndim == 2:
         sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
     prefix = num_tokens - sin.shape[-2]

@@ -177,9 +177,7 @@ class MLA(PerHeadModule):
         assert self.spec.rope is not None
         assert self.rope_columns is not None
         q = q @ self.k_up.weight.unflatten(0, (self.num_heads, -1))  # Q_i WUK_i^T, (B, H, N, cKV)
-        q, key = rotate_latent(
-            q, k.unsqueeze(1), rope, self.rope_columns, self.spec.rope.num_prefix_tokens, self.spec.rope.half
-        )
+        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.rope_columns, self.spec.rope)
         y = attend(
             q,
             key,

@@ -218,7 +218,7 @@ class TuckerAttention(AttentionModule):
         k = self.k_proj(x).unsqueeze(1)  # (B, 1, N, r3)
         v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
         if self.spec.rope is not None and self.rope_columns is not None:
-            q, k = rotate_latent(q, k, rope, self.rope_columns, self.spec.rope.num_prefix_tokens, self.spec.rope.half)
+            q, k = rotate_latent(q, k, rope, self.rope_columns, self.spec.rope)
         y = attend(
             q,
             k,
