@@ -62,6 +62,8 @@ class Column:
     def of(self, config: vt.AttentionConfig, share: float) -> vt.AttentionConfig | None:
         """The config, or None where there is no such thing."""
         update: dict[str, Any] = {"calibration": self.calibration}
+        if self.chosen and share > 1:
+            return None
         if isinstance(config, vt.TuckerConfig):
             update |= {"conversion": "hooi"} if self.hooi else {}
             update |= {"ranks": vt.RankRule(budget=share), "post_ranks": None} if self.chosen else {}
