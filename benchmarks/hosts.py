@@ -42,6 +42,8 @@ def shallow_model(name: str) -> nn.Module:
                 found = find_attention(timm.create_model(name, **options))
         except Exception:  # the constructor has no such argument, or not for this model
             continue
+        if not found:  # too shallow: nothing is left that attends
+            continue
         specs = [read_host(module).spec for module in found.values()]
         if max(spec.embed_dim for spec in specs) > WIDTH and "depth" in options:
             options = {**options, "embed_dim": 32 * max(spec.num_heads for spec in specs)}
