@@ -1,5 +1,9 @@
 """The host of a run: timm's own checkpoint formats, resampling, adapted heads, and refusals."""
 
+import argparse
+import json
+import os
+
 import pytest
 import timm
 import torch
@@ -22,14 +26,16 @@ def source():
     return timm.create_model("vit_tiny_patch16_224", num_classes=10, in_chans=3, **SMALL)
 
 
-@pytest.mark.parametrize("layout", ["safetensors", "pth", "pth with state_dict", "folder"])
+@pytest.mark.parametrize("layout", ["safetensors", "pth", "pth with state_dict", "pth of timm's script", "folder"])
 def test_checkpoints_of_timm_are_loaded(tmp_path, source, layout):
     state = source.state_dict()
     file = tmp_path / ("model.safetensors" if layout in ("safetensors", "folder") else "model.pth")
     if file.suffix == ".safetensors":
         save_file(state, str(file))
     else:
-        torch.save({"state_dict": state} if "state_dict" in layout else state, file)
+        args = argparse.Namespace(model="vit_tiny_patch16_224", lr=1e-3)
+        layouts = {"pth": state, "pth with state_dict": {"state_dict": state}}
+        torch.save(layouts.get(layout, {"epoch": 3, "args": args, "state_dict": state}), file)
     model = create_host(host_config(checkpoint=str(tmp_path if layout == "folder" else file)), 10, 3)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert "state_dict" not in model.pretrained_cfg
@@ -56,15 +62,51 @@ def test_converted_checkpoint_keeps_the_logits(tmp_path, source):
     assert not torch.allclose(model(x), other(x), rtol=1e-2)
 
 
-def test_pickles_are_not_executed(tmp_path):
+@pytest.mark.parametrize("way", ["checkpoint", "timm's checkpoint_path", "timm's pretrained file"])
+def test_pickles_are_not_executed(tmp_path, monkeypatch, way):
     class Evil:
         def __reduce__(self):
             return (tmp_path.joinpath("pwned").touch, ())
 
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(vt.CheckpointError, match="evil.pth can't be read as weights"):
-        create_host(host_config(checkpoint=str(tmp_path / "evil.pth")), 10, 3)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # not even on request
+    file = str(tmp_path / "evil.pth")
+    torch.save({"state_dict": Evil()}, file)
+    options, message = {
+        "checkpoint": ({"checkpoint": file}, "evil.pth can't be read as weights"),
+        "timm's checkpoint_path": ({"model_kwargs": {"checkpoint_path": file}}, "model: vit_tiny.* can't be built"),
+        "timm's pretrained file": (
+            {"pretrained": True, "model_kwargs": {"pretrained_cfg_overlay": {"file": file, "custom_load": False}}},
+            "model.pretrained: no weights for vit_tiny.* could be loaded",
+        ),
+    }[way]
+    with pytest.raises((vt.CheckpointError, vt.ConfigError), match=f"{message}: .*(weights_only|[Ww]eights only)"):
+        create_host(host_config(**options), 10, 3)
     assert not (tmp_path / "pwned").exists()
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_a_hub_package_that_timm_cannot_use_is_named(monkeypatch):
+    monkeypatch.setattr("timm.models._hub._has_hf_hub", False)  # so does an import that fails inside an older timm
+    config = ModelConfig(name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
+    with pytest.raises(vt.CheckpointError, match="It is installed, but timm .* can't use it: take an older one"):
+        create_host(config, 1000, 3)
+
+
+def test_local_folders_of_timm(tmp_path, source):
+    """A folder in the layout of timm's hub; a timm that reads none is said to."""
+    save_file(source.state_dict(), str(tmp_path / "model.safetensors"))
+    shape = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": SMALL}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "pretrained_cfg": {"num_classes": 10}}))
+    config = ModelConfig(name=f"local-dir:{tmp_path}", pretrained=True)
+    try:
+        timm.models.parse_model_name(config.name)
+    except AssertionError:
+        with pytest.raises(vt.ConfigError, match="model.name: timm .* reads no 'local-dir:' models; name the model"):
+            create_host(config, 10, 3)
+        return
+    model = create_host(config, 10, 3)
+    assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
 
 
 def test_missing_pretrained_weights_are_one_line():

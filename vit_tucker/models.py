@@ -1,11 +1,17 @@
 """The timm host model of a run: created, and started from timm's weights, from a file, or from another run."""
 
+import argparse
+import importlib.util
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import is_model, list_models, load_state_dict
+from timm.models import is_model, list_models, load_state_dict, parse_model_name
 from torch import nn
 
 from vit_tucker.config.schema import ModelConfig
@@ -29,19 +35,18 @@ def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Modu
         ConfigError: timm has no such model, or the model doesn't take an argument.
         CheckpointError: the weights are missing or don't fit.
     """
-    local = config.name.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir") and ":" in config.name
-    if not local and not is_model(config.name.partition(".")[0]):
-        hint = nearest(config.name, list_models())
-        raise ConfigError(f"model.name: timm {timm.__version__} has no model '{config.name}'{hint}")
+    refuse_unknown_name(config.name)
+    pretrained = config.pretrained or config.checkpoint is not None
     kwargs = {**config.timm_kwargs(), "num_classes": num_classes, "in_chans": in_chans}
     if config.checkpoint is not None:
         kwargs["pretrained_cfg_overlay"] = weights_overlay(Path(config.checkpoint).expanduser(), num_classes)
     try:
-        model = timm.create_model(config.name, pretrained=config.pretrained or config.checkpoint is not None, **kwargs)
+        with weights_only():
+            model = timm.create_model(config.name, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise ConfigError(f"model: {config.name} does not take these arguments: {error}") from None
-    except (RuntimeError, AssertionError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+    except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
+        reason = reason_of(error)
         if config.checkpoint is not None:
             raise CheckpointError(
                 f"model.checkpoint: {config.checkpoint} does not fit {config.name}: {reason}"
@@ -54,6 +59,48 @@ def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Modu
     return model
 
 
+def refuse_unknown_name(name: str) -> None:
+    """Raise ConfigError for a name that timm knows neither as a model nor as a place to get one from."""
+    scheme, colon, _ = name.partition(":")
+    if colon and scheme in ("hf-hub", "hf_hub", "local-dir"):
+        try:
+            parse_model_name(name)
+        except AssertionError:
+            raise ConfigError(
+                f"model.name: timm {timm.__version__} reads no '{scheme}:' models; name the model, and its weights file in "
+                "model.checkpoint"
+            ) from None
+    elif not is_model(name.partition(".")[0]):
+        hint = nearest(name, list_models())
+        raise ConfigError(f"model.name: timm {timm.__version__} has no model '{name}'{hint}")
+
+
+def reason_of(error: Exception) -> str:
+    """What timm says of a model that it can't build, in one line."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
+        reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
+    return reason
+
+
+@contextmanager
+def weights_only() -> Iterator[None]:
+    """In here torch.load reads tensors and plain values and executes nothing, whatever its caller asks for.
+
+    Some ways of loading unpickle anything unless told otherwise, in timm before it made safe loading its default. The
+    arguments that timm's training script saves beside its weights are plain values and let through.
+    """
+    force, force_not = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    before = {name: os.environ.pop(name, None) for name in (force, force_not)}
+    os.environ[force] = "1"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            yield
+    finally:
+        del os.environ[force]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
 def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
     """pretrained_cfg entries that make timm load a checkpoint as if it were its own: filtered, resampled, head adapted.
 
@@ -62,7 +109,8 @@ def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
     """
     file = checkpoint_file(checkpoint)
     try:
-        state = load_state_dict(str(file), use_ema=True, weights_only=True)  # older timm would unpickle anything
+        with weights_only():
+            state = load_state_dict(str(file), use_ema=True, weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"model.checkpoint: {file} can't be read as weights: {reason}") from None
