@@ -7,6 +7,7 @@ factors are weights like any other and are decayed; the query bias of a Tucker l
 
 from typing import Any
 
+import timm
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -39,7 +40,8 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
             **options,
         )
     except (ValueError, TypeError, AssertionError, AttributeError) as error:
-        raise ConfigError(f"train.opt={config.opt}: {error}") from None
+        reason = str(error) or f"timm {timm.__version__} has no such optimizer"  # older timm's assert says nothing
+        raise ConfigError(f"train.opt={config.opt}: {reason}") from None
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler:
