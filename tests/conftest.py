@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +17,20 @@ from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.rope import RopeSpec
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+SIDE_FOLDERS = [
+    str(Path(p).resolve())
+    for p in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if p and (Path(p) / "timm").is_dir()
+]
+"""Where a timm lies that is tested instead of the installed one."""
+
+
+def process_environment(*folders: Path, **variables: str) -> dict[str, str]:
+    """Environment of a process that a test starts: it imports from ``folders`` and has the timm of this process."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    path = [*SIDE_FOLDERS, *map(str, folders)]
+    return {**environment, "PYTHONPATH": os.pathsep.join(path)} if path else environment
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,13 +1,14 @@
 """Command lines as users type them: output, exit status, one line per mistake."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 
+from tests.conftest import process_environment
 from vit_tucker.cli import main, train_main
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +23,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=process_environment(), timeout=300)
 
 
 def test_train_evaluate_and_plan_from_the_shell(in_tmp):
@@ -33,6 +33,7 @@ def test_train_evaluate_and_plan_from_the_shell(in_tmp):
     assert done.returncode == 0, done.stderr
     assert "done: best top-1" in done.stdout
     assert "\r" not in done.stderr  # no progress bar into a pipe
+    assert json.loads((in_tmp / "run" / "results.json").read_text())["environment"]["timm"] == timm.__version__
     again = script("--cfg", f"{in_tmp}/run", cwd=in_tmp)
     assert again.returncode == 0
     assert "best/model.safetensors: top-1" in again.stdout

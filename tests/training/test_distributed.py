@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.conftest import process_environment
 from tests.data.test_datasets import idx
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
         port = probe.getsockname()[1]
     launcher += ["--multi_gpu", "--main_process_port", str(port)] if processes > 1 else []
     command = [*launcher, str(ROOT / "experiments" / "train_vit.py"), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = process_environment(ROOT, OMP_NUM_THREADS="1")
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
