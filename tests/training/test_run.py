@@ -232,7 +232,7 @@ def test_accumulation_changes_nothing_but_rounding():
     one = run(config("output_dir=a", "train.mixup=0.2"))
     four = run(config("output_dir=b", "train.mixup=0.2", "train.grad_accum_steps=4"))
     assert four["last"]["train_loss"] == pytest.approx(one["last"]["train_loss"], rel=1e-4)  # float32, 44 steps
-    assert four["last"]["train_loss"] != one["last"]["train_loss"]
+    assert not same(weights("a"), weights("b"))  # it did sum in another order; the roundings of the losses may cancel
 
 
 @pytest.mark.parametrize(
