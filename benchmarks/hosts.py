@@ -3,9 +3,9 @@ outputs, once compressed.
 
     python benchmarks/hosts.py --out benchmarks/results/hosts [--filter 'vit_*']
 
-Models are random, one or two blocks deep and at most 384 wide where their constructor allows it, in float64. A row is written for each
-model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a difference at full rank is
-above TOLERANCE.
+Models are random, one or two blocks deep and at most 384 wide where their constructor allows it, in float64. A row is written for
+each model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a difference at full rank
+is above TOLERANCE.
 """
 
 import argparse

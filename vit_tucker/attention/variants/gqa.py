@@ -19,6 +19,7 @@ from vit_tucker.attention.base import (
     PerHeadConfig,
     count_extras,
 )
+from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.linear import (
     head_bias,
     init_linear,
@@ -28,7 +29,6 @@ from vit_tucker.attention.linear import (
     set_linear,
     split_heads,
 )
-from vit_tucker.attention.module import PerHeadModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
+from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.linear import (
     head_bias,
     init_linear,
@@ -18,7 +19,6 @@ from vit_tucker.attention.linear import (
     set_linear,
     split_heads,
 )
-from vit_tucker.attention.module import PerHeadModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
 

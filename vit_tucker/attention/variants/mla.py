@@ -9,14 +9,15 @@ come before the rotation there is no such form; then each head's key is rotated,
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
-from vit_tucker.attention.latent import LatentKeys, latent_keys
+from vit_tucker.attention.heads import PerHeadModule
+from vit_tucker.attention.latent import LatentKeys, Metrics, latent, latent_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
     head_bias,
@@ -27,17 +28,16 @@ from vit_tucker.attention.linear import (
     set_linear,
     split_heads,
 )
-from vit_tucker.attention.module import PerHeadModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, rotate_latent, spread_columns
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
-from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
+from vit_tucker.tensor.tucker import Tucker
 
 
 @register_method("mla")
@@ -240,7 +240,7 @@ class MLA(PerHeadModule):
     def _adjacent(self, x: Tensor) -> Tensor:
         return adjacent_pairs(x.unflatten(-1, (self.num_heads, -1)), half=True).flatten(-2)
 
-    def _latents(self, weights: MHAWeights, metrics: "Metrics") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _latents(self, weights: MHAWeights, metrics: Metrics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Projections of keys, then of values, down (C, cKV) and up (cKV, H*D)."""
         key, value = join_heads(weights.key), join_heads(weights.value)
         width, rank = key.shape[1], self.kv_down.out_features
@@ -251,7 +251,7 @@ class MLA(PerHeadModule):
         return *latent(key, rank, metrics.tokens, k_grad), *latent(value, rank, metrics.tokens, v_grad)
 
     def _rotary_latents(
-        self, weights: MHAWeights, rope: RopeSpec, metrics: "Metrics", moments: Moments | None, damping: float
+        self, weights: MHAWeights, rope: RopeSpec, metrics: Metrics, moments: Moments | None, damping: float
     ) -> tuple[LatentKeys, Tensor, Tensor]:
         """Latent keys, and projections of values, down (C, cKV) and up (cKV, H*D), of a host with RoPE; sets the rotations."""
         assert self.rope_columns is not None
@@ -336,45 +336,3 @@ class MLA(PerHeadModule):
             return pre, Tucker(columns, eye, out_basis, v_basis)
         out_basis, columns = basis_and_columns(weights.out.mT)
         return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
-
-
-class Metrics(NamedTuple):
-    """Roots of what errors cost; None for the error in the weights.
-
-    Attributes:
-        tokens: of the tokens, (C, C).
-        query_grad: of the gradients with respect to the queries, (H*D, H*D).
-        kv_grad: the same for keys, then values, (2*H*D, 2*H*D).
-    """
-
-    tokens: Root | None
-    query_grad: Tensor | None
-    kv_grad: Tensor | None
-
-    def parts(self, width: int) -> tuple[Tensor | None, Tensor | None]:
-        """Roots for keys and for values alone."""
-        if self.kv_grad is None:
-            return None, None
-        square = self.kv_grad @ self.kv_grad
-        return metric_root(square[:width, :width]).root, metric_root(square[width:, width:]).root
-
-
-def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
-
-    Args:
-        matrix: (C, K), float64.
-        rank: width of the latent, R.
-        left: root of the left metric (C, C), or None.
-        right: root of the right metric (K, K), or None.
-
-    Returns:
-        down (C, R) and up (R, K), with the least ||left (matrix - down up) right||_F.
-    """
-    whitened = matrix if left is None else left.root @ matrix
-    weighted = whitened if right is None else whitened @ right
-    basis = leading_eigenvectors(weighted @ weighted.mT, min(rank, len(matrix)))
-    basis = torch.nn.functional.pad(
-        basis, (0, rank - basis.shape[1])
-    )  # rotated keys may need more columns than tokens have
-    return basis if left is None else left.inverse @ basis, basis.mT @ whitened

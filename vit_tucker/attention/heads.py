@@ -1,0 +1,132 @@
+"""The base of attention layers that form each head's query, key and output: what a host does head by head applies to them."""
+
+import copy
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.linear import linear_weight, set_linear
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.rope import rotate_heads
+from vit_tucker.attention.sdpa import attend, expand_heads
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.regression import LinearMoments, ridge_readout
+from vit_tucker.tensor.rotary import RotaryPairs
+from vit_tucker.tensor.selector import selector_form
+from vit_tucker.tensor.tucker import Pairs, Tucker
+
+
+class PerHeadModule(AttentionModule):
+    """Base of layers that form each head's query, key and output: norms and gate of the host apply unchanged.
+
+    Attributes:
+        num_kv_heads: G, key/value heads.
+    """
+
+    num_kv_heads: int
+    q_norm: nn.Module
+    k_norm: nn.Module
+    norm: nn.Module
+    gate: nn.Module | None
+    proj: nn.Linear
+
+    def add_extras(self, spec: HostSpec, **factory: Any) -> None:
+        """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
+        modules = {name: module for key in self.extras for name, module in spec.extras[key].items()}
+        for name in ("q_norm", "k_norm", "norm"):
+            setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
+        self.gate = copy.deepcopy(modules["gate"]) if "gate" in modules else None
+        for name in modules:
+            getattr(self, name).to(**factory)
+
+    def readout(self, mixed: Tensor) -> Tensor:
+        """See base class."""
+        return self.proj(mixed)
+
+    def attend_heads(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
+    ) -> Tensor:
+        """Everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
+
+        Args:
+            x: (B, N, C), the layer's input, for the gate.
+            q: (B, H, N, D).
+            k, v: (B, G, N, D), G divides H.
+            attn_mask, is_causal, rope: as for the layer.
+
+        Returns:
+            (B, N, H*D).
+        """
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.rope is not None:
+            if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
+                k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
+            q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
+        y = attend(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            attn_drop=self.attn_drop,
+            fused=self.fused_attn,
+            attn_mask=attn_mask,
+            is_causal=is_causal,
+        )
+        return self.finish(x, y.transpose(1, 2).flatten(2))
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """Norm and gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
+        y = self.norm(y)
+        return y if self.gate is None else y * self.gate(x).sigmoid()
+
+    def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
+        """See base class: the output projection, by ridge regression."""
+        ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
+        readout, _ = ridge_readout(ff, yf, linear_weight(self.proj).mT, damping)
+        set_linear(self.proj, readout.mT, y_mean - readout @ f_mean)
+
+    @abstractmethod
+    def dense_weights(self) -> MHAWeights:
+        """Query, key, value and output weights of each of the H heads and their biases, float64; a key bias only where it
+        does not cancel."""
+
+    def rotary_pairs(self) -> RotaryPairs:
+        """See base class."""
+        if self.spec.rope is None:
+            raise PatchError(f"{type(self).__name__} has no RoPE here")
+        return self.dense_weights().rotary_pairs(self.spec.rope)
+
+    def folded_out_bias(self) -> Tensor | None:
+        """See base class."""
+        return self.dense_weights().folded_out_bias()
+
+    def tucker_form(self) -> tuple[Tucker, Tucker]:
+        """See base class; Thms B.2 and B.3: bases are the projections, the core picks columns."""
+        weights, group = self.dense_weights(), self.num_heads // self.num_kv_heads
+        pre, post = weights.pre_tensor(self.spec.rope), weights.post_pairs()
+        keys = pre.right[:: self._heads_per_key]
+        return (
+            selector_form(pre.left, keys, len(keys), keep_columns=self.spec.rope is not None),
+            selector_form(post.left, post.right[::group], self.num_kv_heads),
+        )
+
+    @property
+    def _heads_per_key(self) -> int:
+        """How many heads have the same key, rotated: where each rotates by angles of its own, one."""
+        mixed = self.spec.rope is not None and self.spec.rope.per_head
+        return 1 if mixed else self.num_heads // self.num_kv_heads
+
+    def latent_columns(self) -> Tensor:
+        """See base class."""
+        return self.rotary_pairs().columns[:: self._heads_per_key].flatten()
+
+    def pre_pairs(self) -> Pairs:
+        """See base class."""
+        return self.dense_weights().pre_pairs()
+
+    def post_pairs(self) -> Pairs:
+        """See base class."""
+        return self.dense_weights().post_pairs()
