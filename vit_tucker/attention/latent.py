@@ -1,6 +1,6 @@
 """Latents of queries, keys and values: best low-rank factors, and the latent key of hosts with RoPE.
 
-That is one key for all heads, whose pairs keep the rotations of the heads' pairs that they stand for. A head's pair with rotation k
+That is one key for all heads, whose pairs keep the rotations of the heads' pairs they stand for. A head's pair with rotation k
 is a complex combination of the latent pairs with rotation k. Which pairs, and how many for each rotation, is decided by energy
 (``tensor.rotary``); with H*D columns every head finds its own pairs, and nothing is lost.
 """
