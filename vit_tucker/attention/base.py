@@ -31,7 +31,7 @@ DENSE_INIT_STD = 0.02
 CALL_FEATURES = frozenset({"position_bias", "layout"})
 """What ``AttentionModule.forward`` takes care of, for methods that implement ``mix`` and ``readout``."""
 REASONS = {
-    "qk_norm": "its queries and keys are normalised head by head, which {method} never forms",
+    "qk_norm": "its heads' queries and keys are normalised, and {method} never forms them",
     "scale_norm": "the heads' outputs pass a norm before the output projection, which {method} merges with the values",
     "gate": "the heads' outputs pass a gate before the output projection, which {method} merges with the values",
     "rope": "its queries and keys are rotated (RoPE)",

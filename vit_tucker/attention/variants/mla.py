@@ -9,7 +9,7 @@ come before the rotation there is no such form; then each head's key is rotated,
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.heads import PerHeadModule
-from vit_tucker.attention.latent import LatentKeys, Metrics, latent, latent_keys
+from vit_tucker.attention.latent import Metrics, latent, latent_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
     head_bias,
@@ -34,7 +34,7 @@ from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, rotate_latent, spread_columns
 from vit_tucker.attention.sdpa import attend, attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.metric import identity_root, metric_root
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker
@@ -106,6 +106,17 @@ def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
 def has_head_key_bias(spec: HostSpec) -> bool:
     """Each head's key has a bias: it cancels in the softmax unless a norm follows it."""
     return spec.has_key_bias and "qk_norm" in spec.extras
+
+
+class KeyValue(NamedTuple):
+    """Projections of keys and values, down (C, cKV) and up (cKV, H*D); biases of the latent key and of the heads' keys."""
+
+    k_down: Tensor
+    k_up: Tensor
+    v_down: Tensor
+    v_up: Tensor
+    k_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 class MLA(PerHeadModule):
@@ -209,63 +220,58 @@ class MLA(PerHeadModule):
             metrics = Metrics(metric_root(tokens, damping), *(
                 metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad)))  # fmt: skip
         q_down, q_up = latent(query, self.q_down.out_features, metrics.tokens, metrics.query_grad)
-        if self.spec.rope is None or self.rope_columns is None:
-            k_down, k_up, v_down, v_up = self._latents(weights, metrics)
-            down_bias, k_bias = None, None if weights.key_bias is None else weights.key_bias.flatten()
-        else:
-            keys, v_down, v_up = self._rotary_latents(weights, self.spec.rope, metrics, moments, damping)
-            k_down, down_bias = (
-                keys.basis[: len(query)],
-                keys.basis[len(query)] if len(keys.basis) > len(query) else None,
-            )
-            k_up, k_bias = join_heads(keys.lifted.pairs.right), None
+        parts = self._latents(weights, metrics) if self.spec.rope is None or self.rope_columns is None else (
+            self._rotary_latents(weights, self.spec.rope, metrics, moments, damping))  # fmt: skip
         if moments is not None and q_bias is not None and v_bias is not None:
             q_bias = q_bias + moments.mean @ (query - q_down @ q_up)
-            v_bias = v_bias + moments.mean @ (value - v_down @ v_up)
+            v_bias = v_bias + moments.mean @ (value - parts.v_down @ parts.v_up)
         if self.v_down is not None:
-            set_linear(self.v_down, v_down)
-        elif down_bias is not None and v_bias is not None:  # values that share the keys' bias: a constant
-            v_bias = v_bias - down_bias @ v_up
-        if (
-            self.rope_columns is not None and self.spec.rope is not None and self.spec.rope.half
-        ):  # pairs side by side, as the latent keys have them
-            q_up, q_bias = self._adjacent(q_up), None if q_bias is None else self._adjacent(q_bias)
+            set_linear(self.v_down, parts.v_down)
+        elif parts.down_bias is not None and v_bias is not None:  # values that share the keys' bias: a constant
+            v_bias = v_bias - parts.down_bias @ parts.v_up
+        if self.rope_columns is not None:  # pairs side by side, as the latent keys have them
+            q_up, q_bias = self._paired(q_up), None if q_bias is None else self._paired(q_bias)
         set_linear(self.q_down, q_down)
-        set_linear(self.kv_down, k_down, down_bias)
+        set_linear(self.kv_down, parts.k_down, parts.down_bias)
         set_linear(self.q_up, q_up, q_bias)
-        set_linear(self.k_up, k_up, k_bias)
-        set_linear(self.v_up, v_up, v_bias)
+        set_linear(self.k_up, parts.k_up, parts.k_bias)
+        set_linear(self.v_up, parts.v_up, v_bias)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
 
-    def _adjacent(self, x: Tensor) -> Tensor:
-        return adjacent_pairs(x.unflatten(-1, (self.num_heads, -1)), half=True).flatten(-2)
+    def _paired(self, x: Tensor) -> Tensor:
+        half = self.spec.rope is not None and self.spec.rope.half
+        return adjacent_pairs(x.unflatten(-1, (self.num_heads, -1)), half).flatten(-2)
 
-    def _latents(self, weights: MHAWeights, metrics: Metrics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Projections of keys, then of values, down (C, cKV) and up (cKV, H*D)."""
+    def _latents(self, weights: MHAWeights, metrics: Metrics) -> KeyValue:
+        """Best latents of keys and values."""
         key, value = join_heads(weights.key), join_heads(weights.value)
         width, rank = key.shape[1], self.kv_down.out_features
+        k_bias = None if weights.key_bias is None else weights.key_bias.flatten()
         if self.v_down is None:
             down, up = latent(torch.cat([key, value], -1), rank, metrics.tokens, metrics.kv_grad)
-            return down, up[:, :width], down, up[:, width:]
+            return KeyValue(down, up[:, :width], down, up[:, width:], k_bias=k_bias)
         k_grad, v_grad = metrics.parts(width)
-        return *latent(key, rank, metrics.tokens, k_grad), *latent(value, rank, metrics.tokens, v_grad)
+        return KeyValue(
+            *latent(key, rank, metrics.tokens, k_grad), *latent(value, rank, metrics.tokens, v_grad), k_bias
+        )
 
     def _rotary_latents(
         self, weights: MHAWeights, rope: RopeSpec, metrics: Metrics, moments: Moments | None, damping: float
-    ) -> tuple[LatentKeys, Tensor, Tensor]:
-        """Latent keys, and projections of values, down (C, cKV) and up (cKV, H*D), of a host with RoPE; sets the rotations."""
+    ) -> KeyValue:
+        """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs; sets these."""
         assert self.rope_columns is not None
         value, rank = join_heads(weights.value), self.kv_down.out_features
-        _, v_grad = metrics.parts(value.shape[1])
+        width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
         shared = None if self.v_down is not None else value if v_grad is None else value @ v_grad
         keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
         self.rope_columns.copy_(keys.columns)
+        k_down, k_up = keys.basis[:width], join_heads(keys.lifted.pairs.right)
+        bias = keys.basis[width] if len(keys.basis) > width else None
         if self.v_down is not None:
-            return keys, *latent(value, rank, metrics.tokens, v_grad)
-        down, target = keys.basis[: len(value)], value
-        if metrics.tokens is None:
-            return keys, down, torch.linalg.lstsq(down, target).solution
-        return keys, down, torch.linalg.lstsq(metrics.tokens.root @ down, metrics.tokens.root @ target).solution
+            return KeyValue(k_down, k_up, *latent(value, rank, metrics.tokens, v_grad), down_bias=bias)
+        root = identity_root(width, value).root if metrics.tokens is None else metrics.tokens.root
+        v_up = torch.linalg.lstsq(root @ k_down, root @ value).solution
+        return KeyValue(k_down, k_up, k_down, v_up, down_bias=bias)
 
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""

@@ -317,11 +317,10 @@ class TuckerAttention(AttentionModule):
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """See base class: the layer's own parameters; one key/value factor with shared_kv."""
-        query, key, weight = augmented_weight(self.q_proj), augmented_weight(self.k_proj), linear_weight(self.k_proj)
-        value = weight if self.v_proj is None else linear_weight(self.v_proj)
-        key = (
-            value if self.k_proj.bias is None and self.v_proj is None else key
-        )  # the very same tensor where they share it
+        query, key = augmented_weight(self.q_proj), augmented_weight(self.k_proj)
+        value = linear_weight(self.k_proj if self.v_proj is None else self.v_proj)
+        if self.v_proj is None and self.k_proj.bias is None:
+            key = value  # the very same tensor
         pre_head, pre_core, post_head, post_core = (
             p.detach().double() for p in (self.pre_head, self.pre_core, self.post_head, self.post_core)
         )
