@@ -78,8 +78,8 @@ class SpreadTucker(TuckerAttention):
     """What a HOSVD that knows nothing of rotations makes of a host with RoPE: latent pairs spread evenly over its table."""
 
     def _rotary_pre(self, weights: vt.MHAWeights, *others: Any) -> Tucker:
-        assert self.rope_columns is not None
-        self.rope_columns.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+        assert self.pair_rotations is not None
+        self.pair_rotations.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
         pre = hosvd(weights.pre_pairs(), self.ranks[0])
         missing = self.k_proj.in_features + (self.k_proj.bias is not None) - len(pre.right)
         return pre._replace(right=torch.nn.functional.pad(pre.right, (0, 0, 0, missing)))

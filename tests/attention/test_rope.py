@@ -242,7 +242,7 @@ def test_other_attentions_with_rope_are_tucker_attention_with_latent_rope(name, 
     query = ranks[per_head][1] - (name.startswith("mla") and not bias)  # the query bias is one more coordinate
     assert tucker.ranks[0] == (ranks[per_head][0], query, ranks[per_head][2])
     assert rotary_distance(source.rotary_pairs(), tucker.rotary_pairs()) < 1e-12
-    tucker.rope_columns.copy_(tucker.rope_columns.roll(1))
+    tucker.pair_rotations.copy_(tucker.pair_rotations.roll(1))
     assert not torch.allclose(tucker(x, **given), source(x, **given), rtol=1e-3)
     with pytest.raises(vt.PatchError, match="with RoPE is not bilinear"):
         vt.to_dense(source)

@@ -106,11 +106,11 @@ def test_patched_models_rebuild_from_their_state_with_the_chosen_rotations(name)
     model, x = small_model(name), image(small_model(name), 32)
     config = vt.TuckerConfig(ranks=(2, 6, 6))
     vt.patch(model, config)
-    columns = model.blocks[0].attn.rope_columns
+    columns = model.blocks[0].attn.pair_rotations
     expected = model(x)
     fresh = small_model(name)
     vt.patch(fresh, config.model_copy(update={"init": "random"}))
-    assert not torch.equal(fresh.blocks[0].attn.rope_columns, columns)  # spread evenly, not chosen
+    assert not torch.equal(fresh.blocks[0].attn.pair_rotations, columns)  # spread evenly, not chosen
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(x), expected)
 
@@ -152,3 +152,26 @@ def test_heads_of_one_host_with_fewer_keys_stay_as_they_are():
         assert report.params_before == sum(p.numel() for p in host.parameters())
         vt.unpatch(model)
     assert vt.plan(model, vt.GQAConfig(num_kv_heads=2)).layers[0].params_after.total == report.params_before
+
+
+@pytest.mark.parametrize("method", vt.list_methods())
+def test_position_augmentation_reaches_the_patched_layers(method):
+    """DINOv3's random coordinates in training: each pass has its own table, and the patched model follows it."""
+    try:
+        model = small_model(
+            "vit_small_patch16_dinov3", rope_rescale_coords=2.0, rope_shift_coords=0.5, num_classes=5
+        ).train()
+    except TypeError:
+        pytest.skip("this timm has no position augmentation")
+    x, outputs = image(model, 32), {}
+    for name in ("dense", method):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs[name, seed] = model(x)
+        if name == "dense":
+            vt.patch(model, full_rank_config(model, method))
+    for seed in (0, 1):
+        torch.testing.assert_close(
+            outputs[method, seed], outputs["dense", seed], rtol=1e-5, atol=1e-5
+        )  # float32 tables
+    assert not torch.allclose(outputs[method, 0], outputs[method, 1], rtol=1e-3)

@@ -1,80 +1,226 @@
-"""timm's own tools keep working on a patched model."""
+"""timm's own methods of a model keep working on a patched one, and give what they give on the unpatched."""
+
+import copy
+import sys
 
 import pytest
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
-from timm.utils import AttentionExtract
 
 import vit_tucker as vt
-from tests.conftest import make_spec
+from tests.conftest import randomise
+from tests.patching.trios import HOSTS, ROPE_HOSTS, VIT_HOSTS, accepts, agree, make_dense, make_trio, over
+from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.probe import count_tokens, input_shape
 
-CONFIGS = [vt.get_method(name).example(make_spec()) for name in vt.list_methods()]
+INTERMEDIATES = (
+    {},
+    {"indices": 1},
+    {"indices": [0], "stop_early": True},
+    {"indices": [0, -1], "norm": True, "intermediates_only": True},
+    {"indices": 2, "return_prefix_tokens": True},
+    {"indices": (1,), "output_fmt": "NLC", "norm": True},
+    {"indices": [0], "return_prefix_tokens": True, "norm": True, "stop_early": True, "output_fmt": "NLC"},
+    {"return_prefix_tokens": True, "output_fmt": "NLC", "intermediates_only": True},
+    {"output_dict": True, "return_prefix_tokens": True},
+    {"is_causal": True},
+)
+SIZES = ({"img_size": 48}, {"patch_size": 4}, {"img_size": (48, 32)})
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda config: config.method)
-def patched(request, make_vit):
-    model = make_vit(dtype=torch.float32)
-    vt.patch(model, request.param)
-    return model
+@over()
+def test_features_and_head(host, method):
+    def call(model, x):
+        features = model.forward_features(x)
+        torch.testing.assert_close(model.forward_head(features), model(x))
+        return features, model.forward_head(features), model.forward_head(features, pre_logits=True)
+
+    agree(make_trio(host, method), call)
 
 
-def test_features_and_intermediates(patched, images):
-    x = images.float()
-    features = patched.forward_features(x)
-    torch.testing.assert_close(patched.forward_head(features), patched(x))
-    final, intermediates = patched.forward_intermediates(x, indices=2)
-    torch.testing.assert_close(final, features)
-    assert [tuple(i.shape) for i in intermediates] == [(2, 24, 4, 4)] * 2
+@over()
+def test_intermediates(host, method):
+    trio = make_trio(host, method)
+    function, prefix = trio.dense.forward_intermediates, getattr(trio.dense, "num_prefix_tokens", 0)
+    tried = [options for options in INTERMEDIATES if accepts(function, *options)]
+    if not prefix:
+        tried = [options for options in tried if "return_prefix_tokens" not in options]
+    if host == "swin":  # has one format
+        tried = [options for options in tried if "output_fmt" not in options]
+    assert {key for options in tried for key in options} >= {"indices", "norm", "stop_early", "intermediates_only"}
+    agree(trio, lambda model, x: [model.forward_intermediates(x, **options) for options in tried])
 
 
-@pytest.mark.parametrize("method", ["hook", "fx"])
-def test_attention_maps_can_be_extracted(patched, images, method):
-    for block in patched.blocks:
-        block.attn.fused_attn = False
-    maps = AttentionExtract(patched, method=method)(images.float())
-    assert len(maps) == 3
-    for attention in maps.values():
-        assert attention.shape == (2, 4, 17, 17)
-        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 17))
+@over(*VIT_HOSTS)
+def test_intermediate_layers_in_the_manner_of_dino(host, method):
+    several = ({"n": 2}, {"n": [0], "reshape": True, "norm": True}, {"return_prefix_tokens": host != "vit_0"})
+    agree(
+        make_trio(host, method), lambda model, x: [model.get_intermediate_layers(x, **options) for options in several]
+    )
 
 
-def test_layer_decay_finds_the_block_of_each_parameter(patched):
-    optimizer = create_optimizer_v2(patched, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
-    scale_of = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
-    decay_of = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    for number, block in enumerate(patched.blocks):
-        scales = {scale_of[id(p)] for p in block.parameters()}
-        assert scales == {0.5 ** (3 - number)}
-        for name, p in block.attn.named_parameters():
-            assert decay_of[id(p)] == (0.1 if p.ndim > 1 else 0.0), name
+@over()
+def test_pruned_to_intermediate_layers_and_unpatched(host, method):
+    trio = make_trio(host, method)
+
+    def pruned(model, x):
+        model.prune_intermediate_layers([0], prune_norm=True)
+        return model.forward_intermediates(x, indices=[0])
+
+    agree(trio, pruned)
+    model, dense = copy.deepcopy(trio.exact), copy.deepcopy(trio.dense)
+    for each in (model, dense):
+        each.prune_intermediate_layers([0])
+    vt.unpatch(model)
+    assert torch.equal(model(trio.x), dense(trio.x))
 
 
-def test_weights_can_be_initialised_anew_by_timm(patched, images):
-    before = patched(images.float())
-    torch.manual_seed(0)
-    patched.init_weights("")
-    after = patched(images.float())
-    assert torch.isfinite(after).all()
-    assert not torch.allclose(before, after)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(patched, images):
-    grads = []
+@over()
+def test_gradient_checkpointing(host, method):
+    """The same gradients, by running each attention twice."""
+    trio = make_trio(host, method)
+    grads, calls = [], []
     for enable in (False, True):
-        patched.zero_grad()
-        patched.train()
-        patched.set_grad_checkpointing(enable)
-        patched(images.float()).square().sum().backward()
-        grads.append([p.grad.clone() for p in patched.parameters()])
+        model, seen = copy.deepcopy(trio.small), []
+        model.set_grad_checkpointing(enable)
+        for module in find_attention(model).values():
+            module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(module))
+        model(trio.x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+        calls.append(len(seen))
+    assert calls[1] == 2 * calls[0]
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
 
 
-def test_reset_classifier_and_state_dict(patched, images, make_vit):
-    patched.reset_classifier(3)
-    assert patched(images.float()).shape == (2, 3)
-    assert not any("original" in key for key in patched.state_dict())
+@over()
+def test_layer_decay_puts_each_core_and_factor_into_the_group_of_its_block(host, method):
+    trio = make_trio(host, method)
+    expected, coarse = lr_scales(trio.dense), groups(trio.dense, coarse=True)
+    for model in (trio.exact, trio.small):
+        assert lr_scales(model) == expected
+        assert groups(model, coarse=True) == coarse
+        assert groups(model) == groups(trio.dense)
+    assert len(set(expected.values())) == len(expected), "each block has its own group"
+
+
+def lr_scales(model):
+    """Scale of the learning rate of each attention layer; one with several fails. Weights decay, vectors and tables don't."""
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    scales = {}
+    for name, module in find_attention(model).items():
+        (scales[name],) = {scale[id(p)] for p in module.parameters()}
+        for key, p in module.named_parameters():
+            assert decay[id(p)] == (0.0 if p.ndim == 1 or "relative_position_bias_table" in key else 0.1), key
+    return scales
+
+
+def groups(model, **options):
+    """Group of each attention layer."""
+    found = {name: set() for name in find_attention(model)}
+    for number, names in group_parameters(model, model.group_matcher(**options)).items():
+        for layer in found:
+            if any(name.startswith(f"{layer}.") for name in names):
+                found[layer].add(number)
+    return found
+
+
+@over()
+def test_new_classifiers(host, method):
+    trio = make_trio(host, method)
+
+    def call(model, x):
+        outputs = []
+        for arguments in ((3,), (5, "avg"), (0,)):
+            model.reset_classifier(*arguments)
+            outputs.append(model(x))
+        assert [y.shape[1] for y in outputs[:2]] == [3, 5]
+        return outputs
+
+    agree(trio, call)
+    assert not any("original" in key for key in trio.exact.state_dict())
+
+
+@over()
+def test_another_input_size(host, method):
+    """Position embeddings, rotations and position biases are resampled; unpatch gives the model that timm would have."""
+    trio = resizable(host, method)
+    for size in SIZES if host != "swin" else ({"img_size": 96}, {"img_size": (64, 128)}):
+        x = images_of(size.get("img_size", 32))
+
+        def resized(model, _, size=size, x=x):
+            model.set_input_size(**size)
+            return model.forward_features(x), model(x)
+
+        agree(trio, resized)
+    model, dense = copy.deepcopy(trio.exact), copy.deepcopy(trio.dense)
+    for each in (model, dense):
+        each.set_input_size(**size)
+    assert all(p.requires_grad for p in model.parameters())
+    vt.unpatch(model)
+    assert torch.equal(model(x), dense(x))
+
+
+def resizable(host, method):
+    """Models, where timm can resize them."""
+    if not hasattr(make_dense(host), "set_input_size"):
+        pytest.skip(f"this timm's {type(make_dense(host)).__name__} has no set_input_size")
+    return make_trio(host, method)
+
+
+def images_of(size):
+    """(2, 3, height, width)"""
+    size = (size, size) if isinstance(size, int) else size
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+@over()
+def test_weights_of_another_size_are_resampled_on_loading(host, method):
+    """timm's filter of checkpoints on a patched model's weights: for position embeddings and tables of biases."""
+    size = 96 if host == "swin" else 48
+    x = images_of(size)
+
+    def call(model, _):
+        target = copy.deepcopy(model)
+        target.set_input_size(img_size=size)
+        randomise(target, seed=5)
+        resample = sys.modules[type(model).__module__].checkpoint_filter_fn
+        target.load_state_dict(resample(model.state_dict(), target))
+        return target(x)
+
+    agree(resizable(host, method), call)
+
+
+@over(*VIT_HOSTS, *ROPE_HOSTS)
+def test_images_of_many_sizes(host, method):
+    def call(model, x):
+        return [model(x), model(torch.cat([x, x], 2)), model(x[:, :, :16])]
+
+    agree(make_trio(host, method, dynamic_img_size=True), call)
+
+
+@over()
+def test_weights_are_initialised_anew_by_timm(host, method):
+    """Every tensor of the layers starts again as the method has it, up to timm's own scale of output projections."""
+    trio = make_trio(host, method)
+    model, expected = copy.deepcopy(trio.exact), copy.deepcopy(trio.exact)
+    torch.manual_seed(0)
+    model.init_weights()
+    for name, module in find_attention(model).items():
+        twin = expected.get_submodule(name)
+        twin.init_weights()
+        for (key, p), reference, before in zip(
+            module.named_parameters(), twin.parameters(), trio.exact.get_submodule(name).parameters(), strict=True
+        ):
+            if key.startswith("position_bias"):
+                continue
+            assert not torch.equal(p, before), key
+            if key != "proj.weight" and p.numel() >= 16:
+                assert 0.5 * reference.std() <= p.std() <= 2 * reference.std(), f"{name}.{key}"
+    assert torch.isfinite(model(trio.x)).all()
 
 
 def test_token_counts_come_from_a_dry_run(make_vit):
@@ -85,3 +231,9 @@ def test_token_counts_come_from_a_dry_run(make_vit):
     dynamic = make_vit(dynamic_img_size=True)
     assert count_tokens(dynamic, names, img_size=24) == dict.fromkeys(names, (1, 37))
     assert count_tokens(torch.nn.Identity(), ["nothing"]) == {}
+
+
+def test_hosts_have_the_prefix_tokens_that_their_names_say():
+    numbers = {host: getattr(make_dense(host), "num_prefix_tokens", None) for host in HOSTS}
+    assert all(numbers[host] == int(host[-1]) for host in (*VIT_HOSTS, *ROPE_HOSTS))
+    assert set(numbers.values()) >= {0, 1, 5}

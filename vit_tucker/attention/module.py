@@ -3,6 +3,7 @@
 import copy
 from abc import abstractmethod
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -98,12 +99,24 @@ class AttentionModule(nn.Module):
     @property
     def latent_width(self) -> int | None:
         """Width of the one key that rotates for all heads (latent RoPE); None without one."""
-        columns: Tensor | None = getattr(self, "rope_columns", None)
+        columns: Tensor | None = getattr(self, "pair_rotations", None)
         return None if columns is None else 2 * len(columns)
 
     @abstractmethod
     def init_weights(self) -> None:
         """Reset to the method's own random initialisation. timm's init functions call it by this name."""
+
+    def reset_parameters(self) -> None:
+        """The same by the name that timm's EVA, BEiT and Swin call, after the layers inside; so does torch after to_empty."""
+        self.init_weights()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Integer buffers are copied: averages of weights (timm's ModelEmaV2) are written into a state dict's tensors, and would
+        round numbers of columns down."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and not buffer.is_floating_point() and prefix + name in destination:
+                destination[prefix + name] = buffer.clone()
 
     @abstractmethod
     def convert_from(self, weights: MHAWeights) -> None:
@@ -176,7 +189,7 @@ class AttentionModule(nn.Module):
 
     def latent_columns(self) -> Tensor:
         """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
-        columns: Tensor | None = getattr(self, "rope_columns", None)
+        columns: Tensor | None = getattr(self, "pair_rotations", None)
         if columns is None:
             raise PatchError(f"{type(self).__name__} does not say what its rotations are")
         return columns

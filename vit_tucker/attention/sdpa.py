@@ -67,9 +67,14 @@ def fused_attention(
     return y.unflatten(2, (tokens, group)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
 
 
-@torch.fx.wrap
 def expand_heads(x: Tensor, heads: int) -> Tensor:
     """(B, G, N, D) -> (B, H, N, D), each head repeated H / G times in a row; a view for G = 1 and G = H."""
+    return _expand_heads(x, heads)
+
+
+@torch.fx.wrap
+def _expand_heads(x: Tensor, heads: int) -> Tensor:
+    """A leaf in fx graphs, which torch.fx finds by its name in this module only."""
     if x.shape[1] in (1, heads):
         return x.expand(-1, heads, -1, -1)
     return x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -76,8 +76,8 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker.fused_attn = layer.fused_attn
     with torch.no_grad():
         tucker.set_tensors(pre, post, layer.folded_out_bias())
-        if tucker.rope_columns is not None:
-            tucker.rope_columns.copy_(layer.latent_columns())
+        if tucker.pair_rotations is not None:
+            tucker.pair_rotations.copy_(layer.latent_columns())
     keep_position_bias(layer, tucker)
     return tucker.requires_grad_(like.requires_grad).train(layer.training)
 

@@ -176,6 +176,14 @@ def bias_module(m: Any) -> PositionBias | None:
     return None if m.rel_pos is None else PositionBias(m.rel_pos, "get_bias")
 
 
+def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
+    """Resize a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+    source: Any = getattr(module, "rel_pos", module)
+    like: Any = bias.source
+    if tuple(source.window_size) != tuple(like.window_size):
+        source.set_window_size(like.window_size)
+
+
 def read_sam(m: Any) -> Host:
     """SAM's ViT without relative positions."""
     if m.use_rel_pos:

@@ -123,6 +123,9 @@ def plan(
 def unpatch(model: nn.Module) -> None:
     """Put the original modules back: the same objects with the same tensors, on the device of the modules they replace.
 
+    Position biases are resized if timm's ``set_input_size`` has resized those of the replacements; blocks that timm has pruned
+    stay away.
+
     Raises:
         PatchError: the model is not patched, or its originals were not kept.
     """
@@ -131,8 +134,13 @@ def unpatch(model: nn.Module) -> None:
         raise PatchError("the model is not patched")
     if record.originals is None:
         raise PatchError("the original modules were not kept (patch(..., keep_originals=False)); load the model again")
+    present = dict(model.named_modules(remove_duplicate=False))
     for name, original in record.originals.items():
-        current = model.get_submodule(name)
+        current = present.get(name)
+        if current is None:  # timm's prune_intermediate_layers took the block away
+            continue
+        if isinstance(current, AttentionModule) and current.position_bias is not None:
+            hosts.follow_window_size(original, current.position_bias)
         device = next(current.parameters()).device
         _set_module(model, name, original.to(device).train(current.training))
     delattr(model, RECORD)

@@ -121,10 +121,10 @@ class KeyValue(NamedTuple):
 
 class MLA(PerHeadModule):
     """Multi-head latent self-attention, trained in its expanded form (queries and keys of width D), with RoPE in its absorbed
-    form. Then the buffer rope_columns (cKV/2,) says by which column of the host's table each latent pair rotates.
+    form. Then the buffer pair_rotations (cKV/2,) says by which column of the host's table each latent pair rotates.
     """
 
-    rope_columns: Tensor | None
+    pair_rotations: Tensor | None
 
     def __init__(self, spec: HostSpec, config: MLAConfig, **factory: Any) -> None:
         super().__init__(spec)
@@ -137,7 +137,7 @@ class MLA(PerHeadModule):
         columns = None
         if spec.rotates_latent:
             columns = torch.empty(config.kv_lora_rank // 2, dtype=torch.int64, device=factory.get("device"))
-        self.register_buffer("rope_columns", columns)
+        self.register_buffer("pair_rotations", columns)
         self.v_down = None
         if not config.shared_kv:
             self.v_down = nn.Linear(spec.embed_dim, config.kv_lora_rank, bias=False, **factory)
@@ -155,8 +155,8 @@ class MLA(PerHeadModule):
                 init_linear(down, std)
             init_linear(up, std)
         init_linear(self.proj, DENSE_INIT_STD)
-        if self.rope_columns is not None:
-            self.rope_columns.copy_(spread_columns(self.kv_down.out_features, self.num_heads, self.head_dim))
+        if self.pair_rotations is not None:
+            self.pair_rotations.copy_(spread_columns(self.kv_down.out_features, self.num_heads, self.head_dim))
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
@@ -166,7 +166,7 @@ class MLA(PerHeadModule):
         latent = self.kv_down(x)  # (B, N, cKV)
         v_latent = latent if self.v_down is None else self.v_down(x)
         q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
-        if self.rope_columns is not None:
+        if self.pair_rotations is not None:
             return self.finish(x, self.attend_latent(q, latent, v_latent, attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
@@ -186,9 +186,9 @@ class MLA(PerHeadModule):
             The heads' outputs, (B, N, H*D).
         """
         assert self.spec.rope is not None
-        assert self.rope_columns is not None
+        assert self.pair_rotations is not None
         q = q @ self.k_up.weight.unflatten(0, (self.num_heads, -1))  # Q_i WUK_i^T, (B, H, N, cKV)
-        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.rope_columns, self.spec.rope)
+        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.pair_rotations, self.spec.rope)
         y = attend(
             q,
             key,
@@ -220,7 +220,7 @@ class MLA(PerHeadModule):
             metrics = Metrics(metric_root(tokens, damping), *(
                 metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad)))  # fmt: skip
         q_down, q_up = latent(query, self.q_down.out_features, metrics.tokens, metrics.query_grad)
-        parts = self._latents(weights, metrics) if self.spec.rope is None or self.rope_columns is None else (
+        parts = self._latents(weights, metrics) if self.spec.rope is None or self.pair_rotations is None else (
             self._rotary_latents(weights, self.spec.rope, metrics, moments, damping))  # fmt: skip
         if moments is not None and q_bias is not None and v_bias is not None:
             q_bias = q_bias + moments.mean @ (query - q_down @ q_up)
@@ -229,7 +229,7 @@ class MLA(PerHeadModule):
             set_linear(self.v_down, parts.v_down)
         elif parts.down_bias is not None and v_bias is not None:  # values that share the keys' bias: a constant
             v_bias = v_bias - parts.down_bias @ parts.v_up
-        if self.rope_columns is not None:  # pairs side by side, as the latent keys have them
+        if self.pair_rotations is not None:  # pairs side by side, as the latent keys have them
             q_up, q_bias = self._paired(q_up), None if q_bias is None else self._paired(q_bias)
         set_linear(self.q_down, q_down)
         set_linear(self.kv_down, parts.k_down, parts.down_bias)
@@ -259,12 +259,12 @@ class MLA(PerHeadModule):
         self, weights: MHAWeights, rope: RopeSpec, metrics: Metrics, moments: Moments | None, damping: float
     ) -> KeyValue:
         """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs; sets these."""
-        assert self.rope_columns is not None
+        assert self.pair_rotations is not None
         value, rank = join_heads(weights.value), self.kv_down.out_features
         width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
         shared = None if self.v_down is not None else value if v_grad is None else value @ v_grad
         keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
-        self.rope_columns.copy_(keys.columns)
+        self.pair_rotations.copy_(keys.columns)
         k_down, k_up = keys.basis[:width], join_heads(keys.lifted.pairs.right)
         bias = keys.basis[width] if len(keys.basis) > width else None
         if self.v_down is not None:
@@ -298,11 +298,11 @@ class MLA(PerHeadModule):
 
     def latent_columns(self) -> Tensor:
         """See base class."""
-        return super().latent_columns() if self.rope_columns is None else self.rope_columns
+        return super().latent_columns() if self.pair_rotations is None else self.pair_rotations
 
     def rotary_pairs(self) -> RotaryPairs:
         """See base class; pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
-        if self.rope_columns is None:
+        if self.pair_rotations is None:
             return super().rotary_pairs()
         weights, k_up = self.dense_weights(), split_heads(linear_weight(self.k_up), self.num_heads)  # (H, cKV, D)
         query, key = weights.query, linear_weight(self.kv_down)
@@ -311,7 +311,7 @@ class MLA(PerHeadModule):
         bias = linear_bias(self.kv_down)
         if bias is not None:
             key = torch.cat([key, bias.unsqueeze(0)])
-        columns = self.rope_columns.expand(self.num_heads, -1)
+        columns = self.pair_rotations.expand(self.num_heads, -1)
         return RotaryPairs(query @ k_up.mT, key.expand(self.num_heads, -1, -1), columns)
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:

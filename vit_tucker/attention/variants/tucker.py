@@ -153,11 +153,11 @@ class TuckerAttention(AttentionModule):
     """Tucker self-attention.
 
     Parameters: pre_core (r1, r2, r3), pre_head (H, r1), q_proj = U2 with the query bias, k_proj = U3; post_core, post_head,
-    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias. With RoPE the buffer rope_columns (r3/2,) says by which
-    column of the host's table each latent pair rotates.
+    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias. With RoPE the buffer pair_rotations (r3/2,) names the
+    column of the host's table by which each latent pair rotates.
     """
 
-    rope_columns: Tensor | None
+    pair_rotations: Tensor | None
 
     def __init__(self, spec: HostSpec, config: TuckerConfig, **factory: Any) -> None:
         super().__init__(spec)
@@ -170,7 +170,7 @@ class TuckerAttention(AttentionModule):
         columns = (
             None if spec.rope is None else torch.empty(pre[2] // 2, dtype=torch.int64, device=factory.get("device"))
         )
-        self.register_buffer("rope_columns", columns)
+        self.register_buffer("pair_rotations", columns)
         self.v_proj = None if config.shared_kv else nn.Linear(spec.embed_dim, post[2], bias=False, **factory)
         self.post_head = nn.Parameter(torch.empty(spec.num_heads, post[0], **factory))
         self.post_core = nn.Parameter(torch.empty(post, **factory))
@@ -193,8 +193,8 @@ class TuckerAttention(AttentionModule):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.proj.weight, std=self.proj.out_features**-0.5)
-        if self.rope_columns is not None:
-            self.rope_columns.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+        if self.pair_rotations is not None:
+            self.pair_rotations.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
         for linear in (self.q_proj, self.k_proj, self.proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -217,8 +217,8 @@ class TuckerAttention(AttentionModule):
         q = q.reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
         k = self.k_proj(x).unsqueeze(1)  # (B, 1, N, r3)
         v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
-        if self.spec.rope is not None and self.rope_columns is not None:
-            q, k = rotate_latent(q, k, rope, self.rope_columns, self.spec.rope)
+        if self.spec.rope is not None and self.pair_rotations is not None:
+            q, k = rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
         y = attend(
             q,
             k,
@@ -292,11 +292,11 @@ class TuckerAttention(AttentionModule):
             value: metric of the values (C, C), where they share the latent.
         """
         assert self.spec.rope is not None
-        assert self.rope_columns is not None
+        assert self.pair_rotations is not None
         columns = value_columns(weights.out, weights.value) if self.v_proj is None else None
         root = None if value is None or columns is None else metric_root(value, damping)
         keys = latent_keys(weights, self.spec.rope, self.k_proj.out_features, moments, damping, columns, root)
-        self.rope_columns.copy_(keys.columns)
+        self.pair_rotations.copy_(keys.columns)
         return keys.tucker(self.ranks[0])
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
@@ -369,10 +369,10 @@ class TuckerAttention(AttentionModule):
 
     def rotary_pairs(self) -> RotaryPairs:
         """See base class; pairs of width r3: left U2 T_i, right U3."""
-        if self.rope_columns is None:
+        if self.pair_rotations is None:
             raise PatchError("TuckerAttention has no RoPE here")
         core, head, left, right = self.tucker_form()[0]
-        columns = self.rope_columns.expand(self.num_heads, -1)
+        columns = self.pair_rotations.expand(self.num_heads, -1)
         return RotaryPairs(left @ torch.tensordot(head, core, 1), right.expand(self.num_heads, -1, -1), columns)
 
     def post_pairs(self) -> Pairs:

@@ -1,0 +1,221 @@
+"""Tools around a model keep working on a patched one: timm's, torch.compile and export, copies, other precisions, meta device."""
+
+import copy
+import os
+import pickle
+import shutil
+
+import pytest
+import timm
+import torch
+from timm.models import _manipulate
+from timm.utils import AttentionExtract, ModelEmaV2, ModelEmaV3
+
+import vit_tucker as vt
+from tests.patching.test_families import FAMILIES, full_rank_config
+from tests.patching.trios import (
+    HOSTS,
+    ROPE_HOSTS,
+    VIT_HOSTS,
+    agree,
+    assert_equal,
+    distance,
+    make_patchwork,
+    make_trio,
+    over,
+    run,
+)
+from vit_tucker.patching.find import find_attention
+
+COMPILED = ("vit_1", "eva02_1", "mixed_1", "beit", "swin")
+TRACED = (*COMPILED, "axial_0", "dinov3_5", "relpos")
+
+
+def maps(model, x, method):
+    """Attention maps by name, as timm extracts them."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return dict(AttentionExtract(model, method=method)(x))
+
+
+@over()
+def test_attention_maps_by_hooks(host, method):
+    trio = make_trio(host, method)
+    agree(trio, lambda model, x: maps(model, x, "hook"))
+    extracted = maps(copy.deepcopy(trio.small), trio.x, "hook")
+    assert set(extracted) == {f"{name}.attn_drop" for name in find_attention(trio.dense)}
+    for attention in extracted.values():
+        assert attention.shape[-1] == attention.shape[-2]
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+
+
+@pytest.mark.parametrize("host", TRACED)
+def test_attention_maps_by_fx(host):
+    """The graph's maps are those of the hooks, on the unpatched model as well."""
+    trio = make_patchwork(host)
+    agree(trio, lambda model, x: maps(model, x, "hook"))
+    traced = maps(copy.deepcopy(trio.exact), trio.x, "fx")
+    hooked = maps(copy.deepcopy(trio.dense), trio.x, "hook")
+    assert list(traced) == [name.replace("attn_drop", "softmax") for name in hooked]
+    assert_equal(list(traced.values()), list(hooked.values()))
+
+
+@pytest.mark.parametrize("host", COMPILED)
+def test_compiled_in_one_graph(host):
+    torch._dynamo.reset()
+    trio = make_patchwork(host)
+    agree(trio, lambda model, x: model(x))
+    with torch.no_grad():
+        compiled = torch.compile(copy.deepcopy(trio.exact), backend="aot_eager", fullgraph=True)(trio.x)
+        assert_equal([compiled], [trio.dense(trio.x)])
+
+
+def test_gradients_of_a_compiled_model():
+    torch._dynamo.reset()
+    trio = make_patchwork("vit_1")
+
+    def gradients(model, x):
+        return torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)
+
+    agree(trio, gradients)
+    compiled = torch.compile(copy.deepcopy(trio.exact), backend="aot_eager", fullgraph=True)
+    assert_equal(gradients(compiled, trio.x.clone()), gradients(trio.dense, trio.x.clone()))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler")
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    trio = make_trio("vit_1", "tucker", depth=1)
+    with torch.no_grad():
+        compiled = torch.compile(copy.deepcopy(trio.exact), fullgraph=True)(trio.x)
+        assert_equal([compiled], [trio.dense(trio.x)])
+        assert distance(trio.small(trio.x), trio.dense(trio.x)) > 1e-3
+
+
+@pytest.mark.parametrize("host", TRACED)
+def test_exported_with_any_number_of_images(host):
+    trio = make_patchwork(host)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(copy.deepcopy(trio.exact), (trio.x,), dynamic_shapes=({0: batch},))
+    for x in (trio.x, torch.cat([trio.x, -trio.x, trio.x])):
+        expected = trio.dense(x)
+        assert_equal([program.module()(x)], [expected])
+    assert distance(trio.small(x), expected) > 1e-3
+
+
+@over()
+def test_copies_are_equal_and_independent(host, method):
+    trio = make_trio(host, method)
+    for duplicate in (copy.deepcopy(trio.small), pickle.loads(pickle.dumps(trio.small))):
+        expected = trio.small(trio.x)
+        assert torch.equal(duplicate(trio.x), expected)
+        assert vt.patch_record(duplicate).config == vt.patch_record(trio.small).config
+        with torch.no_grad():
+            for module in find_attention(duplicate).values():
+                for p in module.parameters():
+                    p.zero_()
+        assert torch.equal(trio.small(trio.x), expected)
+        assert not torch.equal(duplicate(trio.x), expected)
+        vt.unpatch(duplicate)
+        assert torch.equal(duplicate(trio.x), trio.dense(trio.x))
+
+
+@over()
+def test_moving_averages(host, method):
+    """Of weights that stay as they are: nothing moves."""
+    trio = make_trio(host, method)
+    for average in (ModelEmaV2, ModelEmaV3):
+        ema = average(trio.small, decay=0.9)
+        for _ in range(3):
+            ema.update(trio.small)
+        torch.testing.assert_close(ema.module(trio.x), trio.small(trio.x), rtol=1e-9, atol=1e-9)
+
+
+@over()
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+def test_half_precision_is_as_good_as_the_dense_one(host, method, autocast):
+    """At most twice the dense model's error, against float64."""
+    trio = make_trio(host, method)
+    x = torch.cat([trio.x, trio.x.flip(0).roll(3, -1), -trio.x, trio.x.roll(5, -2)])
+    expected = trio.dense(x)
+
+    def error(model):
+        dtype = torch.float32 if autocast else torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = copy.deepcopy(model).to(dtype)(x.to(dtype))
+        assert autocast or y.dtype == torch.bfloat16
+        return distance(y, expected)
+
+    dense = error(trio.dense)
+    assert error(trio.exact) <= 2 * dense
+    assert error(trio.small) > 2 * dense
+
+
+@over()
+def test_built_on_the_meta_device(host, method):
+    """Structure first, weights later: nothing is lost but timm's own buffers, which timm makes anew."""
+    if not hasattr(_manipulate, "reinit_non_persistent_buffers"):
+        pytest.skip("this timm has no reinit_non_persistent_buffers")
+    trio = make_trio(host, method)
+    name, own = HOSTS[host]
+    with torch.device("meta"):
+        model = timm.create_model(name, **{**FAMILIES[name], **own}).double().eval()
+    vt.patch(model, full_rank_config(trio.dense, method))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    model.to_empty(device="cpu")
+    model.load_state_dict(trio.exact.state_dict(), assign=True)
+
+    def renewed(model, x):
+        _manipulate.reinit_non_persistent_buffers(model)
+        return model(x)
+
+    agree(trio._replace(exact=model), renewed)
+
+
+@over()
+def test_training_with_drop_path_and_dropout(host, method):
+    """The same random numbers in the same order, with gradient checkpointing as well: outputs and gradients elsewhere agree."""
+    trio = make_trio(host, method, drop_path_rate=0.5, proj_drop_rate=0.2)
+
+    def call(model, x, checkpointing=False):
+        model.train().set_grad_checkpointing(checkpointing)
+        y = model(x)
+        grads = torch.autograd.grad(
+            y.square().sum(), [p for name, p in model.named_parameters() if ".attn." not in name]
+        )
+        return y, grads
+
+    tolerance = 1e-8 if host != "mixed_1" else 1e-5  # timm makes tables of learned frequencies in float32
+    agree(trio, call, tolerance)
+    plain, _ = run(call, trio.exact, trio.x)
+    checkpointed, _ = run(lambda model, x: call(model, x, checkpointing=True), trio.exact, trio.x)
+    assert_equal(checkpointed, plain)
+    assert distance(trio.exact(trio.x), plain[0]) > 1e-2, "nothing was dropped"
+
+
+@over(*VIT_HOSTS, *ROPE_HOSTS)
+def test_patch_dropout(host, method):
+    """Each image keeps patches of its own, and with RoPE has its own table."""
+    trio = make_trio(host, method, patch_drop_rate=0.5)
+    prefix, tables, tokens = trio.dense.num_prefix_tokens, [], []
+
+    def watch(module, args, kwargs):
+        tokens.append(args[0].shape[1])
+        tables.append(kwargs.get("rope"))
+
+    def call(model, x):
+        model.train()
+        return model(x)
+
+    agree(trio, call)
+
+    def watched(model, x):
+        for module in find_attention(model).values():
+            module.register_forward_pre_hook(watch, with_kwargs=True)
+        return call(model, x)
+
+    run(watched, trio.exact, trio.x)
+    assert set(tokens) == {prefix + 8}
+    if host in ROPE_HOSTS:
+        assert all(table.ndim == 4 and not torch.equal(table[0], table[1]) for table in tables)
