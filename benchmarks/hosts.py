@@ -3,9 +3,9 @@ outputs, once compressed.
 
     python benchmarks/hosts.py --out benchmarks/results/hosts [--filter 'vit_*']
 
-Models are random, one or two blocks deep and at most 384 wide where their constructor allows it, in float64. A row is written for
-each model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a difference at full rank
-is above TOLERANCE.
+Models are random, in float64, and where their constructor allows it one or two blocks deep, at most 384 wide and for images of 224
+pixels. A row is written for each model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a
+difference at full rank is above TOLERANCE.
 """
 
 import argparse
@@ -29,7 +29,16 @@ from vit_tucker.patching.probe import input_shape
 TOLERANCE = 1e-9
 """Largest difference over the largest output: float64 leaves about 1e-15, an ill-conditioned random model a little more."""
 NARROW = {"depths": (1, 1, 1, 1), "embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)}
-SHALLOW: tuple[dict[str, Any], ...] = ({"depth": 2}, NARROW, {"depths": (1, 1, 1, 1)}, {"depths": (2, 2, 2, 2)}, {})
+STAGES = {"depths": (1, 1, 1, 1)}
+SHALLOW: tuple[dict[str, Any], ...] = (
+    {"depth": 2, "img_size": 224},
+    {"depth": 2},
+    NARROW,
+    {**STAGES, "img_size": 224},
+    STAGES,
+    {"depths": (2, 2, 2, 2)},
+    {},
+)
 WIDTH = 384
 COLUMNS = ("model", "method", "map", "layers", "embed_dim", "params_m", "full_rank_difference", "compressed_difference",
            "compressed_share", "seconds")  # fmt: skip
