@@ -3,9 +3,9 @@ outputs, once compressed.
 
     python benchmarks/hosts.py --out benchmarks/results/hosts [--filter 'vit_*']
 
-Models are random, in float64, and where their constructor allows it one or two blocks deep, at most 384 wide and for images of 224
-pixels. A row is written for each model and method as soon as it is there; rows that are there are not run again. Exit status 1 if a
-difference at full rank is above TOLERANCE.
+Models are random, in float64, and where their constructor allows it one or two blocks deep, at most 384 wide and for images of
+224 pixels. A row is written for each model and method as soon as it is there; rows that are there are not run again. Exit status
+1 if a difference at full rank is above TOLERANCE.
 """
 
 import argparse
@@ -32,6 +32,7 @@ NARROW = {"depths": (1, 1, 1, 1), "embed_dims": (96, 192, 384, 768), "num_heads"
 STAGES = {"depths": (1, 1, 1, 1)}
 SHALLOW: tuple[dict[str, Any], ...] = (
     {"depth": 2, "img_size": 224},
+    {"depth": 2, "img_size": 224, "num_kv_heads": 4},
     {"depth": 2},
     NARROW,
     {**STAGES, "img_size": 224},
@@ -40,6 +41,8 @@ SHALLOW: tuple[dict[str, Any], ...] = (
     {},
 )
 WIDTH = 384
+LARGEST = 500_000_000
+"""Parameters of a model that is still run."""
 COLUMNS = ("model", "method", "map", "layers", "embed_dim", "params_m", "full_rank_difference", "compressed_difference",
            "compressed_share", "seconds")  # fmt: skip
 
@@ -49,10 +52,13 @@ def shallow_model(name: str) -> nn.Module:
     for options in SHALLOW:
         try:
             with torch.device("meta"):
-                found = find_attention(timm.create_model(name, **options))
+                model = timm.create_model(name, **options)
+            found = find_attention(model)
         except Exception:  # the constructor has no such argument, or not for this model
             continue
-        if not found:  # too shallow: nothing is left that attends
+        if (
+            not found or sum(p.numel() for p in model.parameters()) > LARGEST
+        ):  # nothing is left that attends, or too much
             continue
         specs = [read_host(module).spec for module in found.values()]
         if max(spec.embed_dim for spec in specs) > WIDTH and "depth" in options:
