@@ -60,9 +60,8 @@ def shallow_model(name: str) -> nn.Module:
             not found or sum(p.numel() for p in model.parameters()) > LARGEST
         ):  # nothing is left that attends, or too much
             continue
-        specs = [read_host(module).spec for module in found.values()]
-        if max(spec.embed_dim for spec in specs) > WIDTH and "depth" in options:
-            options = {**options, "embed_dim": 32 * max(spec.num_heads for spec in specs)}
+        if "depth" in options and max(read_host(module).spec.embed_dim for module in found.values()) > WIDTH:
+            options = {**options, "embed_dim": WIDTH, "num_heads": WIDTH // 32}
         return timm.create_model(name, **options)
     raise RuntimeError(f"{name} can't be built")
 
