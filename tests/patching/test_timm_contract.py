@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from tests.patching.trios import HOSTS, ROPE_HOSTS, VIT_HOSTS, accepts, agree, make_dense, make_trio, over
+from tests.patching.trios import HOSTS, ROPE_HOSTS, VIT_HOSTS, agree, make_dense, make_trio, over, skip_checkpointing
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.probe import count_tokens, input_shape
 
@@ -36,20 +36,29 @@ def test_features_and_head(host, method):
         torch.testing.assert_close(model.forward_head(features), model(x))
         return features, model.forward_head(features), model.forward_head(features, pre_logits=True)
 
-    agree(make_trio(host, method), call)
+    agree(make_trio(host, method), call, pure=True)
 
 
 @over()
 def test_intermediates(host, method):
     trio = make_trio(host, method)
-    function, prefix = trio.dense.forward_intermediates, getattr(trio.dense, "num_prefix_tokens", 0)
-    tried = [options for options in INTERMEDIATES if accepts(function, *options)]
-    if not prefix:
-        tried = [options for options in tried if "return_prefix_tokens" not in options]
-    if host == "swin":  # has one format
-        tried = [options for options in tried if "output_fmt" not in options]
-    assert {key for options in tried for key in options} >= {"indices", "norm", "stop_early", "intermediates_only"}
-    agree(trio, lambda model, x: [model.forward_intermediates(x, **options) for options in tried])
+    tried = [options for options in INTERMEDIATES if timm_can(trio, options)]
+    expected = {"indices", "norm", "intermediates_only"}
+    if host != "swin":  # has one format, and older timm's stops early only with the last stage
+        expected |= {"stop_early", "output_fmt"}
+    if getattr(trio.dense, "num_prefix_tokens", 0):
+        expected |= {"return_prefix_tokens"}
+    assert {key for options in tried for key in options} >= expected
+    agree(trio, lambda model, x: [model.forward_intermediates(x, **options) for options in tried], pure=True)
+
+
+def timm_can(trio, options):
+    """Whether the unpatched model has these options."""
+    try:
+        trio.dense.forward_intermediates(trio.x, **options)
+    except (TypeError, AssertionError, UnboundLocalError, RuntimeError):
+        return False
+    return True
 
 
 @over(*VIT_HOSTS)
@@ -71,7 +80,7 @@ def test_pruned_to_intermediate_layers_and_unpatched(host, method):
     agree(trio, pruned)
     model, dense = copy.deepcopy(trio.exact), copy.deepcopy(trio.dense)
     for each in (model, dense):
-        each.prune_intermediate_layers([0])
+        each.prune_intermediate_layers([0], prune_norm=True)
     vt.unpatch(model)
     assert torch.equal(model(trio.x), dense(trio.x))
 
@@ -80,6 +89,7 @@ def test_pruned_to_intermediate_layers_and_unpatched(host, method):
 def test_gradient_checkpointing(host, method):
     """The same gradients, by running each attention twice."""
     trio = make_trio(host, method)
+    skip_checkpointing(host)
     grads, calls = [], []
     for enable in (False, True):
         model, seen = copy.deepcopy(trio.small), []
@@ -136,7 +146,7 @@ def test_new_classifiers(host, method):
         outputs = []
         for arguments in ((3,), (5, "avg"), (0,)):
             model.reset_classifier(*arguments)
-            outputs.append(model(x))
+            outputs.append(model.double()(x))  # older timm makes new parts in float32
         assert [y.shape[1] for y in outputs[:2]] == [3, 5]
         return outputs
 
@@ -153,12 +163,13 @@ def test_another_input_size(host, method):
 
         def resized(model, _, size=size, x=x):
             model.set_input_size(**size)
-            return model.forward_features(x), model(x)
+            return model.double().forward_features(x), model(x)
 
         agree(trio, resized)
     model, dense = copy.deepcopy(trio.exact), copy.deepcopy(trio.dense)
     for each in (model, dense):
         each.set_input_size(**size)
+        each.double()
     assert all(p.requires_grad for p in model.parameters())
     vt.unpatch(model)
     assert torch.equal(model(x), dense(x))
@@ -199,13 +210,15 @@ def test_images_of_many_sizes(host, method):
     def call(model, x):
         return [model(x), model(torch.cat([x, x], 2)), model(x[:, :, :16])]
 
-    agree(make_trio(host, method, dynamic_img_size=True), call)
+    agree(make_trio(host, method, dynamic_img_size=True), call, pure=True)
 
 
 @over()
 def test_weights_are_initialised_anew_by_timm(host, method):
     """Every tensor of the layers starts again as the method has it, up to timm's own scale of output projections."""
     trio = make_trio(host, method)
+    if not hasattr(trio.dense, "init_weights"):
+        pytest.skip(f"this timm's {type(trio.dense).__name__} has no init_weights")
     model, expected = copy.deepcopy(trio.exact), copy.deepcopy(trio.exact)
     torch.manual_seed(0)
     model.init_weights()
@@ -218,7 +231,7 @@ def test_weights_are_initialised_anew_by_timm(host, method):
             if key.startswith("position_bias"):
                 continue
             assert not torch.equal(p, before), key
-            if key != "proj.weight" and p.numel() >= 16:
+            if key != "proj.weight" and p.numel() >= 32:
                 assert 0.5 * reference.std() <= p.std() <= 2 * reference.std(), f"{name}.{key}"
     assert torch.isfinite(model(trio.x)).all()
 

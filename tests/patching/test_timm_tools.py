@@ -23,12 +23,13 @@ from tests.patching.trios import (
     make_patchwork,
     make_trio,
     over,
-    run,
+    run_copy,
+    skip_checkpointing,
 )
 from vit_tucker.patching.find import find_attention
 
-COMPILED = ("vit_1", "eva02_1", "mixed_1", "beit", "swin")
-TRACED = (*COMPILED, "axial_0", "dinov3_5", "relpos")
+COMPILED = ("eva02_1", "mixed_1", "beit", "swin")
+TRACED = ("vit_1", *COMPILED, "dinov3_5", "relpos")
 
 
 def maps(model, x, method):
@@ -42,12 +43,16 @@ def maps(model, x, method):
 @over()
 def test_attention_maps_by_hooks(host, method):
     trio = make_trio(host, method)
-    agree(trio, lambda model, x: maps(model, x, "hook"))
-    extracted = maps(copy.deepcopy(trio.small), trio.x, "hook")
-    assert set(extracted) == {f"{name}.attn_drop" for name in find_attention(trio.dense)}
-    for attention in extracted.values():
-        assert attention.shape[-1] == attention.shape[-2]
-        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+
+    def call(model, x):
+        extracted = maps(model, x, "hook")
+        assert list(extracted) == [f"{name}.attn_drop" for name in find_attention(trio.dense)]
+        for attention in extracted.values():
+            assert attention.shape[-1] == attention.shape[-2]
+            torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+        return extracted
+
+    agree(trio, call)
 
 
 @pytest.mark.parametrize("host", TRACED)
@@ -65,7 +70,7 @@ def test_attention_maps_by_fx(host):
 def test_compiled_in_one_graph(host):
     torch._dynamo.reset()
     trio = make_patchwork(host)
-    agree(trio, lambda model, x: model(x))
+    agree(trio, lambda model, x: model(x), pure=True)
     with torch.no_grad():
         compiled = torch.compile(copy.deepcopy(trio.exact), backend="aot_eager", fullgraph=True)(trio.x)
         assert_equal([compiled], [trio.dense(trio.x)])
@@ -176,46 +181,44 @@ def test_built_on_the_meta_device(host, method):
 @over()
 def test_training_with_drop_path_and_dropout(host, method):
     """The same random numbers in the same order, with gradient checkpointing as well: outputs and gradients elsewhere agree."""
-    trio = make_trio(host, method, drop_path_rate=0.5, proj_drop_rate=0.2)
+    trio = make_trio(host, method)
 
     def call(model, x, checkpointing=False):
         model.train().set_grad_checkpointing(checkpointing)
         y = model(x)
-        grads = torch.autograd.grad(
-            y.square().sum(), [p for name, p in model.named_parameters() if ".attn." not in name]
-        )
-        return y, grads
+        y.square().sum().backward()
+        return y, [p.grad for name, p in model.named_parameters() if ".attn." not in name and p.grad is not None]
 
     tolerance = 1e-8 if host != "mixed_1" else 1e-5  # timm makes tables of learned frequencies in float32
     agree(trio, call, tolerance)
-    plain, _ = run(call, trio.exact, trio.x)
-    checkpointed, _ = run(lambda model, x: call(model, x, checkpointing=True), trio.exact, trio.x)
-    assert_equal(checkpointed, plain)
+    plain, _ = run_copy(call, trio.exact, trio.x)
     assert distance(trio.exact(trio.x), plain[0]) > 1e-2, "nothing was dropped"
+    skip_checkpointing(host)
+    checkpointed, _ = run_copy(lambda model, x: call(model, x, checkpointing=True), trio.exact, trio.x)
+    assert_equal(checkpointed, plain)
 
 
 @over(*VIT_HOSTS, *ROPE_HOSTS)
 def test_patch_dropout(host, method):
-    """Each image keeps patches of its own, and with RoPE has its own table."""
+    """Each image keeps patches of its own, and with RoPE has its own table; as many images as heads are no tables per head."""
     trio = make_trio(host, method, patch_drop_rate=0.5)
-    prefix, tables, tokens = trio.dense.num_prefix_tokens, [], []
-
-    def watch(module, args, kwargs):
-        tokens.append(args[0].shape[1])
-        tables.append(kwargs.get("rope"))
+    tables, tokens = [], []
 
     def call(model, x):
-        model.train()
-        return model(x)
-
-    agree(trio, call)
+        return model.train()(torch.cat([x, x.flip(0)]))
 
     def watched(model, x):
         for module in find_attention(model).values():
             module.register_forward_pre_hook(watch, with_kwargs=True)
         return call(model, x)
 
-    run(watched, trio.exact, trio.x)
-    assert set(tokens) == {prefix + 8}
+    def watch(module, args, kwargs):
+        assert len(args[0]) == module.num_heads
+        tokens.append(args[0].shape[1])
+        tables.append(kwargs.get("rope"))
+
+    agree(trio, call)
+    run_copy(watched, trio.exact, trio.x)
+    assert set(tokens) == {trio.dense.num_prefix_tokens + 8}
     if host in ROPE_HOSTS:
-        assert all(table.ndim == 4 and not torch.equal(table[0], table[1]) for table in tables)
+        assert all(len(table) == 4 and table.ndim > 2 and not torch.equal(table[0], table[1]) for table in tables)
