@@ -2,6 +2,7 @@
 first it must do with the second, and the third must show that the comparison can fail."""
 
 import copy
+import gc
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -92,6 +93,7 @@ def make_trio(host: str, method: str, **options: Any) -> Trio:
     torch.manual_seed(0)
     vt.patch(exact, full_rank_config(dense, method))
     vt.patch(small, small_config(dense, method))
+    gc.freeze()  # hundreds of modules that stay need not be looked through again and again
     return Trio(dense, exact, small, image(dense, FAMILIES[HOSTS[host][0]]["img_size"]))
 
 
