@@ -16,7 +16,7 @@ import vit_tucker
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.rope import RopeSpec
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 SIDE_FOLDERS = [
     str(Path(p).resolve())
