@@ -61,7 +61,10 @@ def shallow_model(name: str) -> nn.Module:
         ):  # nothing is left that attends, or too much
             continue
         if "depth" in options and max(read_host(module).spec.embed_dim for module in found.values()) > WIDTH:
-            options = {**options, "embed_dim": WIDTH, "num_heads": WIDTH // 32}
+            try:
+                return timm.create_model(name, **options, embed_dim=WIDTH, num_heads=WIDTH // 32)
+            except Exception:  # its widths are not free
+                continue
         return timm.create_model(name, **options)
     raise RuntimeError(f"{name} can't be built")
 
