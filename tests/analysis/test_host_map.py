@@ -28,6 +28,12 @@ def entry_of(name):
     return describe(name, build_structure(name))
 
 
+@pytest.mark.parametrize("name", SAMPLE)
+def test_structures_take_no_memory(name):
+    model = build_structure(name)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 def test_plain_attention_is_exact():
     entry = entry_of("vit_tiny_patch16_224")
     assert entry.layers == {"attention.Attention": 12} or entry.layers == {"vision_transformer.Attention": 12}

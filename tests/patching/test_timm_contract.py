@@ -4,6 +4,7 @@ import copy
 import sys
 
 import pytest
+import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
@@ -244,6 +245,22 @@ def test_token_counts_come_from_a_dry_run(make_vit):
     dynamic = make_vit(dynamic_img_size=True)
     assert count_tokens(dynamic, names, img_size=24) == dict.fromkeys(names, (1, 37))
     assert count_tokens(torch.nn.Identity(), ["nothing"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("vit_tiny_patch16_224", {"in_chans": 1}, (1, 224, 224)),
+        ("vit_small_r26_s32_224", {"in_chans": 5}, (5, 224, 224)),  # a network before the patches
+        ("mobilevit_s", {"in_chans": 1}, (1, 256, 256)),  # no patch_embed at all
+        ("csatv2", {}, (3, 512, 512)),  # a cosine transform comes first, its first convolution takes 64 channels
+    ],
+)
+def test_input_shapes_know_the_channels_of_the_images(name, options, shape):
+    if not timm.is_model(name):
+        pytest.skip("not in this timm")
+    model = timm.create_model(name, **options)
+    assert input_shape(model) == shape
 
 
 def test_hosts_have_the_prefix_tokens_that_their_names_say():

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest
@@ -75,14 +76,25 @@ def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
             yield entry
 
 
+class ReadableLinspace(TorchFunctionMode):
+    """``torch.linspace`` on the CPU within a meta device: older timm takes drop path rates out of it with ``item()``."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        options = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(kwargs or {}) | options)
+
+
 def build_structure(name: str) -> nn.Module:
     """A timm model without weights, on the meta device; on the CPU where its constructor computes with values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), ReadableLinspace():
                 return timm.create_model(name, pretrained=False)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError, TypeError):
             return timm.create_model(name, pretrained=False)
 
 

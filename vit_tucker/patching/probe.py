@@ -23,11 +23,22 @@ def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None = None)
     embed: Any = getattr(model, "patch_embed", None)
     config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     channels, *sizes = config.get("input_size", (3, 224, 224))
-    stem = model if embed is None else embed  # a convolution of patches, or a whole network before them (hybrids)
-    channels = next((m.in_channels for m in stem.modules() if isinstance(m, nn.Conv2d)), channels)
     size = img_size or getattr(embed, "img_size", None) or tuple(sizes)
     height, width = (size, size) if isinstance(size, int) else size
-    return channels, height, width
+    return input_channels(model) or channels, height, width
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels that the model's first convolution takes: the one pretrained_cfg names, else the first there is; None if the
+    images go through something else first."""
+    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    modules = dict(model.named_modules())
+    if "first_conv" in config:
+        names = config["first_conv"] or ()
+        stem = [modules.get(name) for name in ([names] if isinstance(names, str) else names)]
+    else:
+        stem = list(modules.values())
+    return next((module.in_channels for module in stem if isinstance(module, nn.Conv2d)), None)
 
 
 def count_tokens(
