@@ -38,7 +38,7 @@ from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.probe import input_shape
-from vit_tucker.tensor.tucker import Tucker, hosvd
+from vit_tucker.tensor.tucker import hosvd
 
 FEATURES = vt.Calibration()
 
@@ -77,12 +77,14 @@ class Column:
 class SpreadTucker(TuckerAttention):
     """What a HOSVD that knows nothing of rotations makes of a host with RoPE: latent pairs spread evenly over its table."""
 
-    def _rotary_pre(self, weights: vt.MHAWeights, *others: Any) -> Tucker:
-        assert self.pair_rotations is not None
-        self.pair_rotations.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+    def convert_from(self, weights: vt.MHAWeights) -> None:
+        """See base class."""
         pre = hosvd(weights.pre_pairs(), self.ranks[0])
         missing = self.k_proj.in_features + (self.k_proj.bias is not None) - len(pre.right)
-        return pre._replace(right=torch.nn.functional.pad(pre.right, (0, 0, 0, missing)))
+        pre = pre._replace(right=torch.nn.functional.pad(pre.right, (0, 0, 0, missing)))
+        post = hosvd(weights.post_pairs(), self.ranks[1])
+        rotations = spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim)
+        self.set_tensors(pre, post, weights.folded_out_bias(), rotations)
 
 
 class SpreadTuckerConfig(vt.TuckerConfig):

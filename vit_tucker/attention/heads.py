@@ -10,7 +10,7 @@ from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import rotate_heads
-from vit_tucker.attention.sdpa import attend, expand_heads
+from vit_tucker.attention.sdpa import expand_heads
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout
@@ -65,16 +65,7 @@ class PerHeadModule(AttentionModule):
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
                 k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
             q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
-        y = attend(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )
+        y = self.attend(q, k, v, attn_mask, is_causal)
         return self.finish(x, y.transpose(1, 2).flatten(2))
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:

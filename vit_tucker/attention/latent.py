@@ -1,8 +1,7 @@
-"""Latents of queries, keys and values: best low-rank factors, and the latent key of hosts with RoPE.
+"""The latent key of hosts with RoPE: one key for all heads, whose pairs keep the rotations of the heads' pairs they stand for.
 
-That is one key for all heads, whose pairs keep the rotations of the heads' pairs they stand for. A head's pair with rotation k
-is a complex combination of the latent pairs with rotation k. Which pairs, and how many for each rotation, is decided by energy
-(``tensor.rotary``); with H*D columns every head finds its own pairs, and nothing is lost.
+A head's pair with rotation k is a complex combination of the latent pairs with rotation k. Which pairs, and how many for each
+rotation, is decided by energy (``tensor.rotary``); with H*D columns every head finds its own pairs, and nothing is lost.
 """
 
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, spread_columns
 from vit_tucker.tensor.metric import Root, mean_metric, metric_root
 from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
-from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
+from vit_tucker.tensor.tucker import Tucker
 from vit_tucker.tensor.weighted import head_weights
 
 
@@ -95,45 +94,3 @@ def value_columns(out: Tensor, value: Tensor) -> Tensor:
     """The heads' values weighted by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
     small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
     return (value @ small.mT).transpose(0, 1).flatten(1)
-
-
-class Metrics(NamedTuple):
-    """Roots of what errors cost; None for the error in the weights.
-
-    Attributes:
-        tokens: of the tokens, (C, C).
-        query_grad: of the gradients with respect to the queries, (H*D, H*D).
-        kv_grad: the same for keys, then values, (2*H*D, 2*H*D).
-    """
-
-    tokens: Root | None
-    query_grad: Tensor | None
-    kv_grad: Tensor | None
-
-    def parts(self, width: int) -> tuple[Tensor | None, Tensor | None]:
-        """Roots for keys and for values alone."""
-        if self.kv_grad is None:
-            return None, None
-        square = self.kv_grad @ self.kv_grad
-        return metric_root(square[:width, :width]).root, metric_root(square[width:, width:]).root
-
-
-def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
-
-    Args:
-        matrix: (C, K), float64.
-        rank: width of the latent, R.
-        left: root of the left metric (C, C), or None.
-        right: root of the right metric (K, K), or None.
-
-    Returns:
-        down (C, R) and up (R, K), with the least ||left (matrix - down up) right||_F.
-    """
-    whitened = matrix if left is None else left.root @ matrix
-    weighted = whitened if right is None else whitened @ right
-    basis = leading_eigenvectors(weighted @ weighted.mT, min(rank, len(matrix)))
-    basis = torch.nn.functional.pad(
-        basis, (0, rank - basis.shape[1])
-    )  # rotated keys may need more columns than tokens have
-    return basis if left is None else left.inverse @ basis, basis.mT @ whitened

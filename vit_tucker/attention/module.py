@@ -11,6 +11,7 @@ from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.sdpa import attend
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.ranks import mode_ranks
@@ -85,6 +86,11 @@ class AttentionModule(nn.Module):
     def run(self, call: Call) -> Tensor:
         """The layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
         return self.readout(self.mix(call.x, call.attn_mask, call.is_causal, call.rope))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """softmax(QK^T)V with the layer's scale, dropout and choice of kernel: see ``vit_tucker.attention.sdpa.attend``."""
+        return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
+                      attn_mask=attn_mask, is_causal=is_causal)  # fmt: skip
 
     @property
     def rel_pos(self) -> PositionBias | None:

@@ -75,9 +75,8 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker = TuckerAttention(spec, config, device=like.device, dtype=like.dtype)
     tucker.fused_attn = layer.fused_attn
     with torch.no_grad():
-        tucker.set_tensors(pre, post, layer.folded_out_bias())
-        if tucker.pair_rotations is not None:
-            tucker.pair_rotations.copy_(layer.latent_columns())
+        rotations = None if spec.rope is None else layer.latent_columns()
+        tucker.set_tensors(pre, post, layer.folded_out_bias(), rotations)
     keep_position_bias(layer, tucker)
     return tucker.requires_grad_(like.requires_grad).train(layer.training)
 

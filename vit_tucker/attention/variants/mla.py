@@ -9,7 +9,7 @@ come before the rotation there is no such form; then each head's key is rotated,
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,24 +17,22 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.heads import PerHeadModule
-from vit_tucker.attention.latent import Metrics, latent, latent_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
     head_bias,
     init_linear,
-    join_heads,
     linear_bias,
     linear_weight,
     set_linear,
     split_heads,
 )
+from vit_tucker.attention.mla_conversion import Latents, Target, decompose
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, rotate_latent, spread_columns
-from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.attention.rope import rotate_latent, spread_columns
+from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.metric import identity_root, metric_root
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker
@@ -108,17 +106,6 @@ def has_head_key_bias(spec: HostSpec) -> bool:
     return spec.has_key_bias and "qk_norm" in spec.extras
 
 
-class KeyValue(NamedTuple):
-    """Projections of keys and values, down (C, cKV) and up (cKV, H*D); biases of the latent key and of the heads' keys."""
-
-    k_down: Tensor
-    k_up: Tensor
-    v_down: Tensor
-    v_up: Tensor
-    k_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-
-
 class MLA(PerHeadModule):
     """Multi-head latent self-attention, trained in its expanded form (queries and keys of width D), with RoPE in its absorbed
     form. Then the buffer pair_rotations (cKV/2,) says by which column of the host's table each latent pair rotates.
@@ -189,89 +176,35 @@ class MLA(PerHeadModule):
         assert self.pair_rotations is not None
         q = q @ self.k_up.weight.unflatten(0, (self.num_heads, -1))  # Q_i WUK_i^T, (B, H, N, cKV)
         q, key = rotate_latent(q, k.unsqueeze(1), rope, self.pair_rotations, self.spec.rope)
-        y = attend(
-            q,
-            key,
-            v.unsqueeze(1),
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )  # (B, H, N, cKV)
+        y = self.attend(q, key, v.unsqueeze(1), attn_mask, is_causal)  # (B, H, N, cKV)
         y = (y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT).transpose(1, 2).flatten(2)  # (B, N, H*D)
         return y if self.v_up.bias is None else y + self.v_up.bias
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        self._convert(weights, None, 0.0)
+        self._take_over(weights, decompose(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
         the other; query and value biases take up the tokens' mean."""
-        self._convert(weights, moments, damping)
+        self._take_over(weights, decompose(weights, self._target(), moments, damping))
 
-    def _convert(self, weights: MHAWeights, moments: Moments | None, damping: float) -> None:
-        query, value = join_heads(weights.query), join_heads(weights.value)  # (C, H*D)
-        q_bias, v_bias = (None if bias is None else bias.flatten() for bias in (weights.query_bias, weights.value_bias))
-        metrics = Metrics(None, None, None)
-        if moments is not None:
-            tokens = moments.token_covariance if q_bias is not None else moments.query[:-1, :-1]
-            metrics = Metrics(metric_root(tokens, damping), *(
-                metric_root(g, damping).root for g in (moments.query_grad, moments.kv_grad)))  # fmt: skip
-        q_down, q_up = latent(query, self.q_down.out_features, metrics.tokens, metrics.query_grad)
-        parts = self._latents(weights, metrics) if self.spec.rope is None or self.pair_rotations is None else (
-            self._rotary_latents(weights, self.spec.rope, metrics, moments, damping))  # fmt: skip
-        if moments is not None and q_bias is not None and v_bias is not None:
-            q_bias = q_bias + moments.mean @ (query - q_down @ q_up)
-            v_bias = v_bias + moments.mean @ (value - parts.v_down @ parts.v_up)
+    def _target(self) -> Target:
+        rope = None if self.pair_rotations is None else self.spec.rope
+        return Target(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
+
+    def _take_over(self, weights: MHAWeights, latents: Latents) -> None:
+        parts = latents.key_value
+        set_linear(self.q_down, latents.q_down)
+        set_linear(self.q_up, latents.q_up, latents.q_bias)
+        set_linear(self.kv_down, parts.k_down, parts.down_bias)
         if self.v_down is not None:
             set_linear(self.v_down, parts.v_down)
-        elif parts.down_bias is not None and v_bias is not None:  # values that share the keys' bias: a constant
-            v_bias = v_bias - parts.down_bias @ parts.v_up
-        if self.pair_rotations is not None:  # pairs side by side, as the latent keys have them
-            q_up, q_bias = self._paired(q_up), None if q_bias is None else self._paired(q_bias)
-        set_linear(self.q_down, q_down)
-        set_linear(self.kv_down, parts.k_down, parts.down_bias)
-        set_linear(self.q_up, q_up, q_bias)
         set_linear(self.k_up, parts.k_up, parts.k_bias)
-        set_linear(self.v_up, parts.v_up, v_bias)
+        set_linear(self.v_up, parts.v_up, latents.v_bias)
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
-
-    def _paired(self, x: Tensor) -> Tensor:
-        half = self.spec.rope is not None and self.spec.rope.half
-        return adjacent_pairs(x.unflatten(-1, (self.num_heads, -1)), half).flatten(-2)
-
-    def _latents(self, weights: MHAWeights, metrics: Metrics) -> KeyValue:
-        """Best latents of keys and values."""
-        key, value = join_heads(weights.key), join_heads(weights.value)
-        width, rank = key.shape[1], self.kv_down.out_features
-        k_bias = None if weights.key_bias is None else weights.key_bias.flatten()
-        if self.v_down is None:
-            down, up = latent(torch.cat([key, value], -1), rank, metrics.tokens, metrics.kv_grad)
-            return KeyValue(down, up[:, :width], down, up[:, width:], k_bias=k_bias)
-        k_grad, v_grad = metrics.parts(width)
-        return KeyValue(
-            *latent(key, rank, metrics.tokens, k_grad), *latent(value, rank, metrics.tokens, v_grad), k_bias
-        )
-
-    def _rotary_latents(
-        self, weights: MHAWeights, rope: RopeSpec, metrics: Metrics, moments: Moments | None, damping: float
-    ) -> KeyValue:
-        """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs; sets these."""
-        assert self.pair_rotations is not None
-        value, rank = join_heads(weights.value), self.kv_down.out_features
-        width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
-        shared = None if self.v_down is not None else value if v_grad is None else value @ v_grad
-        keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
-        self.pair_rotations.copy_(keys.columns)
-        k_down, k_up = keys.basis[:width], join_heads(keys.lifted.pairs.right)
-        bias = keys.basis[width] if len(keys.basis) > width else None
-        if self.v_down is not None:
-            return KeyValue(k_down, k_up, *latent(value, rank, metrics.tokens, v_grad), down_bias=bias)
-        root = identity_root(width, value).root if metrics.tokens is None else metrics.tokens.root
-        v_up = torch.linalg.lstsq(root @ k_down, root @ value).solution
-        return KeyValue(k_down, k_up, k_down, v_up, down_bias=bias)
+        if self.pair_rotations is not None and parts.rotations is not None:
+            self.pair_rotations.copy_(parts.rotations)
 
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""

@@ -24,7 +24,6 @@ from vit_tucker.attention.base import (
     ParameterCount,
     count_extras,
 )
-from vit_tucker.attention.latent import latent_keys, value_columns
 from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
@@ -32,14 +31,14 @@ from vit_tucker.attention.options import RankRule
 from vit_tucker.attention.ranks import even_rank, full_ranks, has_out_bias, refuse_odd, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import rotate_latent, spread_columns
-from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.attention.sdpa import attend_flops
+from vit_tucker.attention.tucker_conversion import Target, decompose, decompose_calibrated, refit_post
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
-from vit_tucker.tensor.metric import Root, metric_root
-from vit_tucker.tensor.regression import LinearMoments, reduced_rank_readout
+from vit_tucker.tensor.metric import Root
+from vit_tucker.tensor.regression import LinearMoments
 from vit_tucker.tensor.rotary import RotaryPairs
-from vit_tucker.tensor.tucker import Pairs, Tucker, apply_pairs, hooi, hosvd, joint_right_basis, tucker_pairs
-from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, whitened_hosvd
+from vit_tucker.tensor.tucker import Pairs, Tucker, tucker_pairs
 
 PositiveRanks = tuple[PositiveInt, PositiveInt, PositiveInt]
 MODES = ("head", "query/output", "key/value")
@@ -219,16 +218,7 @@ class TuckerAttention(AttentionModule):
         v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
         if self.spec.rope is not None and self.pair_rotations is not None:
             q, k = rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
-        y = attend(
-            q,
-            k,
-            v,
-            scale=self.scale,
-            attn_drop=self.attn_drop,
-            fused=self.fused_attn,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-        )  # (B, H, N, r3t)
+        y = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, r3t)
         return y.transpose(1, 2).reshape(B, N, -1)
 
     def readout(self, mixed: Tensor) -> Tensor:
@@ -238,78 +228,24 @@ class TuckerAttention(AttentionModule):
 
     def convert_from(self, weights: MHAWeights) -> None:
         """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
-        pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
-        pre_ranks, post_ranks = self.ranks
-        if self.spec.rope is not None:
-            pre = self._rotary_pre(weights)
-            post = hosvd(post_pairs, post_ranks) if self.v_proj is not None else whitened_hosvd(
-                post_pairs, post_ranks, right=pre.right[: self.k_proj.in_features])  # fmt: skip
-        elif self.v_proj is None:
-            basis = joint_right_basis(pre_pairs, post_pairs, self.k_proj.out_features)
-            pre, post = hosvd(pre_pairs, pre_ranks, right=basis), hosvd(post_pairs, post_ranks, right=basis)
-        elif self.conversion == "hooi":
-            pre, post = hooi(pre_pairs, pre_ranks), hooi(post_pairs, post_ranks)
-        else:
-            pre, post = hosvd(pre_pairs, pre_ranks), hosvd(post_pairs, post_ranks)
-        self.set_tensors(pre, post, weights.folded_out_bias())
+        self.set_tensors(*decompose(weights, self._target(), self.conversion))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """The decompositions with the least error on the tokens, to first order, head by head.
+        """The decompositions with the least error on the tokens, to first order, see ``decompose_calibrated``.
 
-        Query mode: E[x~ x~^T] with x~ = [x, 1]; key mode: how much each head's scores matter (``Moments.key``); value mode:
-        the covariance of the heads' averaged tokens, their mean going into the output bias exactly; output mode: E[g g^T].
         The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
         """
-        pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
-        query = moments.query[: pre_pairs.left.shape[1], : pre_pairs.left.shape[1]]
-        value, mean = moments.value, moments.value_mean
-        if not self.has_out_bias:  # no place for the mean: it must be kept by the factors
-            value = value + mean.unsqueeze(2) * mean.unsqueeze(1)
-        value = value.mean(0)
-        pre_ranks, post_ranks = self.ranks
-        basis = None
-        if self.spec.rope is not None:
-            pre = self._rotary_pre(weights, moments, damping, value)
-            basis = pre.right[: self.k_proj.in_features] if self.v_proj is None else None
-        else:
-            if self.v_proj is None:
-                basis = joint_weighted_basis(pre_pairs, post_pairs, query, moments.key, moments.output, value,
-                                             self.k_proj.out_features, damping)  # fmt: skip
-            pre = weighted_tucker(pre_pairs, pre_ranks, query, moments.key, damping, basis)
-        post = whitened_hosvd(post_pairs, post_ranks, moments.output, value, damping, basis)
-        out_bias = weights.folded_out_bias()
-        if out_bias is not None:
-            out_bias = out_bias + apply_pairs(post_pairs, mean) - apply_pairs(tucker_pairs(post), mean)
-        self.set_tensors(pre, post, out_bias)
+        self.set_tensors(*decompose_calibrated(weights, self._target(), moments, damping))
 
-    def _rotary_pre(
-        self, weights: MHAWeights, moments: Moments | None = None, damping: float = 0.0, value: Tensor | None = None
-    ) -> Tucker:
-        """The pre-softmax tensor of a host with RoPE on a latent key; sets the rotations of its pairs.
-
-        Args:
-            weights, moments, damping: see ``convert_calibrated``.
-            value: metric of the values (C, C), where they share the latent.
-        """
-        assert self.spec.rope is not None
-        assert self.pair_rotations is not None
-        columns = value_columns(weights.out, weights.value) if self.v_proj is None else None
-        root = None if value is None or columns is None else metric_root(value, damping)
-        keys = latent_keys(weights, self.spec.rope, self.k_proj.out_features, moments, damping, columns, root)
-        self.pair_rotations.copy_(keys.columns)
-        return keys.tucker(self.ranks[0])
+    def _target(self) -> Target:
+        return Target(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
         """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
-        ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
-        prior = Tucker(self.post_core.detach().double(), self.post_head.detach().double(),
-                       linear_weight(self.proj).mT, torch.empty(0))  # fmt: skip
-        fitted = reduced_rank_readout(ff, yf, prior, damping, out_root)
-        slices = torch.tensordot(fitted.head, fitted.core, 1)  # S, (H, r2t, r3t)
-        readout = (fitted.left @ slices).transpose(0, 1).flatten(1)  # (O, H*r3t)
-        set_linear(self.proj, fitted.left.mT, y_mean - readout @ f_mean)
-        self.post_head.copy_(fitted.head)
-        self.post_core.copy_(fitted.core)
+        post, out_bias = refit_post(self.tucker_form()[1], moments, self.has_out_bias, out_root, damping)
+        set_linear(self.proj, post.left.mT, out_bias)
+        self.post_head.copy_(post.head)
+        self.post_core.copy_(post.core)
 
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
@@ -331,13 +267,13 @@ class TuckerAttention(AttentionModule):
         """Ranks of the pre- and of the post-softmax tensor."""
         return tuple(self.pre_core.shape), tuple(self.post_core.shape)  # type: ignore[return-value]
 
-    def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None) -> None:
-        """Copy two Tucker decompositions in; the last row of ``pre.left`` is the query bias where there is one.
+    def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None, rotations: Tensor | None = None) -> None:
+        """Copy two Tucker decompositions in, see ``TuckerTensors``.
 
         Args:
-            pre: pre-softmax tensor, modes (H, C or C + 1, C), or C + 1 keys with a key bias.
-            post: post-softmax tensor, modes (H, O, C); its key/value factor must equal ``pre``'s with shared_kv.
+            pre, post: the pre- and the post-softmax tensor.
             out_bias: (O,) or None.
+            rotations: of the latent pairs, (r3/2,), with RoPE.
         """
         for linear, factor in ((self.q_proj, pre.left), (self.k_proj, pre.right)):
             width = linear.in_features
@@ -354,6 +290,8 @@ class TuckerAttention(AttentionModule):
             (self.post_core, post.core),
         ):
             parameter.copy_(value)
+        if self.pair_rotations is not None and rotations is not None:
+            self.pair_rotations.copy_(rotations)
 
     def folded_out_bias(self) -> Tensor | None:
         """See base class."""
