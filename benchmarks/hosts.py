@@ -13,6 +13,7 @@ import csv
 import gc
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,19 @@ from vit_tucker.patching.probe import input_shape
 
 TOLERANCE = 1e-9
 """Largest difference over the largest output: float64 leaves about 1e-15, an ill-conditioned random model a little more."""
-NARROW = {"depths": (1, 1, 1, 1), "embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)}
 STAGES = {"depths": (1, 1, 1, 1)}
 SHALLOW: tuple[dict[str, Any], ...] = (
     {"depth": 2, "img_size": 224},
     {"depth": 2, "img_size": 224, "num_kv_heads": 4},
     {"depth": 2},
-    NARROW,
-    {**STAGES, "img_size": 224},
+    STAGES | {"embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)},
+    STAGES | {"embed_dim": 96, "num_heads": (3, 6, 12, 24), "img_size": 224},
+    STAGES | {"embed_dim": (64, 128, 256, 512), "img_size": 224},
+    STAGES | {"img_size": 224},
     STAGES,
     {"depths": (2, 2, 2, 2)},
+    {"depth": (1, 1, 1)},
+    {"layers": (1, 1, 1, 1, 1), "embed_dims": (64, 128, 256, 256, 512)},
     {},
 )
 WIDTH = 384
@@ -47,8 +51,8 @@ COLUMNS = ("model", "method", "map", "layers", "embed_dim", "params_m", "full_ra
            "compressed_share", "seconds")  # fmt: skip
 
 
-def shallow_model(name: str) -> nn.Module:
-    """The model with few blocks, on the CPU."""
+def shallow_model(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """The model with few blocks, on the CPU, and the shape of its images."""
     for options in SHALLOW:
         try:
             with torch.device("meta"):
@@ -56,16 +60,14 @@ def shallow_model(name: str) -> nn.Module:
             found = find_attention(model)
         except Exception:  # the constructor has no such argument, or not for this model
             continue
-        if (
-            not found or sum(p.numel() for p in model.parameters()) > LARGEST
-        ):  # nothing is left that attends, or too much
+        if not found or sum(p.numel() for p in model.parameters()) > LARGEST:  # nothing attends any more, or too large
             continue
         if "depth" in options and max(read_host(module).spec.embed_dim for module in found.values()) > WIDTH:
-            try:
-                return timm.create_model(name, **options, embed_dim=WIDTH, num_heads=WIDTH // 32)
-            except Exception:  # its widths are not free
-                continue
-        return timm.create_model(name, **options)
+            with suppress(Exception):  # widths that are not free are kept
+                model = timm.create_model(name, **options, embed_dim=WIDTH, num_heads=WIDTH // 32)
+                return model, input_shape(model, options.get("img_size"))
+        model = timm.create_model(name, **options)
+        return model, input_shape(model, options.get("img_size"))
     raise RuntimeError(f"{name} can't be built")
 
 
@@ -103,10 +105,10 @@ def check(name: str, methods: list[str]) -> list[dict[str, Any]]:
     methods = [method for method in methods if entry.methods[method] in (EXACT, LATENT)]
     if not methods:
         return []
-    model = shallow_model(name).eval()
+    model, shape = shallow_model(name)
     randomise(model)
-    model = model.double()
-    x = torch.randn(1, *input_shape(model), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = model.eval().double()
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = tensor_of(model(x))
     size = expected.abs().max()
     rows = []
