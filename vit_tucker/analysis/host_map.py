@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest
 from vit_tucker.patching.find import find_attention, find_other_attention
-from vit_tucker.patching.hosts import EXCLUDE, Host, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.hosts import EXCLUDE, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.readers import Host
 
 EXACT = "exact"
 LATENT = "exact (latent RoPE)"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.patching.hosts import Host
+from vit_tucker.patching.readers import Host
 
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
 

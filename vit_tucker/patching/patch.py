@@ -19,6 +19,7 @@ from vit_tucker.patching.layer_configs import choose_layers, describe_options, l
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, rotation_notes
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
+from vit_tucker.patching.readers import Host
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.patching.selection import Selection
 from vit_tucker.patching.watch import collect_images, timed
@@ -206,7 +207,7 @@ def _prepare(
     return Prepared(config, replacements, report)
 
 
-def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> hosts.Host:
+def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> Host:
     try:
         host = hosts.read_host(module, mixed_rope)
         config.refuse_features(host.spec)
@@ -216,7 +217,7 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
     return host
 
 
-def _build(name: str, module: nn.Module, host: hosts.Host, config: AttentionConfig) -> CalibratedLayer:
+def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) -> CalibratedLayer:
     """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)

@@ -14,7 +14,7 @@ from vit_tucker.attention.ranks import LayerTables, choose_ranks, layer_tables
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.patching.calibrate import collect_moments
-from vit_tucker.patching.hosts import Host
+from vit_tucker.patching.readers import Host
 from vit_tucker.patching.watch import WatchedLayer
 from vit_tucker.tensor.rotary import ordinary
 from vit_tucker.tensor.tucker import Pairs, squared_norm

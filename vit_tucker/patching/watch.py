@@ -14,7 +14,7 @@ from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
-from vit_tucker.patching.hosts import Host
+from vit_tucker.patching.readers import Host
 
 MOMENT_BYTES = 4 * 2**30
 """Layers are worked off in groups whose moments fit into this; each group costs its own passes over the images."""
