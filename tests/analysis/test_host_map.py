@@ -76,6 +76,16 @@ def test_survey_leaves_out_models_without_attention():
         model_names("vit_tinny_patch16_224")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "near"), [("evaa02*", "eva02*"), ("*ropee*", "*rope*"), ("vit_tyny*", "vit_tiny*")]
+)
+def test_a_pattern_that_matches_none_is_met_with_the_nearest(pattern, near):
+    with pytest.raises(ConfigError) as error:
+        model_names(pattern)
+    assert str(error.value) == f"no timm model matches '{pattern}'; did you mean '{near}'?"
+    assert model_names(near)
+
+
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_committed_map_is_that_of_the_code(name):
     text = MAP.read_text()

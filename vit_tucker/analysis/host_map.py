@@ -65,8 +65,19 @@ def model_names(pattern: str | None = None) -> list[str]:
     """
     names = timm.list_models(pattern or "")
     if not names:
-        raise ConfigError(f"no timm model matches '{pattern}'{nearest(str(pattern), timm.list_models())}")
+        raise ConfigError(f"no timm model matches '{pattern}'{nearest_pattern(str(pattern))}")
     return names
+
+
+def nearest_pattern(pattern: str) -> str:
+    """'; did you mean X?' for the model, or with wildcards for the part of names, that is nearest."""
+    names, core = timm.list_models(), pattern.strip("*")
+    if core == pattern:
+        return nearest(pattern, names)
+    joined = ("_".join(parts[i:j]) for parts in (name.split("_") for name in names)
+              for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))  # fmt: skip
+    parts = dict.fromkeys(f"*{part}*" if pattern[0] == "*" else f"{part}*" for part in joined)
+    return nearest(pattern, (part for part in parts if timm.list_models(part)))
 
 
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
