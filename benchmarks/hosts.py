@@ -5,7 +5,7 @@ outputs, once compressed.
 
 Models are random, in float64, and where their constructor allows it one or two blocks deep, at most 384 wide and for images of
 224 pixels. A row is written for each model and method as soon as it is there; rows that are there are not run again. Exit status
-1 if a difference at full rank is above TOLERANCE.
+1 if a difference at full rank is above TOLERANCE, or a model could not be run.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import gc
 import time
 import warnings
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, describe, model_names
+from vit_tucker.analysis.host_map import build_structure, describe, model_names
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 from vit_tucker.patching.probe import input_shape
@@ -99,10 +100,10 @@ def compressed(model: nn.Module, method: str) -> vt.AttentionConfig:
 
 
 @torch.no_grad()
-def check(name: str, methods: list[str]) -> list[dict[str, Any]]:
+def check(name: str) -> list[dict[str, Any]]:
     """Rows of one model; none if no method takes it."""
     entry = describe(name, build_structure(name))
-    methods = [method for method in methods if entry.methods[method] in (EXACT, LATENT)]
+    methods = [method for method in entry.methods if entry.patchable(method)]
     if not methods:
         return []
     model, shape = shallow_model(name)
@@ -142,6 +143,63 @@ def tensor_of(output: Any) -> torch.Tensor:
     return output
 
 
+def run(names: list[str], file: Path) -> list[str]:
+    """Rows of the models that are not in the file yet. -> what could not be run, and why"""
+    old = read(file)
+    done, failed = {row["model"] for row in old}, []
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        if not old:
+            writer.writeheader()
+        for name in names:
+            if name in done:
+                continue
+            try:
+                rows = check(name)
+            except Exception as error:
+                failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                print(failed[-1], flush=True)
+                continue
+            for row in rows:
+                writer.writerow(row)
+                print(" ".join(map(str, row.values())), flush=True)
+            stream.flush()
+            gc.collect()
+    return failed
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    """Rows by model; none without the file."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as stream:
+        return sorted(csv.DictReader(stream), key=lambda row: (row["model"], row["method"]))
+
+
+def summary(rows: list[dict[str, str]], failed: list[str]) -> tuple[str, bool]:
+    """Markdown: how many, how exact; and whether all is well."""
+    lines = [
+        "| method | map | models | layers | largest difference at full rank | smallest difference compressed |",
+        "|---|---|---|---|---|---|",
+    ]
+    bad = [row for row in rows if not float(row["full_rank_difference"]) <= TOLERANCE]
+    for key in sorted({(row["method"], row["map"]) for row in rows}):
+        mine = [row for row in rows if (row["method"], row["map"]) == key]
+        full, less = ([float(row[f"{kind}_difference"]) for row in mine] for kind in ("full_rank", "compressed"))
+        layers = sum(int(row["layers"]) for row in mine)
+        numbers = f"{max(full):.1e} | {'' if key[0] == 'mha' else f'{min(less):.1e}'}"  # MHA has nothing to compress
+        lines.append(f"| {key[0]} | {key[1]} | {len(mine)} | {layers} | {numbers} |")
+    models = len({row["model"] for row in rows})
+    lines += [
+        "",
+        f"{models} models, {len(rows)} conversions: {len(bad)} above {TOLERANCE:g} at full rank, {len(failed)} could not be run. "
+        "Differences are relative to the largest output, in float64.",
+        f"{date.today()}, torch {torch.__version__}, timm {timm.__version__}, CPU.",
+        *(f"- {line}" for line in failed),
+    ]
+    return "\n".join(lines) + "\n", not bad and not failed
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,34 +209,16 @@ def main() -> int:
     warnings.simplefilter("ignore")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "results.csv"
-    old = list(csv.DictReader(file.open())) if file.exists() else []
-    done = {(row["model"], row["method"]) for row in old}
-    with file.open("a", newline="") as stream:
+    failed = run(model_names(args.filter), file)
+    rows = read(file)
+    with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        if not old:
-            writer.writeheader()
-        for name in model_names(args.filter):
-            missing = [method for method in vt.list_methods() if (name, method) not in done]
-            if len(missing) < len(vt.list_methods()):
-                continue
-            try:
-                rows = check(name, missing)
-            except Exception as error:
-                print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
-                continue
-            for row in rows:
-                writer.writerow(row)
-                print(" ".join(map(str, row.values())), flush=True)
-            stream.flush()
-            gc.collect()
-    rows = list(csv.DictReader(file.open()))
-    bad = [row for row in rows if not float(row["full_rank_difference"]) <= TOLERANCE]
-    same = [row for row in rows if row["method"] != "mha" and not float(row["compressed_difference"]) > TOLERANCE]
-    models = {row["model"] for row in rows}
-    print(
-        f"{len(models)} models, {len(rows)} conversions; {len(bad)} differ at full rank, {len(same)} do not when compressed"
-    )
-    return 1 if bad else 0
+        writer.writeheader()
+        writer.writerows(rows)
+    text, good = summary(rows, failed)
+    (args.out / "results.md").write_text(text)
+    print(text)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
