@@ -12,7 +12,7 @@ import vit_tucker as vt
 from tests.conftest import randomise
 from vit_tucker.analysis.host_map import describe
 from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.hosts import has_mixed_rope, read_host
+from vit_tucker.patching.hosts import read_host
 from vit_tucker.patching.probe import input_shape
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
@@ -98,17 +98,6 @@ def image(model: nn.Module, size: int | None = None) -> torch.Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def full_rank_config(model: nn.Module, method: str) -> vt.AttentionConfig:
-    """The exact config of a method, layer by layer."""
-    rules, config, mixed = [], None, has_mixed_rope(model)
-    for name, module in find_attention(model).items():
-        full = vt.get_method(method).full_rank(read_host(module, mixed).spec)
-        config = config or full
-        options = full.model_dump(exclude={"method", "init", "layers", "exclude", "rules", "calibration"})
-        rules.append(vt.Rule(layers=f"re:{name}", **options))
-    return config.model_copy(update={"rules": tuple(rules)})
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_is_exact_where_the_map_says_so(name):
     model = small_model(name)
@@ -118,12 +107,15 @@ def test_every_method_is_exact_where_the_map_says_so(name):
     assert entry.patchable("gqa"), entry
     assert entry.patchable("mha"), entry
     for method, status in entry.methods.items():
-        config = full_rank_config(model, method)
         if not entry.patchable(method):
             assert "can't carry" in status
+            first = next(iter(find_attention(model).values()))
             with pytest.raises(vt.PatchError, match="can't carry"):
-                vt.patch(model, config)
+                vt.patch(model, vt.get_method(method).example(read_host(first).spec))
+            with pytest.raises(vt.PatchError, match="can't carry"):
+                vt.full_rank_config(model, method)
             continue
+        config = vt.full_rank_config(model, method)
         report = vt.patch(model, config)
         torch.testing.assert_close(model(x), expected, rtol=1e-7, atol=1e-8 * expected.abs().max().item())
         assert report.params_before == sum(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vit_tucker as vt
-from tests.patching.test_families import FAMILIES, full_rank_config, image, small_model
+from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.analysis.spectra import analyse
 
 ROPE = ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]
@@ -96,7 +96,7 @@ def test_reports_say_that_latent_rope_is_an_approximation():
     assert note in str(report)
     assert "(exact from width 48 on)" in report.notes[0]
     assert note in str(vt.plan(model, vt.MLAConfig(q_lora_rank=6, kv_lora_rank=6)))
-    assert "keep their rotations exactly" in str(vt.plan(model, full_rank_config(model, "tucker")))
+    assert "keep their rotations exactly" in str(vt.plan(model, vt.full_rank_config(model, "tucker")))
     assert vt.plan(model, vt.GQAConfig(num_kv_heads=1)).notes == ()
     assert vt.plan(small_model("vit_tiny_patch16_224"), vt.TuckerConfig(ranks=(2, 6, 6))).notes == ()
 
@@ -144,8 +144,8 @@ def test_heads_of_one_host_with_fewer_keys_stay_as_they_are():
     for config in (
         vt.GQAConfig(num_kv_heads=2),
         vt.MHAConfig(),
-        full_rank_config(model, "tucker"),
-        full_rank_config(model, "mla"),
+        vt.full_rank_config(model, "tucker"),
+        vt.full_rank_config(model, "mla"),
     ):
         report = vt.patch(model, config)
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
@@ -169,7 +169,7 @@ def test_position_augmentation_reaches_the_patched_layers(method):
             torch.manual_seed(seed)
             outputs[name, seed] = model(x)
         if name == "dense":
-            vt.patch(model, full_rank_config(model, method))
+            vt.patch(model, vt.full_rank_config(model, method))
     for seed in (0, 1):
         torch.testing.assert_close(
             outputs[method, seed], outputs["dense", seed], rtol=1e-5, atol=1e-5

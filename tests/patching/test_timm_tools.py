@@ -12,7 +12,7 @@ from timm.models import _manipulate
 from timm.utils import AttentionExtract, ModelEmaV2, ModelEmaV3
 
 import vit_tucker as vt
-from tests.patching.test_families import FAMILIES, full_rank_config
+from tests.patching.test_families import FAMILIES
 from tests.patching.trios import (
     HOSTS,
     ROPE_HOSTS,
@@ -166,7 +166,7 @@ def test_built_on_the_meta_device(host, method):
     name, own = HOSTS[host]
     with torch.device("meta"):
         model = timm.create_model(name, **{**FAMILIES[name], **own}).double().eval()
-    vt.patch(model, full_rank_config(trio.dense, method))
+    vt.patch(model, vt.full_rank_config(trio.dense, method))
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     model.to_empty(device="cpu")
     model.load_state_dict(trio.exact.state_dict(), assign=True)

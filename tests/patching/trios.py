@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 import vit_tucker as vt
-from tests.patching.test_families import FAMILIES, full_rank_config, image, small_model
+from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 
@@ -91,7 +91,7 @@ def make_trio(host: str, method: str, **options: Any) -> Trio:
         pytest.skip(f"{method} refuses {host}: {reason}")
     exact, small = copy.deepcopy(dense), copy.deepcopy(dense)
     torch.manual_seed(0)
-    vt.patch(exact, full_rank_config(dense, method))
+    vt.patch(exact, vt.full_rank_config(dense, method))
     vt.patch(small, small_config(dense, method))
     gc.freeze()  # hundreds of modules that stay need not be looked through again and again
     return Trio(dense, exact, small, image(dense, FAMILIES[HOSTS[host][0]]["img_size"]))

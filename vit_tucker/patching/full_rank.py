@@ -1,0 +1,41 @@
+"""The config by which a method takes over a whole model without loss."""
+
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import Rule
+from vit_tucker.attention.registry import get_method
+from vit_tucker.errors import PatchError
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.hosts import has_mixed_rope, read_host
+from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
+
+
+def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
+    """The exact config of a method for a model: patched with it, the model gives its own outputs, to rounding.
+
+    Args:
+        model: a dense timm model; it is not touched, and may be on the meta device.
+        method: a registered name.
+
+    Returns:
+        The first layer's config, with a rule for each layer whose full ranks are others.
+
+    Raises:
+        PatchError: no attention, or a layer that the method can't carry; names it.
+    """
+    cls, mixed, configs = get_method(method), has_mixed_rope(model), {}
+    for name, module in find_attention(model).items():
+        try:
+            spec = read_host(module, mixed).spec
+            configs[name] = cls.full_rank(spec)
+            configs[name].refuse_features(spec)
+            configs[name].check(spec)
+        except PatchError as error:
+            raise PatchError(f"{name}: {error}") from None
+    if not configs:
+        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
+    first = next(iter(configs.values()))
+    options = {name: config.model_dump(exclude=PLACEMENT_FIELDS) for name, config in configs.items()
+               if config != first}  # fmt: skip
+    return first.model_copy(update={"rules": tuple(Rule(layers=name, **kept) for name, kept in options.items())})
