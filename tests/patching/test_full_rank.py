@@ -1,7 +1,6 @@
 """The config that loses nothing: what it looks like, and what it refuses. That it is exact: test_families.py."""
 
 import pytest
-import timm
 import torch
 
 import vit_tucker as vt
@@ -30,9 +29,8 @@ def test_layers_of_other_shapes_have_rules_of_their_own():
         vt.plan(model, config.model_copy(update={"ranks": (config.ranks[0] + 1, *config.ranks[1:])}))
 
 
-def test_a_model_without_its_weights_has_one_too():
-    with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224")
+def test_a_model_without_its_weights_has_one_too(make_vit):
+    model = make_vit(num_heads=3).to("meta")
     assert vt.full_rank_config(model, "gqa") == vt.GQAConfig(num_kv_heads=3)
 
 
