@@ -100,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="The attention of timm's models, read from their structure (on the meta device, about two minutes for all).",
     )
     hosts.add_argument("--filter", metavar="PATTERN", help="names of models with wildcards, e.g. 'vit_*'")
-    hosts.add_argument("--json", action="store_true")
+    hosts.add_argument("--json", action="store_true", help="for machines")
     hosts.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the map there, as Markdown, instead of printing it"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the map there, as Markdown or with --json, instead of printing it",
     )
     commands.add_parser("methods", help="names of the registered attention methods")
     commands.add_parser("schema", help="JSON schema of a config file, for editors")
@@ -168,18 +171,37 @@ def _hosts(args: argparse.Namespace) -> int:
     from vit_tucker.report.host_map import document, terminal_map
 
     names = model_names(args.filter)
+    if args.out is not None:
+        _prepare_file(args.out)
     entries = [entry.to_dict() for entry in survey(tqdm(names, unit="models", disable=None, leave=False))]
     if not entries:
         raise ConfigError(f"none of the {len(names)} models that match '{args.filter}' has attention")
     if args.json:
-        print(json.dumps(entries, indent=2))
+        text = json.dumps(entries, indent=2)
     elif args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(document(entries, timm.__version__))
-        print(f"{args.out}: {len(entries)} models")
+        text = document(entries, timm.__version__, args.out.as_posix(), args.filter)
     else:
-        print(terminal_map(entries))
+        text = terminal_map(entries)
+    if args.out is None:
+        print(text)
+        return 0
+    args.out.write_text(text)
+    print(f"{args.out}: {len(entries)} model{'s' * (len(entries) != 1)}")
     return 0
+
+
+def _prepare_file(path: Path) -> None:
+    """Make sure that a file can be written before the work whose result it takes; ConfigError if not."""
+    from vit_tucker.errors import ConfigError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not path.exists()
+        path.open("a").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"--out {path}: {error.strerror}") from None
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -28,7 +28,13 @@ class DivergedError(RuntimeError):
     """The loss became NaN or infinite: the run failed, exit status 1."""
 
 
+def nearest_match(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name nearest to ``name``, or None where none is near."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)
+    return matches[0] if matches else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """'; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    match = nearest_match(name, valid)
+    return "" if match is None else f"; did you mean '{match}'?"

@@ -77,7 +77,8 @@ def test_survey_leaves_out_models_without_attention():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "near"), [("evaa02*", "eva02*"), ("*ropee*", "*rope*"), ("vit_tyny*", "vit_tiny*")]
+    ("pattern", "near"),
+    [("evaa02*", "eva02*"), ("*ropee*", "*rope*"), ("vit_tyny*", "vit_tiny*"), ("ropee*", "*rope*")],
 )
 def test_a_pattern_that_matches_none_is_met_with_the_nearest(pattern, near):
     with pytest.raises(ConfigError) as error:
@@ -124,15 +125,24 @@ def test_command(capsys, tmp_path):
     assert main(["hosts", "--filter", "vit_wee*"]) == 0
     shown = capsys.readouterr().out
     assert "| vit_wee_patch16_reg1_gap_256 " in shown
-    assert "1 models with attention; patched as a whole by: gqa 1, mha 1, mla 1, tucker 1" in shown
+    assert "1 model with attention; patched as a whole by: gqa 1, mha 1, mla 1, tucker 1" in shown
     assert main(["hosts", "--filter", "vit_wee*", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert entries[0]["methods"]["tucker"] == "exact"
     file = tmp_path / "new" / "map.md"
     assert main(["hosts", "--filter", "vit_wee*", "--out", str(file)]) == 0
-    assert file.read_text() == document(entries, timm.__version__)
+    written = file.read_text()
+    assert written == document(entries, timm.__version__, file.as_posix(), "vit_wee*")
+    assert f"`python -m vit_tucker hosts --filter 'vit_wee*' --out {file.as_posix()}`" in written
+    assert MAP.read_text().startswith(document(entries, timm.__version__, "docs/hosts.md").split("\n\n")[0])
+    assert main(["hosts", "--filter", "vit_wee*", "--json", "--out", str(file)]) == 0
+    assert json.loads(file.read_text()) == entries
     assert terminal_map(entries) == shown.rstrip("\n")
     capsys.readouterr()
+    assert main(["hosts", "--filter", "vit_wee*", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: --out {tmp_path}: Is a directory\n"
+    assert main(["hosts", "--filter", "vit_wee*", "--out", str(file / "map.md")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {file / 'map.md'}: ")
     assert main(["hosts", "--filter", "nothing_like_it*"]) == 2
     assert capsys.readouterr().err.startswith("error: no timm model matches 'nothing_like_it*'")
     assert main(["hosts", "--filter", "resnet10t"]) == 2

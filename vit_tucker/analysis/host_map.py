@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.registry import get_method, list_methods
-from vit_tucker.errors import ConfigError, PatchError, nearest
+from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
 from vit_tucker.patching.find import find_attention, find_other_attention
 from vit_tucker.patching.hosts import EXCLUDE, class_name, has_mixed_rope, read_host
 from vit_tucker.patching.readers import Host
@@ -76,8 +76,11 @@ def nearest_pattern(pattern: str) -> str:
         return nearest(pattern, names)
     joined = ("_".join(parts[i:j]) for parts in (name.split("_") for name in names)
               for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))  # fmt: skip
-    parts = dict.fromkeys(f"*{part}*" if pattern[0] == "*" else f"{part}*" for part in joined)
-    return nearest(pattern, (part for part in parts if timm.list_models(part)))
+    part = nearest_match(core, dict.fromkeys(joined))
+    if part is None:
+        return ""
+    anchored = not pattern.startswith("*") and any(name.startswith(part) for name in names)
+    return f"; did you mean '{part if anchored else '*' + part}*'?"
 
 
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:

@@ -8,8 +8,8 @@ Entry = dict[str, Any]
 
 HEAD = """# What can be patched
 
-Every model of timm {version} that has attention, read from its structure; made by
-`python -m vit_tucker hosts --out docs/hosts.md`.
+Every model of timm {version} {which}that has attention, read from its structure; made by
+`python -m vit_tucker hosts {arguments}`.
 
 **{summary}.**
 
@@ -102,7 +102,8 @@ def summary(entries: Sequence[Entry]) -> str:
         f"{method} {sum(entry['methods'][method].startswith('exact') for entry in entries)}"
         for method in entries[0]["methods"]
     )
-    return f"{len(entries)} models with attention; patched as a whole by: {', '.join(taken)}"
+    models = "1 model" if len(entries) == 1 else f"{len(entries)} models"
+    return f"{models} with attention; patched as a whole by: {', '.join(taken)}"
 
 
 def terminal_map(entries: Sequence[Entry]) -> str:
@@ -112,9 +113,17 @@ def terminal_map(entries: Sequence[Entry]) -> str:
     return "\n".join([*table, "", *notes.lines(), summary(entries)])
 
 
-def document(entries: Sequence[Entry], timm_version: str) -> str:
-    """The whole map as a Markdown file."""
+def document(entries: Sequence[Entry], timm_version: str, file: str, pattern: str | None = None) -> str:
+    """The whole map as a Markdown file.
+
+    Args:
+        entries: of the models.
+        timm_version: by which they were read.
+        file: where it goes, for the command in its head.
+        pattern: of the models' names, None for all.
+    """
     notes = Notes()
     kinds, models = kind_table(entries, notes), model_table(entries, notes, aligned=False)
-    head = HEAD.format(version=timm_version, summary=summary(entries))
+    which, option = ("", "") if pattern is None else (f"named `{pattern}` ", f"--filter '{pattern}' ")
+    head = HEAD.format(version=timm_version, which=which, arguments=f"{option}--out {file}", summary=summary(entries))
     return "\n".join([head, *kinds, LEGEND, *notes.lines(), "", "## By model", "", *models, ""])
