@@ -6,6 +6,7 @@ import torch
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.analysis.spectra import analyse
+from vit_tucker.patching.hosts import has_mixed_rope
 
 ROPE = ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]
 BIASED = ["beit_base_patch16_224", "vit_srelpos_small_patch16_224", "swin_tiny_patch4_window7_224"]
@@ -175,3 +176,67 @@ def test_position_augmentation_reaches_the_patched_layers(method):
             outputs[method, seed], outputs["dense", seed], rtol=1e-5, atol=1e-5
         )  # float32 tables
     assert not torch.allclose(outputs[method, 0], outputs[method, 1], rtol=1e-5, atol=1e-5)
+
+
+class OwnEmbedding(torch.nn.Module):
+    """A user's embedding that makes a table for each head, by another class than timm's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = (inner,)  # not a submodule
+
+    def get_embed(self, *args, **kwargs):
+        return self.inner[0].get_embed(*args, **kwargs)
+
+
+def test_tables_of_each_head_are_known_by_the_models_word():
+    name = "vit_small_patch16_rope_mixed_224"
+    model = small_model(name)
+    x, embedding = image(model, 32), model.rope
+    expected = model(x)
+    model.rope = OwnEmbedding(embedding)
+    assert has_mixed_rope(model)
+    assert not has_mixed_rope(small_model(ROPE[0]))
+    vt.patch(model, vt.full_rank_config(model, "tucker"))
+    torch.testing.assert_close(model(x), expected, rtol=1e-7, atol=1e-8 * expected.abs().max().item())
+    embedding.__class__ = type("Derived", (type(embedding),), {})
+    assert has_mixed_rope(torch.nn.ModuleList([embedding]))
+
+
+NAFLEX = {
+    "axial": {"rope_type": "axial"},
+    "mixed": {"rope_type": "mixed"},
+    "dinov3": {"rope_type": "dinov3", "rope_rotate_half": True},
+    "mrope": {"rope_type": "mrope", "rope_mrope_section": [2, 2, 2]},
+}
+
+
+def naflex_images():
+    """Three images of 4 x 4, 2 x 8 and 3 x 4 patches in one batch, the last padded."""
+    grids = ((4, 4), (2, 8), (3, 4))
+    coordinates = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in grids]
+    valid = torch.tensor([[i < h * w for i in range(16)] for h, w in grids])
+    patches = torch.randn(3, 16, 16 * 16 * 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return {
+        "patches": patches,
+        "patch_coord": torch.nn.utils.rnn.pad_sequence(coordinates, batch_first=True),
+        "patch_valid": valid,
+    }
+
+
+@pytest.mark.parametrize("kind", NAFLEX)
+@pytest.mark.parametrize("method", vt.list_methods())
+def test_images_of_several_shapes_in_one_batch(kind, method):
+    """NaFlexVit: each image has a table and a mask of its own."""
+    try:
+        model = small_model("naflexvit_base_patch16_gap", **NAFLEX[kind])
+    except (TypeError, AttributeError, ValueError):
+        pytest.skip(f"this timm's NaFlexVit has no {kind} RoPE")
+    x = naflex_images()
+    expected = model(x)
+    assert not torch.allclose(model({**x, "patch_coord": x["patch_coord"].roll(1, 0)})[1], expected[1], rtol=1e-3)
+    vt.patch(model, vt.full_rank_config(model, method))
+    torch.testing.assert_close(model(x), expected, rtol=1e-7, atol=1e-8 * expected.abs().max().item())
+    vt.unpatch(model)
+    vt.patch(model, vt.TuckerConfig(ranks=(2, 6, 6)))
+    assert not torch.allclose(model(x), expected, rtol=1e-3)

@@ -149,6 +149,8 @@ EXCLUDE = "; leave it alone with exclude="
 """What a user can do about a layer that is refused."""
 MIXED_ROPE = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
 """The embedding whose tables differ from head to head."""
+MIXED_FLAGS = ("rope_mixed", "rope_is_mixed")
+"""How timm's models with RoPE (Eva, NaFlexVit) say that theirs do."""
 
 
 def class_at(place: str) -> type[nn.Module] | None:
@@ -181,9 +183,12 @@ def class_name(module: nn.Module) -> str:
 
 
 def has_mixed_rope(model: nn.Module) -> bool:
-    """Whether the model makes its tables of rotations head by head."""
+    """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
     mixed = class_at(MIXED_ROPE)
-    return mixed is not None and any(type(module) is mixed for module in model.modules())
+    return any(
+        any(getattr(module, flag, False) for flag in MIXED_FLAGS) or (mixed is not None and isinstance(module, mixed))
+        for module in model.modules()
+    )
 
 
 def read_host(module: nn.Module, mixed_rope: bool = False) -> Host:
