@@ -10,6 +10,7 @@ import vit_tucker
 PACKAGE = Path(vit_tucker.__file__).parent
 ALLOWED = {
     "errors": set(),
+    "paths": {"errors"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor"},
     "config": {"errors", "attention"},
@@ -20,10 +21,10 @@ ALLOWED = {
     "models": {"errors", "config", "patching", "training"},
     "report": {"errors"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models", "analysis"},
-    "run": {"errors", "config", "data", "models", "training", "build"},
+    "run": {"errors", "config", "data", "models", "training", "build", "paths"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
-        *("models", "analysis", "report", "run", "build", ""),
+        *("models", "analysis", "report", "run", "build", "paths", ""),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},

@@ -144,11 +144,13 @@ def _ranks(args: argparse.Namespace) -> int:
     from vit_tucker.analysis.spectra import analyse, save_spectra
     from vit_tucker.attention.options import Calibration
     from vit_tucker.build import analysed_model
+    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.spectra import draw_spectra, rank_table
 
+    folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
+    refuse_unwritable("--out", folder, folder=True)
     options = Calibration(images=max(1, args.images))
     model, batches = analysed_model(args.model, args.checkpoint, args.random, args.data, options, args.overrides)
-    folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
     save_spectra(folder, *analyse(model, batches, options))
     files = [
         draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])
@@ -168,45 +170,36 @@ def _hosts(args: argparse.Namespace) -> int:
 
     from vit_tucker.analysis.host_map import model_names, survey
     from vit_tucker.errors import ConfigError
-    from vit_tucker.report.host_map import document, terminal_map
+    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.report.host_map import document, summary, terminal_map
 
     names = model_names(args.filter)
     if args.out is not None:
-        _prepare_file(args.out)
+        refuse_unwritable("--out", args.out)
     entries = [entry.to_dict() for entry in survey(tqdm(names, unit="models", disable=None, leave=False))]
     if not entries:
         raise ConfigError(f"none of the {len(names)} models that match '{args.filter}' has attention")
     if args.json:
-        text = json.dumps(entries, indent=2)
+        text = json.dumps(entries, indent=2) + "\n"
     elif args.out is not None:
         text = document(entries, timm.__version__, args.out.as_posix(), args.filter)
     else:
-        text = terminal_map(entries)
+        text = terminal_map(entries) + "\n"
     if args.out is None:
-        print(text)
+        print(text, end="")
         return 0
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text)
-    print(f"{args.out}: {len(entries)} model{'s' * (len(entries) != 1)}")
+    print(f"{args.out}: {summary(entries)}")
     return 0
 
 
-def _prepare_file(path: Path) -> None:
-    """Make sure that a file can be written before the work whose result it takes; ConfigError if not."""
-    from vit_tucker.errors import ConfigError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not path.exists()
-        path.open("a").close()
-        if new:
-            path.unlink()
-    except OSError as error:
-        raise ConfigError(f"--out {path}: {error.strerror}") from None
-
-
 def _compare(args: argparse.Namespace) -> int:
+    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.compare import comparison, save_comparison
 
+    if args.save is not None:
+        refuse_unwritable("--save", args.save, folder=True)
     print(comparison(args.runs))
     if args.save is not None:
         save_comparison(args.runs, args.save)

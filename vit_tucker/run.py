@@ -16,6 +16,7 @@ from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import ConfigError
 from vit_tucker.models import describe_device
+from vit_tucker.paths import refuse_unwritable
 from vit_tucker.training.engine import Trainer, evaluate, fit
 from vit_tucker.training.run_dir import LOGGER, RunDir, environment, setup_console
 from vit_tucker.training.state import load_weights
@@ -78,15 +79,16 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
 
 
 def check_folder(run_dir: RunDir, config: RunConfig) -> RunConfig:
-    """Refuse a folder that holds a run of another config.
+    """Refuse a folder that holds a run of another config, or that can't be made.
 
     Returns:
         The config, with the ranks that a rank rule chose when the run began.
 
     Raises:
-        ConfigError: with the differences.
+        ConfigError: with the differences, or what is in the way.
     """
     if not run_dir.config.is_file():
+        refuse_unwritable("output_dir", run_dir.path, folder=True)
         return config
     stored = load_config(run_dir.config)
     written, chosen, given = stored, stored.attention, config.attention
