@@ -184,9 +184,9 @@ def class_name(module: nn.Module) -> str:
 
 def has_mixed_rope(model: nn.Module) -> bool:
     """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
-    mixed = class_at(MIXED_ROPE)
+    embeddings = tuple(classes_at([MIXED_ROPE]))
     return any(
-        any(getattr(module, flag, False) for flag in MIXED_FLAGS) or (mixed is not None and isinstance(module, mixed))
+        isinstance(module, embeddings) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()
     )
 
