@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import vit_tucker as vt
 from vit_tucker.attention.rope import spread_columns
-from vit_tucker.attention.variants.tucker import TuckerAttention
+from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.build import classes_and_channels
 from vit_tucker.cli import guarded
 from vit_tucker.config.load import dump_config, load_config
@@ -92,7 +92,7 @@ class SpreadTuckerConfig(vt.TuckerConfig):
 
     def build(self, spec: vt.HostSpec, **factory: Any) -> SpreadTucker:
         """See base class."""
-        return SpreadTucker(spec, self, **factory)
+        return SpreadTucker(spec, self.pre, self.post, **factory)
 
 
 COLUMNS = {

@@ -237,7 +237,7 @@ def test_calibration_needs_images_and_pretrained_weights(make_vit):
 
 def test_methods_without_calibration_say_so(make_vit, monkeypatch):
     monkeypatch.setattr(
-        "vit_tucker.attention.variants.tucker.TuckerAttention.convert_calibrated",
+        "vit_tucker.attention.tucker_layer.TuckerAttention.convert_calibrated",
         vt.AttentionModule.convert_calibrated,
     )
     refused(make_vit(), EXAMPLES["tucker"], [pictures()], "TuckerAttention has no activation-aware conversion")

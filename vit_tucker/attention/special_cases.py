@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
-from vit_tucker.attention.variants.tucker import TuckerAttention, TuckerConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.ranks import numerical_rank
 from vit_tucker.tensor.tucker import Tucker
@@ -71,8 +71,9 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     like = next(layer.parameters())
     pre, post = layer.tucker_form()
     shared = pre.right is post.right
-    config = TuckerConfig(ranks=ranks_of(pre), post_ranks=ranks_of(post), shared_kv=shared)
-    tucker = TuckerAttention(spec, config, device=like.device, dtype=like.dtype)
+    tucker = TuckerAttention(
+        spec, ranks_of(pre), ranks_of(post), shared_kv=shared, device=like.device, dtype=like.dtype
+    )
     tucker.fused_attn = layer.fused_attn
     with torch.no_grad():
         rotations = None if spec.rope is None else layer.latent_columns()
