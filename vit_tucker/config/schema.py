@@ -95,6 +95,39 @@ class DataConfig(Section):
     reprob: float = Field(default=0.0, ge=0, le=1, description="Random erasing probability.")
     remode: Literal["const", "rand", "pixel"] = "pixel"
     recount: int = Field(default=1, ge=1)
+    aug_repeats: int = Field(
+        default=0,
+        ge=0,
+        description="Repeated augmentation: each drawn image comes n times, augmented anew; 0 or 1: once.",
+    )
+    in_memory: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Hold the images in memory and augment whole batches; auto: where set and transform allow it.",
+    )
+    max_bad_images: int = Field(
+        default=0,
+        ge=0,
+        description="Bad images before the run stops: replaced in training, left out at evaluation.",
+    )
+
+
+class DistillConfig(Section):
+    """Distillation from a dense teacher, by default the host before its attention was replaced."""
+
+    teacher: str = Field(
+        default="host",
+        description="host: the dense model that the run starts from; or a run folder or weights file of that model.",
+    )
+    kind: Literal["soft", "hard"] = Field(
+        default="soft", description="Cross-entropy with the teacher's softened distribution, or with its label."
+    )
+    alpha: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the distillation loss; the rest is the labels'."
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Of both softmaxes (soft only).")
+    features: float = Field(
+        default=0.0, ge=0, description="Weight of the mean squared error between the final tokens of both models."
+    )
 
 
 class TrainConfig(Section):
@@ -137,14 +170,27 @@ class TrainConfig(Section):
     model_ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     model_ema_warmup: bool = True
 
+    distill: DistillConfig | None = Field(default=None, description="Distillation from a dense teacher; null: none.")
+
+    compile: bool = Field(default=False, description="torch.compile the model; checkpoints are the same as without.")
+    grad_checkpointing: bool = Field(
+        default=False, description="Recompute the blocks' activations in the backward pass: less memory, more time."
+    )
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, description="How long processes wait for each other before the run ends with an error."
+    )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         default="auto", description="auto: what accelerate launch was told, else bf16 on GPUs that have it, else none."
     )
     cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
+    checkpoint_epochs: int = Field(default=1, ge=1, description="Save every n epochs, and after the last.")
     checkpoint_steps: int | None = Field(
-        default=None, ge=1, description="Also save every n optimizer steps; each epoch is saved."
+        default=None, ge=1, description="Also save every n optimizer steps, in mid-epoch too."
     )
     checkpoint_hist: int = Field(default=2, ge=1, description="Resumable checkpoints to keep.")
+    trackers: tuple[str, ...] = Field(
+        default=(), description="Experiment trackers beside TensorBoard, by Accelerate's names: wandb, mlflow, aim, ..."
+    )
     log_ranks: bool = Field(
         default=False,
         description="At each evaluation, also log the effective rank of each mode of each attention layer to TensorBoard.",
