@@ -3,10 +3,11 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -25,10 +26,13 @@ from vit_tucker.models import count_parameters, create_host
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_shape
 from vit_tucker.patching.report import PatchReport
-from vit_tucker.training.engine import Progress, Trainer
 from vit_tucker.training.optim import create_optimizer, create_scheduler
+from vit_tucker.training.peers import Peers
+from vit_tucker.training.resume import resume
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import list_checkpoints, load_checkpoint
+from vit_tucker.training.state import list_checkpoints, load_optimizer
+from vit_tucker.training.trainer import Trainer
+from vit_tucker.training.weights import is_sharded
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,11 @@ def create_accelerator(config: TrainConfig) -> Accelerator:
         told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         has_bf16 = not cpu and torch.cuda.is_bf16_supported()
         precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+    ]
+    return Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers)
 
 
 def classes_and_channels(config: RunConfig) -> tuple[int, int]:
@@ -174,25 +181,40 @@ def analysed_model(
 
 
 def build_trainer(
-    config: RunConfig, accelerator: Accelerator, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
+    config: RunConfig, accelerator: Accelerator, peers: Peers, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
 ) -> Trainer:
-    """Optimizer, schedule, EMA and mixup around the model, restored from the run's last checkpoint, prepared by Accelerate."""
+    """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
     model, recipe = built.model, config.train
+    if recipe.grad_checkpointing:
+        checkpoint_activations(model, config.model.name)
     optimizer = create_optimizer(model, recipe)
     scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)
     ema = None
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
-    progress, scaler = resume(run_dir, model, ema, optimizer)
-    scheduler.step_update(progress.global_step)
+    saved = resume(run_dir, peers, model, ema)
+    if recipe.compile:
+        model.compile()  # in place: no prefix gets into the keys
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    if scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(scaler)
+    bare = accelerator.unwrap_model(prepared)
+    bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
+    if ema is not None and is_sharded(bare):
+        raise ConfigError("train.model_ema: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
+    if saved.optimizer is not None:
+        load_optimizer(optimizer, saved.optimizer)
+    if saved.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(saved.scaler)
+    progress = saved.progress
+    if progress.fit_to(steps_per_epoch):
+        LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
+    progress.processes = peers.num_processes
+    scheduler.step_update(progress.global_step)
     mixup = create_mixup(recipe, built.num_classes)
     return Trainer(
         accelerator=accelerator,
+        peers=peers,
         model=prepared,
-        bare=accelerator.unwrap_model(prepared),
+        bare=bare,
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup is not None else recipe.smoothing),
@@ -202,10 +224,22 @@ def build_trainer(
         seed=config.seed,
         run_dir=run_dir,
         metadata=weights_header(config.model.name, config.attention),
-        facts={"params/attention": built.params["attention"], "params/total": built.params["total"]},
         progress=progress,
+        input_size=built.data["input_size"],
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Have the blocks recompute their activations in the backward pass.
+
+    Raises:
+        ConfigError: timm's model can't.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ConfigError(f"train.grad_checkpointing: timm's {name} has none") from None
 
 
 def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
@@ -231,17 +265,3 @@ def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
         label_smoothing=config.smoothing,
         num_classes=num_classes,
     )
-
-
-def resume(
-    run_dir: RunDir, model: nn.Module, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Any] | None]:
-    """Progress and GradScaler state of the last checkpoint, loaded into model, EMA and optimizer; a fresh start if none."""
-    checkpoints = list_checkpoints(run_dir.checkpoints)
-    if not checkpoints:
-        return Progress(), None
-    saved = load_checkpoint(checkpoints[-1], model, ema.module if ema is not None else None, optimizer)
-    scaler = saved.pop("scaler", None)
-    progress = Progress(**saved)
-    LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
-    return progress, scaler

@@ -5,11 +5,12 @@ Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vit_tucker.errors import DivergedError, VitTuckerError
+from vit_tucker.errors import FailedError, StoppedError, VitTuckerError
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -19,10 +20,14 @@ def guarded(command: Callable[[], int]) -> int:
         status = command()
         sys.stdout.flush()
         return status
-    except (VitTuckerError, DivergedError) as error:
+    except (VitTuckerError, FailedError) as error:
         if first:
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, VitTuckerError) else 1
+    except StoppedError as stop:
+        if first:
+            print(stop, file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -40,22 +45,41 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cfg", required=True, help="config file, name below experiments/configs, or a run folder")
     parser.add_argument("--evaluate", action="store_true", help="evaluate only: the run's best weights, or the start")
+    parser.add_argument(
+        "--allow-changes",
+        action="store_true",
+        help="continue the folder's run with this config even if it began with another",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys to override, values in YAML")
     args, extra = parser.parse_known_args(argv)
     if extra and any(text.startswith("-") for text in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    return guarded(lambda: _train(args.cfg, [*args.overrides, *extra], args.evaluate))
+    args.overrides += extra  # argparse takes the overrides only where it meets them first
+    return guarded(lambda: _train(args))
 
 
-def _train(cfg: str, overrides: list[str], evaluate_only: bool) -> int:
+def _train(args: argparse.Namespace) -> int:
     from vit_tucker.config.load import load_config
     from vit_tucker.run import run
 
-    config = load_config(cfg, overrides)
-    if Path(cfg).is_dir():
-        config = config.model_copy(update={"output_dir": str(Path(cfg))})
-    run(config, evaluate_only)
+    config = load_config(args.cfg, args.overrides)
+    if Path(args.cfg).is_dir():
+        config = config.model_copy(update={"output_dir": str(Path(args.cfg))})
+    try:
+        run(config, args.evaluate, args.allow_changes)
+    except StoppedError as stop:
+        raise StoppedError(
+            f"{stop}; the same command continues, or: {resume_command(str(config.output_dir))}"
+        ) from None
     return 0
+
+
+def resume_command(folder: str) -> str:
+    """The command that continues a run, on as many processes as there are now."""
+    script = sys.argv[0] if sys.argv[0].endswith(".py") else "experiments/train_vit.py"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    launcher = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
+    return f"{launcher} {script} --cfg {shlex.quote(folder)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,8 +24,24 @@ class CheckpointError(VitTuckerError):
     """A checkpoint that is missing, torn, or of another model."""
 
 
-class DivergedError(RuntimeError):
-    """The loss became NaN or infinite: the run failed, exit status 1."""
+class FailedError(RuntimeError):
+    """A run that failed for no mistake of the user's: one line, exit status 1."""
+
+
+class DivergedError(FailedError):
+    """The loss became NaN or infinite."""
+
+
+class SaveError(FailedError):
+    """A checkpoint that can't be written; those before it are intact."""
+
+
+class PeerError(FailedError):
+    """Another process of the run failed; its message is here."""
+
+
+class StoppedError(RuntimeError):
+    """A signal stopped the run; its state is saved, exit status 130."""
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ from torch import nn
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
-from vit_tucker.training.state import weights_metadata
+from vit_tucker.training.weights import weights_metadata
 
 
 def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Module:

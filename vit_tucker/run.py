@@ -1,5 +1,6 @@
 """A run from its config to its results, read from top to bottom."""
 
+import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -7,66 +8,93 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from torch import nn
 
 from vit_tucker.build import BuiltModel, build_model, build_trainer, create_accelerator
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError
 from vit_tucker.models import describe_device
 from vit_tucker.paths import refuse_unwritable
-from vit_tucker.training.engine import Trainer, evaluate, fit
+from vit_tucker.training.engine import evaluate, fit
+from vit_tucker.training.monitor import Monitor
+from vit_tucker.training.peers import Peers
 from vit_tucker.training.run_dir import LOGGER, RunDir, environment, setup_console
-from vit_tucker.training.state import load_weights
+from vit_tucker.training.trainer import Trainer
+from vit_tucker.training.weights import load_weights
+
+HARMLESS = frozenset(
+    {
+        *("data.root", "data.download", "data.num_workers", "train.eval_batch_size", "train.grad_accum_steps"),
+        *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
+        *("train.log_ranks", "train.trackers", "train.timeout_minutes"),
+    }
+)
+"""Keys that may change when a run is continued: they don't change what it computes."""
 
 
-def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
+def run(config: RunConfig, evaluate_only: bool = False, allow_changes: bool = False) -> dict[str, Any]:
     """Train (or continue, or evaluate) one run.
 
     Args:
         config: resolved, see ``load_config``. A folder that holds a finished run of the same config is evaluated; an
             unfinished one is continued from its last checkpoint.
         evaluate_only: evaluate the best weights even if the run is not finished.
+        allow_changes: continue a folder's run with this config even if it began with another.
 
     Returns:
         The contents of results.json; for an evaluation also ``evaluation``.
 
     Raises:
         VitTuckerError: bad config, data, checkpoint or patch, before any training.
+        StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
     run_dir = RunDir(Path(str(config.output_dir)))
     accelerator = create_accelerator(config.train)
     setup_console(accelerator.is_main_process)
-    config = check_folder(run_dir, config)
+    peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
+    try:
+        return run_together(config, run_dir, accelerator, peers, evaluate_only, allow_changes)
+    except StoppedError:
+        raise
+    except Exception as error:
+        report_failure(run_dir, peers, error)
+        raise
+
+
+def run_together(
+    config: RunConfig,
+    run_dir: RunDir,
+    accelerator: Accelerator,
+    peers: Peers,
+    evaluate_only: bool,
+    allow_changes: bool,
+) -> dict[str, Any]:
+    """The run itself, from its folder to its results; see ``run``."""
+    config, changes = peers.together(lambda: check_folder(run_dir, config, allow_changes))
     seed_everything(derive_seed(config.seed))
-    finished = run_dir.results.is_file()
+    finished = run_dir.results.is_file() and not changes
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
-    with accelerator.main_process_first():  # what has to be downloaded is downloaded once
-        built = build_model(config, run_dir, accelerator.device)
-        config = config.model_copy(update={"attention": built.attention})
-        loaders = build_loaders(
-            config.data,
-            config.train,
-            built.data,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
-            with_train=not (finished or evaluate_only),
-        )
+    with_train = not (finished or evaluate_only)
+    built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
+    config = config.model_copy(update={"attention": built.attention})
     results = describe_run(config, accelerator, built, loaders)
     if loaders.train is None:
-        return evaluate_run(run_dir, built.model, loaders.eval, accelerator, results)
-    trainer = build_trainer(config, accelerator, run_dir, built, loaders.train.steps_per_epoch)
+        return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
+    steps_per_epoch = loaders.train.steps_per_epoch
+    trainer = build_trainer(config, accelerator, peers, run_dir, built, steps_per_epoch)
     if accelerator.is_main_process:
         run_dir.start(dump_config(config), built.patch)
-    if built.report is not None:
-        LOGGER.info(str(built.report))
-    announce(config, results, accelerator)
-    fit(trainer, loaders)
+    announce(config, results, accelerator, built)
+    for change in changes:
+        LOGGER.info(f"changed: {change}")
+    facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
+    start = trainer.progress.global_step
+    monitor = Monitor(accelerator, run_dir, config.train, steps_per_epoch, start, facts, dump_config(config))
+    fit(trainer, loaders, monitor)
+    monitor.close()
     results |= summarise(trainer)
     if accelerator.is_main_process:
         run_dir.write_results(results)
@@ -78,30 +106,59 @@ def run(config: RunConfig, evaluate_only: bool = False) -> dict[str, Any]:
     return results
 
 
-def check_folder(run_dir: RunDir, config: RunConfig) -> RunConfig:
+def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool) -> tuple[BuiltModel, Loaders]:
+    """Model and loaders of one process."""
+    built = build_model(config, run_dir, accelerator.device)
+    loaders = build_loaders(
+        config.data,
+        config.train,
+        built.data,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+        with_train=with_train,
+    )
+    return built, loaders
+
+
+def report_failure(run_dir: RunDir, peers: Peers, error: Exception) -> None:
+    """Have the failure of one process among several in train.log and on standard error; what all know is said once."""
+    if peers.agreed or peers.num_processes == 1:
+        return
+    kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
+    line = f"process {peers.rank} failed: {kind}{' '.join(str(error).split())}"
+    run_dir.log_failure(line)
+    if peers.rank != 0:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
     """Refuse a folder that holds a run of another config, or that can't be made.
 
     Returns:
-        The config, with the ranks that a rank rule chose when the run began.
+        The config, with the ranks that a rank rule chose when the run began; and what has changed since then.
 
     Raises:
         ConfigError: with the differences, or what is in the way.
     """
     if not run_dir.config.is_file():
         refuse_unwritable("output_dir", run_dir.path, folder=True)
-        return config
+        return config, []
     stored = load_config(run_dir.config)
     written, chosen, given = stored, stored.attention, config.attention
     if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
         written = stored.model_copy(update={"attention": chosen.without_choices()})
     differences = config_difference(written, config)
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+    refused = [line for line in differences if line.partition(":")[0] not in HARMLESS]
+    if refused and not allow_changes:
         raise ConfigError(
-            f"{run_dir.path} holds a run with another config: {'; '.join(differences[:3])}{more}; choose another output_dir=, "
-            "or remove that folder"
+            f"{run_dir.path} holds a run with another config: {'; '.join(refused)}; choose another output_dir=, remove that "
+            "folder, or continue it with this config by --allow-changes"
         )
-    return config.model_copy(update={"attention": chosen})
+    if given is not None and any(line.startswith("attention.") for line in differences):
+        return config, differences
+    return config.model_copy(update={"attention": chosen}), differences
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
@@ -127,28 +184,35 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "best": progress.best,
         "last": progress.rows[-1],
         "train_seconds": progress.seconds,
-        "images_per_second": progress.global_step * trainer.config.global_batch_size / progress.seconds,
+        "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),
         "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
 
 def evaluate_run(
-    run_dir: RunDir, model: nn.Module, loader: Any, accelerator: Accelerator, results: dict[str, Any]
+    run_dir: RunDir,
+    built: BuiltModel,
+    loaders: Loaders,
+    accelerator: Accelerator,
+    peers: Peers,
+    results: dict[str, Any],
 ) -> dict[str, Any]:
     """Scores of a run's best weights; of the model as created (dense weights, converted) if nothing was trained."""
     which = "the model as created"
     if run_dir.best.is_file():
-        load_weights(run_dir.best, model)
+        peers.together(lambda: load_weights(run_dir.best, built.model))
         which = str(run_dir.best)
-    scores = evaluate(model, loader, accelerator)
+    scores = evaluate(built.model, loaders, accelerator, peers)
     LOGGER.info(
         f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
     )
     return {**results, "evaluation": asdict(scores)}
 
 
-def announce(config: RunConfig, results: dict[str, Any], accelerator: Accelerator) -> None:
+def announce(config: RunConfig, results: dict[str, Any], accelerator: Accelerator, built: BuiltModel) -> None:
     """What is about to run, in a few lines."""
+    if built.report is not None:
+        LOGGER.info(str(built.report))
     params = results["params"]
     LOGGER.info(f"{config.model.name}: {params['total']:,} parameters, {params['attention']:,} of them in attention")
     images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"

@@ -13,14 +13,9 @@ from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.training.metrics import batch_sums, scores_from_sums
 from vit_tucker.training.optim import create_optimizer, create_scheduler, learning_rate
-from vit_tucker.training.state import (
-    list_checkpoints,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-    weights_metadata,
-)
+from vit_tucker.training.state import flatten, list_checkpoints, load_checkpoint, load_optimizer
+from vit_tucker.training.state import save_checkpoint as save_states
+from vit_tucker.training.weights import full_state, load_weights, save_weights, weights_metadata
 
 RECIPE = TrainConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.0, min_lr=0.0)
 
@@ -105,6 +100,14 @@ def trained(opt="adamw", seed=0):
     return model, optimizer
 
 
+def save_checkpoint(folder, model, ema, optimizer, progress, metadata, keep):
+    weights = {"model": full_state(model)} | ({"ema": full_state(ema)} if ema is not None else {})
+    tensors = {}
+    return save_states(
+        folder, weights, (flatten(optimizer.state_dict(), "optimizer", tensors), tensors), progress, metadata, keep
+    )
+
+
 def step(model, optimizer):
     optimizer.zero_grad()
     model(torch.linspace(-1, 1, 8).view(2, 4)).square().sum().backward()
@@ -119,7 +122,8 @@ def test_checkpoints_restore_model_and_optimizer_exactly(tmp_path, opt):
     save_checkpoint(tmp_path, model, ema, optimizer, progress, {}, keep=2)
     other, other_optimizer = trained(opt, seed=1)
     other_ema, _ = trained(opt, seed=2)
-    loaded = load_checkpoint(list_checkpoints(tmp_path)[-1], other, other_ema, other_optimizer)
+    loaded, state = load_checkpoint(list_checkpoints(tmp_path)[-1], other, other_ema)
+    load_optimizer(other_optimizer, state)
     assert loaded == progress
     for a, b in ((model, other), (ema, other_ema)):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
@@ -147,16 +151,16 @@ def test_torn_and_foreign_checkpoints_are_named(tmp_path):
         load_weights(folder / "model.safetensors", nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3)))
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="step-00000001: can't be resumed from"):
-        load_checkpoint(folder, model, None, optimizer)
+        load_checkpoint(folder, model, None)
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match="model.safetensors: can't be read"):
-        load_checkpoint(folder, model, None, optimizer)
+        load_checkpoint(folder, model, None)
 
 
 def test_weights_are_replaced_as_a_whole(tmp_path, monkeypatch):
     file = tmp_path / "model.safetensors"
-    save_weights(file, nn.Linear(2, 2), {"attention": "tucker"})
+    save_weights(file, nn.Linear(2, 2).state_dict(), {"attention": "tucker"})
     assert weights_metadata(file)["attention"] == "tucker"
     before = file.read_bytes()
 
@@ -165,7 +169,7 @@ def test_weights_are_replaced_as_a_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        save_weights(file, nn.Linear(2, 2), {})
+        save_weights(file, nn.Linear(2, 2).state_dict(), {})
     assert file.read_bytes() == before
     assert weights_metadata(tmp_path / "x.pth") == {}
 

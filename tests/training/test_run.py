@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import vit_tucker as vt
 from vit_tucker.config.load import load_config
 from vit_tucker.data.loaders import TrainLoader
-from vit_tucker.errors import DivergedError
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run import run
 from vit_tucker.training import engine
@@ -104,10 +103,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch, extra):
     run(config("output_dir=whole", *extra))
     original = engine.train_step
 
-    def stop_at_30(trainer, micro_batches):
+    def stop_at_30(trainer, micro_batches, measure=False):
         if trainer.progress.global_step == 28:
             raise KeyboardInterrupt
-        return original(trainer, micro_batches)
+        return original(trainer, micro_batches, measure)
 
     monkeypatch.setattr(engine, "train_step", stop_at_30)
     with pytest.raises(KeyboardInterrupt):
@@ -195,12 +194,6 @@ def test_checkpoint_of_another_shape_is_refused():
         vt.CheckpointError, match="model.checkpoint: dense does not fit vit_tiny_patch16_224: .*size mismatch"
     ):
         run(config("output_dir=b", "model.checkpoint=dense", "model.embed_dim=64"))
-
-
-def test_divergence_stops_the_run():
-    with pytest.raises(DivergedError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d, lr .*\); lower train.lr"):
-        run(config("output_dir=a", "train.lr=1e18", "train.opt=sgd", "train.clip_grad=null", "train.warmup_epochs=0"))
-    assert not Path("a/results.json").exists()
 
 
 def test_data_that_ends_early_is_an_error_not_a_short_epoch(monkeypatch):

@@ -10,7 +10,7 @@ from tests.training.test_run import config, in_tmp, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.run import run
-from vit_tucker.training.state import weights_metadata
+from vit_tucker.training.weights import weights_metadata
 
 __all__ = ["in_tmp"]  # an autouse fixture: a folder of its own for each test
 BUDGET = "attention.ranks={budget: 0.4, multiple_of: 4}"

@@ -197,6 +197,10 @@ class TrainConfig(Section):
     )
     log_interval: int = Field(default=50, ge=1, description="Optimizer steps between log points.")
 
+    def saves_after(self, global_step: int) -> bool:
+        """Whether a checkpoint is due after that many optimizer steps, wherever in the epoch."""
+        return self.checkpoint_steps is not None and global_step % self.checkpoint_steps == 0
+
 
 class RunConfig(Section):
     """One run: everything that decides its result."""

@@ -12,7 +12,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import ConfigError
@@ -76,3 +76,8 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     """The largest learning rate of all groups: that of the undecayed last layers."""
     return max(group["lr"] for group in optimizer.param_groups)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients, scalar."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

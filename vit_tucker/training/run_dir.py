@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ class RunDir:
         writer.writerows(rows)
         _replace(self.path / "summary.csv", text.getvalue())
 
+    def log_failure(self, text: str) -> None:
+        """Add a line to train.log from any process, if the run had begun."""
+        if self.config.is_file():
+            stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+            with (self.path / "train.log").open("a") as log:
+                log.write(f"{stamp} {text}\n")
+
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
         _replace(self.results, json.dumps(results, indent=2) + "\n")
@@ -80,7 +88,10 @@ class RunDir:
 
 def _replace(file: Path, text: str) -> None:
     beside = file.with_name(f".{file.name}.tmp")
-    beside.write_text(text)
+    with beside.open("w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
     os.replace(beside, file)
 
 

@@ -1,12 +1,15 @@
 """Checkpoints on disk: safetensors and JSON only, nothing is ever unpickled.
 
-    checkpoints/step-00000123/  model.safetensors [ema.safetensors] optimizer.safetensors state.json   all that a resume needs
+    checkpoints/step-00000123/  model.safetensors [ema.safetensors] optimizer.safetensors state.json manifest.json
     checkpoints/last            symbolic link to the newest of them
     checkpoints/best/           model.safetensors   the weights with the best top-1 (of the EMA where there is one)
 
-A checkpoint is written into a hidden folder and renamed when complete, so that a kill leaves the one before it.
+A checkpoint is written into a hidden folder and renamed when it is complete and on the disk, so that a kill, a power cut or a
+full disk leaves the one before it. Its manifest holds size and SHA-256 of each file: what was torn or damaged afterwards is
+found before it is used.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,23 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vit_tucker.errors import CheckpointError
+from vit_tucker.training.weights import load_weights, save_weights, sync, whole, write_tensors
 
 _FOLDER = re.compile(r"step-(\d{8,})")
+MANIFEST = "manifest.json"
 
 
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Nested state as JSON values, each tensor replaced by {"tensor": name} and put into ``tensors``.
 
+    All processes must call this if tensors are sharded.
+
     Raises:
         CheckpointError: a value that is neither a tensor nor JSON.
     """
     if isinstance(value, Tensor):
-        tensors[prefix] = value.detach().cpu().contiguous().clone()
+        tensors[prefix] = whole(value.detach())
         return {"tensor": prefix}
     if isinstance(value, Mapping):
         return {"dict": [[k, flatten(v, f"{prefix}.{k}", tensors)] for k, v in value.items()]}
@@ -52,53 +60,10 @@ def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [unflatten(v, tensors) for v in value] if isinstance(value, list) else value
 
 
-def save_weights(file: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """A model's state dict as one safetensors file, replaced as a whole.
-
-    Args:
-        file: where to.
-        model: unwrapped model; no key prefixes of DDP or torch.compile get in.
-        metadata: strings for the file's header; ``attention`` names the method of a patched model, ``attention_config`` holds
-            its options.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    state = {k.removeprefix("_orig_mod."): v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    beside = file.with_name(f".{file.name}.tmp")
-    save_file(state, str(beside), metadata={"format": "pt", **metadata})
-    _sync(beside)
-    os.replace(beside, file)
-
-
-def load_weights(file: Path, model: nn.Module) -> None:
-    """Load what ``save_weights`` wrote; every key must match.
-
-    Raises:
-        CheckpointError: unreadable, or of another model.
-    """
-    try:
-        state = load_file(str(file))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {error}") from None
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file}: is of another model: {reason}") from None
-
-
-def weights_metadata(file: Path) -> dict[str, str]:
-    """Header strings of a safetensors file; empty for other formats and plain files."""
-    if file.suffix != ".safetensors":
-        return {}
-    with safe_open(str(file), framework="pt") as opened:
-        return opened.metadata() or {}
-
-
 def save_checkpoint(
     folder: Path,
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: torch.optim.Optimizer,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    optimizer: tuple[Any, Mapping[str, Tensor]],
     progress: dict[str, Any],
     metadata: dict[str, str],
     keep: int,
@@ -107,69 +72,195 @@ def save_checkpoint(
 
     Args:
         folder: the run's checkpoints folder.
-        model, ema: unwrapped.
-        optimizer: unwrapped.
+        weights: state dicts by file name: "model", and "ema" where there is one.
+        optimizer: its state as ``flatten`` gives it, and the tensors of that.
         progress: JSON values; ``global_step`` names the checkpoint.
         metadata: see ``save_weights``.
         keep: how many to keep.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError: it can't be written (disk full, ...); the checkpoints before it are all there.
     """
     final = folder / f"step-{progress['global_step']:08d}"
     beside = folder / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_weights(beside / "model.safetensors", model, metadata)
-    if ema is not None:
-        save_weights(beside / "ema.safetensors", ema, metadata)
-    tensors: dict[str, Tensor] = {}
-    values = flatten(optimizer.state_dict(), "optimizer", tensors)
-    save_file(tensors, str(beside / "optimizer.safetensors"))
-    (beside / "state.json").write_text(json.dumps({"optimizer": values, "progress": progress}))
-    for name in ("optimizer.safetensors", "state.json"):
-        _sync(beside / name)
-    if final.exists():
-        shutil.rmtree(final)
+    _clear(folder)
+    try:
+        write_state(beside, weights, optimizer, {"progress": progress}, metadata)
+        _write(beside / MANIFEST, {f.name: _fingerprint(f) for f in sorted(beside.iterdir())})
+        sync(beside)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    if final.exists():  # saved at this step already, before its epoch was evaluated
+        os.replace(final, folder / f".{final.name}.old")
     os.replace(beside, final)
     _link(folder / "last", final.name)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    sync(folder)
+    _clear(folder)
+    known = list_checkpoints(folder)
+    for old in known[: max(0, known.index(final) + 1 - keep)]:
+        _remove(old)
     return final
 
 
+def write_state(
+    folder: Path,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    optimizer: tuple[Any, Mapping[str, Tensor]],
+    facts: dict[str, Any],
+    metadata: dict[str, str],
+) -> None:
+    """Weights, optimizer and facts (JSON values, into state.json) as files of a folder; see ``save_checkpoint``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, state in weights.items():
+        save_weights(folder / f"{name}.safetensors", state, metadata)
+    values, tensors = optimizer
+    write_tensors(folder / "optimizer.safetensors", tensors)
+    _write(folder / "state.json", {"optimizer": values, **facts})
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete resumable checkpoints, oldest first."""
-    found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and (p / "state.json").is_file()]
+    """Folders of resumable checkpoints, oldest first; torn ones too, see ``damage``."""
+    found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
 
 
-def load_checkpoint(
-    checkpoint: Path, model: nn.Module, ema: nn.Module | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Restore model, EMA and optimizer from a checkpoint folder.
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if all are as they were written."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name, written in manifest.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            found = _fingerprint(checkpoint / name)
+            if found["bytes"] != written["bytes"]:
+                return f"{name} has {found['bytes']:,} bytes of {written['bytes']:,}"
+            if found["sha256"] != written["sha256"]:
+                return f"{name} is not what was written (SHA-256)"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name} can't be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is no manifest"
+    return (
+        None if {"model.safetensors", "optimizer.safetensors", "state.json"} <= manifest.keys() else "files are missing"
+    )
+
+
+def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a line for each damaged one that is newer.
 
     Returns:
-        The ``progress`` that was saved.
+        None and no lines if there are no checkpoints at all.
 
     Raises:
-        CheckpointError: torn, or of another model or optimizer.
+        CheckpointError: there are checkpoints, but none is whole.
+    """
+    _restore(folder)
+    damaged: list[str] = []
+    for checkpoint in reversed(list_checkpoints(folder)):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint, damaged
+        damaged.append(f"{checkpoint}: damaged: {reason}")
+    if damaged:
+        raise CheckpointError(
+            f"{'; '.join(damaged)}; none is left to continue from; remove the run folder to train anew"
+        )
+    return None, []
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Rename the damaged checkpoints that are newer than ``checkpoint`` to damaged-step-..., so that none is met again."""
+    for newer in list_checkpoints(checkpoint.parent):
+        if newer.name > checkpoint.name:
+            aside = newer.with_name(f"damaged-{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(newer, aside)
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Restore model and EMA from a checkpoint folder. An EMA that was not saved starts from the model.
+
+    Args:
+        checkpoint: see ``newest_intact``.
+        model, ema: unwrapped, not yet sharded.
+
+    Returns:
+        The ``progress`` that was saved, and the optimizer's state dict, for ``load_optimizer``.
+
+    Raises:
+        CheckpointError: torn, or of another model.
     """
     load_weights(checkpoint / "model.safetensors", model)
     if ema is not None:
-        load_weights(checkpoint / "ema.safetensors", ema)
+        saved = checkpoint / "ema.safetensors"
+        load_weights(saved if saved.is_file() else checkpoint / "model.safetensors", ema)
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         tensors = load_file(str(checkpoint / "optimizer.safetensors"))
-        optimizer.load_state_dict(unflatten(state["optimizer"], tensors))
-        return state["progress"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        return state["progress"], unflatten(state["optimizer"], tensors)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: can't be resumed from: {error}") from None
 
 
-def _sync(path: Path) -> None:
-    with open(path, "rb") as opened:
-        os.fsync(opened.fileno())
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer the state that a checkpoint holds; where parameters are sharded, each process takes its part.
+
+    Raises:
+        CheckpointError: of another optimizer, or of other parameters.
+    """
+    names = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        for number, entries in state["state"].items():
+            parameter = names[int(number)]
+            if isinstance(parameter, DTensor):
+                state["state"][number] = {
+                    k: distribute_tensor(v.to(parameter.device), parameter.device_mesh, parameter.placements)
+                    if isinstance(v, Tensor) and v.shape == parameter.shape
+                    else v
+                    for k, v in entries.items()
+                }
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: {error}") from None
+
+
+def _write(file: Path, values: Any) -> None:
+    file.write_text(json.dumps(values))
+    sync(file)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _remove(folder: Path) -> None:
+    """Renamed first, so that a kill leaves no half of it under its name."""
+    hidden = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _restore(folder: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for old in folder.glob(".step-*.old"):
+        if not (final := folder / old.name[1 : -len(".old")]).exists():
+            os.replace(old, final)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what kills have left behind."""
+    _restore(folder)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _link(link: Path, target: str) -> None:

@@ -1,0 +1,48 @@
+"""Signals that ask a run to stop, noted until its state can be saved."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+IMPATIENT_SECONDS = 2.0
+"""A second Ctrl-C after this time stops at once; one before it is the launcher's echo of the first."""
+
+
+@dataclass
+class Signals:
+    """The signal that asked this process to stop.
+
+    Attributes:
+        number: the first one caught; 0 for none.
+    """
+
+    number: int = 0
+    _caught_at: float = field(default=0.0, repr=False)
+
+    def catch(self, number: int, frame: FrameType | None) -> None:
+        """Handler: remember the signal; a Ctrl-C again, later, interrupts at once."""
+        now = time.monotonic()
+        if self.number and number == signal.SIGINT and now - self._caught_at > IMPATIENT_SECONDS:
+            raise KeyboardInterrupt
+        if not self.number:
+            self.number, self._caught_at = number, now
+
+
+@contextmanager
+def catch_signals() -> Iterator[Signals]:
+    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) are only noted inside; the run stops where its state can be saved."""
+    signals = Signals()
+    try:
+        before = {number: signal.signal(number, signals.catch) for number in CAUGHT}
+    except ValueError:  # not the main thread: whoever runs us there has the signals
+        yield signals
+        return
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""What a run shows: console lines, one progress bar, TensorBoard and other trackers; and the times that it measures for them."""
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from vit_tucker.config.schema import TrainConfig
+from vit_tucker.training.optim import learning_rate
+from vit_tucker.training.progress import Progress
+from vit_tucker.training.run_dir import LOGGER, RunDir
+
+T = TypeVar("T")
+
+
+class Monitor:
+    """Measures on all processes, shows and writes on the first.
+
+    Args:
+        accelerator: to average over processes.
+        run_dir: where TensorBoard's events go.
+        config: the recipe.
+        steps_per_epoch: optimizer steps.
+        start_step: global step that the run goes on from; TensorBoard drops what an earlier try wrote after it.
+        facts: scalars to write once.
+        text: the resolved config.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: RunDir,
+        config: TrainConfig,
+        steps_per_epoch: int,
+        start_step: int,
+        facts: dict[str, float],
+        text: str,
+    ) -> None:
+        self.accelerator, self.config, self.steps_per_epoch = accelerator, config, steps_per_epoch
+        self.main = accelerator.is_main_process
+        self.writer = SummaryWriter(str(run_dir.path), purge_step=start_step + 1) if self.main else None
+        self.run_dir = run_dir
+        self.pending: list[tuple[Tensor, Tensor | None]] = []
+        self.eval_seconds = 0.0
+        self.step_seconds = 0.0
+        self.scalars(facts, start_step)
+        if self.writer is not None:
+            indented = "\n".join(f"    {line}" for line in text.splitlines())
+            self.writer.add_text("config", indented, start_step)
+
+    def begin_epoch(self, progress: Progress) -> None:
+        """Start the clock and the bar of an epoch, or of what is left of it."""
+        self.bar = tqdm(
+            total=self.steps_per_epoch,
+            initial=progress.step,
+            desc=f"epoch {progress.epoch + 1}/{self.config.epochs}",
+            disable=None if self.main else True,
+            leave=False,
+        )
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.seconds_before = progress.seconds
+
+    def timed(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same items; the time that they are waited for is counted."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield item
+
+    def due(self, global_step: int) -> bool:
+        """Whether losses are logged after this step."""
+        return global_step % self.config.log_interval == 0
+
+    def add(self, loss: Tensor, norm: Tensor | None) -> None:
+        """One step is done: its loss, and its gradient norm if it was measured."""
+        self.pending.append((loss, norm))
+        self.steps += 1
+        self.bar.update()
+
+    def flush(self, progress: Progress, optimizer: Any) -> list[float]:
+        """Log the steps since the last time; every process must call this alike.
+
+        Returns:
+            Their losses, each the mean over processes.
+        """
+        if not self.pending:
+            return []
+        pending, self.pending = self.pending, []
+        stacked = torch.stack([loss for loss, _ in pending]).double()
+        losses = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        seconds = time.perf_counter() - self.started
+        progress.seconds = self.seconds_before + seconds
+        self.step_seconds = seconds / self.steps
+        rate = self.config.global_batch_size / self.step_seconds
+        self.bar.set_postfix(loss=f"{losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
+        first = progress.global_step - len(losses) + 1
+        for offset, (loss, (_, norm)) in enumerate(zip(losses, pending, strict=True)):
+            self.scalars({"train/loss": loss}, first + offset)
+            if norm is not None:
+                self.scalars({"train/grad_norm": float(norm)}, first + offset)
+        values = {
+            "train/images_per_second": rate,
+            "train/data_wait_share": self.wait_share(),
+            "train/memory_gb": memory_bytes() / 1e9,
+        }
+        self.scalars({**values, **learning_rates(optimizer)}, progress.global_step)
+        return losses
+
+    def wait_share(self) -> float:
+        """Share of the epoch's time so far that was spent waiting for data."""
+        return self.waited / max(time.perf_counter() - self.started, 1e-9)
+
+    def begin_evaluation(self) -> None:
+        """The steps of the epoch are done."""
+        self.bar.close()
+        self.share, self.started = self.wait_share(), time.perf_counter()
+
+    def evaluated(self, row: dict[str, Any], extra: dict[str, float], progress: Progress) -> None:
+        """Scores of the model, and what else is known of it."""
+        self.eval_seconds = time.perf_counter() - self.started
+        scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
+        self.scalars({**scores, **extra}, progress.global_step)
+
+    def end_epoch(self, progress: Progress) -> None:
+        """summary.csv, and one console line for an epoch."""
+        if not self.main:
+            return
+        row = progress.rows[-1]
+        self.run_dir.write_summary(progress.rows)
+        parts = [f"epoch {row['epoch']}/{self.config.epochs}", f"loss {row['train_loss']:.4f}"]
+        if row["eval_top1"] is not None:
+            parts += [f"top-1 {row['eval_top1']:.2f}%", f"top-5 {row['eval_top5']:.2f}%"]
+        if row.get("eval_ema_top1") is not None:
+            parts.append(f"EMA top-1 {row['eval_ema_top1']:.2f}%")
+        parts.append(f"lr {row['lr']:.2e}")
+        if self.steps:
+            rate = self.config.global_batch_size / self.step_seconds
+            parts += [f"{rate:,.0f} images/s", f"data wait {self.share:.0%}"]
+        parts.append(f"{memory_bytes() / 1e9:.1f} GB")
+        if progress.epoch < self.config.epochs:
+            parts.append(f"{clock(self.seconds_left(progress))} left")
+        LOGGER.info("  ".join(parts))
+
+    def seconds_left(self, progress: Progress) -> float:
+        """Of training and evaluation, at the pace of the last epoch."""
+        epochs = self.config.epochs - progress.epoch
+        evaluations = self.config.epochs // self.config.eval_interval - progress.epoch // self.config.eval_interval
+        return epochs * self.steps_per_epoch * self.step_seconds + evaluations * self.eval_seconds
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write scalars, on the main process."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """All is written."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def learning_rates(optimizer: Any) -> dict[str, float]:
+    """The learning rate, and with layer-wise decay that of each group of layers."""
+    rates = {"train/lr": learning_rate(optimizer)}
+    for group in optimizer.param_groups:
+        if "lr_scale" in group:
+            rates[f"lr/scale_{group['lr_scale']:.4f}"] = group["lr"]
+    return rates
+
+
+def memory_bytes() -> int:
+    """Most memory that this process had: of the GPU, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def clock(seconds: float) -> str:
+    """3725 -> '1:02:05'"""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,148 @@
+"""What the processes of a run tell each other beside gradients, over a CPU group of their own (gloo: no wait for the GPU).
+
+A signal, a loss that is not finite or an unreadable image may meet one process only. After each step all of them vote and read
+the result one step later, so that they stop after the same step and none waits; and where one fails in its set-up, all fail.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vit_tucker.errors import PeerError, VitTuckerError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What any of the processes said.
+
+    Attributes:
+        signal: number of a signal that one of them caught; 0 for none.
+        diverged: one of them saw a loss that is not finite.
+        faults: one of them met images that can't be read.
+    """
+
+    signal: int = 0
+    diverged: bool = False
+    faults: bool = False
+
+
+class Peers:
+    """The processes of a run, this one among them.
+
+    Args:
+        rank, num_processes: this process, and how many there are; a single one needs no messages.
+        timeout_minutes: how long to wait for the others.
+    """
+
+    def __init__(self, rank: int = 0, num_processes: int = 1, timeout_minutes: float = 10.0) -> None:
+        self.rank, self.num_processes = rank, num_processes
+        self.group: Any = None
+        self.agreed = False  # a failure that all of them know
+        if num_processes > 1:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        self._pending: tuple[Tensor, Any] | None = None
+
+    def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> Verdict:
+        """Say what this process has seen; every process must call this equally often.
+
+        Returns:
+            What any of them said in the vote before this one; a single process hears itself at once.
+        """
+        if self.group is None:
+            return Verdict(signal, diverged, faults)
+        verdict = self.last_vote()
+        ballot = torch.tensor([signal, int(diverged), int(faults)])
+        self._pending = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, self.group, async_op=True)
+        return verdict
+
+    def last_vote(self) -> Verdict:
+        """The result of the last vote, waited for; every process must call this alike."""
+        if self._pending is None:
+            return Verdict()
+        ballot, work = self._pending
+        self._pending = None
+        work.wait()
+        signal, diverged, faults = ballot.tolist()
+        return Verdict(signal, bool(diverged), bool(faults))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The plain value of each process, in all of them."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def union(self, lines: Iterable[str]) -> list[str]:
+        """All processes' lines, each once, sorted."""
+        return sorted({line for lines_of_one in self.gather(list(lines)) for line in lines_of_one})
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do some work on each process; if it fails on one, it fails on all, and nobody waits for the dead.
+
+        Raises:
+            whatever ``work`` raises here; PeerError or VitTuckerError with the other's message if it failed elsewhere.
+        """
+        result, failure = self._attempt(work)
+        self._raise_first(failure)
+        return result  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """As ``together``, the first process before the others: what has to be downloaded is downloaded once."""
+        result, failure = self._attempt(work) if self.rank == 0 else (None, None)
+        self._raise_first(failure)
+        if self.rank != 0:
+            result, failure = self._attempt(work)
+        self._raise_first(failure)
+        return result  # type: ignore[return-value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Do some work on the first process only; all get its plain result, or fail with it."""
+        result, failure = self._attempt(work) if self.rank == 0 else (None, None)
+        self._raise_first(failure)
+        return self.gather(result)[0]
+
+    @staticmethod
+    def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:
+            return None, error
+
+    def _raise_first(self, failure: Exception | None) -> None:
+        said = None if failure is None else (isinstance(failure, VitTuckerError), f"{failure}")
+        for rank, other in enumerate(self.gather(said)):
+            if other is not None:
+                self.agreed = True
+                if failure is not None:
+                    raise failure
+                raise (VitTuckerError if other[0] else PeerError)(f"process {rank}: {other[1]}")
+
+
+class Mirror:
+    """Small tensors of the device, seen on the CPU one step late without making the device wait."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def swap(self, value: Tensor) -> Tensor | None:
+        """Take ``value`` in, give the one before it out, on the CPU; None at first. A CPU tensor is given out at once."""
+        if value.device.type != "cuda":
+            return value
+        before = self._pending
+        copy = torch.empty_like(value, device="cpu", pin_memory=True)
+        copy.copy_(value, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = copy, event
+        if before is None:
+            return None
+        before[1].synchronize()
+        return before[0]

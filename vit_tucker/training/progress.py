@@ -1,0 +1,60 @@
+"""Where a run stands."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint.
+
+    Attributes:
+        epoch: finished epochs, their evaluation included; the current one's number from 0.
+        step: finished optimizer steps of the current epoch.
+        global_step: finished optimizer steps in all.
+        loss_sum: sum of the step losses of the current epoch.
+        seconds: training time so far, evaluation apart.
+        rows: finished rows of summary.csv.
+        best: epoch, top1, top5 and loss of the best weights so far.
+        processes: how many trained it last.
+        steps_per_epoch: of the config that trained it last.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    processes: int = 1
+    steps_per_epoch: int = 0
+
+    def finish_step(self) -> None:
+        """One more optimizer step."""
+        self.step += 1
+        self.global_step += 1
+
+    def add_losses(self, losses: list[float]) -> None:
+        """Step losses, added one by one: a stop in between must not change the rounding of the sum."""
+        for loss in losses:
+            self.loss_sum += loss
+
+    def finish_epoch(self, row: dict[str, Any]) -> None:
+        """The current epoch is trained and evaluated."""
+        self.rows.append(row)
+        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+
+    def fit_to(self, steps_per_epoch: int) -> bool:
+        """Take over another number of steps per epoch (a changed batch size): the same share of the epoch is done.
+
+        Returns:
+            Whether anything had to change.
+        """
+        before, self.steps_per_epoch = self.steps_per_epoch, steps_per_epoch
+        if before in (0, steps_per_epoch):
+            return False
+        step = self.step * steps_per_epoch // before
+        self.loss_sum = self.loss_sum * step / self.step if self.step else 0.0
+        self.step, self.global_step = step, self.epoch * steps_per_epoch + step
+        return True

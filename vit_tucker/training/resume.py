@@ -1,0 +1,83 @@
+"""Where a run goes on: the newest checkpoint that is whole, the same one in all processes."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vit_tucker.errors import CheckpointError
+from vit_tucker.training.peers import Peers
+from vit_tucker.training.progress import Progress
+from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.state import load_checkpoint, newest_intact, set_aside_after
+from vit_tucker.training.weights import weights_metadata
+
+
+@dataclass
+class Saved:
+    """What a run goes on from; the defaults are a fresh start.
+
+    Attributes:
+        progress: where it stood.
+        optimizer: state dict.
+        scaler: GradScaler's state dict.
+    """
+
+    progress: Progress = field(default_factory=Progress)
+    optimizer: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+
+
+def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
+    """The state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start if there is none.
+
+    Damaged checkpoints that are newer are named and set aside.
+
+    Raises:
+        CheckpointError: none is intact, or it is of another model.
+    """
+    name = peers.on_main(lambda: choose_checkpoint(run_dir))
+    if name is None:
+        return Saved()
+    checkpoint = run_dir.checkpoints / name
+    values, optimizer = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
+    scaler = values.pop("scaler", None)
+    progress = Progress(**values)
+    progress.best = peers.on_main(lambda: best_on_disk(run_dir.best, progress.best))
+    LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
+    if progress.processes != peers.num_processes:
+        LOGGER.info(
+            f"on {peers.num_processes} process(es), before on {progress.processes}: the same images and batches, sums rounded in "
+            "another order; dropout and drop path draw anew"
+        )
+    return Saved(progress, optimizer, scaler)
+
+
+def choose_checkpoint(run_dir: RunDir) -> str | None:
+    """Name of the newest intact checkpoint; damaged ones are named in the log and set aside."""
+    checkpoint, damaged = newest_intact(run_dir.checkpoints)
+    if checkpoint is None:
+        return None
+    for line in damaged:
+        LOGGER.warning(f"{line}; going back to {checkpoint.name}")
+    set_aside_after(checkpoint)
+    return checkpoint.name
+
+
+def best_on_disk(file: Path, best: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the best weights really are: they are written before the checkpoint of their epoch, and may be ahead of it.
+
+    Args:
+        file: the best weights.
+        best: what the checkpoint says of them.
+    """
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(weights_metadata(file)["best"])
+    except (CheckpointError, KeyError, ValueError):
+        LOGGER.warning(f"{file}: damaged; the best weights are looked for anew from here on")
+        return None

@@ -1,0 +1,172 @@
+"""All that the training loop works on, and how it is saved."""
+
+import json
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from vit_tucker.config.schema import TrainConfig
+from vit_tucker.errors import DivergedError, SaveError, StoppedError
+from vit_tucker.training.interrupt import Signals
+from vit_tucker.training.optim import learning_rate
+from vit_tucker.training.peers import Mirror, Peers, Verdict
+from vit_tucker.training.progress import Progress
+from vit_tucker.training.run_dir import RunDir
+from vit_tucker.training.state import flatten, save_checkpoint, write_state
+from vit_tucker.training.weights import full_state, save_weights
+
+
+@dataclass
+class Trainer:
+    """All that the loop works on; built by vit_tucker.build.
+
+    Attributes:
+        accelerator: device, processes, precision.
+        peers: the other processes.
+        model: prepared model; ``bare`` is the same without wrappers.
+        optimizer: prepared optimizer.
+        scheduler: timm's, over global steps.
+        loss: logits, targets -> scalar mean.
+        mixup: timm's, or None.
+        ema: timm's, or None.
+        config: the recipe.
+        seed: of the run.
+        run_dir: where results go.
+        metadata: strings for the header of saved weights.
+        progress: where the run stands.
+        input_size: channels, height, width of an image.
+        inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
+        signals: what this process was asked from outside.
+        losses: this process's losses, one step late where there is a GPU.
+    """
+
+    accelerator: Accelerator
+    peers: Peers
+    model: nn.Module
+    bare: nn.Module
+    optimizer: Any
+    scheduler: Scheduler
+    loss: nn.Module
+    mixup: Mixup | None
+    ema: ModelEmaV3 | None
+    config: TrainConfig
+    seed: int
+    run_dir: RunDir
+    metadata: dict[str, str]
+    progress: Progress
+    input_size: tuple[int, int, int]
+    inspect: Callable[[nn.Module], dict[str, float]] | None = None
+    signals: Signals = field(default_factory=Signals)
+    losses: Mirror = field(default_factory=Mirror)
+
+    def is_finite(self, loss: Tensor, norm: Tensor | None) -> bool:
+        """Whether this process's loss, and the gradient where no scaler watches it, are numbers; one step late on a GPU."""
+        watched = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
+        value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
+        return value is None or bool(torch.isfinite(value))
+
+    def save(self) -> None:
+        """Write a resumable checkpoint.
+
+        Raises:
+            SaveError: it can't be written; those before it are intact.
+        """
+        weights = {"model": full_state(self.bare)}
+        if self.ema is not None:
+            weights["ema"] = full_state(self.ema.module)
+        optimizer = self._optimizer_state()
+        progress = {**asdict(self.progress), "scaler": self._scaler_state()}
+        folder, keep = self.run_dir.checkpoints, self.config.checkpoint_hist
+        self._write(lambda: save_checkpoint(folder, weights, optimizer, progress, self.metadata, keep), "a checkpoint")
+
+    def save_best(self) -> None:
+        """Write the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
+
+        Raises:
+            SaveError: they can't be written; the best before them are intact.
+        """
+        best = self.progress.best
+        assert best is not None
+        state = full_state(self.ema.module if self.ema is not None else self.bare)
+        header = {**self.metadata, "epoch": str(best["epoch"]), "top1": f"{best['top1']:.4f}", "best": json.dumps(best)}
+        self._write(lambda: save_weights(self.run_dir.best, state, header), "the best weights")
+
+    def _write(self, write: Callable[[], Any], what: str) -> None:
+        """Write on the main process; all of them fail together."""
+
+        def guarded() -> None:
+            try:
+                write()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                step = self.progress.global_step
+                raise SaveError(
+                    f"{what} at step {step} can't be written: {reason}; the ones before it are intact: free some space in "
+                    f"{self.run_dir.path}, then the same command continues"
+                ) from error
+
+        self.peers.on_main(guarded)
+
+    def heed(self, verdict: Verdict) -> None:
+        """Leave if a signal asked for it, in all processes after the same step; the state is saved first.
+
+        Raises:
+            StoppedError: it did.
+        """
+        if not verdict.signal:
+            return
+        self.save()
+        name, progress = signal.Signals(verdict.signal).name, self.progress
+        raise StoppedError(
+            f"stopped by {name} after step {progress.global_step} (epoch {progress.epoch + 1}), state saved"
+        )
+
+    def fail_diverged(self, losses: list[float]) -> NoReturn:
+        """Save the state for inspection, beside the checkpoints and not among them.
+
+        Args:
+            losses: of the last steps, all processes' means, the newest last.
+
+        Raises:
+            DivergedError: always.
+        """
+        t, step = self, self.progress.global_step
+        first = next((i for i, loss in enumerate(losses) if not abs(loss) < float("inf")), len(losses) - 1)
+        bad_step, scaler = step - len(losses) + first + 1, t._scaler_state()
+        t.scheduler.step_update(bad_step - 1)  # the rates that this step had
+        rates = [group["lr"] for group in t.optimizer.param_groups]
+        folder = t.run_dir.path / f"diverged-{bad_step:08d}"
+        facts = {
+            "step": bad_step,
+            "saved_after_step": step,
+            "epoch": t.progress.epoch + 1,
+            "losses": [str(loss) for loss in losses],
+            "lr": rates,
+            "loss_scale": scaler and scaler.get("scale"),
+        }
+        weights, optimizer = {"model": full_state(t.bare)}, t._optimizer_state()
+        t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
+        t.peers.agreed = True
+        scale = "" if scaler is None else f", loss scale {scaler.get('scale'):g}"
+        raise DivergedError(
+            f"the loss is {losses[first]} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
+            f"{scale}); the state after step {step} is in {folder}; lower train.lr, or set train.clip_grad or "
+            "train.mixed_precision"
+        )
+
+    def _optimizer_state(self) -> tuple[Any, dict[str, Any]]:
+        """The optimizer's state as ``flatten`` gives it; whole tensors, so all processes must call this if it is sharded."""
+        tensors: dict[str, Any] = {}
+        bare = getattr(self.optimizer, "optimizer", self.optimizer)
+        return flatten(bare.state_dict(), "optimizer", tensors), tensors
+
+    def _scaler_state(self) -> dict[str, Any] | None:
+        return self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
