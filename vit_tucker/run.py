@@ -31,7 +31,7 @@ HARMLESS = frozenset(
         *("train.log_ranks", "train.trackers", "train.timeout_minutes"),
     }
 )
-"""Keys that may change when a run is continued: they don't change what it computes."""
+"""Keys that may change when a run is continued: they change nothing that it computes beyond rounding."""
 
 
 def run(config: RunConfig, evaluate_only: bool = False, allow_changes: bool = False) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Monitor:
         self.pending: list[tuple[Tensor, Tensor | None]] = []
         self.eval_seconds = 0.0
         self.step_seconds = 0.0
+        self.warm = False
         self.scalars(facts, start_step)
         if self.writer is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
@@ -63,7 +64,8 @@ class Monitor:
             disable=None if self.main else True,
             leave=False,
         )
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.started = self.paced_from = time.perf_counter()
+        self.waited, self.steps = 0.0, 0
         self.seconds_before = progress.seconds
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
@@ -87,6 +89,8 @@ class Monitor:
         self.pending.append((loss, norm))
         self.steps += 1
         self.bar.update()
+        if not self.warm and self.steps < self.steps_per_epoch:  # the run's first step starts workers and kernels
+            self.warm, self.paced_from, self.waited, self.steps = True, time.perf_counter(), 0.0, 0
 
     def flush(self, progress: Progress, optimizer: Any) -> list[float]:
         """Log the steps since the last time; every process must call this alike.
@@ -99,10 +103,10 @@ class Monitor:
         pending, self.pending = self.pending, []
         stacked = torch.stack([loss for loss, _ in pending]).double()
         losses = self.accelerator.reduce(stacked, reduction="mean").tolist()
-        seconds = time.perf_counter() - self.started
-        progress.seconds = self.seconds_before + seconds
-        self.step_seconds = seconds / self.steps
-        rate = self.config.global_batch_size / self.step_seconds
+        now = time.perf_counter()
+        progress.seconds = self.seconds_before + now - self.started
+        self.step_seconds = (now - self.paced_from) / max(self.steps, 1)
+        rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
         self.bar.set_postfix(loss=f"{losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
         first = progress.global_step - len(losses) + 1
         for offset, (loss, (_, norm)) in enumerate(zip(losses, pending, strict=True)):
@@ -119,7 +123,7 @@ class Monitor:
 
     def wait_share(self) -> float:
         """Share of the epoch's time so far that was spent waiting for data."""
-        return self.waited / max(time.perf_counter() - self.started, 1e-9)
+        return self.waited / max(time.perf_counter() - self.paced_from, 1e-9)
 
     def begin_evaluation(self) -> None:
         """The steps of the epoch are done."""
@@ -145,7 +149,7 @@ class Monitor:
             parts.append(f"EMA top-1 {row['eval_ema_top1']:.2f}%")
         parts.append(f"lr {row['lr']:.2e}")
         if self.steps:
-            rate = self.config.global_batch_size / self.step_seconds
+            rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
             parts += [f"{rate:,.0f} images/s", f"data wait {self.share:.0%}"]
         parts.append(f"{memory_bytes() / 1e9:.1f} GB")
         if progress.epoch < self.config.epochs:

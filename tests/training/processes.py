@@ -1,0 +1,94 @@
+"""Runs in processes of their own, forked from a server that has imported everything: a start takes a second instead of ten.
+
+They are real processes with real signals, exit statuses and, for several, the environment that torchrun gives its workers.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(
+    [
+        "vit_tucker.run",
+        "vit_tucker.config.load",
+        "sklearn.datasets",
+        "sklearn.model_selection",
+        "torch.utils.tensorboard",
+    ]
+)
+
+
+def train(arguments: Sequence[str], output: str, environment: dict[str, str], kill_in: str = "") -> None:
+    """`train_vit.py` with these arguments; ``kill_in`` names a function of the engine in whose second call it kills itself."""
+    from vit_tucker.cli import train_main
+    from vit_tucker.training import engine
+
+    torch.set_num_threads(1)
+    os.environ.update(environment)
+    sys.argv = ["experiments/train_vit.py", *arguments]
+    if kill_in:
+        original, calls = getattr(engine, kill_in), []
+
+        def killing(*args, **options):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **options)
+
+        setattr(engine, kill_in, killing)
+    with open(output, "a", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            status = train_main(arguments)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    sys.exit(status)
+
+
+def start(arguments: Sequence[str], output: Path, kill_in: str = "", **environment: str) -> multiprocessing.Process:
+    """Start one process; what it says is added to the file ``output``."""
+    process = fork.Process(target=train, args=(list(arguments), str(output), environment, kill_in))
+    process.start()
+    return process
+
+
+def start_all(count: int, arguments: Sequence[str], output: Path) -> list[multiprocessing.Process]:
+    """Start the processes of one run, as torchrun would."""
+    if count == 1:
+        return [start(arguments, output)]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [start(arguments, output, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)]
+
+
+def finish(processes: Sequence[multiprocessing.Process], seconds: float = 120) -> list[int | None]:
+    """Exit statuses; None and a kill for what has not ended in time."""
+    for process in processes:
+        process.join(timeout=seconds)
+    statuses = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return statuses
+
+
+def saved_steps(folder: Path) -> int:
+    """Steps of the newest checkpoint of a run, half-written ones included."""
+    names = re.findall(r"step-(\d+)", " ".join(p.name for p in folder.glob("checkpoints/*")))
+    return max(map(int, names), default=0)

@@ -1,0 +1,142 @@
+"""SIGINT, SIGTERM and SIGUSR1: the state is saved, status 130, the same command or the one that is printed goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import process_environment
+from tests.training.processes import finish, saved_steps, start, start_all
+from tests.training.test_kills import RECIPE, outcome
+from vit_tucker.training.interrupt import Signals, catch_signals
+from vit_tucker.training.peers import Peers, Verdict
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [
+    "--cfg",
+    "digits/tucker_r16",
+    *RECIPE,
+    "train.checkpoint_steps=null",
+    "train.epochs=4",
+    "train.eval_batch_size=90",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert finish([start([*COMMAND, f"output_dir={folder}"], folder.with_suffix(".log"))]) == [0]
+    return folder
+
+
+def wait_for(text: str, log: Path, process) -> None:
+    while text not in (log.read_text() if log.is_file() else ""):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(whole, tmp_path, number):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start([*COMMAND, f"output_dir={folder}"], log)
+    wait_for("epoch 1/4", log, process)
+    time.sleep(0.05)
+    os.kill(process.pid, number)
+    assert finish([process]) == [130]
+    step = saved_steps(folder)
+    assert 11 < step < 44
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(f"stopped by {number.name} after step {step} (epoch {step // 11 + 1}), state saved; ")
+    assert last.endswith(f"the same command continues, or: python experiments/train_vit.py --cfg {folder}")
+    assert not (folder / "results.json").exists()
+    assert finish([start(shlex.split(last.partition(".py ")[2]), log)]) == [0]
+    assert f"continuing {folder} from step {step}" in log.read_text()
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_signal_during_an_evaluation_is_heard_before_its_end(whole, tmp_path):
+    """The epoch's steps are saved, its evaluation is done by the next run."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import os, signal\nfrom vit_tucker.training import engine\noriginal = engine.batch_sums\ncalls = []\n"
+        "def signalling(*a):\n    calls.append(1)\n    if len(calls) == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert len(calls) < 3, 'the evaluation went on'\n    return original(*a)\nengine.batch_sums = signalling\n"
+    )
+    command = [*COMMAND, f"output_dir={folder}", f"plugins=[{plugin}]"]
+    assert finish([start(command, log)]) == [130], log.read_text()
+    progress = json.loads((folder / "checkpoints/last/state.json").read_text())["progress"]
+    assert (progress["epoch"], progress["step"], progress["rows"]) == (0, 11, [])
+    plugin.write_text("")
+    assert finish([start(command, log)]) == [0], log.read_text()
+    assert outcome(folder) == outcome(whole)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    """And one process goes on where two have stopped, which is said."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    command = [*COMMAND, "train.cpu=true", f"output_dir={folder}"]
+    both = start_all(2, command, log)
+    wait_for("epoch 1/4", log, both[0])
+    os.kill(both[1].pid, signal.SIGUSR1)
+    assert finish(both) == [130, 130], log.read_text()
+    assert log.read_text().count("stopped by SIGUSR1 after step") == 1
+    assert "or: accelerate launch --multi_gpu --num_processes 2 experiments/train_vit.py --cfg" in log.read_text()
+    assert finish([start(command, log)]) == [0], log.read_text()
+    assert "on 1 process(es), before on 2: the same images and batches" in log.read_text()
+
+
+def test_the_command_line_says_how_to_go_on(tmp_path):
+    """The real command, as a user types it, and Ctrl-C."""
+    command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *COMMAND, "train.epochs=99"]
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, f"output_dir={tmp_path / 'run'}"],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env=process_environment(ROOT, OMP_NUM_THREADS="1"),
+            start_new_session=True,
+        )
+    while "epoch 1/99" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # the loader's workers get it too
+    assert process.wait(timeout=60) == 130, log.read_text()
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert "stopped by SIGINT after step" in said.splitlines()[-1]
+
+
+def test_signals_are_noted_and_the_second_ctrl_c_interrupts_at_once(monkeypatch):
+    with catch_signals() as signals:
+        assert signals.number == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    signals = Signals()
+    for moment in (10.0, 11.0):  # a launcher passes the same Ctrl-C on
+        now[0] = moment
+        signals.catch(signal.SIGINT, None)
+    now[0] = 13.0
+    with pytest.raises(KeyboardInterrupt):
+        signals.catch(signal.SIGINT, None)
+
+
+def test_a_process_alone_hears_itself_at_once():
+    assert Peers().vote(15, diverged=True) == Verdict(15, True, False)
+    assert Peers().vote() == Verdict()
+    assert Peers().union(["b", "a", "b"]) == ["a", "b"]
+    with pytest.raises(ZeroDivisionError):
+        Peers().together(lambda: 1 / 0)
+    assert Peers().main_first(lambda: 3) == Peers().on_main(lambda: 3) == 3
