@@ -1,4 +1,4 @@
-"""Two real processes through `accelerate launch` against one: the same images, losses and scores."""
+"""One, two and four real processes, with and without accumulation: the same images, losses and scores."""
 
 import csv
 import gzip
@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import process_environment
 from tests.data.test_datasets import idx
+from tests.training.processes import finish, saved_steps, start_all
 
 ROOT = Path(__file__).parents[2]
 RECIPE = [
@@ -60,23 +61,61 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def train(processes: int, folder: Path, data_root: Path, *extra: str) -> tuple[dict, list[dict[str, str]]]:
-    done = launch(processes, *RECIPE, f"data.root={data_root}", f"output_dir={folder}", *extra)
-    assert done.returncode == 0, done.stderr
+    """A run on that many processes, with the environment that torchrun gives them."""
+    log = folder.with_suffix(".log")
+    statuses = finish(start_all(processes, [*RECIPE, f"data.root={data_root}", f"output_dir={folder}", *extra], log))
+    assert statuses == [0] * processes, log.read_text()
     with (folder / "summary.csv").open() as opened:
         return json.loads((folder / "results.json").read_text()), list(csv.DictReader(opened))
 
 
-def test_one_and_two_processes_train_alike(tmp_path, data_root):
-    one, one_rows = train(1, tmp_path / "one", data_root)
-    two, two_rows = train(2, tmp_path / "two", data_root)
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["data"]["num_eval"] == two["data"]["num_eval"] == 17
-    for a, b in zip(one_rows, two_rows, strict=True):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, data_root):
+    return train(1, tmp_path_factory.mktemp("one") / "run", data_root)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 2), (4, 1), (4, 2)])
+def test_any_number_of_processes_trains_alike(tmp_path, data_root, one, processes, accumulation):
+    results, rows = train(processes, tmp_path / "run", data_root, f"train.grad_accum_steps={accumulation}")
+    reference, expected_rows = one
+    assert (reference["processes"], results["processes"]) == (1, processes)
+    assert reference["data"]["num_eval"] == results["data"]["num_eval"] == 17  # no multiple of 2 or 4: all once
+    for a, b in zip(expected_rows, rows, strict=True):
         for key in ("train_loss", "eval_loss", "eval_top1", "eval_top5"):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key  # float32, other orders of summation
         assert a["lr"] == b["lr"]  # the schedule counts optimizer steps, not processes
-    _, other_rows = train(1, tmp_path / "other", data_root, "seed=1")  # the tolerance tells runs apart
-    assert float(other_rows[-1]["train_loss"]) != pytest.approx(float(one_rows[-1]["train_loss"]), rel=1e-4)
+
+
+def test_the_tolerance_tells_runs_apart(tmp_path, data_root, one):
+    _, rows = train(1, tmp_path / "run", data_root, "seed=1")
+    assert float(rows[-1]["train_loss"]) != pytest.approx(float(one[1][-1]["train_loss"]), rel=1e-4)
+
+
+def test_other_processes_go_on_where_some_stopped(tmp_path, data_root, one):
+    """Two processes until step 7, in mid-epoch, then four: the same curve as one."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "import os, signal\nfrom vit_tucker.training import engine\noriginal = engine.train_step\n"
+        "def stopping(trainer, *a, **k):\n    if trainer.progress.global_step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return original(trainer, *a, **k)\nengine.train_step = stopping\n"
+    )
+    command = [
+        *RECIPE,
+        f"data.root={data_root}",
+        f"output_dir={folder}",
+        f"plugins=[{plugin}]",
+        "train.grad_accum_steps=1",
+    ]
+    assert finish(start_all(2, command, log)) == [130, 130], log.read_text()
+    assert 7 <= saved_steps(folder) <= 8  # all heard of it by the next step
+    plugin.write_text("")
+    assert finish(start_all(4, command, log)) == [0] * 4, log.read_text()
+    assert "on 4 process(es), before on 2: the same images and batches" in log.read_text()
+    with (folder / "summary.csv").open() as opened:
+        rows = list(csv.DictReader(opened))
+    for a, b in zip(one[1], rows, strict=True):
+        assert float(b["train_loss"]) == pytest.approx(float(a["train_loss"]), rel=1e-4)
 
 
 def test_a_mistake_is_said_once_and_both_processes_end(tmp_path, data_root):

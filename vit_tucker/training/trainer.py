@@ -1,6 +1,7 @@
 """All that the training loop works on, and how it is saved."""
 
 import json
+import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -139,7 +140,9 @@ class Trainer:
             DivergedError: always.
         """
         t, step = self, self.progress.global_step
-        first = next((i for i, loss in enumerate(losses) if not abs(loss) < float("inf")), len(losses) - 1)
+        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        first = bad[0] if bad else len(losses) - 1
+        what = f"the loss is {losses[first]}" if bad else "the gradient is not finite"
         bad_step, scaler = step - len(losses) + first + 1, t._scaler_state()
         t.scheduler.step_update(bad_step - 1)  # the rates that this step had
         rates = [group["lr"] for group in t.optimizer.param_groups]
@@ -157,7 +160,7 @@ class Trainer:
         t.peers.agreed = True
         scale = "" if scaler is None else f", loss scale {scaler.get('scale'):g}"
         raise DivergedError(
-            f"the loss is {losses[first]} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
+            f"{what} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
             f"{scale}); the state after step {step} is in {folder}; lower train.lr, or set train.clip_grad or "
             "train.mixed_precision"
         )
