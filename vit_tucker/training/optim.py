@@ -119,12 +119,12 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     except (ValueError, TypeError, AssertionError, AttributeError, ImportError) as error:
         reason = str(error) or f"timm {timm.__version__} has no such optimizer"  # older timm's assert says nothing
         raise ConfigError(f"train.opt={config.opt}: {reason}") from None
-    if getattr(optimizer, "is_second_order", False):
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # within lookahead
+    if getattr(inner, "is_second_order", False):
         raise ConfigError(
             f"train.opt={config.opt}: it needs second derivatives of the loss, which the training loop does not compute; "
             "use a first-order optimizer such as adamw"
         )
-    inner = getattr(optimizer, "_base_optimizer", optimizer)  # within lookahead
     if hasattr(inner, "deterministic"):  # Kron: noise from a generator of its own, alike on all processes, and saved
         inner.deterministic = True
     return optimizer
