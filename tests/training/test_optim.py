@@ -261,7 +261,6 @@ BEFORE_LISTS = [
     "adamp",
     "adafactor",
     "adahessian",
-    "adan",
     "lamb",
     "lars",
     "lion",
