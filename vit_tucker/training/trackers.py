@@ -1,7 +1,8 @@
 """Experiment trackers beside TensorBoard, by Accelerate's names.
 
 TensorBoard itself is always written, by our own writer (it can purge what a killed run wrote beyond its checkpoint), so that the
-name 'tensorboard' is accepted and adds nothing. A resumed run is a new run to these trackers. A tracker that fails while the run is going on costs a warning, not the run.
+name 'tensorboard' is accepted and adds nothing. A resumed run is a new run to these trackers. A tracker that fails while the run
+is going on costs a warning, not the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,8 @@ class Trackers:
     """The trackers of a run; does nothing where there are none.
 
     Args:
-        accelerator: made with ``log_with=check_trackers(...) or None``, and with ``project_dir=`` the run folder for trackers that
-            write files.
+        accelerator: made with ``log_with=check_trackers(...) or None``, and with ``project_dir=`` the run folder, where some
+            trackers write files.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
