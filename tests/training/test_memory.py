@@ -115,10 +115,11 @@ def test_activations_by_hand(micro_batch):
 
 
 class Moody(Net):
-    """Makes one tensor more for larger batches."""
+    """Keeps a copy of its images if there are many."""
 
     def forward(self, x):
-        return super().forward(x + 0 if len(x) > 2 else x)
+        self.kept = x + 0 if len(x) > 2 else None
+        return super().forward(x)
 
 
 def test_a_model_that_works_differently_on_larger_batches_is_still_measured():
@@ -212,8 +213,7 @@ def real_state(model, config):
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "momentum", "adafactor", "lion", "muon", "lookahead_adamw", "kron"])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # opt_einsum, which Kron recommends
 def test_optimizer_state_is_exact(tiny, opt):
-    listed = getattr(timm.optim, "list_optimizers", list)()
-    if listed and opt.split("_")[-1] not in listed:
+    if opt in ("muon", "kron") and opt not in getattr(timm.optim, "list_optimizers", list)():
         pytest.skip(f"this timm has no {opt}")
     config = TrainConfig(opt=opt, momentum=0.9)
     parameters = list(tiny.parameters())
