@@ -1,10 +1,23 @@
-"""Optimizer and schedule, both timm's, and the weight-decay rule.
+"""Optimizer and schedule, both timm's, the parameter groups, and the weight-decay rule.
 
-Weight decay acts on matrices and cores and on nothing else: parameters with fewer than two dimensions (biases, norms, LayerScale)
-and those that the model itself excludes (position embeddings, class and register tokens) are not decayed. Tucker cores and head
-factors are weights like any other and are decayed; the query bias of a Tucker layer is a bias and is not.
+What is decayed is the same for a dense host and for its patched copy:
+
+- Every matrix and every core is: projections (dense, GQA, MLA), Tucker's mode factors, its head factors (H, r1), its cores. The
+  layer's tensor is a product of its factors, so scale can move between them at no loss. If only some were decayed, it would
+  move to the others and the decay would be evaded; with all of them decayed no direction is free.
+- Parameters with fewer than two dimensions are not: biases, among them Tucker's query bias (the constant coordinate of the query
+  mode, a (r2,) bias of its factor), norms, among them MLA's and GQA's norms of queries and keys, LayerScale.
+- What the model itself excludes is not (position embeddings, class and register tokens), nor are position biases (their tables
+  and the networks that make them), which are position embeddings under another name; timm knows some of them only by the
+  name that they have before patching.
+
+A product of f decayed factors shrinks f times as fast as each: a query-key product 4-fold in Tucker and MLA, 2-fold in MHA and
+GQA, see docs/recipes.md.
 """
 
+import fnmatch
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -17,31 +30,168 @@ from torch import Tensor, nn
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import ConfigError
 
+try:
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+except ImportError:  # timm before 1.0.12 has them here, later ones warn there
+    from timm.optim.optim_factory import param_groups_layer_decay, param_groups_weight_decay
 
-def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """timm's optimizer over timm's parameter groups (weight decay, layer-wise lr decay).
+POSITION_BIASES = frozenset(
+    {"position_bias", "rel_pos", "rel_pos_bias", "shared_rel_pos", "relative_position_bias_table"}
+)
+"""Names of modules and parameters that make a bias of the scores from positions, in timm's models and in patched layers."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group of an optimizer, for the log.
+
+    Attributes:
+        layer: what its parameters have in common: 'blocks.3', or the names at the top of the model.
+        tensors: number of tensors.
+        parameters: number of parameters.
+        weight_decay: of the group.
+        lr_scale: factor of layer-wise decay, 1 without.
+        lr: as it is now.
+        examples: up to three names, without what is common.
+    """
+
+    layer: str
+    tensors: int
+    parameters: int
+    weight_decay: float
+    lr_scale: float
+    lr: float
+    examples: tuple[str, ...]
+
+
+def undecayed_names(model: nn.Module) -> set[str]:
+    """Names of the trainable parameters that weight decay leaves alone; the rule is in the module's docstring."""
+    excluded: set[str] = getattr(model, "no_weight_decay", set)()  # names, in newer timm also patterns
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (
+            parameter.ndim < 2
+            or not POSITION_BIASES.isdisjoint(name.split("."))
+            or any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)
+        )
+    }
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """timm's parameter groups, each trainable parameter in one, with the weight-decay rule of this module.
 
     Raises:
-        ConfigError: timm has no such optimizer, or it refuses an option.
+        ConfigError: layer-wise decay of a model that does not tell its layers; timm would cut its list of parameters into
+            dozens, across blocks.
+    """
+    undecayed = undecayed_names(model)
+    if config.layer_decay is None:
+        groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=undecayed)
+        return [group for group in groups if group["params"]]
+    if not hasattr(model, "group_matcher"):
+        raise ConfigError(
+            f"train.layer_decay={config.layer_decay:g}: timm's {type(model).__name__} does not tell its layers "
+            "(no group_matcher); set train.layer_decay=null"
+        )
+    return param_groups_layer_decay(
+        model, config.weight_decay, no_weight_decay_list=undecayed, layer_decay=config.layer_decay
+    )
+
+
+def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """timm's optimizer over ``parameter_groups``.
+
+    Raises:
+        ConfigError: timm has no such optimizer, it refuses an option, it can't run here, or it needs second derivatives.
     """
     options: dict[str, Any] = {}
     if config.opt_betas is not None:
         options["betas"] = config.opt_betas
     if config.opt_eps is not None:
         options["eps"] = config.opt_eps
+    groups = parameter_groups(model, config)
     try:
-        return create_optimizer_v2(
-            model,
-            opt=config.opt,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum,
-            layer_decay=config.layer_decay,
-            **options,
+        optimizer = create_optimizer_v2(
+            groups, opt=config.opt, lr=config.lr, weight_decay=0.0, momentum=config.momentum, **options
         )
-    except (ValueError, TypeError, AssertionError, AttributeError) as error:
+    except (ValueError, TypeError, AssertionError, AttributeError, ImportError) as error:
         reason = str(error) or f"timm {timm.__version__} has no such optimizer"  # older timm's assert says nothing
         raise ConfigError(f"train.opt={config.opt}: {reason}") from None
+    inner = getattr(optimizer, "_base_optimizer", optimizer)  # within lookahead
+    if getattr(inner, "is_second_order", False):
+        raise ConfigError(
+            f"train.opt={config.opt}: it needs second derivatives of the loss, which the training loop does not compute; "
+            "use a first-order optimizer such as adamw"
+        )
+    if hasattr(inner, "deterministic"):  # Kron: noise from a generator of its own, alike on all processes, and saved
+        inner.deterministic = True
+    return optimizer
+
+
+def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Group]:
+    """An optimizer's groups, in its order.
+
+    Args:
+        model: as it was when the optimizer was made (before FSDP shards it).
+        optimizer: of its parameters; after ``create_scheduler`` the learning rates are those of the first step.
+
+    Raises:
+        KeyError: a parameter of another model.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    described = []
+    for group in optimizer.param_groups:
+        members = [names[id(parameter)] for parameter in group["params"]]
+        layer, rest = _split_common(members)
+        described.append(
+            Group(
+                layer,
+                len(members),
+                sum(parameter.numel() for parameter in group["params"]),
+                group.get("weight_decay", 0.0),
+                group.get("lr_scale", 1.0),
+                group["lr"],
+                tuple(rest if len(rest) <= 3 else [rest[0], rest[len(rest) // 2], rest[-1]]),
+            )
+        )
+    return described
+
+
+def group_table(groups: Iterable[Group]) -> str:
+    """Aligned text, one line for each group, with a title line."""
+    rows: list[tuple[str, ...]] = [("group", "tensors", "parameters", "weight decay", "lr scale", "lr", "for example")]
+    for g in groups:
+        sizes = (f"{g.tensors}", f"{g.parameters:,}")
+        rates = (f"{g.weight_decay:g}", f"{g.lr_scale:.4g}", f"{g.lr:.3g}")
+        rows.append((g.layer, *sizes, *rates, ", ".join(g.examples)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        numbers = [n.rjust(w) for n, w in zip(row[1:-1], widths[1:-1], strict=True)]
+        cells = [row[0].ljust(widths[0]), *numbers, row[-1]]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _split_common(names: list[str]) -> tuple[str, list[str]]:
+    """The dotted prefix that all names share and the rest of each; where they share none, the modules' names and the names."""
+    parents = [name.split(".")[:-1] for name in names]
+    common = 0
+    while all(len(p) > common and p[common] == parents[0][common] for p in parents):
+        common += 1
+    if common:
+        prefix = ".".join(parents[0][:common])
+        return prefix, [name[len(prefix) + 1 :] for name in names]
+    tops = list(dict.fromkeys(_unit(name) for name in names))
+    return ", ".join(tops if len(tops) <= 3 else [*tops[:2], "...", tops[-1]]), names
+
+
+def _unit(name: str) -> str:
+    """Name of the block, 'blocks.2', or of the module at the top, 'norm'."""
+    parts = name.split(".")
+    return ".".join(parts[:2] if parts[1:2] and parts[1].isdigit() else parts[:1])
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler:

@@ -34,10 +34,11 @@ MANIFEST = "manifest.json"
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Nested state as JSON values, each tensor replaced by {"tensor": name} and put into ``tensors``.
 
-    All processes must call this if tensors are sharded.
+    Tuples and dtypes are kept as such: a random generator's state (in timm's Kron) must come back as a tuple. All processes
+    must call this if tensors are sharded.
 
     Raises:
-        CheckpointError: a value that is neither a tensor nor JSON.
+        CheckpointError: a value that is none of these nor JSON.
     """
     if isinstance(value, Tensor):
         tensors[prefix] = whole(value.detach())
@@ -45,17 +46,24 @@ def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"dict": [[k, flatten(v, f"{prefix}.{k}", tensors)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        return [flatten(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]
+        items = [flatten(v, f"{prefix}.{i}", tensors) for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise CheckpointError(f"{prefix}: a {type(value).__name__} can't be saved")
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of ``flatten``; tuples come back as lists."""
+    """Inverse of ``flatten``."""
     if isinstance(value, dict):
         if "tensor" in value:
             return tensors[value["tensor"]]
+        if "tuple" in value:
+            return tuple(unflatten(v, tensors) for v in value["tuple"])
+        if "dtype" in value:
+            return getattr(torch, value["dtype"])
         return {k: unflatten(v, tensors) for k, v in value["dict"]}
     return [unflatten(v, tensors) for v in value] if isinstance(value, list) else value
 

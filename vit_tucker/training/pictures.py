@@ -1,0 +1,100 @@
+"""Evaluation images with what the model says of them, as one picture for the log."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+MAX_IMAGES = 16
+CELL, TITLE, DPI = 1.6, 0.42, 100
+"""Inches of an image's side and of the two lines above it; dots per inch."""
+
+RIGHT, WRONG = "#1a7f37", "#c62828"
+MAX_NAME = 18
+"""Characters of a class name; longer ones are cut."""
+
+
+def prediction_figure(
+    images: Tensor,
+    labels: Tensor,
+    logits: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    class_names: Sequence[str] | None = None,
+) -> Tensor:
+    """A grid of up to 16 images, each with its true class, the predicted class and its probability; wrong ones in red.
+
+    Args:
+        images: normalised, (B, channels, height, width), on any device; grey or RGB, of others the first channel is shown.
+        labels: true classes, (B,).
+        logits: (B, classes).
+        mean, std: of the normalisation, for each channel.
+        class_names: names for the numbers.
+
+    Returns:
+        RGB picture, (3, H, W), uint8.
+
+    Raises:
+        ValueError: no images.
+    """
+    count = min(len(images), MAX_IMAGES)
+    if count == 0:
+        raise ValueError("no images to show")
+    pictures = denormalise(images[:count], mean, std)
+    probability, predicted = logits[:count].detach().float().softmax(-1).cpu().max(-1)
+    true = labels[:count].cpu()
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(columns * (CELL + 0.1), rows * (CELL + TITLE)), dpi=DPI)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    for i, axis in enumerate(axes[:count]):
+        right = bool(predicted[i] == true[i])
+        colour, weight = (RIGHT, "normal") if right else (WRONG, "bold")
+        names = [short_name(int(number[i]), class_names) for number in (predicted, true)]
+        axis.set_title(
+            f"{names[0]}  {probability[i]:.0%}\ntrue: {names[1]}",
+            fontsize=8,
+            color=colour,
+            weight=weight,
+            pad=3,
+            parse_math=False,
+        )
+        axis.imshow(pictures[i], interpolation="nearest")  # small images keep their pixels
+        axis.set(xticks=[], yticks=[])
+        for spine in axis.spines.values():
+            spine.set(color=colour, linewidth=1 if right else 3)
+    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - TITLE / (rows * (CELL + TITLE)), wspace=0.06, hspace=TITLE / CELL)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+
+
+def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Images as they were before normalisation, rounded and cut to what can be shown.
+
+    Args:
+        images: (B, channels, height, width).
+        mean, std: for each channel, or one for all.
+
+    Returns:
+        (B, height, width, 3), uint8; grey images in three equal channels.
+    """
+    values = images.detach().float().cpu()
+    shift, scale = (torch.tensor(list(x)).view(1, -1, 1, 1) for x in (mean, std))
+    values = ((values * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+    if values.shape[1] != 3:
+        values = values[:, :1].expand(-1, 3, -1, -1)
+    return values.permute(0, 2, 3, 1).numpy()
+
+
+def short_name(number: int, class_names: Sequence[str] | None) -> str:
+    """Name of a class, cut to MAX_NAME characters; its number where it has no name."""
+    if class_names is None or number >= len(class_names):
+        return str(number)
+    name = class_names[number].split(",")[0]  # ImageNet's names are lists of synonyms
+    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "\u2026"
