@@ -20,8 +20,10 @@ ALLOWED = {
     "analysis": {"errors", "tensor", "attention", "patching"},
     "models": {"errors", "config", "patching", "training"},
     "report": {"errors"},
-    "build": {"errors", "attention", "config", "patching", "data", "training", "models", "analysis"},
-    "run": {"errors", "config", "data", "models", "training", "build", "paths"},
+    "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
+    "trainer_setup": {"errors", "attention", "config", "training", "analysis", "build"},
+    "announce": {"config", "data", "models", "training", "build"},
+    "run": {"errors", "config", "data", "training", "build", "trainer_setup", "announce", "paths"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
         *("models", "analysis", "report", "run", "build", "paths", ""),

@@ -50,6 +50,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="continue the folder's run with this config even if it began with another",
     )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan: model, patch, groups, steps, memory")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys to override, values in YAML")
     args, extra = parser.parse_known_args(argv)
     if extra and any(text.startswith("-") for text in extra):
@@ -66,7 +67,7 @@ def _train(args: argparse.Namespace) -> int:
     if Path(args.cfg).is_dir():
         config = config.model_copy(update={"output_dir": str(Path(args.cfg))})
     try:
-        run(config, args.evaluate, args.allow_changes)
+        run(config, args.evaluate, args.allow_changes, args.dry_run)
     except StoppedError as stop:
         raise StoppedError(
             f"{stop}; the same command continues, or: {resume_command(str(config.output_dir))}"

@@ -1,6 +1,7 @@
 """The timm host model of a run: created, and started from timm's weights, from a file, or from another run."""
 
 import argparse
+import copy
 import importlib.util
 import os
 import pickle
@@ -17,7 +18,7 @@ from torch import nn
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
-from vit_tucker.training.weights import weights_metadata
+from vit_tucker.training.weights import load_weights, weights_metadata
 
 
 def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Module:
@@ -57,6 +58,42 @@ def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Modu
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         model.pretrained_cfg.pop("state_dict", None)  # the overlay's weights, now in the model
     return model
+
+
+def create_teacher(
+    config: ModelConfig, source: str, kept: Path, host: nn.Module | None, num_classes: int, in_chans: int
+) -> nn.Module:
+    """The dense teacher of a run that distils.
+
+    Args:
+        config: model section.
+        source: "host", or a run folder or weights file.
+        kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed.
+        host: the dense model with the weights that the run starts from, before it is patched; None if it was not made.
+        num_classes, in_chans: see ``create_host``.
+
+    Returns:
+        A model of its own on the CPU.
+
+    Raises:
+        ConfigError: the host has no trained weights. CheckpointError: the weights are missing or don't fit.
+    """
+    bare = config.model_copy(update={"pretrained": False, "checkpoint": None})
+    if kept.is_file():
+        teacher = create_host(bare, num_classes, in_chans)
+        load_weights(kept, teacher)
+        return teacher
+    if source != "host":
+        try:
+            return create_host(bare.model_copy(update={"checkpoint": source}), num_classes, in_chans)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace("model.checkpoint", "train.distill.teacher")) from None
+    if not config.pretrained and config.checkpoint is None:
+        raise ConfigError(
+            "train.distill.teacher: the host starts without trained weights; set model.pretrained or model.checkpoint, or name "
+            "the teacher's run folder or weights file"
+        )
+    return copy.deepcopy(host) if host is not None else create_host(config, num_classes, in_chans)
 
 
 def refuse_unknown_name(name: str) -> None:

@@ -6,23 +6,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 
-from vit_tucker.build import BuiltModel, build_model, build_trainer, create_accelerator
+from vit_tucker.announce import announce, describe_plan, describe_run
+from vit_tucker.build import BuiltModel, build_model
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError
-from vit_tucker.models import describe_device
 from vit_tucker.paths import refuse_unwritable
+from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
 from vit_tucker.training.engine import evaluate, fit
 from vit_tucker.training.monitor import Monitor
 from vit_tucker.training.peers import Peers
-from vit_tucker.training.run_dir import LOGGER, RunDir, environment, setup_console
+from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
+from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import load_weights
+from vit_tucker.training.weights import full_state, load_weights, save_weights
 
 HARMLESS = frozenset(
     {
@@ -34,7 +35,9 @@ HARMLESS = frozenset(
 """Keys that may change when a run is continued: they change nothing that it computes beyond rounding."""
 
 
-def run(config: RunConfig, evaluate_only: bool = False, allow_changes: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig, evaluate_only: bool = False, allow_changes: bool = False, dry_run: bool = False
+) -> dict[str, Any]:
     """Train (or continue, or evaluate) one run.
 
     Args:
@@ -42,6 +45,7 @@ def run(config: RunConfig, evaluate_only: bool = False, allow_changes: bool = Fa
             unfinished one is continued from its last checkpoint.
         evaluate_only: evaluate the best weights even if the run is not finished.
         allow_changes: continue a folder's run with this config even if it began with another.
+        dry_run: print the plan (model, patch, groups, steps, memory) and write nothing.
 
     Returns:
         The contents of results.json; for an evaluation also ``evaluation``.
@@ -51,11 +55,11 @@ def run(config: RunConfig, evaluate_only: bool = False, allow_changes: bool = Fa
         StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
     run_dir = RunDir(Path(str(config.output_dir)))
-    accelerator = create_accelerator(config.train)
+    accelerator = create_accelerator(config.train, str(config.output_dir))
     setup_console(accelerator.is_main_process)
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     try:
-        return run_together(config, run_dir, accelerator, peers, evaluate_only, allow_changes)
+        return run_together(config, run_dir, accelerator, peers, evaluate_only, allow_changes, dry_run)
     except StoppedError:
         raise
     except Exception as error:
@@ -70,11 +74,12 @@ def run_together(
     peers: Peers,
     evaluate_only: bool,
     allow_changes: bool,
+    dry_run: bool,
 ) -> dict[str, Any]:
     """The run itself, from its folder to its results; see ``run``."""
     config, changes = peers.together(lambda: check_folder(run_dir, config, allow_changes))
     seed_everything(derive_seed(config.seed))
-    finished = run_dir.results.is_file() and not changes
+    finished = run_dir.results.is_file() and not changes and not dry_run
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with_train = not (finished or evaluate_only)
@@ -85,16 +90,34 @@ def run_together(
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
     trainer = build_trainer(config, accelerator, peers, run_dir, built, steps_per_epoch)
-    if accelerator.is_main_process:
-        run_dir.start(dump_config(config), built.patch)
-    announce(config, results, accelerator, built)
+    trackers = Trackers(accelerator)
+    if dry_run:
+        announce(config, results, accelerator, built, trainer)
+        LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
+        return results
+    peers.on_main(lambda: begin(config, run_dir, built))
+    peers.together(lambda: trackers.start(results["config"], str(config.name)))
+    announce(config, results, accelerator, built, trainer)
     for change in changes:
         LOGGER.info(f"changed: {change}")
     facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
     start = trainer.progress.global_step
-    monitor = Monitor(accelerator, run_dir, config.train, steps_per_epoch, start, facts, dump_config(config))
-    fit(trainer, loaders, monitor)
-    monitor.close()
+    monitor = Monitor(
+        accelerator,
+        run_dir,
+        config.train,
+        steps_per_epoch,
+        start,
+        facts,
+        dump_config(config),
+        trainer.groups,
+        trackers,
+        (built.data["mean"], built.data["std"]),
+    )
+    try:
+        fit(trainer, loaders, monitor)
+    finally:
+        monitor.close()
     results |= summarise(trainer)
     if accelerator.is_main_process:
         run_dir.write_results(results)
@@ -108,7 +131,7 @@ def run_together(
 
 def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool) -> tuple[BuiltModel, Loaders]:
     """Model and loaders of one process."""
-    built = build_model(config, run_dir, accelerator.device)
+    built = build_model(config, run_dir, accelerator.device, with_teacher=with_train)
     loaders = build_loaders(
         config.data,
         config.train,
@@ -120,6 +143,13 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         with_train=with_train,
     )
     return built, loaders
+
+
+def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel) -> None:
+    """Write what a run starts with."""
+    run_dir.start(dump_config(config), built.patch)
+    if built.teacher is not None and not run_dir.teacher.is_file():
+        save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
 
 
 def report_failure(run_dir: RunDir, peers: Peers, error: Exception) -> None:
@@ -137,7 +167,7 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
     """Refuse a folder that holds a run of another config, or that can't be made.
 
     Returns:
-        The config, with the ranks that a rank rule chose when the run began; and what has changed since then.
+        The config, with the ranks that a rank rule chose when the run began; and what has changed since then that matters.
 
     Raises:
         ConfigError: with the differences, or what is in the way.
@@ -157,23 +187,8 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
             "folder, or continue it with this config by --allow-changes"
         )
     if given is not None and any(line.startswith("attention.") for line in differences):
-        return config, differences
-    return config.model_copy(update={"attention": chosen}), differences
-
-
-def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
-    """What results.json says of a run before it is trained."""
-    return {
-        "name": config.name,
-        "config": yaml.safe_load(dump_config(config)),
-        "environment": {**environment(), "device": describe_device(accelerator.device)},
-        "processes": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "params": built.params,
-        "patch": built.patch,
-        "data": {**built.data, "num_eval": loaders.num_eval},
-        "num_train": loaders.train.num_samples if loaders.train is not None else None,
-    }
+        return config, refused
+    return config.model_copy(update={"attention": chosen}), refused
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
@@ -207,19 +222,3 @@ def evaluate_run(
         f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
     )
     return {**results, "evaluation": asdict(scores)}
-
-
-def announce(config: RunConfig, results: dict[str, Any], accelerator: Accelerator, built: BuiltModel) -> None:
-    """What is about to run, in a few lines."""
-    if built.report is not None:
-        LOGGER.info(str(built.report))
-    params = results["params"]
-    LOGGER.info(f"{config.model.name}: {params['total']:,} parameters, {params['attention']:,} of them in attention")
-    images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"
-    LOGGER.info(
-        f"{config.data.dataset}: {images}; {config.train.epochs} epochs, global batch {config.train.global_batch_size}"
-    )
-    LOGGER.info(
-        f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "
-        f"{accelerator.mixed_precision}; folder {config.output_dir}"
-    )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import vit_tucker as vt
 from tests.training.processes import finish, fork, saved_steps, start, start_all
 from tests.training.test_run import config, in_tmp, same, weights
+from vit_tucker import run as run_module
 from vit_tucker.config.load import load_config
 from vit_tucker.errors import DivergedError, SaveError
 from vit_tucker.run import run
@@ -95,17 +96,15 @@ def test_the_scaler_is_restored(monkeypatch):
     )
     run(config("output_dir=a", "train.epochs=1"))
     monkeypatch.setattr(Trainer, "_scaler_state", original)
-    from vit_tucker import build
+    create = run_module.create_accelerator
 
-    create = build.create_accelerator
-
-    def with_scaler(train):
-        accelerator = create(train)
+    def with_scaler(train, folder):
+        accelerator = create(train, folder)
         accelerator.scaler = torch.amp.GradScaler("cpu")
         states.append(accelerator.scaler)
         return accelerator
 
-    monkeypatch.setattr("vit_tucker.run.create_accelerator", with_scaler)
+    monkeypatch.setattr(run_module, "create_accelerator", with_scaler)
     run(config("output_dir=a"), allow_changes=True)
     assert states[0].get_scale() == 8.0
 

@@ -29,8 +29,8 @@ from accelerate.utils import DistributedType
 from vit_tucker.training import engine, weights
 
 create = run.create_accelerator
-def sharding(train):
-    accelerator = create(train)
+def sharding(*args):
+    accelerator = create(*args)
     if accelerator.num_processes > 1:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],

@@ -88,7 +88,7 @@ def train_step(trainer: Trainer, micro_batches: list[Batch], measure: bool = Fal
             images, targets = t.mixup(images, targets)
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else t.accelerator.no_sync(t.model):
-            loss = t.loss(t.model(images).float(), targets) / len(micro_batches)
+            loss = batch_loss(t, images, targets) / len(micro_batches)
             t.accelerator.backward(loss)
         total += loss.detach()
     if t.config.clip_grad is not None:
@@ -104,6 +104,16 @@ def train_step(trainer: Trainer, micro_batches: list[Batch], measure: bool = Fal
     return total, None if norm is None else whole(norm)
 
 
+def batch_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
+    """Loss of a micro-batch: of the labels, and of the teacher where there is one; scalar."""
+    t = trainer
+    if t.distiller is None:
+        return t.loss(t.model(images).float(), targets)
+    with t.distiller.watch():
+        logits = t.model(images)
+    return t.distiller(images, logits, targets, t.loss)
+
+
 def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[str, Any]:
     """Evaluate model and EMA at the end of an epoch, keep the best weights.
 
@@ -116,7 +126,8 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[s
     row |= dict.fromkeys(("eval_loss", "eval_top1", "eval_top5"))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
         leave = lambda: t.heed(t.peers.vote(t.signals.number))  # noqa: E731
-        scores = evaluate(t.bare, loaders, t.accelerator, t.peers, t.input_size, leave)
+        first: list[tuple[Tensor, Tensor, Tensor]] = []
+        scores = evaluate(t.bare, loaders, t.accelerator, t.peers, t.input_size, leave, first)
         row |= {"eval_loss": scores.loss, "eval_top1": scores.top1, "eval_top5": scores.top5}
         if t.ema is not None:
             scores = evaluate(t.ema.module, loaders, t.accelerator, t.peers)
@@ -124,7 +135,7 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[s
         if progress.best is None or scores.top1 > progress.best["top1"]:
             progress.best = {"epoch": epoch, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
             t.save_best()
-        monitor.evaluated(row, t.inspect(t.bare) if t.inspect is not None else {}, progress)
+        monitor.evaluated(row, t.inspect(t.bare) if t.inspect is not None else {}, progress, first)
     return {**row, "lr": learning_rate(t.optimizer)}
 
 
@@ -136,6 +147,7 @@ def evaluate(
     peers: Peers,
     input_size: tuple[int, int, int] | None = None,
     after_batch: Callable[[], None] | None = None,
+    first: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Scores:
     """Scores of a model over all processes' shares, each image counted once.
 
@@ -149,6 +161,7 @@ def evaluate(
         peers: the other processes.
         input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
+        first: gets images, labels and logits of this process's first batch.
     """
     was_training = model.training
     model.eval()
@@ -159,6 +172,8 @@ def evaluate(
             with accelerator.autocast():
                 logits = model(images)
             sums += batch_sums(logits, labels)
+            if first is not None and not first:
+                first.append((images, labels, logits))
         elif is_sharded(model):
             assert input_size is not None
             model(torch.zeros(1, *input_size, device=accelerator.device))  # the others need this process's shards

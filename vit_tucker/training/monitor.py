@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vit_tucker.config.schema import TrainConfig
-from vit_tucker.training.optim import learning_rate
+from vit_tucker.training.optim import Group, learning_rate
+from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.trackers import Trackers
 
 T = TypeVar("T")
 
@@ -30,6 +32,9 @@ class Monitor:
         start_step: global step that the run goes on from; TensorBoard drops what an earlier try wrote after it.
         facts: scalars to write once.
         text: the resolved config.
+        groups: the optimizer's groups.
+        trackers: beside TensorBoard; None for none.
+        normalisation: mean and std of the images; None to show no pictures.
     """
 
     def __init__(
@@ -40,13 +45,17 @@ class Monitor:
         steps_per_epoch: int,
         start_step: int,
         facts: dict[str, float],
-        text: str,
+        text: str = "",
+        groups: Sequence[Group] = (),
+        trackers: Trackers | None = None,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
         self.accelerator, self.config, self.steps_per_epoch = accelerator, config, steps_per_epoch
         self.main = accelerator.is_main_process
         self.writer = SummaryWriter(str(run_dir.path), purge_step=start_step + 1) if self.main else None
-        self.run_dir = run_dir
+        self.run_dir, self.groups, self.trackers, self.normalisation = run_dir, groups, trackers, normalisation
         self.pending: list[tuple[Tensor, Tensor | None]] = []
+        self.bar = tqdm(disable=True)
         self.eval_seconds = 0.0
         self.step_seconds = 0.0
         self.warm = False
@@ -118,7 +127,7 @@ class Monitor:
             "train/data_wait_share": self.wait_share(),
             "train/memory_gb": memory_bytes() / 1e9,
         }
-        self.scalars({**values, **learning_rates(optimizer)}, progress.global_step)
+        self.scalars({**values, **self.learning_rates(optimizer)}, progress.global_step)
         return losses
 
     def wait_share(self) -> float:
@@ -130,11 +139,18 @@ class Monitor:
         self.bar.close()
         self.share, self.started = self.wait_share(), time.perf_counter()
 
-    def evaluated(self, row: dict[str, Any], extra: dict[str, float], progress: Progress) -> None:
-        """Scores of the model, and what else is known of it."""
+    def evaluated(
+        self, row: dict[str, Any], extra: dict[str, float], progress: Progress, first: Sequence[tuple[Tensor, ...]] = ()
+    ) -> None:
+        """Scores of the model, what else is known of it, and what it says of some images."""
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
         self.scalars({**scores, **extra}, progress.global_step)
+        if self.writer is not None and self.normalisation is not None and first:
+            images, labels, logits = first[0]
+            mean, std = self.normalisation
+            picture = prediction_figure(images, labels, logits, mean, std)
+            self.writer.add_image("eval/predictions", picture, progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
         """summary.csv, and one console line for an epoch."""
@@ -162,25 +178,29 @@ class Monitor:
         evaluations = self.config.epochs // self.config.eval_interval - progress.epoch // self.config.eval_interval
         return epochs * self.steps_per_epoch * self.step_seconds + evaluations * self.eval_seconds
 
+    def learning_rates(self, optimizer: Any) -> dict[str, float]:
+        """The learning rate, and that of each group of layers where they differ."""
+        rates = {"train/lr": learning_rate(optimizer)}
+        if any(group.lr_scale != 1 for group in self.groups):
+            for number, (group, now) in enumerate(zip(self.groups, optimizer.param_groups, strict=True)):
+                rates[f"lr/{number:02d} {group.layer} {'' if group.weight_decay else 'un'}decayed"] = now["lr"]
+        return rates
+
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write scalars, on the main process."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+        if self.trackers is not None:
+            self.trackers.log(values, step)
 
     def close(self) -> None:
-        """All is written."""
+        """Write what is still held."""
+        self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def learning_rates(optimizer: Any) -> dict[str, float]:
-    """The learning rate, and with layer-wise decay that of each group of layers."""
-    rates = {"train/lr": learning_rate(optimizer)}
-    for group in optimizer.param_groups:
-        if "lr_scale" in group:
-            rates[f"lr/scale_{group['lr_scale']:.4f}"] = group["lr"]
-    return rates
+        if self.trackers is not None:
+            self.trackers.finish()
 
 
 def memory_bytes() -> int:

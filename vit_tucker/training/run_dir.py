@@ -46,6 +46,11 @@ class RunDir:
         return self.checkpoints / "best" / "model.safetensors"
 
     @property
+    def teacher(self) -> Path:
+        """Weights of the teacher of a run that distils: what it started from need not stay."""
+        return self.path / "teacher" / "model.safetensors"
+
+    @property
     def results(self) -> Path:
         """Everything that tables are made of; written when the run is done."""
         return self.path / "results.json"
@@ -53,6 +58,7 @@ class RunDir:
     def start(self, config: str, patch: dict[str, Any] | None) -> None:
         """Write config.yaml and patch.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.results.unlink(missing_ok=True)  # of a finished run that is trained on
         _replace(self.config, config)
         if patch is not None:
             _replace(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")

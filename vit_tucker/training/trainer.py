@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import DivergedError, SaveError, StoppedError
+from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
-from vit_tucker.training.optim import learning_rate
+from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import RunDir
@@ -44,6 +45,8 @@ class Trainer:
         metadata: strings for the header of saved weights.
         progress: where the run stands.
         input_size: channels, height, width of an image.
+        groups: the optimizer's groups, by name.
+        distiller: the loss where a teacher is learned from, or None.
         inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
         signals: what this process was asked from outside.
         losses: this process's losses, one step late where there is a GPU.
@@ -64,6 +67,8 @@ class Trainer:
     metadata: dict[str, str]
     progress: Progress
     input_size: tuple[int, int, int]
+    groups: list[Group]
+    distiller: Distiller | None = None
     inspect: Callable[[nn.Module], dict[str, float]] | None = None
     signals: Signals = field(default_factory=Signals)
     losses: Mirror = field(default_factory=Mirror)

@@ -1,0 +1,145 @@
+"""The parts of a run around its model, built from its config: accelerator, optimizer, schedule, EMA, mixup, distiller."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from vit_tucker.analysis.spectra import rank_scalars
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.build import BuiltModel
+from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.errors import ConfigError
+from vit_tucker.training.distill import Distiller
+from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
+from vit_tucker.training.peers import Peers
+from vit_tucker.training.resume import resume
+from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.state import load_optimizer
+from vit_tucker.training.trackers import check_trackers
+from vit_tucker.training.trainer import Trainer
+from vit_tucker.training.weights import is_sharded
+
+
+def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
+    """Accelerator with the config's precision and trackers; 'auto' is what the launcher was told, else bf16 where GPUs have it.
+
+    Args:
+        config: the recipe.
+        folder: where trackers write files.
+
+    Raises:
+        ConfigError: a tracker that Accelerate doesn't know, or that is not installed.
+    """
+    cpu = config.cpu or not torch.cuda.is_available()
+    precision = config.mixed_precision
+    if precision == "auto":
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        has_bf16 = not cpu and torch.cuda.is_bf16_supported()
+        precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+    ]
+    trackers = check_trackers(config.trackers) or None
+    return Accelerator(
+        cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=folder
+    )
+
+
+def build_trainer(
+    config: RunConfig, accelerator: Accelerator, peers: Peers, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
+) -> Trainer:
+    """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
+    model, recipe = built.model, config.train
+    if recipe.grad_checkpointing:
+        checkpoint_activations(model, config.model.name)
+    optimizer = create_optimizer(model, recipe)
+    scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)
+    groups = describe_groups(model, optimizer)
+    ema = None
+    if recipe.model_ema:
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    saved = resume(run_dir, peers, model, ema)
+    distiller = None
+    if recipe.distill is not None:
+        assert built.teacher is not None
+        distiller = Distiller(built.teacher, recipe.distill, model, accelerator.autocast)
+    if recipe.compile:
+        model.compile()  # in place: no prefix gets into the keys
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(prepared)
+    bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
+    if ema is not None and is_sharded(bare):
+        raise ConfigError("train.model_ema: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
+    if saved.optimizer is not None:
+        load_optimizer(optimizer, saved.optimizer)
+    if saved.scaler is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(saved.scaler)
+    progress = saved.progress
+    if progress.fit_to(steps_per_epoch):
+        LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
+    progress.processes = peers.num_processes
+    scheduler.step_update(progress.global_step)
+    mixup = create_mixup(recipe, built.num_classes)
+    return Trainer(
+        accelerator=accelerator,
+        peers=peers,
+        model=prepared,
+        bare=bare,
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup is not None else recipe.smoothing),
+        mixup=mixup,
+        ema=ema,
+        config=recipe,
+        seed=config.seed,
+        run_dir=run_dir,
+        metadata=weights_header(config.model.name, config.attention),
+        progress=progress,
+        input_size=built.data["input_size"],
+        groups=groups,
+        distiller=distiller,
+        inspect=rank_scalars if recipe.log_ranks else None,
+    )
+
+
+def checkpoint_activations(model: nn.Module, name: str) -> None:
+    """Have the blocks recompute their activations in the backward pass.
+
+    Raises:
+        ConfigError: timm's model can't.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise ConfigError(f"train.grad_checkpointing: timm's {name} has none") from None
+
+
+def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
+    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
+    if attention is None:
+        return {"architecture": architecture, "attention": ""}
+    return {
+        "architecture": architecture,
+        "attention": attention.method,
+        "attention_config": attention.model_dump_json(),
+    }
+
+
+def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix in batch mode, or None."""
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(
+        mixup_alpha=config.mixup,
+        cutmix_alpha=config.cutmix,
+        prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        label_smoothing=config.smoothing,
+        num_classes=num_classes,
+    )
