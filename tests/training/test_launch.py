@@ -1,25 +1,28 @@
-"""Launchers: the shipped Accelerate configs, the Slurm script, and two launchers that make one training over the loopback."""
+"""Launchers: the shipped Accelerate configs, and two launchers that make one training over the loopback."""
 
 import csv
+import inspect
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from torch import nn
 
 from tests.conftest import process_environment
 from tests.training.test_distributed import RECIPE, ROOT, data_root  # noqa: F401  # a fixture
 from vit_tucker.cli import train_main
+from vit_tucker.patching.find import find_attention
 
 CONFIGS = ROOT / "experiments" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu2": 2, "gpu1": 1, "gpu8": 8, "nodes2x8": 16, "fsdp2": 8}
@@ -86,6 +89,55 @@ def test_a_typo_in_a_config_is_seen(tmp_path):
     file.write_text((CONFIGS / "fsdp2.yaml").read_text().replace("fsdp_auto_wrap_policy", "fsdp_auto_wrap_polcy"))
     with pytest.raises(AssertionError, match="fsdp_auto_wrap_polcy"):
         launch_arguments(file)
+
+
+BLOCKS = {
+    "deit_tiny_patch16_224": "Block",
+    "beit_base_patch16_224": "Block",
+    "eva02_tiny_patch14_224": "EvaBlock",
+    "swin_tiny_patch4_window7_224": "SwinTransformerBlock",
+    "swinv2_tiny_window8_256": "SwinTransformerV2Block",
+}
+
+
+def has_usable_fsdp2() -> bool:
+    """Accelerate 1.6 has FSDP version 2, but asks models for attributes that only transformers' have; 1.7 doesn't."""
+    with suppress(ImportError):
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+
+        return list(inspect.signature(fsdp2_prepare_auto_wrap_policy).parameters) == ["fsdp2_plugin", "model"]
+    return False
+
+
+def sharded_modules(model: nn.Module, names: list[str] | None) -> set[str]:
+    """Which modules accelerate would make FSDP2 shards of their own, with the policy of fsdp2.yaml."""
+    from accelerate.utils import FullyShardedDataParallelPlugin, fsdp_utils
+
+    settings = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text())["fsdp_config"]
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy=settings["fsdp_auto_wrap_policy"].lower(),
+        reshard_after_forward=settings["fsdp_reshard_after_forward"],
+        transformer_cls_names_to_wrap=names,
+    )
+    plugin.set_auto_wrap_policy(model)
+    policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    return {name for name, module in model.named_modules() if policy(module)}
+
+
+@pytest.mark.skipif(not has_usable_fsdp2(), reason="this accelerate has no FSDP version 2 that takes timm's models")
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fsdp2_config_shards_the_blocks_it_speaks_of(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    blocks = {attention.rpartition(".")[0] for attention in find_attention(model)}
+    assert BLOCKS[name] in (CONFIGS / "fsdp2.yaml").read_text()
+    assert sharded_modules(model, [BLOCKS[name]]) == blocks
+    assert sharded_modules(model, None) == set()  # the model as one shard: works everywhere
+    model._no_split_modules = [BLOCKS[name]]
+    assert sharded_modules(model, None) == blocks
+    with pytest.raises(ValueError, match="NoSuchBlock"):
+        sharded_modules(model, ["NoSuchBlock"])
 
 
 # ---- real trainings
@@ -166,149 +218,3 @@ def test_two_launchers_make_one_training(runs, data_root):  # noqa: F811
     assert train_main([*RECIPE, f"data.root={data_root}", f"output_dir={other}", "seed=1"]) == 0
     with pytest.raises(AssertionError):  # the tolerance tells two runs apart
         assert_alike(other, folder / "cpu")
-
-
-# ---- the Slurm script, with stand-ins for srun, scontrol and the launcher
-
-SRUN = """#!/usr/bin/env bash
-# Starts the command once per node, as srun does with one task per node, and hands USR1 on to the tasks.
-while [ "$1" != bash ]; do case $1 in --nodes) nodes=$2 ;; esac; shift; done
-tasks=()
-for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
-trap 'kill -USR1 "${tasks[@]}"' USR1
-status=0
-for task in "${tasks[@]}"; do
-  wait "$task" || worst=$?
-  while kill -0 "$task" 2>/dev/null; do worst=0; wait "$task" || worst=$?; done
-  [ "${worst:-0}" -eq 0 ] || status=$worst
-done
-exit "$status"
-"""
-SCONTROL = """#!/usr/bin/env bash
-case $1 in
-  show) printf 'node-a\\nnode-b\\n' ;;
-  requeue) echo "$2" >>"$FAKES/requeued" ;;
-esac
-"""
-ACCELERATE = """#!/usr/bin/env bash
-# A launcher with one training process: dies of USR1 unless it ignores it, and ends with 1 if its process fails.
-printf '%s\\n' "$@" >"$FAKES/launch-$SLURM_NODEID"
-"$FAKES/training" || exit 1
-"""
-TRAINING = f"""#!{sys.executable} -SE
-import os, pathlib, signal, sys, time
-run, fakes, node, mode = (os.environ[key] for key in ("RUN", "FAKES", "SLURM_NODEID", "MODE"))
-def save(step):
-    if node == "0":
-        (folder := pathlib.Path(run, "checkpoints")).mkdir(exist_ok=True)
-        (folder / "last").unlink(missing_ok=True)
-        (folder / "last").symlink_to(f"step-{{step}}")
-def leave(*_):
-    if mode != "stuck":
-        save(7)
-    pathlib.Path(fakes, f"left-{{node}}").touch()
-    sys.exit(130)
-if mode == "done":
-    pathlib.Path(run, "results.json").touch()
-    sys.exit(0)
-save(3)
-if mode == "fail":
-    sys.exit(1)
-signal.signal(signal.SIGUSR1, leave)
-pathlib.Path(fakes, f"ready-{{node}}").touch()
-time.sleep(20)
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path):
-    """-> start(mode) of the batch script on two nodes, in a folder of its own."""
-    fakes, run = tmp_path / "fakes", tmp_path / "my run"
-    fakes.mkdir()
-    run.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("accelerate", ACCELERATE), ("training", TRAINING)):
-        (fakes / name).write_text(text)
-        (fakes / name).chmod(0o755)
-    variables = {"FAKES": fakes, "RUN": run, "ACCELERATE": fakes / "accelerate", "SLURM_SUBMIT_DIR": ROOT}
-    variables |= {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": 2, "SLURM_JOB_ID": 41234}
-    variables |= {"SLURM_GPUS_ON_NODE": 8, "PATH": f"{fakes}:{os.environ['PATH']}"}
-
-    jobs: list[subprocess.Popen] = []
-
-    def begin(mode: str, *arguments: str) -> subprocess.Popen:
-        given = arguments or ("--cfg", "imagenet/dense", f"output_dir={run}", "train.lr=1e-3")
-        command = [shutil.which("bash"), str(ROOT / "experiments" / "slurm" / "train.sbatch"), *given]
-        environment = {**os.environ, **{key: str(value) for key, value in variables.items()}, "MODE": mode}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        jobs.append(subprocess.Popen(command, env=environment, start_new_session=True, cwd=tmp_path, **pipes))
-        return jobs[-1]
-
-    yield begin, fakes, run
-    for job in jobs:
-        with suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-
-
-def test_slurm_launches_one_training_on_all_nodes(slurm):
-    begin, fakes, run = slurm
-    out, error = (job := begin("done")).communicate(timeout=30)
-    assert (job.returncode, error) == (0, "")
-    assert f"finished: {run}" in out
-    assert not (fakes / "requeued").exists()
-    for node in (0, 1):
-        words = (fakes / f"launch-{node}").read_text().splitlines()
-        args = launch_command_parser().parse_args(words[1:])  # accelerate's own parser understands them
-        assert words[0] == "launch"
-        assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, node)
-        assert (args.main_process_ip, args.main_process_port) == ("node-a", 21234)
-        assert (ROOT / args.config_file).is_file()
-        assert args.training_script == "experiments/train_vit.py"
-        assert args.training_script_args == ["--cfg", "imagenet/dense", f"output_dir={run}", "train.lr=1e-3"]
-
-
-def interrupt(job: subprocess.Popen, fakes: Path) -> tuple[str, str]:
-    """What Slurm does before the time limit: USR1 to the batch script alone."""
-    deadline = time.monotonic() + 20
-    while not all((fakes / f"ready-{node}").exists() for node in (0, 1)):
-        assert time.monotonic() < deadline
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
-    return job.communicate(timeout=30)
-
-
-def test_slurm_queues_an_interrupted_run_again(slurm):
-    begin, fakes, _ = slurm
-    out, error = interrupt(job := begin("run"), fakes)
-    assert (job.returncode, error) == (0, "")
-    assert "interrupted after step-7; queued again" in out
-    assert (fakes / "requeued").read_text() == "41234\n"
-    assert (fakes / "left-0").exists()
-    assert (fakes / "left-1").exists()  # the training processes got the signal on both nodes, and their launchers lived
-
-
-def test_slurm_does_not_queue_again_what_makes_no_progress(slurm):
-    begin, fakes, run = slurm
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "last").symlink_to("step-3")  # where the job starts, and where it still is at its end
-    _, error = interrupt(job := begin("stuck"), fakes)
-    assert job.returncode == 1
-    assert "no checkpoint was written before the time limit" in error
-    assert (fakes / "left-0").exists()  # it was asked to leave
-    assert not (fakes / "requeued").exists()
-
-
-def test_slurm_does_not_queue_a_failed_run_again(slurm):
-    begin, fakes, _ = slurm
-    _, error = (job := begin("fail")).communicate(timeout=30)
-    assert job.returncode == 1
-    assert "the training ended with status 1; not queued again" in error
-    assert not (fakes / "requeued").exists()
-
-
-def test_slurm_needs_a_run_folder(slurm):
-    begin, fakes, _ = slurm
-    _, error = (job := begin("done", "--cfg", "imagenet/dense")).communicate(timeout=30)
-    assert job.returncode == 2
-    assert error == "error: output_dir= is missing: name the run folder, on a file system that all nodes see\n"
-    assert not (fakes / "launch-0").exists()
