@@ -68,14 +68,16 @@ def write_images(case: Case, folder: Path) -> None:
         ("train", "train", range(case.batch_size * case.steps)),
         ("validation", "t10k", range(case.batch_size * case.steps, case.batch_size * case.steps + EVAL_IMAGES)),
     ):
-        images = [draw(case, number) for number in numbers]
-        for number, image in zip(numbers, images, strict=True):
+        kept = []
+        for number in numbers:
+            image = draw(case, number)
             file = folder / split / f"class{number % CLASSES}" / f"{number:06d}.{case.suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.squeeze()).save(file, quality=90)
+            kept += [image] if case.memory else []
         if case.memory:
             (folder / "fashion_mnist").mkdir(exist_ok=True)
-            pixels, labels = np.stack(images).squeeze(-1), np.array([n % CLASSES for n in numbers], np.uint8)
+            pixels, labels = np.stack(kept).squeeze(-1), np.array([n % CLASSES for n in numbers], np.uint8)
             for name, array in ((f"{prefix}-images-idx3-ubyte.gz", pixels), (f"{prefix}-labels-idx1-ubyte.gz", labels)):
                 header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
                 (folder / "fashion_mnist" / name).write_bytes(gzip.compress(header + array.tobytes()))

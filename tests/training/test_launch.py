@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,15 +99,6 @@ BLOCKS = {
 }
 
 
-def has_usable_fsdp2() -> bool:
-    """Accelerate 1.6 has FSDP version 2, but asks models for attributes that only transformers' have; 1.7 doesn't."""
-    with suppress(ImportError):
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
-
-        return list(inspect.signature(fsdp2_prepare_auto_wrap_policy).parameters) == ["fsdp2_plugin", "model"]
-    return False
-
-
 def sharded_modules(model: nn.Module, names: list[str] | None) -> set[str]:
     """Which modules accelerate would make FSDP2 shards of their own, with the policy of fsdp2.yaml."""
     from accelerate.utils import FullyShardedDataParallelPlugin, fsdp_utils
@@ -121,11 +111,15 @@ def sharded_modules(model: nn.Module, names: list[str] | None) -> set[str]:
         transformer_cls_names_to_wrap=names,
     )
     plugin.set_auto_wrap_policy(model)
-    policy = fsdp_utils.fsdp2_prepare_auto_wrap_policy(plugin, model)
+    prepare = fsdp_utils.fsdp2_prepare_auto_wrap_policy  # the first accelerates with it also want the kind of policy
+    kind = ["transformer"] if "auto_wrap_policy_type" in inspect.signature(prepare).parameters else []
+    if kind and "getattr(model" not in inspect.getsource(prepare):
+        pytest.skip("this accelerate's FSDP version 2 takes models of transformers only")
+    policy = prepare(plugin, *kind, model)
     return {name for name, module in model.named_modules() if policy(module)}
 
 
-@pytest.mark.skipif(not has_usable_fsdp2(), reason="this accelerate has no FSDP version 2 that takes timm's models")
+@pytest.mark.skipif(not known_by_this_accelerate("fsdp2"), reason="this accelerate has no FSDP version 2")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fsdp2_config_shards_the_blocks_it_speaks_of(name):
     with torch.device("meta"):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ exit "$status"
 """
 SCONTROL = """#!/usr/bin/env bash
 case $1 in
-  show) printf 'node-a\\nnode-b\\n' ;;
+  show) printf '%s\\n' "${MAIN:-node-a}" node-b ;;
   requeue) echo "$2" >>"$FAKES/requeued" ;;
 esac
 """
@@ -79,10 +80,10 @@ def slurm(tmp_path):
 
     jobs: list[subprocess.Popen] = []
 
-    def begin(mode: str, *arguments: str) -> subprocess.Popen:
+    def begin(mode: str, *arguments: str, **changes: object) -> subprocess.Popen:
         given = arguments or ("--cfg", "imagenet/dense", f"output_dir={run}", "train.lr=1e-3")
         command = [shutil.which("bash"), str(ROOT / "experiments" / "slurm" / "train.sbatch"), *given]
-        environment = {**os.environ, **{key: str(value) for key, value in variables.items()}, "MODE": mode}
+        environment = {**os.environ, **{k: str(v) for k, v in {**variables, **changes}.items()}, "MODE": mode}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         jobs.append(subprocess.Popen(command, env=environment, start_new_session=True, cwd=tmp_path, **pipes))
         return jobs[-1]
@@ -156,3 +157,26 @@ def test_slurm_needs_a_run_folder(slurm):
     assert job.returncode == 2
     assert error == "error: output_dir= is missing: name the run folder, on a file system that all nodes see\n"
     assert not (fakes / "launch-0").exists()
+
+
+def test_slurm_reaches_training_processes_behind_a_real_launcher(slurm, tmp_path):
+    """accelerate's launcher on one node with two processes: both get the signal, it does not die of it."""
+    begin, fakes, run = slurm
+    project = tmp_path / "project" / "experiments"
+    shutil.copytree(ROOT / "experiments" / "accelerate", project / "accelerate")
+    (project / "train_vit.py").write_text(TRAINING.replace('"SLURM_NODEID"', '"RANK"'))
+    (fakes / "launcher").write_text(
+        f"#!{sys.executable}\nfrom accelerate.commands.accelerate_cli import main\nmain()\n"
+    )
+    (fakes / "launcher").chmod(0o755)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    changes = {"ACCELERATE": fakes / "launcher", "SLURM_SUBMIT_DIR": tmp_path / "project", "SLURM_JOB_NUM_NODES": 1}
+    changes |= {"SLURM_GPUS_ON_NODE": 2, "MAIN": "127.0.0.1", "MASTER_PORT": port}
+    out, error = interrupt(job := begin("run", f"output_dir={run}", **changes), fakes)
+    assert job.returncode == 0, error
+    assert "interrupted after step-7; queued again" in out
+    assert (fakes / "left-0").exists()
+    assert (fakes / "left-1").exists()
+    assert "exitcode  : 130" in error  # what the launcher says of its processes; it was alive to say it
