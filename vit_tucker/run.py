@@ -4,6 +4,7 @@ import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,6 +19,7 @@ from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerE
 from vit_tucker.paths import refuse_unwritable
 from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
 from vit_tucker.training.engine import evaluate, fit
+from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.monitor import Monitor
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
@@ -58,13 +60,15 @@ def run(
     accelerator = create_accelerator(config.train, str(config.output_dir))
     setup_console(accelerator.is_main_process)
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
-    try:
-        return run_together(config, run_dir, accelerator, peers, evaluate_only, allow_changes, dry_run)
-    except StoppedError:
-        raise
-    except Exception as error:
-        report_failure(run_dir, peers, error)
-        raise
+    signals = Signals()
+    with catch_signals(signals, SIGUSR1):  # whose default is death; the set-up is worth finishing
+        try:
+            return run_together(config, run_dir, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
+        except StoppedError:
+            raise
+        except Exception as error:
+            report_failure(run_dir, peers, error)
+            raise
 
 
 def run_together(
@@ -72,6 +76,7 @@ def run_together(
     run_dir: RunDir,
     accelerator: Accelerator,
     peers: Peers,
+    signals: Signals,
     evaluate_only: bool,
     allow_changes: bool,
     dry_run: bool,
@@ -90,6 +95,7 @@ def run_together(
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
     trainer = build_trainer(config, accelerator, peers, run_dir, built, steps_per_epoch)
+    trainer.signals = signals
     trackers = Trackers(accelerator)
     if dry_run:
         announce(config, results, accelerator, built, trainer)

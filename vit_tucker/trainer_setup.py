@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -14,6 +15,7 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.schema import RunConfig, TrainConfig
 from vit_tucker.errors import ConfigError
+from vit_tucker.patching.find import find_attention
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
 from vit_tucker.training.peers import Peers
@@ -46,9 +48,15 @@ def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accele
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
     ]
     trackers = check_trackers(config.trackers) or None
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=folder
     )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            "the launcher asks for FSDP, which needs GPUs; without them start the processes with --multi_gpu"
+        )
+    return accelerator
 
 
 def build_trainer(
@@ -71,6 +79,7 @@ def build_trainer(
         distiller = Distiller(built.teacher, recipe.distill, model, accelerator.autocast)
     if recipe.compile:
         model.compile()  # in place: no prefix gets into the keys
+    name_blocks(model)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared)
     bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
@@ -106,6 +115,13 @@ def build_trainer(
         distiller=distiller,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def name_blocks(model: nn.Module) -> None:
+    """Tell Accelerate which classes FSDP makes shards of: the blocks, which is what holds an attention layer."""
+    blocks = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in find_attention(model)}
+    if not hasattr(model, "_no_split_modules"):
+        model._no_split_modules = sorted(blocks)  # type: ignore[assignment]
 
 
 def checkpoint_activations(model: nn.Module, name: str) -> None:

@@ -62,10 +62,10 @@ def start(arguments: Sequence[str], output: Path, kill_in: str = "", **environme
     return process
 
 
-def start_all(count: int, arguments: Sequence[str], output: Path) -> list[multiprocessing.Process]:
+def start_all(count: int, arguments: Sequence[str], output: Path, **environment: str) -> list[multiprocessing.Process]:
     """Start the processes of one run, as torchrun would."""
     if count == 1:
-        return [start(arguments, output)]
+        return [start(arguments, output, **environment)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -33,8 +33,7 @@ def sharding(*args):
     accelerator = create(*args)
     if accelerator.num_processes > 1:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
-            cpu_ram_efficient_loading=False,
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
         accelerator.state.distributed_type = DistributedType.FSDP
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -43,7 +42,8 @@ run.create_accelerator = sharding
 
 original = engine.train_step
 def watched(trainer, *args, **options):
-    assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1)
+    shards = [m for m in trainer.bare.modules() if type(m).__name__.startswith("FSDP")]
+    assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1) == (len(shards) == 2)  # model, block
     if {stop} and trainer.progress.global_step == {stop}: os.kill(os.getpid(), signal.SIGTERM)
     return original(trainer, *args, **options)
 engine.train_step = watched
@@ -84,6 +84,13 @@ def test_sharded_training_is_the_same_training(tmp_path, data_root):
     assert saved_steps(mixed) == 8
     assert train(2, mixed, data_root) == [0, 0], mixed.with_suffix(".log").read_text()
     assert_alike(one, mixed)
+
+
+def test_fsdp_without_gpus_is_refused(tmp_path, data_root):
+    """Accelerate itself would go on with DDP and say nothing."""
+    arguments, log = [*RECIPE, f"data.root={data_root}", f"output_dir={tmp_path / 'run'}"], tmp_path / "log"
+    assert finish(start_all(2, arguments, log, ACCELERATE_USE_FSDP="true")) == [2, 2]
+    assert log.read_text().count("error: the launcher asks for FSDP, which needs GPUs; ") == 1
 
 
 def test_an_ema_is_refused(tmp_path, data_root):

@@ -116,7 +116,8 @@ def test_the_command_line_says_how_to_go_on(tmp_path):
 
 
 def test_signals_are_noted_and_the_second_ctrl_c_interrupts_at_once(monkeypatch):
-    with catch_signals() as signals:
+    signals = Signals()
+    with catch_signals(signals):
         assert signals.number == 0
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)

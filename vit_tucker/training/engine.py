@@ -33,7 +33,7 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
     """
     assert loaders.train is not None
     t, progress, config, data = trainer, trainer.progress, trainer.config, loaders.train
-    with catch_signals() as t.signals:
+    with catch_signals(t.signals):
         while progress.epoch < config.epochs:
             t.model.train()
             if t.mixup is not None and 0 < config.mixup_off_epoch <= progress.epoch:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 IMPATIENT_SECONDS = 2.0
 """A second Ctrl-C after this time stops at once; one before it is the launcher's echo of the first."""
 
@@ -33,16 +33,14 @@ class Signals:
 
 
 @contextmanager
-def catch_signals() -> Iterator[Signals]:
-    """SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) are only noted inside; the run stops where its state can be saved."""
-    signals = Signals()
+def catch_signals(signals: Signals, *numbers: int) -> Iterator[None]:
+    """These signals (SIGINT, SIGTERM and SIGUSR1, Slurm's warning, if none are given) are only noted inside."""
     try:
-        before = {number: signal.signal(number, signals.catch) for number in CAUGHT}
+        before = {number: signal.signal(number, signals.catch) for number in numbers or STOPPING}
     except ValueError:  # not the main thread: whoever runs us there has the signals
-        yield signals
-        return
+        before = {}
     try:
-        yield signals
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
