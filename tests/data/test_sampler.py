@@ -18,7 +18,9 @@ def steps(world_size, accumulation=1, epoch=0, start=0, num=50, batch=8, seed=0)
         iterators.append(list(sampler))
     count = len(iterators[0]) // accumulation
     return [
-        sorted(i for rank in iterators for micro in rank[s * accumulation : (s + 1) * accumulation] for _, i in micro)
+        sorted(
+            i for rank in iterators for micro in rank[s * accumulation : (s + 1) * accumulation] for _, i, _ in micro
+        )
         for s in range(count)
     ]
 
@@ -52,7 +54,7 @@ def test_mirrored_shards_keep_the_pairs_of_mixup(shards):
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 5))
 def test_evaluation_counts_each_image_once(num, batch_size, world_size):
     batches = [list(EvalSampler(num, batch_size, rank, world_size)) for rank in range(world_size)]
-    seen = [i for rank in batches for batch in rank for _, i in batch]
+    seen = [i for rank in batches for batch in rank for _, i, _ in batch]
     assert sorted(seen) == list(range(num))
     assert all(len(batch) <= batch_size for rank in batches for batch in rank)
 

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 from vit_tucker.data.seeding import derive_seed
 
-Key = tuple[int, int]  # epoch, index
+Key = tuple[int, int, int]  # epoch, index, number of the repeat
 
 
 def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
@@ -86,7 +86,7 @@ class TrainSampler(Sampler[list[Key]]):
             batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
             for micro in range(self.accumulation):
                 part = shard(batch, micro * self.world_size + self.rank, self.world_size * self.accumulation)
-                yield [(epoch, index) for index in part.tolist()]
+                yield [(epoch, index, 0) for index in part.tolist()]
 
 
 class EvalSampler(Sampler[list[Key]]):
@@ -101,4 +101,4 @@ class EvalSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+            yield [(0, index, 0) for index in self.indices[start : start + self.batch_size]]

@@ -121,7 +121,7 @@ def train_step(trainer: Trainer, micro_batches: list[Batch]) -> Tensor:
     step, rank = t.progress.global_step, t.accelerator.process_index
     seed_everything(derive_seed(t.seed, step, 2, rank))
     total = torch.zeros((), device=device)
-    for number, (batch, labels) in enumerate(micro_batches):
+    for number, (batch, labels, _) in enumerate(micro_batches):
         images, targets = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if t.mixup is not None:
             np.random.seed(derive_seed(t.seed, step, 3))  # noqa: NPY002  # timm's mixup draws from the global state
@@ -155,7 +155,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], accelerator: Accelerator
     was_training = model.training
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for images, labels in loader:
+    for images, labels, _ in loader:
         images = images.to(accelerator.device, non_blocking=True)
         with accelerator.autocast():
             logits = model(images)
