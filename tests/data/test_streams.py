@@ -116,6 +116,7 @@ def test_bad_samples_of_a_webdataset(tmp_path, workers):
     assert len(lenient.faults) == 2
     list(lenient.train.steps(1))
     assert len(lenient.faults) == 2  # the same image again
+    lenient.close()
 
 
 def test_a_torn_shard_is_named(tmp_path):

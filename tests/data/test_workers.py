@@ -37,6 +37,11 @@ def send(name, workers):
     time.sleep(0.1)
 
 
+def send_and_read(name, workers, iterator):
+    send(name, workers)
+    return rest(iterator)
+
+
 def rest(iterator):
     return [value for batch in iterator for value in batch.tolist()]
 
@@ -68,8 +73,7 @@ def test_the_second_sigterm_ends_them_where_torchs_own_die_of_the_first(init):
         send("TERM", workers)
         assert all(worker.is_alive() for worker in workers)
     with pytest.raises(RuntimeError, match="DataLoader worker"):  # torch notices the end of a worker wherever it is
-        send("TERM", workers)
-        rest(iterator)
+        send_and_read("TERM", workers, iterator)
     assert gone_within(2, lambda: any(worker.is_alive() for worker in workers))
     end_workers(loader)
 
