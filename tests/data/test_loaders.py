@@ -104,6 +104,32 @@ def test_streamed_training_has_the_promised_steps(tmp_path):
         assert [[len(labels) for _, labels, _ in step] for step in loaders.train.steps(epoch)] == [[2, 2]] * 3
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_repeated_augmentation_shows_an_image_anew(in_memory):
+    data = AUGMENTED.model_copy(update={"in_memory": in_memory})
+    repeated = data.model_copy(update={"aug_repeats": 4})
+    ((images, labels, _),) = first_step(build(repeated))
+    assert torch.equal(labels, labels[:4].repeat(4))
+    assert len({x.numpy().tobytes() for x in images}) == 16  # 4 images, each in 4 ways
+    ((once, _, _),) = first_step(build(data))
+    assert torch.equal(images[:4], once[:4])  # the first way is that of a run without repeats
+    halves = [first_step(build(repeated, rank, 2))[0].images for rank in (0, 1)]
+    assert {x.numpy().tobytes() for x in torch.cat(halves)} == {x.numpy().tobytes() for x in images}
+    ((same, _, _),) = first_step(build(data.model_copy(update={"aug_repeats": 1})))
+    assert torch.equal(same, once)
+
+
+def test_repeated_augmentation_of_a_stream_is_refused(tmp_path):
+    write_shards(tmp_path, sizes=(6, 6))
+    data = DataConfig(dataset="wds/", root=str(tmp_path), num_workers=0, aug_repeats=2)
+    with pytest.raises(
+        ConfigError, match=r"^data.aug_repeats=2: a streamed data set can't repeat its images; choose 0$"
+    ):
+        build(data, global_batch_size=4)
+    with pytest.raises(ConfigError, match=r"^data.aug_repeats=3: train.global_batch_size=16 must be a multiple of it"):
+        build(AUGMENTED.model_copy(update={"aug_repeats": 3}))
+
+
 def test_batches_that_do_not_fit_are_a_config_error():
     with pytest.raises(ConfigError, match="larger than the 1437 training images"):
         build(global_batch_size=2000)

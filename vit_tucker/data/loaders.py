@@ -179,10 +179,12 @@ def _train_loader(place: Place) -> TrainLoader:
     split = subset(place.open(data.train_split, True), data.num_samples)
     streamed = is_iterable(split)
     total = split.reader.num_samples if streamed else len(split)
+    repeats = max(1, data.aug_repeats)
+    if streamed and repeats > 1:
+        raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")
+    shares = place.rank, place.world_size, train.grad_accum_steps
     try:
-        sampler = TrainSampler(
-            total, train.global_batch_size, place.seed, place.rank, place.world_size, train.grad_accum_steps
-        )
+        sampler = TrainSampler(total, train.global_batch_size, place.seed, *shares, repeats)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     transform = train_transform(data, place.resolved)
