@@ -11,6 +11,8 @@ from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.batches import Batch, Collate, SeededDataset, checked_batches
 from vit_tucker.data.datasets import is_iterable, load_dataset, subset
 from vit_tucker.data.faults import FaultLog
+from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
+from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
@@ -29,6 +31,7 @@ class TrainLoader:
         steps_per_epoch: optimizer steps per epoch.
         accumulation: micro-batches per step.
         faults: bad images of this process so far.
+        description: which way the images take, and why; for the log.
     """
 
     loader: DataLoader
@@ -37,6 +40,7 @@ class TrainLoader:
     steps_per_epoch: int
     accumulation: int
     faults: FaultLog
+    description: str
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """Micro-batches of each optimizer step of an epoch, from ``start_step`` on.
@@ -69,10 +73,12 @@ class EvalLoader:
     Attributes:
         loader: yields batches.
         faults: bad images of this process so far.
+        description: which way the images take, and why; for the log.
     """
 
     loader: DataLoader
     faults: FaultLog
+    description: str
 
     def __iter__(self) -> Iterator[Batch]:
         return checked_batches(self.loader, self.faults)
@@ -126,8 +132,8 @@ def build_loaders(
     """
     place = Place(data, train, resolved, seed, rank, world_size, pin_memory, FaultLog(data.max_bad_images))
     train_loader = _train_loader(place) if with_train else None
-    loader, num_eval = _eval_loader(place)
-    return Loaders(train_loader, EvalLoader(loader, place.faults), num_eval, place.faults)
+    eval_loader, num_eval = _eval_loader(place)
+    return Loaders(train_loader, eval_loader, num_eval, place.faults)
 
 
 @dataclass(frozen=True)
@@ -161,17 +167,27 @@ class Place:
             dataset.set_loader_cfg(num_workers=self.data.num_workers)
         return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size)
 
-    def load(self, dataset: Dataset, **options: Any) -> DataLoader:
-        """DataLoader with the options that all loaders share."""
+    def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
+        """DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
+        workers = 0 if in_process else self.data.num_workers
         return DataLoader(
             dataset,
-            num_workers=self.data.num_workers,
+            num_workers=workers,
             pin_memory=self.pin_memory,
-            persistent_workers=self.data.num_workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
             **{"collate_fn": Collate(self.resolved["input_size"]), **options},
         )
+
+    def load_batches(self, dataset: Dataset, sampler: Any, in_process: bool = False) -> DataLoader:
+        """DataLoader of a data set whose items are batches already."""
+        return self.load(dataset, in_process, batch_size=None, sampler=sampler, collate_fn=as_it_is)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Collates what is a batch already; a function of the module, so that it can go to worker processes."""
+    return batch
 
 
 def _train_loader(place: Place) -> TrainLoader:
@@ -187,29 +203,52 @@ def _train_loader(place: Place) -> TrainLoader:
         sampler = TrainSampler(total, train.global_batch_size, place.seed, *shares, repeats)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    transform = train_transform(data, place.resolved)
+    way = choose_way(data, split, place.resolved["input_size"], training=True)
+    name, limit = data.train_split, data.max_bad_images
     if streamed:
-        reader = place.stream(split, data.train_split, place.rank, place.world_size)
-        stream = TrainStream(reader, transform, place.seed, place.rank)
+        reader = place.stream(split, name, place.rank, place.world_size)
+        stream = TrainStream(reader, train_transform(data, place.resolved), place.seed, place.rank)
         loader = place.load(stream, batch_size=place.micro_batch, drop_last=True)
+    elif way.kind == "augmented":
+        held = hold_images(split, name, place.faults)
+        loader = place.load_batches(AugmentedBatches(held, data, place.resolved, place.seed), sampler)
+    elif way.kind == "kept":
+        fixed = train_transform(data, place.resolved, normalize=False)
+        kept = KeptBatches(split, fixed, place.resolved, name, True, limit)
+        loader = place.load_batches(kept, sampler, in_process=True)
     else:
-        dataset = SeededDataset(split, transform, place.seed, data.train_split, True, data.max_bad_images)
+        dataset = SeededDataset(split, train_transform(data, place.resolved), place.seed, name, True, limit)
         loader = place.load(dataset, batch_sampler=sampler)
-    kept = None if streamed else sampler
-    return TrainLoader(loader, kept, total, sampler.steps_per_epoch, train.grad_accum_steps, place.faults)
+    return TrainLoader(
+        loader,
+        None if streamed else sampler,
+        total,
+        sampler.steps_per_epoch,
+        train.grad_accum_steps,
+        place.faults,
+        describe_pipeline(way, total, loader.num_workers),
+    )
 
 
-def _eval_loader(place: Place) -> tuple[DataLoader, int | None]:
+def _eval_loader(place: Place) -> tuple[EvalLoader, int | None]:
     data = place.data
     split = place.open(data.val_split, False)
     batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
-    transform = eval_transform(place.resolved)
     if is_iterable(split):
         reader = place.stream(split, data.val_split, 0, 1)
-        stream = EvalStream(reader, transform, place.rank, place.world_size)
-        return place.load(stream, batch_size=batch_size), None
+        stream = EvalStream(reader, eval_transform(place.resolved), place.rank, place.world_size)
+        loader = place.load(stream, batch_size=batch_size)
+        return EvalLoader(
+            loader, place.faults, describe_pipeline(Way("image", "a stream"), None, loader.num_workers)
+        ), None
     if len(split) == 0:
         raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
-    dataset = SeededDataset(split, transform, place.seed, data.val_split, False)
     sampler = EvalSampler(len(split), batch_size, place.rank, place.world_size)
-    return place.load(dataset, batch_sampler=sampler), len(split)
+    way = choose_way(data, split, place.resolved["input_size"], training=False)
+    if way.kind == "kept":
+        fixed = eval_transform(place.resolved, normalize=False)
+        loader = place.load_batches(KeptBatches(split, fixed, place.resolved, data.val_split, False), sampler, True)
+    else:
+        dataset = SeededDataset(split, eval_transform(place.resolved), place.seed, data.val_split, False)
+        loader = place.load(dataset, batch_sampler=sampler)
+    return EvalLoader(loader, place.faults, describe_pipeline(way, len(split), loader.num_workers)), len(split)
