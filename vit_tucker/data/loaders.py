@@ -100,6 +100,11 @@ class Loaders:
     num_eval: int | None
     faults: FaultLog
 
+    def describe(self) -> str:
+        """One line for the log: which way the images of each split take, and why."""
+        training = f"training: {self.train.description}; " if self.train is not None else ""
+        return f"{training}evaluation: {self.eval.description}"
+
     def close(self) -> None:
         """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
         for part in (self.train, self.eval):
@@ -128,7 +133,8 @@ def build_loaders(
         with_train: open the training split too.
 
     Raises:
-        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit.
+        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
+            ``data.aug_repeats`` where they can't be.
     """
     place = Place(data, train, resolved, seed, rank, world_size, pin_memory, FaultLog(data.max_bad_images))
     train_loader = _train_loader(place) if with_train else None

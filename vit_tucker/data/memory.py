@@ -27,7 +27,11 @@ def array_size(dataset: Any) -> tuple[int, int] | None:
     if isinstance(dataset, ArrayDataset):
         return int(dataset.images.shape[1]), int(dataset.images.shape[2])
     stored = getattr(dataset.dataset, "data", None) if isinstance(dataset, ConvertedDataset) else None
-    if not isinstance(stored, np.ndarray | Tensor) or stored.ndim not in (3, 4) or not str(stored.dtype).endswith("uint8"):
+    if (
+        not isinstance(stored, np.ndarray | Tensor)
+        or stored.ndim not in (3, 4)
+        or not str(stored.dtype).endswith("uint8")
+    ):
         return None
     channels_first = stored.ndim == 4 and stored.shape[3] > 4  # torchvision's SVHN and STL-10; CIFAR and MNIST are not
     height, width = stored.shape[2:4] if channels_first else stored.shape[1:3]
@@ -131,17 +135,12 @@ class AugmentedBatches(Dataset):
             rows = np.flatnonzero(parameters.bicubic == cubic)
             if len(rows) == 0:
                 continue
-            p, every = parameters, len(rows) == len(pixels)
-            part = pixels if every else pixels[rows]
-            resized = crop_resize(part, p.boxes[rows], self.size, p.hflip[rows], p.vflip[rows], cubic).transpose(1, 2)
-            if every:
-                torch.mul(resized, self.factor, out=images)
-            else:
-                images[rows] = resized * self.factor
-        images.add_(self.offset)
-        for image, boxes, seed in zip(images, parameters.erased, parameters.noise.tolist(), strict=True):
-            if boxes:
-                erase(image, boxes, self.data.remode, seed)
+            boxes, hflip, vflip = parameters.boxes[rows], parameters.hflip[rows], parameters.vflip[rows]
+            for first, last, values in crop_resize(pixels[rows], boxes, self.size, hflip, vflip, cubic):
+                images[rows[first:last]] = (values * self.factor).add_(self.offset)
+        for image, erased, seed in zip(images, parameters.erased, parameters.noise.tolist(), strict=True):
+            if erased:
+                erase(image, erased, self.data.remode, seed)
         return images
 
 
