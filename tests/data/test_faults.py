@@ -175,7 +175,7 @@ def test_a_process_whose_worker_meets_a_bad_image_ends(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stdout.count("\n") == 1
     assert f"{BAD}.png of split 'train'" in done.stdout
-    assert done.stderr == ""
+    assert "Traceback" not in done.stderr
     assert time.monotonic() - started < 40  # importing torch takes most of it; a hang would be the timeout
 
 

@@ -170,7 +170,9 @@ class Place:
     def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
         """The reader of a streamed set; it splits by loader workers and must know their number."""
         if hasattr(dataset, "set_loader_cfg"):
-            dataset.set_loader_cfg(num_workers=self.data.num_workers)
+            dataset.set_loader_cfg(
+                num_workers=max(1, self.data.num_workers)
+            )  # old timm takes 0 to mean no shard at all
         return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:

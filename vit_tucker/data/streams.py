@@ -85,7 +85,7 @@ class StreamReader:
         else:
             reader._lazy_init()
         if hasattr(reader.ds, "cast_column"):  # Hugging Face: a bad image would end the stream
-            reader.ds = DecodedStream(reader.ds, reader.input_key, self.split, self._record)
+            reader.ds = DecodedStream(reader.ds, reader.input_key, self.split, self._record, training=seed is not None)
 
     def _on_webdataset_error(self, error: Exception) -> bool:
         """webdataset's handler: True goes on with the next sample."""
@@ -150,18 +150,21 @@ class DecodedStream:
         key: column of the images.
         split: for the message.
         record: takes a fault line.
+        training: timm then begins a stream anew until it has enough images; one without any would go on for ever.
     """
 
-    def __init__(self, stream: Any, key: str, split: str, record: Callable[[str], None]) -> None:
+    def __init__(self, stream: Any, key: str, split: str, record: Callable[[str], None], training: bool) -> None:
         from datasets import Image as ImageFeature
 
         self.stream = stream.cast_column(key, ImageFeature(decode=False))
         self.feature, self.key, self.split, self.record = ImageFeature(), key, split, record
+        self.training = training
 
     def __getattr__(self, name: str) -> Any:  # set_epoch, num_shards, ...
         return getattr(self.__dict__["stream"], name)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        found = 0
         for number, sample in enumerate(self.stream):
             stored = sample[self.key]
             try:
@@ -170,7 +173,13 @@ class DecodedStream:
                 path = stored.get("path") if isinstance(stored, dict) else None
                 self.record(fault_line(path or f"image {number} of the stream", self.split, error))
                 continue
+            found += 1
             yield {**sample, self.key: image}
+        if self.training and not found:
+            raise DataError(
+                f"the stream of split '{self.split}' has no images for this process or loader worker; lower data.num_workers, or "
+                "make more shards"
+            )
 
 
 class TrainStream(IterableDataset):
