@@ -31,9 +31,9 @@ from vit_tucker.build import classes_and_channels
 from vit_tucker.cli import guarded
 from vit_tucker.config.load import dump_config, load_config
 from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.batches import Collate, SeededDataset
 from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info, load_dataset
-from vit_tucker.data.loaders import SeededDataset
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
 from vit_tucker.patching.find import find_attention
@@ -135,7 +135,7 @@ def features(model: Any, batches: Iterable[Tensor]) -> Tensor:
 def top1(model: nn.Module, loader: DataLoader) -> float:
     """Accuracy in percent."""
     hits = count = 0
-    for images, labels in loader:
+    for images, labels, _ in loader:
         hits += int((model(images).argmax(1) == labels).sum())
         count += len(labels)
     return 100 * hits / count
@@ -179,10 +179,12 @@ def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, A
     data = resolve_data(config.data, dataset_info(config.data.dataset), model, config.model.pretrained, size)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     split = load_dataset(config.data.dataset, config.data.val_split, False, mode, config.data.root, {})
-    test = SeededDataset(split, eval_transform(data), 0)
+    test = SeededDataset(split, eval_transform(data), 0, config.data.val_split, replace=False)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(1))
-    unseen = [torch.stack([test[0, int(i)][0] for i in part]) for part in order[: args.eval_images].split(16)]
-    loader = DataLoader(test, batch_size=128, sampler=[(0, int(i)) for i in order[: args.top1_images]])
+    collate = Collate(data["input_size"])
+    unseen = [collate([test[0, int(i), 0] for i in part]).images for part in order[: args.eval_images].split(16)]
+    keys = [(0, int(i), 0) for i in order[: args.top1_images]]
+    loader = DataLoader(test, batch_size=128, sampler=keys, collate_fn=collate)
     calibration = list(calibration_images(config.data, data, args.images, 16, 0))
     reference, calls = features(model, unseen), layer_calls(model, unseen[0])
     if args.top1:

@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"errors", "config", "patching", "training"},
     "report": {"errors"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
-    "trainer_setup": {"errors", "attention", "config", "patching", "training", "analysis", "build"},
+    "trainer_setup": {"errors", "attention", "config", "data", "patching", "training", "analysis", "build"},
     "announce": {"config", "data", "models", "training", "build"},
     "run": {"errors", "config", "data", "training", "build", "trainer_setup", "announce", "paths"},
     "cli": {

@@ -60,7 +60,12 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
 
 
 def announce(
-    config: RunConfig, results: dict[str, Any], accelerator: Accelerator, built: BuiltModel, trainer: Trainer
+    config: RunConfig,
+    results: dict[str, Any],
+    accelerator: Accelerator,
+    built: BuiltModel,
+    loaders: Loaders,
+    trainer: Trainer,
 ) -> None:
     """What is about to run: patch, parameter groups, sizes."""
     if built.report is not None:
@@ -71,6 +76,7 @@ def announce(
     LOGGER.info(
         f"{config.data.dataset}: {images}; {config.train.epochs} epochs, global batch {config.train.global_batch_size}"
     )
+    LOGGER.info(loaders.describe())
     LOGGER.info(group_table(trainer.groups))
     LOGGER.info(
         f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "

@@ -15,13 +15,13 @@ from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError
+from vit_tucker.errors import ConfigError, StoppedError
 from vit_tucker.paths import refuse_unwritable
 from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
 from vit_tucker.training.engine import evaluate, fit
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.monitor import Monitor
-from vit_tucker.training.peers import Peers
+from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
@@ -67,7 +67,12 @@ def run(
         except StoppedError:
             raise
         except Exception as error:
-            report_failure(run_dir, peers, error)
+            if peers.agreed or peers.num_processes == 1:
+                raise
+            if (other := peers.ask()) is not None:  # contact was lost because another process failed
+                raise other from None
+            peers.tell(error)
+            report_failure(run_dir, peers.rank, error)
             raise
 
 
@@ -94,16 +99,16 @@ def run_together(
     if loaders.train is None:
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
-    trainer = build_trainer(config, accelerator, peers, run_dir, built, steps_per_epoch)
+    trainer = build_trainer(config, accelerator, peers, run_dir, built, loaders)
     trainer.signals = signals
     trackers = Trackers(accelerator)
     if dry_run:
-        announce(config, results, accelerator, built, trainer)
+        announce(config, results, accelerator, built, loaders, trainer)
         LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
         return results
     peers.on_main(lambda: begin(config, run_dir, built))
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
-    announce(config, results, accelerator, built, trainer)
+    announce(config, results, accelerator, built, loaders, trainer)
     for change in changes:
         LOGGER.info(f"changed: {change}")
     facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
@@ -124,6 +129,7 @@ def run_together(
         fit(trainer, loaders, monitor)
     finally:
         monitor.close()
+        loaders.close()
     results |= summarise(trainer)
     if accelerator.is_main_process:
         run_dir.write_results(results)
@@ -158,14 +164,11 @@ def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel) -> None:
         save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
 
 
-def report_failure(run_dir: RunDir, peers: Peers, error: Exception) -> None:
-    """Have the failure of one process among several in train.log and on standard error; what all know is said once."""
-    if peers.agreed or peers.num_processes == 1:
-        return
-    kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
-    line = f"process {peers.rank} failed: {kind}{' '.join(str(error).split())}"
+def report_failure(run_dir: RunDir, rank: int, error: Exception) -> None:
+    """Have the failure of one process among several in train.log, and on standard error where the first one does not say it."""
+    line = f"process {rank} failed: {one_line(error)}"
     run_dir.log_failure(line)
-    if peers.rank != 0:
+    if rank != 0:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
@@ -204,6 +207,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "epochs": progress.epoch,
         "best": progress.best,
         "last": progress.rows[-1],
+        "bad_images": progress.faults,
         "train_seconds": progress.seconds,
         "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),
         "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

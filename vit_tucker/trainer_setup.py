@@ -1,6 +1,7 @@
 """The parts of a run around its model, built from its config: accelerator, optimizer, schedule, EMA, mixup, distiller."""
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -14,6 +15,7 @@ from vit_tucker.analysis.spectra import rank_scalars
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import ConfigError
 from vit_tucker.patching.find import find_attention
 from vit_tucker.training.distill import Distiller
@@ -60,10 +62,11 @@ def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accele
 
 
 def build_trainer(
-    config: RunConfig, accelerator: Accelerator, peers: Peers, run_dir: RunDir, built: BuiltModel, steps_per_epoch: int
+    config: RunConfig, accelerator: Accelerator, peers: Peers, run_dir: RunDir, built: BuiltModel, loaders: Loaders
 ) -> Trainer:
     """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
-    model, recipe = built.model, config.train
+    assert loaders.train is not None
+    model, recipe, steps_per_epoch = built.model, config.train, loaders.train.steps_per_epoch
     if recipe.grad_checkpointing:
         checkpoint_activations(model, config.model.name)
     optimizer = create_optimizer(model, recipe)
@@ -80,6 +83,8 @@ def build_trainer(
     if recipe.compile:
         model.compile()  # in place: no prefix gets into the keys
     name_blocks(model)
+    # newer torch has another word for it, which Accelerate doesn't pass on
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared)
     bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
@@ -92,6 +97,7 @@ def build_trainer(
     progress = saved.progress
     if progress.fit_to(steps_per_epoch):
         LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
+    loaders.faults.add(progress.faults)
     progress.processes = peers.num_processes
     scheduler.step_update(progress.global_step)
     mixup = create_mixup(recipe, built.num_classes)
@@ -112,6 +118,7 @@ def build_trainer(
         progress=progress,
         input_size=built.data["input_size"],
         groups=groups,
+        faults=loaders.faults,
         distiller=distiller,
         inspect=rank_scalars if recipe.log_ranks else None,
     )

@@ -37,16 +37,16 @@ def first_step(loaders, epoch=0, start=0):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_on_image_and_epoch_only(workers):
     data = AUGMENTED.model_copy(update={"num_workers": workers})
-    ((images, labels),) = first_step(build())
-    ((again, same),) = first_step(build(data))
+    ((images, labels, _),) = first_step(build())
+    ((again, same, _),) = first_step(build(data))
     assert torch.equal(images, again)
     assert torch.equal(labels, same)
     halves = [first_step(build(data, rank, 2))[0] for rank in (0, 1)]
     united = torch.cat([half[0] for half in halves])
     assert {x.numpy().tobytes() for x in united} == {x.numpy().tobytes() for x in images}
-    ((other, _),) = first_step(build(data, seed=1))
+    ((other, *_),) = first_step(build(data, seed=1))
     assert not torch.equal(images, other)
-    ((later, _),) = first_step(build(data), epoch=1)
+    ((later, *_),) = first_step(build(data), epoch=1)
     assert not torch.equal(images, later)
 
 
@@ -60,7 +60,7 @@ def test_resuming_in_mid_epoch_gives_the_same_batches():
 def test_accumulation_groups_micro_batches():
     loaders = build(grad_accum_steps=4)
     step = first_step(loaders)
-    assert [tuple(images.shape) for images, _ in step] == [(4, 1, 8, 8)] * 4
+    assert [tuple(images.shape) for images, *_ in step] == [(4, 1, 8, 8)] * 4
     assert loaders.train.steps_per_epoch == 1437 // 16
 
 
@@ -91,7 +91,7 @@ def test_streamed_evaluation_counts_each_image_once(tmp_path, workers, world_siz
     for rank in range(world_size):
         loaders = build(data, rank, world_size, resolved=resolved, global_batch_size=6)
         assert loaders.num_eval is None
-        reds += [round(x[0, 0, 0].item() * 255 / 20) for images, _ in loaders.eval for x in images]
+        reds += [round(x[0, 0, 0].item() * 255 / 20) for images, *_ in loaders.eval for x in images]
     assert sorted(reds) == list(range(9))
 
 
@@ -101,7 +101,33 @@ def test_streamed_training_has_the_promised_steps(tmp_path):
     data = DataConfig(dataset="wds/", root=str(tmp_path), num_workers=1)
     loaders = build(data, resolved=resolved, global_batch_size=4, grad_accum_steps=2)
     for epoch in (0, 1):
-        assert [[len(labels) for _, labels in step] for step in loaders.train.steps(epoch)] == [[2, 2]] * 3
+        assert [[len(labels) for _, labels, _ in step] for step in loaders.train.steps(epoch)] == [[2, 2]] * 3
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_repeated_augmentation_shows_an_image_anew(in_memory):
+    data = AUGMENTED.model_copy(update={"in_memory": in_memory})
+    repeated = data.model_copy(update={"aug_repeats": 4})
+    ((images, labels, _),) = first_step(build(repeated))
+    assert torch.equal(labels, labels[:4].repeat(4))
+    assert len({x.numpy().tobytes() for x in images}) == 16  # 4 images, each in 4 ways
+    ((once, _, _),) = first_step(build(data))
+    assert torch.equal(images[:4], once[:4])  # the first way is that of a run without repeats
+    halves = [first_step(build(repeated, rank, 2))[0].images for rank in (0, 1)]
+    assert {x.numpy().tobytes() for x in torch.cat(halves)} == {x.numpy().tobytes() for x in images}
+    ((same, _, _),) = first_step(build(data.model_copy(update={"aug_repeats": 1})))
+    assert torch.equal(same, once)
+
+
+def test_repeated_augmentation_of_a_stream_is_refused(tmp_path):
+    write_shards(tmp_path, sizes=(6, 6))
+    data = DataConfig(dataset="wds/", root=str(tmp_path), num_workers=0, aug_repeats=2)
+    with pytest.raises(
+        ConfigError, match=r"^data.aug_repeats=2: a streamed data set can't repeat its images; choose 0$"
+    ):
+        build(data, global_batch_size=4)
+    with pytest.raises(ConfigError, match=r"^data.aug_repeats=3: train.global_batch_size=16 must be a multiple of it"):
+        build(AUGMENTED.model_copy(update={"aug_repeats": 3}))
 
 
 def test_batches_that_do_not_fit_are_a_config_error():

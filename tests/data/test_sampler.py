@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vit_tucker.data.sampler import EvalSampler, TrainSampler, shard
+from vit_tucker.data.seeding import derive_seed
 
 
 def steps(world_size, accumulation=1, epoch=0, start=0, num=50, batch=8, seed=0):
@@ -18,7 +19,9 @@ def steps(world_size, accumulation=1, epoch=0, start=0, num=50, batch=8, seed=0)
         iterators.append(list(sampler))
     count = len(iterators[0]) // accumulation
     return [
-        sorted(i for rank in iterators for micro in rank[s * accumulation : (s + 1) * accumulation] for _, i in micro)
+        sorted(
+            i for rank in iterators for micro in rank[s * accumulation : (s + 1) * accumulation] for _, i, _ in micro
+        )
         for s in range(count)
     ]
 
@@ -52,7 +55,7 @@ def test_mirrored_shards_keep_the_pairs_of_mixup(shards):
 @given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 5))
 def test_evaluation_counts_each_image_once(num, batch_size, world_size):
     batches = [list(EvalSampler(num, batch_size, rank, world_size)) for rank in range(world_size)]
-    seen = [i for rank in batches for batch in rank for _, i in batch]
+    seen = [i for rank in batches for batch in rank for _, i, _ in batch]
     assert sorted(seen) == list(range(num))
     assert all(len(batch) <= batch_size for rank in batches for batch in rank)
 
@@ -62,3 +65,41 @@ def test_impossible_batches_are_refused():
         TrainSampler(50, 9, 0, 0, 2, 2)
     with pytest.raises(ValueError, match="global_batch_size=64 is larger than the 50 training images"):
         TrainSampler(50, 64, 0, 0, 1, 1)
+    with pytest.raises(ValueError, match=r"data.aug_repeats=3: train.global_batch_size=8 must be a multiple of it"):
+        TrainSampler(50, 8, 0, 0, 1, 1, repeats=3)
+
+
+def keys(rank=0, world_size=1, accumulation=1, repeats=1, epoch=0, start=0, batch=12):
+    sampler = TrainSampler(50, batch, 0, rank, world_size, accumulation, repeats)
+    sampler.set_position(epoch, start)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_repeats_of_an_image_are_in_one_batch_of_an_epoch_as_long_as_without(repeats):
+    steps = keys(repeats=repeats)
+    assert len(steps) == len(keys()) == 50 // 12
+    for step in steps:
+        images = {index for _, index, _ in step}
+        assert sorted(step) == [(0, index, number) for index in sorted(images) for number in range(repeats)]
+        assert len(images) == 12 // repeats
+    drawn = [index for step in steps for index in {index for _, index, _ in step}]
+    assert len(drawn) == len(set(drawn))
+    pairs = [(a[1], b[1]) for step in keys(repeats=2) for a, b in zip(step[:6], reversed(step[6:]), strict=True)]
+    assert all(a != b for a, b in pairs)  # an even number of images: mixup mixes none with itself
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (1, 2), (2, 3)])
+def test_repeats_are_the_same_for_any_split_and_on_resume(world_size, accumulation):
+    whole = keys(repeats=3, epoch=1)
+    parts = [keys(rank, world_size, accumulation, repeats=3, epoch=1) for rank in range(world_size)]
+    for number, step in enumerate(whole):
+        micro = slice(number * accumulation, (number + 1) * accumulation)
+        assert sorted(key for rank in parts for part in rank[micro] for key in part) == sorted(step)
+    assert keys(repeats=3, epoch=1, start=2) == whole[2:]
+
+
+def test_one_repeat_is_the_order_without():
+    generator = torch.Generator().manual_seed(derive_seed(0, 1, 0))
+    order = torch.randperm(50, generator=generator)[:48].tolist()
+    assert [key for step in keys(epoch=1) for key in step] == [(1, index, 0) for index in order]

@@ -42,8 +42,8 @@ run.create_accelerator = sharding
 
 original = engine.train_step
 def watched(trainer, *args, **options):
-    shards = [m for m in trainer.bare.modules() if type(m).__name__.startswith("FSDP")]
-    assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1) == (len(shards) == 2)  # model, block
+    shards = [m for m in trainer.bare.modules() if type(m).__name__ == "FSDPBlock"]
+    assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1) == (len(shards) == 1)
     if {stop} and trainer.progress.global_step == {stop}: os.kill(os.getpid(), signal.SIGTERM)
     return original(trainer, *args, **options)
 engine.train_step = watched

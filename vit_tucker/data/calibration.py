@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.batches import BadImageError, read_image
 from vit_tucker.data.datasets import is_iterable, load_dataset, subset
+from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.seeding import derive_seed
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import DataError
@@ -30,7 +32,7 @@ def calibration_images(
         (B, channels, height, width), float32.
 
     Raises:
-        DataError: the split is missing, or has fewer images.
+        DataError: the split is missing, has fewer images, or more bad ones than ``data.max_bad_images``.
     """
     mode = "L" if resolved["input_size"][0] == 1 else "RGB"
     options = {"download": data.download, "batch_size": batch_size, "seed": 0, **data.dataset_kwargs}
@@ -42,7 +44,8 @@ def calibration_images(
         if images > len(split):
             raise DataError(f"attention.calibration.images={images}: the training split has {len(split)} images")
         generator = torch.Generator().manual_seed(derive_seed(seed, len(split)))
-        samples = (split[int(index)] for index in torch.randperm(len(split), generator=generator)[:images])
+        order = torch.randperm(len(split), generator=generator).tolist()
+        samples = readable_images(split, order, images, data)
     transform = eval_transform(resolved)
     batch: list[Tensor] = []
     for image, _ in samples:
@@ -52,3 +55,18 @@ def calibration_images(
             batch = []
     if batch:
         yield torch.stack(batch)
+
+
+def readable_images(split: Any, order: list[int], count: int, data: DataConfig) -> Iterator[tuple[Any, int]]:
+    """The first ``count`` readable images in an order of indices."""
+    faults, found = FaultLog(data.max_bad_images), 0
+    for index in order:
+        if found == count:
+            return
+        try:
+            sample = read_image(split, index, data.train_split)
+        except BadImageError as error:
+            faults.add([str(error)])
+            continue
+        found += 1
+        yield sample

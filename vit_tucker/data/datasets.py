@@ -3,6 +3,7 @@
 A map-style data set yields (PIL image, int label); transforms are applied later (loaders.py).
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import datasets as tv
 
 from vit_tucker.data.idx import read_idx
@@ -98,6 +99,45 @@ class ConvertedDataset(Dataset):
         return image.convert(self.mode), int(label)
 
 
+class FileDataset(Dataset):
+    """timm's map-style data sets, read without its habit to put the next image, unseen, in the place of a bad one.
+
+    Args:
+        dataset: timm.data.ImageDataset.
+        mode: PIL mode of the returned images.
+    """
+
+    def __init__(self, dataset: Any, mode: str) -> None:
+        self.reader, self.mode = dataset.reader, mode
+        self.target_transform = dataset.target_transform
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target, *_ = self.reader[index]
+        with file:
+            image = Image.open(file).convert(self.mode)  # decodes all pixels
+        if target is None:
+            return image, -1
+        return image, int(target if self.target_transform is None else self.target_transform(target))
+
+
+def image_name(dataset: Any, index: int) -> str:
+    """The path of an image where the data set has one, else "image 17", counted in the whole split."""
+    if isinstance(dataset, Subset):
+        return image_name(dataset.dataset, dataset.indices[index])
+    if isinstance(dataset, ConvertedDataset):
+        return image_name(dataset.dataset, index)
+    path: Any = None
+    if isinstance(dataset, FileDataset):
+        with contextlib.suppress(Exception):  # a reader without names; what is to be named is an error already
+            path = dataset.reader.filename(index, absolute=True)
+    elif isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's folders
+        path = samples[index][0]
+    return str(path) if path else f"image {index}"
+
+
 def load_digits(train: bool, mode: str) -> ArrayDataset:
     """scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML): a fixed stratified split, 20% for evaluation."""
     from sklearn.datasets import load_digits as sklearn_digits
@@ -162,7 +202,7 @@ def load_factory(name: str, split: str, training: bool, mode: str, root: Path, o
             "or put the images there (see data/README.md)"
         )
     try:
-        return create_dataset(
+        opened = create_dataset(
             name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options
         )  # fmt: skip
     except Exception as error:
@@ -171,6 +211,9 @@ def load_factory(name: str, split: str, training: bool, mode: str, root: Path, o
             f"data set '{name or 'folder'}' (split '{split}', folder {root}) can't be opened: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
+    if isinstance(opened, ImageDataset):
+        return FileDataset(opened, mode)
+    return opened if is_iterable(opened) else ConvertedDataset(opened, mode)
 
 
 def _has_split(root: Path, split: str) -> bool:
@@ -233,4 +276,4 @@ def subset(dataset: Any, num_samples: int | None) -> Any:
     if num_samples > len(dataset):
         raise DataError(f"data.num_samples={num_samples}: the training split has {len(dataset)} images")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
-    return torch.utils.data.Subset(dataset, order[:num_samples].tolist())
+    return Subset(dataset, order[:num_samples].tolist())

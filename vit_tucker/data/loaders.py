@@ -1,63 +1,23 @@
 """Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by timm's own readers."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
+from vit_tucker.data.batches import Batch, Collate, SeededDataset, checked_batches
 from vit_tucker.data.datasets import is_iterable, load_dataset, subset
-from vit_tucker.data.sampler import EvalSampler, Key, TrainSampler
-from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.faults import FaultLog
+from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
+from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
+from vit_tucker.data.sampler import EvalSampler, TrainSampler
+from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
+from vit_tucker.data.workers import end_workers, init_worker
 from vit_tucker.errors import ConfigError, DataError
-
-Batch = tuple[Tensor, Tensor]
-
-
-class SeededDataset(Dataset):
-    """A data set with a transform whose randomness depends on (seed, epoch, index) alone.
-
-    Args:
-        dataset: map-style, yields (PIL image, int).
-        transform: PIL image -> tensor; draws from Python's, NumPy's and torch's global generators.
-        seed: of the run.
-    """
-
-    def __init__(self, dataset: Any, transform: Callable[[Any], Any], seed: int) -> None:
-        self.dataset, self.transform, self.seed = dataset, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        epoch, index = key
-        image, label = self.dataset[index]
-        with seeded(derive_seed(self.seed, epoch, 1, index)):
-            return self.transform(image), label
-
-
-class StreamShare(IterableDataset):
-    """One process's share of a streamed evaluation set: every world_size-th image of each reader worker, each exactly once.
-
-    timm's readers give each process whole shards and then pad or cut to equal lengths, which counts some images twice and
-    others never. Here all processes read the same stream and take turns.
-    """
-
-    def __init__(self, dataset: Any, transform: Callable[[Any], Any], rank: int, world_size: int) -> None:
-        reader = dataset.reader
-        for name, value in (("dist_rank", 0), ("dist_num_replicas", 1)):
-            if hasattr(reader, name):
-                setattr(reader, name, value)
-        self.dataset, self.transform, self.rank, self.world_size = dataset, transform, rank, world_size
-
-    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
-        for image, label in itertools.islice(self.dataset, self.rank, None, self.world_size):
-            yield self.transform(image), label
 
 
 @dataclass
@@ -70,6 +30,8 @@ class TrainLoader:
         num_samples: images in the training split.
         steps_per_epoch: optimizer steps per epoch.
         accumulation: micro-batches per step.
+        faults: bad images of this process so far.
+        description: which way the images take, and why; for the log.
     """
 
     loader: DataLoader
@@ -77,9 +39,15 @@ class TrainLoader:
     num_samples: int
     steps_per_epoch: int
     accumulation: int
+    faults: FaultLog
+    description: str
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step of an epoch, from ``start_step`` on."""
+        """Micro-batches of each optimizer step of an epoch, from ``start_step`` on.
+
+        Raises:
+            DataError: more bad images than ``data.max_bad_images``.
+        """
         if self.sampler is not None:
             self.sampler.set_position(epoch, start_step)
             done = start_step
@@ -87,8 +55,8 @@ class TrainLoader:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             done = 0  # a stream starts at its beginning; what is done already is read and dropped
         micro_batches: list[Batch] = []
-        for images, labels in self.loader:
-            micro_batches.append((images, labels))
+        for batch in checked_batches(self.loader, self.faults):
+            micro_batches.append(batch)
             if len(micro_batches) == self.accumulation:
                 if done >= start_step:
                     yield micro_batches
@@ -99,18 +67,49 @@ class TrainLoader:
 
 
 @dataclass
+class EvalLoader:
+    """Evaluation batches of one process's share; bad images are left out, so that a batch may be empty.
+
+    Attributes:
+        loader: yields batches.
+        faults: bad images of this process so far.
+        description: which way the images take, and why; for the log.
+    """
+
+    loader: DataLoader
+    faults: FaultLog
+    description: str
+
+    def __iter__(self) -> Iterator[Batch]:
+        return checked_batches(self.loader, self.faults)
+
+
+@dataclass
 class Loaders:
     """Both loaders of a run, and the data set's size.
 
     Attributes:
         train: None when only evaluating.
-        eval: yields (images, labels) of this process's share.
-        num_eval: images in the evaluation split; None if streamed without a known size.
+        eval: this process's share.
+        num_eval: images in the evaluation split, bad ones included; None if streamed without a known size.
+        faults: bad images of this process so far, of both splits; more than ``data.max_bad_images`` end the iteration.
     """
 
     train: TrainLoader | None
-    eval: DataLoader
+    eval: EvalLoader
     num_eval: int | None
+    faults: FaultLog
+
+    def describe(self) -> str:
+        """One line for the log: which way the images of each split take, and why."""
+        training = f"training: {self.train.description}; " if self.train is not None else ""
+        return f"{training}evaluation: {self.eval.description}"
+
+    def close(self) -> None:
+        """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
+        for part in (self.train, self.eval):
+            if part is not None:
+                end_workers(part.loader)
 
 
 def build_loaders(
@@ -134,65 +133,130 @@ def build_loaders(
         with_train: open the training split too.
 
     Raises:
-        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit.
+        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
+            ``data.aug_repeats`` where they can't be.
     """
-    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
-    micro_batch = train.global_batch_size // (world_size * train.grad_accum_steps)
-    options: dict[str, Any] = {
-        "num_workers": data.num_workers,
-        "pin_memory": pin_memory,
-        "persistent_workers": data.num_workers > 0,
-    }
-    train_loader = _train_loader(data, train, resolved, seed, rank, world_size, mode, options) if with_train else None
-    split = load_dataset(data.dataset, data.val_split, False, mode, data.root, _options(data, micro_batch, seed))
-    batch_size = train.eval_batch_size or max(1, micro_batch)
-    if is_iterable(split):
-        stream = StreamShare(split, eval_transform(resolved), rank, world_size)
-        _tell_workers(split, data.num_workers)
-        return Loaders(train_loader, DataLoader(stream, batch_size=batch_size, **options), None)
-    if len(split) == 0:
-        raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
-    dataset = SeededDataset(split, eval_transform(resolved), seed)
-    sampler = EvalSampler(len(split), batch_size, rank, world_size)
-    return Loaders(train_loader, DataLoader(dataset, batch_sampler=sampler, **options), len(split))
+    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, FaultLog(data.max_bad_images))
+    train_loader = _train_loader(place) if with_train else None
+    eval_loader, num_eval = _eval_loader(place)
+    return Loaders(train_loader, eval_loader, num_eval, place.faults)
 
 
-def _train_loader(
-    data: DataConfig,
-    train: TrainConfig,
-    resolved: dict[str, Any],
-    seed: int,
-    rank: int,
-    world_size: int,
-    mode: str,
-    options: dict[str, Any],
-) -> TrainLoader:
-    micro_batch = train.global_batch_size // (world_size * train.grad_accum_steps)
-    split = load_dataset(data.dataset, data.train_split, True, mode, data.root, _options(data, micro_batch, seed))
-    split = subset(split, data.num_samples)
+@dataclass(frozen=True)
+class Place:
+    """What both loaders of one process are built from, see ``build_loaders``."""
+
+    data: DataConfig
+    train: TrainConfig
+    resolved: dict[str, Any]
+    seed: int
+    rank: int
+    world_size: int
+    pin_memory: bool
+    faults: FaultLog
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of one process and accumulation step."""
+        return self.train.global_batch_size // (self.world_size * self.train.grad_accum_steps)
+
+    def open(self, split: str, training: bool) -> Any:
+        """The data set of a split."""
+        mode = "L" if self.resolved["input_size"][0] == 1 else "RGB"
+        own = {"download": self.data.download, "batch_size": self.micro_batch, "seed": self.seed}
+        options = {**own, **self.data.dataset_kwargs}
+        return load_dataset(self.data.dataset, split, training, mode, self.data.root, options)
+
+    def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
+        """The reader of a streamed set; it splits by loader workers and must know their number."""
+        if hasattr(dataset, "set_loader_cfg"):
+            dataset.set_loader_cfg(
+                num_workers=max(1, self.data.num_workers)
+            )  # old timm takes 0 to mean no shard at all
+        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size)
+
+    def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
+        """DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
+        workers = 0 if in_process else self.data.num_workers
+        return DataLoader(
+            dataset,
+            num_workers=workers,
+            pin_memory=self.pin_memory,
+            persistent_workers=workers > 0,
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),  # else it would draw from the global one
+            **{"collate_fn": Collate(self.resolved["input_size"]), **options},
+        )
+
+    def load_batches(self, dataset: Dataset, sampler: Any, in_process: bool = False) -> DataLoader:
+        """DataLoader of a data set whose items are batches already."""
+        return self.load(dataset, in_process, batch_size=None, sampler=sampler, collate_fn=as_it_is)
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Collates what is a batch already; a function of the module, so that it can go to worker processes."""
+    return batch
+
+
+def _train_loader(place: Place) -> TrainLoader:
+    data, train = place.data, place.train
+    split = subset(place.open(data.train_split, True), data.num_samples)
     streamed = is_iterable(split)
     total = split.reader.num_samples if streamed else len(split)
+    repeats = max(1, data.aug_repeats)
+    if streamed and repeats > 1:
+        raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")
+    shares = place.rank, place.world_size, train.grad_accum_steps
     try:
-        sampler = TrainSampler(total, train.global_batch_size, seed, rank, world_size, train.grad_accum_steps)
+        sampler = TrainSampler(total, train.global_batch_size, place.seed, *shares, repeats)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    steps = sampler.steps_per_epoch
+    way = choose_way(data, split, place.resolved["input_size"], training=True)
+    name, limit = data.train_split, data.max_bad_images
     if streamed:
-        split.transform = train_transform(data, resolved)
-        _tell_workers(split, data.num_workers)
-        generator = torch.Generator().manual_seed(derive_seed(seed, rank))
-        loader = DataLoader(split, batch_size=micro_batch, drop_last=True, generator=generator, **options)
-        return TrainLoader(loader, None, total, steps, train.grad_accum_steps)
-    dataset = SeededDataset(split, train_transform(data, resolved), seed)
-    loader = DataLoader(dataset, batch_sampler=sampler, generator=torch.Generator(), **options)
-    return TrainLoader(loader, sampler, total, steps, train.grad_accum_steps)
+        reader = place.stream(split, name, place.rank, place.world_size)
+        stream = TrainStream(reader, train_transform(data, place.resolved), place.seed, place.rank)
+        loader = place.load(stream, batch_size=place.micro_batch, drop_last=True)
+    elif way.kind == "augmented":
+        held = hold_images(split, name, place.faults)
+        loader = place.load_batches(AugmentedBatches(held, data, place.resolved, place.seed), sampler)
+    elif way.kind == "kept":
+        fixed = train_transform(data, place.resolved, normalize=False)
+        kept = KeptBatches(split, fixed, place.resolved, name, True, limit)
+        loader = place.load_batches(kept, sampler, in_process=True)
+    else:
+        dataset = SeededDataset(split, train_transform(data, place.resolved), place.seed, name, True, limit)
+        loader = place.load(dataset, batch_sampler=sampler)
+    return TrainLoader(
+        loader,
+        None if streamed else sampler,
+        total,
+        sampler.steps_per_epoch,
+        train.grad_accum_steps,
+        place.faults,
+        describe_pipeline(way, total, loader.num_workers),
+    )
 
 
-def _options(data: DataConfig, batch_size: int, seed: int) -> dict[str, Any]:
-    return {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
-
-
-def _tell_workers(dataset: Any, num_workers: int) -> None:
-    """timm's streaming readers split by loader workers and must know their number."""
-    if hasattr(dataset, "set_loader_cfg"):
-        dataset.set_loader_cfg(num_workers=num_workers)
+def _eval_loader(place: Place) -> tuple[EvalLoader, int | None]:
+    data = place.data
+    split = place.open(data.val_split, False)
+    batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
+    if is_iterable(split):
+        reader = place.stream(split, data.val_split, 0, 1)
+        stream = EvalStream(reader, eval_transform(place.resolved), place.rank, place.world_size)
+        loader = place.load(stream, batch_size=batch_size)
+        return EvalLoader(
+            loader, place.faults, describe_pipeline(Way("image", "a stream"), None, loader.num_workers)
+        ), None
+    if len(split) == 0:
+        raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
+    sampler = EvalSampler(len(split), batch_size, place.rank, place.world_size)
+    way = choose_way(data, split, place.resolved["input_size"], training=False)
+    if way.kind == "kept":
+        fixed = eval_transform(place.resolved, normalize=False)
+        loader = place.load_batches(KeptBatches(split, fixed, place.resolved, data.val_split, False), sampler, True)
+    else:
+        dataset = SeededDataset(split, eval_transform(place.resolved), place.seed, data.val_split, False)
+        loader = place.load(dataset, batch_sampler=sampler)
+    return EvalLoader(loader, place.faults, describe_pipeline(way, len(split), loader.num_workers)), len(split)

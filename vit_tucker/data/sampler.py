@@ -1,7 +1,8 @@
 """Which image goes to which process at which step.
 
-An epoch is one permutation of the data set, cut into global batches; a global batch is cut into one shard for each process and
-accumulation step. The union over processes is the same for any number of them.
+An epoch is one permutation of the data set, cut into global batches (with repeated augmentation: of fewer images, each several
+times); a global batch is cut into one shard for each process and accumulation step. The union over processes is the same for
+any number of them.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from torch.utils.data import Sampler
 
 from vit_tucker.data.seeding import derive_seed
 
-Key = tuple[int, int]  # epoch, index
+Key = tuple[int, int, int]  # epoch, index, number of the repeat
 
 
 def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
@@ -20,12 +21,12 @@ def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
     timm's mixup pairs image i with image n-1-i of what it gets; mirrored shards keep the pairs of the global batch.
 
     Args:
-        batch: (n,) indices, n divisible by ``shards``.
+        batch: (n, ...) indices, n divisible by ``shards``.
         number: 0 <= number < shards.
         shards: number of parts.
 
     Returns:
-        (n / shards,) indices.
+        (n / shards, ...) indices.
     """
     size = len(batch) // shards
     if size % 2:
@@ -45,13 +46,22 @@ class TrainSampler(Sampler[list[Key]]):
         seed: of the run.
         rank, world_size: this process.
         accumulation: micro-batches per step; the sampler yields that many lists per step.
+        repeats: how often each drawn image comes in its global batch. An epoch stays as long as without and so draws fewer
+            images, as in timm's and DeiT's samplers (repeated augmentation, Hoffer et al. 2020).
 
     Raises:
         ValueError: a global batch that is larger than the data set or can't be split evenly.
     """
 
     def __init__(
-        self, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, accumulation: int
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        repeats: int = 1,
     ) -> None:
         if global_batch_size % (world_size * accumulation):
             raise ValueError(
@@ -62,6 +72,12 @@ class TrainSampler(Sampler[list[Key]]):
             raise ValueError(
                 f"train.global_batch_size={global_batch_size} is larger than the {num_samples} training images"
             )
+        if global_batch_size % repeats:
+            raise ValueError(
+                f"data.aug_repeats={repeats}: train.global_batch_size={global_batch_size} must be a multiple of it, so that "
+                "all repeats of an image are in one batch"
+            )
+        self.repeats = repeats
         self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
         self.rank, self.world_size, self.accumulation = rank, world_size, accumulation
         self.epoch = self.start_step = 0
@@ -82,11 +98,16 @@ class TrainSampler(Sampler[list[Key]]):
         epoch = self.epoch
         generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch, 0))
         order = torch.randperm(self.num_samples, generator=generator)
+        drawn = self.global_batch_size // self.repeats
+        repeat = torch.arange(self.repeats).repeat_interleave(drawn)
         for step in range(self.start_step, self.steps_per_epoch):
-            batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            # a b c a b c, not a a b b c c: mixup's pairs, from the front and the back, are then of different images
+            batch = torch.stack(
+                [order[step * drawn : (step + 1) * drawn].repeat(self.repeats), repeat], dim=1
+            )  # (n, 2)
             for micro in range(self.accumulation):
                 part = shard(batch, micro * self.world_size + self.rank, self.world_size * self.accumulation)
-                yield [(epoch, index) for index in part.tolist()]
+                yield [(epoch, index, number) for index, number in part.tolist()]
 
 
 class EvalSampler(Sampler[list[Key]]):
@@ -101,4 +122,4 @@ class EvalSampler(Sampler[list[Key]]):
 
     def __iter__(self) -> Iterator[list[Key]]:
         for start in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[start : start + self.batch_size]]
+            yield [(0, index, 0) for index in self.indices[start : start + self.batch_size]]

@@ -49,8 +49,8 @@ def resolve_data(
     return resolved
 
 
-def train_transform(config: DataConfig, resolved: dict[str, Any]) -> Callable[[Any], Any]:
-    """timm's training transform: PIL image -> float32 (channels, height, width)."""
+def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
+    """timm's training transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
     return create_transform(
         resolved["input_size"],
         is_training=True,
@@ -68,11 +68,12 @@ def train_transform(config: DataConfig, resolved: dict[str, Any]) -> Callable[[A
         re_prob=config.reprob,
         re_mode=config.remode,
         re_count=config.recount,
+        normalize=normalize,
     )
 
 
-def eval_transform(resolved: dict[str, Any]) -> Callable[[Any], Any]:
-    """timm's evaluation transform: PIL image -> float32 (channels, height, width)."""
+def eval_transform(resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
+    """timm's evaluation transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
     return create_transform(
         resolved["input_size"],
         is_training=False,
@@ -81,4 +82,5 @@ def eval_transform(resolved: dict[str, Any]) -> Callable[[Any], Any]:
         std=resolved["std"],
         crop_pct=resolved["crop_pct"],
         crop_mode=resolved["crop_mode"],
+        normalize=normalize,
     )

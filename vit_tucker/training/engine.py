@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_tucker.data.loaders import Batch, Loaders, TrainLoader
+from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
 from vit_tucker.training.interrupt import catch_signals
@@ -46,12 +46,14 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
                 loss, norm = train_step(t, micro_batches, measure=flush_due)
                 progress.finish_step()
                 monitor.add(loss, norm)
-                verdict = t.peers.vote(t.signals.number, diverged=not t.is_finite(loss, norm))
+                verdict = t.peers.vote(t.signals.number, not t.is_finite(loss, norm), t.has_new_faults())
                 if flush_due or verdict.signal or verdict.diverged:
                     losses = monitor.flush(progress, t.optimizer)
                     progress.add_losses(losses)
                     if verdict.diverged or not all(map(math.isfinite, losses)):
                         t.fail_diverged(losses)
+                if verdict.faults:
+                    t.share_faults()
                 if save_due:
                     t.save()
                 t.heed(verdict)
@@ -81,7 +83,7 @@ def train_step(trainer: Trainer, micro_batches: list[Batch], measure: bool = Fal
     step, rank = t.progress.global_step, t.accelerator.process_index
     seed_everything(derive_seed(t.seed, step, 2, rank))
     total, norm = torch.zeros((), device=device), None
-    for number, (batch, labels) in enumerate(micro_batches):
+    for number, (batch, labels, _) in enumerate(micro_batches):
         images, targets = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if t.mixup is not None:
             np.random.seed(derive_seed(t.seed, step, 3))  # noqa: NPY002  # timm's mixup draws from the global state
@@ -132,6 +134,7 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[s
         if t.ema is not None:
             scores = evaluate(t.ema.module, loaders, t.accelerator, t.peers)
             row["eval_ema_top1"] = scores.top1
+        t.share_faults()
         if progress.best is None or scores.top1 > progress.best["top1"]:
             progress.best = {"epoch": epoch, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
             t.save_best()
@@ -165,10 +168,11 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    sums, missing = torch.zeros(4, dtype=torch.float64, device=accelerator.device), 0
     for batch in in_step(loaders.eval, peers if loaders.num_eval is not None else None):
-        if batch is not None:
-            images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch)
+        missing += len(batch.faults) if batch is not None else 0
+        if batch is not None and len(batch.labels):
+            images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
             with accelerator.autocast():
                 logits = model(images)
             sums += batch_sums(logits, labels)
@@ -181,17 +185,18 @@ def evaluate(
             after_batch()
     model.train(was_training)
     scores = scores_from_sums(accelerator.reduce(sums, reduction="sum"))
-    if loaders.num_eval is not None and scores.count != loaders.num_eval:
-        raise RuntimeError(f"evaluated {scores.count} images of {loaders.num_eval}")
+    found = scores.count + sum(peers.gather(missing))
+    if loaders.num_eval is not None and found != loaders.num_eval:
+        raise RuntimeError(f"evaluated {found} images of {loaders.num_eval}")
     return scores
 
 
-def in_step(loader: Any, peers: Peers | None) -> Iterable[Batch | None]:
+def in_step(loader: EvalLoader, peers: Peers | None) -> Iterable[Batch | None]:
     """This process's batches, and None where another process has one more."""
     iterator = iter(loader)
     if peers is None:
         return iterator
-    return (next(iterator, None) for _ in range(max(peers.gather(len(loader)))))
+    return (next(iterator, None) for _ in range(max(peers.gather(len(loader.loader)))))
 
 
 def refuse_short_epoch(data: TrainLoader, step: int, epoch: int) -> None:

@@ -4,6 +4,7 @@ A signal, a loss that is not finite or an unreadable image may meet one process 
 the result one step later, so that they stop after the same step and none waits; and where one fails in its set-up, all fail.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,9 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vit_tucker.errors import PeerError, VitTuckerError
+from vit_tucker.errors import FailedError, PeerError, VitTuckerError
 
 T = TypeVar("T")
+FAILURE = "vit_tucker/failure"
+"""Key of the processes' common store."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,24 @@ class Peers:
         self._raise_first(failure)
         return self.gather(result)[0]
 
+    def tell(self, error: Exception) -> None:
+        """Leave word of a failure that only this process knows, for ``ask``; the others will lose contact soon."""
+        if (store := self._store()) is not None:
+            store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), one_line(error)]))
+
+    def ask(self) -> Exception | None:
+        """The failure that another process has told of before it left; None if none has, or where it can't be known."""
+        try:
+            if (store := self._store()) is None or not store.check([FAILURE]):
+                return None
+            rank, mistake, text = json.loads(store.get(FAILURE))
+        except RuntimeError:  # the process that keeps the store is gone
+            return None
+        return (VitTuckerError if mistake else PeerError)(f"process {rank}: {text}")
+
+    def _store(self) -> Any:
+        return dist.distributed_c10d._get_default_store() if self.num_processes > 1 and dist.is_initialized() else None
+
     @staticmethod
     def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         try:
@@ -124,6 +145,12 @@ class Peers:
                 if failure is not None:
                     raise failure
                 raise (VitTuckerError if other[0] else PeerError)(f"process {rank}: {other[1]}")
+
+
+def one_line(error: Exception) -> str:
+    """An error's message, with its type where it is none of ours."""
+    kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 class Mirror:

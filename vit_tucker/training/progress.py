@@ -18,6 +18,7 @@ class Progress:
         best: epoch, top1, top5 and loss of the best weights so far.
         processes: how many trained it last.
         steps_per_epoch: of the config that trained it last.
+        faults: one line for each image that could not be read.
     """
 
     epoch: int = 0
@@ -29,6 +30,7 @@ class Progress:
     best: dict[str, Any] | None = None
     processes: int = 1
     steps_per_epoch: int = 0
+    faults: list[str] = field(default_factory=list)
 
     def finish_step(self) -> None:
         """One more optimizer step."""

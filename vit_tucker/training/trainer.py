@@ -15,13 +15,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
+from vit_tucker.data.faults import FaultLog
 from vit_tucker.errors import DivergedError, SaveError, StoppedError
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
-from vit_tucker.training.run_dir import RunDir
+from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import flatten, save_checkpoint, write_state
 from vit_tucker.training.weights import full_state, save_weights
 
@@ -46,6 +47,7 @@ class Trainer:
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.
+        faults: images that can't be read.
         distiller: the loss where a teacher is learned from, or None.
         inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
         signals: what this process was asked from outside.
@@ -68,6 +70,7 @@ class Trainer:
     progress: Progress
     input_size: tuple[int, int, int]
     groups: list[Group]
+    faults: FaultLog
     distiller: Distiller | None = None
     inspect: Callable[[nn.Module], dict[str, float]] | None = None
     signals: Signals = field(default_factory=Signals)
@@ -78,6 +81,24 @@ class Trainer:
         watched = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
+
+    def has_new_faults(self) -> bool:
+        """Whether this process met bad images that the others don't know yet."""
+        return len(self.faults) > len(self.progress.faults)
+
+    def share_faults(self) -> None:
+        """Make the bad images of each process known to all, and say which are new.
+
+        Raises:
+            DataError: more in all than allowed; in all processes.
+        """
+        lines = self.peers.union(self.faults.lines)
+        new = [line for line in lines if line not in self.progress.faults]
+        self.progress.faults += new
+        for line in new:
+            LOGGER.warning(f"bad image {self.progress.faults.index(line) + 1} of at most {self.faults.limit}: {line}")
+        self.peers.agreed = len(self.progress.faults) > self.faults.limit
+        self.faults.add(lines)
 
     def save(self) -> None:
         """Write a resumable checkpoint.

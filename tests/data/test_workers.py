@@ -1,0 +1,114 @@
+"""Loader workers and signals, with real processes."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.conftest import process_environment
+from vit_tucker.data.workers import end_workers, init_worker
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        time.sleep(0.01)
+        return index * index
+
+
+def start(init=init_worker):
+    """A loader that is being read, its iterator, and its workers' processes."""
+    loader = DataLoader(Squares(), num_workers=2, batch_size=2, persistent_workers=True, worker_init_fn=init)
+    iterator = iter(loader)
+    values = next(iterator).tolist()
+    return loader, iterator, values, loader._iterator._workers
+
+
+def send(name, workers):
+    """As another process: for its parent a worker does what it is told at once."""
+    subprocess.run(["kill", f"-{name}", *[str(worker.pid) for worker in workers]], check=True)
+    time.sleep(0.1)
+
+
+def send_and_read(name, workers, iterator):
+    send(name, workers)
+    return rest(iterator)
+
+
+def rest(iterator):
+    return [value for batch in iterator for value in batch.tolist()]
+
+
+def gone_within(seconds, alive):
+    """Whether ``alive()`` becomes false in that time."""
+    end = time.monotonic() + seconds
+    while alive() and time.monotonic() < end:
+        time.sleep(0.02)
+    return not alive()
+
+
+def test_workers_serve_on_through_the_signals_of_a_process_group():
+    loader, iterator, values, workers = start()
+    for name in ("INT", "USR1", "TERM", "INT"):
+        send(name, workers)
+    assert values + rest(iterator) == [i * i for i in range(40)]
+    assert rest(iter(loader)) == [i * i for i in range(40)]  # and through the next epoch
+    started = time.monotonic()
+    end_workers(loader)
+    assert time.monotonic() - started < 2  # torch waits 5 s for a worker that does not end by itself
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("init", [init_worker, None])
+def test_the_second_sigterm_ends_them_where_torchs_own_die_of_the_first(init):
+    loader, iterator, _, workers = start(init)
+    if init is not None:
+        send("TERM", workers)
+        assert all(worker.is_alive() for worker in workers)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # torch notices the end of a worker wherever it is
+        send_and_read("TERM", workers, iterator)
+    assert gone_within(2, lambda: any(worker.is_alive() for worker in workers))
+    end_workers(loader)
+
+
+def test_the_parent_ends_them_with_one_sigterm():
+    loader, _, _, workers = start()
+    for worker in workers:
+        worker.terminate()  # as multiprocessing does at exit
+    assert gone_within(2, lambda: any(worker.is_alive() for worker in workers))
+    end_workers(loader)
+
+
+def test_they_end_when_the_parent_is_killed():
+    script = (
+        "import time; from tests.data.test_workers import start\n"
+        "kept = start(); print(*[worker.pid for worker in kept[3]], flush=True); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=process_environment(Path(__file__).parents[2]),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(running(pid) for pid in pids)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert gone_within(3, lambda: any(running(pid) for pid in pids))  # torch alone needs up to 5 s
+
+
+def running(pid):
+    """Whether a process runs; an orphan that nobody waits for may stay as a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"

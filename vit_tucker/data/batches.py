@@ -1,0 +1,138 @@
+"""From images to batches: reading, bad images, seeded transforms, collating."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from vit_tucker.data.datasets import image_name
+from vit_tucker.data.faults import FaultLog, fault_line
+from vit_tucker.data.sampler import Key
+from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.workers import end_workers
+from vit_tucker.errors import DataError
+
+
+class Batch(NamedTuple):
+    """A batch of images.
+
+    Attributes:
+        images: (B, channels, height, width), float32.
+        labels: (B,) int64.
+        faults: one line for each image that could not be read on the way to this batch.
+    """
+
+    images: Tensor
+    labels: Tensor
+    faults: tuple[str, ...] = ()
+
+
+class Sample(NamedTuple):
+    """One transformed image, or none where it could not be read."""
+
+    image: Tensor | None
+    label: int
+    faults: tuple[str, ...] = ()
+
+
+class BadImageError(DataError):
+    """An image that can't be read; the message is its fault line."""
+
+
+def read_image(dataset: Any, index: int, split: str) -> tuple[Image.Image, int]:
+    """Read image ``index`` of a map-style data set.
+
+    Raises:
+        BadImageError: it can't be read, for whatever reason its reader gives.
+    """
+    try:
+        image, label = dataset[index]
+        return image, int(label)
+    except MemoryError:
+        raise
+    except Exception as error:  # readers and decoders raise anything: OSError, SyntaxError, struct.error, ...
+        raise BadImageError(fault_line(image_name(dataset, index), split, error)) from error
+
+
+class SeededDataset(Dataset):
+    """A data set with a transform whose randomness depends on (seed, epoch, index, repeat) alone.
+
+    Args:
+        dataset: map-style, yields (PIL image, int).
+        transform: PIL image -> tensor; draws from Python's, NumPy's and torch's global generators.
+        seed: of the run.
+        split: its name, for bad images.
+        replace: take the next readable image in the place of a bad one (training); else leave it out.
+        limit: bad images in a row before the search for a replacement ends; the run stops then.
+    """
+
+    def __init__(
+        self, dataset: Any, transform: Callable[[Any], Any], seed: int, split: str, replace: bool, limit: int = 0
+    ) -> None:
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.split, self.replace, self.limit = split, replace, limit
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index, repeat = key
+        faults: list[str] = []
+        for offset in range(len(self.dataset)):
+            try:
+                image, label = read_image(self.dataset, (index + offset) % len(self.dataset), self.split)
+            except BadImageError as error:
+                faults.append(str(error))
+                if not self.replace or len(faults) > self.limit:
+                    return Sample(None, -1, tuple(faults))
+                continue
+            with seeded(augmentation_seed(self.seed, epoch, index, repeat)):
+                return Sample(self.transform(image), label, tuple(faults))
+        raise DataError(f"none of the {len(self.dataset)} images of split '{self.split}' can be read: {faults[0]}")
+
+
+def augmentation_seed(seed: int, epoch: int, index: int, repeat: int) -> int:
+    """Seed of one augmentation; the first one of an image is that of a run without repeated augmentation."""
+    return derive_seed(seed, epoch, 1, index, *([repeat] if repeat else []))
+
+
+class Collate:
+    """Samples -> Batch; without the bad ones, and so perhaps empty.
+
+    Args:
+        shape: (channels, height, width) of the images.
+    """
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = tuple(shape)
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        good = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+        faults = tuple(line for sample in samples for line in sample.faults)
+        if not good:
+            return Batch(torch.empty(0, *self.shape), torch.empty(0, dtype=torch.int64), faults)
+        images, labels = default_collate(good)  # in a worker it collates into shared memory
+        return Batch(images, labels, faults)
+
+
+def checked_batches(loader: Iterable[Any], faults: FaultLog) -> Iterator[Batch]:
+    """The loader's batches, their bad images noted; errors of its worker processes are the one line that they were there.
+
+    Raises:
+        DataError: too many bad images; or what a worker raised.
+    """
+    try:
+        for images, labels, lines in loader:
+            faults.add(lines)
+            yield Batch(images, labels, tuple(lines))  # pinning makes a list of the tuple
+    except Exception as error:
+        end_workers(loader)
+        if not isinstance(error, DataError):
+            raise  # torch puts a worker's whole traceback into the message, which is right for what is not the data's fault
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        if len(lines) < 2:
+            raise
+        raise DataError(lines[-1].partition("Error: ")[2] or lines[-1]) from None

@@ -1,0 +1,96 @@
+"""Which way images take: held in memory and augmented in batches, or read and transformed one by one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.datasets import is_iterable
+from vit_tucker.data.memory import array_size
+from vit_tucker.errors import ConfigError
+
+LIMIT_BYTES = 2**30
+"""``data.in_memory=auto`` holds no more; ``true`` has no limit."""
+BATCHED_INTERPOLATIONS = (None, "bilinear", "bicubic", "random")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the images of a split are read.
+
+    Attributes:
+        kind: "image" one by one, "augmented" held and augmented in batches, "kept" transformed once and kept.
+        reason: why one by one; '' otherwise.
+    """
+
+    kind: str
+    reason: str = ""
+
+
+def batched_obstacle(data: DataConfig) -> str | None:
+    """What of the training transform works on single PIL images only, by its key; None if nothing."""
+    if data.no_aug:
+        return None
+    if data.aa:
+        return "data.aa"
+    if data.color_jitter:
+        return "data.color_jitter"
+    if data.train_crop_mode not in (None, "rrc"):
+        return f"data.train_crop_mode={data.train_crop_mode}"
+    if data.interpolation not in BATCHED_INTERPOLATIONS:
+        return f"data.interpolation={data.interpolation}"
+    return None
+
+
+def choose_way(data: DataConfig, dataset: Any, shape: tuple[int, int, int], training: bool) -> Way:
+    """The fastest way that the config allows.
+
+    Args:
+        data: config section.
+        dataset: of the split.
+        shape: (channels, height, width) of the transformed images.
+        training: with the training transform.
+
+    Raises:
+        ConfigError: ``data.in_memory=true`` where that can't be.
+    """
+    wanted = data.in_memory is True
+    if data.in_memory is False:
+        return Way("image", "data.in_memory=false")
+    if is_iterable(dataset):
+        if wanted:
+            raise ConfigError("data.in_memory=true: a streamed data set can't be held in memory; choose auto or false")
+        return Way("image", "a stream")
+    if training and (obstacle := batched_obstacle(data)) is not None:
+        if wanted:
+            raise ConfigError(
+                f"data.in_memory=true: {obstacle} needs single PIL images; leave it out, or choose data.in_memory=auto"
+            )
+        return Way("image", f"{obstacle} needs PIL")
+    kind = "augmented" if training and not data.no_aug else "kept"
+    if wanted:
+        return Way(kind)
+    stored = array_size(dataset)
+    if stored is None:
+        return Way("image", "the images are files; data.in_memory=true would hold them")
+    height, width = stored if kind == "augmented" else shape[1:]
+    size = len(dataset) * shape[0] * height * width
+    if size > LIMIT_BYTES:
+        return Way("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
+    return Way(kind)
+
+
+def describe_pipeline(way: Way, images: int | None, workers: int) -> str:
+    """One phrase for the log.
+
+    Args:
+        way: of the split.
+        images: in the split; None for a stream of unknown size.
+        workers: loader processes.
+    """
+    count = "images" if images is None else f"{images:,} images"
+    if way.kind == "kept":
+        return f"{count} in memory, transformed once"
+    by = f" by {workers} worker{'s' * (workers != 1)}" if workers else ""
+    if way.kind == "augmented":
+        return f"{count} in memory, augmented in batches{by}"
+    return f"{count} read one by one{by}: {way.reason}"
