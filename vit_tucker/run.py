@@ -99,7 +99,7 @@ def run_together(
     if loaders.train is None:
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
-    trainer = build_trainer(config, accelerator, peers, run_dir, built, loaders)
+    trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders))
     trainer.signals = signals
     trackers = Trackers(accelerator)
     if dry_run:

@@ -34,6 +34,7 @@ def train(arguments: Sequence[str], output: str, environment: dict[str, str], ki
     from vit_tucker.training import engine
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by hand
     os.environ.update(environment)
     sys.argv = ["experiments/train_vit.py", *arguments]
     if kill_in:

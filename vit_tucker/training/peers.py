@@ -4,6 +4,7 @@ A signal, a loss that is not finite or an unreadable image may meet one process 
 the result one step later, so that they stop after the same step and none waits; and where one fails in its set-up, all fail.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,8 +115,9 @@ class Peers:
 
     def tell(self, error: Exception) -> None:
         """Leave word of a failure that only this process knows, for ``ask``; the others will lose contact soon."""
-        if (store := self._store()) is not None:
-            store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), one_line(error)]))
+        with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
+            if (store := self._store()) is not None:
+                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), one_line(error)]))
 
     def ask(self) -> Exception | None:
         """The failure that another process has told of before it left; None if none has, or where it can't be known."""
