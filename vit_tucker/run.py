@@ -153,6 +153,7 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
         with_train=with_train,
+        device=accelerator.device,
     )
     return built, loaders
 

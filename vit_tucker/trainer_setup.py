@@ -88,8 +88,9 @@ def build_trainer(
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared)
     bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
-    if ema is not None and is_sharded(bare):
-        raise ConfigError("train.model_ema: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
+    for key in ("model_ema", "log_ranks"):
+        if getattr(recipe, key) and is_sharded(bare):
+            raise ConfigError(f"train.{key}: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
     if saved.optimizer is not None:
         load_optimizer(optimizer, saved.optimizer)
     if saved.scaler is not None and accelerator.scaler is not None:

@@ -1,6 +1,6 @@
 """From images to batches: reading, bad images, seeded transforms, collating."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from vit_tucker.data.datasets import image_name
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.sampler import Key
-from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.seeding import derive_seed, seed_transforms
 from vit_tucker.data.workers import end_workers
 from vit_tucker.errors import DataError
 
@@ -20,7 +20,7 @@ class Batch(NamedTuple):
     """A batch of images.
 
     Attributes:
-        images: (B, channels, height, width), float32.
+        images: (B, channels, height, width), normalised float32; from workers also uint8, see ``Normalise``.
         labels: (B,) int64.
         faults: one line for each image that could not be read on the way to this batch.
     """
@@ -60,6 +60,8 @@ def read_image(dataset: Any, index: int, split: str) -> tuple[Image.Image, int]:
 class SeededDataset(Dataset):
     """A data set with a transform whose randomness depends on (seed, epoch, index, repeat) alone.
 
+    Reading an image leaves the global random generators seeded by it.
+
     Args:
         dataset: map-style, yields (PIL image, int).
         transform: PIL image -> tensor; draws from Python's, NumPy's and torch's global generators.
@@ -89,8 +91,8 @@ class SeededDataset(Dataset):
                 if not self.replace or len(faults) > self.limit:
                     return Sample(None, -1, tuple(faults))
                 continue
-            with seeded(augmentation_seed(self.seed, epoch, index, repeat)):
-                return Sample(self.transform(image), label, tuple(faults))
+            seed_transforms(augmentation_seed(self.seed, epoch, index, repeat))  # every step seeds anew after it
+            return Sample(self.transform(image), label, tuple(faults))
         raise DataError(f"none of the {len(self.dataset)} images of split '{self.split}' can be read: {faults[0]}")
 
 
@@ -118,8 +120,30 @@ class Collate:
         return Batch(images, labels, faults)
 
 
-def checked_batches(loader: Iterable[Any], faults: FaultLog) -> Iterator[Batch]:
-    """The loader's batches, their bad images noted; errors of its worker processes are the one line that they were there.
+class Normalise:
+    """Images as the model takes them, on its device: 8-bit ones are normalised there, which is a quarter of the way to it.
+
+    Args:
+        mean, std: of each channel, in [0, 1].
+        device: of the model.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, channels, height, width), uint8 or float32 -> float32"""
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype != torch.uint8:
+            return images
+        return (
+            images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        )  # torchvision's own steps, so bit-equal
+
+
+def checked_batches(loader: Iterable[Any], faults: FaultLog, normalise: Normalise) -> Iterator[Batch]:
+    """The loader's batches, normalised, their bad images noted; errors of its worker processes are the one line that they were.
 
     Raises:
         DataError: too many bad images; or what a worker raised.
@@ -127,6 +151,7 @@ def checked_batches(loader: Iterable[Any], faults: FaultLog) -> Iterator[Batch]:
     try:
         for images, labels, lines in loader:
             faults.add(lines)
+            images, labels = normalise(images), labels.to(normalise.device, non_blocking=True)
             yield Batch(images, labels, tuple(lines))  # pinning makes a list of the tuple
     except Exception as error:
         end_workers(loader)

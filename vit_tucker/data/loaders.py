@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.batches import Batch, Collate, SeededDataset, checked_batches
+from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, checked_batches
 from vit_tucker.data.datasets import is_iterable, load_dataset, subset
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
@@ -31,6 +31,7 @@ class TrainLoader:
         steps_per_epoch: optimizer steps per epoch.
         accumulation: micro-batches per step.
         faults: bad images of this process so far.
+        normalise: on the model's device.
         description: which way the images take, and why; for the log.
     """
 
@@ -40,6 +41,7 @@ class TrainLoader:
     steps_per_epoch: int
     accumulation: int
     faults: FaultLog
+    normalise: Normalise
     description: str
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
@@ -55,7 +57,7 @@ class TrainLoader:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             done = 0  # a stream starts at its beginning; what is done already is read and dropped
         micro_batches: list[Batch] = []
-        for batch in checked_batches(self.loader, self.faults):
+        for batch in checked_batches(self.loader, self.faults, self.normalise):
             micro_batches.append(batch)
             if len(micro_batches) == self.accumulation:
                 if done >= start_step:
@@ -73,15 +75,17 @@ class EvalLoader:
     Attributes:
         loader: yields batches.
         faults: bad images of this process so far.
+        normalise: on the model's device.
         description: which way the images take, and why; for the log.
     """
 
     loader: DataLoader
     faults: FaultLog
+    normalise: Normalise
     description: str
 
     def __iter__(self) -> Iterator[Batch]:
-        return checked_batches(self.loader, self.faults)
+        return checked_batches(self.loader, self.faults, self.normalise)
 
 
 @dataclass
@@ -121,6 +125,7 @@ def build_loaders(
     world_size: int,
     pin_memory: bool,
     with_train: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Loaders:
     """Loaders of one process.
 
@@ -131,12 +136,15 @@ def build_loaders(
         rank, world_size: this process.
         pin_memory: for copies to a GPU.
         with_train: open the training split too.
+        device: of the model, where the batches go.
 
     Raises:
         DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
             ``data.aug_repeats`` where they can't be.
     """
-    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, FaultLog(data.max_bad_images))
+    normalise = Normalise(resolved["mean"], resolved["std"], device)
+    faults = FaultLog(data.max_bad_images)
+    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise)
     train_loader = _train_loader(place) if with_train else None
     eval_loader, num_eval = _eval_loader(place)
     return Loaders(train_loader, eval_loader, num_eval, place.faults)
@@ -154,6 +162,7 @@ class Place:
     world_size: int
     pin_memory: bool
     faults: FaultLog
+    normalise: Normalise
 
     @property
     def micro_batch(self) -> int:
@@ -215,7 +224,9 @@ def _train_loader(place: Place) -> TrainLoader:
     name, limit = data.train_split, data.max_bad_images
     if streamed:
         reader = place.stream(split, name, place.rank, place.world_size)
-        stream = TrainStream(reader, train_transform(data, place.resolved), place.seed, place.rank)
+        stream = TrainStream(
+            reader, train_transform(data, place.resolved, normalize=bool(data.reprob)), place.seed, place.rank
+        )
         loader = place.load(stream, batch_size=place.micro_batch, drop_last=True)
     elif way.kind == "augmented":
         held = hold_images(split, name, place.faults)
@@ -225,7 +236,9 @@ def _train_loader(place: Place) -> TrainLoader:
         kept = KeptBatches(split, fixed, place.resolved, name, True, limit)
         loader = place.load_batches(kept, sampler, in_process=True)
     else:
-        dataset = SeededDataset(split, train_transform(data, place.resolved), place.seed, name, True, limit)
+        dataset = SeededDataset(
+            split, train_transform(data, place.resolved, normalize=bool(data.reprob)), place.seed, name, True, limit
+        )
         loader = place.load(dataset, batch_sampler=sampler)
     return TrainLoader(
         loader,
@@ -234,6 +247,7 @@ def _train_loader(place: Place) -> TrainLoader:
         sampler.steps_per_epoch,
         train.grad_accum_steps,
         place.faults,
+        place.normalise,
         describe_pipeline(way, total, loader.num_workers),
     )
 
@@ -244,11 +258,10 @@ def _eval_loader(place: Place) -> tuple[EvalLoader, int | None]:
     batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
     if is_iterable(split):
         reader = place.stream(split, data.val_split, 0, 1)
-        stream = EvalStream(reader, eval_transform(place.resolved), place.rank, place.world_size)
+        stream = EvalStream(reader, eval_transform(place.resolved, normalize=False), place.rank, place.world_size)
         loader = place.load(stream, batch_size=batch_size)
-        return EvalLoader(
-            loader, place.faults, describe_pipeline(Way("image", "a stream"), None, loader.num_workers)
-        ), None
+        description = describe_pipeline(Way("image", "a stream"), None, loader.num_workers)
+        return EvalLoader(loader, place.faults, place.normalise, description), None
     if len(split) == 0:
         raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
     sampler = EvalSampler(len(split), batch_size, place.rank, place.world_size)
@@ -257,6 +270,9 @@ def _eval_loader(place: Place) -> tuple[EvalLoader, int | None]:
         fixed = eval_transform(place.resolved, normalize=False)
         loader = place.load_batches(KeptBatches(split, fixed, place.resolved, data.val_split, False), sampler, True)
     else:
-        dataset = SeededDataset(split, eval_transform(place.resolved), place.seed, data.val_split, False)
+        dataset = SeededDataset(
+            split, eval_transform(place.resolved, normalize=False), place.seed, data.val_split, False
+        )
         loader = place.load(dataset, batch_sampler=sampler)
-    return EvalLoader(loader, place.faults, describe_pipeline(way, len(split), loader.num_workers)), len(split)
+    description = describe_pipeline(way, len(split), loader.num_workers)
+    return EvalLoader(loader, place.faults, place.normalise, description), len(split)

@@ -1,7 +1,6 @@
 """The training loop: one optimizer step, one evaluation, and the loop around them."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,9 +47,9 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
                 monitor.add(loss, norm)
                 verdict = t.peers.vote(t.signals.number, not t.is_finite(loss, norm), t.has_new_faults())
                 if flush_due or verdict.signal or verdict.diverged:
-                    losses = monitor.flush(progress, t.optimizer)
+                    losses, norms = monitor.flush(progress, t.optimizer)
                     progress.add_losses(losses)
-                    if verdict.diverged or not all(map(math.isfinite, losses)):
+                    if verdict.diverged or not t.all_finite(losses, norms):
                         t.fail_diverged(losses)
                 if verdict.faults:
                     t.share_faults()
@@ -127,9 +126,8 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[s
     row: dict[str, Any] = {"epoch": epoch, "train_loss": progress.loss_sum / progress.step}
     row |= dict.fromkeys(("eval_loss", "eval_top1", "eval_top5"))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
-        leave = lambda: t.heed(t.peers.vote(t.signals.number))  # noqa: E731
         first: list[tuple[Tensor, Tensor, Tensor]] = []
-        scores = evaluate(t.bare, loaders, t.accelerator, t.peers, t.input_size, leave, first)
+        scores = evaluate(t.bare, loaders, t.accelerator, t.peers, t.input_size, t.heed_signals, first)
         row |= {"eval_loss": scores.loss, "eval_top1": scores.top1, "eval_top5": scores.top5}
         if t.ema is not None:
             scores = evaluate(t.ema.module, loaders, t.accelerator, t.peers)

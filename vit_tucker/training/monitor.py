@@ -101,14 +101,14 @@ class Monitor:
         if not self.warm and self.steps < self.steps_per_epoch:  # the run's first step starts workers and kernels
             self.warm, self.paced_from, self.waited, self.steps = True, time.perf_counter(), 0.0, 0
 
-    def flush(self, progress: Progress, optimizer: Any) -> list[float]:
+    def flush(self, progress: Progress, optimizer: Any) -> tuple[list[float], list[float]]:
         """Log the steps since the last time; every process must call this alike.
 
         Returns:
-            Their losses, each the mean over processes.
+            Their losses, each the mean over processes; and the gradient norms that were measured.
         """
         if not self.pending:
-            return []
+            return [], []
         pending, self.pending = self.pending, []
         stacked = torch.stack([loss for loss, _ in pending]).double()
         losses = self.accelerator.reduce(stacked, reduction="mean").tolist()
@@ -118,17 +118,16 @@ class Monitor:
         rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
         self.bar.set_postfix(loss=f"{losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
         first = progress.global_step - len(losses) + 1
-        for offset, (loss, (_, norm)) in enumerate(zip(losses, pending, strict=True)):
-            self.scalars({"train/loss": loss}, first + offset)
-            if norm is not None:
-                self.scalars({"train/grad_norm": float(norm)}, first + offset)
+        norms = {first + offset: float(norm) for offset, (_, norm) in enumerate(pending) if norm is not None}
+        for step, loss in enumerate(losses, first):
+            self.scalars({"train/loss": loss} | ({"train/grad_norm": norms[step]} if step in norms else {}), step)
         values = {
             "train/images_per_second": rate,
             "train/data_wait_share": self.wait_share(),
             "train/memory_gb": memory_bytes() / 1e9,
         }
         self.scalars({**values, **self.learning_rates(optimizer)}, progress.global_step)
-        return losses
+        return losses, list(norms.values())
 
     def wait_share(self) -> float:
         """Share of the epoch's time so far that was spent waiting for data."""
@@ -168,7 +167,7 @@ class Monitor:
             rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
             parts += [f"{rate:,.0f} images/s", f"data wait {self.share:.0%}"]
         parts.append(f"{memory_bytes() / 1e9:.1f} GB")
-        if progress.epoch < self.config.epochs:
+        if progress.epoch < self.config.epochs and self.step_seconds:
             parts.append(f"{clock(self.seconds_left(progress))} left")
         LOGGER.info("  ".join(parts))
 

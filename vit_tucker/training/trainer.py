@@ -82,6 +82,10 @@ class Trainer:
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
 
+    def all_finite(self, losses: list[float], norms: list[float]) -> bool:
+        """Whether all processes' losses, and gradients where no scaler watches them, are numbers."""
+        return all(map(math.isfinite, losses if self.accelerator.scaler is not None else [*losses, *norms]))
+
     def has_new_faults(self) -> bool:
         """Whether this process met bad images that the others don't know yet."""
         return len(self.faults) > len(self.progress.faults)
@@ -155,6 +159,10 @@ class Trainer:
         raise StoppedError(
             f"stopped by {name} after step {progress.global_step} (epoch {progress.epoch + 1}), state saved"
         )
+
+    def heed_signals(self) -> None:
+        """``heed`` what any process has caught; every process must call this equally often."""
+        self.heed(self.peers.vote(self.signals.number))
 
     def fail_diverged(self, losses: list[float]) -> NoReturn:
         """Save the state for inspection, beside the checkpoints and not among them.
