@@ -35,6 +35,8 @@ HARMLESS = frozenset(
     }
 )
 """Keys that may change when a run is continued: they change nothing that it computes beyond rounding."""
+STREAMS = ("wds", "hfids", "tfds")
+"""Data sets whose batches depend on the number of loader workers."""
 
 
 def run(
@@ -190,7 +192,9 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
     if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
         written = stored.model_copy(update={"attention": chosen.without_choices()})
     differences = config_difference(written, config)
-    refused = [line for line in differences if line.partition(":")[0] not in HARMLESS]
+    streamed = config.data.dataset.partition("/")[0] in STREAMS
+    harmless = HARMLESS - ({"data.num_workers"} if streamed else set())
+    refused = [line for line in differences if line.partition(":")[0] not in harmless]
     if refused and not allow_changes:
         raise ConfigError(
             f"{run_dir.path} holds a run with another config: {'; '.join(refused)}; choose another output_dir=, remove that "

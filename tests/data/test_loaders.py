@@ -149,3 +149,25 @@ def test_normalisation_follows_weights_or_data(make_vit):
     white = eval_transform({**scratch, "crop_pct": 1.0})(image)
     assert white.shape == (1, 16, 16)
     assert white.mean().item() == pytest.approx((1 - info.mean[0]) / info.std[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "3a", "augmix-m5-w2", "v0"])
+def test_policies_run_at_every_magnitude(policy):
+    """timm asks Pillow to keep 0 bits at some magnitudes, which newer ones refuse: such a run would end after some images."""
+    from PIL import Image
+
+    from vit_tucker.data.transforms import augment_ops, posterize, train_transform
+
+    resolved = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    transform = train_transform(DataConfig(aa=policy), resolved)
+    posterizers = [op for op in augment_ops(transform) if op.name.startswith("Posterize")]
+    assert all(op.aug_fn is posterize for op in posterizers)
+    assert bool(posterizers) == (policy != "3a")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8))
+    for op in posterizers:
+        op.magnitude, op.magnitude_std, op.prob = 10, 0.0, 1.0
+        assert op(image).size == image.size
+    assert transform(image).shape == (3, 16, 16)
+    assert posterize(image, 8) is image
+    assert np.array_equal(np.asarray(posterize(image, 0)), np.asarray(posterize(image, 1)))
+    assert not np.array_equal(np.asarray(posterize(image, 1)), np.asarray(posterize(image, 2)))

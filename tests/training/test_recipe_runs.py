@@ -175,6 +175,45 @@ def test_the_plan_of_a_run_writes_nothing(capsys):
     assert {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "3a"])
+def test_a_whole_recipe_is_exact_over_a_stop(monkeypatch, policy):
+    """What DeiT and DeiT III train with, all at once on RGB images: it learns, and a stop in it changes nothing."""
+    recipe = [
+        "model.in_chans=3",
+        "model.drop_path_rate=0.1",
+        f"data.aa={policy}",
+        "data.color_jitter=0.3",
+        "data.reprob=0.25",
+    ]
+    recipe += [
+        "data.aug_repeats=2",
+        "train.mixup=0.8",
+        "train.cutmix=1.0",
+        "train.smoothing=0.1",
+        "train.layer_decay=0.8",
+    ]
+    recipe += ["train.model_ema=true", "train.sched=linear", "train.grad_accum_steps=2", "train.checkpoint_steps=4"]
+    recipe += ["data.num_samples=320", "train.log_interval=3", "data.num_workers=1"]  # 5 steps per epoch
+    whole = run(config("output_dir=a", *recipe))
+    assert whole["last"]["train_loss"] < 2.5
+    original = engine.train_step
+
+    def stopping(trainer, *args, **options):
+        if trainer.progress.global_step == 7:
+            raise KeyboardInterrupt
+        return original(trainer, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "train_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(config("output_dir=b", *recipe))
+    run(config("output_dir=b", *recipe))
+    assert same(weights("a"), weights("b"))
+    assert Path("a/summary.csv").read_text() == Path("b/summary.csv").read_text()
+    run(config("output_dir=c", *recipe, "data.reprob=0"))
+    assert not same(weights("a"), weights("c"))
+
+
 def test_checkpoints_by_epochs_and_the_last_k():
     run(config("output_dir=a", "train.epochs=5", "train.checkpoint_epochs=2", "train.checkpoint_hist=2"))
     assert sorted(p.name for p in Path("a/checkpoints").glob("step-*")) == ["step-00000088", "step-00000110"]

@@ -1,8 +1,9 @@
 """Transforms of a run, all from timm.data, and the normalisation that they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
@@ -51,7 +52,7 @@ def resolve_data(
 
 def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
     """timm's training transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
-    return create_transform(
+    transform = create_transform(
         resolved["input_size"],
         is_training=True,
         no_aug=config.no_aug,
@@ -70,6 +71,22 @@ def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: boo
         re_count=config.recount,
         normalize=normalize,
     )
+    for op in augment_ops(transform):
+        if op.name.startswith("Posterize"):
+            op.aug_fn = posterize
+    return transform
+
+
+def augment_ops(transform: Any) -> Iterator[Any]:
+    """timm's AugmentOps of all policies in a composed transform."""
+    for step in getattr(transform, "transforms", []):
+        for part in [*getattr(step, "ops", []), *getattr(step, "policy", [])]:
+            yield from part if isinstance(part, list | tuple) else [part]
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's operation; its policies also ask for 0 bits (in 'rand-m9-mstd0.5-inc1'), which newer Pillow refuses: 1 then."""
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, max(1, bits_to_keep))
 
 
 def eval_transform(resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
