@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip_grad": 1.0, "sched": "cosine", "warmup_epochs": 0,
          "epochs": 1, "smoothing": 0.1}  # fmt: skip
-AUGMENT = {"scale": [0.08, 1.0], "ratio": [0.75, 1.3333], "hflip": 0.5, "color_jitter": 0.4}
+AUGMENT = {"scale": [0.08, 1.0], "ratio": [0.75, 1.3333], "hflip": 0.5}
+JITTER = {3: 0.4, 1: None}
+"""timm's default for colour images; there is no colour in grey ones."""
 TIMM_STEP = re.compile(r"Train: 0 \[ *(\d+)/")
 TIMM_WAIT = re.compile(r"\(([\d.]+)s, .*Data: [\d.]+ \(([\d.]+)\)")
 
@@ -33,6 +35,7 @@ def our_config(case: Case, args: argparse.Namespace, data: Path, out: Path) -> d
             "root": str(data),
             "num_workers": args.workers,
             **AUGMENT,
+            "color_jitter": JITTER[case.channels],
             **grey,
         },
         "train": {
@@ -54,6 +57,7 @@ def commands(case: Case, args: argparse.Namespace, data: Path, out: Path) -> dic
     flags: dict[str, Any] = {**TRAIN, **AUGMENT, "batch_size": case.batch_size, "workers": args.workers, "seed": 0}
     flags |= {"model": args.model, "num_classes": CLASSES, "input_size": case.input_size, "device": args.device}
     flags |= {"log_interval": case.interval, "output": out, "experiment": "timm"}
+    flags["color_jitter"] = JITTER[case.channels] or 0
     if case.channels == 1:
         flags |= {"mean": [0.5], "std": [0.5]}
     timm_line = [sys.executable, str(args.timm_train), str(data), "--sched-on-updates"]

@@ -24,8 +24,9 @@ RECIPE += ["train.checkpoint_steps=2", "train.checkpoint_hist=1"]
 KILLS, STEPS = 20, 20 * 11
 
 
-def started(folder: Path, kill_in: str = "") -> multiprocessing.Process:
-    return start(["--cfg", "digits/tucker_r16", *RECIPE, f"output_dir={folder}"], folder.with_suffix(".log"), kill_in)
+def started(folder: Path, kill_in: str = "", *extra: str) -> multiprocessing.Process:
+    arguments = ["--cfg", "digits/tucker_r16", *RECIPE, *extra, f"output_dir={folder}"]
+    return start(arguments, folder.with_suffix(".log"), kill_in)
 
 
 def outcome(folder: Path) -> dict:
@@ -82,13 +83,12 @@ def test_a_run_killed_at_twenty_random_moments_ends_like_an_uninterrupted_one(wh
 
 
 @pytest.mark.parametrize("moment", ["evaluate", "finish_epoch"])
-def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(whole, tmp_path, moment):
-    folder = tmp_path / "run"
-    for kill_in in (moment, ""):
-        process = started(folder, kill_in)
+def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(tmp_path, moment):
+    for folder, kill_in in (("whole", ""), ("run", moment), ("run", "")):
+        process = started(tmp_path / folder, kill_in, "train.epochs=3")
         process.join()
-    assert process.exitcode == 0
-    assert outcome(folder) == outcome(whole)
+        assert process.exitcode == (-signal.SIGKILL if kill_in else 0)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def tiny_state(step: int) -> tuple[dict, tuple, dict]:

@@ -99,10 +99,10 @@ def test_compiled_runs_have_plain_checkpoints(monkeypatch):
 
 
 class Notebook(tracking.GeneralTracker):
-    name, requires_logging_directory = "notebook", False
+    name, requires_logging_directory = "mlflow", False  # the oldest Accelerate takes no other names
     pages: ClassVar[list] = []
 
-    def __init__(self, run_name, **options):
+    def __init__(self, project, **options):
         super().__init__()
 
     @property
@@ -120,9 +120,10 @@ class Notebook(tracking.GeneralTracker):
 
 
 def test_trackers_get_what_tensorboard_gets(monkeypatch):
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Notebook)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD, tracking.LoggerType.MLFLOW])
     monkeypatch.setattr(Notebook, "pages", [])
-    results = run(config("output_dir=a", "train.trackers=[notebook, tensorboard]", "train.log_interval=10"))
+    results = run(config("output_dir=a", "train.trackers=[mlflow, tensorboard]", "train.log_interval=10"))
     pages = Notebook.pages
     assert pages[0][0] == "config"
     assert pages[0][1]["train.lr"] == 2e-3
