@@ -10,7 +10,7 @@ from tests.data.test_datasets import write_shards
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import build_loaders
-from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.seeding import derive_seed, seed_transforms
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.errors import ConfigError
 
@@ -74,10 +74,10 @@ def test_loading_leaves_the_global_generators_alone():
     np.random.seed(0)  # noqa: NPY002
     first_step(build())
     assert (torch.rand(1), random.random(), np.random.rand()) == before  # noqa: NPY002
-    with seeded(derive_seed(1, 2)):
-        inside = torch.rand(1)
-    with seeded(derive_seed(1, 2)):
-        assert torch.equal(torch.rand(1), inside)
+    seed_transforms(derive_seed(1, 2))
+    drawn = torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
+    seed_transforms(derive_seed(1, 2))
+    assert (torch.rand(1), random.random(), np.random.rand()) == drawn  # noqa: NPY002
     assert derive_seed(1, 2) != derive_seed(2, 1)
 
 

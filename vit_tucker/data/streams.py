@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vit_tucker.data.batches import Sample
 from vit_tucker.data.faults import FaultLog, fault_line
-from vit_tucker.data.seeding import derive_seed, seeded
+from vit_tucker.data.seeding import derive_seed, seed_transforms
 from vit_tucker.errors import DataError
 
 
@@ -206,8 +206,8 @@ class TrainStream(IterableDataset):
         worker = info.id if info is not None else 0
         images = self.reader.read(derive_seed(self.seed, epoch, 4, self.rank, worker))
         for number, (image, label) in enumerate(images):
-            with seeded(derive_seed(self.seed, epoch, 5, self.rank, worker, number)):
-                yield Sample(self.transform(image), int(label), self.reader.taken_faults())
+            seed_transforms(derive_seed(self.seed, epoch, 5, self.rank, worker, number))
+            yield Sample(self.transform(image), int(label), self.reader.taken_faults())
 
 
 class EvalStream(IterableDataset):
