@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted.
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,18 +70,20 @@ def _train(args: argparse.Namespace) -> int:
     try:
         run(config, args.evaluate, args.allow_changes, args.dry_run)
     except StoppedError as stop:
-        raise StoppedError(
-            f"{stop}; the same command continues, or: {resume_command(str(config.output_dir))}"
-        ) from None
+        command = resume_command(str(config.output_dir))
+        raise StoppedError(f"{stop}; the same command continues{f', or: {command}' if command else ''}") from None
     return 0
 
 
-def resume_command(folder: str) -> str:
-    """The command that continues a run, on as many processes as there are now."""
+def resume_command(folder: str) -> str | None:
+    """The command that continues a run here, on as many processes as there are now; None on several machines."""
+    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if processes != here:
+        return None
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
     script = sys.argv[0] if sys.argv[0].endswith(".py") else "experiments/train_vit.py"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    launcher = "python" if processes == 1 else f"accelerate launch --multi_gpu --num_processes {processes}"
-    return f"{launcher} {script} --cfg {shlex.quote(folder)}"
+    launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    return shlex.join([*(launcher if processes > 1 else [python]), script, "--cfg", folder])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

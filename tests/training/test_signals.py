@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import process_environment
 from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.test_kills import RECIPE, outcome
+from vit_tucker.cli import resume_command
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.peers import Peers, Verdict
 
@@ -53,7 +54,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(whole, tmp_path,
     assert 11 < step < 44
     last = log.read_text().splitlines()[-1]
     assert last.startswith(f"stopped by {number.name} after step {step} (epoch {step // 11 + 1}), state saved; ")
-    assert last.endswith(f"the same command continues, or: python experiments/train_vit.py --cfg {folder}")
+    assert last.endswith(f"the same command continues, or: {sys.executable} experiments/train_vit.py --cfg {folder}")
     assert not (folder / "results.json").exists()
     assert finish([start(shlex.split(last.partition(".py ")[2]), log)]) == [0]
     assert f"continuing {folder} from step {step}" in log.read_text()
@@ -87,7 +88,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     os.kill(both[1].pid, signal.SIGUSR1)
     assert finish(both) == [130, 130], log.read_text()
     assert log.read_text().count("stopped by SIGUSR1 after step") == 1
-    assert "or: accelerate launch --multi_gpu --num_processes 2 experiments/train_vit.py --cfg" in log.read_text()
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 experiments/train_vit.py --cfg"
+    assert f"or: {sys.executable} {launcher} {folder}" in log.read_text()
     assert finish([start(command, log)]) == [0], log.read_text()
     assert "on 1 process(es), before on 2: the same images and batches" in log.read_text()
 
@@ -113,6 +115,15 @@ def test_the_command_line_says_how_to_go_on(tmp_path):
     said = log.read_text()
     assert "Traceback" not in said
     assert "stopped by SIGINT after step" in said.splitlines()[-1]
+
+
+def test_no_command_for_one_machine_continues_a_run_on_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert resume_command("runs/a") is None
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "argv", ["experiments/train_vit.py"])
+    assert resume_command("a run").endswith("--num_processes 8 experiments/train_vit.py --cfg 'a run'")
 
 
 def test_signals_are_noted_and_the_second_ctrl_c_interrupts_at_once(monkeypatch):
