@@ -12,7 +12,7 @@ from vit_tucker.errors import CheckpointError
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import load_checkpoint, newest_intact, set_aside_after
+from vit_tucker.training.state import load_checkpoint, newest_intact
 from vit_tucker.training.weights import weights_metadata
 
 
@@ -34,7 +34,7 @@ class Saved:
 def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
     """The state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start if there is none.
 
-    Damaged checkpoints that are newer are named and set aside.
+    Damaged checkpoints that are newer are named and passed over; the run replaces them when it comes to their steps again.
 
     Raises:
         CheckpointError: none is intact, or it is of another model.
@@ -45,7 +45,10 @@ def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | No
     checkpoint = run_dir.checkpoints / name
     values, optimizer = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
     scaler = values.pop("scaler", None)
-    progress = Progress(**values)
+    try:
+        progress = Progress(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint}: was written by another version: {error}") from None
     progress.best = peers.on_main(lambda: best_on_disk(run_dir.best, progress.best))
     LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
     if progress.processes != peers.num_processes:
@@ -57,13 +60,12 @@ def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | No
 
 
 def choose_checkpoint(run_dir: RunDir) -> str | None:
-    """Name of the newest intact checkpoint; damaged ones are named in the log and set aside."""
+    """Name of the newest intact checkpoint; damaged ones are named in the log."""
     checkpoint, damaged = newest_intact(run_dir.checkpoints)
     if checkpoint is None:
         return None
     for line in damaged:
         LOGGER.warning(f"{line}; going back to {checkpoint.name}")
-    set_aside_after(checkpoint)
     return checkpoint.name
 
 

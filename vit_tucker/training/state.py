@@ -180,15 +180,6 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def set_aside_after(checkpoint: Path) -> None:
-    """Rename the damaged checkpoints that are newer than ``checkpoint`` to damaged-step-..., so that none is met again."""
-    for newer in list_checkpoints(checkpoint.parent):
-        if newer.name > checkpoint.name:
-            aside = newer.with_name(f"damaged-{newer.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(newer, aside)
-
-
 def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Restore model and EMA from a checkpoint folder. An EMA that was not saved starts from the model.
 

@@ -29,7 +29,7 @@ from vit_tucker.training.weights import full_state, save_weights
 
 @dataclass
 class Trainer:
-    """All that the loop works on; built by vit_tucker.build.
+    """All that the loop works on; built by vit_tucker.trainer_setup.
 
     Attributes:
         accelerator: device, processes, precision.
