@@ -62,23 +62,24 @@ def classes_and_channels(config: RunConfig) -> tuple[int, int]:
     return num_classes, config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
 
 
-def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, with_teacher: bool = True) -> BuiltModel:
+def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, training: bool = True) -> BuiltModel:
     """Create the host, start it from its weights, patch it; and the teacher where the run distils.
 
-    A run that has weights of its own is only built: what it started from need not be there any more.
+    A run that has weights of its own to go on from is only built: what it started from need not be there any more. Best weights
+    alone are some to evaluate, but none to go on from: such a run was killed before its first checkpoint.
 
     Raises:
         VitTuckerError: see ``create_host`` and ``patch``.
     """
     num_classes, in_chans = classes_and_channels(config)
-    started = run_dir.best.is_file() or bool(list_checkpoints(run_dir.checkpoints))
+    started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.model_copy(update={"pretrained": False, "checkpoint": None}) if started else config.model
     model = create_host(host, num_classes, in_chans)
     dense_total, dense_attention = count_parameters(model)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.pretrained, size)
     teacher = None
-    if config.train.distill is not None and with_teacher:
+    if config.train.distill is not None and training:
         source, dense = config.train.distill.teacher, None if started else model
         teacher = create_teacher(config.model, source, run_dir.teacher, dense, num_classes, in_chans).to(device)
     model.to(device)

@@ -145,7 +145,7 @@ def run_together(
 
 def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool) -> tuple[BuiltModel, Loaders]:
     """Model and loaders of one process."""
-    built = build_model(config, run_dir, accelerator.device, with_teacher=with_train)
+    built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
         config.data,
         config.train,

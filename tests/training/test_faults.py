@@ -195,6 +195,27 @@ def test_best_weights_ahead_of_the_checkpoint_keep_their_score(monkeypatch):
         run(config("output_dir=a"))
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_host_again(monkeypatch):
+    """Its best weights are there already, and are none to go on from."""
+    run(config("output_dir=dense", base="digits/dense"))
+    given = ["model.checkpoint=dense", "attention={method: tucker, ranks: [2, 8, 8]}"]
+    whole = run(config("output_dir=whole", *given, base="digits/dense"))
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(config("output_dir=a", *given, base="digits/dense"))
+    assert Path("a/checkpoints/best/model.safetensors").is_file()
+    results = run(config("output_dir=a", *given, base="digits/dense"))
+    assert same(weights("a"), weights("whole"))
+    assert results["best"] == whole["best"]
+    errors = [run_results["patch"]["layers"][0]["pre_error"] for run_results in (results, whole)]
+    assert errors[0] == errors[1] > 0
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("executed",))
