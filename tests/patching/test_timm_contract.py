@@ -240,11 +240,29 @@ def test_weights_are_initialised_anew_by_timm(host, method):
 def test_token_counts_come_from_a_dry_run(make_vit):
     model = make_vit(reg_tokens=4)
     names = [f"blocks.{i}.attn" for i in range(3)]
-    assert count_tokens(model, names) == dict.fromkeys(names, (1, 21))
+    layouts = dict.fromkeys(names, "sequence")
+    assert count_tokens(model, layouts) == dict.fromkeys(names, (1, 21))
     assert input_shape(model) == (3, 16, 16)
     dynamic = make_vit(dynamic_img_size=True)
-    assert count_tokens(dynamic, names, img_size=24) == dict.fromkeys(names, (1, 37))
-    assert count_tokens(torch.nn.Identity(), ["nothing"]) == {}
+    assert count_tokens(dynamic, layouts, img_size=24) == dict.fromkeys(names, (1, 37))
+    assert count_tokens(torch.nn.Identity(), {"nothing": "sequence"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"), [("sequence", (12, 4)), ("grid", (2, 24)), ("channels_first", (2, 20))]
+)
+def test_tokens_are_counted_in_the_layout_of_the_host(layout, expected):
+    """Tokens (2, 6, 4, 5): windows of sequences, a grid, or six channels first."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.Identity()
+
+        def forward(self, images):
+            return self.attn(images.new_empty(2, 6, 4, 5))
+
+    assert count_tokens(Model(), {"attn": layout}) == {"attn": expected}
 
 
 @pytest.mark.parametrize(

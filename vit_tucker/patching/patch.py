@@ -180,7 +180,7 @@ def _prepare(
     configs = layer_configs(config, list(found), chosen)
     mixed_rope = hosts.has_mixed_rope(model)
     read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
-    tokens = count_tokens(model, chosen, img_size)
+    tokens = count_tokens(model, {name: host.spec.layout for name, host in read.items()}, img_size)
     images = None
     if config.calibration is not None and batches is not None:
         images = collect_images(model, batches, config.calibration.images)

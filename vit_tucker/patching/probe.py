@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from vit_tucker.attention.call import to_sequences
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """The model's structure with all parameters and buffers on the meta device; the model itself is not touched."""
-    memo: dict[int, Any] = {}
+
+def meta_copy(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
+    """The model's structure with all parameters and buffers on the meta device; the model itself is not touched.
+
+    Args:
+        model: any.
+        shared: objects inside the model that the copy shares with it instead of having a copy.
+    """
+    memo: dict[int, Any] = {id(part): part for part in shared}
     for tensor in chain(model.parameters(), model.buffers()):
         meta = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
@@ -42,13 +49,13 @@ def input_channels(model: nn.Module) -> int | None:
 
 
 def count_tokens(
-    model: nn.Module, names: Iterable[str], img_size: int | tuple[int, int] | None = None
+    model: nn.Module, layouts: Mapping[str, str], img_size: int | tuple[int, int] | None = None
 ) -> dict[str, tuple[int, int]]:
     """Sequences per image and tokens per sequence that each named module receives.
 
     Args:
         model: any model that maps (B, 3, H, W) images; it is not touched.
-        names: full module names.
+        layouts: of the tokens that each module takes, see ``HostSpec``, by full module name.
         img_size: pixels; the model's own size if None.
 
     Returns:
@@ -60,12 +67,12 @@ def count_tokens(
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else kwargs["x"]
-                seen[name] = (x.shape[0], x.shape[-2])
+                sequences, tokens, _ = to_sequences(args[0] if args else kwargs["x"], layouts[name]).shape
+                seen[name] = (sequences, tokens)
 
             return hook
 
-        for name in names:
+        for name in layouts:
             probe.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         with torch.no_grad():
