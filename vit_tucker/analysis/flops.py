@@ -1,0 +1,48 @@
+"""Operations of a whole model's forward pass, as torch's FlopCounterMode counts them: on the meta device, without arithmetic."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import meta_copy
+
+
+def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Floating point operations of the forward pass in eval mode, for one image.
+
+    Matrix products and convolutions count, 2 per multiply-add; norms, softmax, activations and biases do not. Attention counts
+    as its two matrix products, whatever kernel the model uses. What a patched model does once per batch, folding head factors
+    into cores, is done once for this one image. Only what runs is counted: a parameter that is used twice counts twice.
+
+    Args:
+        model: dense or patched, on any device; it is not touched, and no random numbers are drawn.
+        input_size: (channels, height, width).
+
+    Returns:
+        Operations per image; they are those of ``PatchReport.flops_before`` and ``flops_after`` where each layer is called once
+        per image. Layers that see several windows as a batch (Swin) fold their head factors once here, once per window there.
+    """
+    record = patch_record(model)  # it may hold the dense layers, which no forward pass needs
+    shared = () if record is None else (record,)
+    probe = meta_copy(model, shared)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    try:
+        return _count(probe, torch.empty(1, *input_size, device="meta", dtype=dtype))
+    except Exception:  # an operation whose result depends on values, or one that makes tensors on a device of its own
+        if any(p.is_meta for p in model.parameters()):
+            raise
+    probe = copy.deepcopy(model, {id(part): part for part in shared}).cpu()
+    with torch.random.fork_rng(devices=[]):
+        return _count(probe, torch.zeros(1, *input_size, dtype=dtype))
+
+
+def _count(model: nn.Module, images: torch.Tensor) -> int:
+    model.eval().requires_grad_(False)  # the counter's module hooks fail on views of parameters otherwise
+    # torch counts nothing in the CPU's fused kernel, and in others the same as in the plain matrix products
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
