@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.report.formats import markdown
 
 COLUMNS = (
     "run",
@@ -62,7 +63,7 @@ def comparison(folders: list[Path]) -> str:
     Raises:
         ConfigError: a run is not finished.
     """
-    rows = [COLUMNS]
+    rows = []
     for folder in folders:
         results = read_results(folder)
         params, last = results["params"], results["last"]
@@ -79,11 +80,7 @@ def comparison(folders: list[Path]) -> str:
             f"{results['train_seconds']:.0f}",
         )
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    aligned = [[c.ljust(w) if i < TEXT_COLUMNS else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-               for row in rows]  # fmt: skip
-    rule = ["-" * w if i < TEXT_COLUMNS else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (aligned[0], rule, *aligned[1:]))
+    return markdown(COLUMNS, rows, TEXT_COLUMNS)
 
 
 def save_comparison(folders: list[Path], out: Path) -> None:
