@@ -23,12 +23,13 @@ ALLOWED = {
     "report": {"errors"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
     "trainer_setup": {"errors", "attention", "config", "data", "patching", "training", "analysis", "build"},
-    "announce": {"config", "data", "models", "training", "build"},
+    "announce": {"config", "data", "models", "training", "analysis", "build"},
     "run": {"errors", "config", "data", "training", "build", "trainer_setup", "announce", "paths"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
         *("models", "analysis", "report", "run", "build", "paths", ""),
     },
+    "sweep": {"errors", "config", "patching", "training", "models", "build", "paths", "run", "cli"},
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},
 }
