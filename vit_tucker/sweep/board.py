@@ -55,12 +55,12 @@ class Display:
     Args:
         jobs: the runs to show.
         statuses: their states, updated by whoever runs them.
-        stream: where to.
+        stream: where to; standard output if None.
     """
 
-    def __init__(self, jobs: Sequence[Job], statuses: Statuses, stream: TextIO = sys.stdout):
-        self._jobs, self._statuses, self._stream = jobs, statuses, stream
-        self._live = stream.isatty()
+    def __init__(self, jobs: Sequence[Job], statuses: Statuses, stream: TextIO | None = None):
+        self._jobs, self._statuses, self._stream = jobs, statuses, stream or sys.stdout
+        self._live = self._stream.isatty()
         self._drawn = 0
 
     def say(self, line: str) -> None:

@@ -28,7 +28,6 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--done",
         nargs="+",
-        type=Path,
         default=[],
         metavar="FILE",
         help="results.jsonl of runs that are done though their folders are not here",
@@ -40,9 +39,9 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     args, extra = parser.parse_known_args(argv)
     if extra and any(text.startswith("-") for text in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    for values in (args.only, extra):  # argparse gives overrides to the option before them
-        args.overrides += [text for text in values if "=" in text and text not in args.overrides]
-    args.only = [text for text in args.only if "=" not in text]
+    for values in (args.only, args.done, extra):  # argparse gives overrides to the option before them
+        args.overrides += [text for text in values if "=" in text]
+        values[:] = [text for text in values if "=" not in text]
     return guarded(lambda: _sweep(args))
 
 
@@ -64,7 +63,7 @@ def _sweep(args: argparse.Namespace) -> int:
     jobs = select(sweep, args.only, args.seeds)
     refuse_unwritable("output_dir", sweep.output_dir, folder=True)
     refuse_impossible(jobs)
-    statuses = read_statuses(jobs, read_records(args.done))
+    statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
     display = Display(jobs, statuses)
     if args.dry_run:
         display.close()
