@@ -153,6 +153,29 @@ def test_each_bias_matters_and_is_kept(bias):
     torch.testing.assert_close(dense_attention(no_key_bias, x, spec), module(x), rtol=1e-9, atol=1e-9)
 
 
+def test_without_query_bias_the_rest_is_exact():
+    """The paper's form: at full rank the host without its query bias, which the host itself is not."""
+    from tests.conftest import dense_attention
+
+    spec, weights = make_spec(), make_weights(make_spec())
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    config = vt.TuckerConfig(ranks=(4, 24, 24), query_bias=False)
+    module = config.build(spec, dtype=torch.float64)
+    with torch.no_grad():
+        module.convert_from(weights)
+    assert module.q_proj.bias is None
+    assert sum(p.numel() for p in module.parameters()) == config.count_parameters(spec).total
+    without = type(weights)(**{**vars(weights), "query_bias": torch.zeros_like(weights.query_bias)})
+    torch.testing.assert_close(module(x), dense_attention(without, x, spec), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(module(x), dense_attention(weights, x, spec), rtol=1e-3)
+    assert relative_distance(without.pre_pairs(), module.pre_pairs()) < 1e-9
+    assert (
+        relative_distance(weights.pre_pairs(), module.pre_pairs()) > 1e-2
+    )  # what was dropped is in the report's error
+    with pytest.raises(PatchError, match="query_bias=False; give the ranks"):
+        vt.TuckerConfig(ranks={"budget": 0.5}, query_bias=False).check(spec)
+
+
 def test_shared_kv_is_one_basis_and_exact_at_full_rank():
     from tests.conftest import dense_attention
 

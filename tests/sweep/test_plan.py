@@ -75,13 +75,13 @@ def test_without_a_start_cells_begin_with_the_base(file):
 
 def test_selection_brings_the_starts_along(file):
     sweep = load_sweep(file)
-    assert [job.key for job in select(sweep, ["gqa*"], [3])] == [("start", 3), ("gqa2", 3), ("gqa1", 3)]
+    assert [job.key for job in select(sweep, ["gqa*"], ["3"])] == [("start", 3), ("gqa2", 3), ("gqa1", 3)]
     assert [job.key for job in select(sweep, ["gqa1/seed0"])] == [("start", 0), ("gqa1", 0)]
     assert select(sweep, []) == sweep.jobs
     with pytest.raises(VitTuckerError, match=r"no cell matches 'gqq1'.*did you mean 'gqa1'"):
         select(sweep, ["gqq1"])
     with pytest.raises(VitTuckerError, match="--seeds: 1 is none of the sweep's: 0, 3"):
-        select(sweep, [], [1])
+        select(sweep, [], ["1"])
 
 
 @pytest.mark.parametrize(

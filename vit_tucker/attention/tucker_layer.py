@@ -8,6 +8,7 @@ With RoPE, Q_i and K are rotated in the latent space of the keys (latent RoPE), 
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; Def 3.1 for RoPE.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +37,7 @@ class TuckerAttention(AttentionModule):
         pre, post: ranks of the pre- and of the post-softmax tensor, within their full ranks; the key rank even with RoPE.
         shared_kv: one latent basis for keys and values; then their ranks are equal.
         conversion: from pretrained weights.
+        query_bias: keep the host's query bias.
         factory: device, dtype.
 
     Parameters: pre_core (r1, r2, r3), pre_head (H, r1), q_proj = U2 with the query bias, k_proj = U3; post_core, post_head,
@@ -53,13 +55,14 @@ class TuckerAttention(AttentionModule):
         *,
         shared_kv: bool = False,
         conversion: Literal["hosvd", "hooi"] = "hosvd",
+        query_bias: bool = True,
         **factory: Any,
     ) -> None:
         super().__init__(spec)
         self.conversion = conversion
         self.pre_head = nn.Parameter(torch.empty(spec.num_heads, pre[0], **factory))
         self.pre_core = nn.Parameter(torch.empty(pre, **factory))
-        self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias, **factory)
+        self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias and query_bias, **factory)
         self.k_proj = nn.Linear(spec.embed_dim, pre[2], bias=spec.latent_key_bias, **factory)
         columns = (
             None if spec.rope is None else torch.empty(pre[2] // 2, dtype=torch.int64, device=factory.get("device"))
@@ -123,14 +126,18 @@ class TuckerAttention(AttentionModule):
 
     def convert_from(self, weights: MHAWeights) -> None:
         """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
-        self.set_tensors(*decompose(weights, self._target(), self.conversion))
+        self.set_tensors(*decompose(self._kept(weights), self._target(), self.conversion))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The decompositions with the least error on the tokens, to first order, see ``decompose_calibrated``.
 
         The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
         """
-        self.set_tensors(*decompose_calibrated(weights, self._target(), moments, damping))
+        self.set_tensors(*decompose_calibrated(self._kept(weights), self._target(), moments, damping))
+
+    def _kept(self, weights: MHAWeights) -> MHAWeights:
+        """The host's weights, without a query bias that the layer has no place for."""
+        return weights if self.q_proj.bias is not None else replace(weights, query_bias=None)
 
     def _target(self) -> Target:
         return Target(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
@@ -147,8 +154,10 @@ class TuckerAttention(AttentionModule):
         return [linear for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """See base class: the layer's own parameters; one key/value factor with shared_kv."""
+        """See base class: the layer's own parameters; one key/value factor with shared_kv. A query bias left out is zero."""
         query, key = augmented_weight(self.q_proj), augmented_weight(self.k_proj)
+        if self.spec.qkv_bias and self.q_proj.bias is None:
+            query = torch.cat([query, torch.zeros_like(query[:1])])
         value = linear_weight(self.k_proj if self.v_proj is None else self.v_proj)
         if self.v_proj is None and self.k_proj.bias is None:
             key = value  # the very same tensor

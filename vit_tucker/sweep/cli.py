@@ -21,7 +21,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="some of the sweep's seeds")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="some of the sweep's seeds")
     parser.add_argument(
         "--launch", metavar="ARGS", help="start each run by accelerate launch with these arguments, in one string"
     )
@@ -39,7 +39,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     args, extra = parser.parse_known_args(argv)
     if extra and any(text.startswith("-") for text in extra):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    for values in (args.only, args.done, extra):  # argparse gives overrides to the option before them
+    for values in (args.only, args.done, args.seeds, extra):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
         values[:] = [text for text in values if "=" not in text]
     return guarded(lambda: _sweep(args))

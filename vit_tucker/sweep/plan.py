@@ -99,13 +99,13 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(file, output_dir, config.seeds, tuple(jobs))
 
 
-def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[int] | None = None) -> tuple[Job, ...]:
+def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:
     """The jobs that match, with the starts that they need.
 
     Args:
         sweep: the sweep.
         only: names with wildcards, also with a seed ('gqa*', 'tucker-8-16-16/seed0'); all if empty.
-        seeds: all if None.
+        seeds: as text; all if empty.
 
     Raises:
         ConfigError: a pattern or seed that matches nothing.
@@ -114,13 +114,13 @@ def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[int] | None = None
         if not any(fnmatchcase(job.name, pattern) or fnmatchcase(_path(job), pattern) for job in sweep.jobs):
             raise ConfigError(f"--only: no cell matches '{pattern}', there are: {', '.join(sweep.names)}"
                               f"{nearest(pattern, sweep.names)}")  # fmt: skip
-    if unknown := [seed for seed in seeds or () if seed not in sweep.seeds]:
+    if unknown := [seed for seed in seeds if seed not in map(str, sweep.seeds)]:
         raise ConfigError(f"--seeds: {unknown[0]} is none of the sweep's: {', '.join(map(str, sweep.seeds))}")
     chosen = [
         job
         for job in sweep.jobs
         if (not only or any(fnmatchcase(job.name, p) or fnmatchcase(_path(job), p) for p in only))
-        and (seeds is None or job.seed in seeds)
+        and (not seeds or str(job.seed) in seeds)
     ]
     needed = {job.key for job in chosen} | {job.after.key for job in chosen if job.after is not None}
     return tuple(job for job in sweep.jobs if job.key in needed)

@@ -4,6 +4,7 @@
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1; Table 1 for the counts.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag
@@ -45,6 +46,9 @@ class TuckerConfig(AttentionConfig):
         description="From pretrained heads without calibration: HOSVD (the paper's), or HOOI, which refines it.",
     )
     shared_kv: bool = Field(default=False, description="One latent basis for keys and values (U3 of both tensors).")
+    query_bias: bool = Field(
+        default=True, description="Keep the host's query bias, exactly; false drops it: the paper's form has none."
+    )
 
     @property
     def rank_rule(self) -> RankRule | None:
@@ -70,10 +74,13 @@ class TuckerConfig(AttentionConfig):
                 raise PatchError(
                     f"post_ranks={list(self.post_ranks)}: ranks {self.rank_rule} choose those of both tensors"
                 )
-            if self.shared_kv:
-                raise PatchError(f"ranks {self.rank_rule} have no form for shared_kv; give the ranks")
+            for name in ("shared_kv", "query_bias"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise PatchError(
+                        f"ranks {self.rank_rule} have no form for {name}={getattr(self, name)}; give the ranks"
+                    )
             return
-        full = full_ranks(spec)
+        full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and self.query_bias))
         for name, ranks, limits in (("ranks", self.pre, full[0]), ("post_ranks", self.post, full[1])):
             for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
                 if rank > limit:
@@ -103,7 +110,13 @@ class TuckerConfig(AttentionConfig):
     def build(self, spec: HostSpec, **factory: Any) -> TuckerAttention:
         """See base class."""
         return TuckerAttention(
-            spec, self.pre, self.post, shared_kv=self.shared_kv, conversion=self.conversion, **factory
+            spec,
+            self.pre,
+            self.post,
+            shared_kv=self.shared_kv,
+            conversion=self.conversion,
+            query_bias=self.query_bias,
+            **factory,
         )
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
@@ -114,7 +127,8 @@ class TuckerConfig(AttentionConfig):
         )
         if self.shared_kv:
             weights -= width * self.post[2]
-        biases = self.pre[1] * spec.qkv_bias + self.pre[2] * spec.latent_key_bias + spec.out_dim * has_out_bias(spec)
+        query_bias = self.pre[1] * (spec.qkv_bias and self.query_bias)
+        biases = query_bias + self.pre[2] * spec.latent_key_bias + spec.out_dim * has_out_bias(spec)
         return ParameterCount(weights, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
