@@ -5,11 +5,11 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 
+from vit_tucker.analysis.latency import describe_device
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
-from vit_tucker.models import describe_device
 from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
 from vit_tucker.training.run_dir import LOGGER, environment
