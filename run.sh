@@ -6,6 +6,7 @@
 #   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
 #   ./run.sh plan --cfg X             what a config's patch would do, without training
+#   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
 #   ./run.sh setup                    only set up
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
@@ -69,10 +70,10 @@ case "$command" in
   test) setup test && exec .venv/bin/python -m pytest "$@" ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
-  plan | ranks | hosts | compare | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
-  -h | --help | help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
+  plan | ranks | hosts | compare | cost | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
+  -h | --help | help) sed -n '2,13s/^# \{0,1\}//p' "$0" ;;
   *)
-    echo "error: unknown command '$command'; known: train, test, lint, plan, ranks, hosts, compare, methods, schema, setup, help" >&2
+    echo "error: unknown command '$command'; known: train, test, lint, plan, ranks, hosts, compare, cost, methods, schema, setup, help" >&2
     exit 2
     ;;
 esac

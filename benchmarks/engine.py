@@ -29,8 +29,8 @@ import torch
 from engine_data import CASES, Case, write_images
 from engine_sides import ROOT, commands, our_points, run, timm_points
 
+from vit_tucker.analysis.latency import describe_device
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.models import describe_device
 from vit_tucker.paths import refuse_unwritable
 
 SIDES = ("ours", "timm")

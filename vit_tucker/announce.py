@@ -7,11 +7,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_tucker.analysis.cost import run_cost
+from vit_tucker.analysis.latency import describe_device
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
-from vit_tucker.models import create_host, describe_device
+from vit_tucker.models import create_host
 from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
 from vit_tucker.training.run_dir import LOGGER, environment

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vit_tucker import cli_cost
 from vit_tucker.errors import FailedError, StoppedError, VitTuckerError
 
 
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="FILE",
         help="write the map there, as Markdown or with --json, instead of printing it",
     )
+    cli_cost.add_parser(commands)
     commands.add_parser("methods", help="names of the registered attention methods")
     commands.add_parser("schema", help="JSON schema of a config file, for editors")
     args, extra = parser.parse_known_args(argv)
@@ -256,6 +258,7 @@ _COMMANDS = {
     "ranks": _ranks,
     "hosts": _hosts,
     "compare": _compare,
+    "cost": cli_cost.cost,
     "methods": _methods,
     "schema": _schema,
 }

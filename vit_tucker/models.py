@@ -21,13 +21,13 @@ from vit_tucker.patching.find import find_attention
 from vit_tucker.training.weights import load_weights, weights_metadata
 
 
-def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Module:
+def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
     """Create the dense timm model with its weights.
 
     Args:
         config: model section.
-        num_classes: number of classes.
-        in_chans: image channels.
+        num_classes: number of classes; the model's own if None.
+        in_chans: image channels; the model's own if None.
 
     Returns:
         The model on the CPU, float32.
@@ -38,7 +38,8 @@ def create_host(config: ModelConfig, num_classes: int, in_chans: int) -> nn.Modu
     """
     refuse_unknown_name(config.name)
     pretrained = config.pretrained or config.checkpoint is not None
-    kwargs = {**config.timm_kwargs(), "num_classes": num_classes, "in_chans": in_chans}
+    given = {"num_classes": num_classes, "in_chans": in_chans}
+    kwargs = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
     if config.checkpoint is not None:
         kwargs["pretrained_cfg_overlay"] = weights_overlay(Path(config.checkpoint).expanduser(), num_classes)
     try:
@@ -138,7 +139,7 @@ def weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
+def weights_overlay(checkpoint: Path, num_classes: int | None) -> dict[str, Any]:
     """pretrained_cfg entries that make timm load a checkpoint as if it were its own: filtered, resampled, head adapted.
 
     Raises:
@@ -156,7 +157,8 @@ def weights_overlay(checkpoint: Path, num_classes: int) -> dict[str, Any]:
         raise CheckpointError(f"model.checkpoint: {file} holds a model patched with {method}, a dense host is needed")
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False, "source": None}
     head = next((state[k] for k in ("head.weight", "head.fc.weight", "fc.weight") if k in state), None)
-    overlay["num_classes"] = head.shape[0] if head is not None else num_classes
+    if head is not None or num_classes is not None:
+        overlay["num_classes"] = num_classes if head is None else head.shape[0]
     stem = state.get("patch_embed.proj.weight")
     if stem is not None and stem.ndim == 4:
         overlay["input_size"] = (stem.shape[1], 224, 224)
@@ -189,8 +191,3 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters of the whole model and of its attention layers."""
     attention = {id(p): p for module in find_attention(model).values() for p in module.parameters()}
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in attention.values())
-
-
-def describe_device(device: torch.device) -> str:
-    """'NVIDIA H200' or 'cpu'."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

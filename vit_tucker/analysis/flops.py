@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import meta_copy
+from vit_tucker.patching.probe import structure_copy
 
 
 def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -28,7 +28,7 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
     """
     record = patch_record(model)  # it may hold the dense layers, which no forward pass needs
     shared = () if record is None else (record,)
-    probe = meta_copy(model, shared)
+    probe = structure_copy(model, shared=shared)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         return _count(probe, torch.empty(1, *input_size, device="meta", dtype=dtype))

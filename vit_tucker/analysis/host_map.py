@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import timm
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
 from vit_tucker.patching.find import find_attention, find_other_attention
 from vit_tucker.patching.hosts import EXCLUDE, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.probe import without_weights
 from vit_tucker.patching.readers import Host
 
 EXACT = "exact"
@@ -91,26 +90,11 @@ def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
             yield entry
 
 
-class ReadableLinspace(TorchFunctionMode):
-    """``torch.linspace`` on the CPU within a meta device: older timm takes drop path rates out of it with ``item()``."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """See torch."""
-        options = {"device": "cpu"} if func is torch.linspace else {}
-        return func(*args, **(kwargs or {}) | options)
-
-
 def build_structure(name: str) -> nn.Module:
-    """A timm model without weights, on the meta device; on the CPU where its constructor computes with values."""
+    """A timm model without weights, see ``without_weights``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            with torch.device("meta"), ReadableLinspace():
-                return timm.create_model(name, pretrained=False)
-        except (RuntimeError, NotImplementedError, TypeError):
-            return timm.create_model(name, pretrained=False)
+        return without_weights(lambda: timm.create_model(name, pretrained=False))
 
 
 def describe(name: str, model: nn.Module) -> ModelEntry:

@@ -42,6 +42,11 @@ class PerHeadModule(AttentionModule):
         for name in modules:
             getattr(self, name).to(**factory)
 
+    @property
+    def kv_width(self) -> int | None:
+        """See base class. Each key/value head's key and value, 2 G D."""
+        return 2 * self.num_kv_heads * self.head_dim
+
     def readout(self, mixed: Tensor) -> Tensor:
         """See base class."""
         return self.proj(mixed)

@@ -108,6 +108,12 @@ class AttentionModule(nn.Module):
         columns: Tensor | None = getattr(self, "pair_rotations", None)
         return None if columns is None else 2 * len(columns)
 
+    @property
+    def kv_width(self) -> int | None:
+        """Numbers per token that later tokens need of it, in a KV cache: of keys and values, or of their latents before they are
+        expanded to heads. None if the method does not say."""
+        return None
+
     @abstractmethod
     def init_weights(self) -> None:
         """Reset to the method's own random initialisation. timm's init functions call it by this name."""

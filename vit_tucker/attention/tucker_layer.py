@@ -149,6 +149,11 @@ class TuckerAttention(AttentionModule):
         self.post_head.copy_(post.head)
         self.post_core.copy_(post.core)
 
+    @property
+    def kv_width(self) -> int | None:
+        """See base class. The one latent key and value of all heads, r3 + r3t, or r3 where they share it."""
+        return self.k_proj.out_features + (0 if self.v_proj is None else self.v_proj.out_features)
+
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
         return [linear for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]

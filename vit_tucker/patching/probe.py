@@ -1,27 +1,54 @@
-"""How many tokens each attention layer sees: a forward pass on the meta device, without memory or arithmetic."""
+"""Models without memory or arithmetic, on the meta device: their structure, and how many tokens each attention layer sees."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.call import to_sequences
+from vit_tucker.errors import ConfigError
 
 
-def meta_copy(model: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
-    """The model's structure with all parameters and buffers on the meta device; the model itself is not touched.
+class ReadableLinspace(TorchFunctionMode):
+    """``torch.linspace`` on the CPU within a meta device: older timm takes drop path rates out of it with ``item()``."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """See torch."""
+        options = {"device": "cpu"} if func is torch.linspace else {}
+        return func(*args, **(kwargs or {}) | options)
+
+
+def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
+    """What a function creates, on the meta device; on the CPU where a constructor computes with values.
+
+    Args:
+        create: makes a model, without pretrained weights.
+    """
+    try:
+        with torch.device("meta"), ReadableLinspace():
+            return create()
+    except (RuntimeError, NotImplementedError, TypeError, ConfigError):
+        return create()
+
+
+def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[object] = ()) -> nn.Module:
+    """The model's structure, with parameters and buffers that hold no values; the model itself is not touched.
 
     Args:
         model: any.
+        device: of the copy.
         shared: objects inside the model that the copy shares with it instead of having a copy.
     """
     memo: dict[int, Any] = {id(part): part for part in shared}
     for tensor in chain(model.parameters(), model.buffers()):
-        meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-        memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+        empty = torch.empty_like(tensor, device=device, requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo)
 
 
@@ -62,7 +89,7 @@ def count_tokens(
         name -> (sequences, tokens); empty if the model can't run on the meta device.
     """
     try:
-        probe = meta_copy(model).eval()
+        probe = structure_copy(model).eval()
         seen: dict[str, tuple[int, int]] = {}
 
         def note(name: str) -> Any:

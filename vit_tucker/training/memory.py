@@ -135,7 +135,14 @@ def activation_bytes(
         precision: "no", "bf16" or "fp16".
         checkpointed: recompute the blocks in the backward pass.
     """
-    model = copy.deepcopy(model).train()
+    return own_activation_bytes(copy.deepcopy(model), input_shape, micro_batch, precision, checkpointed)
+
+
+def own_activation_bytes(
+    model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
+) -> int:
+    """``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
+    model.train()
     if checkpointed:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     device = next(model.parameters()).device

@@ -206,6 +206,11 @@ class MLA(PerHeadModule):
         if self.pair_rotations is not None and parts.rotations is not None:
             self.pair_rotations.copy_(parts.rotations)
 
+    @property
+    def kv_width(self) -> int | None:
+        """See base class. The latent, cKV, or both latents."""
+        return self.kv_down.out_features + (0 if self.v_down is None else self.v_down.out_features)
+
     def input_projections(self) -> list[nn.Linear]:
         """See base class."""
         return [linear for linear in (self.q_down, self.kv_down, self.v_down) if linear is not None]

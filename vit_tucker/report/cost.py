@@ -1,0 +1,133 @@
+"""Tables of costs: parameters, operations, memory and latency, as Markdown, CSV or LaTeX."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vit_tucker.report.formats import count, csv_text, decimal, latex, markdown
+
+FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex"}
+"""Formats, and the endings of their files."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column.
+
+    Attributes:
+        key: its name in CSV files, where it holds plain values.
+        title: its name elsewhere.
+        show: how its values are written elsewhere.
+    """
+
+    key: str
+    title: str
+    show: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values, and how they are shown.
+
+    Attributes:
+        title: one line above.
+        columns: of the rows.
+        rows: plain values.
+        text_columns: how many of the first columns are text.
+        notes: lines below.
+    """
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    text_columns: int
+    notes: Sequence[str] = ()
+
+    def render(self, style: str) -> str:
+        """The table as "markdown", "csv" or "latex"."""
+        if style == "csv":
+            return csv_text([column.key for column in self.columns], self.rows)
+        header = [column.title for column in self.columns]
+        cells = [[column.show(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
+        if style == "latex":
+            return latex(header, cells, self.text_columns, "\n".join([self.title, *self.notes]))
+        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
+        return "\n".join([self.title, "", markdown(header, cells, self.text_columns), *notes, ""])
+
+
+def share(value: float | None) -> str:
+    """'2.3%', '-' for None."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def scaled(unit: float, digits: int) -> Callable[[Any], str]:
+    """Writes numbers in a unit: 1_500_000 in 1e6 is '1.5'."""
+    return lambda value: "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+FORMULA_COLUMNS = (
+    Column("method", "method"),
+    Column("sizes", "sizes"),
+    Column("parameters_formula", "parameters"),
+    Column("kv_formula", "KV cache"),
+    Column("parameters", "by formula", count),
+    Column("parameters_module", "of our layer", count),
+    Column("kv_entries", "KV by formula", count),
+    Column("kv_entries_module", "KV of our layer", count),
+)
+PUBLISHED_COLUMNS = (
+    Column("row", "row"),
+    Column("method", "method"),
+    Column("attention", "attention"),
+    Column("attention_published", "published", lambda text: text or "-"),
+    Column("attention_deviation", "deviation"),
+    Column("of_mha", "of MHA", share),
+    Column("kv", "KV cache"),
+    Column("kv_published", "published", lambda text: text or "-"),
+    Column("kv_deviation", "deviation"),
+)
+MODEL_COLUMNS = (
+    Column("attention", "attention"),
+    Column("attention_params", "attention params", count),
+    Column("of_dense", "of dense", share),
+    Column("params", "all params", count),
+    Column("attention_flops", "attention MFLOPs", scaled(1e6, 1)),
+    Column("flops", "all MFLOPs", scaled(1e6, 1)),
+    Column("activation_bytes", "activations MB", scaled(1e6, 2)),
+    Column("kv_bytes", "KV kB", scaled(1e3, 1)),
+)
+LATENCY_COLUMNS = (
+    Column("ms", "ms/batch", lambda value: decimal(value, 1)),
+    Column("ratio", "time of dense", lambda value: decimal(value, 3)),
+    Column("ratio_low", "25%", lambda value: decimal(value, 3)),
+    Column("ratio_high", "75%", lambda value: decimal(value, 3)),
+    Column("peak_bytes", "forward peak MB", scaled(1e6, 2)),
+)
+
+
+def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> Table:
+    """Table 1: formulas, what they give, and what layers that were built have."""
+    notes = (
+        "parameters: of one attention layer, without biases",
+        "letters: d embed_dim, H heads of width D = d / H, G key/value heads, c latent width, r1 r2 r3 ranks, N tokens",
+        "of our layer: counted on the layer as built; KV: the numbers per token that later tokens need of it, times N",
+    )
+    return Table(
+        f"Table 1: attention parameters and KV cache entries per layer, {sizes}", FORMULA_COLUMNS, rows, 4, notes
+    )
+
+
+def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+    """Table 2 or 3: formulas beside the printed numbers."""
+    legend = (
+        "published: as the paper prints it; - where we do not know it",
+        "deviation: equal: the formula's value rounds to the published one; cut: its further digits are dropped there; a number: "
+        "published minus rounded value, for reasons that we do not know where no note says them",
+    )
+    return Table(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
+
+
+def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+    """A model with several methods; rows with latency are longer."""
+    columns = MODEL_COLUMNS + (LATENCY_COLUMNS if len(rows[0]) > len(MODEL_COLUMNS) else ())
+    return Table(title, columns, rows, 1, notes)
