@@ -23,6 +23,14 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, results.json, folders of runs, results.jsonl")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; the folder itself if one is given")
     parser.add_argument(
+        "--x",
+        nargs="+",
+        default=(),
+        metavar="KEY",
+        help="also accuracy against these keys of the config, each by itself among settings that agree in all others, e.g. "
+        "train.lr; keys that vary together are joined by a comma: attention.ranks.1,attention.ranks.2",
+    )
+    parser.add_argument(
         "--curves",
         nargs="+",
         default=(),
@@ -43,7 +51,7 @@ def tables(args: argparse.Namespace) -> int:
     if out is None:
         raise ConfigError("--out: name a folder for the tables of several runs")
     refuse_unwritable("--out", out, folder=True)
-    study = write_study(args.runs, out, args.curves)
+    study = write_study(args.runs, out, args.x, args.curves)
     for output in study.outputs:
         print(f"{output.section.title}: {len(output.section.runs)} runs of {len(output.section.settings)} settings")
     print(*study.notes, f"tables in {out / 'tables.md'}", sep="\n")

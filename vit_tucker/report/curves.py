@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.report.formats import Table, count, short_count
+from vit_tucker.report.formats import Table, count
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting, method_name
 from vit_tucker.report.stats import Floats
-from vit_tucker.report.style import FONTS, grid, save
+from vit_tucker.report.style import FONTS, grid, save, sizes_bar, sizes_scale
 
 POINTS = (5.0, 2.0, 1.0)
 """Percentage points below dense at which a setting counts as recovered, a column each."""
+COLUMNS = 4
+"""Panels beside each other; more go below."""
 ROWS = (("eval_top1", "top-1 accuracy, %"), ("train_loss", "training loss"))
 
 
@@ -68,16 +68,12 @@ def recovery_table(section: Section) -> Table | None:
     return Table("recovery", header, rows, 4, raw_header, raw, notes)
 
 
-def choose(settings: Sequence[Setting], patterns: Sequence[str]) -> list[Setting]:
-    """Settings whose config's name matches one of the patterns; all without patterns.
-
-    Raises:
-        ConfigError: a pattern matches nothing.
-    """
+def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:
+    """Raise ConfigError for a pattern that matches no config's name in any section."""
+    names = [setting.name for section in parts for setting in section.settings]
     for pattern in patterns:
-        if not any(fnmatchcase(s.name, pattern) for s in settings):
-            raise ConfigError(f"--curves {pattern}: no such config{nearest(pattern, [s.name for s in settings])}")
-    return [s for s in settings if not patterns or any(fnmatchcase(s.name, pattern) for pattern in patterns)]
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError(f"--curves {pattern}: no such config{nearest(pattern, names)}")
 
 
 def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) -> str | None:
@@ -91,38 +87,44 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
     Returns:
         The name of the PNG, None if no setting has a curve.
     """
-    drawn = [s for s in choose(section.comparable, patterns) if curve_of(s, "eval_top1") is not None]
+    chosen = [s for s in section.comparable if not patterns or any(fnmatchcase(s.name, p) for p in patterns)]
+    drawn = [s for s in chosen if curve_of(s, "eval_top1") is not None]
     if not drawn:
         return None
     series = list(dict.fromkeys(s.series for s in drawn))
-    scale = ScalarMappable(
-        LogNorm(min(s.params for s in drawn) * 0.98, max(s.params for s in drawn) * 1.02), "viridis_r"
-    )
+    width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
+    scale = sizes_scale([s.params for s in drawn])
     with plt.rc_context(FONTS):
-        figure, axes = plt.subplots(len(ROWS), len(series), figsize=(1.1 + 1.65 * len(series), 3.2), sharex=True, sharey="row",
-                                    squeeze=False, layout="constrained")  # fmt: skip
-        for column, (method, init) in enumerate(series):
-            axes[0, column].set_title(f"{method_name(method)}, {init}")
-            axes[-1, column].set_xlabel("epoch")
-            axes[-1, column].xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            for row, (key, label) in enumerate(ROWS):
-                axis = axes[row, column]
-                for setting in (s for s in drawn if s.series == (method, init)):
-                    draw_curve(axis, setting, key, {"color": scale.to_rgba(setting.params)})
-                if section.dense is not None and not section.differences(section.dense):
-                    draw_curve(axis, section.dense, key, {"color": "black", "linestyle": "--", "label": DENSE})
-                grid(axis)
-                if column == 0:
-                    axis.set_ylabel(label)
+        figure, axes = plt.subplots(len(ROWS) * blocks, width, figsize=(1.1 + 1.65 * width, 3.2 * blocks), squeeze=False,
+                                    sharex=True, layout="constrained")  # fmt: skip
+        for row, (key, label) in enumerate(ROWS):
+            panels = [axes[len(ROWS) * (i // COLUMNS) + row, i % COLUMNS] for i in range(blocks * width)]
+            for axis, one in zip(panels, series, strict=False):
+                axis.sharey(panels[0])
+                draw_panel(axis, section, [s for s in drawn if s.series == one], key, scale)
+                axis.tick_params(labelbottom=True)
+                if row == 0:
+                    axis.set_title(f"{method_name(one[0])}, {one[1]}")
+                else:
+                    axis.set_xlabel("epoch")
+            for axis in panels:
+                axis.set_ylabel(label if axis in axes[:, 0] else "")
+            for axis in panels[len(series) :]:
+                axis.set_visible(False)
         if axes[0, 0].get_legend_handles_labels()[1]:
             axes[0, 0].legend(frameon=False, loc="lower right")
-        bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=40)
-        sizes = spaced([s.params for s in drawn])
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.set_ticks(sizes)
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-        bar.set_label("attention parameters")
+        sizes_bar(figure, scale, axes, [s.params for s in drawn], "attention parameters")
         return save(figure, folder, "curves")
+
+
+def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: str, scale: Any) -> None:
+    """Curves of one method and start, and dense where it has the same recipe."""
+    for setting in settings:
+        draw_curve(axis, setting, key, {"color": scale.to_rgba(setting.params)})
+    if section.dense is not None and not section.differences(section.dense):
+        draw_curve(axis, section.dense, key, {"color": "black", "linestyle": "--", "label": DENSE})
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    grid(axis)
 
 
 def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> None:
@@ -136,12 +138,3 @@ def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> 
     if len(values) > 1:
         spread = values.std(0, ddof=1)
         axis.fill_between(epochs, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def spaced(values: Sequence[float], least: float = 1.2) -> list[float]:
-    """Some of the values, each at least so many times the one before."""
-    kept: list[float] = []
-    for value in sorted(values):
-        if not kept or value >= kept[-1] * least:
-            kept.append(value)
-    return kept

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import Setting, method_name
 from vit_tucker.report.stats import pareto_front
-from vit_tucker.report.style import COLUMN, FONTS, LINES, colour, grid, log_axis, marker, save
+from vit_tucker.report.style import COLUMN, FILLS, FONTS, LINES, accuracy_axis, colour, grid, log_axis, marker, save
 
 Cost = Callable[[Setting], float | None]
 
@@ -19,6 +20,8 @@ COSTS: dict[str, tuple[str, Cost]] = {
     "latency": ("latency, ratio to dense", lambda setting: setting.latency),
 }
 """By name in files: the axis label and the number."""
+FAINT = 0.35
+"""Opacity of settings off the front."""
 
 
 def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None, list[str]]:
@@ -35,9 +38,9 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
     label, of = COSTS[cost]
     drawn = [s for s in section.comparable if of(s) is not None]
     missing = [s.name for s in section.comparable if of(s) is None]
-    notes = [f"Not in accuracy_{cost}, since their results lack it: {', '.join(missing)}."] if missing else []
     if not drawn:
-        return None, notes
+        return None, [f"No figure over {label}: no results have it."] if missing else []
+    notes = [f"Not in the figure over {label}, which their results lack: {', '.join(missing)}."] if missing else []
     with plt.rc_context(FONTS):
         figure, axis = plt.subplots(figsize=(COLUMN, 2.7), layout="constrained")
         series = list(dict.fromkeys(s.series for s in drawn))
@@ -49,7 +52,9 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
         if cost != "latency":
             log_axis(axis, min(costs), max(costs))
         axis.set_xlabel(label)
-        axis.set_ylabel("top-1 accuracy, %")
+        shown = [*drawn, *([] if section.dense is None else [section.dense])]
+        means = [s.top1_mean for s in shown]
+        accuracy_axis(axis, min(means), max(means))
         grid(axis)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=2.4, columnspacing=1.2)
         return save(figure, folder, f"accuracy_{cost}"), notes
@@ -58,21 +63,28 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
 def draw_series(
     axis: Any, settings: list[Setting], of: Cost, methods: list[str], series: list[tuple[str, str]]
 ) -> None:
-    """Settings of one method and start with their error bars, and a line through their Pareto front.
+    """Settings of one method and start with their error bars, and a line through their Pareto front; those off it are faint.
 
     The start is told by the line and by full, hollow or half markers.
     """
     method, init = settings[0].series
     number = [start for name, start in series if name == method].index(init)
-    style = {"color": colour(method, methods), "marker": marker(method, methods), "markersize": 4.0}
-    style |= {"markerfacecolor": "white"} if number % 2 else {}
-    costs, means = [of(s) or 0.0 for s in settings], [s.top1_mean for s in settings]
-    errors = [s.top1_std or 0.0 for s in settings]
+    style = {
+        "color": colour(method, methods),
+        "marker": marker(method, methods),
+        "markersize": 3.6,
+        "markeredgewidth": 0.8,
+    }
+    style |= {"fillstyle": FILLS[number % len(FILLS)], "markerfacecoloralt": "white"}
+    costs, means = np.array([of(s) or 0.0 for s in settings]), np.array([s.top1_mean for s in settings])
+    errors = np.array([s.top1_std or 0.0 for s in settings])
     front = pareto_front(costs, means)
-    name = f"{method_name(method)}, {init}" if init != "-" else method_name(method)
-    axis.errorbar(costs, means, errors, linestyle="none", capsize=1.5, elinewidth=0.8, capthick=0.8, zorder=3, **style)
-    axis.plot([costs[i] for i in front], [means[i] for i in front], LINES[number % len(LINES)], linewidth=1.1, label=name,
-              zorder=2, **style)  # fmt: skip
+    others = [i for i in range(len(settings)) if i not in front]
+    bars = {"linestyle": "none", "capsize": 1.3, "elinewidth": 0.7, "capthick": 0.7}
+    axis.errorbar(costs[others], means[others], errors[others], alpha=FAINT, zorder=2, **bars, **style)
+    axis.errorbar(costs[front], means[front], errors[front], zorder=4, **bars, **style)
+    name = method_name(method) if init == "-" else f"{method_name(method)}, {init}"
+    axis.plot(costs[front], means[front], LINES[number % len(LINES)], linewidth=1.0, label=name, zorder=3, **style)
 
 
 def draw_dense(axis: Any, dense: Setting, of: Cost) -> list[float]:

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from vit_tucker.report.collect import Results, flatten, identity, is_below, written_config
-from vit_tucker.report.settings import DENSE, METHODS, Setting
+from vit_tucker.report.settings import DENSE, Setting, method_order
 
 DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
-RECIPE_KEYS = ("train", "data", "model.checkpoint", "model.pretrained", *DROP_RATES)
+START_KEYS = ("model.checkpoint", "model.pretrained")
+RECIPE_KEYS = ("train", "data", *START_KEYS, *DROP_RATES)
 DIFFERENCES_SHOWN = 3
 
 
@@ -41,11 +42,13 @@ class Section:
         return {key: own.get(key) for key in sorted({*own, *self.recipe}) if own.get(key) != self.recipe.get(key)}
 
     def describe_recipe(self, setting: Setting) -> str:
-        """'' for the recipe of most settings, else what differs: 'epochs=4'."""
-        parts = [f"{key.removeprefix('train.')}={value}" for key, value in self.differences(setting).items()]
+        """'' for the recipe of most settings, else what differs: 'epochs=4'; 'start: epochs=30' for what others start from."""
+        shown = {k: v for k, v in self.differences(setting).items() if not (setting.is_start and k in START_KEYS)}
+        parts = [f"{key.removeprefix('train.')}={value}" for key, value in shown.items()]
         more = f" and {len(parts) - DIFFERENCES_SHOWN} more" if len(parts) > DIFFERENCES_SHOWN else ""
-        text = ", ".join(parts[:DIFFERENCES_SHOWN]) + more
-        return f"start of the others{f': {text}' if text else ''}" if setting.is_start else text
+        return "start: " * setting.is_start + (
+            ", ".join(parts[:DIFFERENCES_SHOWN]) + more or "the same" * setting.is_start
+        )
 
     @cached_property
     def comparable(self) -> tuple[Setting, ...]:
@@ -152,6 +155,4 @@ def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
 
 def table_order(setting: Setting) -> tuple[Any, ...]:
     """Dense first, then by method, start and size."""
-    known = list(METHODS)
-    place = known.index(setting.method) if setting.method in known else len(known)
-    return place, setting.method, not setting.is_start, setting.init, setting.params, setting.name
+    return method_order(setting.method), not setting.is_start, setting.init, setting.params, setting.name

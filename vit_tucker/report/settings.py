@@ -15,10 +15,19 @@ DENSE = "dense"
 METHODS = {DENSE: "dense", "mha": "MHA", "tucker": "Tucker", "gqa": "GQA", "mla": "MLA"}
 """Methods in the order of tables, with their names there; methods of others follow."""
 
+DEFAULT_CONVERSIONS = {"tucker": "hosvd", "gqa": "mean"}
+"""Of configs from before there was a choice."""
+
 
 def method_name(method: str) -> str:
     """As papers write it."""
     return METHODS.get(method, method)
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Place of a method in tables."""
+    known = list(METHODS)
+    return known.index(method) if method in known else len(known), method
 
 
 def describe_init(attention: dict[str, Any] | None) -> str:
@@ -28,6 +37,7 @@ def describe_init(attention: dict[str, Any] | None) -> str:
     if attention.get("init") == "random":
         return "random"
     method, conversion, calibration = (attention.get(key) for key in ("method", "conversion", "calibration"))
+    conversion = conversion or DEFAULT_CONVERSIONS.get(str(method))
     plain = {
         ("tucker", "hosvd"): "HOSVD",
         ("tucker", "hooi"): "HOOI",

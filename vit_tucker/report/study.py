@@ -2,15 +2,16 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
 from vit_tucker.report.collect import KEPT, collect, write_results
-from vit_tucker.report.curves import draw_curves, recovery_table
+from vit_tucker.report.curves import check_patterns, draw_curves, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
 from vit_tucker.report.formats import Table
 from vit_tucker.report.matched import Comparison, compare_methods
@@ -21,6 +22,13 @@ SWEEP = "sweep.yaml"
 RECIPE_SHOWN = ("epochs", "opt", "lr", "global_batch_size", "sched", "warmup_epochs", "weight_decay", "smoothing")
 
 
+class Part(NamedTuple):
+    """A table, a figure, or both; the figure by the name of its PNG file."""
+
+    table: Table | None
+    figure: str | None
+
+
 @dataclass(frozen=True)
 class SectionOutput:
     """What was made of a section.
@@ -29,16 +37,15 @@ class SectionOutput:
         section: the settings.
         folder: where its files are, relative to the study's.
         comparison: of Tucker with the other methods, where there are such.
-        tables, figures: by title; figures are names of PNG files.
+        parts: by title, in order.
         notes: what is missing.
     """
 
     section: Section
     folder: str
     comparison: Comparison | None
-    tables: dict[str, Table]
-    figures: dict[str, str]
-    notes: list[str] = field(default_factory=list)
+    parts: dict[str, Part]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -57,25 +64,30 @@ class Study:
     notes: tuple[str, ...]
 
 
-def write_study(paths: Sequence[Path], out: Path, curves: Sequence[str] = ()) -> Study:
+def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = ()) -> Study:
     """Read runs and write results.jsonl, tables.md and, for each table and figure, its own files.
 
     Args:
         paths: see ``collect``.
         out: folder for the files; several hosts or data sets get a folder each inside it.
+        options: keys of the config against which accuracy is tabulated and drawn, beside the usual ones; see ``lines_of``.
         curves: names of configs whose training curves are drawn, with wildcards; all if empty.
 
     Raises:
-        ConfigError: no finished runs, or not such ones.
+        ConfigError: no finished runs, or no such options or configs; nothing has been written.
     """
     found = collect(paths)
     title, about, sweep = read_sweep([*paths, out])
     parts = sections(found.results)
+    check_options(options, parts)
+    check_patterns(curves, parts)
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / KEPT, found.results)
     if sweep is not None and sweep.resolve() != (out / SWEEP).resolve():
         shutil.copyfile(sweep, out / SWEEP)
-    outputs = [write_section(section, out, section.slug if len(parts) > 1 else "", curves) for section in parts]
+    outputs = [
+        write_section(section, out, section.slug if len(parts) > 1 else "", options, curves) for section in parts
+    ]
     study = Study(title or out.resolve().name, about, outputs, found.notes)
     (out / "tables.md").write_text(document(study))
     return study
@@ -99,26 +111,33 @@ def read_sweep(paths: Sequence[Path]) -> tuple[str, str, Path | None]:
     return str(content.get("title") or ""), " ".join(str(content.get("about") or "").split()), file
 
 
-def write_section(section: Section, out: Path, name: str, curves: Sequence[str]) -> SectionOutput:
+def write_section(
+    section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
+) -> SectionOutput:
     """Tables and figures of one host and data set."""
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
-    tables: dict[str, Table | None] = {"Settings": settings_table(section)}
-    if comparison is not None:
-        tables["Attention parameters at equal accuracy"] = matched_table(comparison)
-        tables["In short"] = headline_table(comparison)
-    tables["Epochs to recover"] = recovery_table(section)
-    figures, notes = {}, []
+    parts = {"Settings": Part(settings_table(section), None)}
+    notes: list[str] = []
     for cost, (label, _) in COSTS.items():
-        figures[f"Accuracy over {label}"], missing = draw_accuracy(section, cost, folder)
+        figure, missing = draw_accuracy(section, cost, folder)
+        parts[f"Accuracy over {label}"] = Part(None, figure)
         notes += missing
-    figures["Training"] = draw_curves(section, folder, curves)
-    made = {title: table for title, table in tables.items() if table is not None}
-    for table in made.values():
-        table.save(folder)
-    drawn = {title: file for title, file in figures.items() if file is not None}
-    return SectionOutput(section, name, comparison, made, drawn, notes)
+    if comparison is not None:
+        parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
+        parts["In short"] = Part(headline_table(comparison), None)
+    parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
+    for option in dict.fromkeys((*usual_options(section), *options)):
+        if lines := lines_of(section, option):
+            figure = draw_ablation(option, lines, folder)
+            parts[f"Accuracy by {option}"] = Part(ablation_table(option, lines), figure)
+        else:
+            notes.append(f"No two settings differ in {option} alone.")
+    for part in parts.values():
+        if part.table is not None:
+            part.table.save(folder)
+    return SectionOutput(section, name, comparison, {k: part for k, part in parts.items() if any(part)}, notes)
 
 
 def document(study: Study) -> str:
@@ -126,10 +145,10 @@ def document(study: Study) -> str:
     lines = [f"# {study.title}", "", *([study.about, ""] if study.about else [])]
     for output in study.outputs:
         lines += [f"## {output.section.title}", "", facts(output.section), ""]
-        for title, table in output.tables.items():
-            lines += [f"### {title}", "", table.markdown(), ""]
-        for title, file in output.figures.items():
-            lines += [f"![{title}]({Path(output.folder, file).as_posix()})", ""]
+        for title, (table, figure) in output.parts.items():
+            lines += [f"### {title}", ""]
+            lines += [table.markdown(), ""] if table is not None else []
+            lines += [f"![{title}]({Path(output.folder, figure).as_posix()})", ""] if figure is not None else []
         lines += [f"- {note}" for note in output.notes]
         lines += [""] * bool(output.notes)
     lines += [f"- {note}" for note in study.notes]
