@@ -4,6 +4,7 @@
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
 #   ./run.sh test [pytest args]       all tests
 #   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
+#   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
 #   ./run.sh plan --cfg X             what a config's patch would do, without training
 #   ./run.sh setup                    only set up
@@ -69,10 +70,11 @@ case "$command" in
   test) setup test && exec .venv/bin/python -m pytest "$@" ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
+  tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
   plan | ranks | hosts | compare | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
-  -h | --help | help) sed -n '2,12s/^# \{0,1\}//p' "$0" ;;
+  -h | --help | help) sed -n '2,13s/^# \{0,1\}//p' "$0" ;;
   *)
-    echo "error: unknown command '$command'; known: train, test, lint, plan, ranks, hosts, compare, methods, schema, setup, help" >&2
+    echo "error: unknown command '$command'; known: train, tables, report, test, lint, plan, ranks, hosts, compare, methods, schema, setup, help" >&2
     exit 2
     ;;
 esac

@@ -98,10 +98,10 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
     """'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
-        name, _, value = part.partition("=")
+        name, equals, value = part.partition("=")
         values = ["_" if covers(f"attention.{name}.{i}", option) else v for i, v in enumerate(value.split(","))]
         if not covers(f"attention.{name}", option):
-            parts.append(f"{name}={','.join(values)}")
+            parts.append(f"{name}{equals}{','.join(values)}")
     words = [" ".join([method_name(setting.method), *parts])]
     if option != INIT:
         words.append(setting.init)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,7 @@ class Headline:
         at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None without such a
             Tucker setting.
         ours, theirs: these settings; None if there is none.
+        why_not: why there is no such factor; '' if there is.
     """
 
     method: str
@@ -88,6 +90,7 @@ class Headline:
     at_dense: Factor | None
     ours: Setting | None
     theirs: Setting | None
+    why_not: str
 
 
 class Comparison:
@@ -166,6 +169,7 @@ class Comparison:
         ours, theirs_at = (None if i is None else self.settings[i] for i in (our, their))
         return factor, ours, theirs_at
 
+    @cached_property
     def matches(self) -> list[Match]:
         """Each Tucker setting against the other methods, from small to large."""
         front = self.front()
@@ -181,6 +185,7 @@ class Comparison:
             matches.append(Match(setting, index in front, factors, 1 / setting.share if reached else None))
         return sorted(matches, key=lambda match: match.setting.params)
 
+    @cached_property
     def headlines(self) -> list[Headline]:
         """One per other method."""
         places = [self.ours.index(i) for i in self.front()]
@@ -193,8 +198,18 @@ class Comparison:
                 Factor(of(chosen), None if resampled is None else interval([of(sample) for sample in resampled]))
                 for of in (largest_of, median_of)
             )
-            lines.append(Headline(method, largest, median, *self.at_dense(method)))
+            at_dense, ours, theirs = self.at_dense(method)
+            why_not = "" if at_dense is not None else self.why_no_dense_accuracy()
+            lines.append(Headline(method, largest, median, at_dense, ours, theirs, why_not))
         return lines
+
+    def why_no_dense_accuracy(self) -> str:
+        """Why there is no smallest Tucker setting that is as good as dense."""
+        if self.dense is None:
+            return "there is no dense run"
+        if not self._repeated(range(len(self.settings))):
+            return "some settings have one seed, whose noise is not known"
+        return "no Tucker setting is within the seeds' noise of dense"
 
 
 def scores(settings: Sequence[Setting]) -> Floats:

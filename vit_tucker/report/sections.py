@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from vit_tucker.report.collect import Results, flatten, identity, is_below, written_config
@@ -90,14 +91,13 @@ def group_settings(results: Sequence[Results]) -> list[Setting]:
     groups: dict[tuple[str, str], list[Results]] = {}
     for entry in results:
         groups.setdefault(identity(entry), []).append(entry)
-    used = {checkpoint for entry in results if (checkpoint := entry["config"]["model"].get("checkpoint"))}
+    checkpoints = {Path(path) for entry in results if (path := entry["config"]["model"].get("checkpoint"))}
+    used = {str(folder) for path in checkpoints for folder in (path, *path.parents)}
     settings = []
     for runs in groups.values():
         runs.sort(key=lambda run: run["config"]["seed"])
-        folders = {run["config"].get("output_dir") for run in runs}
-        is_start = runs[0]["config"]["attention"] is None and any(
-            path == folder or path.startswith(f"{folder}/") for path in used for folder in folders if folder
-        )
+        folders = {str(Path(folder)) for run in runs if (folder := run["config"].get("output_dir"))}
+        is_start = runs[0]["config"]["attention"] is None and not used.isdisjoint(folders)
         settings.append(Setting(tuple(runs), written_config(runs[0]), is_start))
     return settings
 

@@ -77,38 +77,55 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
         ConfigError: no finished runs, or no such options or configs; nothing has been written.
     """
     found = collect(paths)
-    title, about, sweep = read_sweep([*paths, out])
+    sweep = read_sweep([*paths, out])
     parts = sections(found.results)
     check_options(options, parts)
     check_patterns(curves, parts)
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / KEPT, found.results)
-    if sweep is not None and sweep.resolve() != (out / SWEEP).resolve():
-        shutil.copyfile(sweep, out / SWEEP)
+    if sweep is not None and sweep.file.resolve() != (out / SWEEP).resolve():
+        shutil.copyfile(sweep.file, out / SWEEP)
     outputs = [
         write_section(section, out, section.slug if len(parts) > 1 else "", options, curves) for section in parts
     ]
-    study = Study(title or out.resolve().name, about, outputs, found.notes)
+    title = (sweep.title if sweep is not None else "") or out.resolve().name
+    study = Study(title, sweep.about if sweep is not None else "", outputs, found.notes)
     (out / "tables.md").write_text(document(study))
     return study
 
 
-def read_sweep(paths: Sequence[Path]) -> tuple[str, str, Path | None]:
-    """Title and text of the first sweep.yaml in some folders, and the file.
+class Sweep(NamedTuple):
+    """What a sweep's file says of itself.
+
+    Attributes:
+        title, about: '' where it says nothing.
+        output_dir: of its runs, as sweep.py has it for this file.
+        file: where it is.
+    """
+
+    title: str
+    about: str
+    output_dir: str
+    file: Path
+
+
+def read_sweep(paths: Sequence[Path]) -> Sweep | None:
+    """The first sweep.yaml in some folders; None if there is none.
 
     Raises:
         ConfigError: the file is no YAML mapping.
     """
     file = next((path / SWEEP for path in paths if (path / SWEEP).is_file()), None)
     if file is None:
-        return "", "", None
+        return None
     try:
         content: Any = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a mapping of keys")
-    return str(content.get("title") or ""), " ".join(str(content.get("about") or "").split()), file
+    title, about = (" ".join(str(content.get(key) or "").split()) for key in ("title", "about"))
+    return Sweep(title, about, str(content.get("output_dir") or f"runs/{file.stem}"), file)
 
 
 def write_section(

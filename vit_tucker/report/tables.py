@@ -14,6 +14,12 @@ BOOTSTRAP_NOTE = (
     "their dense start. With few seeds such intervals are rather too narrow."
 )
 
+DENSE_NOTE = (
+    "within the seeds' noise, which is a mean top-1 not below that of dense less one sample standard deviation (pooled over the "
+    "setting's and the dense runs). The factor is the smallest such setting of the other method over the smallest such Tucker "
+    "setting; `>x` if the other method has none, `<x` if Tucker has none, `?` if neither has."
+)
+
 
 def seed_list(seeds: Sequence[int]) -> str:
     """'5 (0-4)', '3 (0, 2, 7)': how many and which."""
@@ -109,7 +115,7 @@ def matched_table(comparison: Comparison) -> Table:
         f"{m}_{end}" for m in rivals for end in ("factor_low", "factor_high", "interval_low", "interval_high")
     ]
     rows, raw = [], []
-    for match in comparison.matches():
+    for match in comparison.matches:
         setting = match.setting
         rows.append([
             setting.options + (" *" if match.on_front else ""), setting.init, count(setting.params),
@@ -139,7 +145,7 @@ def raw_factor(factor: Factor) -> tuple[float | None, ...]:
 
 def headline_table(comparison: Comparison) -> Table:
     """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
-    headlines = comparison.headlines()
+    headlines = comparison.headlines
     header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]
     raw_header = ["against"]
     raw_header += [f"{name}_{end}" for name in ("largest", "median", "as_good_as_dense")
@@ -151,10 +157,8 @@ def headline_table(comparison: Comparison) -> Table:
     ]  # fmt: skip
     notes = [
         "Largest and median: over the settings of Tucker's Pareto front, each at its own accuracy; those that the other method's "
-        "smallest setting already exceeds tell nothing and are left out.",
-        "As good as dense: within the seeds' noise, which is a mean top-1 not below that of dense less one sample standard "
-        "deviation (pooled over the setting's and the dense runs). The factor is the smallest such setting of the other method "
-        "over the smallest such Tucker setting; `>x` if the other method has none, `<x` if Tucker has none, `?` if neither has.",
+        "smallest setting already exceeds tell nothing and are left out. `a-b`: between the two, since some are only bounded.",
+        f"As good as dense: {DENSE_NOTE}",
     ]
     return Table("headline", header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes)
 
