@@ -1,14 +1,13 @@
 """Everything that is written, and the report over it."""
 
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import process_environment
 from tests.report.synthetic import run_results, study, write_runs
 from vit_tucker.errors import ConfigError
 from vit_tucker.report import study as study_module
@@ -146,14 +145,32 @@ def test_the_report_has_each_study_with_its_verdicts_and_command(tmp_path, no_fi
     assert write_report(Path("results")).read_text() == text
 
 
-def test_scripts_say_what_is_wrong_in_one_line(tmp_path):
-    script = [
-        sys.executable,
-        str(ROOT / "experiments" / "tables.py"),
-        str(tmp_path / "nowhere"),
-        "--out",
-        str(tmp_path),
-    ]
-    done = subprocess.run(script, capture_output=True, text=True, env=process_environment(), timeout=120)
-    assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path / 'nowhere'}: no such file or folder\n"
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("tables", ["nowhere", "--out", "out"], "nowhere: no such file or folder"),
+        ("tables", ["a.json", "b.json"], "--out: name a folder for the tables of several runs"),
+        ("tables", ["runs", "--out", "a.json"], "a.json is a file; name another folder"),
+        ("report", ["runs"], "runs: no folder in it has a results.jsonl"),
+        ("report", [], "experiments/results: no folder in it has a results.jsonl"),
+    ],
+)
+def test_scripts_say_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, script, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("a.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    assert runpy.run_path(str(ROOT / "experiments" / f"{script}.py"))["main"]() == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_sweep_s_folder_gets_its_tables_inside(tmp_path, monkeypatch, capsys, no_figures):
+    write_runs(tmp_path, study(seeds=1))
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path)])
+    assert runpy.run_path(str(ROOT / "experiments" / "tables.py"))["main"]() == 0
+    assert (tmp_path / "tables.md").is_file()
+    assert "13 runs of 13 settings" in capsys.readouterr().out
