@@ -139,7 +139,7 @@ def test_the_report_has_each_study_with_its_verdicts_and_command(tmp_path, no_fi
     (section,) = sections(study(seeds=3))
     for sentence in verdicts(compare_methods(section)):
         assert f"- {sentence}" in text
-    assert "sweep.py --cfg results/fig3/sweep.yaml && python experiments/tables.py runs/fig3 --out results/fig3" in text
+    assert "./run.sh sweep --cfg results/fig3/sweep.yaml && ./run.sh tables runs/fig3 --out results/fig3" in text
     assert "[single](single)" in text
     assert str(tmp_path) not in text
     assert write_report(Path("results")).read_text() == text

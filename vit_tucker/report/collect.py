@@ -16,9 +16,9 @@ NEEDED = ("name", "config", "environment", "params", "patch", "data", "epochs", 
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""
 HARMLESS = (
-    *("plugins", "data.root", "data.download", "data.num_workers", "data.in_memory", "train.cpu"),
-    *("train.eval_batch_size", "train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist"),
-    *("train.log_interval", "train.log_ranks", "train.trackers", "train.timeout_minutes"),
+    *("data.root", "data.download", "data.num_workers", "train.cpu", "train.eval_batch_size", "train.grad_accum_steps"),
+    *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
+    *("train.log_ranks", "train.trackers", "train.timeout_minutes", "train.latency_batch_size"),
 )
 """Keys that change nothing a run computes, beyond rounding."""
 

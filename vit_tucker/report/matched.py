@@ -111,7 +111,7 @@ class Comparison:
         self._factors: dict[str, tuple[list[Bounds], list[list[Bounds]] | None]] = {}
 
     def _members(self, method: str) -> list[int]:
-        return [i for i, s in enumerate(self.settings) if s.method == method and s is not self.dense]
+        return [i for i, s in enumerate(self.settings) if s.method == method]
 
     def front(self) -> list[int]:
         """Tucker's Pareto front."""
@@ -137,27 +137,20 @@ class Comparison:
     def _repeated(self, members: Sequence[int]) -> bool:
         return all(len(self.settings[i].runs) > 1 for i in members)
 
-    def noise_floors(self) -> Floats:
-        """Accuracy that counts as dense's, per setting: the dense mean less the pooled sample std of dense and the setting."""
-        assert self.dense is not None
-        pooled = [pooled_std([self.dense.top1_std, s.top1_std]) for s in self.settings]
-        return self.dense.top1_mean - np.array([math.nan if std is None else std for std in pooled])
-
-    def smallest_at_dense(self, method: str, means: Floats, slack: Floats) -> int | None:
-        """The smallest setting of a method that is within the seeds' noise of dense."""
-        level = means[-1] - slack
-        within = [i for i in self._members(method) if means[i] >= level[i]]
+    def smallest_above(self, method: str, means: Floats, floors: Floats) -> int | None:
+        """The smallest setting of a method whose mean is not below its floor."""
+        within = [i for i in self._members(method) if means[i] >= floors[i]]
         return min(within, key=lambda i: self.params[i], default=None)
 
     def at_dense(self, method: str) -> tuple[Factor | None, Setting | None, Setting | None]:
         """The factor between the smallest settings within the seeds' noise of dense, and both settings."""
         if self.dense is None or not self._repeated(range(len(self.settings))):
             return None, None, None
-        slack = self.dense.top1_mean - self.noise_floors()
         theirs = self._members(method)
+        noise = np.array([pooled_std(self.dense.top1, s.top1) for s in self.settings])
 
         def at(means: Floats) -> tuple[Bounds, int | None, int | None]:
-            our, their = (self.smallest_at_dense(name, means, slack) for name in (OURS, method))
+            our, their = (self.smallest_above(name, means, means[-1] - noise) for name in (OURS, method))
             if our is None:
                 below = math.inf if their is None else self.params[their] / self.params[self.ours].max()
                 return Bounds(0.0, below), None, their

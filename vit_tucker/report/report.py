@@ -92,6 +92,5 @@ def commands(study: Path, sweep: Sweep | None) -> list[str]:
     """What reproduces a study from nothing, or its tables from its results where no sweep file is there."""
     place = Path(os.path.relpath(study)).as_posix()
     if sweep is None:
-        return [f"python experiments/tables.py {place}"]
-    tables = f"python experiments/tables.py {sweep.output_dir} --out {place}"
-    return [f"python experiments/sweep.py --cfg {place}/{SWEEP} && {tables}"]
+        return [f"./run.sh tables {place}"]
+    return [f"./run.sh sweep --cfg {place}/{SWEEP} && ./run.sh tables {sweep.output_dir} --out {place}"]

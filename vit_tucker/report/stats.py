@@ -57,10 +57,10 @@ def sample_std(values: Sequence[float] | Floats) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def pooled_std(stds: Sequence[float | None]) -> float | None:
-    """Root of the mean variance of groups of one size; None if one of them has none."""
-    known = [std for std in stds if std is not None]
-    return math.sqrt(sum(std**2 for std in known) / len(known)) if known and len(known) == len(stds) else None
+def pooled_std(first: Floats, second: Floats) -> float:
+    """Sample standard deviation about two means, from both groups; they have more than one value each."""
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in (first, second))
+    return math.sqrt(squares / (len(first) + len(second) - 2))
 
 
 def pareto_front(costs: Sequence[float] | Floats, values: Sequence[float] | Floats) -> list[int]:
