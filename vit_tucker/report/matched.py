@@ -38,6 +38,8 @@ class Factor(NamedTuple):
     interval: Interval | None
 
     def __str__(self) -> str:
+        if self.value == UNKNOWN:
+            return "not known"
         return f"{self.value}x{'' if self.interval is None else f' {self.interval}'}"
 
     @property

@@ -191,8 +191,8 @@ def facts(section: Section) -> str:
     commits = distinct(commit for setting in section.settings for commit in setting.commits.split(", "))
     dates = sorted({run["finished"] for run in runs})
     return (
-        f"{first['num_train']} training and {first['data']['num_eval']} evaluation images; {', '.join(shown)}; {len(runs)} runs, "
-        f"seeds {seed_list(seeds)}; {reference}. {machine}; {versions}; commit {commits}; finished "
+        f"{first['num_train']} training and {first['data']['num_eval'] or 'streamed'} evaluation images; {', '.join(shown)}; "
+        f"{len(runs)} runs, seeds {seed_list(seeds)}; {reference}. {machine}; {versions}; commit {commits}; finished "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
 
