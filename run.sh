@@ -4,6 +4,8 @@
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
 #   ./run.sh test [pytest args]       all tests
 #   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
+#   ./run.sh sweep --cfg sweeps/X     methods x options x seeds, from one dense model per seed
+#   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
 #   ./run.sh plan --cfg X             what a config's patch would do, without training
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
@@ -70,10 +72,11 @@ case "$command" in
   test) setup test && exec .venv/bin/python -m pytest "$@" ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
+  sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
   plan | ranks | hosts | compare | cost | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
-  -h | --help | help) sed -n '2,13s/^# \{0,1\}//p' "$0" ;;
+  -h | --help | help) sed -n '2,15s/^# \{0,1\}//p' "$0" ;;
   *)
-    echo "error: unknown command '$command'; known: train, test, lint, plan, ranks, hosts, compare, cost, methods, schema, setup, help" >&2
+    echo "error: unknown command '$command'; known: train, sweep, tables, report, test, lint, plan, ranks, hosts, compare, cost, methods, schema, setup, help" >&2
     exit 2
     ;;
 esac

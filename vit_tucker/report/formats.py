@@ -3,6 +3,8 @@
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 Rows = Sequence[Sequence[str]]
 
@@ -17,6 +19,42 @@ LATEX_ESCAPES = {
     "≥": r"$\geq$",
     "≤": r"$\leq$",
 }
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as people read it, and as machines do.
+
+    Attributes:
+        stem: of its files.
+        header, rows, text_columns: what people read; see ``markdown``.
+        raw_header, raw_rows: its numbers with all their digits.
+        notes: what must be known to read it.
+        not_in_latex: columns that a paper has no room for.
+    """
+
+    stem: str
+    header: Sequence[str]
+    rows: Rows
+    text_columns: int
+    raw_header: Sequence[str]
+    raw_rows: Sequence[Sequence[object]]
+    notes: Sequence[str] = ()
+    not_in_latex: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """The table and its notes."""
+        table = markdown(self.header, self.rows, self.text_columns)
+        return "\n".join([table, "", *(f"- {note}" for note in self.notes)]).rstrip()
+
+    def save(self, folder: Path) -> None:
+        """Write it as CSV and LaTeX."""
+        (folder / f"{self.stem}.csv").write_text(csv_text(self.raw_header, self.raw_rows))
+        kept = [i for i, name in enumerate(self.header) if name not in self.not_in_latex]
+        header, *rows = [[row[i] for i in kept] for row in (self.header, *self.rows)]
+        text_columns = sum(i < self.text_columns for i in kept)
+        note = "\n".join(note.replace("`", "") for note in self.notes)
+        (folder / f"{self.stem}.tex").write_text(latex(header, rows, text_columns, note))
 
 
 def markdown(header: Sequence[str], rows: Rows, text_columns: int = 1) -> str:

@@ -1,0 +1,151 @@
+"""Figures: what is drawn, read from the figure itself; files are rendered once, in test_study.py."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.colors import to_hex
+
+from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
+from vit_tucker.errors import ConfigError
+from vit_tucker.report import ablations, curves, figures
+from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
+from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
+from vit_tucker.report.figures import draw_accuracy
+from vit_tucker.report.sections import sections
+from vit_tucker.report.style import COLOURS, accuracy_axis
+
+HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures in place of files."""
+    kept = []
+
+    def keep(figure, folder, stem):
+        kept.append(figure)
+        return f"{stem}.png"
+
+    for module in (figures, curves, ablations):
+        monkeypatch.setattr(module, "save", keep)
+    yield kept
+    plt.close("all")
+
+
+def labelled(axis):
+    return {line.get_label(): line for line in axis.lines if not line.get_label().startswith("_")}
+
+
+def test_accuracy_over_parameters(drawn, tmp_path):
+    runs = study(seeds=3)
+    worse = {**HOSVD, "ranks": [1, 64, 64]}
+    runs += [run_results("worse", worse, 60_000, 93.0, seed) for seed in range(3)]
+    (section,) = sections(runs)
+    assert draw_accuracy(section, "params", tmp_path) == ("accuracy_params.png", [])
+    (axis,) = drawn[0].axes
+    lines = labelled(axis)
+    assert set(lines) == {"Tucker, HOSVD", "GQA, mean-pool", "MLA, joint SVD", "dense (band: ± std)"}
+    assert list(lines["Tucker, HOSVD"].get_xdata()) == [
+        params for _, params in TUCKER
+    ]  # the front only, without "worse"
+    means = [s.top1_mean for s in section.of_method("tucker") if s.name != "worse"]
+    assert list(lines["Tucker, HOSVD"].get_ydata()) == means
+    assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
+    assert axis.get_xscale() == "log"
+    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == COLOURS["gqa"]
+    assert len({line.get_marker() for line in lines.values()}) == 4
+    bars = [container for container in axis.containers if container.has_yerr]
+    segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]
+    halves = sorted(np.ptp(segment[:, 1]) / 2 for segment in segments)
+    assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable))
+    assert len(segments) == len(section.comparable)  # "worse" is drawn too, off the line
+
+
+def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
+    runs = study(seeds=1)
+    for run in runs:
+        run["cost"]["latency"] = None
+        if run["name"] == "gqa2":
+            del run["cost"]
+    (section,) = sections(runs)
+    file, notes = draw_accuracy(section, "flops", tmp_path)
+    assert file == "accuracy_flops.png"
+    assert notes == ["Not in the figure over FLOPs per image, which their results lack: gqa2."]
+    assert len(labelled(drawn[0].axes[0])["GQA, mean-pool"].get_xdata()) == 2
+    assert draw_accuracy(section, "latency", tmp_path)[0] is None
+
+
+@pytest.mark.parametrize(("low", "high", "scale"), [(92.0, 95.0, "linear"), (40.0, 99.0, "function")])
+def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
+    figure, axis = plt.subplots()
+    axis.plot([1, 2], [low, high])
+    accuracy_axis(axis, low, high)
+    assert axis.get_yscale() == scale
+    if scale == "function":
+        bottom, top = axis.get_ylim()
+        assert bottom < low < high < top < 100
+        assert all(low - 20 < tick < 100 for tick in axis.get_yticks())
+        points = axis.transData.transform([(1, 90.0), (1, 99.0)])[:, 1]
+        middle = axis.transData.transform((1, 100 - np.sqrt(10.0)))[1]
+        assert middle == pytest.approx(points.mean())  # the error's geometric mean
+    plt.close(figure)
+
+
+def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
+    (section,) = sections(study(seeds=3))
+    assert draw_curves(section, tmp_path) == "curves.png"
+    panels = [axis for axis in drawn[0].axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["Tucker, HOSVD", "GQA, mean-pool", "MLA, joint SVD"]
+    assert [len(axis.lines) for axis in panels] == [5, 4, 5]  # with dense
+    setting = section.of_method("tucker")[0]
+    means = np.mean([[row["eval_top1"] for row in run["curve"]] for run in setting.runs], axis=0)
+    assert panels[0].lines[0].get_ydata() == pytest.approx(means)
+    draw_curves(section, tmp_path, ["gqa*"])
+    assert [axis.get_title() for axis in drawn[1].axes if axis.get_title()] == ["GQA, mean-pool"]
+    with pytest.raises(ConfigError, match="--curves gqa9: no such config; did you mean 'gqa"):
+        check_patterns(["gqa9"], [section])
+
+
+def test_epochs_to_recover():
+    (section,) = sections(study(seeds=2, noise=0.0))
+    setting = next(s for s in section.settings if s.name == "tucker-8-16-16")
+    # its curve is 94.56 - 30 / 2^(epoch - 1), and 94.56 after the last of 8 epochs
+    assert epochs_to_reach(setting, 90.0) == 4
+    assert epochs_to_reach(setting, 94.5) == 8
+    assert epochs_to_reach(setting, 94.6) is None
+    table = recovery_table(section)
+    row = next(row for row in table.rows if row[0] == "tucker-2-4-4")
+    assert row[-3:] == ["5", ">8", ">8"]  # within 5, 2 and 1 of 95
+    without = study(seeds=2)
+    for run in without:
+        del run["curve"]
+    assert recovery_table(*sections(without)) is None
+
+
+def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
+    runs = []
+    for ranks, top1 in (((2, 8, 8), 90.0), ((4, 8, 8), 92.0), ((16, 8, 8), 93.0), ((4, 16, 16), 94.0)):
+        runs += [
+            run_results(f"t{ranks}", {**HOSVD, "ranks": list(ranks)}, 1000 * sum(ranks), top1, seed) for seed in (0, 1)
+        ]
+    random = {**HOSVD, "ranks": [4, 8, 8], "init": "random"}
+    runs += [run_results("random", random, 20_000, 80.0, seed) for seed in (0, 1)]
+    (section,) = sections(runs)
+    (line,) = lines_of(section, "attention.ranks.0")
+    assert line.values == ["2", "4", "16"]
+    assert [s.top1_mean for s in line.settings] == [90, 92, 93]
+    assert line.label == "Tucker ranks=_,8,8, HOSVD"
+    (start,) = lines_of(section, "init")
+    assert dict(zip(start.values, (s.top1_mean for s in start.settings), strict=True)) == {"HOSVD": 92, "random": 80}
+    assert lines_of(section, "attention.ranks.1") == []
+    (both,) = lines_of(section, "attention.ranks.1,attention.ranks.2")
+    assert both.values == ["8, 8", "16, 16"]
+    assert usual_options(section) == ["init", "attention.ranks.0", "attention.ranks.1,attention.ranks.2"]
+    table = ablation_table("attention.ranks.0", [line])
+    assert list(table.header) == ["attention.ranks.0", "2", "4", "16"]
+    assert table.rows == [["Tucker ranks=_,8,8, HOSVD", "90.00 ± 0.00", "92.00 ± 0.00", "93.00 ± 0.00"]]
+    assert draw_ablation("attention.ranks.0", [line], tmp_path) == "by_ranks_0.png"
+    (axis,) = drawn[0].axes
+    assert list(labelled(axis)[line.label].get_xdata()) == [2, 4, 16]
+    with pytest.raises(ConfigError, match="no run's config has 'attention.rank.0'; did you mean 'attention.ranks.0'"):
+        check_options(["attention.rank.0"], [section])

@@ -1,0 +1,183 @@
+"""Accuracy against one option of the config, among settings that agree in everything else."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any, NamedTuple
+
+from matplotlib import pyplot as plt
+
+from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.report.collect import is_below
+from vit_tucker.report.formats import Table, spread
+from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
+from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.style import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
+
+INIT = "init"
+"""How the attention starts, as one option; it stands for the keys below."""
+INIT_KEYS = ("attention.init", "attention.conversion", "attention.calibration")
+RANKS = tuple(f"attention.ranks.{mode}" for mode in range(3))
+USUAL = (INIT, RANKS[0], RANKS[1], RANKS[2], f"{RANKS[1]},{RANKS[2]}", "attention.shared_kv", "train.epochs")
+"""Options that are looked at without being asked for."""
+TICK, TICK_WIDTH = 0.7, 11
+"""Room for a word at a tick: inches, and letters in a line."""
+HEIGHT, ROW = 2.2, 0.13
+"""Of the figure and of a line of its legend, inches."""
+MISSING = "null"
+
+
+class Line(NamedTuple):
+    """Settings that differ in the option alone.
+
+    Attributes:
+        label: what they have in common that other lines do not.
+        values: of the option, in order.
+        settings: one per value.
+    """
+
+    label: str
+    values: list[str]
+    settings: list[Setting]
+
+
+def replaced(section: Section) -> list[Setting]:
+    """Settings whose attention is not the host's, of any recipe."""
+    return [s for s in section.settings if s.method != DENSE]
+
+
+def usual_options(section: Section) -> list[str]:
+    """Those of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
+    options = [option for option in USUAL if lines_of(section, option)]
+    alone = {o for o in options if "," not in o}
+    return [o for o in options if o in alone or not alone.intersection(o.split(","))]
+
+
+def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
+    """Raise ConfigError for an option that no setting of any section has."""
+    known = {key for section in parts for s in replaced(section) for key in s.config} | {INIT}
+    for option in options:
+        for key in option.split(","):
+            if key not in known:
+                raise ConfigError(f"--x {option}: no run's config has '{key}'{nearest(key, known)}")
+
+
+def covers(key: str, option: str) -> bool:
+    """Whether a key of the config belongs to an option: INIT, or keys joined by commas."""
+    return is_below(key, INIT_KEYS if option == INIT else option.split(","))
+
+
+def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
+    """The option's value in a setting."""
+    if option == INIT:
+        return (setting.init,)
+    return tuple(setting.config.get(key, MISSING) for key in option.split(","))
+
+
+def lines_of(section: Section, option: str) -> list[Line]:
+    """Groups of at least two settings that differ in the option alone, by size of the option."""
+    settings = replaced(section)
+    groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
+    for setting in settings:
+        rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
+        groups.setdefault(json.dumps(rest, sort_keys=True), {})[value_of(setting, option)] = setting
+    varied = {text: members for text, members in groups.items() if len(members) > 1}
+    rests = [json.loads(text) for text in varied]
+    lines = []
+    for own, members in zip(rests, varied.values(), strict=True):
+        values = sorted(members, key=lambda value: [(isinstance(v, str), v) for v in value])
+        label = line_label(own, rests, members[values[0]], option)
+        lines.append(
+            Line(label, [", ".join(map(str, value)) for value in values], [members[value] for value in values])
+        )
+    return sorted(lines, key=lambda line: table_order(line.settings[0]))
+
+
+def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
+    """'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    parts = []
+    for part in [] if setting.options == "-" else setting.options.split():
+        name, equals, value = part.partition("=")
+        values = ["_" if covers(f"attention.{name}.{i}", option) else v for i, v in enumerate(value.split(","))]
+        if not covers(f"attention.{name}", option):
+            parts.append(f"{name}{equals}{','.join(values)}")
+    words = [" ".join([method_name(setting.method), *parts])]
+    if option != INIT:
+        words.append(setting.init)
+    recipe = sorted({key for rest in rests for key in rest if is_below(key, RECIPE_KEYS) and rest[key] != own.get(key)})
+    return ", ".join([*words, *(f"{short_key(key)}={own.get(key, MISSING)}" for key in recipe)])
+
+
+def short_key(key: str) -> str:
+    """'ranks.0' for attention.ranks.0."""
+    return key.removeprefix("attention.").removeprefix("train.")
+
+
+def ablation_table(option: str, lines: Sequence[Line]) -> Table:
+    """A row for each line, a column for each value; as CSV a row for each setting."""
+    values = categories(lines)
+    rows, raw = [], []
+    for line in lines:
+        cells = dict(zip(line.values, line.settings, strict=True))
+        rows.append([line.label, *(spread(s.top1_mean, s.top1_std) if (s := cells.get(v)) else "" for v in values)])
+        raw += [
+            [line.label, value, s.name, s.params, s.top1_mean, s.top1_std, len(s.seeds)] for value, s in cells.items()
+        ]
+    raw_header = ["settings", "value", "config", "attention_params", "top1_mean", "top1_std", "seeds"]
+    note = (
+        f"top-1 %, mean ± sample standard deviation over seeds, by {option}; the settings of a row agree in all else."
+    )
+    return Table(stem_of(option), [option, *values], rows, 1, raw_header, raw, [note])
+
+
+def categories(lines: Sequence[Line]) -> list[str]:
+    """All values of the lines: numbers in order, words as they come."""
+    values = list(dict.fromkeys(value for line in lines for value in line.values))
+    numbers = [as_number(value) for value in values]
+    return values if None in numbers else sorted(values, key=float)
+
+
+def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
+    """Accuracy over the option's values, a line per group; the name of the PNG."""
+    values = categories(lines)
+    numbers = [as_number(value) for value in values]
+    ticks = [float(number if number is not None and None not in numbers else i) for i, number in enumerate(numbers)]
+    places = dict(zip(values, ticks, strict=True))
+    width = max(COLUMN, TICK * len(values)) if None in numbers else COLUMN
+    with plt.rc_context(FONTS):
+        figure, axis = plt.subplots(figsize=(width, HEIGHT + ROW * len(lines)), layout="constrained")
+        for i, line in enumerate(lines):
+            style: dict[str, Any] = {
+                "color": PALETTE[i % len(PALETTE)],
+                "marker": SHAPES[i % len(SHAPES)],
+                "markersize": 3.6,
+            }
+            x, means = [places[value] for value in line.values], [s.top1_mean for s in line.settings]
+            errors = [s.top1_std or 0.0 for s in line.settings]
+            axis.errorbar(x, means, errors, linestyle="none", capsize=1.3, elinewidth=0.7, **style)
+            axis.plot(x, means, LINES[i // len(PALETTE) % len(LINES)], linewidth=0.9, label=line.label, **style)
+        if None not in numbers and ticks[0] > 0 and ticks[-1] >= WIDE * ticks[0]:
+            axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, [fill(value, TICK_WIDTH) for value in values])
+        axis.minorticks_off()
+        axis.margins(x=0.08)
+        axis.set_xlabel(option)
+        means = [s.top1_mean for line in lines for s in line.settings]
+        accuracy_axis(axis, min(means), max(means))
+        grid(axis)
+        figure.legend(loc="outside lower center", ncols=1, frameon=False, handlelength=2.4)
+        return save(figure, folder, stem_of(option))
+
+
+def as_number(text: str) -> float | None:
+    """The number that a text is."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def stem_of(option: str) -> str:
+    """'by_ranks_0' for attention.ranks.0."""
+    return "by_" + "_and_".join(short_key(key).replace(".", "_") for key in option.split(","))

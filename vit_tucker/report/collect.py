@@ -1,0 +1,161 @@
+"""Finds and reads the results of finished runs: run folders, results.json files, folders of runs, results.jsonl."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.errors import ConfigError
+
+Results = dict[str, Any]
+
+KEPT = "results.jsonl"
+NEEDED = ("name", "config", "environment", "params", "patch", "data", "epochs", "best", "last", "finished")
+NAMING = ("name", "seed", "output_dir")
+"""Keys that tell runs apart and decide nothing beyond the seed."""
+HARMLESS = (
+    *("data.root", "data.download", "data.num_workers", "train.cpu", "train.eval_batch_size", "train.grad_accum_steps"),
+    *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
+    *("train.log_ranks", "train.trackers", "train.timeout_minutes", "train.latency_batch_size"),
+)
+"""Keys that change nothing a run computes, beyond rounding."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Results that were found.
+
+    Attributes:
+        results: of distinct runs, sorted.
+        notes: what was left out, a line each.
+    """
+
+    results: tuple[Results, ...]
+    notes: tuple[str, ...] = ()
+
+
+def collect(paths: Sequence[Path]) -> Collection:
+    """Results of all finished runs at or below some paths.
+
+    Args:
+        paths: run folders, results.json files, folders that contain runs, results.jsonl files. A results.jsonl inside a folder is
+            read only where the folder holds no runs: there it is what was kept of them.
+
+    Raises:
+        ConfigError: a path is not there, a file is not of that kind, or no run is finished.
+    """
+    files: dict[Path, None] = {}
+    unfinished: dict[Path, None] = {}
+    for path in paths:
+        found, open_runs = find_results(path)
+        files |= dict.fromkeys(found)
+        unfinished |= dict.fromkeys(open_runs)
+    results, notes = newest([entry for file in files for entry in read_file(file)])
+    if unfinished:
+        notes.append(f"not finished, left out: {', '.join(map(str, unfinished))}")
+    if not results:
+        raise ConfigError(f"{', '.join(map(str, paths))}: no finished run{f'; {notes[0]}' if notes else ''}")
+    return Collection(tuple(sorted(results, key=sort_key)), tuple(notes))
+
+
+def find_results(path: Path) -> tuple[list[Path], list[Path]]:
+    """Files with results at or below a path, and folders of runs that are not finished.
+
+    Raises:
+        ConfigError: there is nothing.
+    """
+    if path.is_file():
+        return [path], []
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such file or folder")
+    files = sorted(path.rglob("results.json"))
+    kept = [file for file in sorted(path.rglob(KEPT)) if not any(file.parent in run.parents for run in files)]
+    unfinished = [
+        config.parent for config in sorted(path.rglob("config.yaml")) if config.parent / "results.json" not in files
+    ]
+    return files + kept, unfinished
+
+
+def read_file(file: Path) -> list[Results]:
+    """Results in a results.json, or in a results.jsonl, one per line.
+
+    Raises:
+        ConfigError: the file is no such thing.
+    """
+    text = file.read_text()
+    parts = text.splitlines() if file.suffix == ".jsonl" else [text]
+    entries = []
+    for number, part in enumerate(parts, start=1):
+        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
+        try:
+            entry = json.loads(part)
+        except ValueError as error:
+            raise ConfigError(f"{where}: not valid JSON: {error}") from None
+        missing = [key for key in NEEDED if not isinstance(entry, dict) or key not in entry]
+        if missing:
+            raise ConfigError(f"{where}: not the results of a run: no '{missing[0]}'")
+        entries.append(entry)
+    return entries
+
+
+def write_results(file: Path, results: Iterable[Results]) -> None:
+    """Keep results, one per line."""
+    file.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in results))
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key; nulls and empty ones are left out."""
+    if isinstance(value, dict | list):
+        items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+        nested = (flatten(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in items)
+        return {key: leaf for leaves in nested for key, leaf in leaves.items()}
+    return {} if value is None else {prefix: value}
+
+
+def written_config(results: Results) -> dict[str, Any]:
+    """What decides a run's result beside the seed, as its author wrote it: dotted keys, without ranks that a rule chose.
+
+    Files of one seed (the dense start, a teacher) have ``*`` in its place, so that all seeds of one config agree.
+    """
+    config = {key: value for key, value in results["config"].items() if key not in NAMING}
+    attention = config.get("attention")
+    if attention is not None:
+        rules = [rule for rule in attention.get("rules") or [] if rule.get("chosen_by") is None]
+        config["attention"] = {**attention, "rules": rules}
+    leaves = {key: leaf for key, leaf in flatten(config).items() if not is_below(key, HARMLESS)}
+    seed = re.compile(rf"(seed|-){results['config']['seed']}(?=/|$)")
+    return {key: seed.sub(r"\1*", leaf) if isinstance(leaf, str) else leaf for key, leaf in leaves.items()}
+
+
+def is_below(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or inside one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def identity(results: Results) -> tuple[str, str]:
+    """Equal for the seeds of one setting: its config and what it was evaluated on."""
+    return json.dumps(written_config(results), sort_keys=True), json.dumps(results["data"], sort_keys=True)
+
+
+def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
+    """One run per config and seed, that which finished last (of one day: the last one given), and notes on the others."""
+    chosen: dict[tuple[Any, ...], Results] = {}
+    notes = []
+    for entry in entries:
+        key = (*identity(entry), entry["config"]["seed"])
+        other = chosen.get(key)
+        chosen[key] = entry if other is None else max(other, entry, key=lambda run: (run["finished"], run is entry))
+        if other is not None and other != entry:
+            notes.append(
+                f"{entry['name']}, seed {entry['config']['seed']}: two runs of one config ({other['name']} of "
+                f"{other['finished']}, {entry['name']} of {entry['finished']}); that of {chosen[key]['finished']} counts"
+            )
+    return list(chosen.values()), notes
+
+
+def sort_key(results: Results) -> tuple[Any, ...]:
+    """By data set, host, name and seed."""
+    config = results["config"]
+    return config["data"]["dataset"], config["model"]["name"], str(results["name"]), identity(results), config["seed"]

@@ -1,0 +1,236 @@
+"""How many attention parameters other methods need for the accuracy of Tucker Attention, with the uncertainty of few seeds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from vit_tucker.report.sections import Section
+from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.report.stats import (
+    Bounds,
+    Floats,
+    Front,
+    Interval,
+    interval,
+    pareto_front,
+    pooled_std,
+    resampled_means,
+)
+
+OURS = "tucker"
+REFERENCES = (OURS, DENSE, "mha")
+UNKNOWN = Bounds(0.0, math.inf)
+
+
+class Factor(NamedTuple):
+    """A ratio of attention parameters.
+
+    Attributes:
+        value: as measured, or what is known of it.
+        interval: 95%, by bootstrap over seeds; None where a setting has one seed.
+    """
+
+    value: Bounds
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        if self.value == UNKNOWN:
+            return "not known"
+        return f"{self.value}x{'' if self.interval is None else f' {self.interval}'}"
+
+    @property
+    def verdict(self) -> str:
+        """'more' or 'fewer' parameters where the whole interval says so, else 'unclear'."""
+        return self.against(1.0)
+
+    def against(self, threshold: float) -> str:
+        """Whether the factor is 'more' or 'fewer' than a threshold; 'unclear' where the interval includes it or is missing."""
+        if self.interval is None:
+            return "unclear"
+        if self.interval.lower.low > threshold:
+            return "more"
+        return "fewer" if self.interval.upper.high < threshold else "unclear"
+
+
+@dataclass(frozen=True)
+class Match:
+    """One Tucker setting against the other methods.
+
+    Attributes:
+        setting: the Tucker setting.
+        on_front: no other Tucker setting is both smaller and better.
+        factors: by method, its attention parameters at the setting's mean accuracy over the setting's.
+        dense: the dense host's attention parameters over the setting's if dense reaches the accuracy, else None.
+    """
+
+    setting: Setting
+    on_front: bool
+    factors: dict[str, Factor]
+    dense: float | None
+
+
+@dataclass(frozen=True)
+class Headline:
+    """All Tucker settings of the Pareto front against one method.
+
+    Attributes:
+        method: the other one.
+        largest, median: of the factors at each setting's accuracy, where the other method has no smaller setting that exceeds it.
+        at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None without such a
+            Tucker setting.
+        ours, theirs: these settings; None if there is none.
+        why_not: why there is no such factor; '' if there is.
+    """
+
+    method: str
+    largest: Factor
+    median: Factor
+    at_dense: Factor | None
+    ours: Setting | None
+    theirs: Setting | None
+    why_not: str
+
+
+class Comparison:
+    """The settings of a section, their means, and the same resampled over seeds.
+
+    The runs of a seed share their dense start, so each resample draws the same seeds for all settings.
+    """
+
+    def __init__(self, section: Section) -> None:
+        self.section = section
+        self.dense = section.dense
+        self.settings = [*section.comparable, *([] if self.dense is None else [self.dense])]
+        self.params = np.array([s.params for s in self.settings])
+        self.means = np.array([s.top1_mean for s in self.settings])
+        self.boot = resampled_means(scores(self.settings)) if self.settings else np.zeros((0, 0))
+        self.ours = self._members(OURS)
+        self.rivals = [method for method in section.methods if method not in REFERENCES]
+        self._factors: dict[str, tuple[list[Bounds], list[list[Bounds]] | None]] = {}
+
+    def _members(self, method: str) -> list[int]:
+        return [i for i, s in enumerate(self.settings) if s.method == method]
+
+    def front(self) -> list[int]:
+        """Tucker's Pareto front."""
+        ours = self.ours
+        return [ours[i] for i in pareto_front(self.params[ours], self.means[ours])]
+
+    def factors(self, method: str) -> tuple[list[Bounds], list[list[Bounds]] | None]:
+        """Parameters of a method at the accuracy of each Tucker setting over the setting's; and the same in each resample."""
+        if method in self._factors:
+            return self._factors[method]
+        theirs = self._members(method)
+
+        def at(means: Floats) -> list[Bounds]:
+            if np.isnan(means[[*theirs, *self.ours]]).any():
+                return [UNKNOWN] * len(self.ours)
+            front = Front(self.params[theirs], means[theirs])
+            return [front.cost_to_reach(means[i]).over(self.params[i]) for i in self.ours]
+
+        repeated = self._repeated([*theirs, *self.ours])
+        self._factors[method] = at(self.means), [at(means) for means in self.boot] if repeated else None
+        return self._factors[method]
+
+    def _repeated(self, members: Sequence[int]) -> bool:
+        return all(len(self.settings[i].runs) > 1 for i in members)
+
+    def smallest_above(self, method: str, means: Floats, floors: Floats) -> int | None:
+        """The smallest setting of a method whose mean is not below its floor."""
+        within = [i for i in self._members(method) if means[i] >= floors[i]]
+        return min(within, key=lambda i: self.params[i], default=None)
+
+    def at_dense(self, method: str) -> tuple[Factor | None, Setting | None, Setting | None]:
+        """The factor between the smallest settings within the seeds' noise of dense, and both settings."""
+        if self.dense is None or not self._repeated(range(len(self.settings))):
+            return None, None, None
+        theirs = self._members(method)
+        noise = np.array([pooled_std(self.dense.top1, s.top1) for s in self.settings])
+
+        def at(means: Floats) -> tuple[Bounds, int | None, int | None]:
+            our, their = (self.smallest_above(name, means, means[-1] - noise) for name in (OURS, method))
+            if our is None:
+                below = math.inf if their is None else self.params[their] / self.params[self.ours].max()
+                return Bounds(0.0, below), None, their
+            cost = Bounds(self.params[theirs].max(), math.inf) if their is None else Bounds(*[self.params[their]] * 2)
+            return cost.over(self.params[our]), our, their
+
+        value, our, their = at(self.means)
+        factor = None if our is None else Factor(value, interval([at(means)[0] for means in self.boot]))
+        ours, theirs_at = (None if i is None else self.settings[i] for i in (our, their))
+        return factor, ours, theirs_at
+
+    @cached_property
+    def matches(self) -> list[Match]:
+        """Each Tucker setting against the other methods, from small to large."""
+        front = self.front()
+        columns = {method: self.factors(method) for method in self.rivals}
+        matches = []
+        for place, index in enumerate(self.ours):
+            setting = self.settings[index]
+            factors = {
+                method: Factor(values[place], None if boot is None else interval([b[place] for b in boot]))
+                for method, (values, boot) in columns.items()
+            }
+            reached = self.dense is not None and self.dense.top1_mean >= setting.top1_mean
+            matches.append(Match(setting, index in front, factors, 1 / setting.share if reached else None))
+        return sorted(matches, key=lambda match: match.setting.params)
+
+    @cached_property
+    def headlines(self) -> list[Headline]:
+        """One per other method."""
+        places = [self.ours.index(i) for i in self.front()]
+        lines = []
+        for method in self.rivals:
+            values, boot = self.factors(method)
+            chosen = [values[place] for place in places]
+            resampled = None if boot is None else [[sample[place] for place in places] for sample in boot]
+            largest, median = (
+                Factor(of(chosen), None if resampled is None else interval([of(sample) for sample in resampled]))
+                for of in (largest_of, median_of)
+            )
+            at_dense, ours, theirs = self.at_dense(method)
+            why_not = "" if at_dense is not None else self.why_no_dense_accuracy()
+            lines.append(Headline(method, largest, median, at_dense, ours, theirs, why_not))
+        return lines
+
+    def why_no_dense_accuracy(self) -> str:
+        """Why there is no smallest Tucker setting that is as good as dense."""
+        if self.dense is None:
+            return "there is no dense run"
+        if not self._repeated(range(len(self.settings))):
+            return "some settings have one seed, whose noise is not known"
+        return "no Tucker setting is within the seeds' noise of dense"
+
+
+def scores(settings: Sequence[Setting]) -> Floats:
+    """Top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
+    seeds = sorted({seed for setting in settings for seed in setting.seeds})
+    table = np.full((len(settings), len(seeds)), np.nan)
+    for row, setting in zip(table, settings, strict=True):
+        row[[seeds.index(seed) for seed in setting.seeds]] = setting.top1
+    return table
+
+
+def largest_of(values: Sequence[Bounds]) -> Bounds:
+    """What is known of the largest of some numbers, those of which only an upper bound is known left out."""
+    measured = [value for value in values if value.low > 0]
+    return Bounds(max(b.low for b in measured), max(b.high for b in measured)) if measured else UNKNOWN
+
+
+def median_of(values: Sequence[Bounds]) -> Bounds:
+    """What is known of the median of some numbers, those left out as above; of an even number of them the lower one."""
+    measured = [value for value in values if value.low > 0]
+    middle = (len(measured) - 1) // 2
+    lows, highs = (sorted(value[end] for value in measured) for end in (0, 1))
+    return Bounds(lows[middle], highs[middle]) if measured else UNKNOWN
+
+
+def compare_methods(section: Section) -> Comparison | None:
+    """The comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
+    comparison = Comparison(section)
+    return comparison if comparison.ours and comparison.rivals else None

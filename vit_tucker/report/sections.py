@@ -1,0 +1,158 @@
+"""Runs grouped into settings, and settings into sections: those of one host on one data set, which may be compared."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.report.collect import Results, flatten, identity, is_below, written_config
+from vit_tucker.report.settings import DENSE, Setting, method_order
+
+DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
+START_KEYS = ("model.checkpoint", "model.pretrained")
+RECIPE_KEYS = ("train", "data", *START_KEYS, *DROP_RATES)
+DIFFERENCES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """Settings that may be compared: one host on one data set.
+
+    Attributes:
+        title: 'vit_tiny_patch16_224 on digits'.
+        settings: in the order of tables.
+        recipe: the keys of training, data and start that most settings share; others are shown by what differs.
+    """
+
+    title: str
+    settings: tuple[Setting, ...]
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The title as a file name."""
+        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+
+    def differences(self, setting: Setting) -> dict[str, Any]:
+        """Keys of the recipe in which a setting differs, with its values; None where it lacks them."""
+        own = recipe_of(setting)
+        return {key: own.get(key) for key in sorted({*own, *self.recipe}) if own.get(key) != self.recipe.get(key)}
+
+    def describe_recipe(self, setting: Setting) -> str:
+        """'' for the recipe of most settings, else what differs: 'epochs=4'; 'start: epochs=30' for what others start from."""
+        shown = {k: v for k, v in self.differences(setting).items() if not (setting.is_start and k in START_KEYS)}
+        parts = [f"{key.removeprefix('train.')}={value}" for key, value in shown.items()]
+        more = f" and {len(parts) - DIFFERENCES_SHOWN} more" if len(parts) > DIFFERENCES_SHOWN else ""
+        return "start: " * setting.is_start + (
+            ", ".join(parts[:DIFFERENCES_SHOWN]) + more or "the same" * setting.is_start
+        )
+
+    @cached_property
+    def comparable(self) -> tuple[Setting, ...]:
+        """Settings with replaced attention and the common recipe: what fronts and figures are made of."""
+        return tuple(s for s in self.settings if s.method != DENSE and not self.differences(s))
+
+    @cached_property
+    def dense(self) -> Setting | None:
+        """The dense reference: that of the common recipe, else another one, the start last."""
+        dense = [s for s in self.settings if s.method == DENSE]
+        return min(dense, key=lambda s: (s.is_start, len(self.differences(s))), default=None)
+
+    def of_method(self, method: str) -> list[Setting]:
+        """Comparable settings of one method."""
+        return [s for s in self.comparable if s.method == method]
+
+    @property
+    def methods(self) -> list[str]:
+        """Of the comparable settings, in the order of tables."""
+        return list(dict.fromkeys(s.method for s in self.comparable))
+
+    @property
+    def runs(self) -> list[Results]:
+        """Of all settings."""
+        return [run for setting in self.settings for run in setting.runs]
+
+
+def recipe_of(setting: Setting) -> dict[str, Any]:
+    """The keys of a setting's config that say how it is trained, on what, and from where it starts."""
+    return {key: value for key, value in setting.config.items() if is_below(key, RECIPE_KEYS)}
+
+
+def group_settings(results: Sequence[Results]) -> list[Setting]:
+    """Settings, in the order of their first runs.
+
+    Args:
+        results: distinct runs.
+    """
+    groups: dict[tuple[str, str], list[Results]] = {}
+    for entry in results:
+        groups.setdefault(identity(entry), []).append(entry)
+    checkpoints = {Path(path) for entry in results if (path := entry["config"]["model"].get("checkpoint"))}
+    used = {str(folder) for path in checkpoints for folder in (path, *path.parents)}
+    settings = []
+    for runs in groups.values():
+        runs.sort(key=lambda run: run["config"]["seed"])
+        folders = {str(Path(folder)) for run in runs if (folder := run["config"].get("output_dir"))}
+        is_start = runs[0]["config"]["attention"] is None and not used.isdisjoint(folders)
+        settings.append(Setting(tuple(runs), written_config(runs[0]), is_start))
+    return settings
+
+
+def host_of(setting: Setting) -> tuple[str, str]:
+    """Equal for settings that may be in one figure: the dense host and what it is evaluated on."""
+    model = {k: v for k, v in setting.config.items() if k.startswith("model.") and not is_below(k, RECIPE_KEYS)}
+    data = setting.runs[0]["data"]
+    evaluated = (setting.config["data.dataset"], data.get("input_size"), data.get("num_eval"))
+    return json.dumps(model, sort_keys=True), json.dumps(evaluated)
+
+
+def sections(results: Sequence[Results]) -> list[Section]:
+    """Sections of settings, one for each host and data set.
+
+    Args:
+        results: distinct runs, sorted.
+    """
+    groups: dict[tuple[str, str], list[Setting]] = {}
+    for setting in group_settings(results):
+        groups.setdefault(host_of(setting), []).append(setting)
+    titles = section_titles(list(groups))
+    return [Section(title, tuple(sorted(group, key=table_order)), common_recipe(group))
+            for title, group in zip(titles, groups.values(), strict=True)]  # fmt: skip
+
+
+def section_titles(hosts: Sequence[tuple[str, str]]) -> list[str]:
+    """'vit_tiny_patch16_224 on digits'; what else differs is named where that is not enough."""
+    models = [json.loads(model) for model, _ in hosts]
+    evaluated = [json.loads(data) for _, data in hosts]
+    titles = [f"{model['model.name']} on {data[0]}" for model, data in zip(models, evaluated, strict=True)]
+    known = Counter(titles)
+    full = []
+    for title, model, data in zip(titles, models, evaluated, strict=True):
+        if known[title] > 1:
+            rivals = [
+                flatten([other, *rest])
+                for other_title, other, rest in zip(titles, models, evaluated, strict=True)
+                if other_title == title
+            ]
+            own = flatten([model, *data])
+            differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
+            parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
+            title += f" ({', '.join(parts)})"
+        full.append(title)
+    return full
+
+
+def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
+    """The recipe of most settings with replaced attention; of the dense ones if there are no others."""
+    replaced = [s for s in settings if s.method != DENSE] or [s for s in settings if not s.is_start] or settings
+    recipes = Counter(json.dumps(recipe_of(setting), sort_keys=True) for setting in replaced)
+    return dict(json.loads(max(recipes, key=lambda recipe: recipes[recipe])))
+
+
+def table_order(setting: Setting) -> tuple[Any, ...]:
+    """Dense first, then by method, start and size."""
+    return method_order(setting.method), not setting.is_start, setting.init, setting.params, setting.name

@@ -1,0 +1,180 @@
+"""A setting: all seeds of one config, described and averaged."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vit_tucker.report.collect import Results
+from vit_tucker.report.compare import describe_attention
+from vit_tucker.report.stats import Floats, mean, sample_std
+
+DENSE = "dense"
+METHODS = {DENSE: "dense", "mha": "MHA", "tucker": "Tucker", "gqa": "GQA", "mla": "MLA"}
+"""Methods in the order of tables, with their names there; methods of others follow."""
+
+DEFAULT_CONVERSIONS = {"tucker": "hosvd", "gqa": "mean"}
+"""Of configs from before there was a choice."""
+
+
+def method_name(method: str) -> str:
+    """As papers write it."""
+    return METHODS.get(method, method)
+
+
+def method_order(method: str) -> tuple[int, str]:
+    """Place of a method in tables."""
+    known = list(METHODS)
+    return known.index(method) if method in known else len(known), method
+
+
+def describe_init(attention: dict[str, Any] | None) -> str:
+    """How the attention starts: 'random', or how it is converted: 'HOSVD', 'activation-aware, refined', 'mean-pool', ..."""
+    if attention is None:
+        return "-"
+    if attention.get("init") == "random":
+        return "random"
+    method, conversion, calibration = (attention.get(key) for key in ("method", "conversion", "calibration"))
+    conversion = conversion or DEFAULT_CONVERSIONS.get(str(method))
+    plain = {
+        ("tucker", "hosvd"): "HOSVD",
+        ("tucker", "hooi"): "HOOI",
+        ("gqa", "mean"): "mean-pool",
+        ("gqa", "svd"): "SVD",
+        ("mla", None): "joint SVD",
+        ("mha", None): "copied",
+    }.get((str(method), conversion), conversion or "converted")
+    if calibration is None:
+        return plain
+    aware = "activation-aware" if method == "tucker" else f"activation-aware {plain}"
+    return f"{aware}, refined" if calibration.get("refine_steps") else aware
+
+
+def describe_options(results: Results) -> str:
+    """The method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
+    attention = results["config"]["attention"]
+    if attention is None:
+        return "-"
+    parts = [part for part in describe_attention(results).split()[1:] if not part.startswith("conversion=")]
+    parts += [f"{key}={attention[key]}" for key in ("layers", "exclude") if attention.get(key) is not None]
+    if any(rule.get("chosen_by") is None for rule in attention.get("rules") or []):
+        parts.append("with rules")
+    return " ".join(parts) or "-"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All seeds of one config.
+
+    Attributes:
+        runs: results, one per seed, in order of the seeds.
+        config: what the runs share, by dotted key; see ``written_config``.
+        is_start: a dense model from which others start.
+    """
+
+    runs: tuple[Results, ...]
+    config: dict[str, Any]
+    is_start: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names of the resolved configs."""
+        return ", ".join(dict.fromkeys(str(run["name"]) for run in self.runs))
+
+    @property
+    def method(self) -> str:
+        """'tucker', ..., or 'dense'."""
+        attention = self.runs[0]["config"]["attention"]
+        return DENSE if attention is None else str(attention["method"])
+
+    @cached_property
+    def options(self) -> str:
+        """Of the method."""
+        return describe_options(self.runs[0])
+
+    @cached_property
+    def init(self) -> str:
+        """How the attention starts."""
+        return describe_init(self.runs[0]["config"]["attention"])
+
+    @property
+    def label(self) -> str:
+        """'Tucker ranks=8,16,16, HOSVD'"""
+        if self.method == DENSE:
+            return "dense"
+        return f"{method_name(self.method)} {'' if self.options == '-' else self.options}".strip() + f", {self.init}"
+
+    @property
+    def series(self) -> tuple[str, str]:
+        """Method and start: what one curve of a figure shows."""
+        return self.method, self.init
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """In order."""
+        return tuple(run["config"]["seed"] for run in self.runs)
+
+    @cached_property
+    def top1(self) -> Floats:
+        """Top-1 accuracy after the last epoch in percent, one per seed."""
+        return np.array([run["last"]["eval_top1"] for run in self.runs], dtype=float)
+
+    @cached_property
+    def top5(self) -> Floats:
+        """Top-5 accuracy after the last epoch in percent, one per seed."""
+        return np.array([run["last"]["eval_top5"] for run in self.runs], dtype=float)
+
+    @cached_property
+    def best_top1(self) -> Floats:
+        """Top-1 accuracy of the best epoch, chosen on the images that it is measured on."""
+        return np.array([run["best"]["top1"] for run in self.runs], dtype=float)
+
+    @property
+    def top1_mean(self) -> float:
+        """Over the seeds."""
+        return mean(self.top1)
+
+    @property
+    def top1_std(self) -> float | None:
+        """Over the seeds, sample standard deviation."""
+        return sample_std(self.top1)
+
+    @cached_property
+    def params(self) -> float:
+        """Attention parameters, mean over the seeds: ranks that a rule chooses may differ."""
+        return mean([run["params"]["attention"] for run in self.runs])
+
+    @property
+    def share(self) -> float:
+        """Attention parameters over those of the dense host."""
+        return self.params / self.dense_params
+
+    @property
+    def dense_params(self) -> float:
+        """Attention parameters of the dense host."""
+        return float(self.runs[0]["params"]["dense_attention"])
+
+    @cached_property
+    def flops(self) -> float | None:
+        """Operations of the whole model per image, mean over the seeds; None where a run does not say."""
+        costs = [cost["flops"] for run in self.runs if (cost := run.get("cost"))]
+        return mean(costs) if len(costs) == len(self.runs) else None
+
+    @cached_property
+    def latency(self) -> float | None:
+        """Latency relative to the dense host, median over the seeds; None where a run does not say."""
+        ratios = [latency["ratio"] for run in self.runs if (latency := (run.get("cost") or {}).get("latency"))]
+        return float(np.median(ratios)) if len(ratios) == len(self.runs) else None
+
+    @property
+    def epochs(self) -> int:
+        """Trained."""
+        return int(self.runs[0]["epochs"])
+
+    @property
+    def commits(self) -> str:
+        """Of the sources, short."""
+        commits = (str(run["environment"].get("commit") or "unknown") for run in self.runs)
+        return ", ".join(dict.fromkeys(re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", commit) for commit in commits))

@@ -1,0 +1,202 @@
+"""Everything that is written of some runs: tables, figures, and the one file that holds their results."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from vit_tucker.errors import ConfigError
+from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
+from vit_tucker.report.collect import KEPT, collect, write_results
+from vit_tucker.report.curves import check_patterns, draw_curves, recovery_table
+from vit_tucker.report.figures import COSTS, draw_accuracy
+from vit_tucker.report.formats import Table
+from vit_tucker.report.matched import Comparison, compare_methods
+from vit_tucker.report.sections import Section, sections
+from vit_tucker.report.tables import headline_table, matched_table, seed_list, settings_table
+
+SWEEP = "sweep.yaml"
+RECIPE_SHOWN = ("epochs", "opt", "lr", "global_batch_size", "sched", "warmup_epochs", "weight_decay", "smoothing")
+
+
+class Part(NamedTuple):
+    """A table, a figure, or both; the figure by the name of its PNG file."""
+
+    table: Table | None
+    figure: str | None
+
+
+@dataclass(frozen=True)
+class SectionOutput:
+    """What was made of a section.
+
+    Attributes:
+        section: the settings.
+        folder: where its files are, relative to the study's.
+        comparison: of Tucker with the other methods, where there are such.
+        parts: by title, in order.
+        notes: what is missing.
+    """
+
+    section: Section
+    folder: str
+    comparison: Comparison | None
+    parts: dict[str, Part]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Some runs and what was made of them.
+
+    Attributes:
+        title, about: of the sweep's file, or the folder's name and ''.
+        outputs: one per host and data set.
+        notes: runs that were left out.
+    """
+
+    title: str
+    about: str
+    outputs: list[SectionOutput]
+    notes: tuple[str, ...]
+
+
+def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = ()) -> Study:
+    """Read runs and write results.jsonl, tables.md and, for each table and figure, its own files.
+
+    Args:
+        paths: see ``collect``.
+        out: folder for the files; several hosts or data sets get a folder each inside it.
+        options: keys of the config against which accuracy is tabulated and drawn, beside the usual ones; see ``lines_of``.
+        curves: names of configs whose training curves are drawn, with wildcards; all if empty.
+
+    Raises:
+        ConfigError: no finished runs, or no such options or configs; nothing has been written.
+    """
+    found = collect(paths)
+    sweep = read_sweep([*paths, out])
+    parts = sections(found.results)
+    check_options(options, parts)
+    check_patterns(curves, parts)
+    out.mkdir(parents=True, exist_ok=True)
+    write_results(out / KEPT, found.results)
+    if sweep is not None and sweep.file.resolve() != (out / SWEEP).resolve():
+        shutil.copyfile(sweep.file, out / SWEEP)
+    outputs = [
+        write_section(section, out, section.slug if len(parts) > 1 else "", options, curves) for section in parts
+    ]
+    title = (sweep.title if sweep is not None else "") or out.resolve().name
+    study = Study(title, sweep.about if sweep is not None else "", outputs, found.notes)
+    (out / "tables.md").write_text(document(study))
+    return study
+
+
+class Sweep(NamedTuple):
+    """What a sweep's file says of itself.
+
+    Attributes:
+        title, about: '' where it says nothing.
+        output_dir: of its runs, as sweep.py has it for this file.
+        file: where it is.
+    """
+
+    title: str
+    about: str
+    output_dir: str
+    file: Path
+
+
+def read_sweep(paths: Sequence[Path]) -> Sweep | None:
+    """The first sweep.yaml in some folders; None if there is none.
+
+    Raises:
+        ConfigError: the file is no YAML mapping.
+    """
+    file = next((path / SWEEP for path in paths if (path / SWEEP).is_file()), None)
+    if file is None:
+        return None
+    try:
+        content: Any = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: not a mapping of keys")
+    title, about = (" ".join(str(content.get(key) or "").split()) for key in ("title", "about"))
+    return Sweep(title, about, str(content.get("output_dir") or f"runs/{file.stem}"), file)
+
+
+def write_section(
+    section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
+) -> SectionOutput:
+    """Tables and figures of one host and data set."""
+    folder = out / name
+    folder.mkdir(exist_ok=True)
+    comparison = compare_methods(section)
+    parts = {"Settings": Part(settings_table(section), None)}
+    notes: list[str] = []
+    for cost, (label, _) in COSTS.items():
+        figure, missing = draw_accuracy(section, cost, folder)
+        parts[f"Accuracy over {label}"] = Part(None, figure)
+        notes += missing
+    if comparison is not None:
+        parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
+        parts["In short"] = Part(headline_table(comparison), None)
+    parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
+    for option in dict.fromkeys((*usual_options(section), *options)):
+        if lines := lines_of(section, option):
+            figure = draw_ablation(option, lines, folder)
+            parts[f"Accuracy by {option}"] = Part(ablation_table(option, lines), figure)
+        else:
+            notes.append(f"No two settings differ in {option} alone.")
+    for part in parts.values():
+        if part.table is not None:
+            part.table.save(folder)
+    return SectionOutput(section, name, comparison, {k: part for k, part in parts.items() if any(part)}, notes)
+
+
+def document(study: Study) -> str:
+    """tables.md."""
+    lines = [f"# {study.title}", "", *([study.about, ""] if study.about else [])]
+    for output in study.outputs:
+        lines += [f"## {output.section.title}", "", facts(output.section), ""]
+        for title, (table, figure) in output.parts.items():
+            lines += [f"### {title}", ""]
+            lines += [table.markdown(), ""] if table is not None else []
+            lines += [f"![{title}]({Path(output.folder, figure).as_posix()})", ""] if figure is not None else []
+        lines += [f"- {note}" for note in output.notes]
+        lines += [""] * bool(output.notes)
+    lines += [f"- {note}" for note in study.notes]
+    return "\n".join(lines).rstrip() + "\n\nWritten by `experiments/tables.py` from results.jsonl alone.\n"
+
+
+def facts(section: Section) -> str:
+    """What was run, in one paragraph: data, recipe, seeds, machine, versions, commits, dates."""
+    runs = section.runs
+    first = runs[0]
+    seeds = sorted({seed for setting in section.settings for seed in setting.seeds})
+    recipe = {key.removeprefix("train."): value for key, value in section.recipe.items() if key.startswith("train.")}
+    shown = [f"{key} {recipe[key]}" for key in RECIPE_SHOWN if key in recipe]
+    versions = distinct(f"Python {e['python']}, torch {e['torch']}, timm {e['timm']}, accelerate {e['accelerate']}"
+                        for e in (run["environment"] for run in runs))  # fmt: skip
+    machine = distinct(
+        f"{run['processes']} process(es) on {run['environment']['device']}, precision {run['precision']}"
+        for run in runs
+    )
+    dense = section.dense
+    reference = "no dense run" if dense is None else (
+        f"dense reference {dense.name} ({section.describe_recipe(dense) or 'the same recipe'})")  # fmt: skip
+    commits = distinct(commit for setting in section.settings for commit in setting.commits.split(", "))
+    dates = sorted({run["finished"] for run in runs})
+    return (
+        f"{first['num_train']} training and {first['data']['num_eval'] or 'streamed'} evaluation images; {', '.join(shown)}; "
+        f"{len(runs)} runs, seeds {seed_list(seeds)}; {reference}. {machine}; {versions}; commit {commits}; finished "
+        f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    )
+
+
+def distinct(texts: Any) -> str:
+    """Each text once."""
+    return "; or ".join(dict.fromkeys(texts))

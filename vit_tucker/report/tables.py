@@ -1,0 +1,177 @@
+"""The tables of a section: its settings, and the attention parameters that other methods need for Tucker's accuracy."""
+
+from collections.abc import Sequence
+
+from vit_tucker.report.formats import Table, count, decimal, short_count, spread
+from vit_tucker.report.matched import Comparison, Factor, Headline
+from vit_tucker.report.sections import Section
+from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.stats import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, mean, sample_std
+
+BOOTSTRAP_NOTE = (
+    f"`[a, b]`: {CONFIDENCE:.0%} interval by bootstrap over seeds ({RESAMPLES:,} resamples, generator seed {BOOTSTRAP_SEED}); "
+    "none where a setting has one seed. Each resample draws the same seeds for all settings, since the runs of a seed share "
+    "their dense start. With few seeds such intervals are rather too narrow."
+)
+
+DENSE_NOTE = (
+    "within the seeds' noise, which is a mean top-1 not below that of dense less one sample standard deviation (pooled over the "
+    "setting's and the dense runs). The factor is the smallest such setting of the other method over the smallest such Tucker "
+    "setting; `>x` if the other method has none, `<x` if Tucker has none, `?` if neither has."
+)
+
+
+def seed_list(seeds: Sequence[int]) -> str:
+    """'5 (0-4)', '3 (0, 2, 7)': how many and which."""
+    together = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
+    which = f"{seeds[0]}-{seeds[-1]}" if together else ", ".join(map(str, seeds))
+    return f"{len(seeds)} ({which})"
+
+
+def settings_table(section: Section) -> Table:
+    """A row for each setting: what it is, what it costs, how well it does."""
+    recipes = [section.describe_recipe(setting) for setting in section.settings]
+    commits = dict.fromkeys(setting.commits for setting in section.settings)
+    header = ["config", "method", "options", "init"]
+    header += ["other recipe"] * any(recipes)
+    text_columns = len(header)
+    header += ["attention params", "of dense", "top-1 %", "best epoch %", "top-5 %", "FLOPs", "latency", "seeds"]
+    header += ["commit"] * (len(commits) > 1)
+    rows, raw = [], []
+    for setting, recipe in zip(section.settings, recipes, strict=True):
+        rows.append([
+            setting.name, method_name(setting.method), setting.options, setting.init,
+            *([recipe or "-"] if any(recipes) else []),
+            count(setting.params), f"{setting.share:.1%}", spread(setting.top1_mean, setting.top1_std),
+            decimal(mean(setting.best_top1)), spread(mean(setting.top5), sample_std(setting.top5)),
+            "-" if setting.flops is None else short_count(setting.flops), decimal(setting.latency), seed_list(setting.seeds),
+            *([setting.commits] if len(commits) > 1 else []),
+        ])  # fmt: skip
+        raw.append(raw_setting(setting, recipe))
+    notes = [
+        "top-1 and top-5: after the last epoch, mean ± sample standard deviation over seeds. The best epoch is chosen on the "
+        "evaluation images themselves and only shown beside.",
+        "FLOPs: of one forward pass of the whole model per image, 2 per multiply-add. Latency: ratio to the dense host"
+        f"{latency_conditions(section)}.",
+    ]
+    if len(commits) == 1:
+        notes.append(f"commit {next(iter(commits))}")
+    if any(runs_with_choices(setting) for setting in section.settings):
+        notes.append("Ranks chosen by a rule may differ from seed to seed; their parameters are the mean.")
+    raw_rows = [list(line.values()) for line in raw]
+    return Table(
+        "settings", header, rows, text_columns, list(raw[0]), raw_rows, notes, ("config", "best epoch %", "commit")
+    )
+
+
+def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
+    """A line of the CSV file."""
+    return {
+        "config": setting.name,
+        "method": setting.method,
+        "options": setting.options,
+        "init": setting.init,
+        "other_recipe": recipe,
+        "attention_params": setting.params,
+        "share_of_dense": setting.share,
+        "top1_mean": setting.top1_mean,
+        "top1_std": setting.top1_std,
+        "best_epoch_top1_mean": mean(setting.best_top1),
+        "top5_mean": mean(setting.top5),
+        "top5_std": sample_std(setting.top5),
+        "flops": setting.flops,
+        "latency_ratio": setting.latency,
+        "seeds": " ".join(map(str, setting.seeds)),
+        "top1_of_seeds": " ".join(f"{value:.6g}" for value in setting.top1),
+        "epochs": setting.epochs,
+        "commits": setting.commits,
+    }
+
+
+def runs_with_choices(setting: Setting) -> bool:
+    """Whether a rank rule chose ranks."""
+    attention = setting.runs[0]["config"]["attention"]
+    return attention is not None and any(rule.get("chosen_by") for rule in attention.get("rules") or [])
+
+
+def latency_conditions(section: Section) -> str:
+    """' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
+    measured = (run["cost"]["latency"] for run in section.runs if run.get("cost") and run["cost"].get("latency"))
+    conditions = dict.fromkeys(
+        f"{m['device']}, {m['threads']} thread(s), batch {m['batch_size']}, precision {m['precision']}"
+        for m in measured
+    )
+    turns = ", measured in turns with it; median over turns and seeds"
+    return f"{turns} ({'; or '.join(conditions)})" if conditions else ""
+
+
+def matched_table(comparison: Comparison) -> Table:
+    """A row for each Tucker setting: the attention parameters that other methods need to reach its mean accuracy."""
+    rivals = comparison.rivals
+    needs = [f"{method_name(method)} needs" for method in (*rivals, DENSE)]
+    header = ["Tucker setting", "init", "attention params", "top-1 %", *needs]
+    raw_header = ["config", "options", "init", "on_front", "attention_params", "top1_mean"]
+    raw_header += [
+        f"{m}_{end}" for m in rivals for end in ("factor_low", "factor_high", "interval_low", "interval_high")
+    ]
+    rows, raw = [], []
+    for match in comparison.matches:
+        setting = match.setting
+        rows.append([
+            setting.options + (" *" if match.on_front else ""), setting.init, count(setting.params),
+            spread(setting.top1_mean, setting.top1_std), *(str(match.factors[m]) for m in rivals),
+            "-" if match.dense is None else f"{match.dense:.1f}x",
+        ])  # fmt: skip
+        raw.append([
+            setting.name, setting.options, setting.init, match.on_front, setting.params, setting.top1_mean,
+            *(number for m in rivals for number in raw_factor(match.factors[m])), match.dense,
+        ])  # fmt: skip
+    notes = [
+        "Attention parameters of the other method at the Tucker setting's mean top-1, over the setting's own. They are "
+        "interpolated on the other method's Pareto front (over all its inits), linear in accuracy and log parameters.",
+        "`>x`: the method stays below this accuracy, x is its largest setting. `<x`: its smallest setting already exceeds it. "
+        "The last column has the dense host where it reaches the accuracy.",
+        "`*`: on Tucker's own Pareto front.",
+        BOOTSTRAP_NOTE,
+    ]
+    return Table("matched", header, rows, 2, [*raw_header, "dense_factor"], raw, notes)
+
+
+def raw_factor(factor: Factor) -> tuple[float | None, ...]:
+    """Bounds of the factor and the outer bounds of its interval."""
+    ends = (None, None) if factor.interval is None else (factor.interval.lower.low, factor.interval.upper.high)
+    return (*factor.value, *ends)
+
+
+def headline_table(comparison: Comparison) -> Table:
+    """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
+    headlines = comparison.headlines
+    header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]
+    raw_header = ["against"]
+    raw_header += [f"{name}_{end}" for name in ("largest", "median", "as_good_as_dense")
+                   for end in ("factor_low", "factor_high", "interval_low", "interval_high")]  # fmt: skip
+    rows = [
+        [method_name(h.method), str(h.largest), str(h.median), "-" if h.at_dense is None else str(h.at_dense),
+         brief(h.ours), brief(h.theirs)]
+        for h in headlines
+    ]  # fmt: skip
+    notes = [
+        "Largest and median: over the settings of Tucker's Pareto front, each at its own accuracy; those that the other method's "
+        "smallest setting already exceeds tell nothing and are left out. `a-b`: between the two, since some are only bounded.",
+        f"As good as dense: {DENSE_NOTE}",
+    ]
+    return Table("headline", header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes)
+
+
+def raw_headline(headline: Headline) -> list[object]:
+    """A line of the CSV file."""
+    factors = (headline.largest, headline.median, headline.at_dense)
+    return [headline.method, *(n for f in factors for n in (raw_factor(f) if f is not None else (None,) * 4))]
+
+
+def brief(setting: Setting | None) -> str:
+    """'ranks=8,16,16, HOSVD (50.2k)'; 'none'."""
+    if setting is None:
+        return "none"
+    what = "dense" if setting.method == DENSE else f"{setting.options}, {setting.init}"
+    return f"{what} ({short_count(setting.params)})"

@@ -1,0 +1,89 @@
+"""What holds of the paper's claim and what does not, as sentences: by rules, from the numbers and their uncertainty."""
+
+from collections.abc import Sequence
+
+from vit_tucker.report.formats import short_count
+from vit_tucker.report.matched import Comparison, Factor, Headline, Match
+from vit_tucker.report.settings import Setting, method_name
+from vit_tucker.report.stats import CONFIDENCE
+from vit_tucker.report.tables import brief
+
+CLAIM = (
+    "Klein, Kusch, Sager, Schnake and Schotthöfer, *Tucker Attention* (arXiv 2603.30033, Sec 4.1 and Fig 3): validation accuracy "
+    "over attention parameters of pretrained ViT-L/32 and ViT-G/14, fine-tuned on ImageNet-1k. The claim: Tucker Attention needs "
+    "**almost an order of magnitude fewer attention parameters than GQA and MLA at equal accuracy**."
+)
+ALMOST_AN_ORDER = 5.0
+"""The factor from which on 'almost an order of magnitude' counts as met."""
+HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "can't be told"
+WORDS = {"more": HOLDS, "fewer": FAILS, "unclear": UNCLEAR}
+RULES = (
+    f"A factor is the other method's attention parameters over Tucker's. *Fewer parameters* {HOLDS} where the whole "
+    f"{CONFIDENCE:.0%} interval of the factor is above 1, {FAILS} where it is below, and {UNCLEAR} where it includes 1 or where "
+    f"there is only one seed. *Almost an order of magnitude* is judged in the same way against a factor of {ALMOST_AN_ORDER:g}."
+)
+
+
+def word(factor: Factor | None, threshold: float = 1.0) -> str:
+    """Whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
+    return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
+
+
+def verdicts(comparison: Comparison) -> list[str]:
+    """Sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
+    matches = [match for match in comparison.matches if match.on_front]
+    return [
+        sentence
+        for headline in comparison.headlines
+        for sentence in (*at_equal_accuracy(headline.method, matches), order_of_magnitude(headline), at_dense(headline))
+    ]
+
+
+def at_equal_accuracy(method: str, matches: Sequence[Match]) -> list[str]:
+    """A sentence for each verdict that some setting of Tucker's Pareto front has."""
+    sentences = []
+    for verdict, need in ((HOLDS, "needs more"), (FAILS, "needs fewer"), (UNCLEAR, "may need more or fewer")):
+        chosen = [m for m in matches if word(m.factors[method]) == verdict]
+        if chosen:
+            ends = (
+                min(chosen, key=lambda m: m.factors[method].value),
+                max(chosen, key=lambda m: m.factors[method].value),
+            )
+            places = " to ".join(dict.fromkeys(f"{m.factors[method]} at {place(m.setting)}" for m in ends))
+            sentences.append(
+                f"**Fewer parameters than {method_name(method)}: {verdict}** at {len(chosen)} of {len(matches)} accuracies of "
+                f"Tucker's Pareto front, where {method_name(method)} {need} attention parameters: {places}."
+            )
+    return sentences
+
+
+def place(setting: Setting) -> str:
+    """'the 94.06% of ranks=4,8,8, HOSVD (20k)'"""
+    return f"the {setting.top1_mean:.2f}% of {brief(setting)}"
+
+
+def order_of_magnitude(headline: Headline) -> str:
+    """The largest and the median factor against that of the claim."""
+    name = method_name(headline.method)
+    verdict = word(headline.median, ALMOST_AN_ORDER)
+    largest = word(headline.largest, ALMOST_AN_ORDER)
+    return (
+        f"**Almost an order of magnitude fewer than {name}: {verdict}** for the median factor, {headline.median}; for the "
+        f"largest one, {headline.largest}: {largest}."
+    )
+
+
+def at_dense(headline: Headline) -> str:
+    """The smallest settings that are as good as the dense model."""
+    name = method_name(headline.method)
+    if headline.ours is None or headline.at_dense is None:
+        return f"**At dense accuracy, fewer than {name}: {UNCLEAR}**: {headline.why_not}."
+    theirs = (
+        f"no {name} setting is, up to {short_count(headline.at_dense.value.low * headline.ours.params)} parameters"
+        if headline.theirs is None
+        else f"the smallest such {name} is {brief(headline.theirs)}"
+    )
+    return (
+        f"**At dense accuracy, fewer than {name}: {word(headline.at_dense)}**: the smallest Tucker within the seeds' noise of "
+        f"dense is {brief(headline.ours)}, {headline.ours.share:.1%} of dense; {theirs}: {headline.at_dense}."
+    )
