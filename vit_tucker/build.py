@@ -18,7 +18,7 @@ from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.models import count_parameters, create_host, create_teacher
 from vit_tucker.patching.patch import patch, patch_record
-from vit_tucker.patching.probe import input_shape, meta_copy
+from vit_tucker.patching.probe import input_shape, structure_copy
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.training.run_dir import RunDir
 from vit_tucker.training.state import list_checkpoints
@@ -84,7 +84,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     if config.train.distill is not None and training:
         source, dense = config.train.distill.teacher, None if started else model
         teacher = create_teacher(config.model, source, run_dir.teacher, dense, num_classes, in_chans).to(device)
-    structure = meta_copy(model)
+    structure = structure_copy(model)
     model.to(device)
     report, attention = None, config.attention
     if attention is not None:

@@ -34,20 +34,22 @@ class DatasetInfo:
         num_classes: number of classes; None if only the files tell.
         in_chans: channels of the stored images.
         mean, std: of the training images, per channel, in [0, 1]; None: the model's own normalisation.
+        num_train: images of the training split; None if only the files tell.
     """
 
     num_classes: int | None
     in_chans: int = 3
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    num_train: int | None = None
 
 
 INFO = {
-    "digits": DatasetInfo(10, 1, (0.3055,), (0.3760,)),
-    "fashion_mnist": DatasetInfo(10, 1, (0.2860,), (0.3530,)),
-    "cifar10": DatasetInfo(10, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": DatasetInfo(100, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": DatasetInfo(1000),
+    "digits": DatasetInfo(10, 1, (0.3055,), (0.3760,), 1437),
+    "fashion_mnist": DatasetInfo(10, 1, (0.2860,), (0.3530,), 60_000),
+    "cifar10": DatasetInfo(10, 3, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), 50_000),
+    "cifar100": DatasetInfo(100, 3, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 50_000),
+    "imagenet": DatasetInfo(1000, num_train=1_281_167),
 }
 FACTORY_PREFIXES = ("wds", "hfds", "hfids", "tfds", "torch")
 
