@@ -23,7 +23,7 @@ ALLOWED = {
     "report": {"errors"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
     "trainer_setup": {"errors", "attention", "config", "data", "patching", "training", "analysis", "build"},
-    "announce": {"config", "data", "training", "analysis", "build"},
+    "announce": {"config", "data", "models", "training", "analysis", "build"},
     "run": {"errors", "config", "data", "training", "build", "trainer_setup", "announce", "paths"},
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "cli_cost": {"errors", "attention", "config", "analysis", "report", "models", "build", "costs", "paths"},
@@ -31,6 +31,7 @@ ALLOWED = {
         *("errors", "attention", "config", "patching", "data", "training"),
         *("models", "analysis", "report", "run", "build", "paths", "cli_cost", ""),
     },
+    "sweep": {"errors", "config", "patching", "training", "models", "build", "paths", "run", "cli"},
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},
 }

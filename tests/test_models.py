@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import vit_tucker as vt
 from vit_tucker.config.schema import ModelConfig
-from vit_tucker.models import count_parameters, create_host
+from vit_tucker.models import checkpoint_file, count_parameters, create_host
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
 
@@ -39,6 +39,19 @@ def test_checkpoints_of_timm_are_loaded(tmp_path, source, layout):
     model = create_host(host_config(checkpoint=str(tmp_path if layout == "folder" else file)), 10, 3)
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert "state_dict" not in model.pretrained_cfg
+
+
+def test_a_run_folder_means_its_last_weights(tmp_path):
+    """Not its best ones, which were chosen on the evaluation images; those of the EMA where there is one."""
+    files = ["best/model", "last/model", "last/ema"]
+    found = []
+    for name in files:
+        file = tmp_path / "checkpoints" / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        found.append(checkpoint_file(tmp_path))
+    assert found == [tmp_path / "checkpoints" / f"{name}.safetensors" for name in files]
+    assert checkpoint_file(tmp_path / "checkpoints" / "best").parent.name == "best"
 
 
 def test_position_embedding_head_and_channels_are_adapted(tmp_path, source):

@@ -1,15 +1,18 @@
 """What is said of a run before it trains: in results.json, on the console, and by --dry-run."""
 
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from accelerate import Accelerator
+from torch import nn
 
+from vit_tucker.analysis.cost import run_cost
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
+from vit_tucker.models import create_host
 from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
 from vit_tucker.training.run_dir import LOGGER, environment
@@ -27,8 +30,24 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
         "params": built.params,
         "patch": built.patch,
         "data": {**built.data, "num_eval": loaders.num_eval},
+        "cost": run_cost(built.model, built.host, built.data["input_size"], "meta", "no", False, 1),
         "num_train": loaders.train.num_samples if loaders.train is not None else None,
     }
+
+
+def measure_cost(config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module) -> dict[str, Any]:
+    """The entry ``cost`` of results.json with the latency that ``train.latency_batch_size`` asks for."""
+    size, batch_size = built.data["input_size"], config.train.latency_batch_size
+    assert batch_size is not None
+    dense = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    host = create_host(dense, built.num_classes, size[0]).to(accelerator.device)
+    return run_cost(model, host, size, accelerator.device, precision_of(accelerator), True, batch_size)
+
+
+def precision_of(accelerator: Accelerator) -> Literal["no", "bf16", "fp16"]:
+    """The precision that a forward pass runs in."""
+    name = str(accelerator.mixed_precision)
+    return "bf16" if name == "bf16" else "fp16" if name == "fp16" else "no"
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:

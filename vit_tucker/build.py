@@ -18,7 +18,7 @@ from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.models import count_parameters, create_host, create_teacher
 from vit_tucker.patching.patch import patch, patch_record
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.patching.probe import input_shape, structure_copy
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.training.run_dir import RunDir
 from vit_tucker.training.state import list_checkpoints
@@ -36,6 +36,7 @@ class BuiltModel:
         attention: config of the patch, with the ranks that a rank rule chose; None for a dense run.
         patch: the patch report as plain values; None for a dense run.
         report: the patch report, to be shown; None for a dense run and for one that goes on from weights of its own.
+        host: the model before the patch, its structure alone (on the meta device).
         teacher: dense, on the device; None if nothing is distilled.
     """
 
@@ -46,6 +47,7 @@ class BuiltModel:
     attention: AttentionConfig | None
     patch: dict[str, Any] | None
     report: PatchReport | None
+    host: nn.Module
     teacher: nn.Module | None = None
 
 
@@ -82,6 +84,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     if config.train.distill is not None and training:
         source, dense = config.train.distill.teacher, None if started else model
         teacher = create_teacher(config.model, source, run_dir.teacher, dense, num_classes, in_chans).to(device)
+    structure = structure_copy(model)
     model.to(device)
     report, attention = None, config.attention
     if attention is not None:
@@ -103,7 +106,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     }
     patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
     shown = None if started else report
-    return BuiltModel(model, num_classes, data, params, attention, patch_values, shown, teacher)
+    return BuiltModel(model, num_classes, data, params, attention, patch_values, shown, structure, teacher)
 
 
 def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:

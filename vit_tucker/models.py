@@ -166,7 +166,10 @@ def weights_overlay(checkpoint: Path, num_classes: int | None) -> dict[str, Any]
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The weights file that a path means: itself, or the best (else the last) weights of a run or checkpoint folder.
+    """The weights file that a path means: itself, or the last weights of a run or checkpoint folder, of the EMA if it has one.
+
+    A run's best weights were chosen on its evaluation images, so they are taken only where the path names them
+    (``checkpoints/best``) or nothing else is there.
 
     Raises:
         CheckpointError: nothing there.
@@ -175,12 +178,12 @@ def checkpoint_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"model.checkpoint: {path}: no such file or run folder")
-    for candidate in ("checkpoints/best", "checkpoints/last", "best", "last", "."):
-        file = path / candidate / "model.safetensors"
-        if file.is_file():
-            return file
+    for folder in ("checkpoints/last", "checkpoints/best", "last", "best", "."):
+        for name in ("ema.safetensors", "model.safetensors"):
+            if (file := path / folder / name).is_file():
+                return file
     raise CheckpointError(
-        f"model.checkpoint: {path} has no checkpoints/best/model.safetensors and no model.safetensors"
+        f"model.checkpoint: {path} has no checkpoints/last/model.safetensors and no model.safetensors"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vit_tucker.announce import announce, describe_plan, describe_run
+from vit_tucker.announce import announce, describe_plan, describe_run, measure_cost
 from vit_tucker.build import BuiltModel, build_model
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
@@ -25,13 +25,13 @@ from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import full_state, load_weights, save_weights
+from vit_tucker.training.weights import full_state, is_sharded, load_weights, save_weights
 
 HARMLESS = frozenset(
     {
         *("data.root", "data.download", "data.num_workers", "train.eval_batch_size", "train.grad_accum_steps"),
         *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
-        *("train.log_ranks", "train.trackers", "train.timeout_minutes"),
+        *("train.log_ranks", "train.trackers", "train.timeout_minutes", "train.latency_batch_size"),
     }
 )
 """Keys that may change when a run is continued: they change nothing that it computes beyond rounding."""
@@ -134,6 +134,8 @@ def run_together(
         loaders.close()
     results |= summarise(trainer)
     if accelerator.is_main_process:
+        if config.train.latency_batch_size is not None and not is_sharded(trainer.bare):
+            results["cost"] = measure_cost(config, accelerator, built, trainer.bare)
         run_dir.write_results(results)
     best, params = results["best"], built.params
     LOGGER.info(
@@ -212,6 +214,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "epochs": progress.epoch,
         "best": progress.best,
         "last": progress.rows[-1],
+        "curve": progress.rows,
         "bad_images": progress.faults,
         "train_seconds": progress.seconds,
         "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),

@@ -152,11 +152,11 @@ def test_patching_a_trained_run_starts_from_its_accuracy():
     dense = run(config("output_dir=dense", base="digits/dense"))
     full = "attention={method: tucker, ranks: [4, 32, 32]}"
     patched = run(config("output_dir=full", "model.checkpoint=dense", full, base="digits/dense"), evaluate_only=True)
-    assert patched["evaluation"]["top1"] == dense["best"]["top1"]
-    assert patched["evaluation"]["loss"] == pytest.approx(dense["best"]["loss"], rel=1e-6)  # float32 logits
+    assert patched["evaluation"]["top1"] == dense["last"]["eval_top1"]
+    assert patched["evaluation"]["loss"] == pytest.approx(dense["last"]["eval_loss"], rel=1e-6)  # float32 logits
     low = "attention={method: tucker, ranks: [1, 1, 1]}"
     ruined = run(config("output_dir=low", "model.checkpoint=dense", low, base="digits/dense"), evaluate_only=True)
-    assert ruined["evaluation"]["loss"] != pytest.approx(dense["best"]["loss"], rel=1e-5)
+    assert ruined["evaluation"]["loss"] != pytest.approx(dense["last"]["eval_loss"], rel=1e-5)
     assert not Path("full").exists()
 
 
@@ -178,7 +178,7 @@ def test_a_run_does_not_need_its_start_any_more():
 
 def test_patched_checkpoints_are_no_dense_start():
     run(config("output_dir=a", "train.epochs=1"))
-    with pytest.raises(vt.CheckpointError, match=r"best/model.safetensors holds a model patched with tucker"):
+    with pytest.raises(vt.CheckpointError, match=r"last/model.safetensors holds a model patched with tucker"):
         run(config("output_dir=b", "model.checkpoint=a"))
     with pytest.raises(vt.CheckpointError, match="model.checkpoint: nowhere: no such file or run folder"):
         run(config("output_dir=b", "model.checkpoint=nowhere"))

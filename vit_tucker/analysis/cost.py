@@ -19,7 +19,7 @@ def run_cost(
     measure: bool,
     batch_size: int,
     turns: int = 15,
-    seconds: float = 0.2,
+    seconds: float = 0.05,
 ) -> dict[str, Any]:
     """The entry ``cost`` of a run's results.json.
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, cast, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -25,6 +25,8 @@ from vit_tucker.config.source import (
     read_with_bases,
 )
 from vit_tucker.errors import ConfigError, nearest
+
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def load_plugins(plugins: Any, folder: Path) -> None:
@@ -96,8 +98,12 @@ def _default_name(path: Path) -> str:
 
 
 def validate(source: Source) -> RunConfig:
-    """Strict validation (no string becomes a number); see ``load_config`` for the errors."""
-    model = run_config_model()
+    """A run's config, strictly validated (no string becomes a number); see ``load_config`` for the errors."""
+    return validate_as(run_config_model(), source)
+
+
+def validate_as(model: type[AnyModel], source: Source) -> AnyModel:
+    """The same for any pydantic model of a YAML file."""
     try:
         return model.model_validate_json(json.dumps(source.values), strict=True)
     except ValidationError as error:
@@ -106,7 +112,7 @@ def validate(source: Source) -> RunConfig:
         raise ConfigError(f"{source.where(())}: {error}") from None
 
 
-def _error_line(error: ValidationError, source: Source, model: type[RunConfig]) -> str:
+def _error_line(error: ValidationError, source: Source, model: type[BaseModel]) -> str:
     """The first mistake, unknown keys before all else: they often cause the others."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
@@ -114,7 +120,7 @@ def _error_line(error: ValidationError, source: Source, model: type[RunConfig]) 
     key, where = dotted(path), source.where(path)
     if first["type"] == "extra_forbidden":
         name = str(path[-1])
-        parent = ".".join(str(part) for part in path[:-1])
+        parent = ".".join(part for part in path[:-1] if isinstance(part, str))  # an entry of a list: any entry's keys
         siblings = [k for k in _valid_keys(model, source.values) if k.rpartition(".")[0] == parent]
         hint = nearest(name, [k.rpartition(".")[2] for k in siblings])
         if not hint:  # perhaps the right key in the wrong section
@@ -166,8 +172,8 @@ def _valid_keys(model: type[BaseModel], values: dict[str, Any], prefix: str = ""
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models among the members of an annotation such as ``tuple[int, ...] | Section | None``."""
-    if get_origin(annotation) in (Union, UnionType, Annotated):
+    """The models among the members of an annotation such as ``tuple[int, ...] | tuple[Section, ...] | None``."""
+    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
         for member in get_args(annotation):
             yield from _models_in(member)
     elif get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):

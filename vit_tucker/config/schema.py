@@ -26,7 +26,8 @@ class ModelConfig(Section):
     pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
     checkpoint: str | None = Field(
         default=None,
-        description="Weights of the dense host: a run folder, a checkpoints/... folder, or a .safetensors/.pth file.",
+        description="Weights of the dense host: a run folder (its last epoch), a checkpoints/... folder, a .safetensors or "
+        ".pth file.",
     )
     img_size: int | tuple[int, int] | None = Field(default=None, description="Image size in pixels.")
     patch_size: int | None = Field(default=None, ge=1, description="Patch size in pixels.")
@@ -194,6 +195,12 @@ class TrainConfig(Section):
     log_ranks: bool = Field(
         default=False,
         description="At each evaluation, also log the effective rank of each mode of each attention layer to TensorBoard.",
+    )
+    latency_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="At the end, measure the model's forward pass against its dense host's, in turns, with batches of so many "
+        "images, for results.json; null: don't.",
     )
     log_interval: int = Field(default=50, ge=1, description="Optimizer steps between log points.")
 

@@ -1,0 +1,56 @@
+"""ViT-C: timm's VisionTransformer behind a stem of 3x3 convolutions, for small images and few epochs.
+
+A config takes it by ``plugins: [experiments/models/vit_c.py]`` and ``model.name: vit_c``; the arguments are those of timm's
+VisionTransformer, and ``stem_channels``. Source: Xiao et al., Early Convolutions Help Transformers See Better, arXiv 2106.14881.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_c": {
+            "input_size": (3, 28, 28),
+            "num_classes": 1000,
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "first_conv": "patch_embed.backbone.0.conv",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def vit_c(
+    pretrained: bool = False, stem_channels: Sequence[int] = (32, 64, 128, 256), **kwargs: Any
+) -> VisionTransformer:
+    """The model.
+
+    Args:
+        pretrained: weights must be given by ``model.checkpoint``: there are none to download.
+        stem_channels: of each convolution; the first has stride 1, the others 2. The last is the embed_dim.
+        kwargs: of VisionTransformer.
+
+    Returns:
+        A ViT with one token per pixel of the stem's output.
+    """
+    stem = ConvStem(
+        kwargs.get("in_chans", 3),
+        len(stem_channels),
+        tuple(stem_channels),
+        kernel_size=3,
+        stride=(1, *(2,) * (len(stem_channels) - 1)),
+        padding=1,
+    )
+    arguments = {"img_size": 28, "patch_size": 1, "embed_dim": stem_channels[-1], **kwargs}
+    return build_model_with_cfg(
+        VisionTransformer, "vit_c", pretrained, embed_layer=partial(HybridEmbed, backbone=stem, proj=False), **arguments
+    )

@@ -1,0 +1,77 @@
+"""``experiments/sweep.py``: parse, run, exit status."""
+
+import argparse
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_tucker.cli import guarded
+
+
+def sweep_main(argv: Sequence[str] | None = None) -> int:
+    """``experiments/sweep.py`` and ``./run.sh sweep``."""
+    parser = argparse.ArgumentParser(
+        prog="sweep.py",
+        description="Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on "
+        "where it was stopped: finished runs are not run again, interrupted ones continue.",
+    )
+    parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time; GPUs are dealt to them")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="some of the sweep's seeds")
+    parser.add_argument(
+        "--launch", metavar="ARGS", help="start each run by accelerate launch with these arguments, in one string"
+    )
+    parser.add_argument(
+        "--done",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results.jsonl of runs that are done though their folders are not here",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and where they stand")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="the sweep's keys, e.g. seeds=[0,1] set.data.root=/data"
+    )
+    args, extra = parser.parse_known_args(argv)
+    if extra and any(text.startswith("-") for text in extra):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    for values in (args.only, args.done, extra):  # argparse gives overrides to the option before them
+        args.overrides += [text for text in values if "=" in text]
+        values[:] = [text for text in values if "=" not in text]
+    return guarded(lambda: _sweep(args))
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.sweep.board import Display
+    from vit_tucker.sweep.check import refuse_impossible
+    from vit_tucker.sweep.plan import load_sweep, select
+    from vit_tucker.sweep.runner import Runner, read_statuses, share_machine, visible_gpus
+    from vit_tucker.sweep.status import read_records
+
+    sweep = load_sweep(args.cfg, args.overrides)
+    jobs = select(sweep, args.only, args.seeds)
+    refuse_unwritable("output_dir", sweep.output_dir, folder=True)
+    refuse_impossible(jobs)
+    statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
+    display = Display(jobs, statuses)
+    if args.dry_run:
+        display.close()
+        return 0
+    sweep.output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(sweep.file, sweep.output_dir / "sweep.yaml")
+    status = Runner(jobs, statuses, share_machine(args.jobs, args.launch, visible_gpus()), display).run()
+    display.close()
+    if status == 0:
+        print(f"all done; tables and figures: python experiments/tables.py {shlex.quote(str(sweep.output_dir))}")
+    return status

@@ -1,0 +1,64 @@
+"""The YAML schema of a sweep."""
+
+import re
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from vit_tucker.config.schema import Section
+
+START = "start"
+"""Name of the dense runs that the cells start from."""
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+class CellConfig(Section):
+    """One or many settings: an attention section, and what varies."""
+
+    name: str = Field(
+        description="Name of its run folders; '{attention.ranks}' stands for the value that a key of vary has, "
+        "'{init}' for the label."
+    )
+    attention: dict[str, Any] | None = Field(description="As in a run's config; null: the dense host.")
+    set: dict[str, Any] = Field(default={}, description="Other config keys of these cells, on top of finetune.")
+    vary: dict[str, list[Any] | dict[str, dict[str, Any]]] = Field(
+        default={},
+        description="All combinations are run: a config key and its values, or any word and a config section per label.",
+    )
+
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """Keys of vary that the name asks for."""
+        return tuple(_PLACEHOLDER.findall(self.name))
+
+    @field_validator("vary")
+    @classmethod
+    def _not_empty(cls, vary: dict[str, Any]) -> dict[str, Any]:
+        if empty := [key for key, values in vary.items() if not values]:
+            raise ValueError(f"{empty[0]} has no values")
+        return vary
+
+
+class SweepConfig(Section):
+    """A sweep: every cell is trained once per seed, all from the dense model of that seed."""
+
+    title: str | None = Field(default=None, description="One line, for tables and reports.")
+    about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
+    base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
+    output_dir: str | None = Field(default=None, description="Folder of the run folders; runs/<file name> if null.")
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    set: dict[str, Any] = Field(default={}, description="Config keys of all runs.")
+    start: dict[str, Any] | None = Field(
+        default={},
+        description="Config keys of the dense run of each seed, from whose last epoch the cells start; null: there is none, the "
+        "cells start from what the base says (timm's pretrained weights).",
+    )
+    finetune: dict[str, Any] = Field(default={}, description="Config keys of all cells: the recipe they share.")
+    cells: tuple[CellConfig, ...] = Field(min_length=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError("a seed is given twice")
+        return seeds

@@ -1,0 +1,135 @@
+"""Where each run of a sweep stands, from its folder."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.config.load import config_difference, validate
+from vit_tucker.config.source import Source
+from vit_tucker.errors import ConfigError
+from vit_tucker.run import HARMLESS, check_folder
+from vit_tucker.sweep.plan import Job
+from vit_tucker.training.run_dir import RunDir
+
+PLACES = frozenset({"model.checkpoint", "name"})
+"""Keys that may differ between a sweep's run and its record: where things lay, and what they were called."""
+
+
+class State(Enum):
+    """Where a run stands."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ELSEWHERE = "elsewhere"
+    INTERRUPTED = "interrupted"
+    BLOCKED = "blocked"
+    FAILED = "failed"
+    DONE = "done"
+
+
+@dataclass
+class Status:
+    """A run's state, and what there is to say.
+
+    Attributes:
+        state: where it stands.
+        top1: after the last epoch so far, in percent; None before the first.
+        epoch: finished epochs.
+        reason: why it failed or is blocked.
+        seconds: training time of a finished run.
+    """
+
+    state: State
+    top1: float | None = None
+    epoch: int = 0
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) -> Status:
+    """Where a run stands before the sweep starts.
+
+    Args:
+        job: the run.
+        recorded: results of runs whose folders need not be here, by cell and seed.
+
+    Raises:
+        ConfigError: its folder, or its record, holds a run with another config.
+    """
+    run_dir = RunDir(job.folder)
+    check_folder(run_dir, job.config)
+    if run_dir.results.is_file():
+        return finished(json.loads(run_dir.results.read_text()))
+    if (results := recorded.get(job.key)) is not None:
+        refuse_other(job, results)
+        return finished(results)
+    status = Status(State.INTERRUPTED if run_dir.config.is_file() else State.WAITING)
+    update_progress(job, status)
+    return status
+
+
+def finished(results: dict[str, Any]) -> Status:
+    """The status of a run with results."""
+    return Status(
+        State.DONE, results["last"]["eval_top1"], results["epochs"], seconds=results.get("train_seconds", 0.0)
+    )
+
+
+def refuse_other(job: Job, results: dict[str, Any]) -> None:
+    """Raise ConfigError if a record is of another config."""
+    config = validate(Source(dict(results["config"])))
+    if config.attention is not None:
+        config = config.model_copy(update={"attention": config.attention.without_choices()})
+    lines = [line for line in config_difference(config, job.config) if line.partition(":")[0] not in HARMLESS | PLACES]
+    if lines:
+        raise ConfigError(f"--done: {job.name}, seed {job.seed} was recorded with another config: {'; '.join(lines)}")
+
+
+def read_records(files: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Results by cell and seed, from .jsonl files with the results.json of one run per line.
+
+    Raises:
+        ConfigError: a file is missing or is none of that kind.
+    """
+    records = {}
+    for file in files:
+        try:
+            for line in file.read_text().splitlines():
+                results = json.loads(line)
+                records[results["name"], results["config"]["seed"]] = results
+        except OSError as error:
+            raise ConfigError(f"--done: {file}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"--done: {file}: not one results.json per line") from None
+    return records
+
+
+def update_progress(job: Job, status: Status) -> None:
+    """Take over the epochs that a run has finished, from its summary.csv."""
+    try:
+        with (job.folder / "summary.csv").open() as opened:
+            rows = list(csv.DictReader(opened))
+    except OSError:
+        return
+    scores = [row["eval_top1"] for row in rows if row.get("eval_top1")]
+    status.epoch, status.top1 = len(rows), float(scores[-1]) if scores else None
+
+
+def last_words(log: Path) -> str:
+    """Why a run ended: the last line that names an error, else the last line of its output."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return ""
+    errors = [line for line in lines if "error:" in line.lower()]
+    return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
+
+
+def count_states(statuses: Iterable[Status]) -> str:
+    """'12 done, 2 running, 4 waiting'"""
+    states = [status.state for status in statuses]
+    return ", ".join(f"{states.count(state)} {state.value}" for state in reversed(State) if state in states)
