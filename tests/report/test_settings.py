@@ -112,6 +112,17 @@ def test_older_results_without_cost_are_dashes():
     assert section.settings[-1].latency is None
 
 
+def test_latency_is_the_median_of_the_seeds_with_their_outermost_quartiles():
+    runs = study(seeds=3, methods=("tucker",))
+    for run in runs:
+        for key, value in (("ratio", 0.5), ("ratio_low", 0.4), ("ratio_high", 0.7)):
+            run["cost"]["latency"][key] = value + run["config"]["seed"] / 10
+    (section,) = sections(runs)
+    assert section.settings[-1].latency == pytest.approx(0.6)
+    assert settings_table(section).rows[-1][-2] == "0.60 (0.40-0.90)"
+    assert latency_conditions(section).endswith("(cpu, 1 thread(s), batch 64, precision no)")
+
+
 def test_seeds_are_listed():
     assert [seed_list(s) for s in ((0,), (0, 1), (0, 1, 2, 3, 4), (0, 2, 7))] == [
         "1 (0)", "2 (0, 1)", "5 (0-4)", "3 (0, 2, 7)"]  # fmt: skip

@@ -49,7 +49,9 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
         costs = [float(of(s) or 0.0) for s in drawn]
         if section.dense is not None:
             costs += draw_dense(axis, section.dense, of)
-        if cost != "latency":
+        if cost == "latency":
+            draw_quartiles(axis, drawn, section.methods)
+        else:
             log_axis(axis, min(costs), max(costs))
         axis.set_xlabel(label)
         shown = [*drawn, *([] if section.dense is None else [section.dense])]
@@ -85,6 +87,13 @@ def draw_series(
     axis.errorbar(costs[front], means[front], errors[front], zorder=4, **bars, **style)
     name = method_name(method) if init == "-" else f"{method_name(method)}, {init}"
     axis.plot(costs[front], means[front], LINES[number % len(LINES)], linewidth=1.0, label=name, zorder=3, **style)
+
+
+def draw_quartiles(axis: Any, settings: list[Setting], methods: list[str]) -> None:
+    """Horizontal bars over the quartiles of measured latencies."""
+    for s in settings:
+        low, high = s.latency_range
+        axis.plot([low, high], [s.top1_mean] * 2, color=colour(s.method, methods), linewidth=0.6, alpha=0.6, zorder=2)
 
 
 def draw_dense(axis: Any, dense: Setting, of: Cost) -> list[float]:

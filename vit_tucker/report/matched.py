@@ -80,8 +80,8 @@ class Headline:
     Attributes:
         method: the other one.
         largest, median: of the factors at each setting's accuracy, where the other method has no smaller setting that exceeds it.
-        at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None without such a
-            Tucker setting.
+        at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None if neither has
+            any.
         ours, theirs: these settings; None if there is none.
         why_not: why there is no such factor; '' if there is.
     """
@@ -160,7 +160,8 @@ class Comparison:
             return cost.over(self.params[our]), our, their
 
         value, our, their = at(self.means)
-        factor = None if our is None else Factor(value, interval([at(means)[0] for means in self.boot]))
+        known = our is not None or their is not None
+        factor = Factor(value, interval([at(means)[0] for means in self.boot])) if known else None
         ours, theirs_at = (None if i is None else self.settings[i] for i in (our, their))
         return factor, ours, theirs_at
 
@@ -199,12 +200,12 @@ class Comparison:
         return lines
 
     def why_no_dense_accuracy(self) -> str:
-        """Why there is no smallest Tucker setting that is as good as dense."""
+        """Why there are no settings as good as dense."""
         if self.dense is None:
             return "there is no dense run"
         if not self._repeated(range(len(self.settings))):
             return "some settings have one seed, whose noise is not known"
-        return "no Tucker setting is within the seeds' noise of dense"
+        return "no setting of either is within the seeds' noise of dense"
 
 
 def scores(settings: Sequence[Setting]) -> Floats:

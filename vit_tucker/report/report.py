@@ -78,17 +78,16 @@ def chapter(study: Path, rows: list[list[str]]) -> list[str]:
 
 def section_lines(section: Section, study: str, rows: list[list[str]]) -> list[str]:
     """Numbers and verdicts of one host and data set."""
-    lines: list[str] = []
     comparison = compare_methods(section)
     if comparison is None:
-        return [*lines, "No runs of Tucker and another method to compare.", ""]
+        return ["No runs of Tucker and another method to compare.", ""]
     for headline in comparison.headlines:
         dense = "-" if headline.at_dense is None else str(headline.at_dense)
         rows.append([study, section.title, method_name(headline.method), str(headline.median), word(headline.median), dense,
                      word(headline.at_dense)])  # fmt: skip
     table = headline_table(comparison)
-    lines += [markdown(table.header, table.rows, table.text_columns), ""]
-    return [*lines, *(f"- {sentence}" for sentence in verdicts(comparison)), ""]
+    sentences = [f"- {sentence}" for sentence in verdicts(comparison)]
+    return [markdown(table.header, table.rows, table.text_columns), "", *sentences, ""]
 
 
 def commands(study: Path, sweep: Sweep | None) -> list[str]:

@@ -163,10 +163,22 @@ class Setting:
         return mean(costs) if len(costs) == len(self.runs) else None
 
     @cached_property
+    def latencies(self) -> list[dict[str, Any]]:
+        """Measurements, one per seed; none where a run lacks its own."""
+        measured = [latency for run in self.runs if (latency := (run.get("cost") or {}).get("latency"))]
+        return measured if len(measured) == len(self.runs) else []
+
+    @property
     def latency(self) -> float | None:
         """Latency relative to the dense host, median over the seeds; None where a run does not say."""
-        ratios = [latency["ratio"] for run in self.runs if (latency := (run.get("cost") or {}).get("latency"))]
-        return float(np.median(ratios)) if len(ratios) == len(self.runs) else None
+        return float(np.median([m["ratio"] for m in self.latencies])) if self.latencies else None
+
+    @property
+    def latency_range(self) -> tuple[float, float] | tuple[None, None]:
+        """The lowest lower and the highest upper quartile of the seeds' measurements."""
+        if not self.latencies:
+            return None, None
+        return min(m["ratio_low"] for m in self.latencies), max(m["ratio_high"] for m in self.latencies)
 
     @property
     def epochs(self) -> int:

@@ -17,7 +17,7 @@ BOOTSTRAP_NOTE = (
 DENSE_NOTE = (
     "within the seeds' noise, which is a mean top-1 not below that of dense less one sample standard deviation (pooled over the "
     "setting's and the dense runs). The factor is the smallest such setting of the other method over the smallest such Tucker "
-    "setting; `>x` if the other method has none, `<x` if Tucker has none, `?` if neither has."
+    "setting; `>x` if the other method has none, `<x` if Tucker has none, `?` in resamples where neither has."
 )
 
 
@@ -44,7 +44,8 @@ def settings_table(section: Section) -> Table:
             *([recipe or "-"] if any(recipes) else []),
             count(setting.params), f"{setting.share:.1%}", spread(setting.top1_mean, setting.top1_std),
             decimal(mean(setting.best_top1)), spread(mean(setting.top5), sample_std(setting.top5)),
-            "-" if setting.flops is None else short_count(setting.flops), decimal(setting.latency), seed_list(setting.seeds),
+            "-" if setting.flops is None else short_count(setting.flops), describe_latency(setting),
+            seed_list(setting.seeds),
             *([setting.commits] if len(commits) > 1 else []),
         ])  # fmt: skip
         raw.append(raw_setting(setting, recipe))
@@ -81,6 +82,8 @@ def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
         "top5_std": sample_std(setting.top5),
         "flops": setting.flops,
         "latency_ratio": setting.latency,
+        "latency_ratio_low": setting.latency_range[0],
+        "latency_ratio_high": setting.latency_range[1],
         "seeds": " ".join(map(str, setting.seeds)),
         "top1_of_seeds": " ".join(f"{value:.6g}" for value in setting.top1),
         "epochs": setting.epochs,
@@ -94,6 +97,12 @@ def runs_with_choices(setting: Setting) -> bool:
     return attention is not None and any(rule.get("chosen_by") for rule in attention.get("rules") or [])
 
 
+def describe_latency(setting: Setting) -> str:
+    """'0.35 (0.33-0.40)'; '-' where it was not measured."""
+    low, high = setting.latency_range
+    return "-" if low is None or high is None else f"{decimal(setting.latency)} ({low:.2f}-{high:.2f})"
+
+
 def latency_conditions(section: Section) -> str:
     """' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
     measured = (run["cost"]["latency"] for run in section.runs if run.get("cost") and run["cost"].get("latency"))
@@ -101,7 +110,7 @@ def latency_conditions(section: Section) -> str:
         f"{m['device']}, {m['threads']} thread(s), batch {m['batch_size']}, precision {m['precision']}"
         for m in measured
     )
-    turns = ", measured in turns with it; median over turns and seeds"
+    turns = ", measured in turns with it; median over turns and seeds, and the outermost quartiles of the seeds"
     return f"{turns} ({'; or '.join(conditions)})" if conditions else ""
 
 
@@ -150,15 +159,16 @@ def headline_table(comparison: Comparison) -> Table:
     raw_header = ["against"]
     raw_header += [f"{name}_{end}" for name in ("largest", "median", "as_good_as_dense")
                    for end in ("factor_low", "factor_high", "interval_low", "interval_high")]  # fmt: skip
-    rows = [
-        [method_name(h.method), str(h.largest), str(h.median), "-" if h.at_dense is None else str(h.at_dense),
-         brief(h.ours), brief(h.theirs)]
-        for h in headlines
-    ]  # fmt: skip
+    rows = []
+    for h in headlines:
+        smallest = ("-", "-") if h.at_dense is None else (brief(h.ours), brief(h.theirs))
+        rows.append([method_name(h.method), str(h.largest), str(h.median), str(h.at_dense or "-"), *smallest])
     notes = [
         "Largest and median: over the settings of Tucker's Pareto front, each at its own accuracy; those that the other method's "
-        "smallest setting already exceeds tell nothing and are left out. `a-b`: between the two, since some are only bounded.",
+        "smallest setting already exceeds tell nothing and are left out. `a-b`: between the two, since some are only bounded. "
+        "The largest is picked among several, and so flatters; the median does not.",
         f"As good as dense: {DENSE_NOTE}",
+        *dict.fromkeys(f"No factor at dense accuracy: {h.why_not}." for h in headlines if h.why_not),
     ]
     return Table("headline", header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes)
 

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.formats import short_count
-from vit_tucker.report.matched import Comparison, Factor, Headline, Match
+from vit_tucker.report.matched import OURS, Comparison, Factor, Headline, Match
 from vit_tucker.report.settings import Setting, method_name
 from vit_tucker.report.stats import CONFIDENCE
 from vit_tucker.report.tables import brief
@@ -76,14 +75,16 @@ def order_of_magnitude(headline: Headline) -> str:
 def at_dense(headline: Headline) -> str:
     """The smallest settings that are as good as the dense model."""
     name = method_name(headline.method)
-    if headline.ours is None or headline.at_dense is None:
+    factor = headline.at_dense
+    if factor is None:
         return f"**At dense accuracy, fewer than {name}: {UNCLEAR}**: {headline.why_not}."
-    theirs = (
-        f"no {name} setting is, up to {short_count(headline.at_dense.value.low * headline.ours.params)} parameters"
-        if headline.theirs is None
-        else f"the smallest such {name} is {brief(headline.theirs)}"
-    )
+    smallest = [
+        f"no {who} setting is"
+        if setting is None
+        else f"the smallest {who} is {brief(setting)}, {setting.share:.1%} of dense"
+        for who, setting in ((method_name(OURS), headline.ours), (name, headline.theirs))
+    ]
     return (
-        f"**At dense accuracy, fewer than {name}: {word(headline.at_dense)}**: the smallest Tucker within the seeds' noise of "
-        f"dense is {brief(headline.ours)}, {headline.ours.share:.1%} of dense; {theirs}: {headline.at_dense}."
+        f"**At dense accuracy, fewer than {name}: {word(factor)}**: within the seeds' noise of dense {smallest[0]}; "
+        f"{smallest[1]}: {factor}."
     )
