@@ -31,7 +31,10 @@ ALLOWED = {
         *("errors", "attention", "config", "patching", "data", "training"),
         *("models", "analysis", "report", "run", "build", "paths", "cli_cost", ""),
     },
-    "sweep": {"errors", "config", "data", "patching", "training", "analysis", "models", "build", "paths", "run", "cli"},
+    "sweep": {
+        *("errors", "config", "data", "patching", "training", "analysis"),
+        *("models", "build", "paths", "run", "cli"),
+    },
     "__main__": {"cli"},
     "__init__": {"errors", "attention", "patching"},
 }

@@ -7,7 +7,7 @@ import pytest
 from vit_tucker.config.load import load_config
 from vit_tucker.config.source import package_configs
 from vit_tucker.errors import VitTuckerError
-from vit_tucker.sweep.check import refuse_impossible
+from vit_tucker.sweep.check import plan_cells
 from vit_tucker.sweep.plan import describe, load_sweep, select
 
 FILE = """
@@ -123,12 +123,12 @@ def test_mistakes_are_one_line(file, change, message):
 
 
 def test_patches_that_the_host_does_not_allow_are_refused_before_anything_runs(file):
-    refuse_impossible(load_sweep(file).jobs)
+    plan_cells(load_sweep(file).jobs)
     file.write_text(FILE.replace("[2, 1]", "[2, 3]"))
     with pytest.raises(
         VitTuckerError, match=r"cell gqa3: attention: blocks.0.attn: num_kv_heads=3 must divide num_heads=8"
     ):
-        refuse_impossible(load_sweep(file).jobs)
+        plan_cells(load_sweep(file).jobs)
 
 
 @pytest.mark.parametrize("file", sorted((package_configs() / "sweeps").glob("*.yaml")), ids=lambda f: f.stem)

@@ -1,6 +1,7 @@
 """What can be known of a sweep's runs before any of them starts: what is wrong with them, and what they cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 
@@ -9,7 +10,7 @@ from vit_tucker.build import classes_and_channels
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.errors import PatchError
 from vit_tucker.models import create_host
-from vit_tucker.patching.patch import patch, plan
+from vit_tucker.patching.patch import plan
 from vit_tucker.patching.probe import input_shape, without_weights
 from vit_tucker.sweep.plan import Job
 
@@ -19,66 +20,72 @@ GPU_FLOPS = 300e12
 """Operations per second that a GPU is expected to reach in training: 30% of an H100's dense bf16 peak of 989e12."""
 
 
-def host_of(job: Job) -> nn.Module:
-    """The dense model of a run, without weights."""
-    bare = job.config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    return without_weights(lambda: create_host(bare, *classes_and_channels(job.config)))
-
-
-def refuse_impossible(jobs: Sequence[Job]) -> None:
+def plan_cells(jobs: Sequence[Job]) -> dict[str, int]:
     """Plan each cell's patch on its host, without weights.
 
     Args:
-        jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen are left out.
+        jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen count as dense.
+
+    Returns:
+        Operations of a forward pass per image, by cell.
 
     Raises:
         VitTuckerError: a model that can't be built, or a patch that it doesn't allow; it names the cell.
     """
-    hosts: dict[str, nn.Module] = {}
+    hosts: dict[str, tuple[nn.Module, int]] = {}
+    saved: dict[str, int] = {}  # cells that differ in their start alone have one structure
+    flops = {}
     for job in {job.name: job for job in jobs}.values():
         model, attention = job.config.model, job.config.attention
-        key = repr((model.timm_kwargs(), model.name, classes_and_channels(job.config)))
-        if key not in hosts:
-            hosts[key] = host_of(job)
+        arguments = (
+            model.model_copy(update={"pretrained": False, "checkpoint": None}),
+            *classes_and_channels(job.config),
+        )
+        if (key := repr(arguments)) not in hosts:
+            host = without_weights(partial(create_host, *arguments))
+            hosts[key] = host, count_model_flops(host, input_shape(host, model.img_size))
+        host, flops[job.name] = hosts[key]
         if attention is None or attention.rank_rule is not None:
             continue
-        try:
-            plan(
-                hosts[key],
-                attention.model_copy(update={"init": "random", "calibration": None}),
-                img_size=model.img_size,
-            )
-        except PatchError as error:
-            raise PatchError(f"cell {job.name}: attention: {error}") from None
+        bare = attention.model_copy(update={"init": "random", "calibration": None})
+        if (patched := f"{key}{bare!r}") not in saved:
+            try:
+                report = plan(host, bare, img_size=model.img_size)
+            except PatchError as error:
+                raise PatchError(f"cell {job.name}: attention: {error}") from None
+            saved[patched] = (report.flops_before or 0) - (report.flops_after or 0)
+        flops[job.name] -= saved[patched]
+    return flops
 
 
-def training_flops(jobs: Sequence[Job]) -> float | None:
-    """Operations of all forward and backward passes of training, evaluation apart; ranks yet to be chosen count as dense.
+def training_flops(jobs: Sequence[Job], flops: Mapping[str, int]) -> int | None:
+    """Operations of all forward and backward passes of training, evaluation apart.
 
     Args:
-        jobs: the runs; those of one cell cost the same.
+        jobs: the runs.
+        flops: see ``plan_cells``.
 
     Returns:
         The sum; None if only its files tell how many images a data set has.
     """
-    costs: dict[str, float] = {}
+    total = 0
     for job in jobs:
         images = job.config.data.num_samples or dataset_info(job.config.data.dataset).num_train
         if images is None:
             return None
-        if job.name not in costs:
-            model, attention = host_of(job), job.config.attention
-            size = input_shape(model, job.config.model.img_size)
-            if attention is not None and attention.rank_rule is None:
-                patch(model, attention.model_copy(update={"init": "random", "calibration": None}), img_size=size[1:])
-            costs[job.name] = float(TRAINING * images * job.config.train.epochs * count_model_flops(model, size))
-    return sum(costs[job.name] for job in jobs)
+        total += TRAINING * images * job.config.train.epochs * flops[job.name]
+    return total
 
 
-def describe_cost(flops: float | None) -> str:
+def describe_cost(flops: int | None) -> str:
     """'12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'"""
     if flops is None:
         return "cost unknown: only the files tell how many images there are"
-    power, unit = next((p, u) for p, u in ((1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (0, "")) if flops >= p)
+    power, unit = next(
+        (p, u)
+        for p, u in ((1e21, "ZFLOPs"), (1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (0, ""))
+        if flops >= p
+    )
     hours = flops / GPU_FLOPS / 3600
-    return f"{flops / power:.3g} {unit} to train, about {hours:.2g} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+    return f"{flops / power:,.3g} {unit} to train, about {shown} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s"

@@ -54,7 +54,7 @@ def _positive(text: str) -> int:
 def _sweep(args: argparse.Namespace) -> int:
     from vit_tucker.paths import refuse_unwritable
     from vit_tucker.sweep.board import Display
-    from vit_tucker.sweep.check import describe_cost, refuse_impossible, training_flops
+    from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
     from vit_tucker.sweep.plan import load_sweep, select
     from vit_tucker.sweep.runner import Runner, read_statuses, share_machine, visible_gpus
     from vit_tucker.sweep.status import State, read_records
@@ -62,14 +62,14 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.cfg, args.overrides)
     jobs = select(sweep, args.only, args.seeds)
     refuse_unwritable("output_dir", sweep.output_dir, folder=True)
-    refuse_impossible(jobs)
+    flops = plan_cells(jobs)
     statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
     display = Display(jobs, statuses)
     if args.dry_run:
         display.close()
         left = [job for job in jobs if statuses[job.key].state is not State.DONE]
         if left:
-            print(describe_cost(training_flops(left)))
+            print(describe_cost(training_flops(left, flops)))
         return 0
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(sweep.file, sweep.output_dir / "sweep.yaml")
