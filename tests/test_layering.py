@@ -29,7 +29,7 @@ ALLOWED = {
     "cli_cost": {"errors", "attention", "config", "analysis", "report", "models", "build", "costs", "paths"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
-        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", ""),
+        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", "sweep", ""),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis"),

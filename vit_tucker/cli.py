@@ -138,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     cli_cost.add_parser(commands)
     commands.add_parser("methods", help="names of the registered attention methods")
-    commands.add_parser("schema", help="JSON schema of a config file, for editors")
+    schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
+    schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
     args, extra = parser.parse_known_args(argv)
     if extra and (not hasattr(args, "overrides") or any(text.startswith("-") for text in extra)):
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
@@ -248,8 +249,9 @@ def _schema(args: argparse.Namespace) -> int:
 
     from vit_tucker import attention as attention
     from vit_tucker.config.schema import json_schema
+    from vit_tucker.sweep.schema import SweepConfig
 
-    print(json.dumps(json_schema(), indent=2))
+    print(json.dumps(SweepConfig.model_json_schema() if args.sweep else json_schema(), indent=2))
     return 0
 
 

@@ -1,5 +1,6 @@
 """From a sweep's file to its runs: names, configs, order, selection, and one line for each mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from vit_tucker.config.source import package_configs
 from vit_tucker.errors import VitTuckerError
 from vit_tucker.sweep.check import plan_cells
 from vit_tucker.sweep.plan import describe, load_sweep, select
+from vit_tucker.sweep.schema import SweepConfig
 
 FILE = """
 base: digits/base.yaml
@@ -137,8 +139,30 @@ def test_shipped_sweeps_resolve(file):
     assert sweep.output_dir == Path("runs") / file.stem
     assert len(sweep.names) == len(sweep.jobs) / len(sweep.seeds) > 1
     head = file.read_text().splitlines()
-    assert f"--cfg sweeps/{file.stem}.yaml" in head[1]
+    assert head[0] == "# yaml-language-server: $schema=schema.json"
+    assert f"--cfg sweeps/{file.stem}.yaml" in head[2]
 
 
-def test_a_single_run_config_still_reads_as_one():
-    assert load_config("digits/dense").attention is None
+def test_schema_file_is_up_to_date():
+    """`./run.sh schema --sweep > experiments/configs/sweeps/schema.json` after a change of the schema."""
+    kept = json.loads((package_configs() / "sweeps/schema.json").read_text())
+    assert keys_of(kept) == keys_of(SweepConfig.model_json_schema())
+
+
+def keys_of(schema):
+    """Names, descriptions and defaults of all keys: what no version of pydantic writes differently."""
+    sections = {"": schema, **schema["$defs"]}
+    return {
+        (name, key, body["properties"][key].get("description"))
+        for name, body in sections.items()
+        for key in body["properties"]
+    }
+
+
+def test_a_sweep_is_no_run_and_a_run_no_sweep():
+    with pytest.raises(VitTuckerError, match=r"fig3_digits.yaml: this is a sweep: .*sweep.py --cfg sweeps/fig3_digits"):
+        load_config("sweeps/fig3_digits")
+    with pytest.raises(
+        VitTuckerError, match=r"digits/gqa2.yaml: no sweep: it has no cells; a run's config .*train_vit.py"
+    ):
+        load_sweep("digits/gqa2")

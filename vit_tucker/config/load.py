@@ -23,6 +23,7 @@ from vit_tucker.config.source import (
     package_configs,
     read_overrides,
     read_with_bases,
+    read_yaml,
 )
 from vit_tucker.errors import ConfigError, nearest
 
@@ -33,7 +34,8 @@ def load_plugins(plugins: Any, folder: Path) -> None:
     """Import the modules and .py files that a config names, so that their methods are registered.
 
     Args:
-        plugins: module names ('my_package.attention') or .py files, relative to ``folder`` or to the current folder.
+        plugins: module names ('my_package.attention') or .py files, relative to ``folder``, to the current folder or to a source
+            checkout of this package.
         folder: the config file's folder.
 
     Raises:
@@ -46,7 +48,8 @@ def load_plugins(plugins: Any, folder: Path) -> None:
             if not str(plugin).endswith(".py"):
                 importlib.import_module(str(plugin))
                 continue
-            file = next((f for f in (folder / plugin, Path(plugin)) if f.is_file()), None)
+            places = (folder / plugin, Path(plugin), package_configs().parents[1] / plugin)
+            file = next((f for f in places if f.is_file()), None)
             if file is None:
                 raise ConfigError(f"plugins: {plugin}: no such file in {folder} or the current folder")
             _import_file(file.resolve())
@@ -82,6 +85,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
     """
     path = find_config(name)
+    if "cells" in read_yaml(path).values:
+        raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
     source = merge(read_with_bases(path), read_overrides(overrides))
     load_plugins(source.values.get("plugins", []), path.parent)
     config = validate(source)

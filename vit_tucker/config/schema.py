@@ -218,7 +218,8 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0)
     output_dir: str | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
     plugins: tuple[str, ...] = Field(
-        default=(), description="Python modules or .py files to import first, for attention methods of your own."
+        default=(),
+        description="Python modules or .py files to import first, for attention methods and timm models of yours.",
     )
     model: ModelConfig
     attention: AttentionConfig | None = Field(

@@ -81,6 +81,8 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """
     file = find_config(name)
     source = merge(read_yaml(file), read_overrides(overrides))
+    if "cells" not in source.values:
+        raise ConfigError(f"{file}: no sweep: it has no cells; a run's config is started by experiments/train_vit.py")
     config = validate_as(SweepConfig, source)
     output_dir = Path(config.output_dir or f"runs/{file.stem}")
     base = _read_base(config, source, file)
