@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vit_tucker.config.load import load_config
 from vit_tucker.sweep.cli import sweep_main
 from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.process import launch_arguments, log_file
@@ -94,7 +95,7 @@ def test_what_starts_from_a_failed_run_is_blocked():
 
 
 def test_a_stopped_sweep_goes_on_with_the_same_command():
-    command = ["seeds=[0]", "--only", "mha", "start.train.epochs=20", "set.train.checkpoint_epochs=1000"]
+    command = ["seeds=[0]", "--only", "mha", "start.train.epochs=8", "set.train.checkpoint_epochs=1000"]
 
     def stop():
         while not list(Path("out/start/seed0").glob("summary.csv")):
@@ -109,18 +110,18 @@ def test_a_stopped_sweep_goes_on_with_the_same_command():
     assert "SIGTERM" in text
     assert "1 interrupted" in text
     rows = len(Path("out/start/seed0/summary.csv").read_text().splitlines()) - 1
-    assert 0 < rows < 20
+    assert 0 < rows < 8
     status, text = sweep(*command, "--dry-run")
     assert status == 0
-    assert f"|{rows}/20" in text
-    status, text = sweep("seeds=[0]", "--only", "mha", "start.train.epochs=21")
+    assert f"|{rows}/8" in text
+    status, text = sweep("seeds=[0]", "--only", "mha", "start.train.epochs=9")
     assert status == 2
-    assert "holds a run with another config: train.epochs: 20 -> 21" in text
+    assert "holds a run with another config: train.epochs: 8 -> 9" in text
     Path("out/start/seed0.log").unlink()
     status, text = sweep("seeds=[0]", "--only", "start", *command[3:])
     assert status == 0
-    assert "epoch 1/20 " not in Path("out/start/seed0.log").read_text()
-    assert results("start", 0)["epochs"] == 20
+    assert "epoch 1/8 " not in Path("out/start/seed0.log").read_text()
+    assert results("start", 0)["epochs"] == 8
 
 
 def test_a_run_of_another_sweep_is_left_to_it():
@@ -150,6 +151,33 @@ def test_recorded_runs_are_done_without_their_folders(tmp_path):
     assert sweep("--done", "none.jsonl")[1].startswith("error: --done: none.jsonl: No such file")
     Path("kept.jsonl").write_text("{}\n")
     assert sweep("--done", "kept.jsonl") == (2, "error: --done: kept.jsonl: not one results.json per line\n")
+
+
+def test_a_launcher_starts_the_runs_when_asked(monkeypatch):
+    """The command; by hand it gave two processes the accuracies of one, and tests/training/test_launch.py holds runs to that."""
+    started = []
+
+    class Launched:
+        pid, returncode = os.getpid(), 1
+
+        def __init__(self, command, stdout, stderr, env, start_new_session):
+            started.append((command, start_new_session))
+            stdout.write(b"error: no such luck\n")
+
+        def poll(self):
+            return 1
+
+    monkeypatch.setattr("vit_tucker.sweep.process.subprocess.Popen", Launched)
+    status, text = sweep("seeds=[0]", "--only", "start", "--launch", "--multi_gpu --num_processes 2")
+    assert status == 1
+    assert "start, seed 0: failed: status 1: no such luck" in text
+    ((command, own_session),) = started
+    assert own_session
+    assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    assert command[6] == "--main_process_port"
+    assert command[8].endswith("experiments/train_vit.py")
+    assert command[9:] == ["--cfg", "out/start/seed0.yaml"]
+    assert load_config("out/start/seed0.yaml").output_dir == "out/start/seed0"
 
 
 def test_machine_is_shared():

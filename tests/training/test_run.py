@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 import vit_tucker as vt
+from vit_tucker.analysis.cost import run_cost
 from vit_tucker.config.load import load_config
 from vit_tucker.data.loaders import TrainLoader
 from vit_tucker.report.compare import comparison, save_comparison
@@ -56,6 +58,10 @@ def test_a_run_leaves_everything_a_table_needs():
     assert results["best"]["top1"] == max(float(row["eval_top1"]) for row in rows)
     assert results["data"]["num_eval"] == 360
     assert load_config("a") == load_config("a/config.yaml")
+    assert [{k: str(v) for k, v in row.items()} for row in results["curve"]] == rows
+    cost, patch = results["cost"], results["patch"]
+    assert cost["latency"] is None  # not asked for
+    assert cost["dense_flops"] - cost["flops"] == patch["flops_before"] - patch["flops_after"] > 0
     attention = sum(v.numel() for k, v in weights("a").items() if ".attn." in k)
     assert results["params"]["attention"] == attention == results["patch"]["params_after"]
     assert results["params"]["total"] == sum(v.numel() for v in weights("a").values())
@@ -145,6 +151,22 @@ def test_another_config_on_the_same_folder_is_refused():
     ):
         run(config("output_dir=a", "train.lr=0.1"))
     assert {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()} == before
+
+
+def test_latency_is_measured_where_asked_for(monkeypatch):
+    """At the end, and it changes nothing that was trained."""
+    monkeypatch.setattr("vit_tucker.announce.run_cost", partial(run_cost, turns=3, seconds=0.01))
+    without = run(config("output_dir=a", "train.epochs=1"))
+    results = run(config("output_dir=b", "train.epochs=1", "train.latency_batch_size=3"))
+    assert same(weights("a"), weights("b"))
+    assert results["last"] == without["last"]
+    assert {k: results["cost"][k] for k in ("flops", "dense_flops")} == {
+        k: without["cost"][k] for k in ("flops", "dense_flops")
+    }
+    latency = results["cost"]["latency"]
+    assert (latency["device"], latency["batch_size"], latency["turns"]) == ("cpu", 3, 3)
+    assert latency["ratio_low"] <= latency["ratio"] <= latency["ratio_high"]
+    assert json.loads(Path("b/results.json").read_text())["cost"] == results["cost"]
 
 
 def test_patching_a_trained_run_starts_from_its_accuracy():

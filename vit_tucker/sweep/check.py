@@ -16,6 +16,7 @@ from vit_tucker.sweep.plan import Job
 
 TRAINING = 3
 """Operations of a training step over those of its forward pass: the backward pass has two products for each."""
+UNITS = ((1e21, "ZFLOPs"), (1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (0.0, "GFLOPs"))
 GPU_FLOPS = 300e12
 """Operations per second that a GPU is expected to reach in training: 30% of an H100's dense bf16 peak of 989e12."""
 
@@ -81,11 +82,8 @@ def describe_cost(flops: int | None) -> str:
     """'12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'"""
     if flops is None:
         return "cost unknown: only the files tell how many images there are"
-    power, unit = next(
-        (p, u)
-        for p, u in ((1e21, "ZFLOPs"), (1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (0, ""))
-        if flops >= p
-    )
+    power, unit = next((p, u) for p, u in UNITS if flops >= p)
     hours = flops / GPU_FLOPS / 3600
     shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
-    return f"{flops / power:,.3g} {unit} to train, about {shown} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s"
+    expected = f", about {shown} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s" if hours >= 0.1 else ""
+    return f"{flops / (power or 1e9):,.3g} {unit} to train{expected}"
