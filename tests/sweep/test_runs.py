@@ -58,7 +58,7 @@ def written():
 
 
 def test_all_runs_from_their_start_and_none_twice():
-    status, text = sweep("--jobs", "2")
+    status, text = sweep("--jobs", "2", "keep_checkpoints=false")
     assert status == 0, text
     assert "6 done" in text
     assert Path("out/sweep.yaml").read_text() == FILE
@@ -66,6 +66,8 @@ def test_all_runs_from_their_start_and_none_twice():
         mha, gqa = results("mha", seed), results("gqa1", seed)
         assert mha["config"]["model"]["checkpoint"] == f"out/start/seed{seed}"
         assert mha["curve"] == [mha["last"]]
+        assert Path(f"out/start/seed{seed}/checkpoints/last").is_dir()
+        assert not Path(f"out/gqa1/seed{seed}/checkpoints").exists()
         assert gqa["cost"]["flops"] < gqa["cost"]["dense_flops"] == mha["cost"]["flops"]
     assert results("mha", 0)["last"] != results("mha", 1)["last"]
     before = written()
@@ -196,3 +198,5 @@ def test_last_words(tmp_path):
     log.write_text("epoch 1\nKilled\n")
     assert last_words(log) == "Killed"
     assert last_words(tmp_path / "none") == ""
+    log.write_text("error: of the run before\nKilled\n")
+    assert last_words(log, len("error: of the run before\n")) == "Killed"

@@ -73,7 +73,8 @@ def _sweep(args: argparse.Namespace) -> int:
         return 0
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(sweep.file, sweep.output_dir / "sweep.yaml")
-    status = Runner(jobs, statuses, share_machine(args.jobs, args.launch, visible_gpus()), display).run()
+    slots = share_machine(args.jobs, args.launch, visible_gpus(), sweep.keep_checkpoints)
+    status = Runner(jobs, statuses, slots, display).run()
     display.close()
     if status == 0:
         print(f"all done; tables and figures: python experiments/tables.py {shlex.quote(str(sweep.output_dir))}")

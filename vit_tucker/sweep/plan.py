@@ -53,12 +53,14 @@ class Sweep:
         output_dir: folder of the run folders.
         seeds: all seeds.
         jobs: all runs, in the order in which they are started; starts before the cells that need them.
+        keep_checkpoints: whether cells that are done keep theirs.
     """
 
     file: Path
     output_dir: Path
     seeds: tuple[int, ...]
     jobs: tuple[Job, ...]
+    keep_checkpoints: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             start = _job(START, seed, merge(common, part(source, "start")), output_dir)
             jobs.append(start)
         jobs += [_job(cell, seed, merge(finetune, given), output_dir, start) for cell, given in settings]
-    return Sweep(file, output_dir, config.seeds, tuple(jobs))
+    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints)
 
 
 def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:

@@ -37,10 +37,12 @@ class RunProcess:
     Attributes:
         job: the run.
         log: file with all that it prints.
+        said: bytes that were in it before.
     """
 
-    def __init__(self, job: Job, log: Path, process: "ForkServerProcess | subprocess.Popen[bytes]"):
+    def __init__(self, job: Job, log: Path, process: "ForkServerProcess | subprocess.Popen[bytes]", said: int):
         self.job, self.log, self._process = job, log, process
+        self.said = said
 
     @property
     def status(self) -> int | None:
@@ -94,14 +96,15 @@ def start_run(job: Job, threads: int, gpu: str | None, launcher: str | None) -> 
         return None
     with log:
         config.write_text(dump_config(job.config))
+        said = log.tell()
         environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         if launcher is not None:
-            return RunProcess(job, log_file(job), _launch(config, log, launcher, environment))
+            return RunProcess(job, log_file(job), _launch(config, log, launcher, environment), said)
         context = fork_server()
         process = context.Process(target=_train, args=(str(config), str(log_file(job)), threads, environment))
         fcntl.flock(log, fcntl.LOCK_UN)  # the process takes it over
         process.start()
-        return RunProcess(job, log_file(job), process)
+        return RunProcess(job, log_file(job), process, said)
 
 
 def fork_server() -> ForkServerContext:

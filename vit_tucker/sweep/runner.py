@@ -1,9 +1,11 @@
 """Runs a sweep's jobs, some at a time, each when what it starts from is done."""
 
 import os
+import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import RunProcess, start_run
+from vit_tucker.sweep.schema import START
 from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.run_dir import RunDir
@@ -28,12 +31,14 @@ class Slots:
         threads: CPU threads of each.
         gpus: CUDA devices, dealt to the runs; empty leaves them all to every run.
         launcher: see ``start_run``.
+        keep_checkpoints: of cells that are done.
     """
 
     jobs: int = 1
     threads: int = 1
     gpus: tuple[str, ...] = ()
     launcher: str | None = None
+    keep_checkpoints: bool = True
 
 
 class Runner:
@@ -60,7 +65,7 @@ class Runner:
         Returns:
             0 if all is done, 1 if a run failed or is trained elsewhere, 130 after a signal.
         """
-        with catch_signals(self._signals):
+        with catch_signals(self._signals), self._killing_the_rest():
             drawn = forwarded = 0.0
             while True:
                 self._collect()
@@ -82,6 +87,15 @@ class Runner:
         if self._signals.number:
             return 130
         return 0 if all(self._statuses[job.key].state is State.DONE for job in self._jobs) else 1
+
+    @contextmanager
+    def _killing_the_rest(self) -> Iterator[None]:
+        """Runs that are left when this is left, by a second Ctrl-C or an error, don't outlive it."""
+        try:
+            yield
+        finally:
+            for process in self._running.values():
+                process.send(signal.SIGKILL)
 
     def _fill(self) -> None:
         """Start runs while there are free slots."""
@@ -124,10 +138,15 @@ class Runner:
             after = read_status(job, {})
             if after.state is State.DONE:
                 self._finished += 1
+                if not self._slots.keep_checkpoints and job.name != START:
+                    shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
             elif self._signals.number:
                 after.state = State.INTERRUPTED
             else:
-                after.state, after.reason = State.FAILED, f"status {code}: {last_words(process.log)}; see {process.log}"
+                after.state, after.reason = (
+                    State.FAILED,
+                    f"status {code}: {last_words(process.log, process.said)}; see {process.log}",
+                )
             vars(status).update(vars(after))
             self._display.say(self._event(job, status))
 
@@ -149,17 +168,18 @@ class Runner:
         return f"; about {timedelta(seconds=round(seconds))} left"
 
 
-def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str]) -> Slots:
+def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str], keep_checkpoints: bool = True) -> Slots:
     """Divide CPU threads and GPUs among the runs that go on at a time.
 
     Args:
         jobs: runs at a time.
         launcher: see ``start_run``; a launcher chooses its GPUs itself.
         gpus: CUDA devices that are visible here.
+        keep_checkpoints: of cells that are done.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     dealt = tuple(gpus) if jobs > 1 and launcher is None else ()
-    return Slots(jobs, max(1, cores // jobs), dealt, launcher)
+    return Slots(jobs, max(1, cores // jobs), dealt, launcher, keep_checkpoints)
 
 
 def visible_gpus() -> list[str]:

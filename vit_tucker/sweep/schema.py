@@ -54,6 +54,9 @@ class SweepConfig(Section):
         "cells start from what the base says (timm's pretrained weights).",
     )
     finetune: dict[str, Any] = Field(default={}, description="Config keys of all cells: the recipe they share.")
+    keep_checkpoints: bool = Field(
+        default=True, description="false: a cell's checkpoints are removed when it is done; the starts' stay."
+    )
     cells: tuple[CellConfig, ...] = Field(min_length=1)
 
     @field_validator("seeds")

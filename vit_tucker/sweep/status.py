@@ -119,10 +119,17 @@ def update_progress(job: Job, status: Status) -> None:
     status.epoch, status.top1 = len(rows), float(scores[-1]) if scores else None
 
 
-def last_words(log: Path) -> str:
-    """Why a run ended: the last line that names an error, else the last line of its output."""
+def last_words(log: Path, start: int = 0) -> str:
+    """Why a run ended: the last line that names an error, else the last line of its output.
+
+    Args:
+        log: what it printed, and runs before it.
+        start: bytes of those.
+    """
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()
+        ]
     except OSError:
         return ""
     errors = [line for line in lines if "error:" in line.lower()]
