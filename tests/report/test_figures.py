@@ -142,7 +142,7 @@ def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
     assert both.values == ["8, 8", "16, 16"]
     assert usual_options(section) == ["init", "attention.ranks.0", "attention.ranks.1,attention.ranks.2"]
     table = ablation_table("attention.ranks.0", [line])
-    assert list(table.header) == ["attention.ranks.0", "2", "4", "16"]
+    assert list(table.header) == ["head rank", "2", "4", "16"]
     assert table.rows == [["Tucker ranks=_,8,8, HOSVD", "90.00 ± 0.00", "92.00 ± 0.00", "93.00 ± 0.00"]]
     assert draw_ablation("attention.ranks.0", [line], tmp_path) == "by_ranks_0.png"
     (axis,) = drawn[0].axes

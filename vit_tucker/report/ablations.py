@@ -19,8 +19,21 @@ INIT = "init"
 """How the attention starts, as one option; it stands for the keys below."""
 INIT_KEYS = ("attention.init", "attention.conversion", "attention.calibration")
 RANKS = tuple(f"attention.ranks.{mode}" for mode in range(3))
-USUAL = (INIT, RANKS[0], RANKS[1], RANKS[2], f"{RANKS[1]},{RANKS[2]}", "attention.shared_kv", "train.epochs")
+USUAL = (
+    *(INIT, *RANKS, f"{RANKS[1]},{RANKS[2]}"),
+    *("attention.shared_kv", "attention.query_bias", "train.epochs"),
+)
 """Options that are looked at without being asked for."""
+NAMES = {
+    INIT: "start",
+    RANKS[0]: "head rank",
+    RANKS[1]: "query/output rank",
+    RANKS[2]: "key/value rank",
+    "attention.shared_kv": "one basis for keys and values",
+    "attention.query_bias": "query bias kept",
+    "train.epochs": "epochs",
+}
+"""Options as readers know them."""
 TICK, TICK_WIDTH = 0.7, 11
 """Room for a word at a tick: inches, and letters in a line."""
 HEIGHT, ROW = 2.2, 0.13
@@ -125,10 +138,8 @@ def ablation_table(option: str, lines: Sequence[Line]) -> Table:
             [line.label, value, s.name, s.params, s.top1_mean, s.top1_std, len(s.seeds)] for value, s in cells.items()
         ]
     raw_header = ["settings", "value", "config", "attention_params", "top1_mean", "top1_std", "seeds"]
-    note = (
-        f"top-1 %, mean ± sample standard deviation over seeds, by {option}; the settings of a row agree in all else."
-    )
-    return Table(stem_of(option), [option, *values], rows, 1, raw_header, raw, [note])
+    note = f"top-1 %, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in all else."
+    return Table(stem_of(option), [name_of(option), *values], rows, 1, raw_header, raw, [note])
 
 
 def categories(lines: Sequence[Line]) -> list[str]:
@@ -162,7 +173,7 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
         axis.set_xticks(ticks, [fill(value, TICK_WIDTH) for value in values])
         axis.minorticks_off()
         axis.margins(x=0.08)
-        axis.set_xlabel(option)
+        axis.set_xlabel(name_of(option))
         means = [s.top1_mean for line in lines for s in line.settings]
         accuracy_axis(axis, min(means), max(means))
         grid(axis)
@@ -176,6 +187,11 @@ def as_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def name_of(option: str) -> str:
+    """'head rank' for attention.ranks.0; other keys as they are."""
+    return ", ".join(NAMES.get(key, key) for key in option.split(","))
 
 
 def stem_of(option: str) -> str:

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import yaml
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
+from vit_tucker.report.ablations import (
+    ablation_table,
+    check_options,
+    draw_ablation,
+    lines_of,
+    name_of,
+    usual_options,
+)
 from vit_tucker.report.collect import KEPT, collect, write_results
 from vit_tucker.report.curves import check_patterns, draw_curves, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
@@ -148,7 +155,7 @@ def write_section(
     for option in dict.fromkeys((*usual_options(section), *options)):
         if lines := lines_of(section, option):
             figure = draw_ablation(option, lines, folder)
-            parts[f"Accuracy by {option}"] = Part(ablation_table(option, lines), figure)
+            parts[f"Accuracy by {name_of(option)}"] = Part(ablation_table(option, lines), figure)
         else:
             notes.append(f"No two settings differ in {option} alone.")
     for part in parts.values():
