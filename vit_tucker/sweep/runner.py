@@ -142,6 +142,8 @@ class Runner:
                     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
             elif self._signals.number:
                 after.state = State.INTERRUPTED
+            elif code == 0:  # it found its log locked
+                after.state, after.reason = State.ELSEWHERE, "another sweep runs it"
             else:
                 after.state, after.reason = (
                     State.FAILED,
