@@ -10,7 +10,7 @@ from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
 from vit_tucker.report.settings import method_name
 from vit_tucker.report.study import SWEEP, Sweep, facts, read_sweep, write_study
-from vit_tucker.report.tables import BOOTSTRAP_NOTE, DENSE_NOTE, headline_table
+from vit_tucker.report.tables import BOOTSTRAP_NOTE, BOUNDS_NOTE, DENSE_NOTE, headline_table
 from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
 
 FIGURE = "accuracy_params.png"
@@ -47,7 +47,7 @@ def write_report(folder: Path) -> Path:
     lines = ["# Results", "", "## The claim", "", CLAIM, "", "## In short", ""]
     if rows:
         lines += [markdown(SUMMARY, rows, 3), ""]
-    lines += [RULES, "", f"- as good as dense: {DENSE_NOTE}", f"- {BOOTSTRAP_NOTE}", "", *chapters]
+    lines += [RULES, "", f"- {BOUNDS_NOTE}", f"- as good as dense: {DENSE_NOTE}", f"- {BOOTSTRAP_NOTE}", "", *chapters]
     if others:
         lines += ["## Single runs", "", ", ".join(f"[{name}]({name})" for name in others), ""]
     lines += [

@@ -8,6 +8,10 @@ from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting, method_name
 from vit_tucker.report.stats import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, mean, sample_std
 
+BOUNDS_NOTE = (
+    "`>x`: the other method stays below this accuracy, x is its largest setting. `<x`: its smallest setting already exceeds it, "
+    "and what a smaller one would do is not known."
+)
 BOOTSTRAP_NOTE = (
     f"`[a, b]`: {CONFIDENCE:.0%} interval by bootstrap over seeds ({RESAMPLES:,} resamples, generator seed {BOOTSTRAP_SEED}); "
     "none where a setting has one seed. Each resample draws the same seeds for all settings, since the runs of a seed share "
@@ -138,7 +142,7 @@ def matched_table(comparison: Comparison) -> Table:
     notes = [
         "Attention parameters of the other method at the Tucker setting's mean top-1, over the setting's own. They are "
         "interpolated on the other method's Pareto front (over all its inits), linear in accuracy and log parameters.",
-        "`>x`: the method stays below this accuracy, x is its largest setting. `<x`: its smallest setting already exceeds it. "
+        BOUNDS_NOTE,
         "The last column has the dense host where it reaches the accuracy.",
         "`*`: on Tucker's own Pareto front.",
         BOOTSTRAP_NOTE,
