@@ -69,7 +69,7 @@ command=${1:-main}
 case "$command" in
   main) setup "" && main_job ;;
   setup) setup "" ;;
-  test) setup test && exec .venv/bin/python -m pytest "$@" ;;
+  test) setup test && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@" ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
   sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
