@@ -47,6 +47,8 @@ def tables(args: argparse.Namespace) -> int:
     from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.study import write_study
 
+    if missing := [path for path in args.runs if not path.exists()]:
+        raise ConfigError(f"{missing[0]}: no such file or folder")
     out = args.out or (args.runs[0] if len(args.runs) == 1 and args.runs[0].is_dir() else None)
     if out is None:
         raise ConfigError("--out: name a folder for the tables of several runs")
