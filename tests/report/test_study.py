@@ -145,6 +145,21 @@ def test_the_report_has_each_study_with_its_verdicts_and_command(tmp_path, no_fi
     assert write_report(Path("results")).read_text() == text
 
 
+def test_a_study_of_tucker_alone_is_reported_by_its_options(tmp_path, monkeypatch):
+    """After the comparisons of methods, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    write_study([write_runs(Path("runs/a"), study(seeds=3, methods=("tucker",)))], Path("results/a"))
+    write_study([write_runs(Path("runs/b"), study(seeds=3))], Path("results/b"))
+    text = write_report(Path("results")).read_text()
+    assert (
+        text.index("## b\n") < text.index("## a\n") < text.index("#### Accuracy by query/output rank, key/value rank")
+    )
+    assert "| Tucker ranks=8,_,_, HOSVD " in text
+    assert "![Accuracy by query/output rank, key/value rank](a/by_ranks_1_and_ranks_2.png)" in text
+    assert Path("results/a/by_ranks_1_and_ranks_2.png").is_file()
+    assert "a/accuracy_params.png" not in text
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

@@ -1,9 +1,11 @@
 """The report: what was run, what came out, and what holds of the paper's claim, from kept results alone."""
 
 import os
+from operator import itemgetter
 from pathlib import Path
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.report.ablations import ablation_table, lines_of, name_of, usual_options
 from vit_tucker.report.collect import KEPT, collect
 from vit_tucker.report.formats import markdown
 from vit_tucker.report.matched import compare_methods
@@ -39,15 +41,19 @@ def write_report(folder: Path) -> Path:
         raise ConfigError(f"{folder}: no folder in it has a {KEPT}; {make}")
     others = sorted(readme.parent.name for readme in folder.glob("*/README.md") if readme.parent not in studies)
     rows: list[list[str]] = []
-    chapters: list[str] = []
+    chapters: list[tuple[bool, list[str]]] = []
     for study in studies:
         if not (study / "tables.md").is_file():
             write_study([study], study)
-        chapters += chapter(study, rows)
+        before = len(rows)
+        lines = chapter(study, rows)
+        chapters.append((len(rows) == before, lines))
     lines = ["# Results", "", "## The claim", "", CLAIM, "", "## In short", ""]
     if rows:
         lines += [markdown(SUMMARY, rows, 3), ""]
-    lines += [RULES, "", f"- {BOUNDS_NOTE}", f"- as good as dense: {DENSE_NOTE}", f"- {BOOTSTRAP_NOTE}", "", *chapters]
+    lines += [RULES, "", f"- {BOUNDS_NOTE}", f"- as good as dense: {DENSE_NOTE}", f"- {BOOTSTRAP_NOTE}", ""]
+    for _, chapter_lines in sorted(chapters, key=itemgetter(0)):  # comparisons of methods first, then ablations
+        lines += chapter_lines
     if others:
         lines += ["## Single runs", "", ", ".join(f"[{name}]({name})" for name in others), ""]
     lines += [
@@ -68,26 +74,39 @@ def chapter(study: Path, rows: list[list[str]]) -> list[str]:
     parts = sections(found.results)
     for section in parts:
         lines += [f"### {section.title}", "", facts(section), ""]
-        figure = study / ("" if len(parts) == 1 else section.slug) / FIGURE
-        if figure.is_file():
-            lines += [f"![{section.title}]({figure.relative_to(study.parent).as_posix()})", ""]
-        lines += section_lines(section, title, rows)
+        lines += section_lines(section, title, rows, study.parent, study / ("" if len(parts) == 1 else section.slug))
     lines += [f"All tables and figures: [{study.name}/tables.md]({study.name}/tables.md). To make them anew:", ""]
     return [*lines, "```bash", *commands(study, sweep), "```", ""]
 
 
-def section_lines(section: Section, study: str, rows: list[list[str]]) -> list[str]:
-    """Numbers and verdicts of one host and data set."""
+def section_lines(section: Section, study: str, rows: list[list[str]], root: Path, folder: Path) -> list[str]:
+    """Figure, numbers and verdicts of one host and data set, whose files are in ``folder``; links are relative to ``root``."""
     comparison = compare_methods(section)
     if comparison is None:
-        return ["No runs of Tucker and another method to compare.", ""]
+        return ablation_lines(section, root, folder)
     for headline in comparison.headlines:
         dense = "-" if headline.at_dense is None else str(headline.at_dense)
         rows.append([study, section.title, method_name(headline.method), str(headline.median), word(headline.median), dense,
                      word(headline.at_dense)])  # fmt: skip
     table = headline_table(comparison)
     sentences = [f"- {sentence}" for sentence in verdicts(comparison)]
-    return [markdown(table.header, table.rows, table.text_columns), "", *sentences, ""]
+    numbers = [markdown(table.header, table.rows, table.text_columns), ""]
+    return [*picture(section.title, root, folder / FIGURE), *numbers, *sentences, ""]
+
+
+def picture(title: str, root: Path, file: Path) -> list[str]:
+    """A link to a figure, if it is there."""
+    return [f"![{title}]({file.relative_to(root).as_posix()})", ""] if file.is_file() else []
+
+
+def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
+    """Accuracy against each option that varies alone, of a study that compares Tucker with itself."""
+    lines = []
+    for option in usual_options(section):
+        title = f"Accuracy by {name_of(option)}"
+        table = ablation_table(option, lines_of(section, option))
+        lines += [f"#### {title}", "", table.markdown(), "", *picture(title, root, folder / f"{table.stem}.png")]
+    return lines or ["No settings that differ in one option alone.", ""]
 
 
 def commands(study: Path, sweep: Sweep | None) -> list[str]:

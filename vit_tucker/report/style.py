@@ -31,7 +31,7 @@ TICK_DIGITS = ((6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (floa
 ACCURACY_TICKS = (0, 30, 50, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 99.3, 99.5, 99.7, 99.8, 99.9)
 WIDE = 8.0
 """Errors that differ by more are drawn on a log scale."""
-FILLS = ("full", "none", "left", "top")
+FILLS = ("full", "none", "left", "top", "right", "bottom")
 LINES = ("-", "--", ":", "-.")
 FONTS: dict[Any, Any] = {
     "font.size": 7,
