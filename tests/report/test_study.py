@@ -164,7 +164,8 @@ def test_a_study_of_tucker_alone_is_reported_by_its_options(tmp_path, monkeypatc
     ("script", "arguments", "message"),
     [
         ("tables", ["nowhere", "--out", "out"], "nowhere: no such file or folder"),
-        ("tables", ["a.json", "b.json"], "--out: name a folder for the tables of several runs"),
+        ("tables", ["a.json", "nowhere"], "nowhere: no such file or folder"),
+        ("tables", ["a.json", "a.json"], "--out: name a folder for the tables of several runs"),
         ("tables", ["runs", "--out", "a.json"], "a.json is a file; name another folder"),
         ("report", ["runs"], "runs: no folder in it has a results.jsonl"),
         ("report", [], "experiments/results: no folder in it has a results.jsonl"),
