@@ -147,7 +147,7 @@ def start(launcher: list[str], folder: Path, data: Path) -> subprocess.Popen:
 def finish(*launchers: subprocess.Popen) -> list[str]:
     """Outputs of launchers that must all succeed; none is left behind."""
     try:
-        outputs = [launcher.communicate(timeout=120)[0] for launcher in launchers]
+        outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
     finally:
         for launcher in launchers:
             if launcher.poll() is None:
