@@ -16,26 +16,26 @@ from vit_tucker.sweep.plan import Job
 
 TRAINING = 3
 """Operations of a training step over those of its forward pass: the backward pass has two products for each."""
-UNITS = ((1e21, "ZFLOPs"), (1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (0.0, "GFLOPs"))
+UNITS = ((1e21, "ZFLOPs"), (1e18, "EFLOPs"), (1e15, "PFLOPs"), (1e12, "TFLOPs"), (1e9, "GFLOPs"))
 GPU_FLOPS = 300e12
 """Operations per second that a GPU is expected to reach in training: 30% of an H100's dense bf16 peak of 989e12."""
 
 
-def plan_cells(jobs: Sequence[Job]) -> dict[str, int]:
+def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     """Plan each cell's patch on its host, without weights.
 
     Args:
         jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen count as dense.
 
     Returns:
-        Operations of a forward pass per image, by cell.
+        Operations of a forward pass per image, by cell; None of hosts that don't run without values.
 
     Raises:
         VitTuckerError: a model that can't be built, or a patch that it doesn't allow; it names the cell.
     """
-    hosts: dict[str, tuple[nn.Module, int]] = {}
+    hosts: dict[str, tuple[nn.Module, int | None]] = {}
     saved: dict[str, int] = {}  # cells that differ in their start alone have one structure
-    flops = {}
+    flops: dict[str, int | None] = {}
     for job in {job.name: job for job in jobs}.values():
         model, attention = job.config.model, job.config.attention
         arguments = (
@@ -44,8 +44,9 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int]:
         )
         if (key := repr(arguments)) not in hosts:
             host = without_weights(partial(create_host, *arguments))
-            hosts[key] = host, count_model_flops(host, input_shape(host, model.img_size))
-        host, flops[job.name] = hosts[key]
+            hosts[key] = host, dense_flops(host, model.img_size)
+        host, dense = hosts[key]
+        flops[job.name] = dense
         if attention is None or attention.rank_rule is not None:
             continue
         bare = attention.model_copy(update={"init": "random", "calibration": None})
@@ -55,11 +56,19 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int]:
             except PatchError as error:
                 raise PatchError(f"cell {job.name}: attention: {error}") from None
             saved[patched] = (report.flops_before or 0) - (report.flops_after or 0)
-        flops[job.name] -= saved[patched]
+        flops[job.name] = None if dense is None else dense - saved[patched]
     return flops
 
 
-def training_flops(jobs: Sequence[Job], flops: Mapping[str, int]) -> int | None:
+def dense_flops(host: nn.Module, img_size: int | tuple[int, int] | None) -> int | None:
+    """Operations of a host's forward pass per image; None if they can't be counted."""
+    try:
+        return count_model_flops(host, input_shape(host, img_size))
+    except Exception:  # whatever an unknown host raises on the meta device: no reason not to train it
+        return None
+
+
+def training_flops(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> int | None:
     """Operations of all forward and backward passes of training, evaluation apart.
 
     Args:
@@ -67,23 +76,24 @@ def training_flops(jobs: Sequence[Job], flops: Mapping[str, int]) -> int | None:
         flops: see ``plan_cells``.
 
     Returns:
-        The sum; None if only its files tell how many images a data set has.
+        The sum; None if only its files tell how many images a data set has, or a host's operations are not known.
     """
     total = 0
     for job in jobs:
         images = job.config.data.num_samples or dataset_info(job.config.data.dataset).num_train
-        if images is None:
+        operations = flops[job.name]
+        if images is None or operations is None:
             return None
-        total += TRAINING * images * job.config.train.epochs * flops[job.name]
+        total += TRAINING * images * job.config.train.epochs * operations
     return total
 
 
 def describe_cost(flops: int | None) -> str:
     """'12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'"""
     if flops is None:
-        return "cost unknown: only the files tell how many images there are"
-    power, unit = next((p, u) for p, u in UNITS if flops >= p)
+        return "cost unknown: the number of images or the model's operations"
+    power, unit = next((pair for pair in UNITS if flops >= pair[0]), UNITS[-1])
     hours = flops / GPU_FLOPS / 3600
     shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
     expected = f", about {shown} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s" if hours >= 0.1 else ""
-    return f"{flops / (power or 1e9):,.3g} {unit} to train{expected}"
+    return f"{flops / power:,.3g} {unit} to train{expected}"
