@@ -9,13 +9,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from vit_tucker.announce import announce, describe_plan, describe_run, measure_cost
+from vit_tucker.announce import announce, describe_plan, describe_run, measure_latency
 from vit_tucker.build import BuiltModel, build_model
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import ConfigError, StoppedError
+from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
 from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
 from vit_tucker.training.engine import evaluate, fit
@@ -25,16 +26,8 @@ from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import full_state, is_sharded, load_weights, save_weights
+from vit_tucker.training.weights import full_state, load_weights, save_weights
 
-HARMLESS = frozenset(
-    {
-        *("data.root", "data.download", "data.num_workers", "train.eval_batch_size", "train.grad_accum_steps"),
-        *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
-        *("train.log_ranks", "train.trackers", "train.timeout_minutes", "train.latency_batch_size"),
-    }
-)
-"""Keys that may change when a run is continued: they change nothing that it computes beyond rounding."""
 STREAMS = ("wds", "hfids", "tfds")
 """Data sets whose batches depend on the number of loader workers."""
 
@@ -134,8 +127,7 @@ def run_together(
         loaders.close()
     results |= summarise(trainer)
     if accelerator.is_main_process:
-        if config.train.latency_batch_size is not None and not is_sharded(trainer.bare):
-            results["cost"] = measure_cost(config, accelerator, built, trainer.bare)
+        results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
         run_dir.write_results(results)
     best, params = results["best"], built.params
     LOGGER.info(
@@ -190,21 +182,29 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
         refuse_unwritable("output_dir", run_dir.path, folder=True)
         return config, []
     stored = load_config(run_dir.config)
-    written, chosen, given = stored, stored.attention, config.attention
-    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
-        written = stored.model_copy(update={"attention": chosen.without_choices()})
-    differences = config_difference(written, config)
-    streamed = config.data.dataset.partition("/")[0] in STREAMS
-    harmless = HARMLESS - ({"data.num_workers"} if streamed else set())
-    refused = [line for line in differences if line.partition(":")[0] not in harmless]
-    if refused and not allow_changes:
+    changes = changes_of_run(stored, config)
+    if changes and not allow_changes:
         raise ConfigError(
-            f"{run_dir.path} holds a run with another config: {'; '.join(refused)}; choose another output_dir=, remove that "
+            f"{run_dir.path} holds a run with another config: {'; '.join(changes)}; choose another output_dir=, remove that "
             "folder, or continue it with this config by --allow-changes"
         )
-    if given is not None and any(line.startswith("attention.") for line in differences):
-        return config, refused
-    return config.model_copy(update={"attention": chosen}), refused
+    if config.attention is not None and any(line.startswith("attention.") for line in changes):
+        return config, changes
+    return config.model_copy(update={"attention": stored.attention}), changes
+
+
+def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
+    """What differs between the config of a run that began and another, and matters: not the ranks that a rule chose.
+
+    Returns:
+        Lines 'train.lr: 0.001 -> 0.002'.
+    """
+    chosen, given = stored.attention, config.attention
+    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
+        stored = stored.model_copy(update={"attention": chosen.without_choices()})
+    streamed = config.data.dataset.partition("/")[0] in STREAMS
+    harmless = HARMLESS - ({"data.num_workers"} if streamed else set())
+    return [line for line in config_difference(stored, config) if line.partition(":")[0] not in harmless]
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:

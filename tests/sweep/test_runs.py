@@ -150,9 +150,12 @@ def test_recorded_runs_are_done_without_their_folders(tmp_path):
     status, text = sweep("seeds=[0]", "--done", "kept.jsonl", "finetune.train.lr=2e-4")
     assert status == 2
     assert "--done: mha, seed 0 was recorded with another config: train.lr: 0.0015 -> 0.0002" in text
-    assert sweep("--done", "none.jsonl")[1].startswith("error: --done: none.jsonl: No such file")
+    assert sweep("--done", "none.jsonl") == (2, "error: --done: none.jsonl: no such file or folder\n")
     Path("kept.jsonl").write_text("{}\n")
-    assert sweep("--done", "kept.jsonl") == (2, "error: --done: kept.jsonl: not one results.json per line\n")
+    assert sweep("--done", "kept.jsonl") == (
+        2,
+        "error: --done: kept.jsonl, line 1: not the results of a run: no 'name'\n",
+    )
 
 
 def test_a_launcher_starts_the_runs_when_asked(monkeypatch):

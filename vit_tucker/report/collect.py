@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.harmless import HARMLESS
 
 Results = dict[str, Any]
 
@@ -15,12 +16,8 @@ KEPT = "results.jsonl"
 NEEDED = ("name", "config", "environment", "params", "patch", "data", "epochs", "best", "last", "finished")
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""
-HARMLESS = (
-    *("data.root", "data.download", "data.num_workers", "train.cpu", "train.eval_batch_size", "train.grad_accum_steps"),
-    *("train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_hist", "train.log_interval"),
-    *("train.log_ranks", "train.trackers", "train.timeout_minutes", "train.latency_batch_size"),
-)
-"""Keys that change nothing a run computes, beyond rounding."""
+UNTOLD = HARMLESS | {"train.cpu"}
+"""Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def written_config(results: Results) -> dict[str, Any]:
     if attention is not None:
         rules = [rule for rule in attention.get("rules") or [] if rule.get("chosen_by") is None]
         config["attention"] = {**attention, "rules": rules}
-    leaves = {key: leaf for key, leaf in flatten(config).items() if not is_below(key, HARMLESS)}
+    leaves = {key: leaf for key, leaf in flatten(config).items() if not is_below(key, UNTOLD)}
     seed = re.compile(rf"(seed|-){results['config']['seed']}(?=/|$)")
     return {key: seed.sub(r"\1*", leaf) if isinstance(leaf, str) else leaf for key, leaf in leaves.items()}
 

@@ -8,10 +8,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.config.load import config_difference, validate
+from vit_tucker.config.load import validate
 from vit_tucker.config.source import Source
 from vit_tucker.errors import ConfigError
-from vit_tucker.run import HARMLESS, check_folder
+from vit_tucker.report.collect import collect
+from vit_tucker.run import changes_of_run, check_folder
 from vit_tucker.sweep.plan import Job
 from vit_tucker.training.run_dir import RunDir
 
@@ -81,31 +82,21 @@ def finished(results: dict[str, Any]) -> Status:
 
 def refuse_other(job: Job, results: dict[str, Any]) -> None:
     """Raise ConfigError if a record is of another config."""
-    config = validate(Source(dict(results["config"])))
-    if config.attention is not None:
-        config = config.model_copy(update={"attention": config.attention.without_choices()})
-    lines = [line for line in config_difference(config, job.config) if line.partition(":")[0] not in HARMLESS | PLACES]
-    if lines:
-        raise ConfigError(f"--done: {job.name}, seed {job.seed} was recorded with another config: {'; '.join(lines)}")
+    lines = changes_of_run(validate(Source(dict(results["config"]))), job.config)
+    if changes := [line for line in lines if line.partition(":")[0] not in PLACES]:
+        raise ConfigError(f"--done: {job.name}, seed {job.seed} was recorded with another config: {'; '.join(changes)}")
 
 
-def read_records(files: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results by cell and seed, from .jsonl files with the results.json of one run per line.
+def read_records(paths: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Results by cell and seed, see ``collect`` for what the paths may be.
 
     Raises:
-        ConfigError: a file is missing or is none of that kind.
+        ConfigError: a path is missing, or holds no results.
     """
-    records = {}
-    for file in files:
-        try:
-            for line in file.read_text().splitlines():
-                results = json.loads(line)
-                records[results["name"], results["config"]["seed"]] = results
-        except OSError as error:
-            raise ConfigError(f"--done: {file}: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--done: {file}: not one results.json per line") from None
-    return records
+    try:
+        return {(run["name"], run["config"]["seed"]): run for run in (collect(paths).results if paths else ())}
+    except ConfigError as error:
+        raise ConfigError(f"--done: {error}") from None
 
 
 def update_progress(job: Job, status: Status) -> None:
