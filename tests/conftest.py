@@ -1,7 +1,7 @@
 """Shared fixtures: small hosts with non-zero biases, in float64 unless a test says otherwise."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 import vit_tucker
@@ -41,6 +42,15 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1) * 0.1)
     return module
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For whole runs in this process: a folder of their own, and none of Accelerate's state left for the next."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """What is said of a run before it trains: in results.json, on the console, and by --dry-run."""
 
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
 from torch import nn
 
-from vit_tucker.analysis.cost import run_cost
-from vit_tucker.analysis.latency import describe_device
+from vit_tucker.analysis.cost import count_cost, latency_to_dense
+from vit_tucker.analysis.latency import PRECISIONS, describe_device
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
@@ -17,6 +17,7 @@ from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
 from vit_tucker.training.run_dir import LOGGER, environment
 from vit_tucker.training.trainer import Trainer
+from vit_tucker.training.weights import is_sharded
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
@@ -30,32 +31,23 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
         "params": built.params,
         "patch": built.patch,
         "data": {**built.data, "num_eval": loaders.num_eval},
-        "cost": count_cost(built),
+        "cost": count_cost(built.model, built.host, built.data["input_size"]),
         "num_train": loaders.train.num_samples if loaders.train is not None else None,
     }
 
 
-def count_cost(built: BuiltModel) -> dict[str, Any]:
-    """The entry ``cost`` of results.json without latency; None for the operations of hosts that don't run without values."""
-    try:
-        return run_cost(built.model, built.host, built.data["input_size"], "meta", "no", False, 1)
-    except Exception:  # whatever an unknown host's forward pass raises on the meta device: no reason not to train it
-        return {"flops": None, "dense_flops": None, "latency": None}
-
-
-def measure_cost(config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module) -> dict[str, Any]:
-    """The entry ``cost`` of results.json with the latency that ``train.latency_batch_size`` asks for."""
+def measure_latency(
+    config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
+) -> dict[str, Any] | None:
+    """The latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
     size, batch_size = built.data["input_size"], config.train.latency_batch_size
-    assert batch_size is not None
-    dense = config.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    host = create_host(dense, built.num_classes, size[0]).to(accelerator.device)
-    return run_cost(model, host, size, accelerator.device, precision_of(accelerator), True, batch_size)
-
-
-def precision_of(accelerator: Accelerator) -> Literal["no", "bf16", "fp16"]:
-    """The precision that a forward pass runs in."""
-    name = str(accelerator.mixed_precision)
-    return "bf16" if name == "bf16" else "fp16" if name == "fp16" else "no"
+    if batch_size is None or is_sharded(model):
+        return None
+    host = create_host(config.model.untrained(), built.num_classes, size[0]).to(accelerator.device)
+    precision = str(accelerator.mixed_precision)
+    return latency_to_dense(
+        model, host, size, batch_size, accelerator.device, precision if precision in PRECISIONS else "no"
+    )
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:

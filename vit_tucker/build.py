@@ -75,7 +75,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     """
     num_classes, in_chans = classes_and_channels(config)
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
-    host = config.model.model_copy(update={"pretrained": False, "checkpoint": None}) if started else config.model
+    host = config.model.untrained() if started else config.model
     model = create_host(host, num_classes, in_chans)
     dense_total, dense_attention = count_parameters(model)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
@@ -89,9 +89,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     report, attention = None, config.attention
     if attention is not None:
         if started:  # its ranks are those of its config: without conversion there is nothing to choose
-            report = patch_model(
-                model, attention.model_copy(update={"init": "random", "calibration": None}), config, data
-            )
+            report = patch_model(model, attention.unconverted(), config, data)
         else:
             report = patch_model(model, attention, config, data)
             record = patch_record(model)

@@ -39,6 +39,21 @@ def guarded(command: Callable[[], int]) -> int:
         return 130
 
 
+def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with all ``key=value`` in ``overrides``: argparse takes these only where it meets them first.
+
+    Args:
+        parser: with an argument ``overrides``, unless the command takes none.
+        argv: as for ``parse_args``.
+    """
+    args, extra = parser.parse_known_args(argv)
+    if extra and (not hasattr(args, "overrides") or any(text.startswith("-") for text in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.overrides += extra
+    return args
+
+
 def train_main(argv: Sequence[str] | None = None) -> int:
     """``experiments/train_vit.py`` and ``./run.sh train``."""
     parser = argparse.ArgumentParser(
@@ -54,10 +69,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan: model, patch, groups, steps, memory")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys to override, values in YAML")
-    args, extra = parser.parse_known_args(argv)
-    if extra and any(text.startswith("-") for text in extra):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    args.overrides += extra  # argparse takes the overrides only where it meets them first
+    args = parse_with_overrides(parser, argv)
     return guarded(lambda: _train(args))
 
 
@@ -140,11 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("methods", help="names of the registered attention methods")
     schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
     schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
-    args, extra = parser.parse_known_args(argv)
-    if extra and (not hasattr(args, "overrides") or any(text.startswith("-") for text in extra)):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    if extra:  # argparse takes the overrides only where it meets them first
-        args.overrides += extra
+    args = parse_with_overrides(parser, argv)
     return guarded(lambda: _COMMANDS[args.command](args))
 
 

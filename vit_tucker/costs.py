@@ -58,7 +58,7 @@ class HostFactory:
 
     def __init__(self, config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> None:
         self.config, self.num_classes, self.in_chans = config, num_classes, in_chans
-        self.bare = config.model_copy(update={"pretrained": False, "checkpoint": None})
+        self.bare = config.untrained()
 
     def structure(self) -> nn.Module:
         """The model without weights, on the meta device where it can be."""
@@ -157,7 +157,7 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
     Raises:
         ConfigError: ranks are to be chosen from weights, and there are none.
     """
-    config = config.model_copy(update={"init": "random", "calibration": None})
+    config = config.unconverted()
     if config.rank_rule is None or any(rule.chosen_by == config.rank_rule for rule in config.rules):
         return config
     if not host.has_weights:

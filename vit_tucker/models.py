@@ -79,7 +79,7 @@ def create_teacher(
     Raises:
         ConfigError: the host has no trained weights. CheckpointError: the weights are missing or don't fit.
     """
-    bare = config.model_copy(update={"pretrained": False, "checkpoint": None})
+    bare = config.untrained()
     if kept.is_file():
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)

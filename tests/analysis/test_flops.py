@@ -8,7 +8,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, small_model
-from vit_tucker.analysis.flops import count_model_flops
+from vit_tucker.analysis.flops import count_model_flops, known_flops
 from vit_tucker.analysis.host_map import build_structure
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.patching.find import find_attention
@@ -99,3 +99,4 @@ def test_models_that_need_values_are_run_on_the_cpu():
     assert count_model_flops(model, (3, 4, 4)) == 2 * 48 * 8
     with pytest.raises(RuntimeError, match=r"(?i)meta"):
         count_model_flops(model.to("meta"), (3, 4, 4))
+    assert known_flops(model, (3, 4, 4)) is None

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from vit_tucker.analysis.cost import run_cost
+from vit_tucker.analysis.cost import count_cost, latency_to_dense
 from vit_tucker.analysis.flops import count_model_flops
 from vit_tucker.analysis.latency import measure_latency
 from vit_tucker.errors import ConfigError
@@ -86,14 +86,14 @@ def test_wrong_arguments_are_refused(wrong):
 def test_cost_of_a_run(make_vit):
     dense, model = make_vit(dtype=torch.float32), make_vit(dtype=torch.float32)
     vt.patch(model, vt.TuckerConfig(ranks=(2, 4, 4)), keep_originals=False)
-    cost = run_cost(model, dense, SIZE, torch.device("cpu"), "no", False, 2)
+    cost = count_cost(model, dense, SIZE)
     assert cost == {
         "flops": count_model_flops(model, SIZE),
         "dense_flops": count_model_flops(dense, SIZE),
         "latency": None,
     }
     assert cost["flops"] < cost["dense_flops"]
-    latency = run_cost(model, dense, SIZE, "cpu", "no", True, 2, turns=2, seconds=0.0)["latency"]
+    latency = latency_to_dense(model, dense, SIZE, 2, "cpu", "no", turns=2, seconds=0.0)
     assert list(latency) == [
         *("device", "precision", "threads", "batch_size", "turns"),
         *("ms", "ratio", "ratio_low", "ratio_high", "dense_ms"),

@@ -99,13 +99,12 @@ def test_idx_files_are_checked(tmp_path, content, message):
         read_idx(packed, 3)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_in_its_real_format(tmp_path, monkeypatch, name):
-    """Python pickles of (10000, 3072) arrays in the archive's layout; torchvision checks their MD5, here that of ours."""
+def write_cifar(root, name, monkeypatch, train=(3, 1, 4, 1), test=(5, 9, 2, 6)):
+    """Python pickles of (n, 3072) arrays in the archive's layout; torchvision checks their MD5, here that of ours."""
     cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
-    folder = tmp_path / cls.base_folder
-    folder.mkdir()
-    pixels = RNG.integers(0, 256, (4, 3072), dtype=np.uint8)
+    folder = root / cls.base_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 256, (len(train), 3072), dtype=np.uint8)
     key = "labels" if name == "cifar10" else "fine_labels"
 
     def write(file, content):
@@ -113,20 +112,25 @@ def test_cifar_in_its_real_format(tmp_path, monkeypatch, name):
         (folder / file).write_bytes(data)
         return [file, hashlib.md5(data).hexdigest()]
 
+    for split, labels in (("train_list", train), ("test_list", test)):
+        batches = [write(file, {"data": pixels[: len(labels)], key: list(labels)}) for file, _ in getattr(cls, split)]
+        monkeypatch.setattr(cls, split, batches)
+    names = {"label_names": list("abcdefghij"), "fine_label_names": list("abcdefghij")}
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": write(cls.meta["filename"], names)[1]})
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "batches"), [("cifar10", "cifar-10-batches-py", 5), ("cifar100", "cifar-100-python", 1)]
+)
+def test_cifar_in_its_real_format(tmp_path, monkeypatch, name, folder, batches):
     with pytest.raises(
-        DataError, match=rf"{name} not found or not intact, searched {folder}; .*download=true, or unpack"
+        DataError, match=rf"{name} not found or not intact, searched {tmp_path / folder}; .*download=true, or unpack"
     ):
         load(name, root=tmp_path)
-    batches = [write(file, {"data": pixels, key: [3, 1, 4, 1]}) for file, _ in cls.train_list]
-    monkeypatch.setattr(cls, "train_list", batches)
-    monkeypatch.setattr(
-        cls, "test_list", [write(file, {"data": pixels, key: [5, 9, 2, 6]}) for file, _ in cls.test_list]
-    )
-    names = {"label_names": list("abcdefghij"), "fine_label_names": list("abcdefghij")}
-    meta = write(cls.meta["filename"], names)
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": meta[1]})
+    pixels = write_cifar(tmp_path, name, monkeypatch)
     train = load(name, root=tmp_path)
-    assert len(train) == 4 * len(batches)
+    assert len(train) == 4 * batches
     assert train[2][1] == 4
     assert np.array_equal(np.asarray(train[1][0]), pixels[1].reshape(3, 32, 32).transpose(1, 2, 0))
     assert load(name, "validation", root=tmp_path)[1][1] == 9

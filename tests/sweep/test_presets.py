@@ -1,15 +1,10 @@
 """The shipped sweeps of CIFAR and ImageNet: each starts, on data of the real format, and costs what its header says."""
 
-import pickle
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torchvision.datasets as tv
-from accelerate.state import AcceleratorState, PartialState
-from PIL import Image
 
+from tests.data.test_datasets import write_cifar, write_folder
 from vit_tucker.config.load import load_config
 from vit_tucker.config.source import package_configs
 from vit_tucker.run import run
@@ -17,45 +12,17 @@ from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
 from vit_tucker.sweep.plan import load_sweep
 
 PRESETS = sorted(f.stem for f in (package_configs() / "sweeps").glob("fig3_*_vit_*.yaml"))
-COUNT = 8
-
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-
-
-def write_cifar(root: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The python version of CIFAR: pickled dictionaries of rows of 3,072 bytes."""
-    cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)  # the real files' MD5 sums
-    folder, rows = root / cls.base_folder, np.random.default_rng(0).integers(0, 256, (COUNT, 3072), dtype=np.uint8)
-    folder.mkdir(parents=True)
-    labels = "labels" if name == "cifar10" else "fine_labels"
-    for file, _ in (*cls.train_list, *cls.test_list):
-        (folder / file).write_bytes(pickle.dumps({"data": rows, labels: list(range(COUNT))}))
-    classes = [str(number) for number in range(10 if name == "cifar10" else 100)]
-    (folder / cls.meta["filename"]).write_bytes(pickle.dumps({cls.meta["key"]: classes}))
-
-
-def write_imagenet(root: Path) -> None:
-    """JPEG files in folders of synsets."""
-    for split in ("train", "val"):
-        for number in range(COUNT):
-            file = root / split / f"n{number % 2:08d}" / f"{number}.JPEG"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            pixels = np.random.default_rng(number).integers(0, 256, (60, 80, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(file, "JPEG")
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_steps_on_data_of_the_real_format(preset, tmp_path, monkeypatch):
     """With the preset's own host and recipe, but one narrow block, no download, and batches that fit here."""
     root, dataset = tmp_path / "data", preset.split("_")[1]
-    write_imagenet(root) if dataset == "imagenet" else write_cifar(root, dataset, monkeypatch)
+    if dataset == "imagenet":
+        write_folder(root, count=4)
+    else:
+        write_cifar(root, dataset, monkeypatch, train=range(8))
     small = [
         "set.model.pretrained=false",
         "set.model.depth=1",
@@ -67,9 +34,8 @@ def test_two_steps_on_data_of_the_real_format(preset, tmp_path, monkeypatch):
     small += ["set.train.latency_batch_size=null", "set.data.num_samples=8", "set.train.grad_accum_steps=1"]
     job = load_sweep(f"sweeps/{preset}", [*small, "seeds=[4]"]).jobs[-1]
     assert job.name.startswith("tucker")
-    config, attention = job.config, job.config.attention
-    attention = attention.model_copy(update={"init": "random", "calibration": None})
-    results = run(config.model_copy(update={"attention": attention}))
+    config = job.config.model_copy(update={"attention": job.config.attention.unconverted()})
+    results = run(config)
     assert results["num_train"] // config.train.global_batch_size == 2
     assert results["patch"]["layers"][0]["method"] == "tucker"
     assert results["params"]["attention"] < results["params"]["dense_attention"] / 5

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 import vit_tucker as vt
-from vit_tucker.analysis.cost import run_cost
+from vit_tucker.analysis.cost import latency_to_dense
 from vit_tucker.config.load import load_config
 from vit_tucker.data.loaders import TrainLoader
 from vit_tucker.report.compare import comparison, save_comparison
@@ -26,12 +25,7 @@ TINY += ["train.global_batch_size=64", "train.lr=2e-3"]  # 22 steps per epoch
 RANKS = "attention.ranks=[3, 8, 8]"
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def config(*overrides: str, base: str = "digits/tucker_r16") -> vt.AttentionConfig:
@@ -155,7 +149,7 @@ def test_another_config_on_the_same_folder_is_refused():
 
 def test_latency_is_measured_where_asked_for(monkeypatch):
     """At the end, and it changes nothing that was trained."""
-    monkeypatch.setattr("vit_tucker.announce.run_cost", partial(run_cost, turns=3, seconds=0.01))
+    monkeypatch.setattr("vit_tucker.announce.latency_to_dense", partial(latency_to_dense, turns=3, seconds=0.01))
     without = run(config("output_dir=a", "train.epochs=1"))
     results = run(config("output_dir=b", "train.epochs=1", "train.latency_batch_size=3"))
     assert same(weights("a"), weights("b"))

@@ -40,6 +40,14 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
         return _count(probe, torch.zeros(1, *input_size, dtype=dtype))
 
 
+def known_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
+    """``count_model_flops``, or None where the forward pass of an unknown host does not run without values."""
+    try:
+        return count_model_flops(model, input_size)
+    except Exception:  # whatever it raises on the meta device: no reason not to train it
+        return None
+
+
 def _count(model: nn.Module, images: torch.Tensor) -> int:
     model.eval().requires_grad_(False)  # the counter's module hooks fail on views of parameters otherwise
     # torch counts nothing in the CPU's fused kernel, and in others the same as in the plain matrix products

@@ -233,6 +233,10 @@ class AttentionConfig(BaseModel):
         """The config as its author wrote it: without the ranks that rank rules chose."""
         return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})
 
+    def unconverted(self) -> Self:
+        """The same layers from their own initialisation: for structures, and for weights that come from elsewhere."""
+        return self.model_copy(update={"init": "random", "calibration": None})
+
     @abstractmethod
     def check(self, spec: HostSpec) -> None:
         """Raise PatchError with the reason if the method with these options can't replace such a host."""

@@ -52,6 +52,10 @@ class ModelConfig(Section):
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1, description="Stochastic depth.")
     model_kwargs: dict[str, Any] = Field(default={}, description="Any other argument of timm.create_model.")
 
+    def untrained(self) -> "ModelConfig":
+        """The same model with timm's initialisation."""
+        return self.model_copy(update={"pretrained": False, "checkpoint": None})
+
     def timm_kwargs(self) -> dict[str, Any]:
         """Arguments of timm.create_model beyond name, pretrained and checkpoint."""
         own = {"name", "pretrained", "checkpoint", "model_kwargs"}

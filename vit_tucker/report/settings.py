@@ -159,7 +159,7 @@ class Setting:
     @cached_property
     def flops(self) -> float | None:
         """Operations of the whole model per image, mean over the seeds; None where a run does not say."""
-        costs = [cost["flops"] for run in self.runs if (cost := run.get("cost"))]
+        costs = [cost["flops"] for run in self.runs if (cost := run.get("cost")) and cost["flops"] is not None]
         return mean(costs) if len(costs) == len(self.runs) else None
 
     @cached_property

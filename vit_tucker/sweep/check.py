@@ -1,17 +1,16 @@
 """What can be known of a sweep's runs before any of them starts: what is wrong with them, and what they cost."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 from torch import nn
 
-from vit_tucker.analysis.flops import count_model_flops
+from vit_tucker.analysis.flops import known_flops
 from vit_tucker.build import classes_and_channels
+from vit_tucker.costs import HostFactory
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.errors import PatchError
-from vit_tucker.models import create_host
 from vit_tucker.patching.patch import plan
-from vit_tucker.patching.probe import input_shape, without_weights
+from vit_tucker.patching.probe import input_shape
 from vit_tucker.sweep.plan import Job
 
 TRAINING = 3
@@ -38,18 +37,15 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     flops: dict[str, int | None] = {}
     for job in {job.name: job for job in jobs}.values():
         model, attention = job.config.model, job.config.attention
-        arguments = (
-            model.model_copy(update={"pretrained": False, "checkpoint": None}),
-            *classes_and_channels(job.config),
-        )
-        if (key := repr(arguments)) not in hosts:
-            host = without_weights(partial(create_host, *arguments))
-            hosts[key] = host, dense_flops(host, model.img_size)
+        factory = HostFactory(model, *classes_and_channels(job.config))
+        if (key := repr(vars(factory))) not in hosts:
+            host = factory.structure()
+            hosts[key] = host, known_flops(host, input_shape(host, model.img_size))
         host, dense = hosts[key]
         flops[job.name] = dense
         if attention is None or attention.rank_rule is not None:
             continue
-        bare = attention.model_copy(update={"init": "random", "calibration": None})
+        bare = attention.unconverted()
         if (patched := f"{key}{bare!r}") not in saved:
             try:
                 report = plan(host, bare, img_size=model.img_size)
@@ -58,14 +54,6 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
             saved[patched] = (report.flops_before or 0) - (report.flops_after or 0)
         flops[job.name] = None if dense is None else dense - saved[patched]
     return flops
-
-
-def dense_flops(host: nn.Module, img_size: int | tuple[int, int] | None) -> int | None:
-    """Operations of a host's forward pass per image; None if they can't be counted."""
-    try:
-        return count_model_flops(host, input_shape(host, img_size))
-    except Exception:  # whatever an unknown host raises on the meta device: no reason not to train it
-        return None
 
 
 def training_flops(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> int | None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from vit_tucker.cli import guarded
+from vit_tucker.cli import guarded, parse_with_overrides
 
 
 def sweep_main(argv: Sequence[str] | None = None) -> int:
@@ -29,17 +29,15 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
         "--done",
         nargs="+",
         default=[],
-        metavar="FILE",
-        help="results.jsonl of runs that are done though their folders are not here",
+        metavar="RESULTS",
+        help="results.jsonl, or its folder: these runs are done though their own folders are not here",
     )
     parser.add_argument("--dry-run", action="store_true", help="show the runs and where they stand")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="the sweep's keys, e.g. seeds=[0,1] set.data.root=/data"
     )
-    args, extra = parser.parse_known_args(argv)
-    if extra and any(text.startswith("-") for text in extra):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    for values in (args.only, args.done, args.seeds, extra):  # argparse gives overrides to the option before them
+    args = parse_with_overrides(parser, argv)
+    for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
         values[:] = [text for text in values if "=" not in text]
     return guarded(lambda: _sweep(args))
