@@ -13,6 +13,8 @@ from vit_tucker.harmless import HARMLESS
 Results = dict[str, Any]
 
 KEPT = "results.jsonl"
+SWEEP = "sweep.yaml"
+"""A sweep's file, kept beside its runs and its results."""
 NEEDED = ("name", "config", "environment", "params", "patch", "data", "epochs", "best", "last", "finished")
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""

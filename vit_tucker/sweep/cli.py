@@ -51,6 +51,7 @@ def _positive(text: str) -> int:
 
 def _sweep(args: argparse.Namespace) -> int:
     from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.report.collect import SWEEP
     from vit_tucker.sweep.board import Display
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
     from vit_tucker.sweep.plan import load_sweep, select
@@ -70,7 +71,7 @@ def _sweep(args: argparse.Namespace) -> int:
             print(describe_cost(training_flops(left, flops)))
         return 0
     sweep.output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(sweep.file, sweep.output_dir / "sweep.yaml")
+    shutil.copyfile(sweep.file, sweep.output_dir / SWEEP)
     slots = share_machine(args.jobs, args.launch, visible_gpus(), sweep.keep_checkpoints)
     status = Runner(jobs, statuses, slots, display).run()
     display.close()
