@@ -45,10 +45,10 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 @pytest.fixture
-def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """For whole runs in this process: a folder of their own, and none of Accelerate's state left for the next."""
     monkeypatch.chdir(tmp_path)
-    yield
+    yield tmp_path
     AcceleratorState._reset_state()
     PartialState._reset_state()
 

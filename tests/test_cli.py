@@ -15,12 +15,6 @@ ROOT = Path(__file__).parents[1]
 TINY = ["model.depth=1", "model.embed_dim=32", "train.epochs=1", "train.warmup_epochs=0"]
 
 
-@pytest.fixture
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=process_environment(), timeout=300)

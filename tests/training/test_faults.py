@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import vit_tucker as vt
 from tests.training.processes import fork
-from tests.training.test_run import config, in_tmp, same, weights
+from tests.training.test_run import config, same, weights
 from vit_tucker import run as run_module
 from vit_tucker.config.load import load_config
 from vit_tucker.errors import DivergedError, SaveError
@@ -23,7 +23,7 @@ from vit_tucker.training import engine, state
 from vit_tucker.training.state import _fingerprint
 from vit_tucker.training.trainer import Trainer
 
-__all__ = ["in_tmp"]  # the fixture of whole runs in this process
+pytestmark = pytest.mark.usefixtures("in_tmp")
 WILD = ["train.lr=1e18", "train.opt=sgd", "train.clip_grad=null", "train.warmup_epochs=0"]
 
 

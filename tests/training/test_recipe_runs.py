@@ -12,14 +12,14 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import vit_tucker as vt
-from tests.training.test_run import config, in_tmp, same, weights
+from tests.training.test_run import config, same, weights
 from vit_tucker.cli import train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.run import run
 from vit_tucker.trainer_setup import checkpoint_activations
 from vit_tucker.training import engine
 
-__all__ = ["in_tmp"]
+pytestmark = pytest.mark.usefixtures("in_tmp")
 LOW = "attention={method: tucker, ranks: [2, 4, 4]}"
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
-from tests.training.test_run import config, in_tmp, weights
+from tests.training.test_run import config, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.run import run
 from vit_tucker.training.weights import weights_metadata
 
-__all__ = ["in_tmp"]  # an autouse fixture: a folder of its own for each test
+pytestmark = pytest.mark.usefixtures("in_tmp")
 BUDGET = "attention.ranks={budget: 0.4, multiple_of: 4}"
 
 
