@@ -29,9 +29,25 @@ def test_vit_c_is_a_host():
     report = patch(model, vt.TuckerConfig(ranks=(8, 256, 256)), img_size=28)
     assert report.flops_before == 16 * 2 * 4 * 256**2 + 2 * 2 * 16**2 * 256
     torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)  # float32, full rank
-    halved = make("model.model_kwargs={stem_channels: [16, 256]}", "model.depth=1")
+    halved = make("model.model_kwargs={stem_channels: [16, 256], stem_strides: [1, 2]}")
     assert halved.forward_features(images).shape == (2, 196, 256)
     assert not torch.allclose(halved(images), before, atol=1e-2)
+
+
+@torch.no_grad()
+def test_vit_c_attends_as_told_and_its_patch_too():
+    for fused in (True, False):
+        model = make(f"model.model_kwargs={{fused_attn: {str(fused).lower()}}}")
+        assert model.blocks[0].attn.fused_attn is fused
+        patch(model, vt.GQAConfig(num_kv_heads=2), img_size=28)
+        assert model.blocks[0].attn.fused_attn is fused
+
+
+def test_vit_c_refuses_strides_that_do_not_pair():
+    with pytest.raises(
+        ConfigError, match=r"vit_c can't be built: stem_channels \(16, 256\) and stem_strides .* differ"
+    ):
+        make("model.model_kwargs={stem_channels: [16, 256]}")
 
 
 def test_a_plugin_that_is_nowhere_is_one_line():

@@ -30,27 +30,45 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vit_c(
-    pretrained: bool = False, stem_channels: Sequence[int] = (32, 64, 128, 256), **kwargs: Any
+    pretrained: bool = False,
+    stem_channels: Sequence[int] = (32, 64, 64, 128, 128, 256),
+    stem_strides: Sequence[int] = (1, 2, 1, 2, 1, 2),
+    fused_attn: bool | None = None,
+    **kwargs: Any,
 ) -> VisionTransformer:
     """The model.
 
     Args:
         pretrained: weights must be given by ``model.checkpoint``: there are none to download.
-        stem_channels: of each convolution; the first has stride 1, the others 2. The last is the embed_dim.
+        stem_channels: of each convolution. The last is the embed_dim.
+        stem_strides: of each convolution; their product is the pixels per token and side.
+        fused_attn: attention on scaled_dot_product_attention (None: as timm decides). In bfloat16 on a CPU its backward
+            pass is slower than plain matrix products: five times for 16 tokens in torch 2.14.
         kwargs: of VisionTransformer.
 
     Returns:
         A ViT with one token per pixel of the stem's output.
+
+    Raises:
+        ValueError: as many strides as channels are needed.
     """
+    if len(stem_channels) != len(stem_strides):
+        raise ValueError(
+            f"stem_channels {tuple(stem_channels)} and stem_strides {tuple(stem_strides)} differ in length"
+        )
     stem = ConvStem(
         kwargs.get("in_chans", 3),
         len(stem_channels),
         tuple(stem_channels),
         kernel_size=3,
-        stride=(1, *(2,) * (len(stem_channels) - 1)),
+        stride=tuple(stem_strides),
         padding=1,
     )
     arguments = {"img_size": 28, "patch_size": 1, "embed_dim": stem_channels[-1], **kwargs}
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         VisionTransformer, "vit_c", pretrained, embed_layer=partial(HybridEmbed, backbone=stem, proj=False), **arguments
     )
+    if fused_attn is not None:
+        for block in model.blocks:
+            block.attn.fused_attn = fused_attn
+    return model
