@@ -65,6 +65,25 @@ def test_position_embedding_head_and_channels_are_adapted(tmp_path, source):
     torch.testing.assert_close(model.patch_embed.proj.weight, summed)
 
 
+def test_channels_are_adapted_behind_a_convolutional_stem_too(tmp_path, caplog):
+    """From one channel to one, without a warning of timm's that the model's usual images have three; and from one to three."""
+    sizes = {"name": "vit_tiny_r_s16_p8_224", "img_size": 64, "depth": 1}
+    one = create_host(ModelConfig(**sizes), num_classes=10, in_chans=1)
+    save_file(one.state_dict(), str(tmp_path / "m.safetensors"))
+    stems = [
+        create_host(ModelConfig(**sizes, checkpoint=str(tmp_path / "m.safetensors")), 10, channels)
+        .get_submodule("patch_embed.backbone.conv")
+        .weight
+        for channels in (1, 3)
+    ]
+    saved = one.get_submodule("patch_embed.backbone.conv").weight
+    assert torch.equal(stems[0], saved)
+    torch.testing.assert_close(
+        stems[1], saved.repeat(1, 3, 1, 1) / 3
+    )  # a grey image in three channels: the same features
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
 def test_converted_checkpoint_keeps_the_logits(tmp_path, source):
     save_file(source.state_dict(), str(tmp_path / "m.safetensors"))
     model = create_host(host_config(checkpoint=str(tmp_path / "m.safetensors")), 10, 3).eval()

@@ -12,7 +12,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import is_model, list_models, load_state_dict, parse_model_name
+from timm.models import get_pretrained_cfg, is_model, list_models, load_state_dict, parse_model_name
 from torch import nn
 
 from vit_tucker.config.schema import ModelConfig
@@ -41,7 +41,9 @@ def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: i
     given = {"num_classes": num_classes, "in_chans": in_chans}
     kwargs = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
     if config.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(Path(config.checkpoint).expanduser(), num_classes)
+        kwargs["pretrained_cfg_overlay"] = weights_overlay(
+            Path(config.checkpoint).expanduser(), config.name, num_classes
+        )
     try:
         with weights_only():
             model = timm.create_model(config.name, pretrained=pretrained, **kwargs)
@@ -139,8 +141,8 @@ def weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def weights_overlay(checkpoint: Path, num_classes: int | None) -> dict[str, Any]:
-    """pretrained_cfg entries that make timm load a checkpoint as if it were its own: filtered, resampled, head adapted.
+def weights_overlay(checkpoint: Path, name: str, num_classes: int | None) -> dict[str, Any]:
+    """pretrained_cfg entries that make timm load a checkpoint as if it were its own: filtered, resampled, head and stem adapted.
 
     Raises:
         CheckpointError: missing, unreadable, or of a patched model.
@@ -159,10 +161,17 @@ def weights_overlay(checkpoint: Path, num_classes: int | None) -> dict[str, Any]
     head = next((state[k] for k in ("head.weight", "head.fc.weight", "fc.weight") if k in state), None)
     if head is not None or num_classes is not None:
         overlay["num_classes"] = num_classes if head is None else head.shape[0]
-    stem = state.get("patch_embed.proj.weight")
-    if stem is not None and stem.ndim == 4:
-        overlay["input_size"] = (stem.shape[1], 224, 224)
+    stems = [state[f"{conv}.weight"] for conv in first_convs(name) if f"{conv}.weight" in state]
+    if stems and stems[0].ndim == 4:
+        overlay["input_size"] = (stems[0].shape[1], 224, 224)
     return overlay
+
+
+def first_convs(name: str) -> tuple[str, ...]:
+    """Modules of a timm model that see the image, by its pretrained_cfg; ``patch_embed.proj`` where it names none."""
+    cfg = get_pretrained_cfg(name) if is_model(name.partition(".")[0]) else None
+    named = cfg.first_conv if cfg else None
+    return (named,) if isinstance(named, str) else tuple(named or ("patch_embed.proj",))
 
 
 def checkpoint_file(path: Path) -> Path:
