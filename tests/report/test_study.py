@@ -82,6 +82,17 @@ def test_hosts_and_data_sets_are_never_mixed(tmp_path, no_figures):
     assert "50.0" not in settings[1]
 
 
+def test_images_are_those_that_the_recipe_trained_on(tmp_path, no_figures):
+    runs = study(seeds=1)
+    for run in runs:
+        run["num_train"] = 60_000 if run["name"] == "start" else 40_000
+    assert runs[0]["name"] == "start"
+    write_study([write_runs(tmp_path / "runs", runs)], tmp_path / "out")
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert "40000 training and 360 evaluation images" in text
+    assert "60000" not in text
+
+
 def test_mistakes_change_nothing(tmp_path, no_figures):
     write_runs(tmp_path / "runs", study(seeds=1))
     out = tmp_path / "out"

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any, NamedTuple
 
 import yaml
@@ -196,8 +197,9 @@ def facts(section: Section) -> str:
         f"dense reference {dense.name} ({section.describe_recipe(dense) or 'the same recipe'})")  # fmt: skip
     commits = distinct(commit for setting in section.settings for commit in setting.commits.split(", "))
     dates = sorted({run["finished"] for run in runs})
+    images = mode(run["num_train"] for run in runs)  # those of the recipe: a start may have seen more
     return (
-        f"{first['num_train']} training and {first['data']['num_eval'] or 'streamed'} evaluation images; {', '.join(shown)}; "
+        f"{images} training and {first['data']['num_eval'] or 'streamed'} evaluation images; {', '.join(shown)}; "
         f"{len(runs)} runs, seeds {seed_list(seeds)}; {reference}. {machine}; {versions}; commit {commits}; finished "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )
