@@ -93,6 +93,21 @@ def test_images_are_those_that_the_recipe_trained_on(tmp_path, no_figures):
     assert "60000" not in text
 
 
+def test_one_epoch_makes_no_curves(tmp_path):
+    runs = study(seeds=1)
+    for run in runs:
+        run["curve"] = run["curve"][-1:]
+    (output,) = write_study([write_runs(tmp_path / "one", runs)], tmp_path / "out").outputs
+    assert "Training" not in output.parts
+    assert output.notes == [
+        "No training curves, nor epochs to recover: no setting was evaluated after more than one epoch."
+    ]
+    assert not [file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(("curves", "recovery"))]
+    (output,) = write_study([write_runs(tmp_path / "eight", study(seeds=1))], tmp_path / "out").outputs
+    assert output.parts["Training"].figure == "curves.png"
+    assert not output.notes
+
+
 def test_mistakes_change_nothing(tmp_path, no_figures):
     write_runs(tmp_path / "runs", study(seeds=1))
     out = tmp_path / "out"

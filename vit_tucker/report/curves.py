@@ -32,6 +32,12 @@ def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
     return epochs[0], np.array([[float(row[key]) for row in curve] for curve in curves])
 
 
+def has_course(settings: Sequence[Setting]) -> bool:
+    """Some setting was seen at more than one epoch; else there is no curve to draw and no epoch to tell from another."""
+    curves = [curve_of(setting, key) for setting in settings for key, _ in ROWS]
+    return any(curve is not None and len(curve[0]) > 1 for curve in curves)
+
+
 def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
     """The first epoch at which the mean top-1 over seeds reaches an accuracy; None if it never does or there is no curve."""
     curve = curve_of(setting, "eval_top1")
@@ -41,10 +47,10 @@ def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
 
 
 def recovery_table(section: Section) -> Table | None:
-    """Epochs to come within some points of the dense mean; None without a dense setting or curves."""
+    """Epochs to come within some points of the dense mean; None without a dense setting or curves of several epochs."""
     dense = section.dense
     settings = [s for s in section.comparable if curve_of(s, "eval_top1") is not None]
-    if dense is None or not settings:
+    if dense is None or not has_course(settings):
         return None
     header = ["config", "method", "options", "init", "attention params", *(f"dense - {points:g}" for points in POINTS)]
     rows, raw = [], []
@@ -85,11 +91,11 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
         patterns: names of configs, with wildcards; all if empty.
 
     Returns:
-        The name of the PNG, None if no setting has a curve.
+        The name of the PNG, None if no setting has a curve of several epochs.
     """
     chosen = [s for s in section.comparable if not patterns or any(fnmatchcase(s.name, p) for p in patterns)]
     drawn = [s for s in chosen if curve_of(s, "eval_top1") is not None]
-    if not drawn:
+    if not has_course(drawn):
         return None
     series = list(dict.fromkeys(s.series for s in drawn))
     width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
@@ -134,7 +140,7 @@ def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> 
         return
     epochs, values = curve
     means = values.mean(0)
-    axis.plot(epochs, means, linewidth=0.9, **style)
+    axis.plot(epochs, means, linewidth=0.9, marker="" if len(epochs) > 1 else ".", **style)
     if len(values) > 1:
         spread = values.std(0, ddof=1)
         axis.fill_between(epochs, means - spread, means + spread, color=style["color"], alpha=0.15, linewidth=0)

@@ -19,7 +19,7 @@ from vit_tucker.report.ablations import (
     usual_options,
 )
 from vit_tucker.report.collect import KEPT, SWEEP, collect, write_results
-from vit_tucker.report.curves import check_patterns, draw_curves, recovery_table
+from vit_tucker.report.curves import check_patterns, draw_curves, has_course, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
 from vit_tucker.report.formats import Table
 from vit_tucker.report.matched import Comparison, compare_methods
@@ -152,6 +152,8 @@ def write_section(
         parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
         parts["In short"] = Part(headline_table(comparison), None)
     parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
+    if not has_course(section.comparable):
+        notes.append("No training curves, nor epochs to recover: no setting was evaluated after more than one epoch.")
     for option in dict.fromkeys((*usual_options(section), *options)):
         if lines := lines_of(section, option):
             figure = draw_ablation(option, lines, folder)
