@@ -12,7 +12,7 @@ from vit_tucker.report.ablations import ablation_table, check_options, draw_abla
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.report.style import COLOURS, accuracy_axis
+from vit_tucker.report.style import COLOURS, accuracy_axis, log_axis
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 
@@ -59,6 +59,18 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     halves = sorted(np.ptp(segment[:, 1]) / 2 for segment in segments)
     assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable))
     assert len(segments) == len(section.comparable)  # "worse" is drawn too, off the line
+
+
+@pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])
+def test_a_log_axis_has_ticks_to_read_its_values_by(low, high):
+    figure, axis = plt.subplots()
+    axis.plot([low, high], [1, 2])
+    log_axis(axis, low, high)
+    inside = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+    assert 3 <= len(inside) <= 8
+    labels = [axis.xaxis.get_major_formatter()(tick) for tick in inside]
+    assert len(set(labels)) == len(labels)
+    plt.close(figure)
 
 
 def test_missing_costs_are_left_out_and_said(drawn, tmp_path):

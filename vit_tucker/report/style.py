@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vit_tucker.report.formats import short_count
 
@@ -28,6 +28,8 @@ OTHER_MARKERS = ("v", "P", "X", "d")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "d")
 TICK_DIGITS = ((6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (float("inf"), (1,)))
 """First digits of a log axis' ticks, by the ratio of its ends."""
+NARROW = 2.5
+"""A log axis whose ends have a smaller ratio has its ticks at equal distances: few of them start with those digits."""
 ACCURACY_TICKS = (0, 30, 50, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 99.3, 99.5, 99.7, 99.8, 99.9)
 WIDE = 8.0
 """Errors that differ by more are drawn on a log scale."""
@@ -63,7 +65,10 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     """A log axis of x whose ticks read 20k, 50k, 100k, with as many of them as fit."""
     axis.set_xscale("log")
     digits = next(digits for ratio, digits in TICK_DIGITS if high / low < ratio)
-    axis.xaxis.set_major_locator(LogLocator(subs=digits, numticks=20))
+    narrow = high / low < NARROW
+    axis.xaxis.set_major_locator(
+        MaxNLocator(6, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=digits, numticks=20)
+    )
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axis.xaxis.set_minor_locator(NullLocator())
 
