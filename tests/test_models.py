@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 import vit_tucker as vt
 from vit_tucker.config.schema import ModelConfig
+from vit_tucker.errors import CheckpointError
 from vit_tucker.models import checkpoint_file, count_parameters, create_host
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
@@ -78,10 +79,16 @@ def test_channels_are_adapted_behind_a_convolutional_stem_too(tmp_path, caplog):
     ]
     saved = one.get_submodule("patch_embed.backbone.conv").weight
     assert torch.equal(stems[0], saved)
-    torch.testing.assert_close(
-        stems[1], saved.repeat(1, 3, 1, 1) / 3
-    )  # a grey image in three channels: the same features
+    # a grey image in three channels gives the same features
+    torch.testing.assert_close(stems[1], saved.repeat(1, 3, 1, 1) / 3)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_an_unknown_tag_is_one_line_with_a_checkpoint_too(tmp_path, source):
+    save_file(source.state_dict(), str(tmp_path / "m.safetensors"))
+    config = ModelConfig(name="vit_tiny_patch16_224.nowhere", checkpoint=str(tmp_path / "m.safetensors"), **SMALL)
+    with pytest.raises(CheckpointError, match="vit_tiny_patch16_224.nowhere: Invalid pretrained tag"):
+        create_host(config)
 
 
 def test_converted_checkpoint_keeps_the_logits(tmp_path, source):

@@ -169,7 +169,8 @@ def weights_overlay(checkpoint: Path, name: str, num_classes: int | None) -> dic
 
 def first_convs(name: str) -> tuple[str, ...]:
     """Modules of a timm model that see the image, by its pretrained_cfg; ``patch_embed.proj`` where it names none."""
-    cfg = get_pretrained_cfg(name) if is_model(name.partition(".")[0]) else None
+    architecture = name.partition(".")[0]  # a tag may be unknown, and its weights see images as the architecture does
+    cfg = get_pretrained_cfg(architecture) if is_model(architecture) else None
     named = cfg.first_conv if cfg else None
     return (named,) if isinstance(named, str) else tuple(named or ("patch_embed.proj",))
 
