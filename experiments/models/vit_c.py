@@ -42,8 +42,8 @@ def vit_c(
         pretrained: weights must be given by ``model.checkpoint``: there are none to download.
         stem_channels: of each convolution. The last is the embed_dim.
         stem_strides: of each convolution; their product is the pixels per token and side.
-        fused_attn: attention on scaled_dot_product_attention (None: as timm decides). In bfloat16 on a CPU its backward
-            pass is slower than plain matrix products: five times for 16 tokens in torch 2.14.
+        fused_attn: attention on scaled_dot_product_attention; None: as timm decides. For bfloat16 on a CPU false is faster: the
+            backward pass of torch's kernel is slow there.
         kwargs: of VisionTransformer.
 
     Returns:

@@ -26,10 +26,8 @@ OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
 MARKERS = {"tucker": "o", "gqa": "s", "mla": "^", "mha": "D", "dense": "*"}
 OTHER_MARKERS = ("v", "P", "X", "d")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "d")
-TICK_DIGITS = ((6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (float("inf"), (1,)))
-"""First digits of a log axis' ticks, by the ratio of its ends."""
-NARROW = 2.5
-"""A log axis whose ends have a smaller ratio has its ticks at equal distances: few of them start with those digits."""
+TICK_DIGITS = ((2.5, ()), (6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (float("inf"), (1,)))
+"""First digits of a log axis' ticks, by the ratio of its ends; none: ticks at equal distances, whatever their digits."""
 ACCURACY_TICKS = (0, 30, 50, 60, 70, 80, 85, 90, 93, 95, 97, 98, 99, 99.3, 99.5, 99.7, 99.8, 99.9)
 WIDE = 8.0
 """Errors that differ by more are drawn on a log scale."""
@@ -65,10 +63,8 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     """A log axis of x whose ticks read 20k, 50k, 100k, with as many of them as fit."""
     axis.set_xscale("log")
     digits = next(digits for ratio, digits in TICK_DIGITS if high / low < ratio)
-    narrow = high / low < NARROW
-    axis.xaxis.set_major_locator(
-        MaxNLocator(6, steps=[1, 2, 5, 10]) if narrow else LogLocator(subs=digits, numticks=20)
-    )
+    equal = MaxNLocator(6, steps=[1, 2, 5, 10])
+    axis.xaxis.set_major_locator(LogLocator(subs=digits, numticks=20) if digits else equal)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axis.xaxis.set_minor_locator(NullLocator())
 
