@@ -1,0 +1,111 @@
+"""What the kernels have in common: loads, rounding, rotation and masking of one block.
+
+The interpreter multiplies the bit patterns of bfloat16 numbers and truncates them when it converts. With EMULATE (bfloat16 in the
+interpreter only) operands are therefore float32 numbers rounded to bfloat16's grid: products of those are exact in float32, which
+is what tensor cores compute.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+Block = Any
+Pointer = Any
+Scalar = Any
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+BOOLEAN: tl.constexpr = tl.constexpr(1)
+ADDITIVE: tl.constexpr = tl.constexpr(2)
+CAUSAL: tl.constexpr = tl.constexpr(3)
+
+
+@triton.jit
+def load_block(
+    start: Pointer,
+    rows: Block,
+    columns: Block,
+    row_stride: Scalar,
+    column_stride: Scalar,
+    row_end: Scalar,
+    COLUMNS: tl.constexpr,
+    EMULATE: tl.constexpr,
+) -> Block:
+    """Rows below row_end and columns below COLUMNS of a matrix; zeros elsewhere."""
+    inside = (rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
+    block = tl.load(start + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
+    if EMULATE:
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
+def store_block(
+    start: Pointer,
+    block: Block,
+    rows: Block,
+    columns: Block,
+    row_stride: Scalar,
+    row_end: Scalar,
+    COLUMNS: tl.constexpr,
+    EMULATE: tl.constexpr,
+) -> None:
+    """The inverse of ``load_block`` for rows whose entries are neighbours, rounded to the dtype of the memory."""
+    inside = (rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
+    if EMULATE and start.dtype.element_ty == tl.bfloat16:
+        block = rounded(block.to(tl.float32), tl.bfloat16, EMULATE)
+    tl.store(start + rows[:, None] * row_stride + columns[None, :], block.to(start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def rounded(block: Block, LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
+    """A float32 block as an operand of a product in the inputs' dtype LOW."""
+    if EMULATE:  # to nearest, ties to even
+        bits = block.to(tl.uint32, bitcast=True)
+        bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
+        result = bits.to(tl.float32, bitcast=True)
+    else:
+        result = block.to(LOW)
+    return result
+
+
+@triton.jit
+def product(a: Block, b: Block) -> Block:
+    """A product of blocks with float32 sums; float32 operands are not rounded to TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def rotate(block: Block, sin: Block, cos: Block) -> Block:
+    """Each pair of neighbours (2 p, 2 p + 1) of a (M, R) block by its angle; sin, cos (M, R/2). See ``rope.rotate``."""
+    first, second = tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))
+    return tl.interleave(first * cos - second * sin, second * cos + first * sin)
+
+
+@triton.jit
+def masked_scores(
+    scores: Block,
+    mask: Pointer,
+    rows: Block,
+    columns: Block,
+    row_stride: Scalar,
+    column_stride: Scalar,
+    N: Scalar,
+    MASK: tl.constexpr,
+) -> Block:
+    """Scores in base 2 with the mask; -inf for columns that are no tokens.
+
+    ``rows`` and ``columns`` are token numbers that broadcast to the scores' shape, so that scores may be transposed. Offsets
+    into the mask are 64 bits wide: N * N can exceed 32.
+    """
+    inside = columns < N
+    if MASK == CAUSAL:
+        inside = inside & (columns <= rows)
+    elif MASK == BOOLEAN:
+        at = mask + rows.to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
+        inside = inside & (tl.load(at, mask=inside & (rows < N), other=0) != 0)
+    elif MASK == ADDITIVE:
+        at = mask + rows.to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
+        scores += tl.load(at, mask=inside & (rows < N), other=0.0).to(tl.float32) * LOG2E
+    return tl.where(inside, scores, float("-inf"))
