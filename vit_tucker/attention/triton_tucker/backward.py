@@ -23,7 +23,7 @@ from vit_tucker.attention.triton_tucker.blocks import (
     CAUSAL,
     LN2,
     LOG2E,
-    Pointer,
+    Address,
     Scalar,
     load_block,
     masked_scores,
@@ -36,41 +36,41 @@ from vit_tucker.attention.triton_tucker.blocks import (
 
 @triton.jit
 def rows_kernel(
-    p: Pointer,
-    k: Pointer,
-    v: Pointer,
-    pre: Pointer,
-    post: Pointer,
-    sin: Pointer,
-    cos: Pointer,
-    mask: Pointer,
-    dz: Pointer,
-    lse: Pointer,
-    delta: Pointer,
-    dq: Pointer,
-    y: Pointer,
-    q: Pointer,
-    dy: Pointer,
-    scale: Scalar,
-    N: Scalar,
-    H: Scalar,
-    p_image: Scalar,
-    p_row: Scalar,
-    p_column: Scalar,
-    k_image: Scalar,
-    k_row: Scalar,
-    k_column: Scalar,
-    v_image: Scalar,
-    v_row: Scalar,
-    v_column: Scalar,
-    dz_image: Scalar,
-    dz_row: Scalar,
-    dz_column: Scalar,
-    angle_image: Scalar,
-    mask_image: Scalar,
-    mask_head: Scalar,
-    mask_row: Scalar,
-    mask_column: Scalar,
+    p: "Address",
+    k: "Address",
+    v: "Address",
+    pre: "Address",
+    post: "Address",
+    sin: "Address",
+    cos: "Address",
+    mask: "Address",
+    dz: "Address",
+    lse: "Address",
+    delta: "Address",
+    dq: "Address",
+    y: "Address",
+    q: "Address",
+    dy: "Address",
+    scale: "Scalar",
+    N: "Scalar",
+    H: "Scalar",
+    p_image: "Scalar",
+    p_row: "Scalar",
+    p_column: "Scalar",
+    k_image: "Scalar",
+    k_row: "Scalar",
+    k_column: "Scalar",
+    v_image: "Scalar",
+    v_row: "Scalar",
+    v_column: "Scalar",
+    dz_image: "Scalar",
+    dz_row: "Scalar",
+    dz_column: "Scalar",
+    angle_image: "Scalar",
+    mask_image: "Scalar",
+    mask_head: "Scalar",
+    mask_row: "Scalar",
+    mask_column: "Scalar",
     R2: tl.constexpr,
     R3: tl.constexpr,
     R2T: tl.constexpr,
@@ -98,7 +98,8 @@ def rows_kernel(
     head = (number // row_blocks) % H
     image = (number // row_blocks // H).to(tl.int64)
 
-    rows = block * ROWS + tl.arange(0, ROWS)
+    m, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    rows = block * ROWS + m
     c2, c3 = tl.arange(0, WIDTH2), tl.arange(0, WIDTH3)
     c2t, c3t = tl.arange(0, WIDTH2T), tl.arange(0, WIDTH3T)
     k += image * k_image
@@ -129,10 +130,12 @@ def rows_kernel(
 
     mixed = tl.zeros((ROWS, WIDTH3T), tl.float32)
     for start in range(0, end, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+        columns = start + n
         keys = load_block(k, columns, c3, k_row, k_column, N, R3, EMULATE)
         scores = product(queries, tl.trans(keys))
-        scores = masked_scores(scores, mask, rows[:, None], columns[None, :], mask_row, mask_column, N, MASK)
+        scores = masked_scores(
+                scores, mask, block * ROWS, start, m[:, None], n[None, :], mask_row, mask_column, N, MASK
+            )
         weights = tl.exp2(scores - log_sum[:, None])
         values = load_block(v, columns, c3t, v_row, v_column, N, R3T, EMULATE)
         mixed += product(rounded(weights, LOW, EMULATE), values)
@@ -142,10 +145,12 @@ def rows_kernel(
 
     dqueries = tl.zeros((ROWS, WIDTH3), tl.float32)
     for start in range(0, end, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+        columns = start + n
         keys = load_block(k, columns, c3, k_row, k_column, N, R3, EMULATE)
         scores = product(queries, tl.trans(keys))
-        scores = masked_scores(scores, mask, rows[:, None], columns[None, :], mask_row, mask_column, N, MASK)
+        scores = masked_scores(
+                scores, mask, block * ROWS, start, m[:, None], n[None, :], mask_row, mask_column, N, MASK
+            )
         weights = tl.exp2(scores - log_sum[:, None])
         values = load_block(v, columns, c3t, v_row, v_column, N, R3T, EMULATE)
         dscores = weights * (product(gradients, tl.trans(values)) - share[:, None])
@@ -158,38 +163,38 @@ def rows_kernel(
 
 @triton.jit
 def keys_kernel(
-    a: Pointer,
-    d: Pointer,
-    k: Pointer,
-    v: Pointer,
-    pre: Pointer,
-    post: Pointer,
-    mask: Pointer,
-    lse: Pointer,
-    delta: Pointer,
-    dk: Pointer,
-    dv: Pointer,
-    scale: Scalar,
-    B: Scalar,
-    N: Scalar,
-    H: Scalar,
-    splits: Scalar,
-    a_image: Scalar,
-    a_row: Scalar,
-    a_column: Scalar,
-    d_image: Scalar,
-    d_row: Scalar,
-    d_column: Scalar,
-    k_image: Scalar,
-    k_row: Scalar,
-    k_column: Scalar,
-    v_image: Scalar,
-    v_row: Scalar,
-    v_column: Scalar,
-    mask_image: Scalar,
-    mask_head: Scalar,
-    mask_row: Scalar,
-    mask_column: Scalar,
+    a: "Address",
+    d: "Address",
+    k: "Address",
+    v: "Address",
+    pre: "Address",
+    post: "Address",
+    mask: "Address",
+    lse: "Address",
+    delta: "Address",
+    dk: "Address",
+    dv: "Address",
+    scale: "Scalar",
+    B: "Scalar",
+    N: "Scalar",
+    H: "Scalar",
+    splits: "Scalar",
+    a_image: "Scalar",
+    a_row: "Scalar",
+    a_column: "Scalar",
+    d_image: "Scalar",
+    d_row: "Scalar",
+    d_column: "Scalar",
+    k_image: "Scalar",
+    k_row: "Scalar",
+    k_column: "Scalar",
+    v_image: "Scalar",
+    v_row: "Scalar",
+    v_column: "Scalar",
+    mask_image: "Scalar",
+    mask_head: "Scalar",
+    mask_row: "Scalar",
+    mask_column: "Scalar",
     R2: tl.constexpr,
     R3: tl.constexpr,
     R2T: tl.constexpr,
@@ -218,7 +223,8 @@ def keys_kernel(
     first_head = part * H // splits
     end_head = (part + 1) * H // splits
 
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    m, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    columns = block * COLUMNS + n
     c2, c3 = tl.arange(0, WIDTH2), tl.arange(0, WIDTH3)
     c2t, c3t = tl.arange(0, WIDTH2T), tl.arange(0, WIDTH3T)
     keys = load_block(k + image * k_image, columns, c3, k_row, k_column, N, R3, EMULATE)
@@ -244,7 +250,7 @@ def keys_kernel(
             sum_keys = tl.zeros((COLUMNS, WIDTH2), tl.float32)
             sum_values = tl.zeros((COLUMNS, WIDTH2T), tl.float32)
         for start in range(first, N, ROWS):
-            rows = start + tl.arange(0, ROWS)
+            rows = start + m
             log_sum = tl.load(lse + head * N + rows, mask=rows < N, other=float("inf"))
             share = tl.load(delta + head * N + rows, mask=rows < N, other=0.0)
             if FOLD:
@@ -253,7 +259,9 @@ def keys_kernel(
             else:
                 queries = load_block(a + head * R3, rows, c3, a_row, a_column, N, R3, EMULATE)
                 scores = product(keys, tl.trans(queries))
-            scores = masked_scores(scores, mask, rows[None, :], columns[:, None], mask_row, mask_column, N, MASK)
+            scores = masked_scores(
+                scores, mask, start, block * COLUMNS, m[None, :], n[:, None], mask_row, mask_column, N, MASK
+            )
             weights = tl.exp2(scores - log_sum[None, :])
             if FOLD:
                 gradients = load_block(d, rows, c2t, d_row, d_column, N, R2T, EMULATE)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 Block = Any
-Pointer = Any
+Address = Any
 Scalar = Any
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -23,12 +23,12 @@ CAUSAL: tl.constexpr = tl.constexpr(3)
 
 @triton.jit
 def load_block(
-    start: Pointer,
-    rows: Block,
-    columns: Block,
-    row_stride: Scalar,
-    column_stride: Scalar,
-    row_end: Scalar,
+    start: "Address",
+    rows: "Block",
+    columns: "Block",
+    row_stride: "Scalar",
+    column_stride: "Scalar",
+    row_end: "Scalar",
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> Block:
@@ -42,12 +42,12 @@ def load_block(
 
 @triton.jit
 def store_block(
-    start: Pointer,
-    block: Block,
-    rows: Block,
-    columns: Block,
-    row_stride: Scalar,
-    row_end: Scalar,
+    start: "Address",
+    block: "Block",
+    rows: "Block",
+    columns: "Block",
+    row_stride: "Scalar",
+    row_end: "Scalar",
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
@@ -59,7 +59,7 @@ def store_block(
 
 
 @triton.jit
-def rounded(block: Block, LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
+def rounded(block: "Block", LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
     """A float32 block as an operand of a product in the inputs' dtype LOW."""
     if EMULATE:  # to nearest, ties to even
         bits = block.to(tl.uint32, bitcast=True)
@@ -71,13 +71,13 @@ def rounded(block: Block, LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
 
 
 @triton.jit
-def product(a: Block, b: Block) -> Block:
+def product(a: "Block", b: "Block") -> Block:
     """A product of blocks with float32 sums; float32 operands are not rounded to TF32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def rotate(block: Block, sin: Block, cos: Block) -> Block:
+def rotate(block: "Block", sin: "Block", cos: "Block") -> Block:
     """Each pair of neighbours (2 p, 2 p + 1) of a (M, R) block by its angle; sin, cos (M, R/2). See ``rope.rotate``."""
     first, second = tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))
     return tl.interleave(first * cos - second * sin, second * cos + first * sin)
@@ -85,27 +85,32 @@ def rotate(block: Block, sin: Block, cos: Block) -> Block:
 
 @triton.jit
 def masked_scores(
-    scores: Block,
-    mask: Pointer,
-    rows: Block,
-    columns: Block,
-    row_stride: Scalar,
-    column_stride: Scalar,
-    N: Scalar,
+    scores: "Block",
+    mask: "Address",
+    first_row: "Scalar",
+    first_column: "Scalar",
+    rows: "Block",
+    columns: "Block",
+    row_stride: "Scalar",
+    column_stride: "Scalar",
+    N: "Scalar",
     MASK: tl.constexpr,
 ) -> Block:
     """Scores in base 2 with the mask; -inf for columns that are no tokens.
 
-    ``rows`` and ``columns`` are token numbers that broadcast to the scores' shape, so that scores may be transposed. Offsets
-    into the mask are 64 bits wide: N * N can exceed 32.
+    ``rows`` and ``columns`` are numbers within the block that starts at first_row and first_column; they broadcast to the
+    scores' shape, so that scores may be transposed. The block's address is one 64-bit number (N * N can exceed 32 bits), the
+    offsets in it have 32 bits: 64-bit ones for each entry would fill the registers.
     """
-    inside = columns < N
+    inside = first_column + columns < N
     if MASK == CAUSAL:
-        inside = inside & (columns <= rows)
-    elif MASK == BOOLEAN:
-        at = mask + rows.to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
-        inside = inside & (tl.load(at, mask=inside & (rows < N), other=0) != 0)
-    elif MASK == ADDITIVE:
-        at = mask + rows.to(tl.int64) * row_stride + columns.to(tl.int64) * column_stride
-        scores += tl.load(at, mask=inside & (rows < N), other=0.0).to(tl.float32) * LOG2E
+        inside = inside & (first_column + columns <= first_row + rows)
+    elif MASK == BOOLEAN or MASK == ADDITIVE:
+        corner = mask + tl.cast(first_row, tl.int64) * row_stride + tl.cast(first_column, tl.int64) * column_stride
+        at = corner + (rows * row_stride + columns * column_stride)
+        stored = inside & (first_row + rows < N)
+        if MASK == BOOLEAN:
+            inside = inside & (tl.load(at, mask=stored, other=0) != 0)
+        else:
+            scores += tl.load(at, mask=stored, other=0.0).to(tl.float32) * LOG2E
     return tl.where(inside, scores, float("-inf"))

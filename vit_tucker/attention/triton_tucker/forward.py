@@ -14,7 +14,7 @@ import triton.language as tl
 from vit_tucker.attention.triton_tucker.blocks import (
     CAUSAL,
     LOG2E,
-    Pointer,
+    Address,
     Scalar,
     load_block,
     masked_scores,
@@ -27,35 +27,35 @@ from vit_tucker.attention.triton_tucker.blocks import (
 
 @triton.jit
 def forward_kernel(
-    p: Pointer,
-    k: Pointer,
-    v: Pointer,
-    pre: Pointer,
-    post: Pointer,
-    sin: Pointer,
-    cos: Pointer,
-    mask: Pointer,
-    z: Pointer,
-    lse: Pointer,
-    scale: Scalar,
-    B: Scalar,
-    N: Scalar,
-    H: Scalar,
-    splits: Scalar,
-    p_image: Scalar,
-    p_row: Scalar,
-    p_column: Scalar,
-    k_image: Scalar,
-    k_row: Scalar,
-    k_column: Scalar,
-    v_image: Scalar,
-    v_row: Scalar,
-    v_column: Scalar,
-    angle_image: Scalar,
-    mask_image: Scalar,
-    mask_head: Scalar,
-    mask_row: Scalar,
-    mask_column: Scalar,
+    p: "Address",
+    k: "Address",
+    v: "Address",
+    pre: "Address",
+    post: "Address",
+    sin: "Address",
+    cos: "Address",
+    mask: "Address",
+    z: "Address",
+    lse: "Address",
+    scale: "Scalar",
+    B: "Scalar",
+    N: "Scalar",
+    H: "Scalar",
+    splits: "Scalar",
+    p_image: "Scalar",
+    p_row: "Scalar",
+    p_column: "Scalar",
+    k_image: "Scalar",
+    k_row: "Scalar",
+    k_column: "Scalar",
+    v_image: "Scalar",
+    v_row: "Scalar",
+    v_column: "Scalar",
+    angle_image: "Scalar",
+    mask_image: "Scalar",
+    mask_head: "Scalar",
+    mask_row: "Scalar",
+    mask_column: "Scalar",
     R2: tl.constexpr,
     R3: tl.constexpr,
     R2T: tl.constexpr,
@@ -86,7 +86,8 @@ def forward_kernel(
     first_head = part * H // splits
     end_head = (part + 1) * H // splits
 
-    rows = block * ROWS + tl.arange(0, ROWS)
+    m, n = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    rows = block * ROWS + m
     c2, c3 = tl.arange(0, WIDTH2), tl.arange(0, WIDTH3)
     c2t, c3t = tl.arange(0, WIDTH2T), tl.arange(0, WIDTH3T)
     k += image * k_image
@@ -113,11 +114,11 @@ def forward_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         mixed = tl.zeros((ROWS, WIDTH3T), tl.float32)
         for start in range(0, end, COLUMNS):
-            columns = start + tl.arange(0, COLUMNS)
+            columns = start + n
             keys = load_block(k, columns, c3, k_row, k_column, N, R3, EMULATE)
             scores = product(q, tl.trans(keys))
             scores = masked_scores(
-                scores, mask, rows[:, None], columns[None, :], mask_row, mask_column, N, MASK
+                scores, mask, block * ROWS, start, m[:, None], n[None, :], mask_row, mask_column, N, MASK
             )
             new_top = tl.maximum(top, tl.max(scores, 1))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing but masked scores so far

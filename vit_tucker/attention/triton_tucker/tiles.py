@@ -1,12 +1,26 @@
-"""Sizes of the kernels' blocks, warps and stages."""
+"""Sizes of the kernels' blocks, warps and stages: a short ordered list, the first whose shared memory fits the device.
+
+The lists come from compiling all kernels for sm_80, sm_86 and sm_90 (``benchmarks/triton_compile.py``): the largest blocks whose
+registers don't spill, or hardly. Nobody has timed them.
+"""
+
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 KernelName = Literal["forward", "rows", "keys"]
+KERNELS: tuple[KernelName, ...] = ("forward", "rows", "keys")
+WITHOUT_DEVICE = 101376
+"""Bytes of shared memory that the interpreter is said to have: those of sm_86, the least of all supported GPUs."""
+FOLD_WIDTH = 32
+PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 class Ranks(NamedTuple):
+    """Ranks of P, K and T_i, and of Z, V and S_i; or the widths of the blocks that hold them."""
+
     r2: int
     r3: int
     r2t: int
@@ -14,31 +28,129 @@ class Ranks(NamedTuple):
 
 
 class Tile(NamedTuple):
+    """Rows are queries, columns are keys."""
+
     rows: int
     columns: int
     warps: int
     stages: int
 
 
+class Choice(NamedTuple):
+    """A tile and what it is for: ranks up to a width, the bytes of a number, masks that are read from memory."""
+
+    width: int
+    itemsize: int
+    mask: bool
+    tile: Tile
+
+
+# A mask costs registers for its block, so the blocks are narrower. Products of float32 numbers are sums in registers of plain
+# threads: small blocks, many warps. Behind the first choice of a width comes what a device with less shared memory gets.
+CHOICES: dict[KernelName, tuple[Choice, ...]] = {
+    "forward": (
+        Choice(32, 2, False, Tile(64, 64, 4, 3)),
+        Choice(32, 2, True, Tile(64, 32, 4, 3)),
+        Choice(64, 2, False, Tile(64, 64, 4, 3)),
+        Choice(64, 2, True, Tile(64, 32, 4, 3)),
+        Choice(128, 2, False, Tile(64, 64, 8, 2)),
+        Choice(128, 2, True, Tile(64, 32, 8, 2)),
+        Choice(128, 2, True, Tile(32, 32, 4, 1)),
+        Choice(32, 4, True, Tile(32, 32, 4, 1)),
+        Choice(64, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+    ),
+    "rows": (
+        Choice(32, 2, False, Tile(64, 64, 4, 3)),
+        Choice(32, 2, True, Tile(64, 32, 4, 3)),
+        Choice(64, 2, False, Tile(64, 64, 4, 2)),
+        Choice(64, 2, True, Tile(64, 32, 4, 2)),
+        Choice(128, 2, True, Tile(64, 64, 8, 2)),
+        Choice(128, 2, True, Tile(64, 32, 8, 2)),
+        Choice(128, 2, True, Tile(32, 32, 4, 1)),
+        Choice(32, 4, True, Tile(32, 32, 8, 1)),
+        Choice(64, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+    ),
+    "keys": (
+        Choice(16, 2, True, Tile(64, 64, 4, 2)),
+        Choice(64, 2, True, Tile(32, 64, 4, 2)),
+        Choice(128, 2, True, Tile(32, 64, 8, 2)),
+        Choice(128, 2, True, Tile(32, 32, 4, 1)),
+        Choice(64, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(32, 32, 8, 1)),
+        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+    ),
+}
+
+
 def width(rank: int) -> int:
+    """Of the block that holds a rank: the next power of two, at least 16 as tensor cores want it."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def folds(widths: Ranks, rope: bool) -> bool:
-    return not rope and max(widths) <= 32
+    """Whether the kernel over keys takes the cores into keys and values (see ``backward``): small ranks, nothing rotated."""
+    return not rope and max(widths) <= FOLD_WIDTH
 
 
-def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, shared_limit: int) -> Tile | None:
-    return Tile(32, 32, 4, 2)
+def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: bool, shared_memory: int) -> Tile | None:
+    """The first tile of the list that is meant for the case and fits, or None.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        widths: of the blocks that hold the ranks.
+        itemsize: bytes of a number, 2 or 4.
+        rope: whether queries are rotated.
+        mask: whether there is a mask in memory.
+        shared_memory: bytes that a block of the device may have.
+    """
+    for choice in CHOICES[kernel]:
+        meant = max(widths) <= choice.width and itemsize == choice.itemsize and (choice.mask or not mask)
+        if meant and shared_bytes(kernel, choice.tile, widths, itemsize, rope, mask) <= shared_memory:
+            return choice.tile
+    return None
+
+
+def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, rope: bool, mask: bool) -> int:
+    """A bound on the bytes of shared memory that the compiler takes for a tile; arguments as in ``choose``.
+
+    Counted is what may lie there at once, by what the compiler does on all targets: operands that outlive the inner loop, the
+    blocks that the loop has in flight (one per stage but the last, two at least for the kernel over keys), twice a block of
+    scores on its way between layouts, a block of the mask in 32 bits, and the cores.
+    """
+    r2, r3, r2t, r3t = widths
+    cores = r2 * r3, r2t * r3t
+    scores = tile.rows * tile.columns * (2 * itemsize + (4 if mask else 0))
+    if kernel == "keys":
+        fold = folds(widths, rope)
+        kept = tile.columns * (r3 + r3t) + (tile.columns * (r2 + r2t) + sum(cores) if fold else 0)
+        flying = tile.rows * (r2 + r2t if fold else r3 + r3t) * itemsize + tile.rows * 2 * 4  # with log-sum-exp and delta
+        return kept * itemsize + max(2, tile.stages) * flying + scores
+    flying = max(1, tile.stages - 1) * tile.columns * (r3 + r3t) * itemsize + scores
+    kept = tile.rows * ((r2 if kernel == "forward" else max(r2t, r3t)) + max(r3, r3t))
+    return kept * itemsize + max(max(cores) * itemsize, flying)
 
 
 def parts_of_heads(programs: int, heads: int, multiprocessors: int) -> int:
-    return max(1, min(heads, -(-2 * multiprocessors // programs)))
+    """Into how many parts the heads go, so that a grid of ``programs`` fills the device."""
+    return max(1, min(heads, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)))
 
 
-def multiprocessors(device):
-    return 1
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 without one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def shared_limit(device):
-    return 101376
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block may have."""
+    if device.type != "cuda":
+        return WITHOUT_DEVICE
+    known: Any = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+    if known is None:
+        from triton.runtime import driver
+
+        known = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    return int(known)
