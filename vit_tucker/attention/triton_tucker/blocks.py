@@ -24,6 +24,7 @@ CAUSAL: tl.constexpr = tl.constexpr(3)
 @triton.jit
 def load_block(
     start: "Address",
+    first: "Scalar",
     rows: "Block",
     columns: "Block",
     row_stride: "Scalar",
@@ -32,9 +33,13 @@ def load_block(
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> Block:
-    """Rows below row_end and columns below COLUMNS of a matrix; zeros elsewhere."""
-    inside = (rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
-    block = tl.load(start + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
+    """Rows first + ``rows`` below row_end and columns below COLUMNS of a matrix; zeros elsewhere.
+
+    The block's address has 64 bits, offsets in it 32.
+    """
+    inside = (first + rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
+    corner = start + tl.cast(first, tl.int64) * row_stride
+    block = tl.load(corner + rows[:, None] * row_stride + columns[None, :] * column_stride, mask=inside, other=0.0)
     if EMULATE:
         block = block.to(tl.float32)
     return block
@@ -44,6 +49,7 @@ def load_block(
 def store_block(
     start: "Address",
     block: "Block",
+    first: "Scalar",
     rows: "Block",
     columns: "Block",
     row_stride: "Scalar",
@@ -52,10 +58,11 @@ def store_block(
     EMULATE: tl.constexpr,
 ) -> None:
     """The inverse of ``load_block`` for rows whose entries are neighbours, rounded to the dtype of the memory."""
-    inside = (rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
+    inside = (first + rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
+    corner = start + tl.cast(first, tl.int64) * row_stride
     if EMULATE and start.dtype.element_ty == tl.bfloat16:
         block = rounded(block.to(tl.float32), tl.bfloat16, EMULATE)
-    tl.store(start + rows[:, None] * row_stride + columns[None, :], block.to(start.dtype.element_ty), mask=inside)
+    tl.store(corner + rows[:, None] * row_stride + columns[None, :], block.to(start.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -105,7 +112,7 @@ def masked_scores(
     inside = first_column + columns < N
     if MASK == CAUSAL:
         inside = inside & (first_column + columns <= first_row + rows)
-    elif MASK == BOOLEAN or MASK == ADDITIVE:
+    elif MASK:
         corner = mask + tl.cast(first_row, tl.int64) * row_stride + tl.cast(first_column, tl.int64) * column_stride
         at = corner + (rows * row_stride + columns * column_stride)
         stored = inside & (first_row + rows < N)

@@ -16,16 +16,17 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vit_tucker.attention.triton_tucker.backward import keys_kernel, rows_kernel
+from vit_tucker.attention.triton_tucker.backward_keys import keys_kernel
+from vit_tucker.attention.triton_tucker.backward_rows import rows_kernel
 from vit_tucker.attention.triton_tucker.forward import forward_kernel
-from vit_tucker.attention.triton_tucker.tiles import KernelName, Ranks, Tile, folds, width
+from vit_tucker.attention.triton_tucker.tiles import KernelName, Ranks, Tile, width
 
 JITTED = {"forward": forward_kernel, "rows": rows_kernel, "keys": keys_kernel}
 FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 MASKS = ("none", "boolean", "additive", "causal")
 SIZES = ("B", "N", "H", "splits")
-UNIT_STRIDES = ("p_column", "k_column", "v_column", "dz_column", "a_column", "d_column", "mask_column")
+UNIT_STRIDES = ("p_column", "k_column", "v_column", "dz_column", "mask_column")
 """Strides that are 1 for the tensors a layer hands over: Triton makes those constants."""
 
 
@@ -97,7 +98,6 @@ def _constants(ranks: Ranks, tile: Tile, dtype: str, mask: str, rope: bool) -> d
         "COLUMNS": tile.columns,
         "MASK": MASKS.index(mask),
         "ROPE": rope,
-        "FOLD": folds(widths, rope),
         "LOW": FLOATS[dtype],
         "EMULATE": False,
     }

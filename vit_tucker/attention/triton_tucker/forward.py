@@ -92,11 +92,15 @@ def forward_kernel(
     c2t, c3t = tl.arange(0, WIDTH2T), tl.arange(0, WIDTH3T)
     k += image * k_image
     v += image * v_image
-    tokens = load_block(p + image * p_image, rows, c2, p_row, p_column, N, R2, EMULATE)
+    tokens = load_block(p + image * p_image, block * ROWS, m, c2, p_row, p_column, N, R2, EMULATE)
     if ROPE:
         half = tl.arange(0, WIDTH3 // 2)
-        sines = load_block(sin + image * angle_image, rows, half, R3 // 2, 1, N, R3 // 2, False).to(tl.float32)
-        cosines = load_block(cos + image * angle_image, rows, half, R3 // 2, 1, N, R3 // 2, False).to(tl.float32)
+        sines = load_block(sin + image * angle_image, block * ROWS, m, half, R3 // 2, 1, N, R3 // 2, False).to(
+            tl.float32
+        )
+        cosines = load_block(cos + image * angle_image, block * ROWS, m, half, R3 // 2, 1, N, R3 // 2, False).to(
+            tl.float32
+        )
     end = N
     if MASK == CAUSAL:
         end = tl.minimum(N, (block + 1) * ROWS)
@@ -105,7 +109,7 @@ def forward_kernel(
         mask += image * mask_image + first_head.to(tl.int64) * mask_head
 
     for head in range(first_head, end_head):
-        core = load_block(pre + head * (R2 * R3), c2, c3, R3, 1, R2, R3, EMULATE)
+        core = load_block(pre + head * (R2 * R3), 0, c2, c3, R3, 1, R2, R3, EMULATE)
         q = product(tokens, core)
         if ROPE:
             q = rotate(q, sines, cosines)
@@ -114,8 +118,7 @@ def forward_kernel(
         total = tl.zeros((ROWS,), tl.float32)
         mixed = tl.zeros((ROWS, WIDTH3T), tl.float32)
         for start in range(0, end, COLUMNS):
-            columns = start + n
-            keys = load_block(k, columns, c3, k_row, k_column, N, R3, EMULATE)
+            keys = load_block(k, start, n, c3, k_row, k_column, N, R3, EMULATE)
             scores = product(q, tl.trans(keys))
             scores = masked_scores(
                 scores, mask, block * ROWS, start, m[:, None], n[None, :], mask_row, mask_column, N, MASK
@@ -125,16 +128,16 @@ def forward_kernel(
             weights = tl.exp2(scores - shift[:, None])
             decay = tl.exp2(top - shift)
             total = total * decay + tl.sum(weights, 1)
-            values = load_block(v, columns, c3t, v_row, v_column, N, R3T, EMULATE)
+            values = load_block(v, start, n, c3t, v_row, v_column, N, R3T, EMULATE)
             mixed = mixed * decay[:, None] + product(rounded(weights, LOW, EMULATE), values)
             top = new_top
         empty = total == 0.0
         mixed = mixed / tl.where(empty, 1.0, total)[:, None]
-        core = load_block(post + head * (R2T * R3T), c2t, c3t, R3T, 1, R2T, R3T, EMULATE)
+        core = load_block(post + head * (R2T * R3T), 0, c2t, c3t, R3T, 1, R2T, R3T, EMULATE)
         output += product(rounded(mixed, LOW, EMULATE), tl.trans(core))
         log_sum = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
         tl.store(lse + (image * H + head) * N + rows, log_sum, mask=rows < N)
         if MASK:
             mask += mask_head
 
-    store_block(z + (part * B + image) * N * R2T, output, rows, c2t, R2T, N, R2T, EMULATE)
+    store_block(z + (part * B + image) * N * R2T, output, block * ROWS, m, c2t, R2T, N, R2T, EMULATE)

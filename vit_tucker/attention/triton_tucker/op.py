@@ -64,7 +64,9 @@ def tucker_attention(
     Raises:
         ValueError: for what the kernels can't do, see ``unsupported``, or shapes that don't fit.
     """
-    kind: MaskKind = "none" if attn_mask is None or is_causal else "boolean" if attn_mask.dtype == torch.bool else "additive"
+    kind: MaskKind = (
+        "none" if attn_mask is None or is_causal else "boolean" if attn_mask.dtype == torch.bool else "additive"
+    )
     wrong = _wrong_shapes(p, k, v, pre, post, attn_mask, angles) or unsupported(
         p.dtype,
         Ranks(pre.shape[1], pre.shape[2], post.shape[1], post.shape[2]),
@@ -127,9 +129,9 @@ def available(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
-        from vit_tucker.attention.triton_tucker import launch
+        from vit_tucker.attention.triton_tucker.inputs import interpreted
 
-        if launch.interpreted():
+        if interpreted():
             return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the kernels run on CUDA devices, not on {device.type if torch.version.hip is None else 'ROCm'}"
@@ -153,7 +155,12 @@ def _wrong_shapes(
         return "p, k, v, pre and post have three dimensions each"
     B, N = p.shape[:2]
     H, r2, r3 = pre.shape
-    wanted = {"p": (p, (B, N, r2)), "k": (k, (B, N, r3)), "v": (v, (B, N, post.shape[2])), "post": (post, (H, *post.shape[1:]))}
+    wanted = {
+        "p": (p, (B, N, r2)),
+        "k": (k, (B, N, r3)),
+        "v": (v, (B, N, post.shape[2])),
+        "post": (post, (H, *post.shape[1:])),
+    }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != tuple(shape):
             return f"{name} must be {tuple(shape)}, not {tuple(tensor.shape)}"
@@ -166,9 +173,10 @@ def _wrong_shapes(
         sizes = zip(reversed(attn_mask.shape), (N, N, H, B), strict=False)
         if attn_mask.ndim > 4 or any(size not in (1, whole) for size, whole in sizes):
             return f"the mask {tuple(attn_mask.shape)} doesn't broadcast to {(B, H, N, N)}"
-    for angle in angles or ():
-        if tuple(angle.shape) not in ((N, r3 // 2), (B, N, r3 // 2)) or angle.ndim != (angles or ())[0].ndim:
-            return f"sines and cosines are {(N, r3 // 2)} or {(B, N, r3 // 2)}, not {tuple(angle.shape)}"
+    if angles is not None:
+        sin, cos = (tuple(angle.shape) for angle in angles)
+        if sin != cos or sin not in ((N, r3 // 2), (B, N, r3 // 2)):
+            return f"sines and cosines are {(N, r3 // 2)} or {(B, N, r3 // 2)}, not {sin} and {cos}"
     return None
 
 

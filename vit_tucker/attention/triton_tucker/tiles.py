@@ -14,7 +14,6 @@ KernelName = Literal["forward", "rows", "keys"]
 KERNELS: tuple[KernelName, ...] = ("forward", "rows", "keys")
 WITHOUT_DEVICE = 101376
 """Bytes of shared memory that the interpreter is said to have: those of sm_86, the least of all supported GPUs."""
-FOLD_WIDTH = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -37,16 +36,16 @@ class Tile(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A tile and what it is for: ranks up to a width, the bytes of a number, masks that are read from memory."""
+    """A tile and what it is for: ranks up to a width, the bytes of a number, and whether for masks and rotations too."""
 
     width: int
     itemsize: int
-    mask: bool
+    heavy: bool
     tile: Tile
 
 
-# A mask costs registers for its block, so the blocks are narrower. Products of float32 numbers are sums in registers of plain
-# threads: small blocks, many warps. Behind the first choice of a width comes what a device with less shared memory gets.
+# A mask in memory or a rotation costs registers, so the blocks are narrower. Products of float32 numbers are sums in registers of
+# plain threads: small blocks, many warps. Behind the first choice of a width comes what a device with less shared memory gets.
 CHOICES: dict[KernelName, tuple[Choice, ...]] = {
     "forward": (
         Choice(32, 2, False, Tile(64, 64, 4, 3)),
@@ -66,7 +65,7 @@ CHOICES: dict[KernelName, tuple[Choice, ...]] = {
         Choice(32, 2, True, Tile(64, 32, 4, 3)),
         Choice(64, 2, False, Tile(64, 64, 4, 2)),
         Choice(64, 2, True, Tile(64, 32, 4, 2)),
-        Choice(128, 2, True, Tile(64, 64, 8, 2)),
+        Choice(128, 2, False, Tile(64, 64, 8, 2)),
         Choice(128, 2, True, Tile(64, 32, 8, 2)),
         Choice(128, 2, True, Tile(32, 32, 4, 1)),
         Choice(32, 4, True, Tile(32, 32, 8, 1)),
@@ -75,7 +74,7 @@ CHOICES: dict[KernelName, tuple[Choice, ...]] = {
         Choice(128, 4, True, Tile(16, 16, 8, 1)),
     ),
     "keys": (
-        Choice(16, 2, True, Tile(64, 64, 4, 2)),
+        Choice(32, 2, False, Tile(64, 64, 4, 2)),
         Choice(64, 2, True, Tile(32, 64, 4, 2)),
         Choice(128, 2, True, Tile(32, 64, 8, 2)),
         Choice(128, 2, True, Tile(32, 32, 4, 1)),
@@ -91,11 +90,6 @@ def width(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def folds(widths: Ranks, rope: bool) -> bool:
-    """Whether the kernel over keys takes the cores into keys and values (see ``backward``): small ranks, nothing rotated."""
-    return not rope and max(widths) <= FOLD_WIDTH
-
-
 def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: bool, shared_memory: int) -> Tile | None:
     """The first tile of the list that is meant for the case and fits, or None.
 
@@ -107,31 +101,29 @@ def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: b
         mask: whether there is a mask in memory.
         shared_memory: bytes that a block of the device may have.
     """
+    heavy = mask or (rope and kernel != "keys")  # keys are rotated already
     for choice in CHOICES[kernel]:
-        meant = max(widths) <= choice.width and itemsize == choice.itemsize and (choice.mask or not mask)
-        if meant and shared_bytes(kernel, choice.tile, widths, itemsize, rope, mask) <= shared_memory:
+        meant = max(widths) <= choice.width and itemsize == choice.itemsize and (choice.heavy or not heavy)
+        if meant and shared_bytes(kernel, choice.tile, widths, itemsize, mask) <= shared_memory:
             return choice.tile
     return None
 
 
-def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, rope: bool, mask: bool) -> int:
+def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, mask: bool) -> int:
     """A bound on the bytes of shared memory that the compiler takes for a tile; arguments as in ``choose``.
 
     Counted is what may lie there at once, by what the compiler does on all targets: operands that outlive the inner loop, the
-    blocks that the loop has in flight (one per stage but the last, two at least for the kernel over keys), twice a block of
+    blocks that the loop has in flight (one per stage but the last, for the kernel over keys one per stage), twice a block of
     scores on its way between layouts, a block of the mask in 32 bits, and the cores.
     """
     r2, r3, r2t, r3t = widths
-    cores = r2 * r3, r2t * r3t
     scores = tile.rows * tile.columns * (2 * itemsize + (4 if mask else 0))
     if kernel == "keys":
-        fold = folds(widths, rope)
-        kept = tile.columns * (r3 + r3t) + (tile.columns * (r2 + r2t) + sum(cores) if fold else 0)
-        flying = tile.rows * (r2 + r2t if fold else r3 + r3t) * itemsize + tile.rows * 2 * 4  # with log-sum-exp and delta
-        return kept * itemsize + max(2, tile.stages) * flying + scores
+        flying = tile.rows * ((r3 + r3t) * itemsize + 2 * 4)  # with log-sum-exp and delta
+        return tile.columns * (r3 + r3t) * itemsize + tile.stages * flying + scores
     flying = max(1, tile.stages - 1) * tile.columns * (r3 + r3t) * itemsize + scores
-    kept = tile.rows * ((r2 if kernel == "forward" else max(r2t, r3t)) + max(r3, r3t))
-    return kept * itemsize + max(max(cores) * itemsize, flying)
+    kept = tile.rows * ((r2 if kernel == "forward" else max(r2t, r3t)) + max(r3, r3t)) * itemsize
+    return kept + max(max(r2 * r3, r2t * r3t) * itemsize, flying)
 
 
 def parts_of_heads(programs: int, heads: int, multiprocessors: int) -> int:
