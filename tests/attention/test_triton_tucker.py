@@ -23,7 +23,7 @@ WIDTHS = [Ranks(*widths) for widths in itertools.product((16, 32, 64, 128), repe
 interpreting = os.environ.get("TRITON_INTERPRET", "0") != "0"
 
 
-def run_cases(tmp_path: Path, **variables: str) -> tuple[dict[str, int], str]:
+def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[dict[str, int], str]:
     """Numbers of tests, failures, errors and skipped ones of the cases in a process of their own, and what it wrote."""
     report = tmp_path / "report.xml"
     environment = process_environment(ROOT, **variables)
@@ -36,7 +36,7 @@ def run_cases(tmp_path: Path, **variables: str) -> tuple[dict[str, int], str]:
         "-p",
         "no:xdist",
         f"--junitxml={report}",
-        str(CASES),
+        str(cases),
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")

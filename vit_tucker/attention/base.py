@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from vit_tucker.attention.attend import attend_flops
+from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_backends
 from vit_tucker.attention.options import Calibration, RankRule, Rule
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
-from vit_tucker.attention.sdpa import attend_flops
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
 
@@ -200,6 +201,9 @@ class AttentionConfig(BaseModel):
     carries: ClassVar[frozenset[str]] = frozenset()
     """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
 
+    whole_kernels: ClassVar[bool] = False
+    """Backends that compute Tucker Attention as a whole can be asked for."""
+
     latent_rope: ClassVar[bool] = False
     """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""
 
@@ -223,6 +227,28 @@ class AttentionConfig(BaseModel):
         default=None,
         description="Convert the pretrained weights for the tokens of some training images; null: by weights alone.",
     )
+    backend: str = Field(
+        default=AUTO,
+        json_schema_extra={"enum": [AUTO, *list_backends()]},
+        description="What computes the attention; auto chooses by device and precision. Any other takes every call or fails.",
+    )
+
+    @field_validator("backend")
+    @classmethod
+    def _known_backend(cls, name: str) -> str:
+        """A registered backend, and one that computes this method."""
+        if is_whole(name) and not cls.whole_kernels:
+            able = [AUTO, *(other for other in list_backends() if not is_whole(other))]
+            raise ConfigError(f"backend '{name}' computes Tucker Attention as a whole; here: {', '.join(able)}")
+        if name != AUTO:
+            get_backend(name)
+        return name
+
+    def settle(self, module: AttentionModule) -> None:
+        """Give a built module the options that all modules of ours have."""
+        module.backend = self.backend
+        if self.backend != AUTO:  # said here, so it counts more than what the host did
+            module.fused_attn = self.backend != "eager"
 
     @property
     def rank_rule(self) -> RankRule | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.sdpa import add_mask
+from vit_tucker.attention.backends.eager import add_mask
 
 
 class Call(NamedTuple):

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_tucker.attention.backends.heads import expand_heads
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import rotate_heads
-from vit_tucker.attention.sdpa import expand_heads
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout

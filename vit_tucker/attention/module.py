@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_tucker.attention.attend import attend
+from vit_tucker.attention.backends import AUTO
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.sdpa import attend
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.ranks import mode_ranks
@@ -26,6 +27,9 @@ class AttentionModule(nn.Module):
     ``forward(x, attn_mask=None, is_causal=False, rope=None, ...)`` maps (B, N, C), or the host's own layout of tokens, to the
     same with O channels. A boolean mask is True where attention is allowed, any other mask is added to the scores; both
     broadcast to (B, H, N, N). ``is_causal`` takes precedence. The position bias of the host is kept, as ``position_bias``.
+
+    ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``. ``fused_attn`` = False (timm's switch)
+    computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see.
     """
 
     position_bias: PositionBias | None
@@ -40,6 +44,7 @@ class AttentionModule(nn.Module):
         self.attn_dim = spec.attn_dim
         self.scale = spec.scale
         self.fused_attn = spec.fused_attn
+        self.backend = AUTO
         self.attn_drop = nn.Dropout(spec.attn_drop)
         self.proj_drop = nn.Dropout(spec.proj_drop)
 
@@ -88,9 +93,9 @@ class AttentionModule(nn.Module):
         return self.readout(self.mix(call.x, call.attn_mask, call.is_causal, call.rope))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """softmax(QK^T)V with the layer's scale, dropout and choice of kernel: see ``vit_tucker.attention.sdpa.attend``."""
+        """softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
-                      attn_mask=attn_mask, is_causal=is_causal)  # fmt: skip
+                      attn_mask=attn_mask, is_causal=is_causal, backend=self.backend)  # fmt: skip
 
     @property
     def rel_pos(self) -> PositionBias | None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vit_tucker.attention.backends.eager import add_mask
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.rope import angle_kernel, rotate_heads
-from vit_tucker.attention.sdpa import add_mask
 from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
 from vit_tucker.tensor.rotary import RotaryPairs, pair_shares, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.base import HostSpec, count_extras
+from vit_tucker.attention.contraction import chain_macs
 from vit_tucker.attention.options import RankRule
-from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
 from vit_tucker.tensor.tucker import Pairs
@@ -58,8 +59,9 @@ def tensor_weights(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int)
 
 
 def tensor_macs(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int, tokens: int) -> Any:
-    """Multiply-adds for N tokens: both projections, the core per head, and folding the head factor in (once per batch)."""
-    return heads * r1 * r2 * r3 + tokens * (left * r2 + r2 * heads * r3 + right * r3)
+    """Multiply-adds for N tokens: both projections, the core per head in the order that costs least, and what a batch does once:
+    folding the head factor into the core, and, where that pays, the core into the projection."""
+    return heads * r1 * r2 * r3 + chain_macs(tokens, left, r2, heads * r3) + tokens * right * r3
 
 
 @dataclass(frozen=True)

@@ -139,14 +139,41 @@ def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, sp
     return _rotate_latent(q, k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
 
 
+def rotate_key(k: Tensor, rope: Tensor, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Latent RoPE for kernels that form the queries themselves: the key, rotated, and the angles for the queries.
+
+    Args:
+        k: (B, N, R).
+        rope, columns, spec: see ``rotate_latent``.
+
+    Returns:
+        The key, and sines and cosines for all tokens, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
+    """
+    return _rotate_key(k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
+
+
+@torch.fx.wrap
+def _rotate_key(
+    k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    sin, cos = (part.squeeze(1) if part.ndim == 4 else part for part in latent_angles(rope, columns, half, per_head))
+    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
+    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
+    return rotate(k, sin, cos), (sin, cos)
+
+
 @torch.fx.wrap
 def _rotate_latent(
     q: Tensor, k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
 ) -> tuple[Tensor, Tensor]:
-    """A leaf in fx graphs."""
-    sin, cos = latent_angles(rope, columns, half, per_head)
-    q, k = (torch.cat([x[:, :, :prefix], rotate(x[:, :, prefix:], sin, cos)], 2) for x in (q, k))
-    return q, k
+    """A leaf in fx graphs. Computed token by token, as queries lie in memory, so that heads can be packed without a copy."""
+    sin, cos = (
+        part.unsqueeze(1) if part.ndim == 2 else part.transpose(1, 2)  # (N', 1, R/2) or (B, N', 1, R/2)
+        for part in latent_angles(rope, columns, half, per_head)
+    )
+    q, k = (x.transpose(1, 2) for x in (q, k))  # (B, N, H, R), (B, N, 1, R)
+    q, k = (torch.cat([x[:, :prefix], rotate(x[:, prefix:], sin, cos)], 1) for x in (q, k))
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vit_tucker.attention.backends import AUTO, is_whole
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
@@ -74,7 +75,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker = TuckerAttention(
         spec, ranks_of(pre), ranks_of(post), shared_kv=shared, device=like.device, dtype=like.dtype
     )
-    tucker.fused_attn = layer.fused_attn
+    tucker.fused_attn, tucker.backend = layer.fused_attn, layer.backend
     with torch.no_grad():
         rotations = None if spec.rope is None else layer.latent_columns()
         tucker.set_tensors(pre, post, layer.folded_out_bias(), rotations)
@@ -101,6 +102,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
     like = next(layer.parameters())
     mha = MHAConfig().build(spec, device=like.device, dtype=like.dtype)
     mha.fused_attn = layer.fused_attn
+    mha.backend = AUTO if is_whole(layer.backend) else layer.backend
     if dense.out_bias is not None and mha.proj.bias is None:
         raise PatchError("the layer's output bias has no place in MHA without proj_bias")
     left, right = split_rank(dense.pre, spec.head_dim, tolerance, "pre-softmax")

@@ -14,12 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.attend import attend
+from vit_tucker.attention.backends import AUTO, is_whole
+from vit_tucker.attention.backends.whole import attend_whole
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights
+from vit_tucker.attention.call import Call
+from vit_tucker.attention.contraction import is_plain, joint_linear, latent_inputs, latent_outputs
 from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.ranks import has_out_bias
-from vit_tucker.attention.rope import rotate_latent, spread_columns
+from vit_tucker.attention.rope import rotate_key, rotate_latent, spread_columns
 from vit_tucker.attention.tucker_conversion import Target, decompose, decompose_calibrated, refit_post
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
@@ -103,17 +108,56 @@ class TuckerAttention(AttentionModule):
             spread = (self.num_heads * width * self.k_proj.in_features) ** -0.5  # product of the three factors' std
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
+    def run(self, call: Call) -> Tensor:
+        """See AttentionModule. A backend that computes the whole of Tucker Attention takes the latents themselves."""
+        if self.fused_attn and is_whole(self.backend):
+            return self.proj(self.attend_whole(call))
+        return super().run(call)
+
+    def attend_whole(self, call: Call) -> Tensor:
+        """sum_i Y_i S_i^T by one kernel, which forms queries and outputs itself. -> (B, N, r2t)"""
+        p, k, v = self.latents(call.x)
+        angles = None
+        if self.pair_rotations is not None and self.spec.rope is not None and call.rope is not None:
+            k, angles = rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        return attend_whole(p, k, v, self.pre_heads(), self.post_heads(), call.attn_mask, call.is_causal, self.scale,
+                            dropout, angles, self.backend)  # fmt: skip
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        """See AttentionModule. Where the heads' outputs are asked for, a backend of the whole has no say."""
+        backend = AUTO if is_whole(self.backend) else self.backend
+        return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
+                      attn_mask=attn_mask, is_causal=is_causal, backend=backend)  # fmt: skip
+
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """P, K and V: (B, N, r2), (B, N, r3), (B, N, r3t)"""
+        latents = joint_linear(x, self.input_projections())
+        return latents[0], latents[1], latents[-1]
+
+    def pre_heads(self) -> Tensor:
+        """T = C x1 U1, (H, r2, r3)"""
+        return (self.pre_head @ self.pre_core.flatten(1)).unflatten(1, self.pre_core.shape[1:])
+
+    def post_heads(self) -> Tensor:
+        """S = Ct x1 U1t, (H, r2t, r3t)"""
+        return (self.post_head @ self.post_core.flatten(1)).unflatten(1, self.post_core.shape[1:])
+
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> Y, (B, N, H*r3t)"""
         B, N, _ = x.shape
-        heads = self.num_heads
-        pre = torch.tensordot(self.pre_head, self.pre_core, 1)  # T, (H, r2, r3)
-        q = self.q_proj(x) @ pre.transpose(0, 1).flatten(1)  # (B, N, H*r3)
-        q = q.reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
-        k = self.k_proj(x).unsqueeze(1)  # (B, 1, N, r3)
-        v = k if self.v_proj is None else self.v_proj(x).unsqueeze(1)
+        linears = self.input_projections()
+        pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
+        if is_plain(*linears):
+            parts = latent_inputs(x, pre, [linear.weight for linear in linears], [linear.bias for linear in linears])
+            q, k, v = parts[0], parts[1], parts[len(linears) - 1]
+        else:
+            q, k, v = self.latents(x)
+            q = q @ pre
+        q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
+        k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, N, r3), (B, 1, N, r3t)
         if self.spec.rope is not None and self.pair_rotations is not None:
             q, k = rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
         y = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, r3t)
@@ -121,8 +165,10 @@ class TuckerAttention(AttentionModule):
 
     def readout(self, mixed: Tensor) -> Tensor:
         """See AttentionModule. Y (B, N, H*r3t) -> (sum_i Y_i S_i^T) U2t^T + b, (B, N, O)"""
-        post = torch.tensordot(self.post_head, self.post_core, 1)  # S, (H, r2t, r3t)
-        return self.proj(mixed @ post.transpose(1, 2).flatten(0, 1))
+        post = self.post_heads().transpose(1, 2).flatten(0, 1)  # (H*r3t, r2t)
+        if is_plain(self.proj):
+            return latent_outputs(mixed, post, self.proj.weight, self.proj.bias)
+        return self.proj(mixed @ post)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""

@@ -221,6 +221,7 @@ def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) ->
     """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
+    config.settle(replacement)
     replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
     return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 

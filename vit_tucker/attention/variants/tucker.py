@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, PositiveInt, Tag
 
+from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.base import CALL_FEATURES, AttentionConfig, HostSpec, ParameterCount, count_extras
 from vit_tucker.attention.options import RankRule
 from vit_tucker.attention.ranks import even_rank, full_ranks, has_out_bias, refuse_odd, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.sdpa import attend_flops
 from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
@@ -28,6 +28,7 @@ class TuckerConfig(AttentionConfig):
 
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
     latent_rope: ClassVar[bool] = True
+    whole_kernels: ClassVar[bool] = True
 
     method: Literal["tucker"] = "tucker"
 

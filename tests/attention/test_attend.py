@@ -1,10 +1,10 @@
-"""attend against the formula, for all numbers of key/value heads, masks and both paths."""
+"""attend against the formula, for all numbers of key/value heads and masks, fused and unfused."""
 
 import pytest
 import torch
 from torch import nn
 
-from vit_tucker.attention.sdpa import attend, attend_flops
+from vit_tucker.attention.attend import attend, attend_flops
 
 B, H, N, DK, DV = 2, 4, 5, 6, 3
 

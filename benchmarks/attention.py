@@ -1,0 +1,185 @@
+"""How fast are our attention layers? Forward and training step against timm's dense Attention and other peers, in turns.
+
+    python benchmarks/attention.py --save benchmarks/results/attention_cpu [--shapes 8x197x768x12 ...] [--precision bf16]
+
+A shape is batch x tokens x embed_dim x num_heads. Everything runs in one process, one after the other, many times; a speed-up is
+the dense layer's time over a layer's own in the same turn, median over turns, with quartiles. The promise is the ratio of their
+operations. The floor is what products, exponentials and memory would take at this machine's measured rates (roofline.py); a share
+of 0.5 means that the layer takes twice that. A training step is a forward and a backward pass, with the gradient of the input.
+Columns of the CSV have timm's names where timm has such a column. Exit status: 0 measured, 2 bad arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from attention_layers import Shape, layers_of, parse_shape
+from pictures import draw_promise
+from roofline import Machine, floor_ms, measure_machine
+from turns import DTYPES, Timing, in_turns, inference, peak_megabytes, training
+
+import vit_tucker as vt
+from vit_tucker.analysis.latency import describe_device
+from vit_tucker.attention.backends import registry
+from vit_tucker.errors import VitTuckerError
+from vit_tucker.paths import refuse_unwritable
+from vit_tucker.report.formats import csv_text, markdown
+
+SHAPES = ("8x197x768x12", "8x65x384x6", "8x197x1024x16")
+RANKS = (16, 32, 64, 128)
+COLUMNS = (
+    *("shape", "layer", "backend", "precision", "param_count"),
+    *("infer_batch_size", "infer_samples_per_sec", "infer_step_time", "infer_gmacs"),
+    *("train_batch_size", "train_samples_per_sec", "train_step_time", "train_peak_mb", "promise"),
+    *("infer_speedup", "infer_speedup_25", "infer_speedup_75", "train_speedup", "train_speedup_25", "train_speedup_75"),
+    *("infer_floor_products", "infer_floor_exps", "infer_floor_memory", "infer_share"),
+    *("train_floor_products", "train_floor_exps", "train_floor_memory", "train_share"),
+)
+
+
+def measure(shape: Shape, args: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
+    """Rows of one shape."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    layers = layers_of(shape, [r for r in args.ranks if r <= shape.dim], args.backends, not args.no_peers)
+    x = torch.randn(shape.batch, shape.tokens, shape.dim, device=device)
+    modules = {}
+    for name, layer in layers.items():
+        try:
+            module = layer.build().to(device)
+            if args.compile:
+                module.compile()
+            training(module, x, args.precision)()
+            modules[name] = module
+        except (VitTuckerError, ImportError, torch.OutOfMemoryError) as error:
+            print(f"{shape} {name}: left out: {' '.join(str(error).split())}", flush=True)
+    timings = {
+        kind: in_turns({n: call(m, x, args.precision) for n, m in modules.items()}, device, args.turns, args.seconds)
+        for kind, call in (("infer", inference), ("train", training))
+    }
+    rows = []
+    for name, module in modules.items():
+        row = {"shape": str(shape), "layer": name, "precision": args.precision, "backend": layers[name].backend or "auto",
+               "param_count": sum(p.numel() for p in module.parameters()) / 1e6}  # fmt: skip
+        for kind, timing in timings.items():
+            row |= timing_columns(kind, shape, timing[name])
+        config = layers[name].config
+        if config is not None:
+            row |= operation_columns(config, shape, machine, args.precision, row)
+        row["train_peak_mb"] = peak_megabytes(training(module, x, args.precision), module, x)
+        rows.append(row)
+    return rows
+
+
+def timing_columns(kind: str, shape: Shape, timing: Timing) -> dict[str, Any]:
+    """Columns of a forward pass ("infer") or a training step ("train")."""
+    return {
+        f"{kind}_batch_size": shape.batch,
+        f"{kind}_samples_per_sec": 1e3 * shape.batch / timing.ms,
+        f"{kind}_step_time": timing.ms,
+        f"{kind}_speedup": timing.speedup,
+        f"{kind}_speedup_25": timing.low,
+        f"{kind}_speedup_75": timing.high,
+    }
+
+
+def operation_columns(
+    config: vt.AttentionConfig, shape: Shape, machine: Machine, precision: str, row: dict[str, Any]
+) -> dict[str, Any]:
+    """What the operations promise, and how near the measured times come to the machine's rates."""
+    flops, dense_flops = (c.count_flops(shape.spec, shape.tokens) for c in (config, vt.MHAConfig()))
+    columns = {"infer_gmacs": flops / 2e9, "promise": dense_flops / flops}
+    for kind in ("infer", "train"):
+        floor = floor_ms(config, shape.spec, shape.batch, shape.tokens, machine, precision, kind == "train")
+        columns[f"{kind}_share"] = sum(floor) / row[f"{kind}_step_time"]
+        columns |= {f"{kind}_floor_{part}": ms for part, ms in zip(("products", "exps", "memory"), floor, strict=True)}
+    return columns
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown for people."""
+    header = ("layer", "parameters k", "forward ms", "step ms", "promise", "forward speed-up", "step speed-up", "share of floor",
+              "step's peak MB")  # fmt: skip
+    text = []
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["shape"] == shape):
+            speedups = [f"{row[f'{kind}_speedup']:.2f} [{row[f'{kind}_speedup_25']:.2f}, {row[f'{kind}_speedup_75']:.2f}]"
+                        for kind in ("infer", "train")]  # fmt: skip
+            promise = f"{row['promise']:.1f}" if "promise" in row else ""
+            share = f"{row['infer_share']:.2f} / {row['train_share']:.2f}" if "infer_share" in row else ""
+            cells.append([row["layer"], f"{row['param_count'] * 1e3:.0f}", f"{row['infer_step_time']:.2f}",
+                          f"{row['train_step_time']:.2f}", promise, *speedups, share, f"{row['train_peak_mb']:.1f}"])  # fmt: skip
+        text += [f"### {shape}", "", markdown(header, cells), ""]
+    return "\n".join(text)
+
+
+def describe(args: argparse.Namespace, machine: Machine) -> str:
+    """Where, when and how."""
+    device = torch.device(args.device)
+    name = platform.processor() or platform.machine() if device.type == "cpu" else describe_device(device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return "\n".join([
+        f"- {date.today()}, {name}{threads}, {args.precision}, torch {torch.__version__}, timm {timm.__version__}"
+        f"{', compiled' if args.compile else ''}; {args.turns} turns of {args.seconds} s and more",
+        f"- measured rates: {machine.flops / 1e9:.0f} GFLOP/s of products, {machine.exps / 1e9:.2f} G exponentials/s, "
+        f"{machine.bandwidth / 1e9:.1f} GB/s of copying",
+        f"- command: `python {shlex.join(sys.argv)}`",
+        *(f"- backend {line}" for line in registry.choices()),
+    ])  # fmt: skip
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[parse_shape(text) for text in SHAPES])
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="query/output and key/value ranks")
+    parser.add_argument("--backends", nargs="*", default=[], help="of our layers, each for itself; none: auto")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None, help="of torch on the CPU")
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.1, help="that a turn lasts at least")
+    parser.add_argument("--no-peers", action="store_true", help="dense and Tucker only")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all layers")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="attention.csv, attention.md, promise.png")
+    args = parser.parse_args()
+    try:
+        for backend in args.backends:
+            registry.get_backend(backend)
+        if args.save is not None:
+            refuse_unwritable("--save", args.save, folder=True)
+    except VitTuckerError as error:
+        parser.error(str(error))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    machine = measure_machine(torch.device(args.device), args.precision)
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        rows += measure(shape, args, machine)
+        print(table([row for row in rows if row["shape"] == str(shape)]), flush=True)
+    print(describe(args, machine))
+    if args.save is not None:
+        args.save.mkdir(parents=True, exist_ok=True)
+        raw = [[rounded(row.get(column)) for column in COLUMNS] for row in rows]
+        (args.save / "attention.csv").write_text(csv_text(COLUMNS, raw))
+        (args.save / "attention.md").write_text(f"{table(rows)}\n{describe(args, machine)}\n")
+        draw_promise(rows, args.save / "promise.png")
+    return 0
+
+
+def rounded(value: Any) -> Any:
+    """Four significant digits are more than such times have."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,65 @@
+"""The plot of the speed benchmarks: what was measured over what the operations promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.report import style
+
+
+def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
+    """Speed-ups of Tucker layers over the ratio of operations, one panel for each shape; the diagonal is the promise kept.
+
+    Args:
+        rows: see ``attention.py``.
+        file: PNG.
+    """
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    with style.plt.rc_context(style.FONTS):
+        size = (2.4 * len(shapes) + 0.3, 2.5)
+        figure, axes = style.plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
+        for axis, shape in zip(axes[0], shapes, strict=True):
+            mine = [
+                row for row in rows if row["shape"] == shape and row["layer"].startswith("Tucker") and "promise" in row
+            ]
+            draw_shape(axis, mine)
+            axis.set(title=f"{shape}, {rows[0]['precision']}", xlabel="operations: dense / own")
+        axes[0][0].set_ylabel("time: dense / own")
+        axes[0][-1].legend(frameon=False)
+        figure.savefig(file, dpi=200)
+        style.plt.close(figure)
+
+
+def draw_shape(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """One panel: rows of Tucker layers at one shape."""
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    for i, backend in enumerate(backends):
+        points = sorted((row for row in rows if row["backend"] == backend), key=lambda row: row["promise"])
+        for kind, fill, line, label in (("infer", "full", "-", "forward"), ("train", "none", "--", "training step")):
+            middle, low, high = ([row[f"{kind}_speedup{end}"] for row in points] for end in ("", "_25", "_75"))
+            bars = [
+                [m - a for m, a in zip(middle, low, strict=True)],
+                [b - m for m, b in zip(middle, high, strict=True)],
+            ]
+            axis.errorbar(
+                [row["promise"] for row in points],
+                middle,
+                yerr=bars,
+                marker=style.SHAPES[i],
+                color=style.PALETTE[i],
+                fillstyle=fill,
+                linestyle=line,
+                markersize=4,
+                linewidth=0.8,
+                label=f"{label}, {backend}" if len(backends) > 1 else label,
+            )
+    ends = [min(row["promise"] for row in rows) / 1.3, max(row["promise"] for row in rows) * 1.3] if rows else [1, 10]
+    axis.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0, label="promise kept")
+    axis.axhline(1, color="0.8", linewidth=0.6, zorder=0)
+    axis.set(xscale="log", yscale="log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(style.LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(style.FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_locator(style.NullLocator())
+    style.grid(axis)

@@ -1,0 +1,125 @@
+"""Timing in turns: everything that is compared runs in one process, one after the other, several times, in alternating order."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.live_bytes import LiveBytes
+
+WARM_UP = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What turns said of one of the things compared.
+
+    Attributes:
+        ms: milliseconds per call, median over turns.
+        speedup: time of the first of them over its own in the same turn, median over turns; above 1: faster.
+        low, high: quartiles of that ratio.
+    """
+
+    ms: float
+    speedup: float
+    low: float
+    high: float
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, turns: int = 15, seconds: float = 0.1
+) -> dict[str, Timing]:
+    """Time calls against the first of them.
+
+    Args:
+        calls: by name.
+        device: what they run on.
+        turns: how often each has its turn, 2 at least.
+        seconds: that a turn lasts at least; always one call or more.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        clock(call, WARM_UP, device)
+        repeats[name] = max(1, round(seconds / clock(call, 1, device)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
+            times[name].append(clock(calls[name], repeats[name], device))
+    first = times[next(iter(calls))]
+    results = {}
+    for name, own in times.items():
+        low, middle, high = statistics.quantiles((a / b for a, b in zip(first, own, strict=True)), method="inclusive")
+        results[name] = Timing(statistics.median(own) * 1e3, middle, low, high)
+    return results
+
+
+def clock(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds per call."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for a GPU."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+def inference(module: nn.Module, x: Tensor, precision: str) -> Callable[[], Any]:
+    """A forward pass without gradients, under autocast but for fp32."""
+    autocast = torch.autocast(x.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+    def call() -> Any:
+        with torch.inference_mode(), autocast:
+            return module(x)
+
+    return call
+
+
+def training(module: nn.Module, x: Tensor, precision: str, input_grad: bool = True) -> Callable[[], Any]:
+    """A forward and a backward pass, the gradients of the weights dropped afterwards.
+
+    Args:
+        module: in training mode.
+        x: input.
+        precision: of autocast.
+        input_grad: the gradient of the input is computed as well, as it is within a model.
+    """
+    autocast = torch.autocast(x.device.type, DTYPES[precision], enabled=precision != "fp32")
+
+    def call() -> None:
+        given = x.detach().requires_grad_(input_grad)
+        with autocast:
+            y = module(given)
+        y.sum().backward()
+        module.zero_grad(set_to_none=True)
+
+    return call
+
+
+def peak_megabytes(call: Callable[[], Any], module: nn.Module, x: Tensor) -> float:
+    """Most MB (10^6 bytes) that a call has alive at once, parameters and input apart, gradients included.
+
+    On CUDA what the allocator handed out, workspaces included; elsewhere the results of operations, without what they use inside.
+    """
+    call()
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        call()
+        synchronise(x.device)
+        return (torch.cuda.max_memory_allocated(x.device) - before) / 1e6
+    with LiveBytes([x, *module.parameters(), *module.buffers()]) as live:
+        call()
+    return live.peak() / 1e6

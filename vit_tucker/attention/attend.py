@@ -1,0 +1,74 @@
+"""The one place that computes softmax(Q K^T) V for all methods, for any number of key/value heads, by one of the backends."""
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.backends import AUTO, choose, get_backend
+from vit_tucker.attention.backends.base import facts_of
+from vit_tucker.attention.backends.eager import attention_maps
+from vit_tucker.attention.backends.heads import expand_heads
+from vit_tucker.errors import PatchError
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    attn_drop: nn.Dropout,
+    fused: bool,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    backend: str = AUTO,
+) -> Tensor:
+    """softmax(scale * Q K^T + mask) V.
+
+    Args:
+        q: (B, H, N, Dk).
+        k: (B, G, N, Dk), G divides H; head i uses key/value head i // (H / G).
+        v: (B, G, N, Dv).
+        scale: factor on the scores.
+        attn_drop: dropout of the attention weights; called as a module on the maps in the unfused path, so that hooks see them.
+        fused: False: plain matrix products whatever the backend, with the maps (B, H, N, N) in memory. timm's name.
+        attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N).
+        is_causal: attend to earlier tokens and the token itself; takes precedence over the mask.
+        backend: name of a backend, or "auto".
+
+    Returns:
+        (B, H, N, Dv).
+
+    Raises:
+        PatchError: the backend asked for can't take the call.
+    """
+    if fused and backend != "eager":
+        dropout = attn_drop.p if attn_drop.training else 0.0
+        return fused_attention(q, k, v, attn_mask, is_causal, scale, dropout, backend)
+    if isinstance(q, Tensor):  # and not an fx proxy
+        choose(facts_of(q, k, v, attn_mask, is_causal, attn_drop.p if attn_drop.training else 0.0), "eager")
+    attn = attn_drop(attention_maps(q, k, attn_mask, is_causal, scale))
+    return attn @ expand_heads(v, q.shape[1])
+
+
+@torch.fx.wrap
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    """``attend`` by a backend. A leaf in fx graphs: the choice depends on tensors."""
+    choice = choose(facts_of(q, k, v, attn_mask, is_causal, dropout), backend)
+    run = get_backend(choice.name).attend
+    if run is None:
+        raise PatchError(f"attention backend '{choice.name}' takes no queries, keys and values")
+    return run(q, k, v, attn_mask, is_causal, scale, dropout)
+
+
+def attend_flops(num_heads: int, num_tokens: int, key_dim: int, value_dim: int) -> int:
+    """Operations of the two matrix products of attention for one image: 2 H N^2 (Dk + Dv)."""
+    return 2 * num_heads * num_tokens**2 * (key_dim + value_dim)

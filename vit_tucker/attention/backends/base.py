@@ -1,0 +1,106 @@
+"""What a backend of attention is, and the facts of a call by which one is chosen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+class Facts(NamedTuple):
+    """What a backend may need to know of a call: nothing that changes from batch to batch.
+
+    Attributes:
+        device: "cpu", "cuda", ...
+        dtype: of queries, keys and values.
+        heads, kv_heads: H and G, how many key/value heads they share.
+        key_width, value_width: of one head.
+        mask: "none", "boolean", "additive" or "causal".
+        mask_grad: the mask is trained (position biases).
+        dropout: rate of the attention weights, 0 outside training.
+        grad: a backward pass may follow.
+        export: the call is being exported (ONNX, torch.export, torch.jit.trace): only torch's own operations will do.
+        ranks: (r2, r3, r2t, r3t) of Tucker Attention, whose kernels may form queries and outputs too; None for queries, keys and
+            values as such.
+    """
+
+    device: str
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    mask: str = "none"
+    mask_grad: bool = False
+    dropout: float = 0.0
+    grad: bool = False
+    export: bool = False
+    ranks: tuple[int, int, int, int] | None = None
+
+    def __str__(self) -> str:
+        shape = f"{self.heads} heads of width {self.key_width}"
+        if self.value_width != self.key_width:
+            shape += f" and {self.value_width}"
+        if self.kv_heads < self.heads:
+            shape += f" on {self.kv_heads} key/value head{'s' if self.kv_heads > 1 else ''}"
+        extras = ([] if self.mask == "none" else [f"{self.mask} mask"]) + (["dropout"] if self.dropout else [])
+        use = "training" if self.grad else "inference"
+        return ", ".join([f"{self.device}, {str(self.dtype).removeprefix('torch.')}", shape, *extras, use])
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention.
+
+    Attributes:
+        name: in ``attention.backend``.
+        refuses: facts -> why the backend can't take such calls, None if it can.
+        attend: (q, k, v, attn_mask, is_causal, scale, dropout) -> y. q (B, H, N, Dk); k (B, G, N, Dk) and v (B, G, N, Dv), G
+            divides H, head i uses key/value head i // (H / G); attn_mask boolean (True: attend) or additive, broadcasts to
+            (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention as a whole, see ``backends.whole``.
+    """
+
+    name: str
+    refuses: Callable[[Facts], str | None]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
+
+
+def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Facts:
+    """The facts of a call, see ``Backend.attend`` for the arguments."""
+    mask, mask_grad = mask_facts(attn_mask, is_causal)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
+    return Facts(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
+                 mask, mask_grad, dropout, grad, exporting())  # fmt: skip
+
+
+def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
+    """Kind of a mask, and whether it is trained; a causal call ignores its mask."""
+    if is_causal:
+        return "causal", False
+    if attn_mask is None:
+        return "none", False
+    return (
+        "boolean" if attn_mask.dtype == torch.bool else "additive",
+        attn_mask.requires_grad and torch.is_grad_enabled(),
+    )
+
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+
+
+def exporting() -> bool:
+    """Whether the call is being recorded for another runtime."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _is_exporting()
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)

@@ -1,0 +1,88 @@
+"""The flash-attn package, called with its own grouped heads: one key/value head for all heads is multi-query attention to it.
+
+Its kernels take one width for queries, keys and values, a multiple of 8 and at most 256: narrower ones are padded with zeros,
+which change neither scores nor outputs. Source: Dao, FlashAttention-2, arXiv 2307.08691; github.com/Dao-AILab/flash-attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts
+from vit_tucker.attention.backends.registry import register_backend
+
+OLDEST = (2, 1)
+"""Since 2.1 causal order is aligned as torch's; grouped heads and softmax_scale are there since 2.0."""
+NEWEST_MAJOR = 2
+LARGEST_WIDTH = 256
+OLDEST_CAPABILITY = (8, 0)
+
+
+def refuses(facts: Facts) -> str | None:
+    """CUDA, two-byte floats, no mask but the causal one, widths up to 256, the package installed and of a known version."""
+    if facts.device != "cuda":
+        return "it is for CUDA"
+    if facts.dtype not in LOW_PRECISION:
+        return "it takes float16 and bfloat16 only: train with --mixed_precision bf16"
+    if facts.mask in ("boolean", "additive"):
+        return f"it takes no {facts.mask} mask"
+    width = padded_width(facts.key_width, facts.value_width)
+    if width > LARGEST_WIDTH:
+        return f"width {width} is above {LARGEST_WIDTH}"
+    if facts.export:
+        return "exports hold torch's own operations only"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
+        return "it needs compute capability 8.0 (A100, RTX 30xx) or later"
+    return missing()
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the package can't be used: absent, too old, too new, or broken."""
+    try:
+        version = importlib.metadata.version("flash-attn")
+    except importlib.metadata.PackageNotFoundError:
+        return "flash-attn is not installed: pip install 'vit_tucker[flash]'"
+    numbers = version_numbers(version)
+    if numbers < OLDEST or numbers[0] > NEWEST_MAJOR:
+        return f"flash-attn {version} is installed, {OLDEST[0]}.{OLDEST[1]} or later and below {NEWEST_MAJOR + 1} is needed"
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # built for another torch or CUDA
+        return f"flash-attn {version} can't be imported: {' '.join(str(error).split())[:200]}"
+    return None
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(2, 8) of '2.8.3.post1'."""
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def padded_width(key_width: int, value_width: int) -> int:
+    """The kernel's width for these."""
+    return -(-max(key_width, value_width) // 8) * 8
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
+) -> Tensor:
+    """See ``Backend.attend``."""
+    width = padded_width(q.shape[3], v.shape[3])
+    q_, k_, v_ = (F.pad(t, (0, width - t.shape[3])).transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
+    y = flash_attn_func()(q_, k_, v_, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
+    return y.transpose(1, 2)[..., : v.shape[3]]
+
+
+def flash_attn_func() -> Any:
+    """The package's function."""
+    return importlib.import_module("flash_attn").flash_attn_func
+
+
+register_backend(Backend("flash_attn", refuses, attend))

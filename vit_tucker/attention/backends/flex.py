@@ -1,0 +1,63 @@
+"""torch's flex_attention, compiled: masks are read inside the kernel, heads that share a key stay grouped.
+
+Source: torch.nn.attention.flex_attention (torch >= 2.5); Dong et al., FlexAttention, arXiv 2412.05496.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_tucker.attention.backends.base import Backend, Facts
+from vit_tucker.attention.backends.registry import register_backend
+
+SMALLEST_WIDTH = 16
+
+
+def refuses(facts: Facts) -> str | None:
+    """CUDA, no dropout, no trained mask, widths from 16."""
+    if facts.device != "cuda":
+        return "it is for CUDA: elsewhere torch computes it in parts"
+    if facts.dropout:
+        return "it has no dropout of the attention weights"
+    if facts.mask_grad:
+        return "its mask is not trained"
+    if min(facts.key_width, facts.value_width) < SMALLEST_WIDTH:
+        return f"width {min(facts.key_width, facts.value_width)} is below {SMALLEST_WIDTH}"
+    return "exports hold torch's own operations only" if facts.export else None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
+) -> Tensor:
+    """See ``Backend.attend``."""
+    score_mod = mask_of_scores(attn_mask, is_causal, q)
+    y: Tensor = kernel(q.is_cuda)(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
+    return y
+
+
+def mask_of_scores(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Any:
+    """The mask as flex_attention reads it: (score, image, head, query, key) -> score. None without one."""
+    if is_causal:
+        return lambda score, b, h, m, n: torch.where(m >= n, score, float("-inf"))
+    if attn_mask is None:
+        return None
+    batch, heads, tokens = q.shape[:3]
+    mask = attn_mask.expand(batch, heads, tokens, tokens)  # strides of zero, no copy
+    if mask.dtype == torch.bool:
+        return lambda score, b, h, m, n: torch.where(mask[b, h, m, n], score, float("-inf"))
+    return lambda score, b, h, m, n: score + mask[b, h, m, n]
+
+
+@functools.cache
+def kernel(compiled: bool) -> Any:
+    """flex_attention, compiled once; inside a compiled model it is compiled with that."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+register_backend(Backend("flex", refuses, attend))

@@ -1,0 +1,130 @@
+"""The registry of attention backends, and how one is chosen: by the facts of a call, said in the log, never silently."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+
+from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts, fast_bfloat16
+from vit_tucker.errors import ConfigError, PatchError, nearest
+
+AUTO = "auto"
+LOGGER = logging.getLogger("vit_tucker.attention")
+_BACKENDS: dict[str, Backend] = {}
+_CHOICES: dict[tuple[Facts, str], Choice] = {}
+
+
+class Choice(NamedTuple):
+    """Which backend takes calls of a kind, and why.
+
+    Attributes:
+        name: of the backend.
+        reason: in words.
+    """
+
+    name: str
+    reason: str
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Make a backend available by its name, in Python and in the YAML's ``attention.backend``.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if backend.name == AUTO or backend.name in _BACKENDS:
+        raise ConfigError(f"attention backend '{backend.name}' is already registered")
+    _BACKENDS[backend.name] = backend
+    return backend
+
+
+def list_backends() -> list[str]:
+    """Names of all backends, sorted."""
+    return sorted(_BACKENDS)
+
+
+def get_backend(name: str) -> Backend:
+    """A backend by its name.
+
+    Raises:
+        ConfigError: no such backend.
+    """
+    if name not in _BACKENDS:
+        known = [AUTO, *list_backends()]
+        raise ConfigError(f"unknown attention backend '{name}', known: {', '.join(known)}{nearest(name, known)}")
+    return _BACKENDS[name]
+
+
+def is_whole(name: str) -> bool:
+    """Whether this backend computes Tucker Attention as a whole and takes no queries, keys and values."""
+    return name != AUTO and get_backend(name).attend is None
+
+
+def choose(facts: Facts, wanted: str = AUTO) -> Choice:
+    """The backend for calls with these facts. A backend asked for by name takes them or the call fails: there is no fallback.
+
+    Args:
+        facts: of the call.
+        wanted: a backend's name, or "auto".
+
+    Raises:
+        ConfigError: no backend has this name.
+        PatchError: the backend asked for can't take such calls; says why, and which can.
+    """
+    if torch.compiler.is_compiling():
+        return Choice(_choose_while_compiling(wanted, *facts), "")
+    choice = _CHOICES.get((facts, wanted))
+    if choice is None:
+        choice = _CHOICES[facts, wanted] = decide(facts, wanted)
+        LOGGER.info("attention backend %s: %s [%s]", choice.name, choice.reason, facts)
+    return choice
+
+
+@torch.compiler.assume_constant_result
+def _choose_while_compiling(wanted: str, *facts: Any) -> str:
+    """``choose`` as torch.compile runs it: once, as it traces the call. It hands over plain values, and takes back a name."""
+    given = Facts(*facts)
+    choice = decide(given, wanted)
+    LOGGER.info("attention backend %s: %s, compiled [%s]", choice.name, choice.reason, given)
+    return choice.name
+
+
+def decide(facts: Facts, wanted: str) -> Choice:
+    """``choose`` without memory or log."""
+    if wanted != AUTO:
+        reason = get_backend(wanted).refuses(facts)
+        if reason is None:
+            return Choice(wanted, "asked for")
+        able = [name for name in list_backends() if _BACKENDS[name].refuses(facts) is None]
+        raise PatchError(
+            f"attention backend '{wanted}' can't take this call: {reason} [{facts}]; these can: {', '.join([AUTO, *able])}"
+        )
+    refusals: list[str] = []
+    for name, reason in preferences(facts):
+        refusal = get_backend(name).refuses(facts)
+        if refusal is None:
+            return Choice(name, "; ".join([reason, *refusals]))
+        refusals.append(f"not {name}: {refusal}")
+    raise PatchError(f"no attention backend takes this call: {'; '.join(refusals)} [{facts}]")
+
+
+def preferences(facts: Facts) -> list[tuple[str, str]]:
+    """Backends in the order in which "auto" tries them, each with its reason.
+
+    The measured ground of it is in benchmarks/README.md. What was never measured is not chosen: so far no GPU kernel was.
+    """
+    if facts.export:
+        return [("sdpa", "exported, so torch's own operation")]
+    if facts.device == "cpu" and facts.dtype == torch.bfloat16 and fast_bfloat16():
+        reason = "this CPU multiplies bfloat16 faster than torch's attention kernel does"
+        return [("blocked", reason), ("eager", reason)]
+    if facts.device == "cpu" and facts.dtype in LOW_PRECISION:
+        return [("sdpa", "no fast products in this dtype on this CPU")]
+    return [("sdpa", "fused in torch")]
+
+
+def choices() -> list[str]:
+    """What ran in this process and why, as the log said it, compiled calls apart."""
+    return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in _CHOICES.items()]

@@ -1,0 +1,134 @@
+"""Products of a layer in the order that costs least: few large matrix products, none computed twice, no factor applied too wide.
+
+All functions work on whatever autocast makes of their arguments, and are leaves in fx graphs: the choices depend on shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
+    """Multiply-adds of x A B, x (tokens, left), A (left, inner), B (inner, right), in the better order.
+
+    (x A) B costs tokens * inner * (left + right), x (A B) costs left * right * (tokens + inner). Arguments may be tensors.
+    """
+    apart, folded = tokens * inner * (left + right), left * right * (tokens + inner)
+    if isinstance(apart, Tensor) or isinstance(folded, Tensor):
+        return torch.minimum(*torch.broadcast_tensors(torch.as_tensor(apart), torch.as_tensor(folded)))
+    return min(apart, folded)
+
+
+def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
+    """Whether x (A B) costs less than (x A) B for these tokens (B, N, left), see ``chain_macs``.
+
+    While a model is compiled or exported their number may be open: it counts as large there.
+    """
+    if torch.compiler.is_compiling():
+        return left * right < inner * (left + right)
+    tokens = x.shape[0] * x.shape[1]
+    return left * right * (tokens + inner) < tokens * inner * (left + right)
+
+
+def is_plain(*linears: nn.Linear) -> bool:
+    """Whether these are Linears and nothing else: no adapter, quantisation, parametrisation, hook or sharding of their own, which
+    a product with their weights would pass by."""
+    return all(
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and not linear._backward_hooks
+        and not linear._backward_pre_hooks
+        and "forward" not in linear.__dict__
+        for linear in linears
+    )
+
+
+def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """Several Linears of the same input as one product, where they are narrow: x is read once, and its gradient written once.
+
+    Args:
+        x: (B, N, C).
+        linears: C to O_i each.
+
+    Returns:
+        (B, N, O_i) each; views of one tensor, or tensors of their own.
+    """
+    if not is_plain(*linears):
+        return tuple(linear(x) for linear in linears)
+    return _joint_linear(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+
+
+def latent_inputs(
+    x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Queries of all heads and the latents of keys and values: (x U2 + p0) T, x U3 + k0, x U3t.
+
+    Args:
+        x: (B, N, C).
+        pre: T, (r2, H*r3).
+        weights: U2^T (r2, C), U3^T (r3, C), and U3t^T (r3t, C) unless keys and values share one.
+        biases: p0 (r2,), k0 (r3,) and None, or None where there is none.
+
+    Returns:
+        q (B, N, H*r3), k (B, N, r3), and v (B, N, r3t) unless they share one.
+    """
+    return _latent_inputs(x, pre, weights, biases)
+
+
+def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(sum_i Y_i S_i^T) U2t^T + b.
+
+    Args:
+        y: heads' outputs side by side, (B, N, H*r3t).
+        post: S^T, (H*r3t, r2t).
+        weight: U2t, (O, r2t).
+        bias: (O,) or None.
+
+    Returns:
+        (B, N, O).
+    """
+    return _latent_outputs(y, post, weight, bias)
+
+
+@torch.fx.wrap
+def _joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    widths = [weight.shape[0] for weight in weights]
+    if len(weights) == 1 or sum(widths) > x.shape[2]:  # copying the weights may cost more than reading x again
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return F.linear(x, torch.cat(list(weights)), joint_bias(widths, biases)).split(widths, -1)
+
+
+def joint_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """Biases side by side, zeros where there is none; None if there is none at all."""
+    first, *rest = biases
+    if all(bias is None for bias in rest):  # Tucker Attention's usual case: only queries have one
+        return None if first is None else F.pad(first, (0, sum(widths) - widths[0]))
+    given = next(bias for bias in biases if bias is not None)
+    return torch.cat([given.new_zeros(n) if bias is None else bias for n, bias in zip(widths, biases, strict=True)])
+
+
+@torch.fx.wrap
+def _latent_inputs(
+    x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    inner, width = pre.shape
+    query, bias = weights[0], biases[0]
+    if folds(x, x.shape[2], inner, width):
+        query, bias = pre.mT @ query, None if bias is None else bias @ pre
+        return _joint_linear(x, [query, *weights[1:]], [bias, *biases[1:]])
+    p, *rest = _joint_linear(x, weights, biases)
+    return p @ pre, *rest
+
+
+@torch.fx.wrap
+def _latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    width, inner = post.shape
+    if folds(y, width, inner, weight.shape[0]):
+        return F.linear(y, weight @ post.mT, bias)
+    return F.linear(y @ post, weight, bias)
