@@ -12,26 +12,19 @@ Columns of the CSV have timm's names where timm has such a column. Exit status: 
 from __future__ import annotations
 
 import argparse
-import platform
-import shlex
-import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from attention_layers import Shape, layers_of, parse_shape
+from output import device_parser, save_tables, start
 from pictures import draw_promise
-from roofline import Machine, floor_ms, measure_machine
-from turns import DTYPES, Timing, in_turns, inference, peak_megabytes, training
+from roofline import Machine, floor_ms
+from turns import Timing, in_turns, inference, peak_megabytes, training
 
 import vit_tucker as vt
-from vit_tucker.analysis.latency import describe_device
-from vit_tucker.attention.backends import registry
 from vit_tucker.errors import VitTuckerError
-from vit_tucker.paths import refuse_unwritable
-from vit_tucker.report.formats import csv_text, markdown
+from vit_tucker.report.formats import markdown
 
 SHAPES = ("8x197x768x12", "8x65x384x6", "8x197x1024x16")
 RANKS = (16, 32, 64, 128)
@@ -122,63 +115,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def describe(args: argparse.Namespace, machine: Machine) -> str:
-    """Where, when and how."""
-    device = torch.device(args.device)
-    name = platform.processor() or platform.machine() if device.type == "cpu" else describe_device(device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return "\n".join([
-        f"- {date.today()}, {name}{threads}, {args.precision}, torch {torch.__version__}, timm {timm.__version__}"
-        f"{', compiled' if args.compile else ''}; {args.turns} turns of {args.seconds} s and more",
-        f"- measured rates: {machine.flops / 1e9:.0f} GFLOP/s of products, {machine.exps / 1e9:.2f} G exponentials/s, "
-        f"{machine.bandwidth / 1e9:.1f} GB/s of copying",
-        f"- command: `python {shlex.join(sys.argv)}`",
-        *(f"- backend {line}" for line in registry.choices()),
-    ])  # fmt: skip
-
-
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = device_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", type=parse_shape, default=[parse_shape(text) for text in SHAPES])
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="query/output and key/value ranks")
     parser.add_argument("--backends", nargs="*", default=[], help="of our layers, each for itself; none: auto")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=None, help="of torch on the CPU")
-    parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=0.1, help="that a turn lasts at least")
     parser.add_argument("--no-peers", action="store_true", help="dense and Tucker only")
-    parser.add_argument("--compile", action="store_true", help="torch.compile all layers")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="attention.csv, attention.md, promise.png")
     args = parser.parse_args()
     try:
-        for backend in args.backends:
-            registry.get_backend(backend)
-        if args.save is not None:
-            refuse_unwritable("--save", args.save, folder=True)
+        machine = start(args, args.backends)
     except VitTuckerError as error:
         parser.error(str(error))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    machine = measure_machine(torch.device(args.device), args.precision)
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         rows += measure(shape, args, machine)
         print(table([row for row in rows if row["shape"] == str(shape)]), flush=True)
-    print(describe(args, machine))
+    save_tables(args, "attention", COLUMNS, rows, table(rows), machine)
     if args.save is not None:
-        args.save.mkdir(parents=True, exist_ok=True)
-        raw = [[rounded(row.get(column)) for column in COLUMNS] for row in rows]
-        (args.save / "attention.csv").write_text(csv_text(COLUMNS, raw))
-        (args.save / "attention.md").write_text(f"{table(rows)}\n{describe(args, machine)}\n")
         draw_promise(rows, args.save / "promise.png")
     return 0
-
-
-def rounded(value: Any) -> Any:
-    """Four significant digits are more than such times have."""
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
