@@ -24,7 +24,7 @@ from vit_tucker.attention.triton_tucker.blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "H", "splits"])
 def keys_kernel(
     q: "Address",
     dy: "Address",

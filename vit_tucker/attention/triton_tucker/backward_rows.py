@@ -27,7 +27,7 @@ from vit_tucker.attention.triton_tucker.blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H"])
 def rows_kernel(
     p: "Address",
     k: "Address",

@@ -54,7 +54,6 @@ def compile_kernel(
     dtype: str = "bf16",
     mask: str = "none",
     rope: bool = False,
-    ones: tuple[str, ...] = (),
 ) -> Usage:
     """Compile a kernel.
 
@@ -66,10 +65,9 @@ def compile_kernel(
         dtype: one of ``FLOATS``.
         mask: one of ``MASKS``.
         rope: whether queries are rotated.
-        ones: sizes that are 1, which Triton makes constants.
     """
     function = JITTED[kernel]
-    constants = _constants(ranks, tile, dtype, mask, rope) | dict.fromkeys((*UNIT_STRIDES, *ones), 1)
+    constants = _constants(ranks, tile, dtype, mask, rope) | dict.fromkeys(UNIT_STRIDES, 1)
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {n: "constexpr" if n in constants else _type(n, dtype, mask) for n in function.arg_names}
     aligned: dict[tuple[int, ...], Any] = {

@@ -25,7 +25,7 @@ from vit_tucker.attention.triton_tucker.blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "N", "H", "splits"])
 def forward_kernel(
     p: "Address",
     k: "Address",
@@ -77,6 +77,7 @@ def forward_kernel(
     in base 2; +inf marks a row in which everything is masked, whose Y is zero. Cores are
     contiguous, (H, r2, r3) and (H, r2t, r3t); sin and cos (N, r3/2) per ``angle_image``. WIDTHs are ranks rounded up to powers
     of two.
+    No size makes a kernel of its own: another batch or image size needs no compilation.
     """
     row_blocks = tl.cdiv(N, ROWS)
     number = tl.program_id(0)

@@ -128,7 +128,7 @@ def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, m
 
 def parts_of_heads(programs: int, heads: int, multiprocessors: int) -> int:
     """Into how many parts the heads go, so that a grid of ``programs`` fills the device."""
-    return max(1, min(heads, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // programs)))
+    return max(1, min(heads, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))))
 
 
 def multiprocessors(device: torch.device) -> int:
