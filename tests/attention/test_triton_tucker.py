@@ -7,6 +7,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,11 @@ CPU = torch.device("cpu")
 SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
 WIDTHS = [Ranks(*widths) for widths in itertools.product((16, 32, 64, 128), repeat=4)]
 interpreting = os.environ.get("TRITON_INTERPRET", "0") != "0"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(map(int, version.split(".")[:2]))
 
 
 def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[dict[str, int], str]:
@@ -44,7 +50,9 @@ def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[di
 
 
 def test_kernels_in_the_interpreter(tmp_path):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if numbers(triton.__version__) < (3, 7) and numbers(np.__version__) >= (2, 4):
+        pytest.skip("the interpreter before Triton 3.7 makes integers of arrays in a way that numpy 2.4 refuses")
     counts, output = run_cases(tmp_path, TRITON_INTERPRET="1")
     assert counts["tests"] > 50, output
     assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
@@ -123,6 +131,27 @@ def test_without_triton_there_is_a_reason(monkeypatch):
     assert "not installed" in available(CPU)
 
 
+@pytest.mark.skipif(interpreting, reason="the interpreter runs anywhere")
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((7, 5), "3.8.0", "7.5"),
+        ((8, 0), "3.2.0", None),
+        ((8, 6), "3.8.0", None),
+        ((9, 0), "3.2.0", "Triton 3.3"),
+        ((9, 0), "3.3.1+git1", None),
+        ((12, 0), "4.0", None),
+    ],
+)
+def test_gpus_by_their_capability(capability, version, reason, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = available(torch.device("cuda"))
+    assert found is None if reason is None else reason in found
+
+
 def test_importing_needs_no_triton():
     code = "import sys; sys.modules['triton'] = None; import vit_tucker.attention.triton_tucker.op as op; print(op.__name__)"
     done = subprocess.run(
@@ -162,7 +191,7 @@ def test_widths_and_parts_by_hand():
 )
 def test_kernels_compile_for_a_gpu_within_the_bound(kernel, dtype, ranks, mask, rope, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+    if numbers(triton.__version__) < (3, 3):
         pytest.skip("Triton's compiler has another interface before 3.3")
     from vit_tucker.attention.triton_tucker.compiled import ITEMSIZE, compile_kernel
 

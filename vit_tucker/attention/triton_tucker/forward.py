@@ -74,10 +74,9 @@ def forward_kernel(
     """One block of ROWS rows of one image, for one part of the heads.
 
     Program numbers run over row blocks, then parts of the heads, then images. ``z`` is (splits, B, N, r2t), ``lse`` (B, H, N)
-    in base 2; +inf marks a row in which everything is masked, whose Y is zero. Cores are
-    contiguous, (H, r2, r3) and (H, r2t, r3t); sin and cos (N, r3/2) per ``angle_image``. WIDTHs are ranks rounded up to powers
-    of two.
-    No size makes a kernel of its own: another batch or image size needs no compilation.
+    in base 2; +inf marks a row in which everything is masked, whose Y is zero. Cores are contiguous, (H, r2, r3) and
+    (H, r2t, r3t); sin and cos (N, r3/2) per ``angle_image``. WIDTHs are ranks rounded up to powers of two. No size makes a
+    kernel of its own: another batch or image size needs no compilation.
     """
     row_blocks = tl.cdiv(N, ROWS)
     number = tl.program_id(0)

@@ -1,7 +1,4 @@
-"""The operator: one call for torch.compile, its gradients, and what it can't do.
-
-Triton is imported when the kernels first run, so this module works where Triton is missing.
-"""
+"""The operator: one call for torch.compile, its gradients, and what it can't do. Triton is imported when kernels first run."""
 
 from __future__ import annotations
 
@@ -125,7 +122,10 @@ def unsupported(
 
 
 def available(device: torch.device) -> str | None:
-    """Why the kernels can't run on a device, or None if they can: CUDA from sm_80 on, or Triton's interpreter."""
+    """Why the kernels can't run on a device, or None if they can: CUDA from sm_80 on, or Triton's interpreter.
+
+    For sm_90 the compiler of Triton 3.2 ends the whole process over the forward kernel of ranks above 64.
+    """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"):
@@ -138,7 +138,17 @@ def available(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
+    if capability >= (9, 0) and _triton_version() < (3, 3):
+        return "compute capability 9.0 and above needs Triton 3.3 or later"
     return None
+
+
+def _triton_version() -> tuple[int, int]:
+    """Major and minor number."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def _wrong_shapes(

@@ -1,7 +1,7 @@
 """Sizes of the kernels' blocks, warps and stages: a short ordered list, the first whose shared memory fits the device.
 
 The lists come from compiling all kernels for sm_80, sm_86 and sm_90 (``benchmarks/triton_compile.py``): the largest blocks whose
-registers don't spill, or hardly. Nobody has timed them.
+registers don't spill, or hardly, with Triton 3.8; earlier ones spill more. Nobody has timed them.
 """
 
 from __future__ import annotations
@@ -101,9 +101,11 @@ def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: b
         mask: whether there is a mask in memory.
         shared_memory: bytes that a block of the device may have.
     """
-    heavy = mask or (rope and kernel != "keys")  # keys are rotated already
+    of_keys = kernel == "keys"  # queries come to it formed and rotated
+    heavy = mask or (rope and not of_keys)
+    widest = max(widths.r3, widths.r3t) if of_keys else max(widths)
     for choice in CHOICES[kernel]:
-        meant = max(widths) <= choice.width and itemsize == choice.itemsize and (choice.heavy or not heavy)
+        meant = widest <= choice.width and itemsize == choice.itemsize and (choice.heavy or not heavy)
         if meant and shared_bytes(kernel, choice.tile, widths, itemsize, mask) <= shared_memory:
             return choice.tile
     return None
