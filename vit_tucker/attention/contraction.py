@@ -27,9 +27,9 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
 def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
     """Whether x (A B) costs less than (x A) B for these tokens (B, N, left), see ``chain_macs``.
 
-    While a model is compiled or exported their number may be open: it counts as large there.
+    While a model is compiled, exported or traced their number may be open: it counts as large there.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
         return left * right < inner * (left + right)
     tokens = x.shape[0] * x.shape[1]
     return left * right * (tokens + inner) < tokens * inner * (left + right)

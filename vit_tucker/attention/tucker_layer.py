@@ -19,7 +19,7 @@ from vit_tucker.attention.backends import AUTO, is_whole
 from vit_tucker.attention.backends.whole import attend_whole
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights
 from vit_tucker.attention.call import Call
-from vit_tucker.attention.contraction import is_plain, joint_linear, latent_inputs, latent_outputs
+from vit_tucker.attention.contraction import folds, is_plain, joint_linear, latent_inputs, latent_outputs
 from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
@@ -109,13 +109,21 @@ class TuckerAttention(AttentionModule):
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
     def run(self, call: Call) -> Tensor:
-        """See AttentionModule. A backend that computes the whole of Tucker Attention takes the latents themselves."""
-        if self.fused_attn and is_whole(self.backend):
-            return self.proj(self.attend_whole(call))
-        return super().run(call)
+        """See AttentionModule. Between its projections the layer runs as a whole, unless hooks are to see maps or cores fold into
+        the projections."""
+        if not self.fused_attn or (not is_whole(self.backend) and self.folds(call.x)):
+            return super().run(call)
+        return self.proj(self.attend_whole(call))
+
+    def folds(self, x: Tensor) -> bool:
+        """Whether a core costs less as a part of the projection beside it, for these tokens."""
+        (_, r2, r3), (_, r2t, r3t) = self.pre_core.shape, self.post_core.shape
+        heads, plain = self.num_heads, is_plain(*self.input_projections(), self.proj)
+        return plain and (folds(x, self.q_proj.in_features, r2, heads * r3)
+                          or folds(x, heads * r3t, r2t, self.proj.out_features))  # fmt: skip
 
     def attend_whole(self, call: Call) -> Tensor:
-        """sum_i Y_i S_i^T by one kernel, which forms queries and outputs itself. -> (B, N, r2t)"""
+        """sum_i Y_i S_i^T. -> (B, N, r2t)"""
         p, k, v = self.latents(call.x)
         angles = None
         if self.pair_rotations is not None and self.spec.rope is not None and call.rope is not None:

@@ -14,7 +14,6 @@ from vit_tucker.attention.backends import (
     AUTO,
     Backend,
     Facts,
-    blocked,
     choose,
     flash,
     flex,
@@ -24,12 +23,14 @@ from vit_tucker.attention.backends import (
     registry,
     sdpa,
 )
+from vit_tucker.attention.backends import blocked_products as blocked
 from vit_tucker.attention.backends.base import facts_of, fast_bfloat16
 from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
 from vit_tucker.errors import ConfigError, PatchError
 
 CPU = Facts("cpu", torch.float32, 12, 1, 16, 16)
 CUDA = CPU._replace(device="cuda", dtype=torch.bfloat16)
+WHOLE = CPU._replace(ranks=(16, 16, 16, 16), grad=True)
 GENERIC = ("sdpa", "blocked", "eager", "flex")
 
 
@@ -185,12 +186,29 @@ def test_sdpa_leaves_no_thread_idle_in_training():
         torch.set_num_threads(threads)
 
 
-def test_pads_to_aligned_widths():
-    padded = sdpa.pad_width(torch.ones(2, 3, 5, 13))
+def test_fused_kernels_get_one_width_on_the_cpu(monkeypatch):
+    """Where keys and values differ in width torch would compute in parts."""
+    kernels = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        kernels.append(torch._fused_sdp_choice(q, k, v))
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    for widths in ((16, 24), (24, 16), (16, 16)):
+        q, k, v = tensors(widths=widths)
+        torch.testing.assert_close(run("sdpa", q, k, v), formula(q, k, v))
+        assert torch._fused_sdp_choice(q, *(t.expand(-1, 4, -1, -1) for t in (k, v))) == (widths[0] == widths[1])
+    assert kernels == [1, 1, 1]  # SDPBackend.FLASH_ATTENTION
+
+
+def test_padding():
+    padded = sdpa.pad(torch.ones(2, 3, 5, 13), 16)
     assert padded.shape[-1] == 16
     assert padded[..., 13:].abs().max() == 0
     x = torch.ones(2, 16)
-    assert sdpa.pad_width(x) is x
+    assert sdpa.pad(x, 16) is x
 
 
 class TestFlash:
@@ -230,7 +248,7 @@ class TestFlash:
             (CUDA._replace(mask="additive"), "no additive mask"),
             (CUDA._replace(key_width=264), "264 is above 256"),
             (CUDA._replace(value_width=257), "264 is above 256"),
-            (CUDA._replace(export=True), "torch's own operations"),
+            (CUDA._replace(own_only=True), "torch's own operations"),
             (CUDA, "pip install 'vit_tucker\\[flash\\]'"),
         ],
     )
@@ -270,12 +288,18 @@ class TestFlash:
         ("blocked", CPU._replace(mask="boolean"), "no boolean mask"),
         ("blocked", CPU._replace(mask="causal"), "no causal mask"),
         ("blocked", CPU._replace(dropout=0.1), "no dropout"),
-        ("blocked", CPU._replace(export=True), "torch's own operations"),
+        ("blocked", CPU._replace(own_only=True), "torch's own operations"),
         ("flex", CPU, "for CUDA"),
         ("flex", CUDA._replace(dropout=0.1), "no dropout"),
         ("flex", CUDA._replace(mask="additive", mask_grad=True), "not trained"),
         ("flex", CUDA._replace(key_width=8), "width 8 is below 16"),
         ("triton", CPU, "Tucker Attention as a whole"),
+        ("latent", CPU, "Tucker Attention as a whole"),
+        ("latent", WHOLE._replace(device="cuda"), "for CPUs"),
+        ("latent", WHOLE._replace(mask="causal"), "no causal mask"),
+        ("latent", WHOLE._replace(dropout=0.1), "no dropout"),
+        ("latent", WHOLE._replace(angles_grad=True), "angles are not trained"),
+        ("latent", WHOLE._replace(own_only=True), "torch's own operations"),
     ],
 )
 def test_refusals_say_why_and_what_can(name, facts, reason):
@@ -298,10 +322,17 @@ class TestAuto:
         masked = registry.decide(low._replace(mask="boolean"), AUTO)
         assert masked.name == "eager"
         assert "not blocked: it takes no boolean mask" in masked.reason
-        assert registry.decide(low._replace(export=True), AUTO).name == "sdpa"
+        assert registry.decide(low._replace(own_only=True), AUTO).name == "sdpa"
         assert registry.decide(low._replace(dtype=torch.float16), AUTO).name == "sdpa"
         monkeypatch.setattr(registry, "fast_bfloat16", lambda: False)
         assert registry.decide(low, AUTO).name == "sdpa"
+
+    def test_high_ranks_train_with_less_memory(self):
+        assert registry.decide(WHOLE, AUTO).name == "sdpa"
+        more = WHOLE._replace(keeps_more=True)
+        assert registry.decide(more, AUTO).name == "latent"
+        assert registry.decide(more._replace(grad=False), AUTO).name == "sdpa"
+        assert registry.decide(more._replace(mask="boolean"), AUTO).name == "sdpa"
 
     def test_cuda_runs_on_sdpa(self):
         assert choose(CUDA).name == "sdpa"
@@ -331,7 +362,7 @@ def test_a_compiled_layer_logs_too(caplog):
     with caplog.at_level(logging.INFO, logger="vit_tucker.attention"), torch.no_grad():
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(1, 5, 16))
     assert [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()] == [
-        "attention backend sdpa: fused in torch, compiled [cpu, float32, 4 heads of width 8 on 1 key/value head, inference]"
+        "attention backend sdpa: fused in torch, compiled [cpu, float32, 4 heads, Tucker ranks (8, 8) and (8, 8), inference]"
     ]
 
 
@@ -353,7 +384,7 @@ class TestRegistry:
     def test_names_are_unique(self, name):
         with pytest.raises(ConfigError, match=f"'{name}' is already registered"):
             register_backend(Backend(name, lambda facts: None, None))
-        assert list_backends() == ["blocked", "eager", "flash_attn", "flex", "sdpa", "triton"]
+        assert list_backends() == ["blocked", "eager", "flash_attn", "flex", "latent", "sdpa", "triton"]
 
 
 class TestOption:

@@ -5,14 +5,15 @@
     eager       plain products with the attention maps in memory, for hooks that look at them
     flash_attn  the flash-attn package, called with its own grouped key/value heads
     flex        torch's flex_attention, compiled
+    latent      Tucker Attention as a whole on the CPU, some images at a time: less memory at high ranks
     triton      Tucker Attention as a whole, queries and output cores inside one kernel of ours
 
 ``auto`` chooses among them, see ``registry.choose``. Whatever runs is said in the log, once per kind of call, with the reason.
 """
 
-from vit_tucker.attention.backends import blocked, eager, flash, flex, sdpa, triton
+from vit_tucker.attention.backends import blocked, eager, flash, flex, latent, sdpa, triton
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.registry import AUTO, choose, get_backend, is_whole, list_backends, register_backend
 
 __all__ = ["AUTO", "Backend", "Facts", "choose", "get_backend", "is_whole", "list_backends", "register_backend"]
-_ = (blocked, eager, flash, flex, sdpa, triton)
+_ = (blocked, eager, flash, flex, latent, sdpa, triton)

@@ -25,9 +25,13 @@ class Facts(NamedTuple):
         mask_grad: the mask is trained (position biases).
         dropout: rate of the attention weights, 0 outside training.
         grad: a backward pass may follow.
-        export: the call is being exported (ONNX, torch.export, torch.jit.trace): only torch's own operations will do.
+        own_only: only torch's own operations will do: the call is being exported (ONNX, torch.export, torch.jit.trace) or
+            transformed (torch.func).
         ranks: (r2, r3, r2t, r3t) of Tucker Attention, whose kernels may form queries and outputs too; None for queries, keys and
             values as such.
+        angles_grad: the angles by which Tucker Attention rotates its queries are trained (mixed RoPE).
+        keeps_more: queries and outputs of all of its heads are more numbers per token than dense attention keeps for a backward
+            pass, 4 H D.
     """
 
     device: str
@@ -40,8 +44,10 @@ class Facts(NamedTuple):
     mask_grad: bool = False
     dropout: float = 0.0
     grad: bool = False
-    export: bool = False
+    own_only: bool = False
     ranks: tuple[int, int, int, int] | None = None
+    angles_grad: bool = False
+    keeps_more: bool = False
 
     def __str__(self) -> str:
         shape = f"{self.heads} heads of width {self.key_width}"
@@ -49,6 +55,8 @@ class Facts(NamedTuple):
             shape += f" and {self.value_width}"
         if self.kv_heads < self.heads:
             shape += f" on {self.kv_heads} key/value head{'s' if self.kv_heads > 1 else ''}"
+        if self.ranks is not None:
+            shape = f"{self.heads} heads, Tucker ranks {self.ranks[:2]} and {self.ranks[2:]}"
         extras = ([] if self.mask == "none" else [f"{self.mask} mask"]) + (["dropout"] if self.dropout else [])
         use = "training" if self.grad else "inference"
         return ", ".join([f"{self.device}, {str(self.dtype).removeprefix('torch.')}", shape, *extras, use])
@@ -63,12 +71,15 @@ class Backend:
         refuses: facts -> why the backend can't take such calls, None if it can.
         attend: (q, k, v, attn_mask, is_causal, scale, dropout) -> y. q (B, H, N, Dk); k (B, G, N, Dk) and v (B, G, N, Dv), G
             divides H, head i uses key/value head i // (H / G); attn_mask boolean (True: attend) or additive, broadcasts to
-            (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention as a whole, see ``backends.whole``.
+            (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention only.
+        whole: (p, k, v, pre, post, attn_mask, is_causal, scale, angles) -> z, Tucker Attention between its projections, see
+            ``backends.whole.attend_whole``. None for backends that take queries, keys and values only.
     """
 
     name: str
     refuses: Callable[[Facts], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
+    whole: Callable[..., Tensor] | None = None
 
 
 def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Facts:
@@ -76,7 +87,7 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causa
     mask, mask_grad = mask_facts(attn_mask, is_causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
     return Facts(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-                 mask, mask_grad, dropout, grad, exporting())  # fmt: skip
+                 mask, mask_grad, dropout, grad, own_only())  # fmt: skip
 
 
 def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
@@ -94,9 +105,12 @@ def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
 
 
-def exporting() -> bool:
-    """Whether the call is being recorded for another runtime."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _is_exporting()
+_is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def own_only() -> bool:
+    """Whether the call is being recorded for another runtime, or transformed by torch.func."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _is_exporting() or _is_transformed()
 
 
 @functools.cache

@@ -1,27 +1,13 @@
-"""Plain products block by block: the maps of a block stay in the cache, and the backward pass computes them again.
-
-    S = Q K^T * scale,  P = softmax(S),  Y = P V
-    dV = P^T dY,  dP = dY V^T,  dS = P o (dP - rowsum(P o dP)),  dQ = dS K * scale,  dK = dS^T Q * scale
-
-Memory is that of a flash kernel: nothing of size N x N is kept. The products are oneDNN's, whose bfloat16 is faster than float32
-on CPUs with AVX512-BF16 or AMX, where torch's flash kernel for CPUs gains nothing from bfloat16 and loses by it in the backward
-pass. The maps have the inputs' dtype between products, as in any attention written out in torch.
-"""
+"""Plain products on the CPU block by block, see ``blocked_products``: nothing of size N x N is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from vit_tucker.attention.backends.base import Backend, Facts
+from vit_tucker.attention.backends.blocked_products import blocked_attention
 from vit_tucker.attention.backends.heads import pack_heads, unpack_heads
 from vit_tucker.attention.backends.registry import register_backend
-
-BLOCK_BYTES = 1 << 20
-"""Of the scores of a block: what a core's second-level cache holds."""
 
 
 def refuses(facts: Facts) -> str | None:
@@ -32,7 +18,7 @@ def refuses(facts: Facts) -> str | None:
         return f"it takes no {facts.mask} mask"
     if facts.dropout:
         return "it has no dropout of the attention weights"
-    return "exports hold torch's own operations only" if facts.export else None
+    return "exports and torch.func hold torch's own operations only" if facts.own_only else None
 
 
 def attend(
@@ -42,91 +28,6 @@ def attend(
     heads, (batch, kv_heads) = q.shape[1], k.shape[:2]
     y = blocked_attention(pack_heads(q, kv_heads).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
     return unpack_heads(y.unflatten(0, (batch, kv_heads)), heads)
-
-
-@torch.library.custom_op("vit_tucker::blocked_attention", mutates_args=())
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * Q K^T) V. q (B, M, Dk), k (B, N, Dk), v (B, N, Dv) -> (B, M, Dv)"""
-    y, scaled = q.new_empty(*q.shape[:2], v.shape[2]), k * scale
-    for images, rows, (scores, maps) in blocks(q, k, 2):
-        softmax_maps(q[images, rows], scaled[images], scores, maps)
-        torch.bmm(maps, v[images], out=y[images, rows])
-    return y
-
-
-@blocked_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(*q.shape[:2], v.shape[2])
-
-
-@torch.library.custom_op("vit_tucker::blocked_attention_backward", mutates_args=())
-def blocked_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; dy (B, M, Dv). Sums over the blocks of an image are taken in float32."""
-    scaled = k * scale
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
-    for images, rows, (scores, maps, ds) in blocks(q, k, 3):
-        q_block, dy_block = q[images, rows], dy[images, rows]
-        softmax_maps(q_block, scaled[images], scores, maps)
-        dv[images] += torch.bmm(maps.mT, dy_block)
-        torch.bmm(dy_block, v[images].mT, out=scores)
-        torch._softmax_backward_data(scores, maps, -1, maps.dtype, grad_input=ds)
-        torch.bmm(ds, scaled[images], out=dq[images, rows])
-        dk[images] += torch.bmm(ds.mT, q_block)
-    return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
-
-
-@blocked_attention_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *blocked_attention_backward(dy, *ctx.saved_tensors, ctx.scale), None
-
-
-blocked_attention.register_autograd(_backward, setup_context=_keep)
-
-
-def softmax_maps(q: Tensor, k: Tensor, scores: Tensor, maps: Tensor) -> None:
-    """maps = softmax(Q K^T), (B, M, N); scores is room for the products."""
-    torch.bmm(q, k.mT, out=scores)
-    torch._softmax(scores, -1, False, out=maps)
-
-
-def rows_per_block(q: Tensor, k: Tensor) -> int:
-    """Rows of queries whose scores against all keys of one image fit a block."""
-    return max(1, BLOCK_BYTES // (k.shape[1] * q.element_size()))
-
-
-def blocks(q: Tensor, k: Tensor, rooms: int) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """The blocks of (B, M, N) scores: several images, or, where one is too large, some of its rows.
-
-    Args:
-        q: (B, M, Dk).
-        k: (B, N, Dk).
-        rooms: how many tensors of a block's scores to give along. Their memory is the same for all blocks.
-
-    Yields:
-        Images, rows, and tensors without values, (images, rows, N) each.
-    """
-    (batch, rows), keys = q.shape[:2], k.shape[1]
-    images = max(1, rows_per_block(q, k) // max(rows, 1))
-    parts = -(-rows // rows_per_block(q, k))
-    step = -(-rows // parts)  # even parts
-    room = q.new_empty(rooms, images * step * keys)
-    for b in range(0, batch, images):
-        for m in range(0, rows, step):
-            shape = (min(images, batch - b), min(step, rows - m), keys)
-            tensors = room[:, : shape[0] * shape[1] * keys].unflatten(1, shape).unbind()
-            yield slice(b, b + images), slice(m, m + step), tensors
 
 
 register_backend(Backend("blocked", refuses, attend))

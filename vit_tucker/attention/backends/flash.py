@@ -36,8 +36,8 @@ def refuses(facts: Facts) -> str | None:
     width = padded_width(facts.key_width, facts.value_width)
     if width > LARGEST_WIDTH:
         return f"width {width} is above {LARGEST_WIDTH}"
-    if facts.export:
-        return "exports hold torch's own operations only"
+    if facts.own_only:
+        return "exports and torch.func hold torch's own operations only"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
         return "it needs compute capability 8.0 (A100, RTX 30xx) or later"
     return missing()

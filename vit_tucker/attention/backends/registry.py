@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts, fast_bfloat16
+from vit_tucker.attention.backends.base import Backend, Facts, fast_bfloat16
 from vit_tucker.errors import ConfigError, PatchError, nearest
 
 AUTO = "auto"
@@ -58,7 +58,7 @@ def get_backend(name: str) -> Backend:
 
 
 def is_whole(name: str) -> bool:
-    """Whether this backend computes Tucker Attention as a whole and takes no queries, keys and values."""
+    """Whether this backend computes Tucker Attention only: it takes no queries, keys and values."""
     return name != AUTO and get_backend(name).attend is None
 
 
@@ -115,13 +115,16 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
 
     The measured ground of it is in benchmarks/README.md. What was never measured is not chosen: so far no GPU kernel was.
     """
-    if facts.export:
-        return [("sdpa", "exported, so torch's own operation")]
+    if facts.own_only:
+        return [("sdpa", "exported or transformed, so torch's own operation")]
     if facts.device == "cpu" and facts.dtype == torch.bfloat16 and fast_bfloat16():
         reason = "this CPU multiplies bfloat16 faster than torch's attention kernel does"
         return [("blocked", reason), ("eager", reason)]
-    if facts.device == "cpu" and facts.dtype in LOW_PRECISION:
-        return [("sdpa", "no fast products in this dtype on this CPU")]
+    if facts.device == "cpu" and facts.keeps_more and facts.grad:
+        return [
+            ("latent", "keeping all queries would take more memory than dense attention"),
+            ("sdpa", "fused in torch"),
+        ]
     return [("sdpa", "fused in torch")]
 
 

@@ -5,8 +5,8 @@ query's softmax is its own, and no kernel sees expanded keys. torch's CPU kernel
 heads, so there packing stops where it would leave threads idle; then the one key is expanded by a stride of zero. With a mask or
 causal order the heads stay apart.
 
-On a GPU the flash kernel wants widths that are multiples of 8, the same for keys and values; torch pads where they are the same.
-Where they differ its memory-efficient kernel runs, which wants multiples of 8 as well: here they are padded for it.
+Fused kernels want one width for keys and values. Where Tucker's differ, the narrower ones get columns of zeros on the CPU: else
+torch would compute in parts, with maps in memory. On a GPU torch's memory-efficient kernel takes two widths, multiples of 8.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def attend(
 ) -> Tensor:
     """See ``Backend.attend``."""
     heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[3]
-    if q.is_cuda and q.dtype in LOW_PRECISION and q.shape[3] != width:
-        q, k, v = (pad_width(t) for t in (q, k, v))
+    if q.shape[3] != width:
+        q, k, v = pad_widths(q, k, v)
     if is_causal:
         attn_mask = None
     if kv_heads < heads and attn_mask is None and not is_causal and packs(q, kv_heads):
@@ -54,10 +54,20 @@ def packs(q: Tensor, kv_heads: int) -> bool:
     return q.shape[0] * kv_heads >= torch.get_num_threads()
 
 
-def pad_width(x: Tensor) -> Tensor:
-    """Zeros up to the next multiple of ALIGNMENT in the last dimension."""
-    rest = -x.shape[-1] % ALIGNMENT
-    return F.pad(x, (0, rest)) if rest else x
+def pad_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of different widths as the device's fused kernel takes them: with columns of zeros, which change
+    neither scores nor the columns of the output that were there."""
+    if q.device.type == "cpu":
+        width = max(q.shape[3], v.shape[3])
+        return pad(q, width), pad(k, width), pad(v, width)
+    if q.is_cuda and q.dtype in LOW_PRECISION:
+        q, k, v = (pad(t, -(-t.shape[3] // ALIGNMENT) * ALIGNMENT) for t in (q, k, v))
+    return q, k, v
+
+
+def pad(x: Tensor, width: int) -> Tensor:
+    """Columns of zeros up to a width."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
 register_backend(Backend("sdpa", refuses, attend))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.registry import register_backend
-from vit_tucker.attention.triton_tucker import available, unsupported
+from vit_tucker.attention.triton_tucker import available, tucker_attention, unsupported
 from vit_tucker.attention.triton_tucker.tiles import Ranks, shared_memory
 
 MASKS = {"none": "none", "causal": "none", "boolean": "boolean", "additive": "additive"}
@@ -17,17 +18,36 @@ def refuses(facts: Facts) -> str | None:
     """Tucker Attention on CUDA (or in Triton's interpreter), without dropout and trained masks."""
     if facts.ranks is None:
         return "it computes Tucker Attention as a whole, not heads' queries and keys"
-    if facts.export:
-        return "exports hold torch's own operations only"
+    if facts.own_only:
+        return "exports and torch.func hold torch's own operations only"
     device = torch.device(facts.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device here"
     return available(device) or unsupported(
         facts.dtype,
         Ranks(*facts.ranks),
         mask=MASKS[facts.mask],  # type: ignore[arg-type]
         mask_requires_grad=facts.mask_grad,
+        rope=facts.angles_grad,
+        angles_require_grad=facts.angles_grad,
         dropout=facts.dropout,
         shared_memory=shared_memory(device),
     )
 
 
-register_backend(Backend("triton", refuses, None))
+def whole(
+    p: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pre: Tensor,
+    post: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    angles: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """See ``Backend.whole``."""
+    return tucker_attention(p, k, v, pre, post, scale=scale, attn_mask=attn_mask, is_causal=is_causal, angles=angles)
+
+
+register_backend(Backend("triton", refuses, None, whole))
