@@ -9,7 +9,6 @@ import vit_tucker as vt
 from tests.conftest import all_configs, make_spec
 from tests.patching.test_families import small_model
 from vit_tucker.analysis.kv_cache import count_kv_entries
-from vit_tucker.attention import module as attention_module
 
 SPEC = make_spec(embed_dim=64, out_dim=64)  # wider than keys and values of all heads together, 2 * 4 * 6
 CONFIGS = [
@@ -24,12 +23,10 @@ CONFIGS = [
 def test_the_width_is_the_rank_of_keys_and_values(config, monkeypatch):
     """Keys and values of all heads side by side are linear in the token: no cache of fewer numbers gives them back."""
     seen = []
-    attend = attention_module.attend
-    monkeypatch.setattr(
-        attention_module, "attend", lambda q, k, v, **more: seen.append((k, v)) or attend(q, k, v, **more)
-    )
     layer = config.build(SPEC, dtype=torch.float64)
-    layer(torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    attend = layer.attend
+    monkeypatch.setattr(layer, "attend", lambda q, k, v, *more: seen.append((k, v)) or attend(q, k, v, *more))
+    layer.mix(torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     columns = torch.cat([part.detach()[0].transpose(0, 1).flatten(1) for part in seen[0]], 1)  # (N, G * (Dk + Dv))
     rank = torch.linalg.matrix_rank(columns - columns.mean(0), rtol=1e-9).item()
     assert layer.kv_width == min(rank, columns.shape[1])
