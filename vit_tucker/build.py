@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
 from vit_tucker.config.load import validate
@@ -73,6 +74,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     Raises:
         VitTuckerError: see ``create_host`` and ``patch``.
     """
+    forget()
     num_classes, in_chans = classes_and_channels(config)
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
@@ -161,3 +163,8 @@ def analysed_model(
     size = input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.pretrained, size)
     return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed)
+
+
+def attention_backends() -> list[str]:
+    """What computed the attention of the run's layers, and why, since ``build_model``."""
+    return choices()

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from vit_tucker.announce import announce, describe_plan, describe_run, measure_latency
-from vit_tucker.build import BuiltModel, build_model
+from vit_tucker.build import BuiltModel, attention_backends, build_model
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders, build_loaders
@@ -125,7 +125,7 @@ def run_together(
     finally:
         monitor.close()
         loaders.close()
-    results |= summarise(trainer)
+    results |= {**summarise(trainer), "attention_backends": attention_backends()}
     if accelerator.is_main_process:
         results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
         run_dir.write_results(results)

@@ -32,7 +32,7 @@ from vit_tucker.tensor.tucker import Tucker
 def absorbs(spec: HostSpec, kv_lora_rank: int) -> bool:
     """Whether heads attend in the latent, their up projections folded: it costs less, and nothing comes in between."""
     between = [feature for feature in spec.extras if feature not in CALL_FEATURES]
-    return kv_lora_rank <= spec.head_dim and not between
+    return 2 * kv_lora_rank <= spec.head_dim and not between
 
 
 def has_head_key_bias(spec: HostSpec) -> bool:
@@ -92,13 +92,15 @@ class MLA(PerHeadModule):
     def run_absorbed(self, call: Call) -> Tensor:
         """The layer without heads' keys and values. -> (B, N, O)"""
         heads = self.num_heads
-        q_latent, k, v = self.latents(call.x)
-        k, v = k.unsqueeze(1), v.unsqueeze(1)
+        latents = joint_linear(call.x, self.input_projections())
+        q_latent, k, v = latents[0], latents[1].unsqueeze(1), latents[-1].unsqueeze(1)
         # WUK_i WUQ_i^T, with bQ_i as one more column: (H, cKV, cQ) or (H, cKV, cQ + 1)
         pre = with_bias(self.k_up.weight, None, heads).mT @ with_bias(self.q_up.weight, self.q_up.bias, heads)
         rank = self.q_down.out_features
-        q = F.linear(q_latent, pre[..., :rank].flatten(0, 1), pre[..., rank:].flatten() if self.spec.qkv_bias else None)
-        q = q.unflatten(2, (heads, -1)).transpose(1, 2)  # (B, H, N, cKV), a view
+        # the latent is a slice of one projection: torch adds a bias within a product only where rows are one dimension
+        shift = pre[..., rank:].flatten() if self.spec.qkv_bias else None
+        q = F.linear(q_latent.flatten(0, 1), pre[..., :rank].flatten(0, 1), shift)
+        q = q.reshape(*call.x.shape[:2], heads, -1).transpose(1, 2)  # (B, H, N, cKV), a view
         if self.pair_rotations is not None and self.spec.rope is not None:
             q, k = rotate_latent(q, k, call.rope, self.pair_rotations, self.spec.rope)
         y = self.attend(q, k, v, call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)  # (B, N, H*cKV)
@@ -116,18 +118,14 @@ class MLA(PerHeadModule):
     ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
-        q_latent, latent, v_latent = self.latents(x)
-        q = self.q_up(q_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        latent = self.kv_down(x)  # (B, N, cKV)
+        v_latent = latent if self.v_down is None else self.v_down(x)
+        q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         if self.pair_rotations is not None:
             return self.finish(x, self.attend_latent(q, latent, v_latent, attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
-
-    def latents(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents of queries, keys and values: (B, N, cQ), and (B, N, cKV) twice."""
-        latents = joint_linear(x, self.input_projections())
-        return latents[0], latents[1], latents[-1]
 
     def attend_latent(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None

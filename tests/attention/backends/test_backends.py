@@ -23,6 +23,7 @@ from vit_tucker.attention.backends import (
     registry,
     sdpa,
 )
+from vit_tucker.attention.backends import blocked as blocked_backend
 from vit_tucker.attention.backends import blocked_products as blocked
 from vit_tucker.attention.backends.base import facts_of, fast_bfloat16
 from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
@@ -108,9 +109,11 @@ def test_packing_is_a_view_of_what_a_projection_leaves_and_can_be_undone():
 class TestBlocked:
     @pytest.mark.parametrize("room", [1, 300, 1000, 1 << 20])
     @pytest.mark.parametrize("kv_heads", [1, 4])
-    def test_any_size_of_blocks_gives_the_same(self, room, kv_heads, monkeypatch):
-        """From single rows of one image to all images at once."""
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_any_size_of_blocks_gives_the_same(self, room, kv_heads, keep, monkeypatch):
+        """From single rows of one image to all images at once; with the maps kept or computed again."""
         monkeypatch.setattr(blocked, "BLOCK_BYTES", room)
+        monkeypatch.setattr(blocked_backend, "room_for_maps", lambda *_: keep)
         results = []
         for compute in (formula, lambda *args: run("blocked", *args)):
             inputs = [t.requires_grad_() for t in tensors(kv_heads, batch=3)]
@@ -148,27 +151,31 @@ class TestBlocked:
         for reference, ours in zip(*errors, strict=True):
             assert 0 < ours <= 2 * reference
 
-    def test_keeps_no_maps(self):
-        """What a backward pass keeps is the inputs; plain products keep maps of N x N."""
+    @pytest.mark.parametrize("tokens", [7, 40])
+    def test_keeps_maps_where_that_is_no_more_than_dense_attention_keeps(self, tokens):
+        """4 H D numbers per token, here 4 * 4 / 0.3^2 = 178; maps alone are 4 N. Plain products keep maps whatever they take."""
         kept = {}
         for name in ("blocked", "eager"):
             sizes = kept[name] = []
-            inputs = [t.requires_grad_() for t in tensors(tokens=40)]
+            inputs = [t.requires_grad_() for t in tensors(tokens=tokens, widths=(8, 8))]
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
             ):
                 run(name, *inputs)
-        assert max(kept["blocked"]) == inputs[0].numel()
-        assert max(kept["eager"]) == 2 * 4 * 40 * 40
+        maps = 2 * 4 * tokens * tokens
+        assert (maps in kept["blocked"]) == (tokens == 7)
+        assert maps in kept["eager"]
 
     def test_is_one_operation_to_the_compiler(self):
         torch._dynamo.reset()
         q, k, v = (t[:, 0].contiguous() for t in tensors(4))
         for dynamic in (False, True):
             compiled = torch.compile(blocked.blocked_attention, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-            torch.testing.assert_close(compiled(q, k, v, 0.3), formula(q[:, None], k[:, None], v[:, None])[:, 0])
+            torch.testing.assert_close(
+                compiled(q, k, v, 0.3, False)[0], formula(q[:, None], k[:, None], v[:, None])[:, 0]
+            )
         inputs = tuple(t.requires_grad_() for t in (q, k, v))
-        torch.library.opcheck(blocked.blocked_attention, (*inputs, 0.3))
+        torch.library.opcheck(blocked.blocked_attention, (*inputs, 0.3, True))
 
 
 def test_sdpa_leaves_no_thread_idle_in_training():

@@ -8,12 +8,33 @@
     latent      Tucker Attention as a whole on the CPU, some images at a time: less memory at high ranks
     triton      Tucker Attention as a whole, queries and output cores inside one kernel of ours
 
-``auto`` chooses among them, see ``registry.choose``. Whatever runs is said in the log, once per kind of call, with the reason.
+``auto`` chooses among them, see ``registry.preferences``; any other takes every call or fails. Whatever runs is said in the log,
+once per kind of call, with the reason. A new one is a file with two functions and ``register_backend(Backend(...))``.
 """
 
-from vit_tucker.attention.backends import blocked, eager, flash, flex, latent, sdpa, triton
+from vit_tucker.attention.backends import blocked, eager, flash, flex, flops, latent, sdpa, triton
 from vit_tucker.attention.backends.base import Backend, Facts
-from vit_tucker.attention.backends.registry import AUTO, choose, get_backend, is_whole, list_backends, register_backend
+from vit_tucker.attention.backends.registry import (
+    AUTO,
+    choices,
+    choose,
+    forget,
+    get_backend,
+    is_whole,
+    list_backends,
+    register_backend,
+)
 
-__all__ = ["AUTO", "Backend", "Facts", "choose", "get_backend", "is_whole", "list_backends", "register_backend"]
-_ = (blocked, eager, flash, flex, latent, sdpa, triton)
+__all__ = [
+    "AUTO",
+    "Backend",
+    "Facts",
+    "choices",
+    "choose",
+    "forget",
+    "get_backend",
+    "is_whole",
+    "list_backends",
+    "register_backend",
+]
+_ = (blocked, eager, flash, flex, flops, latent, sdpa, triton)

@@ -31,7 +31,7 @@ class Facts(NamedTuple):
             values as such.
         angles_grad: the angles by which Tucker Attention rotates its queries are trained (mixed RoPE).
         keeps_more: queries and outputs of all of its heads are more numbers per token than dense attention keeps for a backward
-            pass, 4 H D.
+            pass, 4 H D, and tokens are many.
     """
 
     device: str

@@ -1,7 +1,8 @@
-"""Plain products on the CPU block by block, see ``blocked_products``: nothing of size N x N is kept."""
+"""Plain products on the CPU block by block, see ``blocked_products``."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vit_tucker.attention.backends.base import Backend, Facts
@@ -26,8 +27,19 @@ def attend(
 ) -> Tensor:
     """See ``Backend.attend``."""
     heads, (batch, kv_heads) = q.shape[1], k.shape[:2]
-    y = blocked_attention(pack_heads(q, kv_heads).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    keep = grad and room_for_maps(q, k, v, scale)
+    y, _ = blocked_attention(pack_heads(q, kv_heads).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, keep)
     return unpack_heads(y.unflatten(0, (batch, kv_heads)), heads)
+
+
+def room_for_maps(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether keeping the maps for the backward pass, with everything else, is no more than dense attention keeps: 4 H D numbers
+    per token, where 1 / sqrt(D) is the scale. So it can be where many heads share a narrow key and tokens are few."""
+    if torch.compiler.is_compiling():  # the number of tokens may be open
+        return False
+    heads, kv_heads, tokens = q.shape[1], k.shape[1], k.shape[2]
+    return heads * tokens + (heads + kv_heads) * (q.shape[3] + v.shape[3]) <= 4 * heads / scale**2
 
 
 register_backend(Backend("blocked", refuses, attend))

@@ -3,9 +3,9 @@
     S = Q K^T * scale,  P = softmax(S),  Y = P V
     dV = P^T dY,  dP = dY V^T,  dS = P o (dP - rowsum(P o dP)),  dQ = dS K * scale,  dK = dS^T Q * scale
 
-Memory is that of a flash kernel: nothing of size N x N is kept. The products are oneDNN's, whose bfloat16 is faster than float32
-on CPUs with AVX512-BF16 or AMX, where torch's flash kernel for CPUs gains nothing from bfloat16 and loses by it in the backward
-pass. The maps have the inputs' dtype between products, as in any attention written out in torch.
+Memory is that of a flash kernel, unless the maps are kept for a backward pass that is faster then. The products are oneDNN's,
+whose bfloat16 is faster than float32 on CPUs with AVX512-BF16 or AMX, where torch's flash kernel for CPUs gains nothing from it
+and loses by it in the backward pass. The maps have the inputs' dtype between products, as in any attention written in torch.
 """
 
 from __future__ import annotations
@@ -21,61 +21,73 @@ BLOCK_BYTES = 1 << 20
 
 
 @torch.library.custom_op("vit_tucker::blocked_attention", mutates_args=())
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """softmax(scale * Q K^T) V. q (B, M, Dk), k (B, N, Dk), v (B, N, Dv) -> (B, M, Dv)"""
-    return products_forward(q, k, v, scale)
+def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: bool) -> tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T) V.
+
+    Args:
+        q, k, v: (B, M, Dk), (B, N, Dk), (B, N, Dv).
+        scale: factor on the scores.
+        keep_maps: for a backward pass that does not compute them again.
+
+    Returns:
+        y (B, M, Dv); the maps (B, M, N), without images unless they are kept.
+    """
+    y, maps, scaled = *room(q, k, v, keep_maps), k * scale
+    for images, rows, (scores, spare) in blocks(q, k, 2):
+        part = maps[images, rows] if keep_maps else spare
+        softmax_maps(q[images, rows], scaled[images], scores, part)
+        torch.bmm(part, v[images], out=y[images, rows])
+    return y, maps
 
 
 @blocked_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return q.new_empty(*q.shape[:2], v.shape[2])
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: bool) -> tuple[Tensor, Tensor]:
+    return room(q, k, v, keep_maps)
 
 
-def products_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``blocked_attention`` itself."""
-    y, scaled = q.new_empty(*q.shape[:2], v.shape[2]), k * scale
-    for images, rows, (scores, maps) in blocks(q, k, 2):
-        softmax_maps(q[images, rows], scaled[images], scores, maps)
-        torch.bmm(maps, v[images], out=y[images, rows])
-    return y
+def room(q: Tensor, k: Tensor, v: Tensor, keep_maps: bool) -> tuple[Tensor, Tensor]:
+    """Memory for outputs and maps."""
+    (batch, rows), keys = q.shape[:2], k.shape[1]
+    return q.new_empty(batch, rows, v.shape[2]), q.new_empty(batch if keep_maps else 0, rows, keys)
 
 
 @torch.library.custom_op("vit_tucker::blocked_attention_backward", mutates_args=())
 def blocked_attention_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    dy: Tensor, maps: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; dy (B, M, Dv). Sums over the blocks of an image are taken in float32."""
-    return products_backward(dy, q, k, v, scale)
-
-
-def products_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``blocked_attention_backward`` itself."""
+    """Gradients of q, k and v; dy (B, M, Dv), maps as kept. Sums over the blocks of an image are taken in float32."""
     scaled = k * scale
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
-    for images, rows, (scores, maps, ds) in blocks(q, k, 3):
+    for images, rows, (scores, spare, ds) in blocks(q, k, 3):
         q_block, dy_block = q[images, rows], dy[images, rows]
-        softmax_maps(q_block, scaled[images], scores, maps)
-        dv[images] += torch.bmm(maps.mT, dy_block)
+        part = maps[images, rows] if len(maps) else spare
+        if not len(maps):
+            softmax_maps(q_block, scaled[images], scores, part)
+        dv[images] += torch.bmm(part.mT, dy_block)
         torch.bmm(dy_block, v[images].mT, out=scores)
-        torch._softmax_backward_data(scores, maps, -1, maps.dtype, grad_input=ds)
+        torch._softmax_backward_data(scores, part, -1, part.dtype, grad_input=ds)
         torch.bmm(ds, scaled[images], out=dq[images, rows])
         dk[images] += torch.bmm(ds.mT, q_block)
     return dq, dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
 
 
 @blocked_attention_backward.register_fake
-def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(dy: Tensor, maps: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, _ = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *blocked_attention_backward(dy, *ctx.saved_tensors, ctx.scale), None
+def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 5
+    return *blocked_attention_backward(dy, *ctx.saved_tensors, ctx.scale), None, None
 
 
 blocked_attention.register_autograd(_backward, setup_context=_keep)

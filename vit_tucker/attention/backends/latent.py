@@ -166,10 +166,13 @@ def _(dz: Tensor, y: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*output[1:], *tensors)
+    ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _gradients(ctx: Any, dz: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dz is None:
+        return (None,) * 9
     return *latent_attention_backward(dz, *ctx.saved_tensors, ctx.scale), *(None,) * 4
 
 

@@ -87,7 +87,8 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
     """``choose`` as torch.compile runs it: once, as it traces the call. It hands over plain values, and takes back a name."""
     given = Facts(*facts)
     choice = decide(given, wanted)
-    LOGGER.info("attention backend %s: %s, compiled [%s]", choice.name, choice.reason, given)
+    compiled = _CHOICES[given, f"{wanted}, compiled"] = Choice(choice.name, f"{choice.reason}, compiled")
+    LOGGER.info("attention backend %s: %s [%s]", *compiled, given)
     return choice.name
 
 
@@ -129,5 +130,10 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
 
 
 def choices() -> list[str]:
-    """What ran in this process and why, as the log said it, compiled calls apart."""
+    """What ran in this process since ``forget``, and why, as the log said it."""
     return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in _CHOICES.items()]
+
+
+def forget() -> None:
+    """Start anew: the log says again what runs."""
+    _CHOICES.clear()

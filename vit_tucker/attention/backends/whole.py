@@ -9,6 +9,9 @@ from vit_tucker.attention.backends.base import Facts, mask_facts, own_only
 from vit_tucker.attention.backends.registry import choose, get_backend
 from vit_tucker.attention.rope import rotate
 
+MANY_TOKENS = 1024
+"""Of a batch: below, a training step with a dense layer's attention takes some ten megabytes."""
+
 
 def attend_whole(
     p: Tensor,
@@ -66,7 +69,7 @@ def _attend_whole(
     ranks = (p.shape[2], k.shape[2], post.shape[1], v.shape[2])
     facts = Facts(p.device.type, p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
                   mask, mask_grad, dropout, grad, own_only(), ranks, angles_grad,
-                  keeps_more(ranks, pre.shape[0], scale))  # fmt: skip
+                  keeps_more(ranks, pre.shape[0], scale) and many_tokens(p))  # fmt: skip
     chosen = get_backend(choose(facts, backend).name)
     p, k, v, pre, post = (t.to(p.dtype) for t in tensors)
     if chosen.whole is not None:
@@ -83,3 +86,8 @@ def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bo
     """See ``Facts``: whether p, k, v and all heads' queries and outputs are more than 4 H D numbers; the scale is 1 / sqrt(D)."""
     r2, r3, _, r3t = ranks
     return r2 + r3 + r3t + 2 * heads * max(r3, r3t) > 4 * heads / scale**2
+
+
+def many_tokens(p: Tensor) -> bool:
+    """Whether memory matters: for few tokens forming queries twice costs more than the rest gains. Open numbers count as many."""
+    return torch.compiler.is_compiling() or p.shape[0] * p.shape[1] >= MANY_TOKENS

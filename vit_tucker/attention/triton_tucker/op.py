@@ -230,6 +230,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     """Inputs and the log-sum-exp are all that the backward pass needs."""
     *tensors, ctx.scale, ctx.is_causal = inputs
     ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)  # else zeros are written for the log-sum-exp
     ctx.mark_non_differentiable(output[1])
 
 

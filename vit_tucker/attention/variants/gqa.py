@@ -19,7 +19,6 @@ from vit_tucker.attention.base import (
     PerHeadConfig,
     count_extras,
 )
-from vit_tucker.attention.contraction import joint_linear
 from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.linear import (
     head_bias,
@@ -121,9 +120,8 @@ class GQA(PerHeadModule):
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
-        kv = joint_linear(x, (self.k_proj, self.v_proj))
-        k = kv[0].reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
-        v = kv[1].reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
+        v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:

@@ -7,8 +7,8 @@ For hosts with RoPE the latent key itself is rotated (latent RoPE; no decoupled 
 that a query is still one matrix times a token. All heads then share the latent as key and value. Where norms of the heads' keys
 come before the rotation there is no such form; then each head's key is rotated, as in the host.
 
-A latent no wider than a head costs less in the same form without rotations, and is computed so, in training as well: queries
-x WDQ (WUQ_i WUK_i^T) meet the latent, and outputs are the heads' averaged latents times WUV_i WO_i (the paper's absorption).
+A latent of half a head's width or less costs less in the same form without rotations, and is computed so, in training as well:
+queries x WDQ (WUQ_i WUK_i^T) meet the latent, and outputs are the heads' averaged latents times WUV_i WO_i (absorption).
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
