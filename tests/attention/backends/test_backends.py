@@ -112,6 +112,7 @@ class TestBlocked:
     @pytest.mark.parametrize("keep", [False, True])
     def test_any_size_of_blocks_gives_the_same(self, room, kv_heads, keep, monkeypatch):
         """From single rows of one image to all images at once; with the maps kept or computed again."""
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         monkeypatch.setattr(blocked, "BLOCK_BYTES", room)
         monkeypatch.setattr(blocked_backend, "room_for_maps", lambda *_: keep)
         results = []
@@ -125,6 +126,7 @@ class TestBlocked:
         assert not torch.allclose(results[0][1], 1.001 * results[1][1])
 
     def test_blocks_cover_each_row_once_and_fit(self, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
         q, k = torch.empty(5, 100, 8), torch.empty(5, 10, 8)
         for room in (1, 400, 3999, 4000, 9000, 1 << 20):
             monkeypatch.setattr(blocked, "BLOCK_BYTES", room)

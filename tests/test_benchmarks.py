@@ -1,0 +1,80 @@
+"""The speed benchmarks run at toy sizes, and say what is wrong with their arguments. What they measure is not tested."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import vit_tucker
+from tests.conftest import process_environment
+
+ROOT = Path(vit_tucker.__file__).parents[1]
+QUICK = ("--turns", "2", "--seconds", "0")
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=process_environment(ROOT), capture_output=True, text=True, check=False)
+
+
+def rows_of(file):
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_layers(tmp_path):
+    done = run("attention.py", *QUICK, "--no-peers", "--shapes", "2x9x24x3", "--ranks", 4, 8, "--backends", "sdpa", "blocked",
+               "triton", "--precision", "bf16", "--save", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "attention.csv")
+    names = [row["layer"] for row in rows]
+    ours = [f"Tucker (3,{rank},{rank}), {backend}" for rank in (4, 8) for backend in ("sdpa", "blocked")]
+    assert names == ["dense (timm)", *ours, "MHA, sdpa", "MHA, blocked"]
+    assert "Tucker (3,4,4), triton: left out: attention backend 'triton' can't take this call" in done.stdout
+    for row in rows:
+        for column in ("infer_step_time", "train_step_time", "infer_samples_per_sec", "train_peak_mb", "infer_speedup"):
+            assert math.isfinite(float(row[column]))
+            assert float(row[column]) > 0
+    assert float(rows[0]["promise"]) == float(rows[0]["infer_speedup"]) == 1
+    text = (tmp_path / "attention.md").read_text()
+    assert "2x9x24x3" in text
+    assert "backend blocked: asked for [cpu, bfloat16" in text
+    assert (tmp_path / "promise.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not timm.is_model("test_vit"), reason="this timm has no test_vit")
+def test_models(tmp_path):
+    done = run("model.py", *QUICK, "--models", "test_vit", "--ranks", 8, "--batch-size", 1, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    dense, tucker = rows_of(tmp_path / "model.csv")
+    assert (dense["attention"], tucker["attention"]) == ("dense", "Tucker (2,8,8)")
+    assert float(tucker["param_count"]) < float(dense["param_count"])
+    share, layer, bound = (float(tucker[f"train_{name}"]) for name in ("attention_share", "layer_speedup", "bound"))
+    assert bound == pytest.approx(1 / (1 - share + share / layer), rel=2e-3)  # four digits are written
+    assert "Amdahl" in (tmp_path / "model.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("attention.py", ["--shapes", "2x9x25x3"], "3 heads do not divide 25"),
+        ("attention.py", ["--shapes", "2x9"], "batch x tokens x embed_dim x num_heads"),
+        ("attention.py", ["--backends", "sdp"], "did you mean 'sdpa'"),
+        ("attention.py", ["--turns", "1"], "--turns: 2 at least"),
+        ("model.py", ["--models", "vit_bse_patch16_224"], "no model vit_bse_patch16_224"),
+        pytest.param("attention.py", ["--device", "cuda"], "--device cuda", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is one")),
+        pytest.param("gpu.py", ["--save", "nowhere"], "no CUDA device", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is one")),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(script, arguments, message):
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (ROOT / "nowhere").exists()
