@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_tucker.attention.tucker_layer import TuckerAttention
+
+Attention: Any = vision_transformer.Attention
+"""timm's, from where all its versions have it."""
 
 
 def dense(dim: int, heads: int) -> nn.Module:

@@ -343,6 +343,28 @@ class TestAuto:
         assert registry.decide(more._replace(grad=False), AUTO).name == "sdpa"
         assert registry.decide(more._replace(mask="boolean"), AUTO).name == "sdpa"
 
+    @pytest.mark.parametrize(
+        ("change", "fused"),
+        [
+            ({}, True),
+            ({"mask": "boolean"}, True),
+            ({"mask": "additive"}, True),
+            ({"mask": "causal"}, True),
+            ({"dropout": 0.1}, False),
+            ({"mask": "additive", "mask_grad": True}, False),
+        ],
+    )
+    def test_the_log_says_where_torch_has_no_kernel(self, change, fused):
+        """As torch itself chooses."""
+        facts = CPU._replace(grad=True, **change)
+        q = torch.randn(2, 4, 7, 8, requires_grad=True)
+        mask = {"boolean": BOOLEAN, "additive": torch.zeros(4, 7, 7).unsqueeze(0)}.get(facts.mask)
+        mask = mask.requires_grad_() if facts.mask_grad else mask
+        chosen = torch._fused_sdp_choice(q, q, q, mask, facts.dropout, facts.mask == "causal")
+        assert chosen == fused
+        assert registry.decide(facts, AUTO).reason.startswith("fused" if fused else "in parts")
+        assert registry.decide(facts, "sdpa").reason.startswith(f"asked for; {'fused' if fused else 'in parts'}")
+
     def test_cuda_runs_on_sdpa(self):
         assert choose(CUDA).name == "sdpa"
 

@@ -74,12 +74,14 @@ class Backend:
             (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention only.
         whole: (p, k, v, pre, post, attn_mask, is_causal, scale, angles) -> z, Tucker Attention between its projections, see
             ``backends.whole.attend_whole``. None for backends that take queries, keys and values only.
+        remark: facts -> how such calls are computed, for the log.
     """
 
     name: str
     refuses: Callable[[Facts], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
     whole: Callable[..., Tensor] | None = None
+    remark: Callable[[Facts], str] | None = None
 
 
 def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Facts:

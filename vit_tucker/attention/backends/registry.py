@@ -97,7 +97,7 @@ def decide(facts: Facts, wanted: str) -> Choice:
     if wanted != AUTO:
         reason = get_backend(wanted).refuses(facts)
         if reason is None:
-            return Choice(wanted, "asked for")
+            return _chosen(wanted, facts, ["asked for"])
         able = [name for name in list_backends() if _BACKENDS[name].refuses(facts) is None]
         raise PatchError(
             f"attention backend '{wanted}' can't take this call: {reason} [{facts}]; these can: {', '.join([AUTO, *able])}"
@@ -106,13 +106,20 @@ def decide(facts: Facts, wanted: str) -> Choice:
     for name, reason in preferences(facts):
         refusal = get_backend(name).refuses(facts)
         if refusal is None:
-            return Choice(name, "; ".join([reason, *refusals]))
+            return _chosen(name, facts, [reason, *refusals])
         refusals.append(f"not {name}: {refusal}")
     raise PatchError(f"no attention backend takes this call: {'; '.join(refusals)} [{facts}]")
 
 
+def _chosen(name: str, facts: Facts, reasons: list[str]) -> Choice:
+    """A choice with its reasons and the backend's own remark."""
+    remark = get_backend(name).remark
+    said = [reason for reason in reasons if reason]
+    return Choice(name, "; ".join(said if remark is None else [*said, remark(facts)]))
+
+
 def preferences(facts: Facts) -> list[tuple[str, str]]:
-    """Backends in the order in which "auto" tries them, each with its reason.
+    """Backends in the order in which "auto" tries them, each with its reason, which may be empty.
 
     The measured ground of it is in benchmarks/README.md. What was never measured is not chosen: so far no GPU kernel was.
     """
@@ -124,9 +131,9 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
     if facts.device == "cpu" and facts.keeps_more and facts.grad:
         return [
             ("latent", "keeping all queries would take more memory than dense attention"),
-            ("sdpa", "fused in torch"),
+            ("sdpa", ""),
         ]
-    return [("sdpa", "fused in torch")]
+    return [("sdpa", "")]
 
 
 def choices() -> list[str]:

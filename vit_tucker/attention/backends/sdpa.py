@@ -28,6 +28,17 @@ def refuses(facts: Facts) -> str | None:
     return None
 
 
+def remark(facts: Facts) -> str:
+    """Whether one kernel takes such calls; what torch computes in parts needs memory for the maps."""
+    if facts.device == "cpu" and facts.dropout:
+        return "in parts: torch's CPU kernel has no dropout"
+    if facts.device == "cpu" and facts.mask_grad:
+        return "in parts: torch's CPU kernel does not train masks"
+    if facts.device == "cuda" and facts.dtype == torch.float64:
+        return "in parts: torch has no CUDA kernel for float64"
+    return "fused in torch"
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
@@ -37,6 +48,8 @@ def attend(
         q, k, v = pad_widths(q, k, v)
     if is_causal:
         attn_mask = None
+    if attn_mask is not None and attn_mask.ndim == 3:
+        attn_mask = attn_mask.unsqueeze(0)  # torch's CPU kernel takes two dimensions or four
     if kv_heads < heads and attn_mask is None and not is_causal and packs(q, kv_heads):
         y = F.scaled_dot_product_attention(pack_heads(q, kv_heads), k, v, dropout_p=dropout, scale=scale)
         return unpack_heads(y, heads)[..., :width]
@@ -70,4 +83,4 @@ def pad(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
-register_backend(Backend("sdpa", refuses, attend))
+register_backend(Backend("sdpa", refuses, attend, remark=remark))
