@@ -32,7 +32,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[dict[str, int], str]:
     """Numbers of tests, failures, errors and skipped ones of the cases in a process of their own, and what it wrote."""
     report = tmp_path / "report.xml"
-    environment = process_environment(ROOT, **variables)
+    environment = process_environment(ROOT, OMP_NUM_THREADS="1", **variables)
     command = [
         sys.executable,
         "-m",
