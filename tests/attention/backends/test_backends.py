@@ -387,6 +387,13 @@ def test_the_log_says_once_what_runs_and_why(caplog):
     assert [f"attention backend {line}" for line in registry.choices()] == lines
 
 
+def test_layers_without_memory_are_no_news(caplog):
+    layer = vt.TuckerConfig(ranks=(2, 8, 8)).build(vt.HostSpec(16, 4, 4, 16), device="meta")
+    with caplog.at_level(logging.INFO, logger="vit_tucker.attention"):
+        assert layer(torch.randn(1, 5, 16, device="meta")).is_meta
+    assert not caplog.records
+
+
 def test_a_compiled_layer_logs_too(caplog):
     torch._dynamo.reset()
     layer = vt.TuckerConfig(ranks=(2, 8, 8)).build(vt.HostSpec(16, 4, 4, 16))

@@ -75,6 +75,8 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
     """
     if torch.compiler.is_compiling():
         return Choice(_choose_while_compiling(wanted, *facts), "")
+    if facts.device == "meta":  # nothing is computed
+        return decide(facts, wanted)
     choice = _CHOICES.get((facts, wanted))
     if choice is None:
         choice = _CHOICES[facts, wanted] = decide(facts, wanted)
