@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from turns import DTYPES, clock
+from turns import DTYPES
 
+from vit_tucker.analysis.turns import clock
 from vit_tucker.attention.base import AttentionConfig, HostSpec
 
 BACKWARD = 2

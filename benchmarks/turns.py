@@ -1,9 +1,8 @@
-"""Timing in turns: everything that is compared runs in one process, one after the other, several times, in alternating order."""
+"""Speed-ups of calls that are timed in turns, and the calls themselves: forward passes and training steps of a module."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.live_bytes import LiveBytes
+from vit_tucker.analysis.turns import peak_bytes, times_in_turns
 
-WARM_UP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,36 +42,13 @@ def in_turns(
         turns: how often each has its turn, 2 at least.
         seconds: that a turn lasts at least; always one call or more.
     """
-    repeats = {}
-    for name, call in calls.items():
-        clock(call, WARM_UP, device)
-        repeats[name] = max(1, round(seconds / clock(call, 1, device)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(clock(calls[name], repeats[name], device))
+    times = times_in_turns(calls, device, turns, seconds)
     first = times[next(iter(calls))]
     results = {}
     for name, own in times.items():
         low, middle, high = statistics.quantiles((a / b for a, b in zip(first, own, strict=True)), method="inclusive")
         results[name] = Timing(statistics.median(own) * 1e3, middle, low, high)
     return results
-
-
-def clock(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Seconds per call."""
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    synchronise(device)
-    return (time.perf_counter() - start) / repeats
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 def inference(module: nn.Module, x: Tensor, precision: str) -> Callable[[], Any]:
@@ -109,17 +84,6 @@ def training(module: nn.Module, x: Tensor, precision: str, input_grad: bool = Tr
 
 
 def peak_megabytes(call: Callable[[], Any], module: nn.Module, x: Tensor) -> float:
-    """Most MB (10^6 bytes) that a call has alive at once, parameters and input apart, gradients included.
-
-    On CUDA what the allocator handed out, workspaces included; elsewhere the results of operations, without what they use inside.
-    """
+    """Most MB (10^6 bytes) that a call has alive at once, parameters and input apart, gradients included; see ``peak_bytes``."""
     call()
-    if x.is_cuda:
-        torch.cuda.reset_peak_memory_stats(x.device)
-        before = torch.cuda.memory_allocated(x.device)
-        call()
-        synchronise(x.device)
-        return (torch.cuda.max_memory_allocated(x.device) - before) / 1e6
-    with LiveBytes([x, *module.parameters(), *module.buffers()]) as live:
-        call()
-    return live.peak() / 1e6
+    return peak_bytes(call, [x, *module.parameters(), *module.buffers()], x.device) / 1e6

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_tucker.analysis.cost import count_cost, latency_to_dense
-from vit_tucker.analysis.latency import PRECISIONS, describe_device
+from vit_tucker.analysis.latency import describe_device
+from vit_tucker.analysis.turns import PRECISIONS
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig

@@ -2,21 +2,17 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.analysis.turns import PRECISIONS, peak_bytes, times_in_turns
 from vit_tucker.errors import ConfigError
-from vit_tucker.live_bytes import LiveBytes
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.watch import evaluating
-
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WARM_UP = 3
-"""Forward passes before anything is measured: kernels are chosen, memory is allocated, weights are cast."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +78,12 @@ def measure_latency(
     autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
     with evaluating(*ready.values()), torch.inference_mode(), autocast:
         inputs = {name: _images(model, input_size, batch_size, device) for name, model in ready.items()}
-        passes = {name: _passes(ready[name], inputs[name], seconds) for name in ready}
-        times: dict[str, list[float]] = {name: [] for name in ready}
-        for turn in range(turns):
-            for name in list(ready)[:: 1 if turn % 2 == 0 else -1]:
-                times[name].append(_time(ready[name], inputs[name], passes[name]))
-        peaks = {name: _peak_bytes(ready[name], inputs[name]) for name in ready}
+        calls = {name: partial(model, inputs[name]) for name, model in ready.items()}
+        times = times_in_turns(calls, device, turns, seconds)
+        peaks = {
+            name: peak_bytes(calls[name], [inputs[name], *model.parameters(), *model.buffers()], device)
+            for name, model in ready.items()
+        }
     first = times[next(iter(ready))]
     where = {
         "device": describe_device(device),
@@ -122,35 +118,3 @@ def _images(model: nn.Module, input_size: tuple[int, int, int], batch_size: int,
     """Noise in the model's dtype: a GPU runs faster on zeros."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-
-
-def _passes(model: nn.Module, images: Tensor, seconds: float) -> int:
-    """Warm up, then: how many forward passes last that long."""
-    _time(model, images, WARM_UP)
-    return max(1, round(seconds / _time(model, images, 1)))
-
-
-def _time(model: nn.Module, images: Tensor, passes: int) -> float:
-    """Seconds per forward pass."""
-    _synchronise(images.device)
-    start = time.perf_counter()
-    for _ in range(passes):
-        model(images)
-    _synchronise(images.device)
-    return (time.perf_counter() - start) / passes
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-
-
-def _peak_bytes(model: nn.Module, images: Tensor) -> int:
-    if images.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-        model(images)
-        return torch.cuda.max_memory_allocated(images.device) - before
-    with LiveBytes([images, *model.parameters(), *model.buffers()]) as live:
-        model(images)
-    return live.peak()
