@@ -103,7 +103,7 @@ class FactorizedAttention(nn.Module):
         self.attn_drop = nn.Identity()
         share = weights / (4 * dim * dim)
         sides = split_width(dim)
-        # its other implementation of these two took seconds for a layer of 96 columns: the faster one is the peer
+        # the faster of its two implementations for each is the peer
         implementation = "factorized" if factorization == "blocktt" else "reconstructed"
         options: dict[str, Any] = {"factorization": factorization, "rank": share, "implementation": implementation}
         self.qkv = FactorizedLinear(sides, (3 * sides[0], *sides[1:]), bias=True, **options)

@@ -95,7 +95,12 @@ class AttentionModule(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
         """softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
-                      attn_mask=attn_mask, is_causal=is_causal, backend=self.backend)  # fmt: skip
+                      attn_mask=attn_mask, is_causal=is_causal, backend=self.heads_backend)  # fmt: skip
+
+    @property
+    def heads_backend(self) -> str:
+        """The backend for queries, keys and values of heads."""
+        return self.backend
 
     @property
     def rel_pos(self) -> PositionBias | None:

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO, is_whole
+from vit_tucker.attention.backends.base import TuckerCall
 from vit_tucker.attention.backends.whole import attend_whole
 from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights
 from vit_tucker.attention.call import Call
@@ -129,14 +129,14 @@ class TuckerAttention(AttentionModule):
         if self.pair_rotations is not None and self.spec.rope is not None and call.rope is not None:
             k, angles = rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        return attend_whole(p, k, v, self.pre_heads(), self.post_heads(), call.attn_mask, call.is_causal, self.scale,
-                            dropout, angles, self.backend)  # fmt: skip
+        cores = self.pre_heads(), self.post_heads()
+        whole = TuckerCall(p, k, v, *cores, call.attn_mask, call.is_causal, self.scale, dropout, angles)
+        return attend_whole(whole, self.backend)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    @property
+    def heads_backend(self) -> str:
         """See AttentionModule. Where the heads' outputs are asked for, a backend of the whole has no say."""
-        backend = AUTO if is_whole(self.backend) else self.backend
-        return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
-                      attn_mask=attn_mask, is_causal=is_causal, backend=backend)  # fmt: skip
+        return AUTO if is_whole(self.backend) else self.backend
 
     def latents(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """P, K and V: (B, N, r2), (B, N, r3), (B, N, r3t)"""

@@ -6,6 +6,7 @@ import torch
 import vit_tucker as vt
 from tests.contract.test_layer_contract import SPECS, X, rope_of
 from vit_tucker.attention.backends import latent
+from vit_tucker.attention.backends.base import TuckerCall
 from vit_tucker.attention.backends.whole import attend_whole, keeps_more
 from vit_tucker.attention.rope import rotate
 from vit_tucker.live_bytes import LiveBytes
@@ -34,7 +35,7 @@ def formula(p, k, v, pre, post, scale=0.4, angles=None):
 
 
 def run(tensors, backend, angles=None):
-    return attend_whole(*tensors, None, False, 0.4, 0.0, angles, backend)
+    return attend_whole(TuckerCall(*tensors, None, False, 0.4, angles=angles), backend)
 
 
 def with_gradients(z, tensors):

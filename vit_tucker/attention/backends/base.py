@@ -62,6 +62,31 @@ class Facts(NamedTuple):
         return ", ".join([f"{self.device}, {str(self.dtype).removeprefix('torch.')}", shape, *extras, use])
 
 
+class TuckerCall(NamedTuple):
+    """Tucker Attention between its projections: sum_i softmax(scale * P T_i K^T + mask) V S_i^T (arXiv 2603.30033, Eqs 2-6).
+
+    Attributes:
+        p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t).
+        pre, post: T (H, r2, r3) and S (H, r2t, r3t).
+        attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N).
+        is_causal: attend to earlier tokens and the token itself; takes precedence over the mask.
+        scale: factor on the scores.
+        dropout: rate of the attention weights.
+        angles: sines and cosines by which the queries rotate, each (N, r3/2) or (B, N, r3/2); the keys are rotated already.
+    """
+
+    p: Tensor
+    k: Tensor
+    v: Tensor
+    pre: Tensor
+    post: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float
+    dropout: float = 0.0
+    angles: tuple[Tensor, Tensor] | None = None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention.
@@ -72,15 +97,14 @@ class Backend:
         attend: (q, k, v, attn_mask, is_causal, scale, dropout) -> y. q (B, H, N, Dk); k (B, G, N, Dk) and v (B, G, N, Dv), G
             divides H, head i uses key/value head i // (H / G); attn_mask boolean (True: attend) or additive, broadcasts to
             (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention only.
-        whole: (p, k, v, pre, post, attn_mask, is_causal, scale, angles) -> z, Tucker Attention between its projections, see
-            ``backends.whole.attend_whole``. None for backends that take queries, keys and values only.
+        whole: TuckerCall -> z (B, N, r2t). None for backends that take queries, keys and values only.
         remark: facts -> how such calls are computed, for the log.
     """
 
     name: str
     refuses: Callable[[Facts], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
-    whole: Callable[..., Tensor] | None = None
+    whole: Callable[[TuckerCall], Tensor] | None = None
     remark: Callable[[Facts], str] | None = None
 
 

@@ -4,8 +4,8 @@
     dV = P^T dY,  dP = dY V^T,  dS = P o (dP - rowsum(P o dP)),  dQ = dS K * scale,  dK = dS^T Q * scale
 
 Memory is that of a flash kernel, unless the maps are kept for a backward pass that is faster then. The products are oneDNN's,
-whose bfloat16 is faster than float32 on CPUs with AVX512-BF16 or AMX, where torch's flash kernel for CPUs gains nothing from it
-and loses by it in the backward pass. The maps have the inputs' dtype between products, as in any attention written in torch.
+made for bfloat16 on CPUs with AVX512-BF16 or AMX; ``benchmarks/attention.py --precision bf16 --backends sdpa blocked`` compares
+them to torch's kernel. The maps have the inputs' dtype between products, as in any attention written in torch.
 """
 
 from __future__ import annotations

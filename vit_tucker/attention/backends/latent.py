@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_tucker.attention.backends.base import Backend, Facts
+from vit_tucker.attention.backends.base import Backend, Facts, TuckerCall
 from vit_tucker.attention.backends.registry import register_backend
 from vit_tucker.attention.backends.sdpa import pad
 from vit_tucker.attention.rope import rotate
@@ -50,27 +50,18 @@ def refuses(facts: Facts) -> str | None:
     return "exports and torch.func hold torch's own operations only" if facts.own_only else None
 
 
-def whole(
-    p: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    angles: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+def whole(call: TuckerCall) -> Tensor:
     """See ``Backend.whole``."""
+    p, k, v, pre, post = call[:5]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (p, k, v, pre, post))
     width = max(k.shape[2], v.shape[2])  # torch's kernel takes one
-    sin, cos = (None, None) if angles is None else angles
+    sin, cos = (None, None) if call.angles is None else call.angles
     if sin is not None and cos is not None:
         width += width % 2  # pairs
         rest = (0, width // 2 - sin.shape[-1])
         sin, cos = F.pad(sin, rest), F.pad(cos, rest, value=1.0)
     k, v, pre, post = (pad(t, width) for t in (k, v, pre, post))
-    return latent_attention(p, k, v, pre, post, sin, cos, scale, grad)[0]
+    return latent_attention(p, k, v, pre, post, sin, cos, call.scale, grad)[0]
 
 
 @torch.library.custom_op("vit_tucker::latent_attention", mutates_args=(), schema=FORWARD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.base import Backend, Facts
+from vit_tucker.attention.backends.base import Backend, Facts, TuckerCall
 from vit_tucker.attention.backends.registry import register_backend
 from vit_tucker.attention.triton_tucker import available, tucker_attention, unsupported
 from vit_tucker.attention.triton_tucker.tiles import Ranks, shared_memory
@@ -35,19 +35,11 @@ def refuses(facts: Facts) -> str | None:
     )
 
 
-def whole(
-    p: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    angles: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+def whole(call: TuckerCall) -> Tensor:
     """See ``Backend.whole``."""
-    return tucker_attention(p, k, v, pre, post, scale=scale, attn_mask=attn_mask, is_causal=is_causal, angles=angles)
+    p, k, v, pre, post = call[:5]
+    mask, causal, angles = call.attn_mask, call.is_causal, call.angles
+    return tucker_attention(p, k, v, pre, post, scale=call.scale, attn_mask=mask, is_causal=causal, angles=angles)
 
 
 register_backend(Backend("triton", refuses, None, whole))
