@@ -7,6 +7,7 @@ from vit_tucker.attention.backends import AUTO, choose, get_backend
 from vit_tucker.attention.backends.base import facts_of
 from vit_tucker.attention.backends.eager import attention_maps
 from vit_tucker.attention.backends.heads import expand_heads
+from vit_tucker.attention.backends.padding import attend_padded
 from vit_tucker.errors import PatchError
 
 
@@ -62,11 +63,11 @@ def fused_attention(
     backend: str,
 ) -> Tensor:
     """``attend`` by a backend. A leaf in fx graphs: the choice depends on tensors."""
-    choice = choose(facts_of(q, k, v, attn_mask, is_causal, dropout), backend)
-    run = get_backend(choice.name).attend
-    if run is None:
-        raise PatchError(f"attention backend '{choice.name}' takes no queries, keys and values")
-    return run(q, k, v, attn_mask, is_causal, scale, dropout)
+    facts = facts_of(q, k, v, attn_mask, is_causal, dropout)
+    chosen = get_backend(choose(facts, backend).name)
+    if chosen.attend is None:
+        raise PatchError(f"attention backend '{chosen.name}' takes no queries, keys and values")
+    return attend_padded(chosen, facts, q, k, v, attn_mask, is_causal, scale, dropout)
 
 
 def attend_flops(num_heads: int, num_tokens: int, key_dim: int, value_dim: int) -> int:

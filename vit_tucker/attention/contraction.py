@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CACHE_BYTES = 2 << 20
+"""What a core's second-level cache holds, about."""
+
 
 def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
     """Multiply-adds of x A B, x (tokens, left), A (left, inner), B (inner, right), in the better order.
@@ -24,12 +27,15 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
     return min(apart, folded)
 
 
-def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
-    """Whether x (A B) costs less than (x A) B for these tokens (B, N, left), see ``chain_macs``.
+def open_shape(x: Tensor) -> bool:
+    """Whether the number of tokens may be open: while a model is compiled, exported or traced."""
+    return torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch.jit.is_tracing()
 
-    While a model is compiled, exported or traced their number may be open: it counts as large there.
-    """
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+
+def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
+    """Whether x (A B) costs less than (x A) B for these tokens (B, N, left), see ``chain_macs``; open numbers of them count as
+    large."""
+    if open_shape(x):
         return left * right < inner * (left + right)
     tokens = x.shape[0] * x.shape[1]
     return left * right * (tokens + inner) < tokens * inner * (left + right)
@@ -99,9 +105,19 @@ def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None)
 @torch.fx.wrap
 def _joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     widths = [weight.shape[0] for weight in weights]
-    if len(weights) == 1 or sum(widths) > x.shape[2]:  # copying the weights may cost more than reading x again
+    if not joins(x, widths):
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    return F.linear(x, torch.cat(list(weights)), joint_bias(widths, biases)).split(widths, -1)
+    return F.linear(x, torch.cat(list(weights)), joint_bias(widths, biases)).split_with_sizes(widths, -1)
+
+
+def joins(x: Tensor, widths: Sequence[int]) -> bool:
+    """Whether projections of these widths are one product, with a copy of their weights.
+
+    In training, for then the gradient of x is written once; else where x is read from memory each time.
+    """
+    if len(widths) == 1 or sum(widths) > x.shape[2]:  # the copy may cost more than reading x again
+        return False
+    return torch.is_grad_enabled() or open_shape(x) or x.numel() * x.element_size() > CACHE_BYTES
 
 
 def joint_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vit_tucker.attention.base import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights
 from vit_tucker.attention.call import Call
-from vit_tucker.attention.contraction import is_plain, joint_linear
+from vit_tucker.attention.contraction import is_plain, joint_linear, open_shape
 from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.linear import (
     augmented_weight,
@@ -29,10 +29,28 @@ from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker
 
 
-def absorbs(spec: HostSpec, kv_lora_rank: int) -> bool:
-    """Whether heads attend in the latent, their up projections folded: it costs less, and nothing comes in between."""
-    between = [feature for feature in spec.extras if feature not in CALL_FEATURES]
-    return 2 * kv_lora_rank <= spec.head_dim and not between
+def can_absorb(spec: HostSpec) -> bool:
+    """Nothing comes between the projections and the attention, or the attention and the output's projection: these can be one."""
+    return all(feature in CALL_FEATURES for feature in spec.extras)
+
+
+def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images: int, num_tokens: int) -> bool:
+    """Whether heads attend in the latent at less cost, their up projections folded (absorption).
+
+    Per head and token the absorbed form has products of cKV (cQ + O + 2 N) multiply-adds, the expanded one of
+    D (cQ + O + 2 N + 2 cKV); folding costs D cKV (cQ + O) per head once. Where latents rotate, both forms attend in the latent:
+    then N plays no part.
+
+    Args:
+        spec: of the host.
+        q_lora_rank, kv_lora_rank: cQ, cKV.
+        images: of the batch.
+        num_tokens: N, of an image.
+    """
+    width, rest = spec.head_dim, q_lora_rank + spec.out_dim
+    keys = 0 if spec.rotates_latent else 2 * num_tokens
+    saved = (width - kv_lora_rank) * (rest + keys) + 2 * kv_lora_rank * width
+    return images * num_tokens * saved > width * kv_lora_rank * rest
 
 
 def has_head_key_bias(spec: HostSpec) -> bool:
@@ -66,7 +84,7 @@ class MLA(PerHeadModule):
             self.v_down = nn.Linear(spec.embed_dim, kv_lora_rank, bias=False, **factory)
         self.k_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=key_bias, **factory)
         self.v_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=bias, **factory)
-        self.absorbs = absorbs(spec, kv_lora_rank)
+        self.can_absorb = can_absorb(spec)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
         self.init_weights()
@@ -85,43 +103,48 @@ class MLA(PerHeadModule):
     def run(self, call: Call) -> Tensor:
         """See AttentionModule: in absorbed form where that costs less."""
         ups = (self.q_up, self.k_up, self.v_up, self.proj)
-        if self.absorbs and is_plain(*self.input_projections(), *ups):
+        if self.absorbs(call.x) and is_plain(*self.input_projections(), *ups):
             return self.run_absorbed(call)
         return super().run(call)
 
+    def absorbs(self, x: Tensor) -> bool:
+        """Whether these tokens attend in the latent, see ``absorbing_saves``; open numbers of tokens count as large."""
+        if not self.can_absorb or open_shape(x):
+            return self.can_absorb and self.kv_down.out_features <= self.head_dim
+        return absorbing_saves(self.spec, self.q_down.out_features, self.kv_down.out_features, x.shape[0], x.shape[1])
+
     def run_absorbed(self, call: Call) -> Tensor:
-        """The layer without heads' keys and values. -> (B, N, O)"""
+        """The layer without heads' keys and values: queries' and output's projection take in WUK_i, WUV_i. -> (B, N, O)"""
+        B, N, _ = call.x.shape
         heads = self.num_heads
         latents = joint_linear(call.x, self.input_projections())
-        q_latent, k, v = latents[0], latents[1].unsqueeze(1), latents[-1].unsqueeze(1)
-        # WUK_i WUQ_i^T, with bQ_i as one more column: (H, cKV, cQ) or (H, cKV, cQ + 1)
-        pre = with_bias(self.k_up.weight, None, heads).mT @ with_bias(self.q_up.weight, self.q_up.bias, heads)
-        rank = self.q_down.out_features
-        # the latent is a slice of one projection: torch adds a bias within a product only where rows are one dimension
-        shift = pre[..., rank:].flatten() if self.spec.qkv_bias else None
-        q = F.linear(q_latent.flatten(0, 1), pre[..., :rank].flatten(0, 1), shift)
-        q = q.reshape(*call.x.shape[:2], heads, -1).transpose(1, 2)  # (B, H, N, cKV), a view
+        k, v = latents[1].unsqueeze(1), latents[-1].unsqueeze(1)
+        k_up = by_heads(self.k_up.weight, heads).mT  # (H, cKV, D)
+        weight = (k_up @ by_heads(self.q_up.weight, heads)).flatten(0, 1)  # WUK_i WUQ_i^T, (H*cKV, cQ)
+        bias = None if self.q_up.bias is None else (k_up @ by_heads(self.q_up.bias, heads).unsqueeze(2)).flatten()
+        # flat: torch adds a bias within a product of a slice only where its rows are one dimension
+        q = F.linear(latents[0].flatten(0, 1), weight, bias).reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, cKV)
         if self.pair_rotations is not None and self.spec.rope is not None:
             q, k = rotate_latent(q, k, call.rope, self.pair_rotations, self.spec.rope)
         y = self.attend(q, k, v, call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)  # (B, N, H*cKV)
-        out = self.proj.weight.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, O, D)
-        post = out @ with_bias(self.v_up.weight, self.v_up.bias, heads)  # (H, O, cKV) or (H, O, cKV + 1)
-        rank = self.v_up.in_features
+        v_up, out = by_heads(self.v_up.weight, heads).mT, by_heads(self.proj.weight.mT, heads)  # (H, cKV, D), (H, D, O)
+        weight = (v_up @ out).flatten(0, 1)  # WUV_i WO_i, (H*cKV, O)
         bias = self.proj.bias
-        if self.spec.qkv_bias:
-            folded = post[..., rank:].sum((0, 2))
-            bias = folded if bias is None else bias + folded
-        return F.linear(y, post[..., :rank].transpose(0, 1).flatten(1), bias)
+        if self.v_up.bias is not None:  # weights of the softmax sum to 1
+            bias = F.linear(self.v_up.bias, self.proj.weight, bias)
+        return F.linear(y, weight.mT, bias)
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
-        latent = self.kv_down(x)  # (B, N, cKV)
-        v_latent = latent if self.v_down is None else self.v_down(x)
-        q = self.q_up(self.q_down(x)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        # flat: torch adds a bias within a product of a slice only where its rows are one dimension
+        latents = [latent.flatten(0, 1) for latent in joint_linear(x, self.input_projections())]
+        latent, v_latent = latents[1], latents[-1]  # (B*N, cKV)
+        q = self.q_up(latents[0]).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         if self.pair_rotations is not None:
+            latent, v_latent = (part.unflatten(0, (B, N)) for part in (latent, v_latent))
             return self.finish(x, self.attend_latent(q, latent, v_latent, attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
@@ -250,7 +273,6 @@ class MLA(PerHeadModule):
         return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
 
 
-def with_bias(weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """An up projection by heads, its bias as a last column: (H*D, R) -> (H, D, R) or (H, D, R + 1)."""
-    columns = weight if bias is None else torch.cat([weight, bias.unsqueeze(1)], 1)
-    return columns.unflatten(0, (heads, -1))
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """(H*D, ...) -> (H, D, ...)"""
+    return x.unflatten(0, (heads, -1))

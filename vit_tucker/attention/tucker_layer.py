@@ -118,9 +118,9 @@ class TuckerAttention(AttentionModule):
     def folds(self, x: Tensor) -> bool:
         """Whether a core costs less as a part of the projection beside it, for these tokens."""
         (_, r2, r3), (_, r2t, r3t) = self.pre_core.shape, self.post_core.shape
-        heads, plain = self.num_heads, is_plain(*self.input_projections(), self.proj)
-        return plain and (folds(x, self.q_proj.in_features, r2, heads * r3)
-                          or folds(x, heads * r3t, r2t, self.proj.out_features))  # fmt: skip
+        heads, spec = self.num_heads, self.spec
+        less = folds(x, spec.embed_dim, r2, heads * r3) or folds(x, heads * r3t, r2t, spec.out_dim)
+        return less and is_plain(*self.input_projections(), self.proj)
 
     def attend_whole(self, call: Call) -> Tensor:
         """sum_i Y_i S_i^T. -> (B, N, r2t)"""

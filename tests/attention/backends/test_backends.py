@@ -9,7 +9,9 @@ from vit_tucker.attention.backends import (
     get_backend,
     sdpa,
 )
+from vit_tucker.attention.backends.base import facts_of
 from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
+from vit_tucker.attention.backends.padding import attend_padded, cpu_width, pad
 
 CPU = Facts("cpu", torch.float32, 12, 1, 16, 16)
 CUDA = CPU._replace(device="cuda", dtype=torch.bfloat16)
@@ -33,7 +35,8 @@ def formula(q, k, v, scale=0.3, mask=None):
 
 
 def run(name, q, k, v, attn_mask=None, is_causal=False, dropout=0.0):
-    return get_backend(name).attend(q, k, v, attn_mask, is_causal, 0.3, dropout)
+    facts = facts_of(q, k, v, attn_mask, is_causal, dropout)
+    return attend_padded(get_backend(name), facts, q, k, v, attn_mask, is_causal, 0.3, dropout)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -113,16 +116,32 @@ def test_fused_kernels_get_one_width_on_the_cpu(monkeypatch):
         return attention(q, k, v, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    for widths in ((16, 24), (24, 16), (16, 16)):
+    for widths in ((16, 24), (24, 16), (16, 16), (3, 3), (5, 31)):
         q, k, v = tensors(widths=widths)
-        torch.testing.assert_close(run("sdpa", q, k, v), formula(q, k, v))
+        y = run("sdpa", q, k, v)
+        assert y.shape == (2, 4, 7, widths[1])
+        torch.testing.assert_close(y, formula(q, k, v))
         assert torch._fused_sdp_choice(q, *(t.expand(-1, 4, -1, -1) for t in (k, v))) == (widths[0] == widths[1])
-    assert kernels == [1, 1, 1]  # SDPBackend.FLASH_ATTENTION
+    assert kernels == [1] * 5  # SDPBackend.FLASH_ATTENTION
+
+
+def test_widths_of_heads():
+    """By hand: 16 at least, multiples of 4; what torch computes in parts anyway stays as it is, as do exports, and GPUs' widths
+    are multiples of 8 where they differ."""
+    assert [cpu_width(width) for width in (1, 15, 16, 17, 31, 64, 127)] == [16, 16, 16, 20, 32, 64, 128]
+    facts = CPU._replace(key_width=5, value_width=31)
+    assert sdpa.widths(facts) == (32, 32)
+    assert sdpa.widths(facts._replace(own_only=True)) == (32, 32)  # two widths would be computed in parts
+    assert sdpa.widths(facts._replace(value_width=5, own_only=True)) == (5, 5)
+    assert sdpa.widths(facts._replace(dropout=0.1)) == (5, 31)
+    assert sdpa.widths(facts._replace(mask_grad=True)) == (5, 31)
+    assert sdpa.widths(CUDA._replace(key_width=5, value_width=31)) == (8, 32)
+    assert sdpa.widths(CUDA._replace(key_width=5, value_width=5)) == (5, 5)
 
 
 def test_padding():
-    padded = sdpa.pad(torch.ones(2, 3, 5, 13), 16)
+    padded = pad(torch.ones(2, 3, 5, 13), 16)
     assert padded.shape[-1] == 16
     assert padded[..., 13:].abs().max() == 0
     x = torch.ones(2, 16)
-    assert sdpa.pad(x, 16) is x
+    assert pad(x, 16) is x

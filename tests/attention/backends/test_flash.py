@@ -10,6 +10,7 @@ from vit_tucker.attention.backends import (
     flash,
     registry,
 )
+from vit_tucker.attention.backends.base import facts_of
 from vit_tucker.errors import PatchError
 
 
@@ -36,6 +37,8 @@ class TestFlash:
     def test_is_called_with_what_it_takes(self, widths, kv_heads):
         q, k, v = tensors(kv_heads, widths=widths, dtype=torch.bfloat16)
         for causal in (False, True):
+            facts = facts_of(q, k, v, None, causal, 0.0)
+            assert set(flash.widths(facts)) == {-(-max(widths) // 8) * 8}
             y = run("flash_attn", q, k, v, is_causal=causal)
             exact = formula(q.double(), k.double(), v.double(), mask=TRIANGLE if causal else None)
             assert y.shape == exact.shape

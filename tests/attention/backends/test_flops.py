@@ -28,7 +28,7 @@ def test_blocked_products(kv_heads):
 
 def test_a_layer_costs_what_its_config_says_on_every_backend():
     """Heads by heads the counter sees plain products, in one go our formula."""
-    spec, config = vt.HostSpec(24, 3, 8, 24), vt.TuckerConfig(ranks=(2, 8, 8))
+    spec, config = vt.HostSpec(24, 3, 8, 24), vt.TuckerConfig(ranks=(2, 8, 16))
     layer, x = config.build(spec), torch.randn(1, 9, 24)
     for backend in ("eager", "blocked", "latent"):
         layer.backend, layer.fused_attn = backend, backend != "eager"
@@ -37,13 +37,13 @@ def test_a_layer_costs_what_its_config_says_on_every_backend():
 
 def test_training_steps_of_the_whole():
     """Twice the forward pass of plain products, and the scores and queries again."""
-    spec, config = vt.HostSpec(24, 3, 8, 24), vt.TuckerConfig(ranks=(2, 8, 8))
+    spec, config = vt.HostSpec(24, 3, 8, 24), vt.TuckerConfig(ranks=(2, 8, 16))
     layer, x = config.build(spec), torch.randn(2, 9, 24, requires_grad=True)
     steps = {}
     for backend in ("eager", "latent"):
         layer.backend, layer.fused_attn = backend, backend != "eager"
         steps[backend] = counted(lambda: layer(x).sum().backward())
-    again = 2 * 2 * 9 * 3 * 8 * (8 + 9)  # images, tokens, heads, r3: times r2 for the queries, times N for the scores
+    again = 2 * 2 * 9 * 3 * 16 * (8 + 9)  # images, tokens, heads, r3: times r2 for the queries, times N for the scores
     assert steps["latent"] - steps["eager"] == again
 
 

@@ -111,10 +111,10 @@ def test_a_high_rank_layer_trains_with_less_memory_than_the_dense_one():
 
 
 def test_what_dense_attention_keeps_by_hand():
-    """D = 4, H = 2: 32 numbers per token; p, k, v of width r and 2 * 2 * r of the heads: 7 r."""
-    assert not keeps_more((4, 4, 4, 4), 2, 0.5)
-    assert keeps_more((5, 5, 5, 5), 2, 0.5)
-    assert keeps_more((1, 1, 1, 8), 2, 0.5)  # padded to the wider
+    """D = 16, H = 2: 128 numbers per token; p, k, v of width r and 2 * 2 * r of the heads, padded to multiples of 4."""
+    assert not keeps_more((16, 16, 16, 16), 2, 0.25)
+    assert keeps_more((17, 17, 17, 17), 2, 0.25)  # 51 + 80
+    assert keeps_more((1, 1, 1, 32), 2, 0.25)  # padded to the wider
 
 
 def test_is_one_operation_to_the_compiler():

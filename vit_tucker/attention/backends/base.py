@@ -98,6 +98,7 @@ class Backend:
             divides H, head i uses key/value head i // (H / G); attn_mask boolean (True: attend) or additive, broadcasts to
             (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention only.
         whole: TuckerCall -> z (B, N, r2t). None for backends that take queries, keys and values only.
+        widths: facts -> Dk and Dv, at least as many as they are: what is narrower gets columns of zeros first. None: as they are.
         remark: facts -> how such calls are computed, for the log.
     """
 
@@ -105,6 +106,7 @@ class Backend:
     refuses: Callable[[Facts], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
     whole: Callable[[TuckerCall], Tensor] | None = None
+    widths: Callable[[Facts], tuple[int, int]] | None = None
     remark: Callable[[Facts], str] | None = None
 
 
@@ -112,7 +114,7 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causa
     """The facts of a call, see ``Backend.attend`` for the arguments."""
     mask, mask_grad = mask_facts(attn_mask, is_causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
-    return Facts(q.device.type, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
+    return Facts(device_type(q), q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
                  mask, mask_grad, dropout, grad, own_only())  # fmt: skip
 
 
@@ -136,7 +138,14 @@ _is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: 
 
 def own_only() -> bool:
     """Whether the call is being recorded for another runtime, or transformed by torch.func."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or _is_exporting() or _is_transformed()
+    if torch.compiler.is_compiling():  # torch.export says so too
+        return _is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed()
+    return torch.jit.is_tracing() or _is_transformed()
+
+
+def device_type(x: Tensor) -> str:
+    """``x.device.type``, which torch is slow to make a string of."""
+    return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 @functools.cache

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts
+from vit_tucker.attention.backends.padding import round_up
 from vit_tucker.attention.backends.registry import register_backend
 
 OLDEST = (2, 1)
 """Since 2.1 causal order is aligned as torch's; grouped heads and softmax_scale are there since 2.0."""
 NEWEST_MAJOR = 2
-LARGEST_WIDTH = 256
+ALIGNMENT, LARGEST_WIDTH = 8, 256
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -33,7 +33,7 @@ def refuses(facts: Facts) -> str | None:
         return "it takes float16 and bfloat16 only: train with --mixed_precision bf16"
     if facts.mask in ("boolean", "additive"):
         return f"it takes no {facts.mask} mask"
-    width = padded_width(facts.key_width, facts.value_width)
+    width, _ = widths(facts)
     if width > LARGEST_WIDTH:
         return f"width {width} is above {LARGEST_WIDTH}"
     if facts.own_only:
@@ -65,19 +65,19 @@ def version_numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-def padded_width(key_width: int, value_width: int) -> int:
-    """The kernel's width for these."""
-    return -(-max(key_width, value_width) // 8) * 8
+def widths(facts: Facts) -> tuple[int, int]:
+    """The kernel's one width."""
+    width = round_up(max(facts.key_width, facts.value_width), ALIGNMENT)
+    return width, width
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
     """See ``Backend.attend``."""
-    width = padded_width(q.shape[3], v.shape[3])
-    q_, k_, v_ = (F.pad(t, (0, width - t.shape[3])).transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
-    y = flash_attn_func()(q_, k_, v_, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
-    return y.transpose(1, 2)[..., : v.shape[3]]
+    by_tokens = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
+    y: Tensor = flash_attn_func()(*by_tokens, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
+    return y.transpose(1, 2)
 
 
 def flash_attn_func() -> Any:
@@ -85,4 +85,4 @@ def flash_attn_func() -> Any:
     return importlib.import_module("flash_attn").flash_attn_func
 
 
-register_backend(Backend("flash_attn", refuses, attend))
+register_backend(Backend("flash_attn", refuses, attend, widths=widths))

@@ -9,11 +9,15 @@ def pack_heads(q: Tensor, kv_heads: int) -> Tensor:
 
     A view for G = 1 if the queries lie token by token in memory, as a projection leaves them.
     """
+    if kv_heads == 1:
+        return q.transpose(1, 2).flatten(1, 2).unsqueeze(1)
     return q.transpose(1, 2).unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def unpack_heads(y: Tensor, num_heads: int) -> Tensor:
     """The inverse: (B, G, N * H/G, D) -> (B, H, N, D)."""
+    if y.shape[1] == 1:
+        return y.unflatten(2, (-1, num_heads)).squeeze(1).transpose(1, 2)
     group = num_heads // y.shape[1]
     return y.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
 
@@ -26,6 +30,8 @@ def expand_heads(x: Tensor, heads: int) -> Tensor:
 @torch.fx.wrap
 def _expand_heads(x: Tensor, heads: int) -> Tensor:
     """A leaf in fx graphs, which torch.fx finds by its name in this module only."""
-    if x.shape[1] in (1, heads):
+    if x.shape[1] == heads:
+        return x
+    if x.shape[1] == 1:
         return x.expand(-1, heads, -1, -1)
     return x.repeat_interleave(heads // x.shape[1], dim=1)

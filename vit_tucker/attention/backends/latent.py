@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vit_tucker.attention.backends.base import Backend, Facts, TuckerCall
 from vit_tucker.attention.backends.registry import register_backend
-from vit_tucker.attention.backends.sdpa import pad
+from vit_tucker.attention.backends.sdpa import widths
 from vit_tucker.attention.rope import rotate
 
 FORWARD = (
@@ -54,13 +53,7 @@ def whole(call: TuckerCall) -> Tensor:
     """See ``Backend.whole``."""
     p, k, v, pre, post = call[:5]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (p, k, v, pre, post))
-    width = max(k.shape[2], v.shape[2])  # torch's kernel takes one
     sin, cos = (None, None) if call.angles is None else call.angles
-    if sin is not None and cos is not None:
-        width += width % 2  # pairs
-        rest = (0, width // 2 - sin.shape[-1])
-        sin, cos = F.pad(sin, rest), F.pad(cos, rest, value=1.0)
-    k, v, pre, post = (pad(t, width) for t in (k, v, pre, post))
     return latent_attention(p, k, v, pre, post, sin, cos, call.scale, grad)[0]
 
 
@@ -204,4 +197,4 @@ def turned(x: Tensor, sin: Tensor | None, cos: Tensor | None, images: slice) -> 
     return rotate(x, sin, cos)
 
 
-register_backend(Backend("latent", refuses, None, whole))
+register_backend(Backend("latent", refuses, None, whole, widths))

@@ -5,8 +5,8 @@ query's softmax is its own, and no kernel sees expanded keys. torch's CPU kernel
 heads, so there packing stops where it would leave threads idle; then the one key is expanded by a stride of zero. With a mask or
 causal order the heads stay apart.
 
-Fused kernels want one width for keys and values. Where Tucker's differ, the narrower ones get columns of zeros on the CPU: else
-torch would compute in parts, with maps in memory. On a GPU torch's memory-efficient kernel takes two widths, multiples of 8.
+Fused kernels on the CPU want one width for keys and values: else torch would compute in parts, with maps in memory. On a GPU
+torch's memory-efficient kernel takes two widths, multiples of 8.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts
 from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
+from vit_tucker.attention.backends.padding import cpu_width, round_up
 from vit_tucker.attention.backends.registry import register_backend
 
 ALIGNMENT = 8
@@ -43,21 +44,18 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
     """See ``Backend.attend``."""
-    heads, kv_heads, width = q.shape[1], k.shape[1], v.shape[3]
-    if q.shape[3] != width:
-        q, k, v = pad_widths(q, k, v)
+    heads, kv_heads = q.shape[1], k.shape[1]
     if is_causal:
         attn_mask = None
     if attn_mask is not None and attn_mask.ndim == 3:
         attn_mask = attn_mask.unsqueeze(0)  # torch's CPU kernel takes two dimensions or four
     if kv_heads < heads and attn_mask is None and not is_causal and packs(q, kv_heads):
         y = F.scaled_dot_product_attention(pack_heads(q, kv_heads), k, v, dropout_p=dropout, scale=scale)
-        return unpack_heads(y, heads)[..., :width]
+        return unpack_heads(y, heads)
     k, v = expand_heads(k, heads), expand_heads(v, heads)
-    y = F.scaled_dot_product_attention(
+    return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
     )
-    return y[..., :width]
 
 
 def packs(q: Tensor, kv_heads: int) -> bool:
@@ -67,20 +65,16 @@ def packs(q: Tensor, kv_heads: int) -> bool:
     return q.shape[0] * kv_heads >= torch.get_num_threads()
 
 
-def pad_widths(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of different widths as the device's fused kernel takes them: with columns of zeros, which change
-    neither scores nor the columns of the output that were there."""
-    if q.device.type == "cpu":
-        width = max(q.shape[3], v.shape[3])
-        return pad(q, width), pad(k, width), pad(v, width)
-    if q.is_cuda and q.dtype in LOW_PRECISION:
-        q, k, v = (pad(t, -(-t.shape[3] // ALIGNMENT) * ALIGNMENT) for t in (q, k, v))
-    return q, k, v
+def widths(facts: Facts) -> tuple[int, int]:
+    """As the device's fused kernel takes them, or is fast with. Exports keep equal widths as they are."""
+    keys, values = facts.key_width, facts.value_width
+    fused = not facts.dropout and not facts.mask_grad
+    if facts.device == "cpu" and fused and not (facts.own_only and keys == values):
+        width = cpu_width(max(keys, values))
+        return width, width
+    if facts.device == "cuda" and facts.dtype in LOW_PRECISION and keys != values:
+        return round_up(keys, ALIGNMENT), round_up(values, ALIGNMENT)
+    return keys, values
 
 
-def pad(x: Tensor, width: int) -> Tensor:
-    """Columns of zeros up to a width."""
-    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-
-
-register_backend(Backend("sdpa", refuses, attend, remark=remark))
+register_backend(Backend("sdpa", refuses, attend, widths=widths, remark=remark))

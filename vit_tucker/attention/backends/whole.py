@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.base import Facts, TuckerCall, mask_facts, own_only
+from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, mask_facts, own_only
+from vit_tucker.attention.backends.padding import cpu_width, pad_call
 from vit_tucker.attention.backends.registry import choose, get_backend
 from vit_tucker.attention.rope import rotate
 
@@ -28,8 +29,12 @@ def attend_whole(call: TuckerCall, backend: str) -> Tensor:
 @torch.fx.wrap
 def _attend_whole(call: TuckerCall, backend: str) -> Tensor:
     """A leaf in fx graphs: the choice depends on tensors."""
-    chosen = get_backend(choose(facts_of_call(call), backend).name)
-    p, k, v, pre, post = (t.to(call.p.dtype) for t in call[:5])
+    facts = facts_of_call(call)
+    chosen = get_backend(choose(facts, backend).name)
+    if chosen.widths is not None:
+        call = pad_call(call, *chosen.widths(facts))
+    dtype = call.p.dtype
+    p, k, v, pre, post = (t if t.dtype == dtype else t.to(dtype) for t in call[:5])
     if chosen.whole is not None:
         return chosen.whole(call._replace(p=p, k=k, v=v, pre=pre, post=post))
     assert chosen.attend is not None
@@ -50,14 +55,15 @@ def facts_of_call(call: TuckerCall) -> Facts:
     grad = recording and (mask_grad or any(t.requires_grad for t in tensors))
     ranks = (p.shape[2], k.shape[2], post.shape[1], v.shape[2])
     more = keeps_more(ranks, pre.shape[0], call.scale) and many_tokens(p)
-    return Facts(p.device.type, p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
+    return Facts(device_type(p), p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
                  mask, mask_grad, call.dropout, grad, own_only(), ranks, angles_grad, more)  # fmt: skip
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:
-    """See ``Facts``: whether p, k, v and all heads' queries and outputs are more than 4 H D numbers; the scale is 1 / sqrt(D)."""
+    """See ``Facts``: whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
+    4 H D numbers; the scale is 1 / sqrt(D)."""
     r2, r3, _, r3t = ranks
-    return r2 + r3 + r3t + 2 * heads * max(r3, r3t) > 4 * heads / scale**2
+    return r2 + r3 + r3t + 2 * heads * cpu_width(max(r3, r3t)) > 4 * heads / scale**2
 
 
 def many_tokens(p: Tensor) -> bool:

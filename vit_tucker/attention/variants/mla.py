@@ -7,8 +7,9 @@ For hosts with RoPE the latent key itself is rotated (latent RoPE; no decoupled 
 that a query is still one matrix times a token. All heads then share the latent as key and value. Where norms of the heads' keys
 come before the rotation there is no such form; then each head's key is rotated, as in the host.
 
-A latent of half a head's width or less costs less in the same form without rotations, and is computed so, in training as well:
-queries x WDQ (WUQ_i WUK_i^T) meet the latent, and outputs are the heads' averaged latents times WUV_i WO_i (absorption).
+Where it costs less, for latents about as wide as a head or narrower, layers are computed in the same form without rotations, in
+training as well: queries x WDQ (WUQ_i WUK_i^T) meet the latent, and outputs are the heads' averaged latents times WUV_i WO_i
+(absorption).
 Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; latent RoPE: Tucker Attention, arXiv 2603.30033, Eqs 13-14.
 """
 
@@ -18,7 +19,7 @@ from pydantic import Field
 
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.base import HostSpec, ParameterCount, PerHeadConfig, count_extras
-from vit_tucker.attention.mla_layer import MLA, absorbs, has_head_key_bias
+from vit_tucker.attention.mla_layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
 from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
 from vit_tucker.errors import PatchError
@@ -72,11 +73,12 @@ class MLAConfig(PerHeadConfig):
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class. Absorbed: queries and outputs of width cKV instead of the heads' keys and values, and the products of
-        up projections that a batch forms once. With RoPE and wide latents: the same widths, no such products."""
+        """See base class, for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
+        values, and the products of up projections that a batch forms once. With RoPE and wide latents: the same widths, no such
+        products."""
         heads, width, rank = spec.num_heads, spec.head_dim, self.kv_lora_rank
         latent = attend_flops(heads, num_tokens, rank, rank)
-        if absorbs(spec, rank):
+        if can_absorb(spec) and absorbing_saves(spec, self.q_lora_rank, rank, 1, num_tokens):
             downs = spec.embed_dim * (self.q_lora_rank + rank * (1 if self.shared_kv else 2))
             tokens = num_tokens * (downs + heads * rank * (self.q_lora_rank + spec.out_dim))
             folds = (self.q_lora_rank + spec.qkv_bias) * rank + spec.out_dim * (rank + spec.qkv_bias)

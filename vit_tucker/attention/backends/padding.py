@@ -1,0 +1,78 @@
+"""Widths of heads that a backend's kernels like: narrower keys, values and factors get columns of zeros.
+
+They change neither scores nor outputs. Tucker Attention gets them in its factors and latents, so that queries come out of their
+product as wide as they should be; queries, keys and values of heads are copied.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from vit_tucker.attention.backends.base import Backend, Facts, TuckerCall
+
+SMALLEST_WIDTH, STEP = 16, 4
+"""Of heads in torch's CPU kernel: heads of 8 columns take it longer than heads of 16, and 63 longer than 64. Measured by
+``benchmarks/widths.py``."""
+
+
+def pad(x: Tensor, width: int) -> Tensor:
+    """Columns of zeros up to a width."""
+    return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+
+
+def round_up(width: int, step: int) -> int:
+    """The next multiple of a step."""
+    return -(-width // step) * step
+
+
+def cpu_width(width: int) -> int:
+    """As which torch's CPU kernel computes heads of a width fastest."""
+    return max(SMALLEST_WIDTH, round_up(width, STEP))
+
+
+def attend_padded(
+    backend: Backend,
+    facts: Facts,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """``Backend.attend`` of a backend that takes queries, keys and values of heads, at the widths that it wants.
+
+    Args:
+        backend: which takes such calls.
+        facts: of the call.
+        q, k, v, attn_mask, is_causal, scale, dropout: see ``Backend.attend``.
+
+    Returns:
+        (B, H, N, Dv).
+    """
+    assert backend.attend is not None
+    if backend.widths is None:
+        return backend.attend(q, k, v, attn_mask, is_causal, scale, dropout)
+    key_width, value_width = backend.widths(facts)
+    q, k, v = pad(q, key_width), pad(k, key_width), pad(v, value_width)
+    y = backend.attend(q, k, v, attn_mask, is_causal, scale, dropout)
+    return y if value_width == facts.value_width else y[..., : facts.value_width]
+
+
+def pad_call(call: TuckerCall, key_width: int, value_width: int) -> TuckerCall:
+    """Tucker Attention whose queries, keys and values have these widths, an even key width where they rotate."""
+    if call.k.shape[2] == key_width and call.v.shape[2] == value_width:
+        return call
+    angles = call.angles
+    if angles is not None:
+        rest = (0, key_width // 2 - angles[0].shape[-1])
+        angles = F.pad(angles[0], rest), F.pad(angles[1], rest, value=1.0)
+    return call._replace(
+        k=pad(call.k, key_width),
+        v=pad(call.v, value_width),
+        pre=pad(call.pre, key_width),
+        post=pad(call.post, value_width),
+        angles=angles,
+    )
