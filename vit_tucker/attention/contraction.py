@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit_tucker.attention.recording import is_recorded
+
 CACHE_BYTES = 2 << 20
 """What a core's second-level cache holds, about."""
 
@@ -28,8 +30,8 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
 
 
 def open_shape(x: Tensor) -> bool:
-    """Whether the number of tokens may be open: while a model is compiled, exported or traced."""
-    return torch.compiler.is_compiling() or not isinstance(x, Tensor) or torch.jit.is_tracing()
+    """Whether the number of tokens may be open: in what is recorded."""
+    return not isinstance(x, Tensor) or is_recorded()
 
 
 def folds(x: Tensor, left: int, inner: int, right: int) -> bool:

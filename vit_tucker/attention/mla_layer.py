@@ -139,13 +139,14 @@ class MLA(PerHeadModule):
     ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
+        latents = joint_linear(x, self.input_projections())
+        latent, v_latent = latents[1].flatten(0, 1), latents[-1].flatten(0, 1)  # (B*N, cKV)
         # flat: torch adds a bias within a product of a slice only where its rows are one dimension
-        latents = [latent.flatten(0, 1) for latent in joint_linear(x, self.input_projections())]
-        latent, v_latent = latents[1], latents[-1]  # (B*N, cKV)
-        q = self.q_up(latents[0]).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
+        q = (
+            self.q_up(latents[0].flatten(0, 1)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+        )  # (B, H, N, D)
         if self.pair_rotations is not None:
-            latent, v_latent = (part.unflatten(0, (B, N)) for part in (latent, v_latent))
-            return self.finish(x, self.attend_latent(q, latent, v_latent, attn_mask, is_causal, rope))
+            return self.finish(x, self.attend_latent(q, latents[1], latents[-1], attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)

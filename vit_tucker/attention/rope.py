@@ -20,6 +20,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from vit_tucker.attention.recording import is_recorded
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,24 @@ def separate_pairs(x: Tensor, half: bool) -> Tensor:
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype."""
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
+    """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype.
+
+    As complex numbers: one product that reads x once, a few times faster than real parts and their shuffling. What is recorded
+    gets the parts: neither compilers nor ONNX know complex numbers well.
+    """
+    if is_recorded() or not (x.is_cpu or x.is_cuda):
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
+    wide = torch.promote_types(torch.promote_types(x.dtype, sin.dtype), torch.float32)
+    turned = complex_pairs(x.to(wide)) * torch.complex(cos.to(wide), sin.to(wide))
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def complex_pairs(x: Tensor) -> Tensor:
+    """Neighbours as complex numbers, (..., R) -> (..., R/2): a view where pairs lie so in memory, else of a copy."""
+    if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
+        x = x.clone(memory_format=torch.contiguous_format)
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def head_angles(rope: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
@@ -113,12 +131,18 @@ def rotate_heads(x: Tensor, rope: Tensor | None, spec: RopeSpec, inverse: bool =
     return _rotate_heads(x, rope, spec.num_prefix_tokens, spec.half, spec.per_head, inverse)
 
 
+def with_prefix(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Angles (..., N', R/2) with those of the prefix tokens, which are 0: (..., N, R/2)."""
+    if prefix == 0:
+        return sin, cos
+    return F.pad(sin, (0, 0, prefix, 0)), F.pad(cos, (0, 0, prefix, 0), value=1.0)
+
+
 @torch.fx.wrap
 def _rotate_heads(x: Tensor, rope: Tensor, prefix: int, half: bool, per_head: bool, inverse: bool) -> Tensor:
     """A leaf in fx graphs."""
-    sin, cos = head_angles(rope, half, per_head)
-    rotated = rotate(adjacent_pairs(x[:, :, prefix:], half), -sin if inverse else sin, cos)
-    return torch.cat([x[:, :, :prefix], separate_pairs(rotated, half)], 2)
+    sin, cos = with_prefix(*head_angles(rope, half, per_head), prefix)
+    return separate_pairs(rotate(adjacent_pairs(x, half), -sin if inverse else sin, cos), half)
 
 
 def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
@@ -156,9 +180,9 @@ def rotate_key(k: Tensor, rope: Tensor, columns: Tensor, spec: RopeSpec) -> tupl
 def _rotate_key(
     k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    sin, cos = (part.squeeze(1) if part.ndim == 4 else part for part in latent_angles(rope, columns, half, per_head))
-    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
-    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
+    sin, cos = with_prefix(*latent_angles(rope, columns, half, per_head), prefix)
+    if sin.ndim == 4:
+        sin, cos = sin.squeeze(1), cos.squeeze(1)
     return rotate(k, sin, cos), (sin, cos)
 
 
@@ -168,12 +192,11 @@ def _rotate_latent(
 ) -> tuple[Tensor, Tensor]:
     """A leaf in fx graphs. Computed token by token, as queries lie in memory, so that heads can be packed without a copy."""
     sin, cos = (
-        part.unsqueeze(1) if part.ndim == 2 else part.transpose(1, 2)  # (N', 1, R/2) or (B, N', 1, R/2)
-        for part in latent_angles(rope, columns, half, per_head)
+        part.unsqueeze(1) if part.ndim == 2 else part.transpose(1, 2)  # (N, 1, R/2) or (B, N, 1, R/2)
+        for part in with_prefix(*latent_angles(rope, columns, half, per_head), prefix)
     )
-    q, k = (x.transpose(1, 2) for x in (q, k))  # (B, N, H, R), (B, N, 1, R)
-    q, k = (torch.cat([x[:, :prefix], rotate(x[:, prefix:], sin, cos)], 1) for x in (q, k))
-    return q.transpose(1, 2), k.transpose(1, 2)
+    q, k = (rotate(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k))  # from (B, N, H, R), (B, N, 1, R)
+    return q, k
 
 
 def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
@@ -191,8 +214,6 @@ def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int)
     sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half, spec.per_head))
     if sin.ndim == 2:
         sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
-    prefix = num_tokens - sin.shape[-2]
-    sin = torch.nn.functional.pad(sin, (0, 0, prefix, 0))
-    cos = torch.nn.functional.pad(cos, (0, 0, prefix, 0), value=1.0)
+    sin, cos = with_prefix(sin, cos, num_tokens - sin.shape[-2])
     share = weights.unsqueeze(1)  # (H, 1, D/2)
     return (cos * share) @ cos.mT + (sin * share) @ sin.mT

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vit_tucker.attention.recording import own_only
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -128,19 +130,6 @@ def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
         "boolean" if attn_mask.dtype == torch.bool else "additive",
         attn_mask.requires_grad and torch.is_grad_enabled(),
     )
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
-
-
-_is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-
-
-def own_only() -> bool:
-    """Whether the call is being recorded for another runtime, or transformed by torch.func."""
-    if torch.compiler.is_compiling():  # torch.export says so too
-        return _is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed()
-    return torch.jit.is_tracing() or _is_transformed()
 
 
 def device_type(x: Tensor) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, mask_facts, own_only
+from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, mask_facts
 from vit_tucker.attention.backends.padding import cpu_width, pad_call
 from vit_tucker.attention.backends.registry import choose, get_backend
+from vit_tucker.attention.recording import own_only
 from vit_tucker.attention.rope import rotate
 
 MANY_TOKENS = 1024
