@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_layers import Shape, layers_of, parse_shape
+from attention_layers import Layer, Shape, layers_of, parse_shape, rotated_layers
 from output import device_parser, save_tables, start
 from pictures import draw_promise
 from roofline import Machine, floor_ms
@@ -42,7 +42,8 @@ def measure(shape: Shape, args: argparse.Namespace, machine: Machine) -> list[di
     """Rows of one shape."""
     device = torch.device(args.device)
     torch.manual_seed(0)
-    layers = layers_of(shape, [r for r in args.ranks if r <= shape.dim], args.backends, not args.no_peers)
+    ranks = [r for r in args.ranks if r <= shape.dim]
+    layers = rotated_layers(shape, ranks) if args.rope else layers_of(shape, ranks, args.backends, not args.no_peers)
     x = torch.randn(shape.batch, shape.tokens, shape.dim, device=device)
     modules = {}
     for name, layer in layers.items():
@@ -64,9 +65,8 @@ def measure(shape: Shape, args: argparse.Namespace, machine: Machine) -> list[di
                "param_count": sum(p.numel() for p in module.parameters()) / 1e6}  # fmt: skip
         for kind, timing in timings.items():
             row |= timing_columns(kind, shape, timing[name])
-        config = layers[name].config
-        if config is not None:
-            row |= operation_columns(config, shape, machine, args.precision, row)
+        if layers[name].config is not None:
+            row |= operation_columns(layers[name], shape, machine, args.precision, row)
         row["train_peak_mb"] = peak_megabytes(training(module, x, args.precision), module, x)
         rows.append(row)
     return rows
@@ -85,13 +85,15 @@ def timing_columns(kind: str, shape: Shape, timing: Timing) -> dict[str, Any]:
 
 
 def operation_columns(
-    config: vt.AttentionConfig, shape: Shape, machine: Machine, precision: str, row: dict[str, Any]
+    layer: Layer, shape: Shape, machine: Machine, precision: str, row: dict[str, Any]
 ) -> dict[str, Any]:
     """What the operations promise, and how near the measured times come to the machine's rates."""
-    flops, dense_flops = (c.count_flops(shape.spec, shape.tokens) for c in (config, vt.MHAConfig()))
+    config, spec = layer.config, layer.spec or shape.spec
+    assert config is not None
+    flops, dense_flops = (c.count_flops(spec, shape.tokens) for c in (config, vt.MHAConfig()))
     columns = {"infer_gmacs": flops / 2e9, "promise": dense_flops / flops}
     for kind in ("infer", "train"):
-        floor = floor_ms(config, shape.spec, shape.batch, shape.tokens, machine, precision, kind == "train")
+        floor = floor_ms(config, spec, shape.batch, shape.tokens, machine, precision, kind == "train")
         columns[f"{kind}_share"] = sum(floor) / row[f"{kind}_step_time"]
         columns |= {f"{kind}_floor_{part}": ms for part, ms in zip(("products", "exps", "memory"), floor, strict=True)}
     return columns
@@ -122,8 +124,13 @@ def main() -> int:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="query/output and key/value ranks")
     parser.add_argument("--backends", nargs="*", default=[], help="of our layers, each for itself; none: auto")
     parser.add_argument("--no-peers", action="store_true", help="dense and Tucker only")
+    parser.add_argument(
+        "--rope", action="store_true", help="with RoPE, against timm's AttentionRope; no backends by name"
+    )
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="attention.csv, attention.md, promise.png")
     args = parser.parse_args()
+    if args.rope and args.backends:
+        parser.error("--rope measures the backend that auto chooses: leave --backends out")
     try:
         machine = start(args, args.backends)
     except VitTuckerError as error:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from peers import EinsumTucker, FactorizedAttention, TextbookMLA, dense, grouped, unfused
+from peers import EinsumTucker, FactorizedAttention, Rotated, TextbookMLA, dense, dense_rope, grouped, unfused
 from torch import nn
 
 import vit_tucker as vt
+from vit_tucker.attention.rope import RopeSpec
 
 EXAMPLE = "8x197x768x12"
 HEAD_RANK = 8
 DENSE = "dense (timm)"
+DENSE_ROPE = "dense, RoPE (timm AttentionRope)"
 
 
 class Shape(NamedTuple):
@@ -33,6 +37,16 @@ class Shape(NamedTuple):
         """The dense layer's."""
         return vt.HostSpec(self.dim, self.heads, self.dim // self.heads, self.dim)
 
+    @property
+    def side(self) -> int:
+        """Of the largest square grid of patches among the tokens; the others are prefix tokens, which RoPE leaves alone."""
+        return math.isqrt(self.tokens - 1)
+
+    @property
+    def rope_spec(self) -> vt.HostSpec:
+        """The dense layer's with RoPE."""
+        return replace(self.spec, rope=RopeSpec(self.tokens - self.side**2))
+
 
 class Layer(NamedTuple):
     """A layer to measure.
@@ -41,11 +55,13 @@ class Layer(NamedTuple):
         build: makes it.
         config: of ours, for its operations; None where they are not counted.
         backend: asked for, or "".
+        spec: of the host; None: the shape's.
     """
 
     build: Callable[[], nn.Module]
     config: vt.AttentionConfig | None = None
     backend: str = ""
+    spec: vt.HostSpec | None = None
 
 
 def parse_shape(text: str) -> Shape:
@@ -73,6 +89,20 @@ def layers_of(shape: Shape, ranks: list[int], backends: list[str], with_peers: b
         if backend != "triton":
             found |= ours(shape, vt.MHAConfig(), backend)
     return found | (peers(shape, ranks[0]) if with_peers else {})
+
+
+def rotated_layers(shape: Shape, ranks: list[int]) -> dict[str, Layer]:
+    """The same for hosts with RoPE, against timm's AttentionRope."""
+    spec, prefix = shape.rope_spec, shape.tokens - shape.side**2
+    latent = vt.MLAConfig(q_lora_rank=shape.dim // 6, kv_lora_rank=16)
+    configs = [*(tucker(shape, rank) for rank in ranks), vt.MHAConfig(), vt.GQAConfig(num_kv_heads=1), latent]
+    found = {DENSE_ROPE: Layer(partial(dense_rope, shape.dim, shape.heads, prefix), vt.MHAConfig(), spec=spec)}
+    found |= {f"{title(config)}, RoPE": Layer(partial(built, config, spec), config, spec=spec) for config in configs}
+    found["GQA-1, RoPE (timm AttentionRope)"] = Layer(partial(grouped, shape.dim, shape.heads, 1, prefix))
+    return {
+        name: layer._replace(build=partial(Rotated, layer.build, spec.head_dim, shape.side))
+        for name, layer in found.items()
+    }
 
 
 def tucker(shape: Shape, rank: int) -> vt.TuckerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,11 +28,42 @@ def unfused(dim: int, heads: int) -> nn.Module:
     return layer
 
 
-def grouped(dim: int, heads: int, kv_heads: int) -> nn.Module:
-    """timm's AttentionRope with fewer key/value heads, without a table of rotations."""
+def grouped(dim: int, heads: int, kv_heads: int, prefix: int = 1) -> nn.Module:
+    """timm's AttentionRope with fewer key/value heads."""
     from timm.layers import AttentionRope
 
-    return AttentionRope(dim, heads, num_kv_heads=kv_heads, qkv_bias=True, qkv_fused=False)
+    return AttentionRope(dim, heads, num_kv_heads=kv_heads, qkv_bias=True, qkv_fused=False, num_prefix_tokens=prefix)
+
+
+def dense_rope(dim: int, heads: int, prefix: int) -> nn.Module:
+    """timm's AttentionRope, as its EVA and ViT models with RoPE have it."""
+    from timm.layers import AttentionRope
+
+    return AttentionRope(dim, heads, qkv_bias=True, num_prefix_tokens=prefix)
+
+
+class Rotated(nn.Module):
+    """A layer with timm's axial table of rotations, made once as models without patch dropout do.
+
+    Args:
+        build: makes the layer.
+        width: D.
+        side: of the square grid of patches.
+    """
+
+    table: Tensor
+
+    def __init__(self, build: Callable[[], nn.Module], width: int, side: int) -> None:
+        super().__init__()
+        from timm.layers import RotaryEmbeddingCat
+
+        self.layer = build()
+        self.register_buffer("table", RotaryEmbeddingCat(width, feat_shape=[side, side], in_pixels=False).get_embed())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)"""
+        y: Tensor = self.layer(x, rope=self.table)
+        return y
 
 
 class TextbookMLA(nn.Module):

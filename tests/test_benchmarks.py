@@ -54,6 +54,28 @@ def test_layers(tmp_path):
     assert (tmp_path / "promise.png").stat().st_size > 1000
 
 
+def test_widths(tmp_path):
+    done = run("widths.py", *QUICK, "--shape", "1x5x24x3", "--widths", 3, 16, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    narrow, fitting = rows_of(tmp_path / "widths.csv")
+    assert (narrow["padded"], fitting["padded"]) == ("16", "16")
+    assert float(fitting["step_speedup"]) == 1  # the very same call
+    assert float(narrow["step_speedup"]) > 0
+    assert "| 3 " in (tmp_path / "widths.md").read_text()
+
+
+@pytest.mark.skipif(not hasattr(timm.layers, "AttentionRope"), reason="this timm has no AttentionRope")
+def test_layers_with_rope(tmp_path):
+    """Of ten tokens nine are a grid, and one is a prefix token."""
+    quick = (*QUICK, "--shapes", "2x10x24x3", "--ranks", 4)
+    done = run("attention.py", *quick, "--rope", "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "attention.csv")
+    assert [row["layer"].split(",")[0] for row in rows] == ["dense", "Tucker (3", "MHA", "GQA-1", "MLA (4", "GQA-1"]
+    assert all("RoPE" in row["layer"] for row in rows)
+    assert float(rows[0]["promise"]) == 1
+
+
 @pytest.mark.skipif(not timm.is_model("test_vit"), reason="this timm has no test_vit")
 def test_models(tmp_path):
     done = run("model.py", *QUICK, "--models", "test_vit", "--ranks", 8, "--batch-size", 1, "--save", tmp_path)
@@ -71,6 +93,8 @@ def test_models(tmp_path):
     [
         ("attention.py", ["--shapes", "2x9x25x3"], "3 heads do not divide 25"),
         ("attention.py", ["--backends", "sdp"], "did you mean 'sdpa'"),
+        ("attention.py", ["--rope", "--backends", "sdpa"], "leave --backends out"),
+        ("widths.py", ["--widths", "0"], "1 at least"),
         ("model.py", ["--models", "vit_bse_patch16_224"], "no model vit_bse_patch16_224"),
         pytest.param("gpu.py", ["--save", "nowhere"], "no CUDA device", marks=pytest.mark.skipif(
             torch.cuda.is_available(), reason="there is one")),

@@ -131,8 +131,12 @@ def test_widths_of_heads():
     assert [cpu_width(width) for width in (1, 15, 16, 17, 31, 64, 127)] == [16, 16, 16, 20, 32, 64, 128]
     facts = CPU._replace(key_width=5, value_width=31)
     assert sdpa.widths(facts) == (32, 32)
+    assert sdpa.remark(facts) == "fused in torch, padded to 32 columns"
+    assert sdpa.remark(CPU) == "fused in torch"
     assert sdpa.widths(facts._replace(own_only=True)) == (32, 32)  # two widths would be computed in parts
     assert sdpa.widths(facts._replace(value_width=5, own_only=True)) == (5, 5)
+    assert sdpa.widths(facts._replace(value_width=5)) == (16, 16)
+    assert sdpa.widths(facts._replace(value_width=5, kv_heads=12)) == (5, 5)
     assert sdpa.widths(facts._replace(dropout=0.1)) == (5, 31)
     assert sdpa.widths(facts._replace(mask_grad=True)) == (5, 31)
     assert sdpa.widths(CUDA._replace(key_width=5, value_width=31)) == (8, 32)

@@ -116,7 +116,8 @@ def test_the_log_says_once_what_runs_and_why(caplog):
         attend(q, k, v, scale=0.3, attn_drop=nn.Dropout(0.0), fused=False)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "attention backend sdpa: fused in torch [cpu, float32, 4 heads of width 16 and 24 on 1 key/value head, inference]",
+        "attention backend sdpa: fused in torch, padded to 24 columns "
+        "[cpu, float32, 4 heads of width 16 and 24 on 1 key/value head, inference]",
         "attention backend eager: asked for [cpu, float32, 4 heads of width 16 and 24 on 1 key/value head, inference]",
     ]
     assert [f"attention backend {line}" for line in registry.choices()] == lines
@@ -135,7 +136,8 @@ def test_a_compiled_layer_logs_too(caplog):
     with caplog.at_level(logging.INFO, logger="vit_tucker.attention"), torch.no_grad():
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(1, 5, 16))
     assert [r.getMessage() for r in caplog.records if "compiled" in r.getMessage()] == [
-        "attention backend sdpa: fused in torch, compiled [cpu, float32, 4 heads, Tucker ranks (8, 8) and (8, 8), inference]"
+        "attention backend sdpa: fused in torch, padded to 16 columns, compiled "
+        "[cpu, float32, 4 heads, Tucker ranks (8, 8) and (8, 8), inference]"
     ]
 
 

@@ -37,7 +37,10 @@ def remark(facts: Facts) -> str:
         return "in parts: torch's CPU kernel does not train masks"
     if facts.device == "cuda" and facts.dtype == torch.float64:
         return "in parts: torch has no CUDA kernel for float64"
-    return "fused in torch"
+    wide = widths(facts)
+    if wide == (facts.key_width, facts.value_width):
+        return "fused in torch"
+    return f"fused in torch, padded to {' and '.join(str(width) for width in dict.fromkeys(wide))} columns"
 
 
 def attend(
@@ -66,10 +69,12 @@ def packs(q: Tensor, kv_heads: int) -> bool:
 
 
 def widths(facts: Facts) -> tuple[int, int]:
-    """As the device's fused kernel takes them, or is fast with. Exports keep equal widths as they are."""
+    """As the device's fused kernel takes them, or is fast with. Exports keep equal widths as they are, and so does multi-head
+    attention, which then is the host's in memory as well."""
     keys, values = facts.key_width, facts.value_width
     fused = not facts.dropout and not facts.mask_grad
-    if facts.device == "cpu" and fused and not (facts.own_only and keys == values):
+    as_they_are = keys == values and (facts.own_only or facts.kv_heads == facts.heads)
+    if facts.device == "cpu" and fused and not as_they_are:
         width = cpu_width(max(keys, values))
         return width, width
     if facts.device == "cuda" and facts.dtype in LOW_PRECISION and keys != values:
