@@ -2,6 +2,7 @@
 
 import csv
 import math
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,21 @@ def run(script, *arguments):
     )
 
 
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same in this process, which has imported everything already."""
+
+    def call(script, *arguments):
+        monkeypatch.syspath_prepend(ROOT / "benchmarks")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([script], ended.value.code, said.out, said.err)
+
+    return call
+
+
 def rows_of(file):
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
@@ -54,8 +70,8 @@ def test_layers(tmp_path):
     assert (tmp_path / "promise.png").stat().st_size > 1000
 
 
-def test_widths(tmp_path):
-    done = run("widths.py", *QUICK, "--shape", "1x5x24x3", "--widths", 3, 16, "--save", tmp_path)
+def test_widths(tmp_path, run_here):
+    done = run_here("widths.py", *QUICK, "--shape", "1x5x24x3", "--widths", 3, 16, "--save", tmp_path)
     assert done.returncode == 0, done.stderr
     narrow, fitting = rows_of(tmp_path / "widths.csv")
     assert (narrow["padded"], fitting["padded"]) == ("16", "16")
@@ -65,10 +81,10 @@ def test_widths(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(timm.layers, "AttentionRope"), reason="this timm has no AttentionRope")
-def test_layers_with_rope(tmp_path):
+def test_layers_with_rope(tmp_path, run_here):
     """Of ten tokens nine are a grid, and one is a prefix token."""
     quick = (*QUICK, "--shapes", "2x10x24x3", "--ranks", 4)
-    done = run("attention.py", *quick, "--rope", "--save", tmp_path)
+    done = run_here("attention.py", *quick, "--rope", "--save", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "attention.csv")
     assert [row["layer"].split(",")[0] for row in rows] == ["dense", "Tucker (3", "MHA", "GQA-1", "MLA (4", "GQA-1"]
@@ -100,8 +116,8 @@ def test_models(tmp_path):
             torch.cuda.is_available(), reason="there is one")),
     ],
 )  # fmt: skip
-def test_wrong_arguments(script, arguments, message):
-    done = run(script, *arguments)
+def test_wrong_arguments(script, arguments, message, run_here):
+    done = run_here(script, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (ROOT / "nowhere").exists()
