@@ -140,11 +140,9 @@ class MLA(PerHeadModule):
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
         latents = joint_linear(x, self.input_projections())
-        latent, v_latent = latents[1].flatten(0, 1), latents[-1].flatten(0, 1)  # (B*N, cKV)
-        # flat: torch adds a bias within a product of a slice only where its rows are one dimension
-        q = (
-            self.q_up(latents[0].flatten(0, 1)).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        )  # (B, H, N, D)
+        # flat, (B*N, ...): torch adds a bias within a product of a slice only where its rows are one dimension
+        q, latent, v_latent = (latents[i].flatten(0, 1) for i in (0, 1, -1))
+        q = self.q_up(q).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         if self.pair_rotations is not None:
             return self.finish(x, self.attend_latent(q, latents[1], latents[-1], attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
