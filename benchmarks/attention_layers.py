@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from peers import EinsumTucker, FactorizedAttention, Rotated, TextbookMLA, dense, dense_rope, grouped, unfused
+from peers import EinsumTucker, FactorizedAttention, Rotated, TextbookMLA, attention_rope, dense, unfused
 from torch import nn
 
 import vit_tucker as vt
@@ -93,12 +93,14 @@ def layers_of(shape: Shape, ranks: list[int], backends: list[str], with_peers: b
 
 def rotated_layers(shape: Shape, ranks: list[int]) -> dict[str, Layer]:
     """The same for hosts with RoPE, against timm's AttentionRope."""
-    spec, prefix = shape.rope_spec, shape.tokens - shape.side**2
+    spec = shape.rope_spec
+    assert spec.rope is not None
+    timm_layer = partial(attention_rope, shape.dim, shape.heads, prefix=spec.rope.num_prefix_tokens)
     latent = vt.MLAConfig(q_lora_rank=shape.dim // 6, kv_lora_rank=16)
     configs = [*(tucker(shape, rank) for rank in ranks), vt.MHAConfig(), vt.GQAConfig(num_kv_heads=1), latent]
-    found = {DENSE_ROPE: Layer(partial(dense_rope, shape.dim, shape.heads, prefix), vt.MHAConfig(), spec=spec)}
+    found = {DENSE_ROPE: Layer(timm_layer, vt.MHAConfig(), spec=spec)}
     found |= {f"{title(config)}, RoPE": Layer(partial(built, config, spec), config, spec=spec) for config in configs}
-    found["GQA-1, RoPE (timm AttentionRope)"] = Layer(partial(grouped, shape.dim, shape.heads, 1, prefix))
+    found["GQA-1, RoPE (timm AttentionRope)"] = Layer(partial(timm_layer, kv_heads=1))
     return {
         name: layer._replace(build=partial(Rotated, layer.build, spec.head_dim, shape.side))
         for name, layer in found.items()
@@ -134,7 +136,7 @@ def peers(shape: Shape, rank: int) -> dict[str, Layer]:
     for kv_heads in (1, 2, 4):
         if heads % kv_heads == 0 and kv_heads < heads:
             found |= ours(shape, vt.GQAConfig(num_kv_heads=kv_heads))
-            found[f"GQA-{kv_heads} (timm AttentionRope)"] = Layer(partial(grouped, dim, heads, kv_heads))
+            found[f"GQA-{kv_heads} (timm AttentionRope)"] = Layer(partial(attention_rope, dim, heads, kv_heads))
     for latent in (16, dim // heads, 2 * dim // heads):
         config = vt.MLAConfig(q_lora_rank=dim // 6, kv_lora_rank=latent)
         found |= ours(shape, config)

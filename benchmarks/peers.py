@@ -28,18 +28,13 @@ def unfused(dim: int, heads: int) -> nn.Module:
     return layer
 
 
-def grouped(dim: int, heads: int, kv_heads: int, prefix: int = 1) -> nn.Module:
-    """timm's AttentionRope with fewer key/value heads."""
+def attention_rope(dim: int, heads: int, kv_heads: int | None = None, prefix: int = 1) -> nn.Module:
+    """timm's AttentionRope: dense, with one projection for queries, keys and values, or with fewer key/value heads."""
     from timm.layers import AttentionRope
 
-    return AttentionRope(dim, heads, num_kv_heads=kv_heads, qkv_bias=True, qkv_fused=False, num_prefix_tokens=prefix)
-
-
-def dense_rope(dim: int, heads: int, prefix: int) -> nn.Module:
-    """timm's AttentionRope, as its EVA and ViT models with RoPE have it."""
-    from timm.layers import AttentionRope
-
-    return AttentionRope(dim, heads, qkv_bias=True, num_prefix_tokens=prefix)
+    return AttentionRope(
+        dim, heads, num_kv_heads=kv_heads, qkv_bias=True, qkv_fused=kv_heads is None, num_prefix_tokens=prefix
+    )
 
 
 class Rotated(nn.Module):

@@ -7,6 +7,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 import vit_tucker as vt
 from tests.conftest import dense_attention, make_angles, make_spec, make_table, make_weights, randomise, rope_of
+from vit_tucker.attention import rope as rope_module
 from vit_tucker.attention.rope import RopeSpec, pair_columns, rotate, rotate_heads, spread_columns
 from vit_tucker.tensor.rotary import rotary_distance
 
@@ -246,3 +247,25 @@ def test_other_attentions_with_rope_are_tucker_attention_with_latent_rope(name, 
     assert not torch.allclose(tucker(x, **given), source(x, **given), rtol=1e-3)
     with pytest.raises(vt.PatchError, match="with RoPE is not bilinear"):
         vt.to_dense(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [slice(0, 6), slice(1, 7), slice(0, 12, 2)])
+def test_turning_complex_numbers_is_turning_their_parts(columns, dtype, monkeypatch):
+    """Wherever the pairs lie in memory; what is recorded gets the parts. Angles are float32 at least, so both round once, in the
+    end: float32 sums of two products may differ in the last bit, bfloat16 results by one step of 2**-8, and their gradients, sums of
+    a few such, by some."""
+    g = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x = torch.randn(2, 5, 13, generator=g).to(dtype)[..., columns].requires_grad_()
+    angle = (6 * torch.rand(5, 3, generator=g)).to(wide).requires_grad_()
+    results = []
+    for recorded in (False, True):
+        monkeypatch.setattr(rope_module, "is_recorded", lambda recorded=recorded: recorded)
+        y = rotate(x, angle.sin(), angle.cos())
+        assert y.dtype == dtype
+        results.append((y, *torch.autograd.grad(y.square().sum() + y[..., 0].sum(), (x, angle))))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    for fast, parts in zip(*results, strict=True):
+        torch.testing.assert_close(fast, parts, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(results[0][0], rotate(x, -angle.sin(), angle.cos()), rtol=0.1)

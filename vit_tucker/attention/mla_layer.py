@@ -109,9 +109,12 @@ class MLA(PerHeadModule):
 
     def absorbs(self, x: Tensor) -> bool:
         """Whether these tokens attend in the latent, see ``absorbing_saves``; open numbers of tokens count as large."""
-        if not self.can_absorb or open_shape(x):
-            return self.can_absorb and self.kv_down.out_features <= self.head_dim
-        return absorbing_saves(self.spec, self.q_down.out_features, self.kv_down.out_features, x.shape[0], x.shape[1])
+        if not self.can_absorb:
+            return False
+        q_lora_rank, kv_lora_rank = self.q_down.out_features, self.kv_down.out_features
+        if open_shape(x):
+            return kv_lora_rank <= self.head_dim
+        return absorbing_saves(self.spec, q_lora_rank, kv_lora_rank, *x.shape[:2])
 
     def run_absorbed(self, call: Call) -> Tensor:
         """The layer without heads' keys and values: queries' and output's projection take in WUK_i, WUV_i. -> (B, N, O)"""

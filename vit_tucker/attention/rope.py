@@ -71,8 +71,8 @@ def separate_pairs(x: Tensor, half: bool) -> Tensor:
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype.
 
-    As complex numbers: one product that reads x once, a few times faster than real parts and their shuffling. What is recorded
-    gets the parts: neither compilers nor ONNX know complex numbers well.
+    As complex numbers: one product that reads x once, where their parts take six operations and a copy. What is recorded gets the
+    parts: neither compilers nor ONNX know complex numbers well.
     """
     if is_recorded() or not (x.is_cpu or x.is_cuda):
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -89,6 +89,11 @@ class TuckerCall(NamedTuple):
     angles: tuple[Tensor, Tensor] | None = None
 
 
+def given_widths(facts: Facts) -> tuple[int, int]:
+    """Dk and Dv as they are."""
+    return facts.key_width, facts.value_width
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention.
@@ -100,7 +105,7 @@ class Backend:
             divides H, head i uses key/value head i // (H / G); attn_mask boolean (True: attend) or additive, broadcasts to
             (B, H, N, N); y (B, H, N, Dv). None for kernels of Tucker Attention only.
         whole: TuckerCall -> z (B, N, r2t). None for backends that take queries, keys and values only.
-        widths: facts -> Dk and Dv, at least as many as they are: what is narrower gets columns of zeros first. None: as they are.
+        widths: facts -> Dk and Dv, at least as many as they are: what is narrower gets columns of zeros first.
         remark: facts -> how such calls are computed, for the log.
     """
 
@@ -108,7 +113,7 @@ class Backend:
     refuses: Callable[[Facts], str | None]
     attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, float], Tensor] | None
     whole: Callable[[TuckerCall], Tensor] | None = None
-    widths: Callable[[Facts], tuple[int, int]] | None = None
+    widths: Callable[[Facts], tuple[int, int]] = given_widths
     remark: Callable[[Facts], str] | None = None
 
 

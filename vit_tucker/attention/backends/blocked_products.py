@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2 << 20
-"""Of the scores of a block, for each thread: about what a core's second-level cache holds."""
+from vit_tucker.attention.contraction import CACHE_BYTES
+
+BLOCK_BYTES = CACHE_BYTES
+"""Of the scores of a block, for each thread."""
 
 
 @torch.library.custom_op("vit_tucker::blocked_attention", mutates_args=())

@@ -6,6 +6,8 @@ product as wide as they should be; queries, keys and values of heads are copied.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -31,33 +33,20 @@ def cpu_width(width: int) -> int:
     return max(SMALLEST_WIDTH, round_up(width, STEP))
 
 
-def attend_padded(
-    backend: Backend,
-    facts: Facts,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    dropout: float,
-) -> Tensor:
+def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
     """``Backend.attend`` of a backend that takes queries, keys and values of heads, at the widths that it wants.
 
     Args:
         backend: which takes such calls.
         facts: of the call.
-        q, k, v, attn_mask, is_causal, scale, dropout: see ``Backend.attend``.
+        q, k, v, options: see ``Backend.attend``.
 
     Returns:
         (B, H, N, Dv).
     """
     assert backend.attend is not None
-    if backend.widths is None:
-        return backend.attend(q, k, v, attn_mask, is_causal, scale, dropout)
     key_width, value_width = backend.widths(facts)
-    q, k, v = pad(q, key_width), pad(k, key_width), pad(v, value_width)
-    y = backend.attend(q, k, v, attn_mask, is_causal, scale, dropout)
+    y = backend.attend(pad(q, key_width), pad(k, key_width), pad(v, value_width), *options)
     return y if value_width == facts.value_width else y[..., : facts.value_width]
 
 

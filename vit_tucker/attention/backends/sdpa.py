@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts
+from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts, given_widths
 from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
 from vit_tucker.attention.backends.padding import cpu_width, round_up
 from vit_tucker.attention.backends.registry import register_backend
@@ -38,7 +38,7 @@ def remark(facts: Facts) -> str:
     if facts.device == "cuda" and facts.dtype == torch.float64:
         return "in parts: torch has no CUDA kernel for float64"
     wide = widths(facts)
-    if wide == (facts.key_width, facts.value_width):
+    if wide == given_widths(facts):
         return "fused in torch"
     return f"fused in torch, padded to {' and '.join(str(width) for width in dict.fromkeys(wide))} columns"
 

@@ -32,8 +32,7 @@ def _attend_whole(call: TuckerCall, backend: str) -> Tensor:
     """A leaf in fx graphs: the choice depends on tensors."""
     facts = facts_of_call(call)
     chosen = get_backend(choose(facts, backend).name)
-    if chosen.widths is not None:
-        call = pad_call(call, *chosen.widths(facts))
+    call = pad_call(call, *chosen.widths(facts))
     dtype = call.p.dtype
     p, k, v, pre, post = (t if t.dtype == dtype else t.to(dtype) for t in call[:5])
     if chosen.whole is not None:
