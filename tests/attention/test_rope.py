@@ -253,8 +253,7 @@ def test_other_attentions_with_rope_are_tucker_attention_with_latent_rope(name, 
 @pytest.mark.parametrize("columns", [slice(0, 6), slice(1, 7), slice(0, 12, 2)])
 def test_turning_complex_numbers_is_turning_their_parts(columns, dtype, monkeypatch):
     """Wherever the pairs lie in memory; what is recorded gets the parts. Angles are float32 at least, so both round once, in the
-    end: float32 sums of two products may differ in the last bit, bfloat16 results by one step of 2**-8, and their gradients, sums of
-    a few such, by some."""
+    end: float32 sums of two products may differ in a last bit, bfloat16 results by a step of 2**-8, their gradients by a few."""
     g = torch.Generator().manual_seed(0)
     wide = torch.promote_types(dtype, torch.float32)
     x = torch.randn(2, 5, 13, generator=g).to(dtype)[..., columns].requires_grad_()
