@@ -1,0 +1,287 @@
+"""Attention maps of a model, dense or patched, from one forward pass; the model is left as it was."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.errors import ExplainError, PatchError
+from vit_tucker.explain.grid import TokenGrid
+from vit_tucker.explain.locate import Place, Shape, locate
+from vit_tucker.patching.find import find_attention, find_other_attention
+from vit_tucker.patching.hosts import read_host
+from vit_tucker.patching.selection import Selection, select
+from vit_tucker.patching.watch import evaluating
+
+Reduce = Callable[[str, Tensor, TokenGrid | None], Any]
+
+
+@dataclass
+class Recording:
+    """What one forward pass showed.
+
+    Attributes:
+        output: of the model.
+        maps: by full name of the layer, in the order of the calls: (B * S, H, n, n) for S sequences of n tokens per image, each
+            row a distribution over keys; or what ``reduce`` made of it.
+        grids: where the layer's tokens lie; None where that can't be known.
+        events: ("attention" | "mixer", full name) in the order of the calls: mixers are what else moves information between
+            tokens (convolutions, pooling, attention that no method replaces).
+        pooled: input of the attention pooling that reads the tokens out, by the module's full name; empty without one.
+    """
+
+    output: Any = None
+    maps: dict[str, Any] = field(default_factory=dict)
+    grids: dict[str, TokenGrid | None] = field(default_factory=dict)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    pooled: dict[str, Tensor] = field(default_factory=dict)
+
+
+def attention_maps(model: nn.Module, images: Tensor, layers: Selection | None = None) -> dict[str, Tensor]:
+    """The attention maps of all heads, after the softmax and before dropout.
+
+    Works for dense layers of timm and for all methods of ours. The pass runs in eval mode without gradients, with plain
+    products in place of fused kernels; modes and switches are restored, also after an error. All maps together take
+    ``B * H * N^2`` numbers per layer: choose layers, or reduce them on the fly with ``record_attention``.
+
+    Args:
+        model: a timm model, patched or not; compiled or wrapped ones are run as they are underneath.
+        images: (B, channels, height, width), as the model takes them, on its device.
+        layers: which attention layers, as for ``patch``; all that show their maps if None.
+
+    Returns:
+        By full name of the layer, in the order of the calls: (B, H, N, N), softmax(Q_i K^T / sqrt(D)) with its masks and
+        biases, in the model's dtype. Layers that attend within windows give (B * windows, H, n, n), the windows of an image
+        together.
+
+    Raises:
+        ExplainError: no attention layer shows its maps, or a chosen one does not. PatchError: the selection matches nothing.
+    """
+    return record_attention(model, images, layers).maps
+
+
+def record_attention(
+    model: nn.Module, images: Tensor, layers: Selection | None = None, reduce: Reduce | None = None, grad: bool = False
+) -> Recording:
+    """``attention_maps`` with all that a picture needs besides: the output, the places of the tokens, what else mixes them.
+
+    Args:
+        model, images, layers: see ``attention_maps``.
+        reduce: called with (name, map, grid) as soon as a layer has run; its result is kept in place of the map.
+        grad: record gradients, so that the output can be differentiated by the maps.
+
+    Raises:
+        ExplainError: see ``attention_maps``; or rows of a map that don't sum to 1, so that it is none.
+    """
+    model = unwrapped(model)
+    found = find_attention(model)
+    taps = choose_taps(found, layers)
+    recording = Recording()
+    watch = Watch(model, images, taps, recording, reduce)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(unfused(module for module, _ in taps.values()))
+        stack.enter_context(eager())
+        stack.enter_context(torch.set_grad_enabled(grad))
+        stack.callback(watch.remove)
+        watch.start()
+        recording.output = model(images)
+    missing = [name for name in taps if name not in recording.maps]
+    if missing:
+        kind = type(found[missing[0]]).__name__
+        raise ExplainError(f"{missing[0]}: {kind} formed no attention map in the forward pass")
+    return recording
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and data-parallel wrappers."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        wraps = type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel")
+        if wraps and isinstance(inner, nn.Module):
+            return unwrapped(inner)
+    return model
+
+
+Tap = tuple[nn.Module, nn.Module]
+"""An attention layer, and the module inside it that sees the map: its dropout before, else its softmax after."""
+
+
+def choose_taps(found: dict[str, nn.Module], layers: Selection | None) -> dict[str, Tap]:
+    """The layers to record, with the places where their maps show.
+
+    Raises:
+        ExplainError: none shows its maps, or a chosen one does not.
+    """
+    if not found:
+        raise ExplainError("the model has no attention layer that vit_tucker knows")
+    places = {name: tap_of(found[name]) for name in select(layers, list(found))}
+    blind = [name for name, place in places.items() if place is None]
+    if blind and (layers is not None or len(blind) == len(places)):
+        kind = type(found[blind[0]]).__name__
+        raise ExplainError(f"{blind[0]}: {kind} has neither attn_drop nor softmax, where its maps would show")
+    return {name: (found[name], place) for name, place in places.items() if place is not None}
+
+
+def tap_of(module: nn.Module) -> nn.Module | None:
+    """Where a layer's map passes through a module; None if nowhere."""
+    for name in ("attn_drop", "softmax"):
+        place = getattr(module, name, None)
+        if isinstance(place, nn.Module):
+            return place
+    return None
+
+
+@contextlib.contextmanager
+def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The attention layers with plain products instead of fused kernels; their switches restored afterwards."""
+    switches: dict[Any, bool] = {m: m.fused_attn for m in modules if hasattr(m, "fused_attn")}  # type: ignore[misc]
+    try:
+        for module in switches:
+            module.fused_attn = False
+        yield
+    finally:
+        for module, switch in switches.items():
+            module.fused_attn = switch
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules run uncompiled, so that hooks see tensors; what was compiled before stays compiled."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    with stance("force_eager") if stance is not None else contextlib.nullcontext():
+        yield
+
+
+class Watch:
+    """The hooks of one recording.
+
+    Args:
+        model, images: of the pass.
+        taps: by full name of the layer.
+        recording: filled.
+        reduce: see ``record_attention``.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, taps: dict[str, Tap], recording: Recording, reduce: Reduce | None
+    ) -> None:
+        self.model, self.images, self.taps, self.recording, self.reduce = model, images, taps, recording, reduce
+        self.handles: list[Any] = []
+        self.shapes: dict[nn.Module, Shape] = {}
+        self.names: dict[nn.Module, list[str]] = {}
+        for name, (module, _) in taps.items():
+            self.names.setdefault(module, []).append(name)
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+
+    def start(self) -> None:
+        """Register all hooks."""
+        for module, names in self.names.items():
+            place = self.taps[names[0]][1]
+            if place is getattr(module, "attn_drop", None):
+                hook = lambda _, args, module=module: self.see(module, args[0])  # noqa: E731
+                self.handles.append(place.register_forward_pre_hook(hook))
+            else:
+                after = lambda _, args, output, module=module: self.see(module, output)  # noqa: E731
+                self.handles.append(place.register_forward_hook(after))
+        around = {part for name in self.taps for part in (*self.around(name), self.modules[name])}
+        for part in around:
+            self.handles.append(part.register_forward_pre_hook(self.note_shape, with_kwargs=True))
+        for name, mixer in find_mixers(self.model, self.names).items():
+            hook = lambda _, args, name=name: self.note_mixer(name, args)  # noqa: E731
+            self.handles.append(mixer.register_forward_pre_hook(hook))
+
+    def remove(self) -> None:
+        """Take all hooks away."""
+        for handle in self.handles:
+            handle.remove()
+
+    def around(self, name: str) -> list[nn.Module]:
+        """The modules that hold a layer, the nearest first."""
+        parts = name.split(".")
+        return [self.modules[".".join(parts[:count])] for count in range(len(parts) - 1, -1, -1)]
+
+    def note_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the shape of a module's input."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        self.shapes[module] = tuple(x.shape) if isinstance(x, Tensor) else ()
+
+    def note_mixer(self, name: str, args: tuple[Any, ...]) -> None:
+        """Remember that something else mixed tokens."""
+        self.recording.events.append(("mixer", name))
+        if is_pool(self.modules[name]) and args:
+            self.recording.pooled[name] = args[0].detach()
+
+    def see(self, module: nn.Module, attn: Tensor) -> None:
+        """A layer's map: checked, located, reduced, kept."""
+        names = self.names[module]
+        name = next((n for n in names if n not in self.recording.maps), None)
+        if name is None:
+            raise ExplainError(f"{names[0]}: ran more than once in one forward pass")
+        if attn.ndim == 5:  # NesT: (B, H, S, n, n)
+            attn = attn.transpose(1, 2).flatten(0, 1)
+        check_rows(name, attn.detach())
+        grid = locate(self.place(name, module, attn))
+        self.recording.events.append(("attention", name))
+        self.recording.grids[name] = grid
+        self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
+
+    def place(self, name: str, module: nn.Module, attn: Tensor) -> Place:
+        """What is known of the call."""
+        declared = getattr(self.model, "num_prefix_tokens", None)
+        return Place(
+            name=name,
+            sequences=attn.shape[0] // self.images.shape[0],
+            tokens=attn.shape[-1],
+            shape=self.shapes[module],
+            layout=layout_of(module),
+            around=[(part, self.shapes.get(part, ())) for part in self.around(name)],
+            prefixes=[0, 1, 2] if declared is None else [declared],
+            image=(self.images.shape[-2], self.images.shape[-1]),
+        )
+
+
+def layout_of(module: nn.Module) -> str:
+    """Of the layer's input, see ``HostSpec``."""
+    if isinstance(module, AttentionModule):
+        return module.spec.layout
+    try:
+        return read_host(module).spec.layout
+    except PatchError:
+        return "sequence"
+
+
+def is_pool(module: nn.Module) -> bool:
+    """Attention of a learned query that reads the tokens out."""
+    return type(module).__name__.startswith("AttentionPool")
+
+
+def find_mixers(model: nn.Module, attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
+    """What moves information between tokens besides the given layers, by full name: convolutions and pooling over places, and
+    other attention."""
+    known = set(attention)
+    inside = {part for layer in known for part in layer.modules()}
+    others = {name: model.get_submodule(name) for name in find_other_attention(model)}
+    others |= {name: module for name, module in find_attention(model).items() if module not in known}
+    spatial = (nn.Conv1d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    for name, module in model.named_modules():
+        if isinstance(module, spatial) and module not in inside:
+            size = module.kernel_size
+            if max(size if isinstance(size, tuple) else (size,)) > 1:
+                others[name] = module
+    return others
+
+
+def check_rows(name: str, attn: Tensor) -> None:
+    """Raise ExplainError unless every row of a map is a distribution.
+
+    A softmax row of N numbers is off by the rounding of its sum, at most N units, and of its own divisions.
+    """
+    tolerance = torch.finfo(attn.dtype).eps * (attn.shape[-1] + 4)
+    error = (attn.sum(-1, dtype=torch.float64) - 1).abs().max().item()
+    if not error <= tolerance or attn.min() < 0:
+        raise ExplainError(f"{name}: rows of its map sum to 1 +- {error:.2g}: no softmax is the last step before its values")
