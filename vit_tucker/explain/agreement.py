@@ -51,13 +51,15 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def compare_attention(
-    dense: nn.Module, patched: nn.Module, image: Tensor, layers: Sequence[str], map_bytes: Mapping[str, int]
+    dense: tuple[nn.Module, Tensor],
+    patched: tuple[nn.Module, Tensor],
+    layers: Sequence[str],
+    map_bytes: Mapping[str, int],
 ) -> list[HeadAgreement]:
     """Compare two models' attention on one image. Layers are worked off in groups whose maps fit into ``MAP_BYTES``.
 
     Args:
-        dense, patched: models with the same layers and tokens.
-        image: (channels, height, width), as both take it.
+        dense, patched: models with the same layers and tokens, each with the image as it takes it, (channels, height, width).
         layers: full names.
         map_bytes: memory of each layer's map.
 
@@ -66,13 +68,16 @@ def compare_attention(
     """
     rows = []
     for names in memory_groups(layers, map_bytes):
-        one, other = (record_attention(model, image[None], names) for model in (dense, patched))
+        one, other = (record_attention(model, image[None], names) for model, image in (dense, patched))
         for name in names:
             a, b = (recording.maps[name].float() for recording in (one, other))
             if a.shape != b.shape:
                 raise ExplainError(f"{name}: maps of {shape(a)} and of {shape(b)} can't be compared")
             values = total_variation(a, b, real_queries(one.grids[name])), cosine(a, b)
-            rows += [HeadAgreement(name, i, tv, cos) for i, (tv, cos) in enumerate(zip(*map(Tensor.tolist, values), strict=True))]
+            rows += [
+                HeadAgreement(name, i, tv, cos)
+                for i, (tv, cos) in enumerate(zip(*map(Tensor.tolist, values), strict=True))
+            ]
     return rows
 
 

@@ -284,4 +284,6 @@ def check_rows(name: str, attn: Tensor) -> None:
     tolerance = torch.finfo(attn.dtype).eps * (attn.shape[-1] + 4)
     error = (attn.sum(-1, dtype=torch.float64) - 1).abs().max().item()
     if not error <= tolerance or attn.min() < 0:
-        raise ExplainError(f"{name}: rows of its map sum to 1 +- {error:.2g}: no softmax is the last step before its values")
+        raise ExplainError(
+            f"{name}: rows of its map sum to 1 +- {error:.2g}: no softmax is the last step before its values"
+        )

@@ -168,7 +168,9 @@ def refuse_mixers(model: nn.Module, recording: Recording) -> None:
         if number < last:
             raise ExplainError(f"rollout: {name} ({type(module).__name__}) mixes tokens between the attention layers")
         if hasattr(module, "num_heads"):
-            raise ExplainError(f"rollout: {name} ({type(module).__name__}) reads the tokens out by attention of its own")
+            raise ExplainError(
+                f"rollout: {name} ({type(module).__name__}) reads the tokens out by attention of its own"
+            )
 
 
 def parallel_groups(names: Iterable[str]) -> list[list[str]]:
@@ -191,4 +193,6 @@ def check_output(model: nn.Module, images: Tensor, output: Any) -> None:
     tolerance = 1e4 * torch.finfo(plain.dtype).eps * plain.abs().max().item()
     error = (plain - output).abs().max().item()
     if not error <= tolerance:
-        raise ExplainError(f"the model's output changes by {error:.2g} while its maps are captured (allowed: {tolerance:.2g})")
+        raise ExplainError(
+            f"the model's output changes by {error:.2g} while its maps are captured (allowed: {tolerance:.2g})"
+        )

@@ -15,9 +15,11 @@ from vit_tucker.report.style import COLUMN, FONTS, plt
 
 COLOURS = "viridis"
 """Even lightness steps, and readable by colour-blind readers."""
-SHARE_SHOWN = 0.995
-"""Scales end at this quantile: single tokens that take all attention would leave the rest dark."""
+SHARE_SHOWN = 0.98
+"""Scales end at this quantile: single tokens that take most attention would leave the rest dark."""
 DPI = 200
+GAP, HEADING, INSIDE = 0.12, 0.42, 0.94
+"""Inches between two models' heads and above all heads; share of a cell that its picture takes."""
 LARGEST = 12_000
 """Pixels of a picture's longer side at most; many layers and heads get smaller cells."""
 
@@ -31,7 +33,6 @@ class Panel:
         rollout: (h, w) relative to uniform, or None.
         note: shown in place of a rollout that is not defined.
         heads: by layer, (H, h, w).
-        labels: below or beside layers, by name, e.g. their agreement with the other model.
     """
 
     title: str
@@ -51,7 +52,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str) -> Figu
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
     with plt.rc_context(FONTS):
         width = COLUMN / 2 * (1 + len(panels)) + 0.55
-        figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.5)
+        figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.4, "constrained")
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
         show_image(axes[0], image)
         axes[0].set_title(title, parse_math=False)
@@ -77,37 +78,40 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
         agreement: by layer, mean total variation distance of the models' maps; written beside the rows.
     """
     layers = list(dict.fromkeys(name for panel in panels for name in panel.heads))
-    columns = max((len(panel.heads[name]) for panel in panels for name in panel.heads), default=1)
-    ratio = next((h.shape[1] / h.shape[2] for panel in panels for h in panel.heads.values()), 1.0)
+    columns = max(len(panel.heads[name]) for panel in panels for name in panel.heads)
+    ratio = next(h.shape[1] / h.shape[2] for panel in panels for h in panel.heads.values())
     cell = min(0.85, max(0.42, 6.8 / (columns * len(panels))))
+    names = [row_label(name, agreement) for name in layers]
+    left = 0.15 + 0.05 * max(len(line) for name in names for line in name.split("\n"))
+    block, line = columns * cell + GAP, cell * ratio
+    width, height = left + len(panels) * block, HEADING + len(layers) * line + 0.05
     with plt.rc_context(FONTS):
-        label = 1.5 if len(panels) > 1 else 1.2
-        figure = new_figure(label + cell * 1.04 * columns * len(panels), 0.65 + cell * 1.04 * ratio * len(layers))
-        figure.suptitle(title, fontsize=7, parse_math=False)
-        blocks = figure.subfigures(1, len(panels), squeeze=False, wspace=0.02)[0]
-        for number, (block, panel) in enumerate(zip(blocks, panels, strict=True)):
-            block.suptitle(panel.title, fontsize=7, parse_math=False)
-            axes = block.subplots(len(layers), columns, squeeze=False)
-            for row, name in zip(axes, layers, strict=True):
-                draw_row(row, name, panels, number)
-                if number == 0:
-                    write_label(row[0], row_label(name, agreement))
+        figure = new_figure(width, height)
+        axis = figure.add_axes((0, 0, 1, 1))  # one for all: hundreds of axes take seconds
+        axis.text(width / 2, height - 0.12, title, ha="center", va="center", fontsize=7, parse_math=False)
+        for number, panel in enumerate(panels):
+            middle = left + number * block + columns * cell / 2
+            axis.text(middle, height - 0.3, panel.title, ha="center", va="center", fontsize=7, parse_math=False)
+        for i, name in enumerate(layers):
+            bottom = height - HEADING - (i + 1) * line
+            axis.text(left - 0.06, bottom + line / 2, names[i], ha="right", va="center", fontsize=6)
+            for number in range(len(panels)):
+                for head, (values, scale) in enumerate(row_of(name, panels, number)):
+                    corner = left + number * block + head * cell
+                    place = (corner, corner + cell * INSIDE, bottom, bottom + line * INSIDE)
+                    axis.imshow(values.numpy(), cmap=COLOURS, norm=scale, interpolation="nearest", extent=place)
+        axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")
+        axis.set_axis_off()
         return figure
 
 
-def draw_row(row: Sequence[Any], name: str, panels: Sequence[Panel], number: int) -> None:
-    """The heads of one layer of one model, each on the scale of both models' heads."""
+def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
+    """The heads of one layer of one model, each with the scale of all models' heads of that number."""
     heads = panels[number].heads.get(name)
-    for head, axis in enumerate(row):
-        axis.set(xticks=[], yticks=[])
-        if heads is None or head >= len(heads):
-            axis.set_axis_off()
-            continue
-        pairs = [p.heads[name][head] for p in panels if name in p.heads and head < len(p.heads[name])]
-        scale = Normalize(0, max(top(pair) for pair in pairs))
-        axis.imshow(heads[head], cmap=COLOURS, norm=scale, interpolation="nearest")
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+    if heads is None:
+        return []
+    rivals = [panel.heads[name] for panel in panels if name in panel.heads]
+    return [(own, Normalize(0, max(top(r[i]) for r in rivals if i < len(r)))) for i, own in enumerate(heads)]
 
 
 def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
@@ -116,16 +120,9 @@ def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
     return short if agreement is None or name not in agreement else f"{short}\nTV {agreement[name]:.2f}"
 
 
-def write_label(axis: Any, text: str) -> None:
-    """To the left of a row."""
-    axis.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=3, fontsize=6, visible=True)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, not of pyplot's: nothing to close."""
-    dpi = min(DPI, LARGEST / max(width, height))
-    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
+def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
+    """A figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)), layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
 
@@ -142,7 +139,12 @@ def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) ->
     height, width = grey.shape
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     drawn = axis.imshow(
-        values, cmap=COLOURS, norm=scale, alpha=0.65, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+        values.numpy(),
+        cmap=COLOURS,
+        norm=scale,
+        alpha=0.65,
+        interpolation="nearest",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
     )
     axis.set(xticks=[], yticks=[])
     return drawn
@@ -151,12 +153,14 @@ def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) ->
 def write_note(axis: Any, text: str) -> None:
     """A sentence in place of a picture."""
     axis.set(xticks=[], yticks=[])
-    axis.text(0.5, 0.5, text, ha="center", va="center", wrap=True, fontsize=6, transform=axis.transAxes, parse_math=False)
+    axis.text(
+        0.5, 0.5, text, ha="center", va="center", wrap=True, fontsize=6, transform=axis.transAxes, parse_math=False
+    )
 
 
 def top(values: Tensor) -> float:
     """End of a scale, above 0."""
-    return max(float(np.quantile(np.asarray(values), SHARE_SHOWN)), 1e-12)
+    return max(float(np.quantile(values.numpy(), SHARE_SHOWN)), 1e-12)
 
 
 def pixels(figure: Figure) -> np.ndarray:

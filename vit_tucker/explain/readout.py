@@ -19,18 +19,18 @@ class ReadOut(NamedTuple):
     """The tokens whose attention is shown.
 
     Attributes:
-        first, count: tokens [first, first + count) alike; count None: all patches.
+        first, stop: tokens [first, stop) alike; stop None: to the last patch.
         label: in words, for a picture.
     """
 
     first: int
-    count: int | None
+    stop: int | None
     label: str
 
     def rows(self, grid: TokenGrid) -> Tensor:
         """Their shares among an image's tokens, (T,), float32; they sum to 1. A layer without prefix tokens: all patches."""
-        first, count = (self.first, self.count) if grid.num_prefix else (0, None)
-        stop = grid.num_tokens if count is None else first + count
+        first, stop = (self.first, self.stop) if grid.num_prefix else (0, None)
+        stop = stop or grid.num_tokens
         rows = torch.zeros(grid.num_tokens)
         rows[first:stop] = 1 / (stop - first)
         return rows

@@ -96,7 +96,9 @@ def attention_rollout(
         raise ExplainError("rollout: no maps")
     if len({(attn.shape[0], *attn.shape[-2:]) for attn in layers}) != 1:
         shapes = ", ".join(dict.fromkeys(str(tuple(attn.shape)) for attn in layers))
-        raise ExplainError(f"rollout: the layers see different tokens ({shapes}); explain_image stitches windows and stages")
+        raise ExplainError(
+            f"rollout: the layers see different tokens ({shapes}); explain_image stitches windows and stages"
+        )
     batch, tokens = layers[0].shape[0], layers[0].shape[-1]
     rows = torch.eye(tokens, dtype=layers[0].dtype, device=layers[0].device) if start is None else start
     rows = rows.to(layers[0]).expand(batch, *rows.shape[-2:])

@@ -1,0 +1,186 @@
+"""The models of the command: a run's, and the dense one beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timm.data import resolve_data_config
+from torch import nn
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.config.load import load_config
+from vit_tucker.config.schema import ModelConfig, RunConfig
+from vit_tucker.errors import CheckpointError, ConfigError
+from vit_tucker.models import create_host, create_teacher, weights_overlay
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import input_channels, input_shape
+
+HOST, PRETRAINED, NONE = "host", "pretrained", "none"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to look into.
+
+    Attributes:
+        kind: "dense", or the method of its attention.
+        model: in eval mode, on the CPU.
+        data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        label_names: of the classes; None if unknown.
+        classifies: its classifier is trained, so that what it says of an image means something.
+    """
+
+    kind: str
+    model: nn.Module
+    data: dict[str, Any]
+    label_names: tuple[str, ...] | None = None
+    classifies: bool = True
+
+
+def run_config(where: str) -> RunConfig | None:
+    """The config of a run folder, or of the run that a checkpoint folder lies in; None for anything else."""
+    path = Path(where).expanduser()
+    for folder in (path, *path.parents[:2]) if path.is_dir() else ():
+        if (folder / "config.yaml").is_file():
+            return load_config(folder)
+    return None
+
+
+def open_subject(where: str) -> Subject:
+    """The model that is stored at a place, see ``vit_tucker.load``.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    from vit_tucker.checkpoint.load import load
+
+    return subject(load(where))
+
+
+def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
+    """A model with what its pretrained_cfg tells.
+
+    Args:
+        model: of timm, patched or not.
+        data: how images are prepared, if not as pretrained_cfg says.
+        classifies: see ``Subject``.
+    """
+    size = input_shape(model)
+    resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
+    for name in ("mean", "std"):  # of RGB for a model of grey images: the mean
+        if len(resolved[name]) != size[0]:
+            resolved = {**resolved, name: (sum(resolved[name]) / len(resolved[name]),) * size[0]}
+    classifies = classifies and bool(getattr(model, "num_classes", 0))
+    return Subject(kind_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
+
+
+def kind_of(model: nn.Module) -> str:
+    """'dense', or the method that a patched model has."""
+    record = patch_record(model)
+    if record is not None:
+        return record.config.method
+    return "patched" if any(isinstance(module, AttentionModule) for module in model.modules()) else "dense"
+
+
+def class_names(model: nn.Module) -> tuple[str, ...] | None:
+    """Names of a model's classes, by its pretrained_cfg; ImageNet's for 1000 classes without names."""
+    from vit_tucker.data.labels import imagenet_names
+
+    cfg, count = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "num_classes", 0)
+    names = cfg.get("label_names") or ()
+    described = cfg.get("label_descriptions") or {}
+    if len(names) == count > 0:
+        return tuple(str(described.get(name, name)) for name in names)
+    return imagenet_names() if count == 1000 else None
+
+
+def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) -> Subject | None:
+    """The dense model beside a run's.
+
+    Args:
+        choice: "host" the dense model that the run started from, None if it started from random weights; "pretrained" timm's
+            weights of the run's architecture; "none"; or a run folder, checkpoint, saved folder, hub id or weights file.
+        run: the run's model.
+        config: of the run; None if only the model is stored.
+        where: the run, for messages.
+
+    Raises:
+        ConfigError: the choice can't be met. CheckpointError: the weights are missing or don't fit.
+    """
+    if choice == NONE or (choice == HOST and run.kind == "dense"):
+        return None
+    if choice == HOST:
+        return None if config is None else host_of(config, run)
+    if choice == PRETRAINED:
+        return pretrained_host(run, config, where)
+    file = Path(choice).expanduser()
+    if file.is_file():
+        if config is None:
+            raise ConfigError(
+                f"--dense {choice}: a weights file alone does not say of which model; name a run or a saved folder"
+            )
+        return weights_subject(config.model.model_copy(update={"checkpoint": choice}), run, "--dense")
+    dense = open_subject(choice)
+    if dense.data["input_size"] != run.data["input_size"]:
+        sizes = " and ".join(str(one.data["input_size"]) for one in (dense, run))
+        raise ConfigError(f"--dense {choice}: takes other images than {where}: {sizes} (channels, height, width)")
+    return dense
+
+
+def host_of(config: RunConfig, run: Subject) -> Subject | None:
+    """The dense model that a run started from, with the run's normalisation; None if that had random weights."""
+    kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
+    if config.train.distill is not None and kept.is_file():
+        classes = int(getattr(run.model, "num_classes", 0))
+        teacher = create_teacher(config.model, HOST, kept, None, classes, channels(run))
+        return subject(teacher, run.data)
+    if config.model.checkpoint is not None:
+        return weights_subject(config.model, run, "the run's model.checkpoint")
+    if config.model.pretrained:
+        bare = config.model.model_copy(update={"num_classes": None})
+        return subject(create_host(bare, None, channels(run)), run.data)
+    return None
+
+
+def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
+    """A dense model from a weights file or run folder, with the run's normalisation; without a head if it has other classes.
+
+    Raises:
+        CheckpointError: missing, or not of this model; the message starts with ``what``.
+    """
+    classes = int(getattr(run.model, "num_classes", 0))
+    try:
+        found = weights_overlay(Path(str(config.checkpoint)).expanduser(), config.name, None).get("num_classes")
+        same = found == classes and classes > 0
+        bare = config.model_copy(update={"num_classes": None})
+        model = create_host(bare, classes if same else 0, channels(run))
+    except CheckpointError as error:
+        hint = "; --dense names another, --dense none leaves it out"
+        raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
+    return subject(model, run.data, classifies=same)
+
+
+def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
+    """timm's pretrained weights of the run's architecture.
+
+    Raises:
+        ConfigError: the architecture is not known. CheckpointError: there are no weights.
+    """
+    if config is None:
+        record: Any = patch_record(run.model)
+        cfg = getattr(run.model, "pretrained_cfg", None) or {}
+        name = getattr(getattr(record, "identity", None), "architecture", None) or cfg.get("architecture")
+        if not name:
+            raise ConfigError(f"--dense pretrained: {where} does not say which timm model it is")
+        tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+        size = run.data["input_size"][1:]
+        model_config = ModelConfig(name=name + tag, img_size=size if size[0] != size[1] else size[0])
+    else:
+        model_config = config.model
+    bare = model_config.model_copy(update={"pretrained": True, "checkpoint": None, "num_classes": None})
+    return subject(create_host(bare, None, channels(run)))
+
+
+def channels(run: Subject) -> int:
+    """Channels of the run's images."""
+    return input_channels(run.model) or int(run.data["input_size"][0])
