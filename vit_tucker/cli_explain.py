@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   explain runs/digits-tucker_r16_finetune-0 --data 4
   explain runs/my_run photo.jpg folder_of_images --layers 0,6,-1 --out attention
-  explain saved_model photo.jpg --dense runs/dense_run --rollout-queries class --head-fusion max --discard-ratio 0.9
+  explain saved_model photo.jpg --dense runs/dense_run --queries class --head-fusion max --discard-ratio 0.9
 """
 
 
@@ -55,6 +55,17 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="whose attention is shown: auto, the tokens that the model reads out; the class token; the mean over patches",
     )
+    parser.add_argument(
+        "--relevance",
+        action="store_true",
+        help="in place of rollout: relevance for one class, maps weighted by its gradients (Chefer et al. 2021)",
+    )
+    parser.add_argument(
+        "--target",
+        type=int,
+        metavar="CLASS",
+        help="of --relevance: the class's number; what each model predicts if left out",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; RUN/attention if left out")
     parser.add_argument(
         "--tensorboard", action="store_true", help="also as TensorBoard images, in the run folder or --out"
@@ -82,6 +93,8 @@ def explain(args: argparse.Namespace) -> int:
         "head_fusion": args.head_fusion,
         "discard_ratio": args.discard_ratio,
         "queries": args.queries,
+        "weighted": args.relevance,
+        "target": args.target,
     }
     findings = []
     bar = tqdm(images, unit="images", disable=True if len(images) == 1 else None, leave=False)
@@ -125,8 +138,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
 
     if not args.images and args.data is None:
         raise ConfigError("explain needs images: files, folders, or --data N")
-    if not 0 <= args.discard_ratio < 1:
-        raise ConfigError(f"--discard-ratio {args.discard_ratio:g}: must be at least 0 and below 1")
+    refuse_clashes(args)
     config = run_config(args.where)
     if args.data is not None and config is None:
         raise ConfigError(f"--data: {args.where} is no run, so that its data set is not known; name image files")
@@ -142,6 +154,16 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     return subjects, images
 
 
+def refuse_clashes(args: argparse.Namespace) -> None:
+    """Raise ConfigError for options that don't go together, or values out of range."""
+    if not 0 <= args.discard_ratio < 1:
+        raise ConfigError(f"--discard-ratio {args.discard_ratio:g}: must be at least 0 and below 1")
+    if args.relevance and (args.discard_ratio or args.head_fusion != "mean"):
+        raise ConfigError("--relevance: weighs heads by gradients: it takes no --head-fusion and no --discard-ratio")
+    if args.target is not None and not args.relevance:
+        raise ConfigError("--target: is the class of --relevance; rollout is of no class")
+
+
 def read_layers(text: str | None) -> list[int | str] | None:
     """'0,3-5,-1' as ``patch`` takes it."""
     if text is None:
@@ -152,11 +174,11 @@ def read_layers(text: str | None) -> list[int | str] | None:
 def describe(finding: "Finding") -> str:
     """Lines for people."""
     said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in finding.predictions.items()]
-    values = {name: value for name, value in finding.agreement.items() if name != "rollout"}
+    pictures = {name: finding.agreement[name] for name in ("rollout", "relevance") if name in finding.agreement}
+    values = {name: value for name, value in finding.agreement.items() if name not in pictures}
     if values:
         mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
         said.append(f"maps differ by {mean:.3f} (most in {worst}: {values[worst]:.3f})")
-    if "rollout" in finding.agreement:
-        said.append(f"rollouts by {finding.agreement['rollout']:.3f}")
+    said += [f"{name} by {value:.3f}" for name, value in pictures.items()]
     lines = [f"{finding.image}: {'; '.join(said)}" if said else finding.image]
     return "\n".join([*lines, *(f"  {note}" for note in finding.notes)])

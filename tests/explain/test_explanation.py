@@ -9,7 +9,8 @@ from tests.explain.test_rollout import whole_map
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import attention_maps, record_attention
-from vit_tucker.explain.explanation import explain_image, parallel_groups
+from vit_tucker.explain.explanation import explain_image
+from vit_tucker.explain.flow import parallel_groups
 from vit_tucker.explain.readout import read_out
 from vit_tucker.explain.rollout import attention_rollout, with_residual
 
@@ -36,7 +37,7 @@ def model_and_image(name, **options):
 def test_heads_and_rollout_of_what_the_model_reads_out(name, options, label, first, last):
     model, x = model_and_image(name, **options)
     found = explain_image(model, x, head_fusion="max", discard_ratio=0.3)
-    assert (found.queries, found.rollout_from, found.obstacle) == (label, label, "")
+    assert (found.queries, found.flow.source, found.obstacle) == (label, label, "")
     maps = attention_maps(model, x[None])
     tokens = next(iter(maps.values())).shape[-1]
     prefix = tokens - found.rollout.numel()
@@ -46,7 +47,7 @@ def test_heads_and_rollout_of_what_the_model_reads_out(name, options, label, fir
     row = attention_rollout(maps, head_fusion="max", discard_ratio=0.3)[0, first:last].mean(0)
     patches = row[prefix:]
     torch.testing.assert_close(found.rollout.flatten().double(), patches / patches.mean(), **EXACT)
-    assert found.prefix_share == pytest.approx(row[:prefix].sum().item(), abs=1e-5)
+    assert found.flow.prefix_share == pytest.approx(row[:prefix].sum().item(), abs=1e-5)
     plain = explain_image(model, x)
     assert (plain.rollout - found.rollout).abs().max() > 1e-3
 
@@ -67,7 +68,7 @@ def test_other_queries_on_demand():
 def test_attention_pooling_weighs_the_patches():
     model, x = model_and_image("vit_base_patch16_siglip_224")
     found = explain_image(model, x)
-    assert found.rollout_from == "attention pooling"
+    assert found.flow.source == "attention pooling"
     pool, tokens = model.attn_pool, model.forward_features(x[None])
     q = pool.q(pool.latent.expand(1, -1, -1)).view(1, 1, pool.num_heads, -1).transpose(1, 2)
     k = pool.kv(tokens).view(1, tokens.shape[1], 2, pool.num_heads, -1)[:, :, 0].transpose(1, 2)

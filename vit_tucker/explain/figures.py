@@ -41,13 +41,14 @@ class Panel:
     heads: Mapping[str, Tensor]
 
 
-def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str) -> Figure:
+def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: str = "rollout") -> Figure:
     """The image, and each model's rollout over it, all on one scale.
 
     Args:
         image: (height, width, 3), uint8, as the model sees it.
         panels: of the models.
         title: of the image.
+        kind: rollout or relevance, for the scale.
     """
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
     with plt.rc_context(FONTS):
@@ -65,7 +66,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str) -> Figu
                 drawn = show_over(axis, image, panel.rollout, scale)
         if shown:
             bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01, aspect=25, extend="max")
-            bar.set_label("rollout (1: even share)")
+            bar.set_label(f"{kind} (1: even share)")
         return figure
 
 

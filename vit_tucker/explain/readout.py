@@ -82,7 +82,7 @@ def final_rows(
         name, x = next(iter(pooled.items()))
         weights = pool_weights(model.get_submodule(name), x)
         if weights is not None and weights.shape[-1] == grid.num_tokens:
-            return weights.float(), "attention pooling"
+            return weights.float().cpu(), "attention pooling"
     chosen = read_out(model, grid, queries)
     return chosen.rows(grid)[None, None], chosen.label
 

@@ -19,8 +19,8 @@ from vit_tucker.explain.sources import Subject
 
 AGREEMENT = "agreement.csv"
 COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
-ROLLOUT = "rollout"
-"""Stands in the column of layers for the agreement of both rollouts."""
+KINDS = {False: "rollout", True: "relevance"}
+"""What is drawn over the image, by ``weighted``; stands in the column of layers for the agreement of both pictures."""
 
 
 @dataclass
@@ -61,7 +61,7 @@ def explain_images(
 
     Args:
         subjects: one model, or the dense and the patched one.
-        images: each becomes ``<name>_rollout.png`` and ``<name>_heads.png``.
+        images: each becomes ``<name>_rollout.png`` (or ``_relevance``) and ``<name>_heads.png``.
         folder: where to.
         options: of ``explain_image``.
         log_folder: also write TensorBoard images there.
@@ -99,29 +99,29 @@ def explain_one(
 
     inputs = [normalise(seen, one.data["mean"], one.data["std"]) for one in subjects]
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
-    names = model_names(subjects)
+    names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]
     finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p})
     if len(subjects) == 2:
         layers = [*found[0].heads, *found[0].unplaced]
         pairs = [(one.model, x) for one, x in zip(subjects, inputs, strict=True)]
-        add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found)
-    finding.notes = notes(names, found)
+        add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found, kind)
+    finding.notes = notes(names, found, kind)
     titles = [model_title(name, said) for name, said in zip(names, predictions, strict=True)]
     panels = [
-        Panel(title, one.rollout, f"no rollout: {one.obstacle}", one.heads)
+        Panel(title, one.rollout, f"no {kind}: {one.obstacle}", one.heads)
         for title, one in zip(titles, found, strict=True)
     ]
     true = "" if image.label is None else f" (true: {label_of(subjects[-1], image.label)})"
-    figures = {"rollout": draw_rollout(to_picture(seen), panels, f"{image.name}{true}")}
+    figures = {kind: draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)}
     if any(panel.heads for panel in panels):
         heading = f"{image.name}{true}: attention of the heads, {found[-1].queries}"
         figures["heads"] = draw_heads(panels, heading, finding.agreement or None)
     return finding, figures
 
 
-def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
-    """Rows of the table, and means per layer, of two models; with their rollouts where both have one."""
+def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation], kind: str) -> None:
+    """Rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
     by_layer: dict[str, list[float]] = defaultdict(list)
     for row in heads:
         by_layer[row.layer].append(row.total_variation)
@@ -131,8 +131,8 @@ def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Seque
     if one is not None and other is not None and one.shape == other.shape:
         distance = ((one - other).abs().sum() / 2 / one.numel()).item()
         cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).item()
-        finding.agreement[ROLLOUT] = distance
-        finding.rows.append((finding.image, ROLLOUT, "", distance, cosine))
+        finding.agreement[kind] = distance
+        finding.rows.append((finding.image, kind, "", distance, cosine))
 
 
 def model_names(subjects: Sequence[Subject]) -> list[str]:
@@ -169,12 +169,12 @@ def shortened(label: str, length: int = 22) -> str:
     return label if len(label) <= length else label[: length - 1] + "\u2026"
 
 
-def notes(names: Sequence[str], found: Sequence[Explanation]) -> list[str]:
+def notes(names: Sequence[str], found: Sequence[Explanation], kind: str) -> list[str]:
     """What could not be shown, once for all models of which it holds."""
     said: dict[str, list[str]] = defaultdict(list)
     for name, explanation in zip(names, found, strict=True):
         if explanation.obstacle:
-            said[f"no rollout: {explanation.obstacle}"].append(name)
+            said[f"no {kind}: {explanation.obstacle}"].append(name)
         if explanation.unplaced:
             said[
                 f"no pictures of heads: where the tokens lie can't be known: {', '.join(explanation.unplaced)}"

@@ -18,6 +18,11 @@ from torch import Tensor
 from vit_tucker.errors import ExplainError, nearest
 from vit_tucker.explain.grid import TokenGrid
 
+
+class RolloutError(ExplainError):
+    """Rollout is not defined for a model; the message says why."""
+
+
 Fusion = Literal["mean", "max", "min"]
 FUSIONS = ("mean", "max", "min")
 
@@ -108,7 +113,9 @@ def attention_rollout(
     return rows
 
 
-def roll_back(rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0) -> Tensor:
+def roll_back(
+    rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0, normalised: bool = True
+) -> Tensor:
     """One step of rollout through a layer, whatever its sequences.
 
     Args:
@@ -116,6 +123,7 @@ def roll_back(rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float
         fused: (B * S, n, n).
         grid: of the layer.
         discard_ratio: see ``attention_rollout``.
+        normalised: by (A + I) / 2, else by A + I.
 
     Returns:
         (B, R, T), shares of the layer's inputs; what goes to padding is lost.
@@ -123,8 +131,8 @@ def roll_back(rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float
     if grid.within_patch:
         return rows
     maps = discard(fused.unflatten(0, (rows.shape[0], -1)), discard_ratio, keep_first=grid.is_whole)
-    parts = torch.einsum("brsi,bsij->brsj", grid.gather(rows), with_residual(maps))
-    return grid.scatter(parts)
+    parts = torch.einsum("brsi,bsij->brsj", grid.gather(rows), with_residual(maps) if normalised else maps)
+    return grid.scatter(parts) if normalised else rows + grid.scatter(parts)
 
 
 def refine(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
@@ -135,16 +143,14 @@ def refine(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
         coarse, fine: grids of the later and of the earlier layer.
 
     Raises:
-        ExplainError: the one does not come from the other by merging whole patches.
+        RolloutError: the one does not come from the other by merging whole patches.
     """
     if (coarse.height, coarse.width, coarse.num_prefix) == (fine.height, fine.width, fine.num_prefix):
         return rows
     factors = math.ceil(fine.height / coarse.height), math.ceil(fine.width / coarse.width)
     merged = math.ceil(fine.height / factors[0]), math.ceil(fine.width / factors[1])
     if coarse.num_prefix or fine.num_prefix or merged != (coarse.height, coarse.width):
-        raise ExplainError(
-            f"rollout: {fine.height}x{fine.width} tokens can't be merged into {coarse.height}x{coarse.width}"
-        )
+        raise RolloutError(f"{fine.height}x{fine.width} tokens can't be merged into {coarse.height}x{coarse.width}")
     row = torch.arange(fine.height) // factors[0]
     column = torch.arange(fine.width) // factors[1]
     parents = (row[:, None] * coarse.width + column).flatten()  # (T',)
