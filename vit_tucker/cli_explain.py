@@ -131,7 +131,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
         VitTuckerError: see ``open_subject``, ``open_dense``, ``file_images`` and ``data_images``.
     """
     from vit_tucker.explain.images import data_images, file_images, named_apart
-    from vit_tucker.explain.report import refuse_different
+    from vit_tucker.explain.report import refuse_different, refuse_target
     from vit_tucker.explain.sources import open_dense, open_subject, run_config
     from vit_tucker.patching.find import find_attention
     from vit_tucker.patching.selection import select
@@ -151,6 +151,8 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     dense = open_dense(args.dense, run, config, args.where)
     subjects = [run] if dense is None else [dense, run]
     refuse_different(subjects)
+    if args.relevance:
+        refuse_target(subjects, args.target)
     return subjects, images
 
 
@@ -174,11 +176,10 @@ def read_layers(text: str | None) -> list[int | str] | None:
 def describe(finding: "Finding") -> str:
     """Lines for people."""
     said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in finding.predictions.items()]
-    pictures = {name: finding.agreement[name] for name in ("rollout", "relevance") if name in finding.agreement}
-    values = {name: value for name, value in finding.agreement.items() if name not in pictures}
-    if values:
+    if values := finding.agreement:
         mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
         said.append(f"maps differ by {mean:.3f} (most in {worst}: {values[worst]:.3f})")
-    said += [f"{name} by {value:.3f}" for name, value in pictures.items()]
+    if finding.picture_agreement is not None:
+        said.append(f"{finding.kind} by {finding.picture_agreement:.3f}")
     lines = [f"{finding.image}: {'; '.join(said)}" if said else finding.image]
     return "\n".join([*lines, *(f"  {note}" for note in finding.notes)])

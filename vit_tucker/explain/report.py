@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ class Finding:
         image: its name.
         source: where it comes from.
         predictions: by model, class, label and probability.
-        agreement: by layer, and for rollout, mean total variation distance of the two models.
+        kind: what is drawn over the image, rollout or relevance.
+        agreement: by layer, mean total variation distance of the two models' maps.
+        picture_agreement: total variation distance of their rollout (or relevance); None where one has none.
         files: names of the pictures.
         notes: what could not be shown, and why.
         rows: lines of the table of agreement.
@@ -40,7 +43,9 @@ class Finding:
     image: str
     source: str
     predictions: dict[str, dict[str, Any]]
+    kind: str = "rollout"
     agreement: dict[str, float] = field(default_factory=dict)
+    picture_agreement: float | None = None
     files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rows: list[tuple[Any, ...]] = field(default_factory=list)
@@ -74,12 +79,15 @@ def explain_images(
     """
     from vit_tucker.explain.figures import pixels, save_png
 
-    folder.mkdir(parents=True, exist_ok=True)
     transform = eval_transform(subjects[-1].data, normalize=False)
     rows: list[tuple[Any, ...]] = []
-    with writer(log_folder) as log:
+    log: Any = None
+    with ExitStack() as stack:
         for image in images:
             finding, figures = explain_one(subjects, image, to_pixels(image.read(), transform), options)
+            folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+            if log is None and log_folder is not None:
+                log = stack.enter_context(writer(log_folder))
             for kind, figure in figures.items():
                 finding.files.append(f"{image.name}_{kind}.png")
                 save_png(figure, folder / finding.files[-1])
@@ -101,11 +109,11 @@ def explain_one(
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
     names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]
-    finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p})
+    finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p}, kind)
     if len(subjects) == 2:
         layers = [*found[0].heads, *found[0].unplaced]
         pairs = [(one.model, x) for one, x in zip(subjects, inputs, strict=True)]
-        add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found, kind)
+        add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found)
     finding.notes = notes(names, found, kind)
     titles = [model_title(name, said) for name, said in zip(names, predictions, strict=True)]
     panels = [
@@ -120,19 +128,19 @@ def explain_one(
     return finding, figures
 
 
-def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation], kind: str) -> None:
+def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
     """Rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
     by_layer: dict[str, list[float]] = defaultdict(list)
     for row in heads:
         by_layer[row.layer].append(row.total_variation)
         finding.rows.append((finding.image, *row))
-    finding.agreement = {name: sum(values) / len(values) for name, values in by_layer.items()}
+    finding.agreement = {name: round(sum(values) / len(values), 6) for name, values in by_layer.items()}
     one, other = (explanation.rollout for explanation in found)
     if one is not None and other is not None and one.shape == other.shape:
         distance = ((one - other).abs().sum() / 2 / one.numel()).item()
         cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).item()
-        finding.agreement[kind] = distance
-        finding.rows.append((finding.image, kind, "", distance, cosine))
+        finding.picture_agreement = round(distance, 6)
+        finding.rows.append((finding.image, finding.kind, "", distance, cosine))
 
 
 def model_names(subjects: Sequence[Subject]) -> list[str]:
@@ -190,15 +198,21 @@ def write_table(file: Path, rows: Iterable[Sequence[Any]]) -> None:
         table.writerows([*row[:3], f"{row[3]:.6f}", f"{row[4]:.6f}"] for row in rows)
 
 
-def writer(folder: Path | None) -> Any:
-    """TensorBoard's writer; None inside the ``with`` without a folder."""
-    from contextlib import nullcontext
-
-    if folder is None:
-        return nullcontext()
+def writer(folder: Path) -> Any:
+    """TensorBoard's writer."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))
+
+
+def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
+    """Raise ExplainError unless all models have a trained classifier with that class."""
+    for name, one in zip(model_names(subjects), subjects, strict=True):
+        classes = int(getattr(one.model, "num_classes", 0))
+        if not one.classifies:
+            raise ExplainError(f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out")
+        if target is not None and not 0 <= target < classes:
+            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
 
 
 def refuse_different(subjects: Sequence[Subject]) -> None:

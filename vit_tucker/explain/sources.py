@@ -120,7 +120,10 @@ def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) 
                 f"--dense {choice}: a weights file alone does not say of which model; name a run or a saved folder"
             )
         return weights_subject(config.model.model_copy(update={"checkpoint": choice}), run, "--dense")
-    dense = open_subject(choice)
+    try:
+        dense = open_subject(choice)
+    except CheckpointError as error:
+        raise CheckpointError(f"--dense {error}") from None
     if dense.data["input_size"] != run.data["input_size"]:
         sizes = " and ".join(str(one.data["input_size"]) for one in (dense, run))
         raise ConfigError(f"--dense {choice}: takes other images than {where}: {sizes} (channels, height, width)")
