@@ -45,16 +45,18 @@ ALLOWED = {
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "cli_cost": {"errors", "attention", "config", "analysis", "report", "models", "build", "costs", "paths"},
+    "explain": {"errors", "attention", "patching", "checkpoint", "config", "data", "models", "report"},
+    "cli_explain": {"errors", "patching", "paths", "explain"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
-        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", "sweep", ""),
+        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", "cli_explain", "sweep", ""),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain"},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.checkpoint.save import unwrapped
 from vit_tucker.errors import ExplainError, PatchError
 from vit_tucker.explain.grid import TokenGrid
 from vit_tucker.explain.locate import Place, Shape, locate
@@ -95,16 +96,6 @@ def record_attention(
         kind = type(found[missing[0]]).__name__
         raise ExplainError(f"{missing[0]}: {kind} formed no attention map in the forward pass")
     return recording
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and data-parallel wrappers."""
-    for name in ("_orig_mod", "module"):
-        inner = getattr(model, name, None)
-        wraps = type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel")
-        if wraps and isinstance(inner, nn.Module):
-            return unwrapped(inner)
-    return model
 
 
 Tap = tuple[nn.Module, nn.Module]

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.checkpoint.save import unwrapped
 from vit_tucker.errors import ExplainError
-from vit_tucker.explain.capture import record_attention, unwrapped
+from vit_tucker.explain.capture import record_attention
 from vit_tucker.explain.flow import Flow, roll_out
 from vit_tucker.explain.gradient import class_relevance
 from vit_tucker.explain.grid import TokenGrid

@@ -210,7 +210,9 @@ def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
     for name, one in zip(model_names(subjects), subjects, strict=True):
         classes = int(getattr(one.model, "num_classes", 0))
         if not one.classifies:
-            raise ExplainError(f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out")
+            raise ExplainError(
+                f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out"
+            )
         if target is not None and not 0 <= target < classes:
             raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
 
