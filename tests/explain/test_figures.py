@@ -33,9 +33,15 @@ def test_rollouts_beside_the_image_on_one_scale():
 
 
 def test_a_rollout_that_is_not_defined_is_a_sentence():
-    figure = draw_rollout(IMAGE, [panel(rollout=False)], "photo")
+    figure = draw_rollout(IMAGE, [panel(rollout=False), panel()], "photo")
     assert "no rollout: because" in texts(figure)
-    assert len(figure.axes) == 2  # no colour bar
+    pixels(figure)
+    boxes = [axis.get_window_extent() for axis in figure.axes[:3]]
+    assert {(round(box.width), round(box.height)) for box in boxes} == {
+        (round(boxes[0].width),) * 2
+    }  # as large as the image
+    alone = draw_rollout(IMAGE, [panel(rollout=False)], "photo")
+    assert len(alone.axes) == 2  # no colour bar
 
 
 def test_heads_by_layers_with_the_same_scale_for_both_models():

@@ -1,5 +1,6 @@
 """Pictures of attention: rollout over the image, and a grid of heads by layers; dense and patched models side by side."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: s
         for axis, panel in zip(axes[1:], panels, strict=True):
             axis.set_title(panel.title, parse_math=False)
             if panel.rollout is None:
-                write_note(axis, panel.note)
+                write_note(axis, panel.note, image.shape)
             else:
                 drawn = show_over(axis, image, panel.rollout, scale)
         if shown:
@@ -89,10 +90,10 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
     with plt.rc_context(FONTS):
         figure = new_figure(width, height)
         axis = figure.add_axes((0, 0, 1, 1))  # one for all: hundreds of axes take seconds
-        axis.text(width / 2, height - 0.12, title, ha="center", va="center", fontsize=7, parse_math=False)
+        axis.text(left, height - 0.12, title, ha="left", va="center", fontsize=7, parse_math=False)
         for number, panel in enumerate(panels):
-            middle = left + number * block + columns * cell / 2
-            axis.text(middle, height - 0.3, panel.title, ha="center", va="center", fontsize=7, parse_math=False)
+            corner = left + number * block
+            axis.text(corner, height - 0.3, panel.title, ha="left", va="center", fontsize=7, parse_math=False)
         for i, name in enumerate(layers):
             bottom = height - HEADING - (i + 1) * line
             axis.text(left - 0.06, bottom + line / 2, names[i], ha="right", va="center", fontsize=6)
@@ -151,12 +152,13 @@ def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) ->
     return drawn
 
 
-def write_note(axis: Any, text: str) -> None:
-    """A sentence in place of a picture."""
+def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
+    """A sentence in place of a picture of the same shape."""
+    axis.imshow(np.full((*shape[:2], 3), 255, np.uint8))
     axis.set(xticks=[], yticks=[])
-    axis.text(
-        0.5, 0.5, text, ha="center", va="center", wrap=True, fontsize=6, transform=axis.transAxes, parse_math=False
-    )
+    lines = textwrap.fill(text, 30, break_on_hyphens=False)
+    note = axis.text(0.5, 0.5, lines, ha="center", va="center", fontsize=6, transform=axis.transAxes, parse_math=False)
+    note.set_in_layout(False)
 
 
 def top(values: Tensor) -> float:

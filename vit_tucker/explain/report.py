@@ -121,7 +121,9 @@ def explain_one(
         for title, one in zip(titles, found, strict=True)
     ]
     true = "" if image.label is None else f" (true: {label_of(subjects[-1], image.label)})"
-    figures = {kind: draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)}
+    figures = {}
+    if any(panel.rollout is not None for panel in panels):
+        figures[kind] = draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)
     if any(panel.heads for panel in panels):
         heading = f"{image.name}{true}: attention of the heads, {found[-1].queries}"
         figures["heads"] = draw_heads(panels, heading, finding.agreement or None)
@@ -169,7 +171,10 @@ def label_of(one: Subject, number: int) -> str:
 
 def model_title(name: str, said: Mapping[str, Any]) -> str:
     """'tucker: tabby cat (87%)'"""
-    return f"{name}: {shortened(said['label'])} ({said['probability']:.0%})" if said else name
+    if not said:
+        return name
+    probability = said["probability"]
+    return f"{name}: {shortened(said['label'])} ({probability:{'.0%' if probability >= 0.1 else '.1%'}})"
 
 
 def shortened(label: str, length: int = 22) -> str:
