@@ -1,7 +1,9 @@
 """Pictures of one image's attention: whose attention, which patches, rollout over whole models, and where there is none."""
 
 import pytest
+import timm
 import torch
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 import vit_tucker as vt
 from tests.conftest import randomise
@@ -125,6 +127,49 @@ def test_only_patches_move_between_patches_in_tnt():
     torch.testing.assert_close(found.rollout.flatten().double(), row / row.mean(), **EXACT)
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["dense", "tucker"])
+def test_sams_padded_windows(patched):
+    options = {"img_size": 40, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    model = randomise(
+        VisionTransformerSAM(window_size=3, global_attn_indexes=(1,), use_rel_pos=False, **options)
+    ).eval()
+    if patched:
+        vt.patch(model, vt.full_rank_config(model, "tucker"))
+    x = torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0))
+    recording = record_attention(model, x[None])
+    (windows, whole), (cut, grid) = recording.maps.values(), recording.grids.values()
+    assert (windows.shape, whole.shape) == ((4, 2, 9, 9), (1, 2, 25, 25))
+    rows = (
+        torch.full((1, 25), 1 / 25) @ with_residual(whole.mean(1))[0] @ whole_map(with_residual(windows.mean(1)), cut)
+    )
+    found = explain_image(model, x)
+    torch.testing.assert_close(found.rollout.flatten(), rows[0] / rows.mean(), **EXACT)
+    assert found.flow.prefix_share == pytest.approx(1 - rows.sum().item(), abs=1e-5)  # what padding got
+    assert grid.is_whole
+
+
+def test_a_class_token_that_joins_later():
+    model = randomise(
+        timm.create_model("convit_tiny", img_size=64, embed_dim=12, num_heads=4, depth=3, local_up_to_layer=1)
+    )
+    x = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    maps, found = attention_maps(model, x[None]), explain_image(model.eval(), x)
+    assert [attn.shape[-1] for attn in maps.values()] == [16, 17, 17]
+    first, *later = maps.values()
+    row = attention_rollout(later)[0, 0, 1:] @ with_residual(first.mean(1))[0]
+    torch.testing.assert_close(found.rollout.flatten(), row / row.mean(), **EXACT)
+    assert found.flow.prefix_share == pytest.approx(1 - row.sum().item(), abs=1e-5)
+
+
+def test_keys_on_a_coarser_grid_have_maps_but_no_places():
+    model = timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(3, 64, 64)
+    assert next(iter(attention_maps(model, x[None]).values())).shape[-2:] == (256, 4)
+    found = explain_image(model, x)
+    assert found.unplaced[0] == "stages.0.blocks.0.attn"
+    assert "can't be known" in found.obstacle
+
+
 def test_layers_side_by_side_are_one_step():
     names = ["blocks.0.attns.0.attn", "blocks.0.attns.1.attn", "blocks.1.attns.0.attn", "other"]
     assert parallel_groups(names) == [names[:2], names[2:3], names[3:]]
@@ -139,8 +184,6 @@ def test_chosen_layers_do_not_change_rollout():
 
 
 def test_a_pool_over_all_tokens():
-    import timm
-
     try:
         options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4, "global_pool": "avg"}
         model = timm.create_model("vit_tiny_patch16_224", pool_include_prefix=True, **options)

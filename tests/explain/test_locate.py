@@ -73,6 +73,8 @@ def test_prefix_tokens_and_patches(name, num_prefix, size):
         (197, (224, 224), None),
         (0, (8, 8), None),
         (15, (330, 560), (3, 5)),
+        (700, (330, 560), (20, 35)),
+        (195, (224, 224), None),
     ],
 )
 def test_rows_and_columns_in_the_proportions_of_the_image(count, size, expected):

@@ -74,6 +74,12 @@ def test_merged_patches_share_alike():
     fine = refine(rows, whole_grid(1, 2), whole_grid(2, 3))  # the second patch has merged a column of two and padding
     assert fine[0, 0].tolist() == pytest.approx([0.1, 0.1, 0.3, 0.1, 0.1, 0.3])
     assert refine(rows, whole_grid(1, 2), whole_grid(1, 2)) is rows
+    assert refine(torch.arange(5.0)[None, None], whole_grid(2, 2, 1), whole_grid(2, 2)).flatten().tolist() == [
+        1,
+        2,
+        3,
+        4,
+    ]
     with pytest.raises(ExplainError, match="2x3 tokens can't be merged into 2x2"):
         refine(torch.ones(1, 1, 4), whole_grid(2, 2), whole_grid(2, 3, 1))
 

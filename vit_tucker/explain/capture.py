@@ -213,10 +213,9 @@ class Watch:
         name = next((n for n in names if n not in self.recording.maps), None)
         if name is None:
             raise ExplainError(f"{names[0]}: ran more than once in one forward pass")
-        if attn.ndim == 5:  # NesT: (B, H, S, n, n)
-            attn = attn.transpose(1, 2).flatten(0, 1)
+        attn = heads_apart(attn, module)
         check_rows(name, attn.detach())
-        grid = locate(self.place(name, module, attn))
+        grid = locate(self.place(name, module, attn)) if attn.shape[-2] == attn.shape[-1] else None
         self.recording.events.append(("attention", name))
         self.recording.grids[name] = grid
         self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
@@ -231,9 +230,16 @@ class Watch:
             shape=self.shapes[module],
             layout=layout_of(module),
             around=[(part, self.shapes.get(part, ())) for part in self.around(name)],
-            prefixes=[0, 1, 2] if declared is None else [declared],
+            prefixes=list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2])),
             image=(self.images.shape[-2], self.images.shape[-1]),
         )
+
+
+def heads_apart(attn: Tensor, module: Any) -> Tensor:
+    """A map as (B * S, H, n, n); NesT forms (B, H, S, n, n), SAM (B * S * H, n, n)."""
+    if attn.ndim == 5:
+        return attn.transpose(1, 2).flatten(0, 1)
+    return attn.unflatten(0, (-1, module.num_heads)) if attn.ndim == 3 else attn
 
 
 def layout_of(module: nn.Module) -> str:
@@ -276,5 +282,5 @@ def check_rows(name: str, attn: Tensor) -> None:
     error = (attn.sum(-1, dtype=torch.float64) - 1).abs().max().item()
     if not error <= tolerance or attn.min() < 0:
         raise ExplainError(
-            f"{name}: rows of its map sum to 1 +- {error:.2g}: no softmax is the last step before its values"
+            f"{name}: rows of its map don't sum to 1 (off by {error:.2g}): no softmax is the last step before its values"
         )

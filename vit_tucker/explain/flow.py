@@ -17,7 +17,7 @@ class Flow(NamedTuple):
 
     Attributes:
         picture: (height, width), relative to an even share: its mean is 1.
-        prefix_share: share that ends in prefix tokens, not in patches.
+        prefix_share: share that ends in prefix tokens (or in a host's padding), not in patches.
         source: the tokens read out, in words.
     """
 
@@ -51,7 +51,7 @@ def roll_out(
     layers = [(name, grid) for name, grid in recording.grids.items() if grid is not None and not grid.within_patch]
     grid = layers[-1][1]
     rows, source = final_rows(model, recording.pooled, grid, queries)
-    own = rows
+    own, start = rows, rows.sum()
     for names in reversed(parallel_groups(name for name, _ in layers)):
         below = recording.grids[names[0]]
         assert below is not None
@@ -63,7 +63,8 @@ def roll_out(
     if not total > 0:
         raise RolloutError("nothing of the patches reaches what is read out")
     even = grid.height * grid.width
-    return Flow(grid.patches(shares) / total * even, 1 - (total / shares.sum()).item(), source)
+    whole = shares.sum() if weighted else start
+    return Flow(grid.patches(shares) / total * even, 1 - (total / whole).item(), source)
 
 
 def refuse_mixers(model: nn.Module, recording: Recording) -> None:

@@ -141,12 +141,23 @@ def sequence(place: Place) -> TokenGrid | None:
 
 
 def proportional(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of so many patches with the proportions of the image, up to part of a patch; None if there are none."""
-    if count < 1:
-        return None
-    near = math.sqrt(count * image[0] / image[1])
-    rows = next((r for r in (round(near), math.floor(near), math.ceil(near)) if r and count % r == 0), None)
-    return None if rows is None else (rows, count // rows)
+    """Rows and columns of so many patches in an image; None if it can't be cut into as many.
+
+    Patches are square, and parts of them at the right and lower edges are left out everywhere or nowhere.
+    """
+    near = math.sqrt(max(count, 1) * image[0] / image[1])
+    for rows in (round(near), math.floor(near), math.ceil(near)):
+        if rows and count > 0 and count % rows == 0 and fits((rows, count // rows), image):
+            return rows, count // rows
+    return None
+
+
+def fits(grid: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether patches of one size give so many rows and columns, by rounding both down or both up."""
+    most = [side / n for side, n in zip(image, grid, strict=True)]  # patch sizes for which nothing is left over
+    down = max(side / (n + 1) for side, n in zip(image, grid, strict=True)) < min(most)
+    up = max(most) < min(side / (n - 1) if n > 1 else math.inf for side, n in zip(image, grid, strict=True))
+    return down or up
 
 
 RULES = (partitions, windows, stacked_blocks, interleaved_patches, pixels_of_patches, feature_map, sequence)

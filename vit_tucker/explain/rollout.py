@@ -138,6 +138,8 @@ def roll_back(
 def refine(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
     """Shares of merged patches spread evenly over the patches that were merged. (B, R, T) -> (B, R, T')
 
+    A class token that joins the patches between both layers (ConViT) keeps its share.
+
     Args:
         rows: of the later layer's tokens.
         coarse, fine: grids of the later and of the earlier layer.
@@ -147,6 +149,8 @@ def refine(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
     """
     if (coarse.height, coarse.width, coarse.num_prefix) == (fine.height, fine.width, fine.num_prefix):
         return rows
+    if (coarse.height, coarse.width, fine.num_prefix) == (fine.height, fine.width, 0):
+        return rows[..., coarse.num_prefix :]
     factors = math.ceil(fine.height / coarse.height), math.ceil(fine.width / coarse.width)
     merged = math.ceil(fine.height / factors[0]), math.ceil(fine.width / factors[1])
     if coarse.num_prefix or fine.num_prefix or merged != (coarse.height, coarse.width):
