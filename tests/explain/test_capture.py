@@ -12,8 +12,9 @@ from tests.conftest import all_configs, make_spec
 from tests.patching.test_families import FAMILIES, image, small_model
 from tests.patching.trios import METHODS, make_trio
 from vit_tucker.errors import ExplainError, PatchError
-from vit_tucker.explain.capture import attention_maps, check_rows, record_attention
+from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import check_output
+from vit_tucker.explain.taps import check_rows
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import read_host
 
@@ -85,6 +86,8 @@ def test_the_output_is_the_one_without_capture(make_vit, images):
     check_output(model, images, recording.output)
     with pytest.raises(ExplainError, match="output changes by 0.001 while its maps are captured"):
         check_output(model, images, recording.output + 1e-3)
+    with pytest.raises(ExplainError, match="gives a list; explain needs a model with one output tensor"):
+        check_output(model, images, [recording.output])
 
 
 def test_training_mode_and_dropout_are_left_alone(make_vit, images):

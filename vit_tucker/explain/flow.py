@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.explain.capture import Recording, is_pool
+from vit_tucker.explain.capture import Recording
+from vit_tucker.explain.mixers import is_pool
 from vit_tucker.explain.readout import Queries, final_rows
 from vit_tucker.explain.rollout import RolloutError, refine, roll_back
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_tucker.errors import ExplainError, nearest
-from vit_tucker.explain.capture import unfused
 from vit_tucker.explain.grid import TokenGrid
+from vit_tucker.explain.taps import unfused
 
 Queries = Literal["auto", "class", "patches"]
 QUERIES = ("auto", "class", "patches")

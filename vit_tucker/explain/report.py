@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from vit_tucker.data.transforms import eval_transform
-from vit_tucker.errors import ExplainError
 from vit_tucker.explain.agreement import HeadAgreement, compare_attention
 from vit_tucker.explain.explanation import Explanation, explain_image
 from vit_tucker.explain.images import NamedImage, normalise, to_picture, to_pixels
-from vit_tucker.explain.sources import Subject
+from vit_tucker.explain.sources import Subject, model_names
 
 AGREEMENT = "agreement.csv"
 COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
@@ -145,12 +144,6 @@ def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Seque
         finding.rows.append((finding.image, finding.kind, "", distance, cosine))
 
 
-def model_names(subjects: Sequence[Subject]) -> list[str]:
-    """'dense' and the method's name; numbered if they are the same."""
-    kinds = [one.kind for one in subjects]
-    return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
-
-
 def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
     """Class, label and probability that a model gives an image; empty if it doesn't classify."""
     if not one.classifies or explanation.output.ndim != 1:
@@ -208,29 +201,3 @@ def writer(folder: Path) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))
-
-
-def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
-    """Raise ExplainError unless all models have a trained classifier with that class."""
-    for name, one in zip(model_names(subjects), subjects, strict=True):
-        classes = int(getattr(one.model, "num_classes", 0))
-        if not one.classifies:
-            raise ExplainError(
-                f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out"
-            )
-        if target is not None and not 0 <= target < classes:
-            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
-
-
-def refuse_different(subjects: Sequence[Subject]) -> None:
-    """Raise ExplainError unless both models have the same attention layers."""
-    from vit_tucker.patching.find import find_attention
-
-    if len(subjects) < 2:
-        return
-    one, other = (set(find_attention(subject.model)) for subject in subjects)
-    if one != other:
-        example = sorted(one ^ other)[0]
-        raise ExplainError(
-            f"--dense: is another architecture: only one of both models has the attention layer {example}"
-        )

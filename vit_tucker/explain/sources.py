@@ -1,5 +1,6 @@
 """The models of the command: a run's, and the dense one beside it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from torch import nn
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig, RunConfig
-from vit_tucker.errors import CheckpointError, ConfigError
+from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
 from vit_tucker.models import create_host, create_teacher, weights_overlay
+from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_channels, input_shape
 
@@ -39,11 +41,11 @@ class Subject:
 
 def run_config(where: str) -> RunConfig | None:
     """The config of a run folder, or of the run that a checkpoint folder lies in; None for anything else."""
-    path = Path(where).expanduser()
-    for folder in (path, *path.parents[:2]) if path.is_dir() else ():
-        if (folder / "config.yaml").is_file():
-            return load_config(folder)
-    return None
+    path = Path(where).expanduser().absolute()
+    folder = path.parents[1] if path.parent.name == "checkpoints" else path
+    if not (folder / "config.yaml").is_file():
+        return None
+    return load_config(folder).model_copy(update={"output_dir": str(folder)})  # wherever the run has moved to
 
 
 def open_subject(where: str) -> Subject:
@@ -187,3 +189,33 @@ def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subje
 def channels(run: Subject) -> int:
     """Channels of the run's images."""
     return input_channels(run.model) or int(run.data["input_size"][0])
+
+
+def model_names(subjects: Sequence[Subject]) -> list[str]:
+    """'dense' and the method's name; numbered if they are the same."""
+    kinds = [one.kind for one in subjects]
+    return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
+
+
+def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
+    """Raise ExplainError unless all models have a trained classifier with that class."""
+    for name, one in zip(model_names(subjects), subjects, strict=True):
+        classes = int(getattr(one.model, "num_classes", 0))
+        if not one.classifies:
+            raise ExplainError(
+                f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out"
+            )
+        if target is not None and not 0 <= target < classes:
+            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
+
+
+def refuse_different(subjects: Sequence[Subject]) -> None:
+    """Raise ExplainError unless both models have the same attention layers."""
+    if len(subjects) < 2:
+        return
+    one, other = (set(find_attention(subject.model)) for subject in subjects)
+    if one != other:
+        example = sorted(one ^ other)[0]
+        raise ExplainError(
+            f"--dense: is another architecture: only one of both models has the attention layer {example}"
+        )
