@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ from tests.patching.trios import METHODS, make_trio
 from vit_tucker.errors import ExplainError, PatchError
 from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import check_output
-from vit_tucker.explain.taps import check_rows
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import read_host
 
 CONFIGS = all_configs(make_spec())
+
+
 KINDS = ("vit_1", "eva02_1", "mixed_1", "dinov3_5", "beit", "relpos", "swin")
 
 
@@ -139,32 +141,6 @@ def test_compiled_and_wrapped_models_run_as_they_are_underneath(make_vit, images
     assert torch.equal(attention_maps(model, images)["blocks.0.attn"], expected["blocks.0.attn"])
 
 
-class Blind(nn.Module):
-    """An attention layer with nothing for hooks."""
-
-    num_heads = 1
-
-    def forward(self, x, **_):
-        return x
-
-
-def test_layers_that_show_nothing(make_vit, images):
-    model = make_vit()
-    model.blocks[1].attn = type("BlindAttention", (Blind,), {})()
-    assert list(attention_maps(model, images)) == ["blocks.0.attn", "blocks.2.attn"]
-    with pytest.raises(ExplainError, match=r"blocks\.1\.attn: BlindAttention has neither attn_drop nor softmax"):
-        attention_maps(model, images, 1)
-    with pytest.raises(ExplainError, match="no attention layer that vit_tucker knows"):
-        attention_maps(nn.Linear(2, 2), images)
-
-
-def test_what_is_no_softmax_is_refused(make_vit, images):
-    check_rows("x", torch.rand(1, 2, 50, 50).softmax(-1).bfloat16())
-    for wrong in (torch.full((1, 1, 2, 2), 0.49), torch.tensor([[[[1.5, -0.5]]]]), torch.full((1, 1, 1, 2), math.nan)):
-        with pytest.raises(ExplainError, match="no softmax is the last step"):
-            check_rows("x", wrong)
-
-
 @pytest.mark.parametrize("name", ["davit_tiny", "nest.Nest", "tnt_s_patch16_224", "maxvit_rmlp_pico_rw_256"])
 def test_other_hosts_dense_and_patched(name):
     model = small_model(name)
@@ -175,3 +151,21 @@ def test_other_hosts_dense_and_patched(name):
     vt.patch(patched, vt.full_rank_config(model, "gqa"))
     for layer, attn in attention_maps(patched, x).items():
         torch.testing.assert_close(attn, dense[layer], rtol=0, atol=1e-8)
+
+
+def test_reduced_maps_are_gone_before_the_next(make_vit, images):
+    alive, most = [], 0
+
+    def keep(name, attn, grid):
+        nonlocal most
+        alive.append(weakref.ref(attn))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return attn.mean()
+
+    record_attention(make_vit(), images, reduce=keep)
+    assert (len(alive), most) == (3, 1)
+    alive.clear()
+    most = 0
+    kept = record_attention(make_vit(), images, reduce=lambda name, attn, grid: (keep(name, attn, grid), attn))
+    assert most == 3
+    assert len(kept.maps) == 3
