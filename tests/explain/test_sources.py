@@ -7,7 +7,7 @@ import torch
 import vit_tucker as vt
 from tests.explain.runs import LABELS, MODEL, host, make_pair, make_run
 from vit_tucker.errors import CheckpointError, ConfigError
-from vit_tucker.explain.sources import class_names, host_of, open_dense, open_subject, run_config
+from vit_tucker.explain.sources import host_of, open_dense, open_subject, run_config
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_run_and_the_host_that_it_started_from(runs):
     run, dense = opened(runs[1])
     assert (run.kind, dense.kind) == ("tucker", "dense")
     assert same(dense.model, host())
-    assert run.label_names == LABELS
+    assert run.label_names == list(LABELS)
     assert dense.classifies
     for subject in (run, dense):
         assert subject.data["input_size"] == (1, 16, 16)
@@ -111,12 +111,3 @@ def test_pretrained_weights_of_the_runs_architecture(runs, monkeypatch):
     assert (asked["name"], asked["pretrained"], asked["img_size"], asked["in_chans"]) == (MODEL["name"], True, 16, 1)
     assert "num_classes" not in asked
     assert len(dense.label_names) == 1000
-
-
-def test_names_of_classes():
-    model = host()
-    assert class_names(model) is None
-    model.pretrained_cfg = {"label_names": ["n1"] * 10, "label_descriptions": {"n1": "tench"}}
-    assert class_names(model) == ("tench",) * 10
-    model.num_classes = 9
-    assert class_names(model) is None

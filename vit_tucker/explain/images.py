@@ -13,6 +13,7 @@ from torch import Tensor
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
 from vit_tucker.data.datasets import image_name, is_iterable, load_dataset
+from vit_tucker.data.image_files import list_images, read_image_file
 from vit_tucker.errors import DataError
 
 
@@ -43,38 +44,10 @@ def file_images(paths: Sequence[Path], mode: str) -> list[NamedImage]:
     Raises:
         DataError: a path that is missing, a folder without images, or a file that can't be read.
     """
-    files = [file for path in paths for file in files_of(path)]
+    files = list_images(paths)
     for file in files:
-        read_file(file, mode)
-    return named_apart([NamedImage(file.stem, str(file), partial(read_file, file, mode)) for file in files])
-
-
-def files_of(path: Path) -> list[Path]:
-    """A file itself; the images of a folder."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    Image.init()
-    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file())
-    if not files:
-        raise DataError(f"{path}: the folder has no images")
-    return files
-
-
-def read_file(file: Path, mode: str) -> Image.Image:
-    """Decode an image.
-
-    Raises:
-        DataError: it can't be read; one line with the reason.
-    """
-    try:
-        with Image.open(file) as opened:
-            return opened.convert(mode)
-    except Exception as error:  # decoders raise anything
-        reason = " ".join(str(error).split()).replace(f" {str(file)!r}", "")
-        raise DataError(f"{file}: can't be read as an image: {reason or type(error).__name__}") from None
+        read_image_file(file, mode)
+    return named_apart([NamedImage(file.stem, str(file), partial(read_image_file, file, mode)) for file in files])
 
 
 def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:

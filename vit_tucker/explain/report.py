@@ -104,7 +104,7 @@ def explain_one(
     """One image by all models: what was found, and its figures by name, rollout and heads."""
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
-    inputs = [normalise(seen, one.data["mean"], one.data["std"]) for one in subjects]
+    inputs = [normalise(seen, one.data["mean"], one.data["std"]).to(one.device) for one in subjects]
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
     names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -12,6 +13,7 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
+from vit_tucker.inference import class_names, open_model, run_folder
 from vit_tucker.models import create_host, create_teacher, weights_overlay
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
@@ -26,7 +28,7 @@ class Subject:
 
     Attributes:
         kind: "dense", or the method of its attention.
-        model: in eval mode, on the CPU.
+        model: in eval mode.
         data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
         label_names: of the classes; None if unknown.
         classifies: its classifier is trained, so that what it says of an image means something.
@@ -35,28 +37,32 @@ class Subject:
     kind: str
     model: nn.Module
     data: dict[str, Any]
-    label_names: tuple[str, ...] | None = None
+    label_names: list[str] | None = None
     classifies: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
 
 def run_config(where: str) -> RunConfig | None:
-    """The config of a run folder, or of the run that a checkpoint folder lies in; None for anything else."""
-    path = Path(where).expanduser().absolute()
-    folder = path.parents[1] if path.parent.name == "checkpoints" else path
-    if not (folder / "config.yaml").is_file():
-        return None
-    return load_config(folder).model_copy(update={"output_dir": str(folder)})  # wherever the run has moved to
+    """The config of the run that a folder is or lies in, with the place where it is now; None for anything else.
+
+    Raises:
+        ConfigError: see ``vit_tucker.inference.run_config``.
+    """
+    folder = run_folder(where)
+    return None if folder is None else load_config(folder).model_copy(update={"output_dir": str(folder)})
 
 
 def open_subject(where: str) -> Subject:
-    """The model that is stored at a place, see ``vit_tucker.load``.
+    """The model that is stored at a place, see ``vit_tucker.inference.open_model``.
 
     Raises:
         CheckpointError: nothing is there.
     """
-    from vit_tucker.checkpoint.load import load
-
-    return subject(load(where))
+    return subject(open_model(where))
 
 
 def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
@@ -82,18 +88,6 @@ def kind_of(model: nn.Module) -> str:
     if record is not None:
         return record.config.method
     return "patched" if any(isinstance(module, AttentionModule) for module in model.modules()) else "dense"
-
-
-def class_names(model: nn.Module) -> tuple[str, ...] | None:
-    """Names of a model's classes, by its pretrained_cfg; ImageNet's for 1000 classes without names."""
-    from vit_tucker.data.labels import imagenet_names
-
-    cfg, count = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "num_classes", 0)
-    names = cfg.get("label_names") or ()
-    described = cfg.get("label_descriptions") or {}
-    if len(names) == count > 0:
-        return tuple(str(described.get(name, name)) for name in names)
-    return imagenet_names() if count == 1000 else None
 
 
 def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) -> Subject | None:

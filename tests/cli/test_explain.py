@@ -31,7 +31,12 @@ def size_of(file):
 
 def test_pictures_table_and_tensorboard(runs, photo, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["explain", str(runs[1]), str(photo), "--data", "1", "--out", str(out), "--tensorboard"]) == 0
+    assert (
+        main(
+            ["explain", str(runs[1]), str(photo), "--data", "1", "--device", "cpu", "--out", str(out), "--tensorboard"]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("photo: dense ")
     assert "; tucker " in printed[0]
@@ -87,6 +92,8 @@ def test_the_same_command_writes_the_same_bytes(runs, photo, tmp_path):
         (["{photo}", "--target", "3"], "--target: is the class of --relevance"),
         (["{photo}", "--relevance", "--target", "10"], "--target 10: the dense model has the classes 0 to 9"),
         (["{photo}", "--relevance", "--head-fusion", "max"], "it takes no --head-fusion"),
+        (["{photo}", "--device", "cpy"], "--device cpy: one of cpu, cuda"),
+        (["{photo}", "--head-fusion", "maxx"], "did you mean 'max'"),
         (["{photo}", "--out", "{photo}"], "photo.png is a file; name another folder"),
     ],
 )

@@ -1,9 +1,10 @@
-"""``python -m vit_tucker explain``: what the attention of a run's model looks at, beside its dense host's."""
+"""``explain``: what the attention of a run's model looks at, beside its dense host's."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, to_json
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``python -m vit_tucker``."""
+    """Add the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "explain",
         help="attention maps of all heads and attention rollout, as pictures, beside the dense model's",
@@ -28,9 +29,11 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("where", metavar="RUN", help="run folder, checkpoint folder, saved folder or hub id")
+    parser.add_argument("where", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files, and folders of them")
-    parser.add_argument("--data", type=int, metavar="N", help="the first N evaluation images of the run's data set")
+    parser.add_argument(
+        "--data", type=positive, metavar="N", help="the first N evaluation images of the run's data set"
+    )
     parser.add_argument(
         "--dense",
         default="host",
@@ -70,14 +73,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tensorboard", action="store_true", help="also as TensorBoard images, in the run folder or --out"
     )
-    parser.add_argument("--json", action="store_true", help="print what was found as JSON")
+    add_device(parser)
+    add_json(parser)
     parser.set_defaults(run=explain)
 
 
 def explain(args: argparse.Namespace) -> int:
     """The command itself."""
-    import json
-
     from tqdm import tqdm
 
     from vit_tucker.explain.report import explain_images
@@ -103,7 +105,7 @@ def explain(args: argparse.Namespace) -> int:
         if not args.json:
             tqdm.write(describe(finding))
     if args.json:
-        print(json.dumps({"folder": str(folder), "images": [finding.to_dict() for finding in findings]}, indent=2))
+        emit(to_json({"folder": folder, "images": [finding.to_dict() for finding in findings]}))
     else:
         print(
             f"{folder}: {sum(len(f.files) for f in findings)} pictures{', agreement.csv' if len(subjects) > 1 else ''}"
@@ -138,6 +140,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     if not args.images and args.data is None:
         raise ConfigError("explain needs images: files, folders, or --data N")
     refuse_clashes(args)
+    device = choose_device(args.device)
     config = run_config(args.where)
     if args.data is not None and config is None:
         raise ConfigError(f"--data: {args.where} is no run, so that its data set is not known; name image files")
@@ -152,6 +155,8 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     refuse_different(subjects)
     if args.relevance:
         refuse_target(subjects, args.target)
+    for subject in subjects:
+        subject.model.to(device)
     return subjects, images
 
 
