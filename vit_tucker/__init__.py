@@ -17,6 +17,7 @@ from vit_tucker.attention.variants.mla import MLAConfig
 from vit_tucker.attention.variants.tucker import TuckerConfig
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
 from vit_tucker.patching.full_rank import full_rank_config
+from vit_tucker.patching.merge import dense_model
 from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
 from vit_tucker.patching.report import LayerReport, PatchReport
 
@@ -44,6 +45,7 @@ __all__ = [
     "Rule",
     "TuckerConfig",
     "VitTuckerError",
+    "dense_model",
     "full_rank_config",
     "get_method",
     "list_methods",
