@@ -16,6 +16,7 @@ ALLOWED = {
     "attention": {"errors", "tensor"},
     "config": {"errors", "attention"},
     "patching": {"errors", "tensor", "attention"},
+    "export": {"errors", "attention", "patching"},
     "data": {"errors", "config"},
     "training": {"errors", "config", "data", "live_bytes"},
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},

@@ -24,6 +24,10 @@ class CheckpointError(VitTuckerError):
     """A checkpoint that is missing, torn, or of another model."""
 
 
+class ExportError(VitTuckerError):
+    """A model that can't be exported as asked; nothing has been written."""
+
+
 class FailedError(RuntimeError):
     """A run that failed for no mistake of the user's: one line, exit status 1."""
 
@@ -34,6 +38,10 @@ class DivergedError(FailedError):
 
 class SaveError(FailedError):
     """A checkpoint that can't be written; those before it are intact."""
+
+
+class MismatchError(FailedError):
+    """An exported file that does not compute what the model does; it did not get its name."""
 
 
 class PeerError(FailedError):
