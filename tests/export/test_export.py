@@ -119,11 +119,11 @@ def test_onnx_of_any_image_size(any_size):
 
     model, run = any_size[0], onnx_runner(any_size[1], threads=1)
     elsewhere = copy.deepcopy(model)
-    elsewhere.pos_embed[:, 1:] = elsewhere.pos_embed[:, 1:].flip(1)
+    elsewhere.pos_embed[:, 1:] = 0
     for size in ((32, 32), (64, 24), (16, 88)):
         x = torch.randn(2, 3, *size)
         assert_close(run(x), model(x))
-        assert (run(x) - elsewhere(x)).abs().max() > 1e-3, "positions play no part"
+        assert (run(x) - elsewhere(x)).abs().max() > 1e-3 * model(x).abs().max(), "positions play no part"
 
 
 def test_int8(tmp_path):
