@@ -129,6 +129,9 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.add_session_config_entry(
+        "session.intra_op.allow_spinning", "0"
+    )  # other sessions and torch use the cores too
     options.log_severity_level = 3  # errors: its warnings are about its own optimisations
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
