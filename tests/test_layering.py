@@ -18,7 +18,7 @@ ALLOWED = {
     "attention": {"errors", "tensor"},
     "config": {"errors", "attention"},
     "patching": {"errors", "tensor", "attention"},
-    "export": {"errors", "attention", "patching"},
+    "export": {"errors", "attention", "patching", "checkpoint", "version"},
     "data": {"errors", "config"},
     "training": {"errors", "config", "data", "live_bytes", "weights"},
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
@@ -46,16 +46,17 @@ ALLOWED = {
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "cli_cost": {"errors", "attention", "config", "analysis", "report", "models", "build", "costs", "paths"},
+    "cli_export": {"errors", "config", "data", "patching", "checkpoint", "export", "report", "paths"},
     "cli": {
         *("errors", "attention", "config", "patching", "data", "training"),
-        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", "sweep", ""),
+        *("models", "analysis", "report", "run", "build", "paths", "cli_cost", "cli_export", "sweep", ""),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "export"},
 }
 
 

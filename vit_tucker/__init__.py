@@ -18,8 +18,8 @@ from vit_tucker.attention.variants.tucker import TuckerConfig
 from vit_tucker.checkpoint.load import load, load_dense
 from vit_tucker.checkpoint.save import push_to_hub, save
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
+from vit_tucker.export.dense import dense_model
 from vit_tucker.patching.full_rank import full_rank_config
-from vit_tucker.patching.merge import dense_model
 from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.version import __version__

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vit_tucker import cli_cost
+from vit_tucker import cli_cost, cli_export
 from vit_tucker.errors import FailedError, StoppedError, VitTuckerError
 
 
@@ -149,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write the map there, as Markdown or with --json, instead of printing it",
     )
     cli_cost.add_parser(commands)
+    cli_export.add_parser(commands)
     commands.add_parser("methods", help="names of the registered attention methods")
     schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
     schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
@@ -269,6 +270,7 @@ _COMMANDS = {
     "hosts": _hosts,
     "compare": _compare,
     "cost": cli_cost.cost,
+    "export": cli_export.export,
     "methods": _methods,
     "schema": _schema,
 }

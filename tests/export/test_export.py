@@ -16,7 +16,8 @@ from tests.patching.trios import make_patchwork
 from vit_tucker.errors import ExportError, MismatchError
 from vit_tucker.export import compare as compare_module
 from vit_tucker.export.capture import capture, served
-from vit_tucker.export.export import ExportOptions, export_model
+from vit_tucker.export.check import ExportOptions
+from vit_tucker.export.export import export_model
 from vit_tucker.export.torch_file import read_metadata, torch_export_runner
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4, "num_classes": 7}

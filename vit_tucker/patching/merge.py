@@ -9,6 +9,7 @@ from vit_tucker.attention.heads_form import HeadsForm, heads_form
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
+from vit_tucker.patching.identity import unmark
 from vit_tucker.patching.patch import RECORD, patch_record
 from vit_tucker.patching.writers import write_layer
 
@@ -47,30 +48,17 @@ class Merged:
     layers: tuple[MergedLayer, ...]
 
 
-def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> nn.Module:
-    """The plain timm model that a patched one comes to: its state dict is timm's own and needs no vit_tucker.
-
-    Exact for MHA, GQA and MLA, and for Tucker Attention whose ranks r2 and r3 are at most the heads' width; with RoPE for MHA and
-    GQA. The attention is dense again, so that parameters and time are those of the host: this is for tools and runtimes that
-    want plain attention.
+def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
+    """Write the attention of a patched model into modules of timm's. See ``vit_tucker.dense_model``, which also makes hosts.
 
     Args:
-        model: patched, or plain: then a copy.
-        host: the timm model before it was patched, weights of any values, e.g. from ``timm.create_model``; None for the
-            modules that ``patch`` kept. Neither is changed.
-        approximate: cut what does not fit to the nearest that does; ``merge`` tells how much is lost.
-
-    Returns:
-        A new model with the device, dtype and mode of the patched one.
+        model: patched.
+        host: to write copies of its modules; None for the modules that ``patch`` kept. Neither is changed.
+        approximate: cut what does not fit to the nearest that does.
 
     Raises:
         PatchError: a layer has no dense form of the host's shape, or there is no host to write into.
     """
-    return merge(model, host, approximate=approximate).model
-
-
-def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """``dense_model`` with an account of each layer. Arguments, errors and device as there."""
     find.refuse_wrapped(model)
     layers = {name: m for name, m in find.find_attention(model).items() if isinstance(m, AttentionModule)}
     forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
@@ -127,5 +115,6 @@ def _without_record(model: nn.Module) -> nn.Module:
     record = patch_record(model)
     result = copy.deepcopy(model, {} if record is None else {id(record): record})
     if record is not None:
+        unmark(result, record.identity)
         delattr(result, RECORD)
     return result

@@ -14,9 +14,9 @@ from tests.patching.trios import refusal, small_config
 from vit_tucker.attention.base import MHAWeights
 from vit_tucker.attention.heads_form import fit_biases
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.export.dense import merge_dense as merge
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import read_host
-from vit_tucker.patching.merge import merge
 
 READERS = (  # a family for each way in which timm keeps its weights
     "vit_tiny_patch16_224",
@@ -79,21 +79,31 @@ def test_dense_models_have_the_logits_of_the_patched(name):
     assert merged >= 2
 
 
-def test_the_host_may_be_given_instead_of_kept(make_vit, images):
+def test_the_host_is_kept_given_or_made_anew(make_vit, images):
     dense = make_vit()
-    model = patched(dense, vt.TuckerConfig(ranks=(3, 6, 5), layers="1-2"), keep_originals=False)
-    with pytest.raises(vt.PatchError, match="give the timm model they came from as host"):
-        vt.dense_model(model)
+    config = vt.TuckerConfig(ranks=(3, 6, 5), layers="1-2")
+    for model in (patched(dense, config), patched(dense, config, keep_originals=False)):
+        result = vt.dense_model(model)
+        assert distance(result, model, images) < 1e-10
+        assert result.pretrained_cfg["architecture"] == "vit_tiny_patch16_224"
+        assert "patch" not in (vars(result).get("_model_args") or {})
+    host = make_vit(seed=5)
+    before = copy.deepcopy(host.state_dict())
+    assert distance(vt.dense_model(model, host), model, images) < 1e-10
+    assert distance(host, model, images) > 1e-2
+    assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
     with pytest.raises(vt.PatchError, match=r"blocks.1.attn: ResNet has no such module"):
         vt.dense_model(model, timm.create_model("resnet18"))
     with pytest.raises(vt.PatchError, match=r"blocks.1.attn: .*size of tensor"):
         vt.dense_model(model, make_vit(embed_dim=32))
-    host = make_vit(seed=5)
-    before = copy.deepcopy(host.state_dict())
-    result = vt.dense_model(model, host)
-    assert distance(result, model, images) < 1e-10
-    assert distance(host, model, images) > 1e-2
-    assert all(torch.equal(before[key], value) for key, value in host.state_dict().items())
+    own = nn.Sequential(patched(dense.blocks[0], vt.GQAConfig(num_kv_heads=2), keep_originals=False))
+    with pytest.raises(vt.PatchError, match="the modules that were replaced were not kept"):
+        vt.dense_model(own)
+    with pytest.raises(vt.PatchError, match="does not tell which timm model it was: give that as host"):
+        vt.dense_model(own[0])
+    plain = vt.dense_model(dense)
+    assert plain is not dense
+    assert torch.equal(plain(images), dense(images))
 
 
 def test_wide_tucker_layers_are_cut_only_on_request(make_vit, images):

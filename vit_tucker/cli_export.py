@@ -1,0 +1,278 @@
+"""``python -m vit_tucker export``: a trained model as a file for other runtimes, checked before it gets its name."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_tucker.errors import ConfigError, DataError, ExportError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vit_tucker.config.schema import DataConfig
+    from vit_tucker.export import Comparison, DenseFolder, Exported, ExportOptions
+    from vit_tucker.patching.merge import MergedLayer
+
+FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "dense": "dense"}
+"""Formats, and what their files are called in a run folder."""
+TORCHSCRIPT = "torchscript is not written: torch has deprecated it; torch_export (.pt2) is what takes its place"
+DESCRIPTION = """Write a trained model, patched or dense, for other runtimes, and compare what was written with PyTorch: on noise,
+with other numbers of images than it was recorded with, and on real images. A file that differs gets no name (exit status 1).
+
+formats:
+  onnx          one file with its weights (beyond 2 GB beside it) for onnxruntime and others: 'image' (batch, channels, height,
+                width) -> 'logits'; normalisation, input size and class names are in its metadata
+  torch_export  torch's own .pt2: torch.export.load, C++, AOTInductor
+  dense         a folder with plain attention, for tools that know timm but not vit_tucker:
+                timm.create_model("local-dir:FOLDER", pretrained=True)
+TorchScript is not supported: torch has deprecated it, and torch_export takes its place."""
+EXAMPLES = """examples:
+  export runs/digits-tucker_r16-0
+  export runs/my_run --int8 --with-preprocessing --out model.onnx
+  export runs/my_run --format torch_export --data photos/
+  export runs/my_run --format dense --approximate
+  export owner/name --data imagenet data.root=/data --images 1000
+"""
+HEADER = (
+    "file",
+    "compared on",
+    "images",
+    "max abs error",
+    "of largest logit",
+    "same top-1",
+    "PyTorch's top-1",
+    "top-1",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``python -m vit_tucker``."""
+    parser = commands.add_parser(
+        "export",
+        help="a trained model as ONNX, torch.export or plain timm, checked against PyTorch",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "where", metavar="RUN", help="run folder, checkpoint, folder of vit_tucker.save, or owner/name of the hub"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="config keys of the data, e.g. data.root=/data"
+    )
+    parser.add_argument("--format", default="onnx", metavar="FORMAT", help="onnx (if left out), torch_export or dense")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="where to; in RUN, or here for a model of the hub")
+    parser.add_argument(
+        "--dense", action="store_true", help="with plain attention, equal to the model's (onnx, torch_export)"
+    )
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="of dense: cut heads whose rank is above head_dim to the nearest that fit",
+    )
+    parser.add_argument(
+        "--dynamic-img-size", action="store_true", help="images of any size, where the model takes them"
+    )
+    parser.add_argument(
+        "--with-preprocessing", action="store_true", help="take images in [0, 1] and normalise them in the file"
+    )
+    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; the exporter's own if left out")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantise the products with weights (onnx), and tell what that costs"
+    )
+    parser.add_argument("--reduce-range", action="store_true", help="of int8: 7-bit weights, for x86 CPUs without VNNI")
+    parser.add_argument(
+        "--data",
+        metavar="WHAT",
+        help="images to compare on: a data set's evaluation split, an image file or folder, or none; the run's own if left out",
+    )
+    parser.add_argument(
+        "--images", type=int, default=256, metavar="N", help="how many of them at most; 256 if left out"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="of the comparison; 32 if left out")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        metavar="X",
+        help="largest error over the largest logit; 1e-4 if left out",
+    )
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parser.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> int:
+    """The command itself."""
+    import json
+
+    from vit_tucker.checkpoint.load import load
+    from vit_tucker.export import export_dense, export_model, merge_dense
+    from vit_tucker.patching.merge import Merged
+
+    options = read_options(args)
+    out = destination(args)
+    model = load(args.where)
+    batches = images_to_compare(args, model)
+    if args.format == "dense":
+        folder = export_dense(model, out, approximate=args.approximate, batches=batches, options=options)
+        values, text = as_values(folder, folder.layers), as_text(folder, folder.folder, folder.layers)
+    else:
+        merged = merge_dense(model, approximate=args.approximate) if args.dense else Merged(model, ())
+        strict = all(layer.exact for layer in merged.layers)
+        done = export_model(merged.model, out, options, batches=batches, reference=model, strict=strict)
+        values, text = as_values(done, merged.layers), as_text(done, done.file, merged.layers)
+    print(json.dumps(values, indent=2) if args.json else text)
+    return 0
+
+
+def read_options(args: argparse.Namespace) -> "ExportOptions":
+    """What is asked for, checked before anything is loaded.
+
+    Raises:
+        ExportError, ConfigError: options that can't be.
+    """
+    from vit_tucker.export import ExportOptions
+
+    if args.format not in FORMATS:
+        if args.format.lower() in ("torchscript", "jit"):
+            raise ExportError(TORCHSCRIPT)
+        raise ExportError(f"unknown format '{args.format}': one of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}")
+    for name, value, least in (("--images", args.images, 1), ("--batch-size", args.batch_size, 1)):
+        if value < least:
+            raise ConfigError(f"{name} {value}: must be at least {least}")
+    if not args.tolerance > 0:
+        raise ConfigError(f"--tolerance {args.tolerance}: must be above 0")
+    if args.approximate and not (args.dense or args.format == "dense"):
+        raise ExportError("--approximate is an option of --dense and of --format dense")
+    file_only = ("dynamic_img_size", "with_preprocessing", "opset", "int8", "reduce_range")
+    if args.format == "dense":
+        given = [name for name in ("dense", *file_only) if getattr(args, name)]
+        if given:
+            raise ExportError(f"--{given[0].replace('_', '-')} is no option of --format dense")
+        return ExportOptions("torch_export", tolerance=args.tolerance)
+    options = ExportOptions(args.format, **{name: getattr(args, name) for name in file_only}, tolerance=args.tolerance)
+    options.check()
+    return options
+
+
+def destination(args: argparse.Namespace) -> Path:
+    """Where the result goes: ``--out``, else into the run's folder, else here.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    from vit_tucker.paths import refuse_unwritable
+
+    folder = Path(args.where).expanduser()
+    name = FORMATS[args.format]
+    if args.int8:
+        name = "model.int8.onnx"
+    elif args.dense:
+        name = f"model.dense{Path(name).suffix}"
+    out: Path = args.out or (folder / name if folder.is_dir() else Path(name))
+    is_folder = args.format == "dense"
+    if is_folder and out.is_file():
+        raise ConfigError(f"--out: {out} is a file; name a folder")
+    refuse_unwritable("--out", out, folder=is_folder)
+    return out
+
+
+def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator[tuple[Tensor, Tensor | None]] | None":
+    """Real images, normalised for the model, with labels where there are some; None for none.
+
+    Raises:
+        DataError, ConfigError: they are missing, or an option is wrong.
+    """
+    from timm.data import resolve_data_config
+
+    from vit_tucker.data.samples import evaluation_images, file_images
+    from vit_tucker.patching.probe import input_shape
+
+    if args.data == "none":
+        if args.overrides:
+            raise ConfigError(f"{args.overrides[0]}: there are no data with --data none")
+        return None
+    resolved = resolve_data_config({"input_size": input_shape(model)}, model=model)
+    if args.data is not None and Path(args.data).expanduser().exists():
+        return file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size)
+    data = data_config(args, model)
+    if data is None:
+        return None
+    try:
+        batches = evaluation_images(data, resolved, args.images, args.batch_size)
+        first = next(batches, None)
+    except DataError as error:
+        raise DataError(f"{error}; --data names other images, --data none does without") from None
+    return batches if first is None else chain([first], batches)
+
+
+def data_config(args: argparse.Namespace, model: "nn.Module") -> "DataConfig | None":
+    """The data section: of the run, or of the data set that ``--data`` names; None if nothing tells.
+
+    Raises:
+        ConfigError: no such data set, a wrong key, or keys for data that nothing names.
+    """
+    from vit_tucker.config.load import load_config, validate
+    from vit_tucker.config.source import Source, merge, read_overrides
+    from vit_tucker.export.metadata import architecture
+
+    folder = Path(args.where).expanduser()
+    config = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / "config.yaml").is_file()), None)
+    if args.data is not None:
+        given = {"model": {"name": architecture(model)}, "data": {"dataset": args.data}}
+        return validate(merge(Source(given), read_overrides(args.overrides))).data
+    if config is not None and folder.is_dir():
+        return load_config(str(config), args.overrides).data
+    if args.overrides:
+        raise ConfigError(f"{args.overrides[0]}: {args.where} has no data of its own; name a data set with --data")
+    return None
+
+
+def as_values(done: "Exported | DenseFolder", layers: "Sequence[MergedLayer]") -> dict[str, Any]:
+    """The outcome as JSON has it."""
+    values = asdict(done) | {"layers": [asdict(layer) for layer in layers]}
+    for stage, kept in zip(done.stages, values["stages"], strict=True):
+        for name in ("random", "real"):
+            comparison: Comparison | None = getattr(stage, name)
+            if comparison is not None:
+                derived = ("relative_error", "agreement", "accuracy_model", "accuracy_file")
+                kept[name] |= {key: getattr(comparison, key) for key in derived}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def as_text(done: "Exported | DenseFolder", where: Path, layers: "Sequence[MergedLayer]") -> str:
+    """The outcome as people read it: where it is, how it compares, what is in int8, and what was cut."""
+    from vit_tucker.report.formats import markdown
+
+    last = done.stages[-1]
+    size = f"{where}: {last.bytes / 1e6:.2f} MB ({done.parameter_bytes / 1e6:.2f} MB of parameters in float32)"
+    rows = [
+        row(stage.label, what, part)
+        for stage in done.stages
+        for what, part in (("noise", stage.random), ("images", stage.real))
+        if part is not None
+    ]
+    lines = [size, "", markdown(HEADER, rows, text_columns=2), ""]
+    products = getattr(done, "int8_products", None)
+    if products is not None:
+        lines.append(
+            f"int8: {products} products of tokens with weights; float32: attention's own products, softmax, norms, convolutions; "
+            f"the float32 file had {done.stages[0].bytes / 1e6:.2f} MB"
+        )
+    cut = [layer for layer in layers if not layer.exact]
+    if layers and not cut:
+        lines.append(f"{len(layers)} layers of plain attention, equal to the model's")
+    lines += [f"cut: {x.name}: weight errors {x.pre_error:.1e} (scores), {x.post_error:.1e} (outputs)" for x in cut]
+    if last.real is None:
+        lines.append("compared on noise only: --data names images")
+    return "\n".join(lines).rstrip()
+
+
+def row(label: str, what: str, part: "Comparison") -> list[str]:
+    """A row of the table."""
+    accuracies = ["" if x is None else f"{100 * x:.2f}%" for x in (part.accuracy_model, part.accuracy_file)]
+    error, share = f"{part.max_abs_error:.1e}", f"{part.relative_error:.1e}"
+    return [label, what, str(part.images), error, share, f"{100 * part.agreement:.2f}%", *accuracies]
