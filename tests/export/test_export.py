@@ -12,6 +12,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import randomise
+from tests.patching.test_families import small_model
 from tests.patching.trios import make_patchwork
 from vit_tucker.errors import ExportError, MismatchError
 from vit_tucker.export import compare as compare_module
@@ -58,23 +59,26 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
 
 
-def test_onnx_of_every_method(tmp_path):
-    """All methods in one model. The file is no larger than the weights and a graph, and tells nothing of this machine."""
+def test_onnx_with_rope_in_latent_and_in_heads(tmp_path):
+    """Tucker Attention and GQA in one model. The file is its weights and a small graph, and tells nothing of this machine."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     from vit_tucker.export.onnx_file import onnx_runner
 
-    trio = make_patchwork("mixed_1")
-    model = copy.deepcopy(trio.small).float()
+    dense = small_model("vit_small_patch16_rope_mixed_224")
+    model, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    vt.patch(model, vt.TuckerConfig(ranks=(3, 12, 12), layers=0))
+    vt.patch(other, vt.GQAConfig(num_kv_heads=2, layers=1))
+    model.blocks[1].attn = other.blocks[1].attn
+    model = model.float()
     exported = export_model(model, tmp_path / "model.onnx")
-    run = onnx_runner(exported.file, threads=1)
-    images = trio.x.float().repeat(4, 1, 1, 1)[:7]
+    images = torch.randn(7, 3, 32, 32)
     expected = model(images)
-    assert_close(run(images), expected)
-    assert (trio.dense(images.double()) - expected).abs().max() > 1e-3 * expected.abs().max(), "the host would pass"
+    assert_close(onnx_runner(exported.file, threads=1)(images), expected)
+    assert (dense(images.double()) - expected).abs().max() > 1e-2 * expected.abs().max(), "the host would pass"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
     assert exported.stages[0].bytes == exported.file.stat().st_size
-    assert exported.stages[0].bytes < 1.15 * tensor_bytes(model) + 25_000 * len(list(model.modules())) ** 0.5
+    assert exported.stages[0].bytes < tensor_bytes(model) + 60_000  # 150 bytes for each of 400 nodes
     content = exported.file.read_bytes()
     for path in (Path(vt.__file__).parent, Path(timm.__file__).parent, Path(torch.__file__).parent):
         assert str(path).encode() not in content
@@ -152,8 +156,8 @@ def test_int8(tmp_path):
 
 
 def test_torch_export_of_every_method(tmp_path):
-    """In windows, with position biases."""
-    trio = make_patchwork("swin")
+    """With position biases."""
+    trio = make_patchwork("beit")
     model = copy.deepcopy(trio.small).float()
     exported = export_model(model, tmp_path / "model.pt2", PT2)
     images = trio.x.float().repeat(3, 1, 1, 1)[:5]
@@ -167,9 +171,9 @@ def test_torch_export_of_every_method(tmp_path):
 
 def test_normalisation_inside(tmp_path):
     """Real images come normalised and are taken back to [0, 1]; the file normalises them itself."""
-    model = small(vt.GQAConfig(num_kv_heads=2))
+    model = Tiny()
     options = ExportOptions("torch_export", with_preprocessing=True)
-    x = torch.rand(3, 3, 32, 32)
+    x = torch.rand(3, 3, 8, 8)
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1) for name in ("mean", "std"))
     normalised = (x - mean) / std
     labels = model(normalised).argmax(1)
@@ -198,19 +202,31 @@ def test_the_model_stays_as_it_is(tmp_path):
 def test_a_file_that_differs_gets_no_name(tmp_path):
     file = tmp_path / "m.pt2"
     file.write_text("the file before")
-    model = small(TUCKER)
+    model = Tiny()
     wrong = copy.deepcopy(model)
     wrong.head.bias[0] += 0.01
     with pytest.raises(
         MismatchError, match=r"on random images the file's outputs are off by \d\.\de-0[23] of the largest"
     ):
         export_model(model, file, PT2, reference=wrong)
-    with pytest.raises(ExportError, match="the images to compare on are 3x40x40, the model takes 3x32x32"):
+    with pytest.raises(ExportError, match="the images to compare on are 3x40x40, the model takes 3x8x8"):
         export_model(model, file, PT2, batches=[(torch.randn(2, 3, 40, 40), None)])
     with pytest.raises(ExportError, match="no images to compare on"):
         export_model(model, file, PT2, batches=[])
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
     assert file.read_text() == "the file before"
+
+
+class Tiny(nn.Module):
+    """Recorded in no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 7)
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(x).mean((2, 3)))
 
 
 class Branching(nn.Module):
@@ -226,6 +242,7 @@ class Branching(nn.Module):
         (lambda: small(), {"format": "onx"}, "unknown format 'onx': one of onnx, torch_export; did you mean 'onnx'"),
         (lambda: small(), {"format": "torch_export", "int8": True}, "int8 is an option of onnx"),
         (lambda: small(), {"format": "torch_export", "opset": 18}, "opset is an option of onnx"),
+        (lambda: small(), {"opset": 17}, "opset 17: torch's exporter writes 18 and later"),
         (lambda: small(), {"format": "torch_export", "reduce_range": True}, "reduce_range is an option of int8"),
         (lambda: small(), {"format": "torch_export", "dynamic_img_size": True},
          r"VisionTransformer takes images of 32x32 only \(Input height .*; make the model with dynamic_img_size=True"),
@@ -235,14 +252,6 @@ class Branching(nn.Module):
 def test_what_can_not_be(model, options, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_model(model(), tmp_path / "sub" / "m", ExportOptions(**options))
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_opset_that_the_exporter_does_not_write(tmp_path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    with pytest.raises(ExportError, match=r"opset 3\b|translate this model"):
-        export_model(small(), tmp_path / "m.onnx", ExportOptions(opset=3))
     assert not list(tmp_path.iterdir())
 
 

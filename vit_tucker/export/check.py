@@ -16,6 +16,8 @@ from vit_tucker.patching.probe import input_shape
 
 ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2"}
 """Formats of single files, and how their names end."""
+OLDEST_OPSET = 18
+"""Of torch's exporter; for an older one it would write this one and say nothing."""
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 """Images (B, channels, H, W), normalised as the model takes them, and labels (B,) or None."""
 
@@ -48,14 +50,16 @@ class ExportOptions:
             raise ExportError(
                 f"unknown format '{self.format}': one of {', '.join(ENDINGS)}{nearest(self.format, ENDINGS)}"
             )
+        if self.format != "onnx" and (self.int8 or self.opset is not None):
+            raise ExportError(f"{'int8' if self.int8 else 'opset'} is an option of onnx, not of {self.format}")
+        if self.opset is not None and self.opset < OLDEST_OPSET:
+            raise ExportError(f"opset {self.opset}: torch's exporter writes {OLDEST_OPSET} and later")
+        if self.reduce_range and not self.int8:
+            raise ExportError("reduce_range is an option of int8")
         if self.format == "onnx":
             from vit_tucker.export.onnx_file import require_packages
 
             require_packages()
-        elif self.int8 or self.opset is not None:
-            raise ExportError(f"{'int8' if self.int8 else 'opset'} is an option of onnx, not of {self.format}")
-        if self.reduce_range and not self.int8:
-            raise ExportError("reduce_range is an option of int8")
 
 
 @dataclass(frozen=True)
