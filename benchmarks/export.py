@@ -63,7 +63,7 @@ def prepare(
         vt.patch(model, config, keep_originals=False)
     exported = export_model(model, folder / "float32.onnx")
     small = folder / "int8.onnx"
-    quantise(exported.file, small)
+    quantise(exported.path, small)
     size = timm.data.resolve_model_data_config(model)["input_size"]
     images = random_batches([(4, *size[1:])], size[0], unit=False)
     run = onnx_runner(small)
@@ -71,7 +71,7 @@ def prepare(
     params = {"param_count": sum(p.numel() for p in model.parameters()) / 1e6}
     return {
         ("onnxruntime", "fp32"): (
-            onnx_runner(exported.file),
+            onnx_runner(exported.path),
             {
                 **params,
                 "file_mb": exported.stages[0].bytes / 1e6,

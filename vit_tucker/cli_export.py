@@ -36,16 +36,6 @@ EXAMPLES = """examples:
   export runs/my_run --format dense --approximate
   export owner/name --data imagenet data.root=/data --images 1000
 """
-HEADER = (
-    "file",
-    "compared on",
-    "images",
-    "max abs error",
-    "of largest logit",
-    "same top-1",
-    "PyTorch's top-1",
-    "top-1",
-)
 
 
 def add_parser(commands: Any) -> None:
@@ -108,23 +98,28 @@ def export(args: argparse.Namespace) -> int:
     """The command itself."""
     import json
 
+    from tqdm import tqdm
+
     from vit_tucker.checkpoint.load import load
     from vit_tucker.export import export_dense, export_model, merge_dense
     from vit_tucker.patching.merge import Merged
+    from vit_tucker.report.export import export_text
 
     options = read_options(args)
     out = destination(args)
     model = load(args.where)
     batches = images_to_compare(args, model)
+    if batches is not None:
+        batches = tqdm(batches, unit="batches", disable=None, leave=False)
     if args.format == "dense":
-        folder = export_dense(model, out, approximate=args.approximate, batches=batches, options=options)
-        values, text = as_values(folder, folder.layers), as_text(folder, folder.folder, folder.layers)
+        folder = export_dense(model, out, approximate=args.approximate, batches=batches, tolerance=options.tolerance)
+        values = as_values(folder, folder.layers)
     else:
         merged = merge_dense(model, approximate=args.approximate) if args.dense else Merged(model, ())
         strict = all(layer.exact for layer in merged.layers)
         done = export_model(merged.model, out, options, batches=batches, reference=model, strict=strict)
-        values, text = as_values(done, merged.layers), as_text(done, done.file, merged.layers)
-    print(json.dumps(values, indent=2) if args.json else text)
+        values = as_values(done, merged.layers)
+    print(json.dumps(values, indent=2) if args.json else export_text(values))
     return 0
 
 
@@ -188,6 +183,7 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
     """
     from timm.data import resolve_data_config
 
+    from vit_tucker.data.datasets import INFO
     from vit_tucker.data.samples import evaluation_images, file_images
     from vit_tucker.patching.probe import input_shape
 
@@ -196,7 +192,7 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
             raise ConfigError(f"{args.overrides[0]}: there are no data with --data none")
         return None
     resolved = resolve_data_config({"input_size": input_shape(model)}, model=model)
-    if args.data is not None and Path(args.data).expanduser().exists():
+    if args.data is not None and args.data not in INFO and Path(args.data).expanduser().exists():
         return file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size)
     data = data_config(args, model)
     if data is None:
@@ -233,46 +229,12 @@ def data_config(args: argparse.Namespace, model: "nn.Module") -> "DataConfig | N
 
 def as_values(done: "Exported | DenseFolder", layers: "Sequence[MergedLayer]") -> dict[str, Any]:
     """The outcome as JSON has it."""
-    values = asdict(done) | {"layers": [asdict(layer) for layer in layers]}
+    values = {"file": str(done.path), **asdict(done), "layers": [asdict(layer) for layer in layers]}
+    del values["path"]
     for stage, kept in zip(done.stages, values["stages"], strict=True):
         for name in ("random", "real"):
             comparison: Comparison | None = getattr(stage, name)
             if comparison is not None:
                 derived = ("relative_error", "agreement", "accuracy_model", "accuracy_file")
                 kept[name] |= {key: getattr(comparison, key) for key in derived}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-
-
-def as_text(done: "Exported | DenseFolder", where: Path, layers: "Sequence[MergedLayer]") -> str:
-    """The outcome as people read it: where it is, how it compares, what is in int8, and what was cut."""
-    from vit_tucker.report.formats import markdown
-
-    last = done.stages[-1]
-    size = f"{where}: {last.bytes / 1e6:.2f} MB ({done.parameter_bytes / 1e6:.2f} MB of parameters in float32)"
-    rows = [
-        row(stage.label, what, part)
-        for stage in done.stages
-        for what, part in (("noise", stage.random), ("images", stage.real))
-        if part is not None
-    ]
-    lines = [size, "", markdown(HEADER, rows, text_columns=2), ""]
-    products = getattr(done, "int8_products", None)
-    if products is not None:
-        lines.append(
-            f"int8: {products} products of tokens with weights; float32: attention's own products, softmax, norms, convolutions; "
-            f"the float32 file had {done.stages[0].bytes / 1e6:.2f} MB"
-        )
-    cut = [layer for layer in layers if not layer.exact]
-    if layers and not cut:
-        lines.append(f"{len(layers)} layers of plain attention, equal to the model's")
-    lines += [f"cut: {x.name}: weight errors {x.pre_error:.1e} (scores), {x.post_error:.1e} (outputs)" for x in cut]
-    if last.real is None:
-        lines.append("compared on noise only: --data names images")
-    return "\n".join(lines).rstrip()
-
-
-def row(label: str, what: str, part: "Comparison") -> list[str]:
-    """A row of the table."""
-    accuracies = ["" if x is None else f"{100 * x:.2f}%" for x in (part.accuracy_model, part.accuracy_file)]
-    error, share = f"{part.max_abs_error:.1e}", f"{part.relative_error:.1e}"
-    return [label, what, str(part.images), error, share, f"{100 * part.agreement:.2f}%", *accuracies]
+    return values

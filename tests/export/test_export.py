@@ -74,12 +74,12 @@ def test_onnx_with_rope_in_latent_and_in_heads(tmp_path):
     exported = export_model(model, tmp_path / "model.onnx")
     images = torch.randn(7, 3, 32, 32)
     expected = model(images)
-    assert_close(onnx_runner(exported.file, threads=1)(images), expected)
+    assert_close(onnx_runner(exported.path, threads=1)(images), expected)
     assert (dense(images.double()) - expected).abs().max() > 1e-2 * expected.abs().max(), "the host would pass"
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
-    assert exported.stages[0].bytes == exported.file.stat().st_size
+    assert exported.stages[0].bytes == exported.path.stat().st_size
     assert exported.stages[0].bytes < tensor_bytes(model) + 60_000  # 150 bytes for each of 400 nodes
-    content = exported.file.read_bytes()
+    content = exported.path.read_bytes()
     for path in (Path(vt.__file__).parent, Path(timm.__file__).parent, Path(torch.__file__).parent):
         assert str(path).encode() not in content
 
@@ -92,7 +92,7 @@ def any_size(tmp_path_factory):
     model = small(TUCKER, dynamic_img_size=True)
     model.pos_embed.data *= 8
     file = tmp_path_factory.mktemp("any") / "deep" / "model.onnx"
-    return model, export_model(model, file, ExportOptions(dynamic_img_size=True, opset=18)).file
+    return model, export_model(model, file, ExportOptions(dynamic_img_size=True, opset=18)).path
 
 
 def test_onnx_tells_how_to_use_it(any_size):
@@ -143,9 +143,9 @@ def test_int8(tmp_path):
     assert before.random.relative_error < 1e-4
     assert before.real.relative_error < 1e-4 < after.real.relative_error < 0.1
     assert before.real.labelled == after.real.labelled == 6
-    assert after.bytes == exported.file.stat().st_size
+    assert after.bytes == exported.path.stat().st_size
     assert after.bytes < 0.45 * before.bytes
-    proto = onnx.load(str(exported.file))
+    proto = onnx.load(str(exported.path))
     operations = [node.op_type for node in proto.graph.node]
     # query, key and value as one; T, S^T and output; MLP; head
     assert operations.count("MatMulInteger") == exported.int8_products == 7
@@ -161,9 +161,9 @@ def test_torch_export_of_every_method(tmp_path):
     model = copy.deepcopy(trio.small).float()
     exported = export_model(model, tmp_path / "model.pt2", PT2)
     images = trio.x.float().repeat(3, 1, 1, 1)[:5]
-    assert_close(torch_export_runner(exported.file)(images), model(images))
-    assert read_metadata(exported.file)["architecture"] == model.pretrained_cfg["architecture"]
-    with zipfile.ZipFile(exported.file) as archive:
+    assert_close(torch_export_runner(exported.path)(images), model(images))
+    assert read_metadata(exported.path)["architecture"] == model.pretrained_cfg["architecture"]
+    with zipfile.ZipFile(exported.path) as archive:
         content = b"".join(archive.read(name) for name in archive.namelist())
     assert str(Path(vt.__file__).parent).encode() not in content
     assert str(Path(torch.__file__).parent).encode() not in content
@@ -180,10 +180,10 @@ def test_normalisation_inside(tmp_path):
     exported = export_model(model, tmp_path / "m.pt2", options, batches=[(normalised, labels)])
     (stage,) = exported.stages
     assert (stage.real.images, stage.real.correct_model, stage.real.correct_file) == (3, 3, 3)
-    run = torch_export_runner(exported.file)
+    run = torch_export_runner(exported.path)
     assert_close(run(x), model(normalised))
     assert (run(normalised) - model(normalised)).abs().max() > 1e-2
-    assert read_metadata(exported.file)["image_range"] == "[0, 1]; normalised inside"
+    assert read_metadata(exported.path)["image_range"] == "[0, 1]; normalised inside"
     model.pretrained_cfg = {}
     with pytest.raises(ExportError, match="no mean and std"):
         export_model(model, tmp_path / "n.pt2", options)

@@ -66,7 +66,11 @@ def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     if not cfg.get("mean") or not cfg.get("std"):
         raise ExportError(f"{type(model).__name__} has no mean and std in its pretrained_cfg to normalise images with")
-    return cfg["mean"], cfg["std"]
+    channels = input_shape(model)[0]
+    mean, std = (tuple(cfg[name]) for name in ("mean", "std"))
+    if len(mean) != channels:  # of RGB, for a model of other channels: their mean, as timm does
+        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+    return mean, std
 
 
 def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.ExportedProgram:

@@ -17,7 +17,7 @@ from vit_tucker.checkpoint.save import save
 from vit_tucker.errors import ExportError, PatchError
 from vit_tucker.export.capture import served
 from vit_tucker.export.check import Batches, Check, ExportOptions, Written
-from vit_tucker.export.compare import Runner
+from vit_tucker.export.compare import TOLERANCE, Runner
 from vit_tucker.patching.merge import Merged, MergedLayer, merge
 from vit_tucker.patching.patch import patch_record
 
@@ -27,13 +27,13 @@ class DenseFolder:
     """What a dense export wrote.
 
     Attributes:
-        folder: in timm's hub layout.
+        path: the folder, in timm's hub layout.
         parameter_bytes: of its model in float32.
         stages: the folder, loaded anew, compared with the patched model.
         layers: what became of each patched layer.
     """
 
-    folder: Path
+    path: Path
     parameter_bytes: int
     stages: tuple[Written, ...]
     layers: tuple[MergedLayer, ...]
@@ -86,9 +86,13 @@ def make_host(model: nn.Module) -> nn.Module:
 
 
 def export_dense(
-    model: nn.Module, folder: str | Path, *, approximate: bool = False, batches: Batches | None = None,
-    options: ExportOptions | None = None,
-) -> DenseFolder:  # fmt: skip
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    approximate: bool = False,
+    batches: Batches | None = None,
+    tolerance: float = TOLERANCE,
+) -> DenseFolder:
     """Write a model as a folder in timm's hub layout with plain attention, loaded by timm alone::
 
         timm.create_model("local-dir:FOLDER", pretrained=True)
@@ -98,13 +102,13 @@ def export_dense(
         folder: to write; it must not hold anything yet.
         approximate: see ``dense_model``; then errors are reported and none is too large.
         batches: real images to compare on besides noise, normalised, with labels for the accuracy.
-        options: their tolerance counts.
+        tolerance: largest error of a logit over the largest logit, see ``compare.TOLERANCE``.
 
     Raises:
         PatchError: see ``dense_model``. ExportError: there is something in the folder. CheckpointError: see ``save``.
         MismatchError: the folder does not compute what the model does. Nothing is written then.
-    """  # fmt: skip
-    folder, options = Path(folder), options or ExportOptions("torch_export")
+    """
+    folder, options = Path(folder), ExportOptions("torch_export", tolerance=tolerance)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ExportError(f"{folder}: there is something already; name a new folder")
     merged = merge_dense(model, approximate=approximate)

@@ -21,13 +21,13 @@ class Exported:
     """What an export wrote.
 
     Attributes:
-        file: the file.
+        path: the file.
         parameter_bytes: of the recorded model's parameters in float32.
-        stages: the float32 file, then the int8 file if that was asked for; the last one is ``file``.
+        stages: the float32 file, then the int8 file if that was asked for; the last one is at ``path``.
         int8_products: how many products of tokens with weights are in int8; None for float32.
     """
 
-    file: Path
+    path: Path
     parameter_bytes: int
     stages: tuple[Written, ...]
     int8_products: int | None = None

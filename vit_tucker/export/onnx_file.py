@@ -132,7 +132,7 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
     options.add_session_config_entry(
         "session.intra_op.allow_spinning", "0"
     )  # other sessions and torch use the cores too
-    options.log_severity_level = 3  # errors: its warnings are about its own optimisations
+    options.log_severity_level = 4  # its errors are raised as well, its warnings are about its own optimisations
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:
