@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.errors import ExportError
-from vit_tucker.export.sizes import other_size, size_step
+from vit_tucker.export.sizes import check_sizes, other_size, size_step
 from vit_tucker.patching.find import refuse_wrapped
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_shape
@@ -103,7 +103,21 @@ def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.Ex
     outputs = program.graph_signature.user_outputs
     if len(outputs) != 1:
         raise ExportError(f"{type(inner).__name__} gives {len(outputs)} outputs for an image, one tensor is needed")
+    if dynamic_img_size:
+        refuse_one_size(program, inner)
     return program
+
+
+def refuse_one_size(program: torch.export.ExportedProgram, model: nn.Module) -> None:
+    """Raise ExportError where torch has recorded the model for the one size that it saw, and said nothing."""
+    count, height, width = check_sizes(model, True)[1]
+    try:
+        with torch.no_grad():
+            program.module()(torch.rand(count, input_shape(model)[0], height, width))
+    except Exception as error:
+        raise ExportError(
+            f"this {type(model).__name__} takes images of any size, but torch.export records it for one only: {first_line(error)}"
+        ) from None
 
 
 def first_line(error: Exception) -> str:
