@@ -1,9 +1,9 @@
 """Dynamic int8 quantisation of ONNX files: weights of linear layers in 8 bits, their inputs in 8 bits as they come.
 
-What is quantised: products of tokens with weights (MatMul, Gemm). What stays float32: attention's own products QK^T and PV, whose
-factors are both activations; softmax, norms, biases, position embeddings and convolutions. Measured: the error of the logits and the
-speed-up over float32 of a ViT-S with random weights (4 blocks, batch 4, one thread with AVX512-VNNI), dense and Tucker (6, 32, 32);
-top-1 on the digits' test set of a trained Tucker (8, 16, 16), 99.17% in float32:
+What is quantised: products of tokens with weights (MatMul, Gemm). What stays float32: attention's own products QK^T and PV,
+whose factors are both activations; softmax, norms, biases, position embeddings and convolutions. Measured: the error of the
+logits and the speed-up over float32 of a ViT-S with random weights (4 blocks, batch 4, one thread with AVX512-VNNI), dense and
+Tucker (6, 32, 32); top-1 on the digits' test set of a trained Tucker (8, 16, 16), 99.17% in float32:
 
     one scale per weight matrix      0.125  2.35x    0.037  2.31x    98.61%
     one scale per output channel     0.029  2.33x    0.030  2.29x    99.17%
