@@ -3,16 +3,17 @@
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_tucker.errors import ConfigError, DataError, ExportError, nearest
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from vit_tucker.config.schema import DataConfig
+    from vit_tucker.data.samples import Labelled
     from vit_tucker.export import Comparison, DenseFolder, Exported, ExportOptions
     from vit_tucker.patching.merge import MergedLayer
 
@@ -108,6 +109,8 @@ def export(args: argparse.Namespace) -> int:
     options = read_options(args)
     out = destination(args)
     model = load(args.where)
+    if args.dynamic_img_size and getattr(model, "dynamic_img_size", None) is False:
+        model = load(args.where, dynamic_img_size=True)  # the same weights; timm then resamples positions as it runs
     batches = images_to_compare(args, model)
     if batches is not None:
         batches = tqdm(batches, unit="batches", disable=None, leave=False)
@@ -175,7 +178,7 @@ def destination(args: argparse.Namespace) -> Path:
     return out
 
 
-def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator[tuple[Tensor, Tensor | None]] | None":
+def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator[Labelled] | None":
     """Real images, normalised for the model, with labels where there are some; None for none.
 
     Raises:
@@ -193,16 +196,19 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
         return None
     resolved = resolve_data_config({"input_size": input_shape(model)}, model=model)
     if args.data is not None and args.data not in INFO and Path(args.data).expanduser().exists():
-        return file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size)
+        return begun(file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size))
     data = data_config(args, model)
     if data is None:
         return None
     try:
-        batches = evaluation_images(data, resolved, args.images, args.batch_size)
-        first = next(batches, None)
+        return begun(evaluation_images(data, resolved, args.images, args.batch_size))
     except DataError as error:
         raise DataError(f"{error}; --data names other images, --data none does without") from None
-    return batches if first is None else chain([first], batches)
+
+
+def begun(batches: "Iterator[Labelled]") -> "Iterator[Labelled]":
+    """The same batches; what is wrong with the first shows now, before anything is exported."""
+    return chain(list(islice(batches, 1)), batches)
 
 
 def data_config(args: argparse.Namespace, model: "nn.Module") -> "DataConfig | None":
@@ -216,12 +222,12 @@ def data_config(args: argparse.Namespace, model: "nn.Module") -> "DataConfig | N
     from vit_tucker.export.metadata import architecture
 
     folder = Path(args.where).expanduser()
-    config = next((f for f in (folder, *folder.absolute().parents[:2]) if (f / "config.yaml").is_file()), None)
+    run = folder.parent.parent if folder.absolute().parent.name == "checkpoints" else folder
     if args.data is not None:
         given = {"model": {"name": architecture(model)}, "data": {"dataset": args.data}}
         return validate(merge(Source(given), read_overrides(args.overrides))).data
-    if config is not None and folder.is_dir():
-        return load_config(str(config), args.overrides).data
+    if (run / "config.yaml").is_file():
+        return load_config(str(run), args.overrides).data
     if args.overrides:
         raise ConfigError(f"{args.overrides[0]}: {args.where} has no data of its own; name a data set with --data")
     return None

@@ -246,6 +246,8 @@ class Branching(nn.Module):
         (lambda: small(), {"format": "torch_export", "reduce_range": True}, "reduce_range is an option of int8"),
         (lambda: small(), {"format": "torch_export", "dynamic_img_size": True},
          r"VisionTransformer takes images of 32x32 only \(Input height .*; make the model with dynamic_img_size=True"),
+        (lambda: small_model("davit_tiny"), {"format": "torch_export", "dynamic_img_size": True},
+         r"this DaVit attends in windows \(stages\..*\): torch can't record their padding for all sizes"),
         (Branching, {"format": "torch_export"}, "torch.export can't record this Branching for any number of images: "),
     ],
 )  # fmt: skip

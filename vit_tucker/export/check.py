@@ -14,8 +14,8 @@ from vit_tucker.export.compare import TOLERANCE, Comparison, Runner, compare, ra
 from vit_tucker.export.sizes import check_sizes
 from vit_tucker.patching.probe import input_shape
 
-ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2"}
-"""Formats of single files, and how their names end."""
+FORMATS = ("onnx", "torch_export")
+"""Of single files."""
 OLDEST_OPSET = 18
 """Of torch's exporter; for an older one it would write this one and say nothing."""
 Batches = Iterable[tuple[Tensor, Tensor | None]]
@@ -46,9 +46,9 @@ class ExportOptions:
 
     def check(self) -> None:
         """Raise ExportError for options that don't fit together or need packages that are missing."""
-        if self.format not in ENDINGS:
+        if self.format not in FORMATS:
             raise ExportError(
-                f"unknown format '{self.format}': one of {', '.join(ENDINGS)}{nearest(self.format, ENDINGS)}"
+                f"unknown format '{self.format}': one of {', '.join(FORMATS)}{nearest(self.format, FORMATS)}"
             )
         if self.format != "onnx" and (self.int8 or self.opset is not None):
             raise ExportError(f"{'int8' if self.int8 else 'opset'} is an option of onnx, not of {self.format}")

@@ -33,7 +33,7 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
         steps: see ``size_step``.
 
     Raises:
-        ExportError: the model takes its own size only.
+        ExportError: the model takes its own size only, or pads windows.
     """
     channels, height, width = input_shape(model)
     other = height + steps[0], width + 2 * steps[1]
@@ -46,6 +46,11 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
             "; make the model with dynamic_img_size=True" if getattr(model, "dynamic_img_size", None) is False else ""
         )
         raise ExportError(f"this {type(model).__name__} takes images of {height}x{width} only ({said}){hint}") from None
+    windows = [name for name, module in model.named_modules() if getattr(module, "window_size", None)]
+    if windows:  # torch tries for minutes
+        raise ExportError(
+            f"this {type(model).__name__} attends in windows ({windows[0]}): torch can't record their padding for all sizes"
+        )
     return other
 
 
