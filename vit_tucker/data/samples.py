@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.calibration import readable_images
 from vit_tucker.data.datasets import is_iterable, load_dataset
+from vit_tucker.data.image_files import list_images, read_image_file
 from vit_tucker.data.transforms import eval_transform
-from vit_tucker.errors import DataError
 
 Labelled = tuple[Tensor, Tensor | None]
 """Images (B, channels, height, width), float32, normalised; labels (B,) or None."""
@@ -54,34 +53,10 @@ def file_images(paths: Sequence[Path], resolved: dict[str, Any], images: int, ba
     Raises:
         DataError: no such file, a folder without images, or a file that is no image.
     """
-    files = [file for path in paths for file in image_files(path)]
+    files = list_images(paths)
     chosen = [files[i * len(files) // images] for i in range(images)] if len(files) > images else files
     mode = "L" if resolved["input_size"][0] == 1 else "RGB"
-    return in_batches(((read_file(file, mode), None) for file in chosen), resolved, batch_size)
-
-
-def image_files(path: Path) -> list[Path]:
-    """The file itself, or the image files below a folder, sorted."""
-    from timm.data.readers import get_img_extensions
-
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    endings = set(get_img_extensions())
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
-    if not files:
-        raise DataError(f"{path}: no image files in there ({', '.join(sorted(endings))})")
-    return files
-
-
-def read_file(file: Path, mode: str) -> Image.Image:
-    """An image file, "RGB" or "L"."""
-    try:
-        with Image.open(file) as image:
-            return image.convert(mode)
-    except Exception as error:  # decoders raise anything
-        raise DataError(f"{file}: can't be read as an image: {' '.join(str(error).split())[:200]}") from None
+    return in_batches(((read_image_file(file, mode), None) for file in chosen), resolved, batch_size)
 
 
 def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:

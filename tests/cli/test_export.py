@@ -23,7 +23,13 @@ def make(folder, config):
     model = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
     vt.patch(model, config)
     randomise(model, 5)
-    vt.save(model, folder, data={"mean": (0.3,), "std": (0.4,)}, label_names=list("0123456789"), **ARGS)
+    vt.save(
+        model,
+        folder / "checkpoints" / "best",
+        data={"mean": (0.3,), "std": (0.4,)},
+        label_names=list("0123456789"),
+        **ARGS,
+    )
     (folder / "config.yaml").write_text("model: {name: vit_tiny_patch16_224}\ndata: {dataset: digits}\n")
     return model
 
@@ -126,7 +132,7 @@ def test_a_file_that_is_off_is_not_left(run, capsys):
     status, _, err = export(capsys, run, "--format", "torch_export", "--data", "none", "--dense", "--tolerance", 1e-9)
     assert status == 1
     assert err.startswith("error: on random images the file's outputs are off by ")
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "config.yaml", "model.safetensors"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +143,12 @@ def test_a_file_that_is_off_is_not_left(run, capsys):
         ([*PT2, "--int8"], "int8 is an option of onnx"),
         (["--format", "dense", "--dynamic-img-size"], "--dynamic-img-size is no option of --format dense"),
         (["--approximate"], "--approximate is an option of --dense and of --format dense"),
-        ([*PT2, "--images", "0"], "--images 0: must be at least 1"),
+        ([*PT2, "--images", "0"], "0: must be at least 1"),
         ([*PT2, "--tolerance", "0"], "--tolerance 0.0: must be above 0"),
         ([*PT2, "--data", "digit"], "digit"),
         ([*PT2, "--data", "none", "data.root=x"], "data.root=x: there are no data with --data none"),
         ([*PT2, "data.rot=x"], "did you mean 'root'?"),
+        ([*PT2, "train.epochs=1"], "only keys of the data section"),
         ([*PT2, "data.dataset=imagenet", "data.root=nowhere"], "--data names other images, --data none does without"),
         ([*PT2, "--out", "RUN"], "is a folder; name a file"),
     ],
@@ -152,7 +159,7 @@ def test_wrong_arguments(arguments, message, run, capsys):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert message in err
-    assert sorted(p.name for p in run.iterdir()) == ["config.json", "config.yaml", "model.safetensors"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml"]
 
 
 def test_models_and_images_that_are_not_there(run, tmp_path, capsys):
@@ -162,7 +169,7 @@ def test_models_and_images_that_are_not_there(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     status, _, err = export(capsys, run, *PT2, "--data", tmp_path / "empty")
     assert status == 2
-    assert "no image files in there" in err
+    assert "the folder has no images" in err
     (tmp_path / "a.png").write_text("no image")
     status, _, err = export(capsys, run, *PT2, "--data", tmp_path / "a.png")
     assert status == 2

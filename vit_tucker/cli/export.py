@@ -1,4 +1,4 @@
-"""``python -m vit_tucker export``: a trained model as a file for other runtimes, checked before it gets its name."""
+"""``export``: a stored model as a file for other runtimes, checked before it gets its name."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -7,12 +7,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, add_json, emit, positive, to_json
 from vit_tucker.errors import ConfigError, DataError, ExportError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from vit_tucker.config.schema import DataConfig
     from vit_tucker.data.samples import Labelled
     from vit_tucker.export import Comparison, DenseFolder, Exported, ExportOptions
     from vit_tucker.patching.merge import MergedLayer
@@ -40,7 +40,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``python -m vit_tucker``."""
+    """Add the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "export",
         help="a trained model as ONNX, torch.export or plain timm, checked against PyTorch",
@@ -48,12 +48,7 @@ def add_parser(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "where", metavar="RUN", help="run folder, checkpoint, folder of vit_tucker.save, or owner/name of the hub"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="config keys of the data, e.g. data.root=/data"
-    )
+    parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("--format", default="onnx", metavar="FORMAT", help="onnx (if left out), torch_export or dense")
     parser.add_argument("--out", type=Path, metavar="PATH", help="where to; in RUN, or here for a model of the hub")
     parser.add_argument(
@@ -81,9 +76,11 @@ def add_parser(commands: Any) -> None:
         help="images to compare on: a data set's evaluation split, an image file or folder, or none; the run's own if left out",
     )
     parser.add_argument(
-        "--images", type=int, default=256, metavar="N", help="how many of them at most; 256 if left out"
+        "--images", type=positive, default=256, metavar="N", help="how many of them at most; 256 if left out"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="of the comparison; 32 if left out")
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="of the comparison; 32 if left out"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -91,26 +88,29 @@ def add_parser(commands: Any) -> None:
         metavar="X",
         help="largest error over the largest logit; 1e-4 if left out",
     )
-    parser.add_argument("--json", action="store_true", help="for machines")
+    add_json(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help=f"{OVERRIDES_HELP}, e.g. data.root=/data"
+    )
     parser.set_defaults(run=export)
 
 
 def export(args: argparse.Namespace) -> int:
     """The command itself."""
-    import json
-
     from tqdm import tqdm
 
-    from vit_tucker.checkpoint.load import load
     from vit_tucker.export import export_dense, export_model, merge_dense
+    from vit_tucker.inference import open_model
     from vit_tucker.patching.merge import Merged
     from vit_tucker.report.export import export_text
 
     options = read_options(args)
     out = destination(args)
-    model = load(args.where)
+    model = open_model(args.model)
     if args.dynamic_img_size and getattr(model, "dynamic_img_size", None) is False:
-        model = load(args.where, dynamic_img_size=True)  # the same weights; timm then resamples positions as it runs
+        model = open_model(
+            args.model, dynamic_img_size=True
+        )  # the same weights; timm then resamples positions as it runs
     batches = images_to_compare(args, model)
     if batches is not None:
         batches = tqdm(batches, unit="batches", disable=None, leave=False)
@@ -122,7 +122,7 @@ def export(args: argparse.Namespace) -> int:
         strict = all(layer.exact for layer in merged.layers)
         done = export_model(merged.model, out, options, batches=batches, reference=model, strict=strict)
         values = as_values(done, merged.layers)
-    print(json.dumps(values, indent=2) if args.json else export_text(values))
+    emit(to_json(values) if args.json else export_text(values))
     return 0
 
 
@@ -138,9 +138,6 @@ def read_options(args: argparse.Namespace) -> "ExportOptions":
         if args.format.lower() in ("torchscript", "jit"):
             raise ExportError(TORCHSCRIPT)
         raise ExportError(f"unknown format '{args.format}': one of {', '.join(FORMATS)}{nearest(args.format, FORMATS)}")
-    for name, value, least in (("--images", args.images, 1), ("--batch-size", args.batch_size, 1)):
-        if value < least:
-            raise ConfigError(f"{name} {value}: must be at least {least}")
     if not args.tolerance > 0:
         raise ConfigError(f"--tolerance {args.tolerance}: must be above 0")
     if args.approximate and not (args.dense or args.format == "dense"):
@@ -164,7 +161,7 @@ def destination(args: argparse.Namespace) -> Path:
     """
     from vit_tucker.paths import refuse_unwritable
 
-    folder = Path(args.where).expanduser()
+    folder = Path(args.model).expanduser()
     name = FORMATS[args.format]
     if args.int8:
         name = "model.int8.onnx"
@@ -179,15 +176,17 @@ def destination(args: argparse.Namespace) -> Path:
 
 
 def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator[Labelled] | None":
-    """Real images, normalised for the model, with labels where there are some; None for none.
+    """Real images, normalised for the model, with labels where they are its classes'; None for none.
 
     Raises:
         DataError, ConfigError: they are missing, or an option is wrong.
     """
     from timm.data import resolve_data_config
 
-    from vit_tucker.data.datasets import INFO
+    from vit_tucker.cli.evaluate import data_config
+    from vit_tucker.data.datasets import INFO, dataset_info
     from vit_tucker.data.samples import evaluation_images, file_images
+    from vit_tucker.inference import run_config
     from vit_tucker.patching.probe import input_shape
 
     if args.data == "none":
@@ -197,40 +196,25 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
     resolved = resolve_data_config({"input_size": input_shape(model)}, model=model)
     if args.data is not None and args.data not in INFO and Path(args.data).expanduser().exists():
         return begun(file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size))
-    data = data_config(args, model)
-    if data is None:
+    if args.data is None and run_config(args.model) is None:
+        if args.overrides:
+            raise ConfigError(
+                f"{args.overrides[0]}: {args.model} is no run, which would bring its data set: name one by --data"
+            )
         return None
+    config = data_config(argparse.Namespace(**{**vars(args), "precision": "no", "cpu": True})).data
     try:
-        return begun(evaluation_images(data, resolved, args.images, args.batch_size))
+        batches = begun(evaluation_images(config, resolved, args.images, args.batch_size))
     except DataError as error:
         raise DataError(f"{error}; --data names other images, --data none does without") from None
+    classes = dataset_info(config.dataset).num_classes
+    fits = classes is None or classes == getattr(model, "num_classes", None)
+    return batches if fits else ((images, None) for images, _ in batches)
 
 
 def begun(batches: "Iterator[Labelled]") -> "Iterator[Labelled]":
     """The same batches; what is wrong with the first shows now, before anything is exported."""
     return chain(list(islice(batches, 1)), batches)
-
-
-def data_config(args: argparse.Namespace, model: "nn.Module") -> "DataConfig | None":
-    """The data section: of the run, or of the data set that ``--data`` names; None if nothing tells.
-
-    Raises:
-        ConfigError: no such data set, a wrong key, or keys for data that nothing names.
-    """
-    from vit_tucker.config.load import load_config, validate
-    from vit_tucker.config.source import Source, merge, read_overrides
-    from vit_tucker.export.metadata import architecture
-
-    folder = Path(args.where).expanduser()
-    run = folder.parent.parent if folder.absolute().parent.name == "checkpoints" else folder
-    if args.data is not None:
-        given = {"model": {"name": architecture(model)}, "data": {"dataset": args.data}}
-        return validate(merge(Source(given), read_overrides(args.overrides))).data
-    if (run / "config.yaml").is_file():
-        return load_config(str(run), args.overrides).data
-    if args.overrides:
-        raise ConfigError(f"{args.overrides[0]}: {args.where} has no data of its own; name a data set with --data")
-    return None
 
 
 def as_values(done: "Exported | DenseFolder", layers: "Sequence[MergedLayer]") -> dict[str, Any]:
