@@ -189,6 +189,24 @@ def test_normalisation_inside(tmp_path):
         export_model(model, tmp_path / "n.pt2", options)
 
 
+def test_weights_beyond_two_gigabytes_lie_beside_the_file(tmp_path, monkeypatch):
+    """With a limit that the tiniest model exceeds."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from vit_tucker.export import onnx_file
+
+    monkeypatch.setattr(onnx_file, "EXTERNAL_BYTES", 0)
+    model = Tiny(64)
+    exported = export_model(model, tmp_path / "m.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert exported.stages[0].bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    x = torch.randn(2, 3, 8, 8)
+    assert_close(onnx_file.onnx_runner(tmp_path / "m.onnx")(x), model(x))
+    with pytest.raises(ExportError, match="int8 takes models whose float32 weights fit into one file"):
+        export_model(model, tmp_path / "n.onnx", ExportOptions(int8=True))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_the_model_stays_as_it_is(tmp_path):
     model = small(TUCKER).double().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -220,9 +238,9 @@ def test_a_file_that_differs_gets_no_name(tmp_path):
 class Tiny(nn.Module):
     """Recorded in no time."""
 
-    def __init__(self):
+    def __init__(self, width: int = 4):
         super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 7)
+        self.stem, self.head = nn.Conv2d(3, width, 2, 2), nn.Linear(width, 7)
         self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from vit_tucker.export.compare import Runner
 INPUT, OUTPUT = "image", "logits"
 EXTERNAL_BYTES = 2 * 10**9
 """Weights of more bytes lie in a file of their own: a protobuf message holds 2 GiB at most."""
-NEEDS = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
+NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_packages() -> None:
@@ -129,9 +129,8 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # other sessions and torch use the cores too
+    # threads that wait must not spin: other sessions and torch use the cores too
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # its errors are raised as well, its warnings are about its own optimisations
     try:
         return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
