@@ -23,7 +23,7 @@ ALLOWED = {
     "training": {"errors", "config", "data", "live_bytes", "weights"},
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
     "checkpoint": {"errors", "version", "weights", "attention", "patching"},
-    "models": {"errors", "config", "patching", "weights"},
+    "models": {"errors", "config", "patching", "checkpoint", "weights"},
     "harmless": set(),
     "report": {"errors", "harmless"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
@@ -46,6 +46,7 @@ ALLOWED = {
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "inference": {"errors", "config", "data", "checkpoint"},
+    "explain": {"errors", "attention", "patching", "checkpoint", "config", "data", "models", "report", "inference"},
     "cli": {
         *(
             "errors",
@@ -59,14 +60,14 @@ ALLOWED = {
             "models",
             "analysis",
         ),
-        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "sweep", "export"),
+        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "explain", "sweep", "export"),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "export"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
 }
 
 

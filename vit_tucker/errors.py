@@ -28,6 +28,10 @@ class ExportError(VitTuckerError):
     """A model that can't be exported as asked; nothing has been written."""
 
 
+class ExplainError(VitTuckerError):
+    """A model or an image whose attention can't be shown as asked."""
+
+
 class FailedError(RuntimeError):
     """A run that failed for no mistake of the user's: one line, exit status 1."""
 

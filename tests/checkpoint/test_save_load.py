@@ -95,6 +95,14 @@ def test_other_classes_and_image_sizes_are_timms_adaptation(model, tmp_path):
             assert torch.equal(loaded.state_dict()[name], value), name
 
 
+def test_a_model_may_come_without_its_classifier(model, x, tmp_path):
+    vt.save(model, tmp_path)
+    features = vt.load(tmp_path, num_classes=0)
+    assert torch.equal(features(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    vt.save(features, tmp_path / "features")
+    assert torch.equal(vt.load(tmp_path / "features")(x), features(x))
+
+
 def test_dense_models_are_plain_timm_folders(x, tmp_path):
     dense = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
     vt.save(dense, tmp_path)
@@ -299,6 +307,19 @@ class TestDenseWeights:
             vt.load_dense(target, tmp_path / place, **more)
             assert torch.equal(target(x), expected(x))
 
+    def test_other_classes_and_sizes_are_adapted_as_timm_does_it(self, model):
+        other = randomise(
+            timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 3, "img_size": 64}), seed=5
+        )
+        head = model.head.weight.clone()
+        vt.load_dense(model, other.state_dict(), model_args=SMALL)
+        assert torch.equal(model.head.weight, head)
+        assert model.pos_embed.shape[1] == 17  # 4 x 4 patches of 8 x 8 in the file, and a class token
+        assert torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+        converted = copy.deepcopy(other)
+        vt.patch(converted, CONFIG)
+        assert torch.equal(model.blocks[2].attn.pre_core, converted.blocks[2].attn.pre_core)
+
     def test_what_is_not_the_hosts_is_refused_and_changes_nothing(self, dense, model, x, tmp_path):
         before = model(x)
         wrong = dense.state_dict()
@@ -306,9 +327,9 @@ class TestDenseWeights:
         with pytest.raises(vt.CheckpointError, match="not of vit_tiny_patch16_224 as it was patched"):
             vt.load_dense(model, wrong, model_args=SMALL)
         vt.save(model, tmp_path, model_args=SMALL)
-        with pytest.raises(vt.CheckpointError, match="patched with tucker, not a dense one"):
+        with pytest.raises(vt.CheckpointError, match="patched with tucker, a dense host is needed"):
             vt.load_dense(model, tmp_path)
-        with pytest.raises(vt.CheckpointError, match="no such file"):
+        with pytest.raises(vt.CheckpointError, match="load_dense: .*none.pth: no such file"):
             vt.load_dense(model, tmp_path / "none.pth")
         (tmp_path / "text.pth").write_text("x")
         with pytest.raises(vt.CheckpointError, match="can't be read as weights"):
