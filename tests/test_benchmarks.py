@@ -130,7 +130,7 @@ def test_exports(tmp_path, run_here):
         ("widths.py", ["--widths", "0"], "1 at least"),
         ("model.py", ["--models", "vit_bse_patch16_224"], "no model vit_bse_patch16_224"),
         ("export.py", ["--batch-sizes", "0"], "--batch-sizes: 1 at least"),
-        ("int8.py", ["nowhere", "--turns", "2"], "nowhere: no such folder"),
+        ("int8.py", ["nowhere", "--turns", "2"], "nowhere: no run folder"),
         pytest.param("gpu.py", ["--save", "nowhere"], "no CUDA device", marks=pytest.mark.skipif(
             torch.cuda.is_available(), reason="there is one")),
     ],
