@@ -1,0 +1,50 @@
+"""mkdocs calls these functions by name while it builds the site; mkdocs.yml lists this file."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # mkdocs takes it away again after the import
+
+from docs_hooks import ROOT
+from docs_hooks.commands import command_reference
+from docs_hooks.equations import EquationError, render_equations
+from docs_hooks.repository import LISTING, linked_files, rewrite_links, site_path, text_of
+from docs_hooks.tables import GENERATED
+
+MARKER = re.compile(r"^<!-- generated: (?P<name>[\w-]+) -->$", re.MULTILINE)
+TEXTS = {**GENERATED, "commands": command_reference}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add what the pages link to outside ``docs/``."""
+    for path in linked_files([file.src_uri for file in files.documentation_pages()]):
+        uri = site_path(path).as_posix()
+        if path.name == LISTING:
+            files.append(File.generated(config, uri, content=text_of(path)))
+        else:
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
+    """Fill in the generated parts, and point links to where their files are on the site."""
+
+    def generated(match: re.Match[str]) -> str:
+        if match["name"] not in TEXTS:
+            raise PluginError(f"{page.file.src_uri}: generated: {match['name']}: one of {', '.join(TEXTS)}")
+        return TEXTS[match["name"]]()
+
+    return rewrite_links(page.file.src_uri, MARKER.sub(generated, markdown))
+
+
+def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
+    """Turn equations into MathML."""
+    try:
+        return render_equations(html)
+    except EquationError as error:
+        raise PluginError(f"{page.file.src_uri}: {error}") from None
