@@ -33,7 +33,7 @@ def to_mathml(latex: str, display: bool) -> str:
         mathml = convert(latex.strip(), display="block" if display else "inline")
     except Exception as error:  # the converter's own kinds of errors, KeyErrors and IndexErrors among them
         raise EquationError(f"${latex.strip()}$: {type(error).__name__}: {error}") from None
-    for sign, reason in (("\\", "an unknown command"), ("<mi>&", "an unknown environment")):
+    for sign, reason in (("\\", "an unknown command"), ("<mi>&</mi>", "an unknown environment")):
         if sign in mathml:
             raise EquationError(f"${latex.strip()}$: {reason}")
     if VARIANT.search(mathml):
