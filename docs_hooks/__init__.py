@@ -1,4 +1,4 @@
-"""What the documentation site adds to its Markdown files while it is built. ``mkdocs.yml`` lists ``hooks.py``; tests use the rest."""
+"""What the documentation site adds to its Markdown files while it is built; ``mkdocs.yml`` lists ``hooks.py``."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ from types import ModuleType
 from unittest import mock
 
 from docs_hooks import ROOT
-from docs_hooks.tables import markdown_table
+from docs_hooks.tables import markdown_table, plain
 
 MODULE = "python -m vit_tucker"
 ANCHOR = "python-m-vit_tucker-"
@@ -83,7 +83,7 @@ def arguments_table(parser: argparse.ArgumentParser) -> str:
         value = _value(action)
         flags = ", ".join(action.option_strings) or value
         shown = f"{flags} {value}" if action.option_strings and value else flags
-        text = (action.help or "").replace("%%", "%")
+        text = plain((action.help or "").replace("%%", "%"))
         rows.append((f"`{shown}`" + (" (required)" if action.required and action.option_strings else ""), text))
     return markdown_table(("argument", "meaning"), rows) if rows else "No arguments.\n"
 

@@ -17,6 +17,11 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
+def plain(text: str) -> str:
+    """Text whose signs Markdown leaves alone: 'runs/<name>' is no tag."""
+    return text.replace("<", "&lt;").replace(">", "&gt;").replace("*", "\\*").replace("``", "`")
+
+
 def type_name(annotation: Any) -> str:
     """A type as a reader of YAML would say it: 'int or null', 'list of 3 int', 'one of a, b'."""
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -69,7 +74,7 @@ def field_rows(model: type[BaseModel], skip: Iterable[str] = ()) -> Iterator[tup
             continue
         bounds = limits(info)
         kind = type_name(info.annotation) + (f", {bounds}" if bounds else "")
-        yield f"`{name}`", kind, default_text(info), info.description or ""
+        yield f"`{name}`", kind, default_text(info), plain(info.description or "")
 
 
 def fields_table(model: type[BaseModel], skip: Iterable[str] = ()) -> str:
@@ -93,8 +98,8 @@ def config_reference() -> str:
         own = [key for key in method.model_fields if key not in shared]
         table = fields_table(method, shared) if own else "No keys of its own.\n"
         parts += [f"### `method: {name}`\n", f"{_summary(method)}\n", table]
-    for key, model in (("calibration", vit_tucker.Calibration), ("ranks: a rule", vit_tucker.RankRule)):
-        parts += [f"### `attention.{key}`\n", f"{_summary(model)}\n", fields_table(model)]
+    for key, option in (("calibration", vit_tucker.Calibration), ("ranks: a rule", vit_tucker.RankRule)):
+        parts += [f"### `attention.{key}`\n", f"{_summary(option)}\n", fields_table(option)]
     parts += ["### `attention.rules`\n", f"A list. {_summary(vit_tucker.Rule)}\n"]
     return "\n".join(parts)
 
