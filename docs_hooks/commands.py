@@ -100,8 +100,8 @@ def _value(action: argparse.Action) -> str:
 
 
 def usage(parser: argparse.ArgumentParser, prog: str) -> str:
-    """The usage of a command in one line."""
-    formatter = argparse.HelpFormatter(prog, width=10_000)
+    """The usage of a command, in lines that fit a page."""
+    formatter = argparse.HelpFormatter(prog, width=96)
     formatter.add_usage(parser.usage, parser._actions, parser._mutually_exclusive_groups, prefix="")
     return formatter.format_help().strip()
 

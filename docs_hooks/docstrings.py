@@ -9,7 +9,8 @@ import griffe
 SHARED = re.compile(r"^(?P<indent> +)(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)+): (?P<text>.*)$", re.MULTILINE)
 SECTIONS = re.compile(r"^(?:Args|Attributes):$", re.MULTILINE)
 LITERAL = re.compile(r"``(?P<code>.+?)``")
-SPECIAL = re.compile(r"(?<!\\)([*\[\]<>^~$]|(?<!\w)_|_(?!\w))")
+SPECIAL = re.compile(r"(?<!\\)([*\[\]]|(?<!\w)_|_(?!\w))")
+ENTITIES = {"<": "&lt;", ">": "&gt;", "$": "&#36;"}
 ENTRY = re.compile(r"^ {4}\*{0,2}\w+: ")
 
 
@@ -34,6 +35,12 @@ def split_names(text: str) -> str:
     return "\n".join(result)
 
 
+def plain(text: str) -> str:
+    """Text whose signs mean nothing to Markdown."""
+    text = SPECIAL.sub(r"\\\1", text)
+    return "".join(ENTITIES.get(sign, sign) for sign in text)
+
+
 def as_markdown(text: str, references: dict[str, str]) -> str:
     """Plain text with ``literals`` as Markdown: signs of formulas stay what they are, names of the package become links.
 
@@ -51,12 +58,12 @@ def as_markdown(text: str, references: dict[str, str]) -> str:
         if in_section[0] and (entry := ENTRY.match(line)):
             parts, end = [entry.group()], entry.end()
         for match in LITERAL.finditer(line, end):
-            parts.append(SPECIAL.sub(r"\\\1", line[end : match.start()]))
+            parts.append(plain(line[end : match.start()]))
             code = match["code"]
             target = references.get(code.partition("(")[0])
             parts.append(f"[`{code}`][{target}]" if target else f"`{code}`")
             end = match.end()
-        parts.append(SPECIAL.sub(r"\\\1", line[end:]))
+        parts.append(plain(line[end:]))
         return "".join(parts)
 
     in_section = [False]
@@ -77,10 +84,23 @@ class PlainDocstrings(griffe.Extension):
             obj.docstring.value = as_markdown(split_names(obj.docstring.value), self.references)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """Give a pydantic field its description."""
+        """Show a pydantic field as a reader thinks of it: type, default, description."""
         value = attr.value
-        if attr.docstring is None and isinstance(value, griffe.ExprCall) and str(value.function) == "Field":
-            for argument in value.arguments:
-                if isinstance(argument, griffe.ExprKeyword) and argument.name == "description":
-                    text = ast.literal_eval(str(argument.value))
-                    attr.docstring = griffe.Docstring(as_markdown(text, self.references), parent=attr)
+        if not isinstance(value, griffe.ExprCall) or str(value.function) != "Field":
+            return
+        given = {part.name: part.value for part in value.arguments if isinstance(part, griffe.ExprKeyword)}
+        attr.value, attr.labels = given.get("default"), set()
+        attr.annotation = bare_type(attr.annotation)
+        if "description" in given:
+            text = ast.literal_eval(str(given["description"]))
+            attr.docstring = griffe.Docstring(as_markdown(text, self.references), parent=attr)
+
+
+def bare_type(annotation: Any) -> Any:
+    """A type without what only pydantic reads: ``X`` for ``Annotated[X, ...]``."""
+    if isinstance(annotation, griffe.ExprSubscript) and str(annotation.left) == "Annotated":
+        inner = annotation.slice
+        return bare_type(inner.elements[0] if isinstance(inner, griffe.ExprTuple) else inner)
+    if isinstance(annotation, griffe.ExprBinOp):
+        return griffe.ExprBinOp(bare_type(annotation.left), annotation.operator, bare_type(annotation.right))
+    return annotation

@@ -1,6 +1,8 @@
 """Tables of the site that are made from the code: the configuration's keys, the package's parts."""
 
 import ast
+import html
+import re
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,11 +12,19 @@ from pydantic.fields import FieldInfo
 
 from docs_hooks import ROOT
 
+CODE_WITH_BAR = re.compile(r"`([^`|]*\|[^`]*)`")
+
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; bars in cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text of a cell; a bar ends it, even in code, unless it is escaped."""
+    text = CODE_WITH_BAR.sub(lambda match: f"<code>{html.escape(match[1]).replace('|', '&#124;')}</code>", text)
+    return text.replace("|", "\\|")
 
 
 def plain(text: str) -> str:

@@ -97,6 +97,7 @@ def test_arguments_of_a_parser():
         parser.add_argument("file", nargs="+", metavar="FILE", help="100%% of them")
         parser.add_argument("--size", type=int, choices=(1, 2), help="a | b")
         parser.add_argument("--fast", action="store_true", help="quick")
+        parser.add_argument("names", nargs="*", metavar="A | B", help="<x>")
         parser.add_argument("--cfg", required=True, help="config")
         parser.parse_args(["ends", "here"])
         raise AssertionError("the command ran")
@@ -105,6 +106,7 @@ def test_arguments_of_a_parser():
         "| `FILE [...]` | 100% of them |",
         "| `--size {1,2}` | a \\| b |",
         "| `--fast` | quick |",
+        "| <code>[A &#124; B ...]</code> | &lt;x&gt; |",
         "| `--cfg CFG` (required) | config |",
     ]
 
@@ -116,5 +118,5 @@ def test_docstrings_become_markdown():
     )
     assert docstrings.as_markdown(docstrings.split_names(text), {"plan": "vit_tucker.plan"}) == (
         "H\\*D of [`plan`][vit_tucker.plan] and `x*y`, \\[a\\] \\[b\\].\n\n    x * y\n\nArgs:\n    a_b: (H\\*D,)\n        more."
-        "\n    c: (H\\*D,)\n        more.\n    _d: \\<e\\>"
+        "\n    c: (H\\*D,)\n        more.\n    _d: &lt;e&gt;"
     )
