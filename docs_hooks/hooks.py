@@ -17,6 +17,8 @@ from docs_hooks.repository import LISTING, linked_files, rewrite_links, site_pat
 from docs_hooks.tables import GENERATED
 
 MARKER = re.compile(r"^<!-- generated: (?P<name>[\w-]+) -->$", re.MULTILINE)
+NO_ALT = re.compile(r'<img (?![^>]*\balt="[^"])[^>]*>')
+FETCHED = re.compile(r'<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)="(?:https?:)?//[^>]*>')
 TEXTS = {**GENERATED, "commands": command_reference}
 
 
@@ -43,8 +45,17 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
-    """Turn equations into MathML."""
+    """Turn equations into MathML; images must say what they show."""
+    if image := NO_ALT.search(html):
+        raise PluginError(f"{page.file.src_uri}: {image.group()}: an image without a text")
     try:
         return render_equations(html)
     except EquationError as error:
         raise PluginError(f"{page.file.src_uri}: {error}") from None
+
+
+def on_post_page(output: str, page: Any, **kwargs: Any) -> str:
+    """Hold each page to fetching nothing from elsewhere."""
+    if foreign := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri}: {foreign.group()}: fetched from elsewhere")
+    return output
