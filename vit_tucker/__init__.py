@@ -15,12 +15,13 @@ from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.mla import MLAConfig
 from vit_tucker.attention.variants.tucker import TuckerConfig
+from vit_tucker.checkpoint.load import load, load_dense
+from vit_tucker.checkpoint.save import push_to_hub, save
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
 from vit_tucker.patching.full_rank import full_rank_config
 from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
 from vit_tucker.patching.report import LayerReport, PatchReport
-
-__version__ = "0.1.0"
+from vit_tucker.version import __version__
 
 __all__ = [
     "AttentionConfig",
@@ -44,13 +45,18 @@ __all__ = [
     "Rule",
     "TuckerConfig",
     "VitTuckerError",
+    "__version__",
     "full_rank_config",
     "get_method",
     "list_methods",
+    "load",
+    "load_dense",
     "patch",
     "patch_record",
     "plan",
+    "push_to_hub",
     "register_method",
+    "save",
     "to_dense",
     "to_mha",
     "to_tucker",

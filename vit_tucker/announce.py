@@ -18,7 +18,7 @@ from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
 from vit_tucker.training.run_dir import LOGGER, environment
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import is_sharded
+from vit_tucker.weights import is_sharded
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import importlib.util
+import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from torch import nn
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
-from vit_tucker.training.weights import load_weights, weights_metadata
+from vit_tucker.patching.identity import PATCHED
+from vit_tucker.weights import load_weights, weights_metadata
 
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
@@ -60,6 +62,8 @@ def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: i
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
     if isinstance(getattr(model, "pretrained_cfg", None), dict):
         model.pretrained_cfg.pop("state_dict", None)  # the overlay's weights, now in the model
+    if "_model_args" not in vars(model):  # which newer timm records itself
+        model._model_args = {k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}
     return model
 
 
@@ -154,7 +158,7 @@ def weights_overlay(checkpoint: Path, name: str, num_classes: int | None) -> dic
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"model.checkpoint: {file} can't be read as weights: {reason}") from None
-    method = weights_metadata(file).get("attention", "")
+    method = weights_metadata(file).get("attention") or method_beside(file)
     if method:
         raise CheckpointError(f"model.checkpoint: {file} holds a model patched with {method}, a dense host is needed")
     overlay: dict[str, Any] = {"state_dict": state, "custom_load": False, "source": None}
@@ -165,6 +169,15 @@ def weights_overlay(checkpoint: Path, name: str, num_classes: int | None) -> dic
     if stems and stems[0].ndim == 4:
         overlay["input_size"] = (stems[0].shape[1], 224, 224)
     return overlay
+
+
+def method_beside(file: Path) -> str | None:
+    """The method of a patched model that timm itself has saved: its weights file says nothing, the config.json beside it does."""
+    try:
+        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
+        return config["model_args"]["patch"]["method"] if config["architecture"] == PATCHED else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def first_convs(name: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import full_state, load_weights, save_weights
+from vit_tucker.weights import full_state, load_weights, save_weights
 
 STREAMS = ("wds", "hfids", "tfds")
 """Data sets whose batches depend on the number of loader workers."""

@@ -3,6 +3,7 @@
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -14,9 +15,10 @@ from torch import nn
 from vit_tucker.analysis.spectra import rank_scalars
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.build import BuiltModel
+from vit_tucker.checkpoint.describe import describe, header
 from vit_tucker.config.schema import RunConfig, TrainConfig
 from vit_tucker.data.loaders import Loaders
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.patching.find import find_attention
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
@@ -26,7 +28,7 @@ from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import load_optimizer
 from vit_tucker.training.trackers import check_trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import is_sharded
+from vit_tucker.weights import is_sharded
 
 
 def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
@@ -66,6 +68,7 @@ def build_trainer(
 ) -> Trainer:
     """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
     assert loaders.train is not None
+    description = describe_weights(built, loaders)
     model, recipe, steps_per_epoch = built.model, config.train, loaders.train.steps_per_epoch
     if recipe.grad_checkpointing:
         checkpoint_activations(model, config.model.name)
@@ -115,14 +118,27 @@ def build_trainer(
         config=recipe,
         seed=config.seed,
         run_dir=run_dir,
-        metadata=weights_header(config.model.name, config.attention),
+        metadata=weights_header(config.model.name, config.attention) if description is None else header(description),
         progress=progress,
         input_size=built.data["input_size"],
         groups=groups,
         faults=loaders.faults,
+        description=description,
         distiller=distiller,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def describe_weights(built: BuiltModel, loaders: Loaders) -> dict[str, Any] | None:
+    """config.json of the run's checkpoints; None, and a line in the log, for a model that can't be rebuilt by timm alone."""
+    names = loaders.label_names
+    try:
+        return describe(
+            built.model, label_names=names if names and len(names) == built.num_classes else None, data=built.data
+        )
+    except CheckpointError as error:
+        LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
+        return None
 
 
 def name_blocks(model: nn.Module) -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.data import resolve_data_config
 
 import vit_tucker as vt
 from vit_tucker.analysis.cost import latency_to_dense
 from vit_tucker.config.load import load_config
+from vit_tucker.data.datasets import load_digits
 from vit_tucker.data.loaders import TrainLoader
+from vit_tucker.data.transforms import eval_transform
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run import run
 from vit_tucker.training import engine
@@ -41,6 +44,18 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@torch.no_grad()
+def top1_of(model: torch.nn.Module) -> float:
+    """Top-1 on the digits' test set, with the transform that the model itself tells, as any timm user would."""
+    transform = eval_transform(resolve_data_config({}, model=model))
+    images, labels = zip(*load_digits(train=False, mode="L"), strict=True)
+    assert list(model.pretrained_cfg["label_names"]) == list("0123456789")
+    return (
+        100
+        * (model(torch.stack(list(map(transform, images)))).argmax(1) == torch.tensor(labels)).double().mean().item()
+    )
+
+
 def test_a_run_leaves_everything_a_table_needs():
     results = run(config("output_dir=a"))
     assert json.loads(Path("a/results.json").read_text()) == json.loads(json.dumps(results))
@@ -61,6 +76,8 @@ def test_a_run_leaves_everything_a_table_needs():
     assert results["params"]["total"] == sum(v.numel() for v in weights("a").values())
     assert list(Path("a").glob("events.out.tfevents.*"))
     assert "top-1" in Path("a/train.log").read_text()
+    assert top1_of(vt.load("a")) == pytest.approx(results["best"]["top1"])
+    assert same(vt.load("a/checkpoints/last").state_dict(), weights("a"))
     with pytest.raises(vt.ConfigError, match="nowhere: no results.json"):
         comparison([Path("nowhere")])
     save_comparison([Path("a")], Path("kept"))
@@ -234,6 +251,7 @@ def test_ema_mixup_accumulation_and_layer_decay_run_together():
     assert math.isfinite(row["train_loss"])
     assert results["best"]["top1"] >= row["eval_ema_top1"]
     assert Path("a/checkpoints/last/ema.safetensors").is_file()
+    assert same(vt.load("a/checkpoints/last").state_dict(), load_file("a/checkpoints/last/ema.safetensors"))
     assert not same(weights("a"), load_file("a/checkpoints/last/ema.safetensors"))
 
 

@@ -10,7 +10,7 @@ from tests.training.test_run import config, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.run import run
-from vit_tucker.training.weights import weights_metadata
+from vit_tucker.weights import weights_metadata
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 BUDGET = "attention.ranks={budget: 0.4, multiple_of: 4}"

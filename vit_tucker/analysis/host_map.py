@@ -20,6 +20,7 @@ from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
 from vit_tucker.patching.find import find_attention, find_other_attention
 from vit_tucker.patching.hosts import EXCLUDE, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.identity import PATCHED
 from vit_tucker.patching.probe import without_weights
 from vit_tucker.patching.readers import Host
 
@@ -62,7 +63,7 @@ def model_names(pattern: str | None = None) -> list[str]:
     Raises:
         ConfigError: none matches; names the nearest.
     """
-    names = timm.list_models(pattern or "")
+    names = [name for name in timm.list_models(pattern or "") if name != PATCHED]
     if not names:
         raise ConfigError(f"no timm model matches '{pattern}'{nearest_pattern(str(pattern))}")
     return names

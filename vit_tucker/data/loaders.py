@@ -11,6 +11,7 @@ from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, checked_batches
 from vit_tucker.data.datasets import is_iterable, load_dataset, subset
 from vit_tucker.data.faults import FaultLog
+from vit_tucker.data.labels import label_names
 from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
 from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
@@ -97,12 +98,14 @@ class Loaders:
         eval: this process's share.
         num_eval: images in the evaluation split, bad ones included; None if streamed without a known size.
         faults: bad images of this process so far, of both splits; more than ``data.max_bad_images`` end the iteration.
+        label_names: of the classes; None if the data set doesn't tell.
     """
 
     train: TrainLoader | None
     eval: EvalLoader
     num_eval: int | None
     faults: FaultLog
+    label_names: tuple[str, ...] | None = None
 
     def describe(self) -> str:
         """One line for the log: which way the images of each split take, and why."""
@@ -146,8 +149,9 @@ def build_loaders(
     faults = FaultLog(data.max_bad_images)
     place = Place(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise)
     train_loader = _train_loader(place) if with_train else None
-    eval_loader, num_eval = _eval_loader(place)
-    return Loaders(train_loader, eval_loader, num_eval, place.faults)
+    eval_split = place.open(data.val_split, False)
+    eval_loader, num_eval = _eval_loader(place, eval_split)
+    return Loaders(train_loader, eval_loader, num_eval, place.faults, label_names(data.dataset, eval_split))
 
 
 @dataclass(frozen=True)
@@ -252,9 +256,8 @@ def _train_loader(place: Place) -> TrainLoader:
     )
 
 
-def _eval_loader(place: Place) -> tuple[EvalLoader, int | None]:
+def _eval_loader(place: Place, split: Any) -> tuple[EvalLoader, int | None]:
     data = place.data
-    split = place.open(data.val_split, False)
     batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
     if is_iterable(split):
         reader = place.stream(split, data.val_split, 0, 1)

@@ -15,6 +15,7 @@ from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, rotation_notes
 from vit_tucker.patching.probe import count_tokens
@@ -37,11 +38,13 @@ class PatchRecord:
         config: the config of the patch, with the ranks that rank rules chose.
         report: what was done.
         originals: replaced modules by full name; None if they were not kept.
+        identity: what the model told timm of itself before.
     """
 
     config: AttentionConfig
     report: PatchReport
     originals: dict[str, nn.Module] | None
+    identity: Identity
 
 
 class Prepared(NamedTuple):
@@ -100,7 +103,9 @@ def patch(
     for name, replacement in replacements.items():
         originals[name] = model.get_submodule(name)
         _set_module(model, name, replacement)
-    setattr(model, RECORD, PatchRecord(config, report, originals if keep_originals else None))
+    identity = identity_of(model)
+    mark(model, config, identity)
+    setattr(model, RECORD, PatchRecord(config, report, originals if keep_originals else None, identity))
     return report
 
 
@@ -160,6 +165,7 @@ def unpatch(model: nn.Module) -> None:
             hosts.follow_window_size(original, current.position_bias)
         device = next(current.parameters()).device
         _set_module(model, name, original.to(device).train(current.training))
+    unmark(model, record.identity)
     delattr(model, RECORD)
 
 

@@ -18,7 +18,7 @@ from vit_tucker.training.monitor import Monitor
 from vit_tucker.training.optim import gradient_norm, learning_rate
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.training.weights import is_sharded, whole
+from vit_tucker.weights import is_sharded, whole
 
 
 def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:

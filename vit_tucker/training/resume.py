@@ -13,7 +13,7 @@ from vit_tucker.training.peers import Peers
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import load_checkpoint, newest_intact
-from vit_tucker.training.weights import weights_metadata
+from vit_tucker.weights import weights_metadata
 
 
 @dataclass

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import logging
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 import accelerate
 import timm
 import torch
+
+from vit_tucker.weights import replace_text
 
 LOGGER = logging.getLogger("vit_tucker")
 
@@ -59,9 +60,9 @@ class RunDir:
         """Write config.yaml and patch.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.results.unlink(missing_ok=True)  # of a finished run that is trained on
-        _replace(self.config, config)
+        replace_text(self.config, config)
         if patch is not None:
-            _replace(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
+            replace_text(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
         handler = logging.FileHandler(self.path / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(handler)
@@ -78,7 +79,7 @@ class RunDir:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _replace(self.path / "summary.csv", text.getvalue())
+        replace_text(self.path / "summary.csv", text.getvalue())
 
     def log_failure(self, text: str) -> None:
         """Add a line to train.log from any process, if the run had begun."""
@@ -89,16 +90,7 @@ class RunDir:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Write results.json."""
-        _replace(self.results, json.dumps(results, indent=2) + "\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}.tmp")
-    with beside.open("w") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(beside, file)
+        replace_text(self.results, json.dumps(results, indent=2) + "\n")
 
 
 def setup_console(main_process: bool) -> None:

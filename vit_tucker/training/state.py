@@ -1,8 +1,8 @@
 """Checkpoints on disk: safetensors and JSON only, nothing is ever unpickled.
 
-    checkpoints/step-00000123/  model.safetensors [ema.safetensors] optimizer.safetensors state.json manifest.json
+    checkpoints/step-00000123/  config.json model.safetensors [ema.safetensors] optimizer.safetensors state.json manifest.json
     checkpoints/last            symbolic link to the newest of them
-    checkpoints/best/           model.safetensors   the weights with the best top-1 (of the EMA where there is one)
+    checkpoints/best/           config.json model.safetensors   the weights with the best top-1 (of the EMA where there is one)
 
 A checkpoint is written into a hidden folder and renamed when it is complete and on the disk, so that a kill, a power cut or a
 full disk leaves the one before it. Its manifest holds size and SHA-256 of each file: what was torn or damaged afterwards is
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vit_tucker.errors import CheckpointError
-from vit_tucker.training.weights import load_weights, save_weights, sync, whole, write_tensors
+from vit_tucker.weights import load_weights, replace_text, save_weights, sync, whole, write_tensors
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 MANIFEST = "manifest.json"
@@ -75,6 +75,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     metadata: dict[str, str],
     keep: int,
+    description: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a resumable checkpoint and drop the oldest beyond ``keep``.
 
@@ -85,6 +86,7 @@ def save_checkpoint(
         progress: JSON values; ``global_step`` names the checkpoint.
         metadata: see ``save_weights``.
         keep: how many to keep.
+        description: see ``write_description``.
 
     Returns:
         The checkpoint's folder.
@@ -97,6 +99,7 @@ def save_checkpoint(
     _clear(folder)
     try:
         write_state(beside, weights, optimizer, {"progress": progress}, metadata)
+        write_description(beside, description)
         _write(beside / MANIFEST, {f.name: _fingerprint(f) for f in sorted(beside.iterdir())})
         sync(beside)
     except BaseException:
@@ -128,6 +131,13 @@ def write_state(
     values, tensors = optimizer
     write_tensors(folder / "optimizer.safetensors", tensors)
     _write(folder / "state.json", {"optimizer": values, **facts})
+
+
+def write_description(folder: Path, description: Mapping[str, Any] | None) -> None:
+    """What the weights of a folder are of, as config.json of timm's layout: ``vit_tucker.load`` rebuilds the model from it."""
+    if description is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

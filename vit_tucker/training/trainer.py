@@ -23,8 +23,8 @@ from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import flatten, save_checkpoint, write_state
-from vit_tucker.training.weights import full_state, save_weights
+from vit_tucker.training.state import flatten, save_checkpoint, write_description, write_state
+from vit_tucker.weights import full_state, save_weights
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Trainer:
         seed: of the run.
         run_dir: where results go.
         metadata: strings for the header of saved weights.
+        description: config.json beside saved weights, see ``vit_tucker.training.state.write_description``; None for none.
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.
@@ -71,6 +72,7 @@ class Trainer:
     input_size: tuple[int, int, int]
     groups: list[Group]
     faults: FaultLog
+    description: dict[str, Any] | None = None
     distiller: Distiller | None = None
     inspect: Callable[[nn.Module], dict[str, float]] | None = None
     signals: Signals = field(default_factory=Signals)
@@ -116,7 +118,8 @@ class Trainer:
         optimizer = self._optimizer_state()
         progress = {**asdict(self.progress), "scaler": self._scaler_state()}
         folder, keep = self.run_dir.checkpoints, self.config.checkpoint_hist
-        self._write(lambda: save_checkpoint(folder, weights, optimizer, progress, self.metadata, keep), "a checkpoint")
+        header, config = self.metadata, self.description
+        self._write(lambda: save_checkpoint(folder, weights, optimizer, progress, header, keep, config), "a checkpoint")
 
     def save_best(self) -> None:
         """Write the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
@@ -128,7 +131,12 @@ class Trainer:
         assert best is not None
         state = full_state(self.ema.module if self.ema is not None else self.bare)
         header = {**self.metadata, "epoch": str(best["epoch"]), "top1": f"{best['top1']:.4f}", "best": json.dumps(best)}
-        self._write(lambda: save_weights(self.run_dir.best, state, header), "the best weights")
+
+        def write() -> None:
+            write_description(self.run_dir.best.parent, self.description)
+            save_weights(self.run_dir.best, state, header)
+
+        self._write(write, "the best weights")
 
     def _write(self, write: Callable[[], Any], what: str) -> None:
         """Write on the main process; all of them fail together."""

@@ -74,6 +74,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     sync(file)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file, replaced as a whole and on the disk when this returns."""
+    beside = file.with_name(f".{file.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    sync(beside)
+    os.replace(beside, file)
+
+
 def sync(path: Path) -> None:
     """Have a file's contents, or a folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

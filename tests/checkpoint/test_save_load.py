@@ -1,0 +1,318 @@
+"""A folder that ``save`` wrote is enough to rebuild the model, by ``load`` and by timm; what doesn't fit is refused."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
+
+import vit_tucker as vt
+from tests.conftest import randomise
+from tests.patching.test_families import FAMILIES
+from tests.patching.trios import HOSTS, make_trio, over
+from vit_tucker.patching.identity import PATCHED
+
+TIMM_TELLS = hasattr(timm.models, "get_model_args")
+"""timm records the arguments of create_model."""
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
+NAMES = ["ant", "bee", "cat", "dog", "eel"]
+CONFIG = vt.TuckerConfig(ranks=(2, 8, 8), exclude=[0], rules=({"layers": 2, "ranks": (3, 16, 12)},))
+
+
+@pytest.fixture
+def model():
+    """A small patched ViT, float32, eval."""
+    made = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL, drop_path_rate=0.1))
+    vt.patch(made, CONFIG)
+    return made.eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def edit(folder, **changes):
+    """Change entries of a folder's config.json; None takes one out."""
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in changes.items():
+        *above, last = key.split("__")
+        entry = config
+        for part in above:
+            entry = entry[part]
+        entry.pop(last, None) if value is None else entry.update({last: value})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@over("vit_1", "vit_5", "eva02_1", "mixed_1", "dinov3_5", "beit", "srelpos", "swin")
+def test_all_methods_and_hosts_come_back_bit_exact(host, method, tmp_path):
+    trio = make_trio(host, method)
+    model = copy.deepcopy(trio.small).float()
+    name, own = HOSTS[host]
+    vt.save(model, tmp_path, model_args=None if TIMM_TELLS else {**FAMILIES[name], **own})
+    loaded = vt.load(tmp_path)
+    assert torch.equal(loaded(trio.x.float()), model(trio.x.float()))
+    assert {type(m) for m in model.modules()} - {type(m) for m in loaded.modules()} <= {DropPath}
+    other = copy.deepcopy(trio.dense).float()
+    assert not torch.equal(other(trio.x.float()), model(trio.x.float()))
+
+
+def test_the_config_says_what_is_in_the_folder(model, tmp_path):
+    vt.save(model, tmp_path, label_names=NAMES, data={"mean": (0.1, 0.2, 0.3)})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architecture"] == PATCHED
+    assert config["model_args"]["host"] == "vit_tiny_patch16_224"
+    assert config["vit_tucker"]["version"] == vt.__version__
+    assert config["vit_tucker"]["method"] == "tucker"
+    assert list(config["vit_tucker"]["layers"]) == ["blocks.1.attn", "blocks.2.attn"]
+    assert [o["ranks"] for o in config["vit_tucker"]["layers"].values()] == [[2, 8, 8], [3, 16, 12]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = vt.load(tmp_path)
+    assert list(loaded.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert tuple(loaded.pretrained_cfg["input_size"]) == (3, 32, 32)
+    assert list(loaded.pretrained_cfg["label_names"]) == NAMES
+    assert not loaded.training
+
+
+def test_a_loaded_model_can_be_saved_and_loaded_again(model, x, tmp_path):
+    vt.save(model, tmp_path / "a", label_names=NAMES)
+    vt.save(vt.load(tmp_path / "a"), tmp_path / "b")
+    first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    assert first == second
+    assert torch.equal(vt.load(tmp_path / "b")(x), model(x))
+
+
+def test_other_classes_and_image_sizes_are_timms_adaptation(model, tmp_path):
+    vt.save(model, tmp_path)
+    loaded = vt.load(tmp_path, num_classes=3, img_size=64)
+    assert loaded(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+    for name, value in model.state_dict().items():
+        if not name.startswith(("head.", "pos_embed")):
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_dense_models_are_plain_timm_folders(x, tmp_path):
+    dense = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
+    vt.save(dense, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == "vit_tiny_patch16_224"
+    assert torch.equal(vt.load(tmp_path)(x), dense(x))
+    if TIMM_TELLS:
+        assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), dense(x))
+
+
+def test_ranks_chosen_by_a_rule_and_calibration_need_no_images_again(x, tmp_path):
+    model = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
+    config = vt.TuckerConfig(ranks={"budget": 0.4}, calibration=vt.Calibration(images=8, batch_size=8), backend="eager")
+    vt.patch(model, config, calibration=[torch.randn(8, 3, 32, 32)])
+    vt.save(model, tmp_path)
+    loaded = vt.load(tmp_path)
+    assert torch.allclose(loaded(x), model(x), atol=1e-5)  # another backend: rounding of float32
+    before, after = (vt.patch_record(m).config for m in (model, loaded))
+    assert after.model_dump(mode="json") == {**before.model_dump(mode="json"), "backend": "auto"}
+
+
+@pytest.mark.skipif(not TIMM_TELLS, reason="this timm has no local-dir: models and saves no arguments")
+def test_timms_own_functions_do_it_too(model, x, tmp_path):
+    vt.save(model, tmp_path / "ours")
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True, num_classes=2).eval()
+    assert torch.equal(loaded.blocks[2].attn.readout(loaded.blocks[2].attn.mix(torch.ones(1, 4, 48))),
+                       model.blocks[2].attn.readout(model.blocks[2].attn.mix(torch.ones(1, 4, 48))))  # fmt: skip
+    timm.models.save_for_hf(model, str(tmp_path / "timms"), safe_serialization=True)
+    assert torch.equal(vt.load(tmp_path / "timms")(x), model(x))
+    again = timm.create_model(f"local-dir:{tmp_path / 'timms'}", pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.skipif(not TIMM_TELLS, reason="this timm has no local-dir: models")
+def test_timm_without_the_package_refuses_and_never_loads_half_a_model(tmp_path, monkeypatch):
+    """Under the host's own name, timm would load what fits once the number of classes differs, and train on noise."""
+    from timm.models import _registry
+
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    vt.patch(model, vt.GQAConfig(num_kv_heads=2))
+    vt.save(model, tmp_path)
+    monkeypatch.delitem(_registry._model_entrypoints, PATCHED)
+    for more in ({}, {"num_classes": 3}):
+        with pytest.raises(RuntimeError, match=f"Unknown model.*{PATCHED}"):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **more)
+    edit(tmp_path, architecture="vit_tiny_patch16_224", model_args__host=None, model_args__patch=None)
+    silent = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)  # what the name protects from
+    assert hasattr(silent.blocks[1].attn, "qkv")
+    with pytest.raises(vt.CheckpointError, match=r"blocks\.0\.attn\.qkv"):
+        vt.load(tmp_path, num_classes=3)
+
+
+def test_unpatched_models_are_themselves_again(x, tmp_path):
+    dense = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
+    before = dict(dense.pretrained_cfg), dict(vars(dense).get("_model_args", {}))
+    vt.patch(dense, CONFIG)
+    assert dense.pretrained_cfg["architecture"] == dense.default_cfg["architecture"] == PATCHED
+    vt.unpatch(dense)
+    assert (dict(dense.pretrained_cfg), dict(vars(dense).get("_model_args", {}))) == before
+    vt.save(dense, tmp_path)
+    assert torch.equal(vt.load(tmp_path)(x), dense(x))
+
+
+def test_a_compiled_model_and_one_in_ddp_clothes_save_the_same(model, tmp_path):
+    vt.save(torch.compile(model), tmp_path / "a")
+    vt.save(torch.nn.DataParallel(model), tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() == model.state_dict().keys()
+
+
+def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL, mlp_ratio=2)
+    model.__dict__.pop("_model_args", None)
+    vt.patch(model, CONFIG)
+    with pytest.raises(vt.CheckpointError, match="model_args="):
+        vt.save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    vt.save(model, tmp_path, model_args={**SMALL, "mlp_ratio": 2})
+    assert vt.load(tmp_path).blocks[0].mlp.fc1.out_features == 96
+
+
+def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    with pytest.raises(vt.CheckpointError, match="num_heads is 4, not 3"):
+        vt.save(model, tmp_path, model_args={"num_heads": 3})
+    model.blocks[1].norm1.eps = 0.5
+    with pytest.raises(vt.CheckpointError, match=r"blocks\.1\.norm1\.eps is 0\.5, not 1e-06"):
+        vt.save(model, tmp_path)
+
+
+def test_models_of_no_timm_name_are_refused(tmp_path):
+    model = timm.models.VisionTransformer(**SMALL)
+    with pytest.raises(vt.CheckpointError, match="which timm model it is"):
+        vt.save(model, tmp_path)
+    vt.patch(model, CONFIG)  # patching needs no name
+    with pytest.raises(vt.CheckpointError, match="which timm model it is"):
+        vt.save(model, tmp_path)
+    vt.unpatch(model)
+    assert not hasattr(model, "pretrained_cfg")
+    with pytest.raises(vt.CheckpointError, match="2 label names for 5 classes"):
+        vt.save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path, label_names=["a", "b"])
+    (tmp_path / "file").touch()
+    with pytest.raises(vt.CheckpointError, match="is a file"):
+        vt.save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "vit_tiny_patch16_225"}, "no 'vit_tiny_patch16_225'.*did you mean 'vit_tiny_patch16_224'"),
+        ({"architecture": None}, "names no architecture"),
+        ({"model_args__host": "vit_tinny_patch16_224"}, "did you mean"),
+        ({"model_args__host": "hf-hub:someone/else"}, "has no 'hf-hub:someone/else'"),
+        ({"model_args__host": None}, "needs model_args.host and model_args.patch"),
+        ({"model_args__patch__method": "tuckre"}, "did you mean 'tucker'"),
+        ({"model_args__patch__core": 3}, "patch: core: Extra inputs.*newer vit_tucker"),
+        ({"model_args__patch__ranks": [2, 8, 16]}, "stored with .*'ranks': \\[2, 8, 8\\]|size mismatch"),
+        ({"model_args__depth": 4}, r"no blocks\.3\.attn"),
+        ({"model_args__depth": 2}, "rules|outside|no place"),
+        ({"model_args__embed_dim": 96}, "size mismatch"),
+        ({"model_args__nonsense": 1}, "can't be built.*nonsense"),
+        ({"vit_tucker__layers__blocks.1.attn__shared_kv": True}, "was stored with"),
+    ],
+)
+def test_damaged_configs_are_one_clear_line(model, tmp_path, change, message):
+    vt.save(model, tmp_path, model_args=SMALL)
+    edit(tmp_path, **change)
+    with pytest.raises((vt.CheckpointError, vt.PatchError), match=message) as caught:
+        vt.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_strange_files_are_one_clear_line(model, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(vt.CheckpointError, match=r"no such folder, and no 'owner/name' of the hub"):
+        vt.load(folder)
+    vt.save(model, folder)
+    with pytest.raises(vt.CheckpointError, match="a file; name its folder"):
+        vt.load(folder / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "blocks.1.attn.bias"} | {"more": torch.ones(1)},
+        folder / "model.safetensors",
+    )
+    with pytest.raises(vt.CheckpointError, match="of another model or patch"):
+        vt.load(folder)
+    (folder / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(vt.CheckpointError, match="can't be read"):
+        vt.load(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(vt.CheckpointError, match=r"pytorch_model\.bin is not read, since nothing is unpickled"):
+        vt.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(vt.CheckpointError, match="can't be read as JSON"):
+        vt.load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(vt.CheckpointError, match="no model"):
+        vt.load(folder)
+
+
+def test_a_patched_folder_is_no_start_for_a_dense_model(model, tmp_path):
+    """Whoever wrote it: ours says so in the header, timm's own in the config beside the weights."""
+    from vit_tucker.config.schema import ModelConfig
+    from vit_tucker.models import create_host
+
+    vt.save(model, tmp_path)
+    size = {k: v for k, v in SMALL.items() if k != "num_classes"}
+    bare = load_file(tmp_path / "model.safetensors")
+    for rewrite in (False, True):
+        if rewrite:
+            save_file(bare, tmp_path / "model.safetensors")
+        start = ModelConfig(name="vit_tiny_patch16_224", checkpoint=str(tmp_path), **size)
+        with pytest.raises(vt.CheckpointError, match="patched with tucker, a dense host is needed"):
+            create_host(start, num_classes=3)
+
+
+class TestDenseWeights:
+    """A plain timm checkpoint into a patched model, by conversion."""
+
+    @pytest.fixture
+    def dense(self):
+        return randomise(timm.create_model("vit_tiny_patch16_224", **SMALL), seed=5).eval()
+
+    @pytest.mark.parametrize("method", vt.list_methods())
+    def test_conversion_is_the_patchs_own(self, dense, x, tmp_path, method):
+        config = vt.full_rank_config(dense, method)
+        model = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL), seed=6).eval()
+        vt.patch(model, config)
+        assert (model(x) - dense(x)).abs().max() > 1e-2
+        vt.load_dense(model, dense.state_dict(), **({} if TIMM_TELLS else {"model_args": SMALL}))
+        assert (model(x) - dense(x)).abs().max() < 1e-4  # full rank: float32 rounding of logits of order 1
+
+    def test_all_kinds_of_files(self, dense, model, x, tmp_path):
+        more = {} if TIMM_TELLS else {"model_args": SMALL}
+        expected = copy.deepcopy(dense)
+        vt.patch(expected, CONFIG)
+        vt.save(dense, tmp_path / "ours", model_args=SMALL)
+        torch.save(dense.state_dict(), tmp_path / "timm.pth")
+        shutil.copy(tmp_path / "ours" / "model.safetensors", tmp_path / "some.safetensors")
+        for place in ("ours", "timm.pth", "some.safetensors"):
+            target = copy.deepcopy(model)
+            vt.load_dense(target, tmp_path / place, **more)
+            assert torch.equal(target(x), expected(x))
+
+    def test_what_is_not_the_hosts_is_refused_and_changes_nothing(self, dense, model, x, tmp_path):
+        before = model(x)
+        wrong = dense.state_dict()
+        wrong.pop("blocks.1.attn.qkv.weight")
+        with pytest.raises(vt.CheckpointError, match="not of vit_tiny_patch16_224 as it was patched"):
+            vt.load_dense(model, wrong, model_args=SMALL)
+        vt.save(model, tmp_path, model_args=SMALL)
+        with pytest.raises(vt.CheckpointError, match="patched with tucker, not a dense one"):
+            vt.load_dense(model, tmp_path)
+        with pytest.raises(vt.CheckpointError, match="no such file"):
+            vt.load_dense(model, tmp_path / "none.pth")
+        (tmp_path / "text.pth").write_text("x")
+        with pytest.raises(vt.CheckpointError, match="can't be read as weights"):
+            vt.load_dense(model, tmp_path / "text.pth")
+        with pytest.raises(vt.CheckpointError, match="not patched"):
+            vt.load_dense(dense, dense.state_dict())
+        assert torch.equal(model(x), before)

@@ -1,0 +1,189 @@
+"""config.json of a model in timm's hub layout: the architecture, the arguments that rebuild it, and how it wants its images.
+
+A patched model's architecture is ``PATCHED`` (see ``vit_tucker.patching.identity``), whose arguments are the host's own and,
+beside them, ``host`` and ``patch``. The options of each layer and the version stand under "vit_tucker", to be read and checked.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+from timm.models import is_model
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.checkpoint.entry import create_structure
+from vit_tucker.checkpoint.structure import differences
+from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.identity import PATCHED
+from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS, choose_layers, layer_configs
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import input_channels, input_shape, without_weights
+from vit_tucker.version import __version__
+
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
+IMAGES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Entries of timm's data config that ``data`` may set."""
+DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
+
+
+def describe(
+    model: nn.Module,
+    *,
+    label_names: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The config that rebuilds a model, patched or dense; checked by building it, without memory for weights.
+
+    Args:
+        model: made by ``timm.create_model``.
+        label_names: of the classes, in their order; those of pretrained_cfg if None.
+        data: how images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` beyond those that the model tells.
+
+    Returns:
+        JSON values.
+
+    Raises:
+        CheckpointError: the model isn't what timm builds from these; says what differs.
+    """
+    record = patch_record(model)
+    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
+    architecture = cfg.pop("architecture", None) if record is None else record.identity.architecture
+    if architecture is None or not is_model(architecture):
+        raise CheckpointError(
+            f"{type(model).__name__} can't be described: it does not say which timm model it is (pretrained_cfg['architecture'])"
+        )
+    config = {
+        "architecture": architecture if record is None else PATCHED,
+        "num_classes": getattr(model, "num_classes", 0),
+    }
+    if isinstance(features := getattr(model, "num_features", None), int):
+        config["num_features"] = features
+    if label_names is not None and config["num_classes"] != len(label_names):
+        raise CheckpointError(f"{len(label_names)} label names for {config['num_classes']} classes")
+    names = label_names or (cfg.get("label_names") if cfg.get("num_classes") == config["num_classes"] else None)
+    if names:
+        config["label_names"] = list(names)
+    arguments = creation_arguments(model, architecture)
+    arguments |= dict(model_args or {})
+    if record is not None:
+        arguments |= {"host": architecture, "patch": vars(model)["_model_args"]["patch"]}
+        config["vit_tucker"] = {"version": __version__, "host": architecture, **describe_patch(model)}
+    else:
+        config["vit_tucker"] = {"version": __version__}
+    config["model_args"] = plain(arguments)
+    config["pretrained_cfg"] = plain(weights_cfg(model, cfg, data or {}))
+    refuse_other(model, config)
+    return config
+
+
+def header(config: Mapping[str, Any]) -> dict[str, str]:
+    """What the header of the weights file says: timm name, method and, as JSON, the patch."""
+    patch = config["model_args"].get("patch")
+    if patch is None:
+        return {"architecture": config["architecture"], "attention": ""}
+    host = config["model_args"]["host"]
+    return {"architecture": host, "attention": patch["method"], "attention_config": json.dumps(patch)}
+
+
+def describe_patch(model: nn.Module) -> dict[str, Any]:
+    """Method of a patched model, and the options of each layer."""
+    record = patch_record(model)
+    assert record is not None
+    return {"method": record.config.method, "layers": layer_options(model, record.config)}
+
+
+def layer_options(model: nn.Module, config: AttentionConfig) -> dict[str, dict[str, Any]]:
+    """The method's options of each patched layer, by full module name: its ranks, heads or latent widths."""
+    names = list(find_attention(model))
+    layers = layer_configs(config, names, choose_layers(config, names))
+    left_out = PLACEMENT_FIELDS | {"backend"}
+    return {name: layer.model_dump(mode="json", exclude=left_out) for name, layer in layers.items()}
+
+
+def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that a model was made with, without dropout rates: as timm has recorded them, else
+    those that can be read off it and differ from the architecture's own."""
+    recorded = dict(vars(model).get("_model_args") or {})
+    get_model_args = getattr(timm.models, "get_model_args", None)
+    if get_model_args is not None:
+        recorded = get_model_args(model)
+    for name in ("host", "patch"):
+        recorded.pop(name, None)
+    if get_model_args is None:
+        plain_model = without_weights(lambda: timm.create_model(architecture, **recorded))
+        usual = visible_arguments(plain_model)
+        recorded |= {k: v for k, v in visible_arguments(model).items() if k in usual and usual[k] != v}
+    return {k: v for k, v in recorded.items() if k not in DROPOUTS and not k.endswith("_drop_rate")}
+
+
+def visible_arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that a model's attributes tell."""
+    found: dict[str, Any] = {"in_chans": input_channels(model)}
+    for name in ("num_classes", "global_pool", "embed_dim"):
+        found[name] = getattr(model, name, None)
+    embed = getattr(model, "patch_embed", None)
+    for name in ("img_size", "patch_size"):
+        size = getattr(embed, name, None)
+        found[name] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+    blocks = getattr(model, "blocks", None)
+    if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
+        found |= {"depth": len(blocks), "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None)}
+    return {name: value for name, value in found.items() if isinstance(value, int | str | tuple)}
+
+
+def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """timm's pretrained_cfg for weights that are stored beside it."""
+    kept = {
+        k: v
+        for k, v in cfg.items()
+        if k not in (*SOURCES, "architecture", "label_names", "label_offset") and v is not None
+    }
+    if kept.get("num_classes") != getattr(model, "num_classes", None):
+        kept.pop("label_descriptions", None)
+    size = input_shape(model)
+    if tuple(cfg.get("input_size", size)) != size:
+        for name in ("test_input_size", "test_crop_pct", "min_input_size", "pool_size", "test_pool_size"):
+            kept.pop(name, None)
+    kept |= {"input_size": size, "num_classes": getattr(model, "num_classes", 0), "custom_load": False}
+    kept |= {name: data[name] for name in IMAGES if data.get(name) is not None}
+    for name in ("mean", "std"):  # normalisation of RGB for a model with other channels: the mean, as timm itself does
+        if name in kept and len(kept[name]) != size[0]:
+            kept[name] = (sum(kept[name]) / len(kept[name]),) * size[0]
+    return kept
+
+
+def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a config builds another model than the one it describes."""
+    try:
+        rebuilt = create_structure(config)
+    except (TypeError, RuntimeError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
+    found = list(differences(model, rebuilt))
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise CheckpointError(
+            f"the model is not what timm makes by the name and arguments that it tells: {'; '.join(found[:3])}{more}; give the "
+            "arguments of timm.create_model as model_args="
+        )
+
+
+def plain(value: Any) -> Any:
+    """Mappings, sequences and numbers as JSON has them.
+
+    Raises:
+        CheckpointError: something else.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(part) for part in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise CheckpointError(f"{value!r} can't be written to config.json; give model_args= with plain values in its place")

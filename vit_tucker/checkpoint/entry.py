@@ -1,0 +1,240 @@
+"""Patched models as an architecture of timm's registry, and how their weights get into them.
+
+With vit_tucker imported, ``timm.create_model("hf-hub:owner/name", pretrained=True)`` and ``"local-dir:folder"`` build patched
+models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and says so.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import is_model, list_models, load_pretrained, model_entrypoint, register_model
+from timm.models._hub import download_from_hf
+from timm.models._pretrained import PretrainedCfg
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.registry import get_method
+from vit_tucker.errors import CheckpointError, ConfigError, nearest
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
+from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.probe import input_channels, without_weights
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a folder or repository."""
+
+
+@register_model
+def vit_tucker_patched(
+    pretrained: bool = False,
+    *,
+    host: str | None = None,
+    patch: Mapping[str, Any] | None = None,
+    pretrained_cfg: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model whose attention is replaced; ``timm.create_model`` calls it with the arguments of a config.json.
+
+    Args:
+        pretrained: load the weights that ``pretrained_cfg`` names.
+        host: timm name of the dense model.
+        patch: config of the patch, as ``AttentionConfig`` dumps it.
+        pretrained_cfg: timm's, of the stored weights.
+        kwargs: arguments of ``timm.create_model`` for the host.
+
+    Raises:
+        CheckpointError: the arguments describe no patched model, or the weights are missing or of another one.
+    """
+    if host is None or patch is None:
+        raise CheckpointError(
+            f"'{PATCHED}' needs model_args.host and model_args.patch, which config.json lacks: an older timm's own "
+            "function wrote it; use vit_tucker.save"
+        )
+    refuse_unknown(host, "the checkpoint's host")
+    cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
+    config = read_patch(patch)
+    model = timm.create_model(host, pretrained=False, pretrained_cfg=cfg, **kwargs)
+    install(model, config)
+    if pretrained:
+        fill(model, read_weights(vars(model)["pretrained_cfg"]))
+    return model
+
+
+def refuse_unknown(name: str, what: str) -> None:
+    """Raise CheckpointError for a name that is not in timm's registry."""
+    if not is_model(name):
+        hint = nearest(name, list_models())
+        raise CheckpointError(
+            f"timm {timm.__version__} has no '{name}', {what}{hint}; if it is your own, import the module that registers it"
+        )
+
+
+def known_entries(cfg: Any) -> dict[str, Any]:
+    """A pretrained_cfg without what this timm doesn't know and without the architecture, which is the host's again."""
+    values = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
+    known = {field.name for field in fields(PretrainedCfg)} - {"architecture"}
+    return {key: value for key, value in values.items() if key in known}
+
+
+def read_patch(values: Mapping[str, Any]) -> AttentionConfig:
+    """The config of a patch from JSON values.
+
+    Raises:
+        CheckpointError: an unknown method or option.
+    """
+    try:
+        return get_method(str(values.get("method"))).model_validate(dict(values))
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; import the module that registers it first") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"the checkpoint's patch: {key}: {first['msg']}; was it written by a newer vit_tucker?"
+        ) from None
+
+
+def install(model: nn.Module, config: AttentionConfig) -> None:
+    """Patch a model whose weights are yet to come: it remembers the config by which they were once converted."""
+    patch(model, config.unconverted(), keep_originals=False)
+    record = patch_record(model)
+    assert record is not None
+    record.config = config
+    mark(model, config, record.identity)
+
+
+def create_structure(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """The model of a config.json without memory for weights, on the meta device where timm can.
+
+    Raises:
+        CheckpointError: see ``create``.
+    """
+    return without_weights(lambda: create(config, **overrides))
+
+
+def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """The model of a config.json, dense or patched, with timm's or the method's own initialisation.
+
+    Args:
+        config: architecture, model_args, pretrained_cfg.
+        overrides: arguments of ``timm.create_model`` in place of the stored ones.
+
+    Raises:
+        CheckpointError: an architecture that timm doesn't have, or a patch that can't be made.
+    """
+    architecture = config["architecture"]
+    refuse_unknown(architecture, "the checkpoint's model")
+    cfg = known_entries(config.get("pretrained_cfg") or {})
+    arguments = dict(config.get("model_args") or {})
+    given = {**arguments, **overrides}
+    model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
+    model._model_args = {**given, **vars(model).get("_model_args", {})}  # newer timm has them already
+    model.pretrained_model_args = arguments  # where timm looks for the grid of stored positions
+    return model
+
+
+def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub. Nothing is unpickled.
+
+    Raises:
+        CheckpointError: there are none, or they are not safetensors.
+    """
+    if cfg.get("state_dict"):
+        return dict(cfg["state_dict"])
+    if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
+        return read_safetensors(download(cfg["hf_hub_id"], WEIGHTS))
+    if cfg.get("file"):
+        file = Path(cfg["file"])
+        return read_safetensors(file / WEIGHTS if file.is_dir() else file)
+    raise CheckpointError(f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')")
+
+
+def download(hub_id: str, name: str) -> Path:
+    """A file of a repository, in the hub's cache.
+
+    Raises:
+        CheckpointError: no such repository or file, or no connection.
+    """
+    try:
+        return Path(download_from_hf(hub_id, name))
+    except Exception as error:  # the hub's errors derive from several bases, and differ from version to version
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be had: {reason}") from None
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file}: only safetensors are read here, nothing is unpickled")
+    try:
+        return load_file(str(file))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: can't be read: {error}") from None
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
+    """Load stored weights into the model built for them, adapted by timm to other classes, channels or image sizes.
+
+    Args:
+        model: patched or dense.
+        state: the stored tensors.
+        origin: what to call them.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    own = model.state_dict()
+    attention = tuple(f"{name}." for name in find_attention(model))
+    missing = [key for key in own if key.startswith(attention) and key not in state]
+    if missing:  # said here, since timm loads what fits once the number of classes differs
+        raise CheckpointError(f"{origin}: of another model or patch: no {missing[0]}{_and_more(missing)}")
+    strange = [key for key in state if key not in own]
+    if strange:
+        raise CheckpointError(
+            f"{origin}: of another model or patch: {strange[0]} has no place in it{_and_more(strange)}"
+        )
+    cfg = dict(vars(model)["pretrained_cfg"])
+    fits = all(own[key].shape == value.shape for key, value in state.items())
+    try:
+        load_pretrained(
+            model,
+            pretrained_cfg={**cfg, "state_dict": state, "source": None, "custom_load": False},
+            num_classes=model.num_classes,
+            in_chans=input_channels(model) or cfg["input_size"][0],
+            filter_fn=None if fits else checkpoint_filter(model),
+        )
+    except RuntimeError as error:
+        raise CheckpointError(f"{origin}: of another model: {' '.join(str(error).split())[:300]}") from None
+
+
+def checkpoint_filter(model: nn.Module) -> Any:
+    """timm's function that adapts stored weights of the model's kind, to another image size for instance; None without one."""
+    cfg = vars(model)["pretrained_cfg"]
+    record = patch_record(model)
+    host = cfg["architecture"] if record is None else record.identity.architecture
+    return getattr(sys.modules[model_entrypoint(host).__module__], "checkpoint_filter_fn", None)
+
+
+def forget_source(model: nn.Module) -> None:
+    """Take the weights and their place out of a loaded model's pretrained_cfg."""
+    cfg = vars(model).get("pretrained_cfg")
+    if isinstance(cfg, dict):
+        set_pretrained_cfg(model, {k: v for k, v in cfg.items() if k != "state_dict"})
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -1,0 +1,191 @@
+"""Models from what is stored of them: a folder, a run, a repository of the hub; and dense weights for patched models."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from vit_tucker.checkpoint.describe import creation_arguments, layer_options
+from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
+from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.weights import weights_metadata
+
+CONFIG = "config.json"
+PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+OF_A_RUN = ("checkpoints/best", "checkpoints/last")
+"""What a run folder means: its best weights, as for its evaluation."""
+
+
+def load(where: str | Path, **overrides: Any) -> nn.Module:
+    """Rebuild a model from what is stored of it, patched or dense.
+
+    Args:
+        where: a folder written by ``save``; a run folder (its best weights) or one of its ``checkpoints/...``; a repository of
+            the hub, "owner/name" or "hf-hub:owner/name[@revision]", with the weights as safetensors. Nothing is unpickled.
+        overrides: arguments of ``timm.create_model`` in place of the stored ones: ``num_classes`` (a new head),
+            ``img_size`` (positions resampled), ``in_chans``, ``drop_path_rate``, ...
+
+    Returns:
+        The model, float32, on the CPU, in eval mode. ``pretrained_cfg`` holds its mean, std, crop and label names, as of any
+        timm model; ``vit_tucker.patch_record(model)`` the patch.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or it is of another model than its config says.
+    """
+    folder, hub_id = find(where)
+    config = read_config(folder, hub_id)
+    file = weights_file(folder) if folder is not None else download(str(hub_id), WEIGHTS)
+    origin = str(file) if hub_id is None else f"hf-hub:{hub_id}"
+    try:
+        model = create(config, **overrides)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{origin}: the model can't be built: {' '.join(str(error).split())[:200]}") from None
+    fill(model, read_safetensors(file), origin)
+    check_layers(model, config, origin)
+    forget_source(model)
+    return model.eval()
+
+
+def find(where: str | Path) -> tuple[Path | None, str | None]:
+    """The folder or the hub id that a place means.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    text = str(where)
+    prefix = next((p for p in PREFIXES if text.startswith(p)), "")
+    text = text[len(prefix) :]
+    path = Path(text).expanduser()
+    if prefix != "local-dir:" and (prefix or not path.exists()):
+        owner, slash, name = text.partition("@")[0].partition("/")
+        if prefix or (slash and owner and name and "/" not in name and not text.startswith((".", "/", "~"))):
+            return None, text
+    if not path.exists():
+        raise CheckpointError(f"{text}: no such folder, and no 'owner/name' of the hub")
+    if path.is_file():
+        raise CheckpointError(f"{path}: a file; name its folder, which has the {CONFIG} too")
+    if (path / CONFIG).is_file():
+        return path, None
+    for name in OF_A_RUN:
+        if (path / name / CONFIG).is_file():
+            return path / name, None
+    if any((path / name / WEIGHTS).is_file() for name in (*OF_A_RUN, ".")):
+        raise CheckpointError(
+            f"{path}: has weights but no {CONFIG}, which says of which model (an older vit_tucker wrote none)"
+        )
+    raise CheckpointError(f"{path}: no model: neither {CONFIG} nor {OF_A_RUN[0]}/{CONFIG}")
+
+
+def read_config(folder: Path | None, hub_id: str | None) -> dict[str, Any]:
+    """config.json of a folder or a repository.
+
+    Raises:
+        CheckpointError: missing, or not one of timm's layout.
+    """
+    file = folder / CONFIG if folder is not None else download(str(hub_id), CONFIG)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: can't be read as JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise CheckpointError(f"{file}: no config of timm's layout: it names no architecture")
+    cfg = config.setdefault("pretrained_cfg", {})
+    for name in ("num_classes", "label_names", "label_descriptions"):
+        if name in config:
+            cfg[name] = config[name]
+    return config
+
+
+def weights_file(folder: Path) -> Path:
+    """The weights of a folder: the averaged ones (EMA) where there are some.
+
+    Raises:
+        CheckpointError: there are none, or only pickled ones.
+    """
+    for name in ("ema.safetensors", WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    pickled = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern)]
+    hint = f"; {pickled[0]} is not read, since nothing is unpickled" if pickled else ""
+    raise CheckpointError(f"{folder}: no {WEIGHTS}{hint}")
+
+
+def check_layers(model: nn.Module, config: Mapping[str, Any], origin: str) -> None:
+    """Raise CheckpointError if a patched model's layers came out with other options than were stored."""
+    stored, record = (config.get("vit_tucker") or {}).get("layers"), patch_record(model)
+    if stored is None or record is None:
+        return
+    built = layer_options(model, record.config)
+    for name, options in stored.items():
+        if built.get(name) != options:
+            raise CheckpointError(
+                f"{origin}: {name} was stored with {options}, but this version builds it with {built.get(name)}"
+            )
+
+
+def load_dense(
+    model: nn.Module,
+    weights: str | Path | Mapping[str, Tensor],
+    *,
+    calibration: Iterable[Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> None:
+    """Load weights of the dense host into a patched model, by the conversion of its patch.
+
+    Args:
+        model: patched; its classifier and all else that the patch left alone are loaded as they are.
+        weights: a state dict of the dense model, a file (safetensors, or .pth with tensors only) or a folder with one.
+        calibration: images, see ``vit_tucker.patch``; without them the conversion is by weights alone.
+        model_args: see ``save``.
+
+    Raises:
+        CheckpointError: the model is not patched, or the weights are not those of its host; nothing has changed.
+    """
+    record = patch_record(model)
+    if record is None:
+        raise CheckpointError("load_dense: the model is not patched; timm.models.load_checkpoint loads dense weights")
+    architecture = record.identity.architecture
+    if architecture is None:
+        raise CheckpointError(
+            "load_dense: the model does not say which timm model it was (pretrained_cfg['architecture'])"
+        )
+    state = dict(weights) if isinstance(weights, Mapping) else read_dense(Path(weights).expanduser())
+    host = timm.create_model(architecture, **{**creation_arguments(model, architecture), **(model_args or {})})
+    try:
+        host.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"load_dense: the weights are not of {architecture} as it was patched: {reason}"
+        ) from None
+    config = record.config.model_copy(update={"init": "pretrained"})
+    if calibration is None:
+        config = config.model_copy(update={"calibration": None})
+    host.eval()
+    patch(host, config, calibration=calibration, keep_originals=False)
+    model.load_state_dict(host.state_dict())
+
+
+def read_dense(path: Path) -> dict[str, Tensor]:
+    """The dense weights of a file or folder, on the CPU; nothing is executed.
+
+    Raises:
+        CheckpointError: there are none, or they are of a patched model.
+    """
+    file = weights_file(path) if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file or folder")
+    if method := weights_metadata(file).get("attention"):
+        raise CheckpointError(f"{file}: holds a model patched with {method}, not a dense one; see vit_tucker.load")
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    from timm.models import load_state_dict
+
+    try:
+        return dict(load_state_dict(str(file), use_ema=True, weights_only=True))
+    except Exception as error:  # whatever a file that is none makes torch say
+        raise CheckpointError(f"{file}: can't be read as weights: {' '.join(str(error).split())[:200]}") from None

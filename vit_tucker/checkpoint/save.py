@@ -1,0 +1,130 @@
+"""Models into folders and onto the hub, in timm's layout, so that they rebuild themselves."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.models import push_to_hf_hub
+from torch import nn
+
+from vit_tucker.checkpoint.describe import describe, header
+from vit_tucker.checkpoint.entry import WEIGHTS
+from vit_tucker.checkpoint.load import CONFIG
+from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.weights import full_state, replace_text, save_weights
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    label_names: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model, patched or dense, as ``model.safetensors`` and ``config.json``: timm's hub layout.
+
+    ``vit_tucker.load(folder)`` rebuilds it from these alone, and so does ``timm.create_model("local-dir:" + folder,
+    pretrained=True)``, for a patched model once vit_tucker is imported.
+
+    Args:
+        model: made by ``timm.create_model``, maybe patched; also inside torch.compile or DDP.
+        folder: made if it is not there; a model that is there is replaced.
+        label_names: of the classes, in their order; those that the model has (timm's label_names) if None.
+        data: how its images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` that the model was made with, where it does not tell them itself.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the model can't be rebuilt from what it tells; nothing was written.
+        OSError: the folder can't be written to.
+    """
+    bare = unwrapped(model)
+    config = describe(bare, label_names=label_names, data=data, model_args=model_args)
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(folder / WEIGHTS, full_state(bare), header(config))
+    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile and DDP."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    label_names: Sequence[str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    model_card: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Upload a model, patched or dense, to the Hugging Face hub, by timm's own function; safetensors only.
+
+    ``vit_tucker.load(repo_id)`` rebuilds it, and so does ``timm.create_model("hf-hub:" + repo_id, pretrained=True)``, a patched
+    one once vit_tucker is imported.
+
+    Args:
+        model, label_names, data, model_args: see ``save``.
+        repo_id: "owner/name"; made if it is not there.
+        model_card: entries of timm's model card in place of ours: description, usage, license, tags, details, citation.
+        options: of ``timm.models.push_to_hf_hub``: token, private, revision, create_pr, commit_message.
+
+    Returns:
+        What timm returns: the address of the commit.
+
+    Raises:
+        CheckpointError: see ``save``; nothing was uploaded.
+    """
+    bare = unwrapped(model)
+    config = describe(bare, label_names=label_names, data=data, model_args=model_args)
+    given = {k: v for k, v in config.items() if k != "model_args"}
+    card = {**describe_card(bare, repo_id), **(model_card or {})}
+    return push_to_hf_hub(
+        bare,
+        repo_id,
+        model_config=given,
+        model_args=dict(config["model_args"]),
+        model_card=card,
+        safe_serialization=True,
+        **options,
+    )
+
+
+def describe_card(model: nn.Module, repo_id: str) -> dict[str, Any]:
+    """Entries of the model card: what the model is, and how to load it."""
+    record = patch_record(model)
+    if record is None:
+        return {
+            "usage": f'```python\nimport timm\n\nmodel = timm.create_model("hf-hub:{repo_id}", pretrained=True)\n```'
+        }
+    report, host = record.report, record.identity.architecture
+    usage = f"""```python
+import vit_tucker
+
+model = vit_tucker.load("hf-hub:{repo_id}")  # or, once it is imported: timm.create_model("hf-hub:{repo_id}", pretrained=True)
+```"""
+    details = {
+        "Host": host,
+        "Attention": f"{record.config.method}, {len(report.layers)} layers",
+        "Attention parameters": f"{report.params_after:,} (of {report.params_before:,})",
+    }
+    description = f"`{host}` with its attention replaced by vit_tucker ({record.config.method})."
+    tags = ["image-classification", "timm", "vit_tucker"]
+    return {"description": description, "details": details, "usage": usage, "tags": tags}
