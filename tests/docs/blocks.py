@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import yaml
@@ -72,6 +73,9 @@ def check_page(blocks: list[Block], namespace: dict[str, Any]) -> None:
     Raises:
         AssertionError: a block that says something wrong; names the place. Whatever a Python block raises.
     """
+    for block in blocks:
+        if block.language == "python":
+            compiled(block)  # also those that are only shown
     checked = [block for block in blocks if block.skipped is None]
     for block in checked:
         name = FILE_NAME.match(block.text)
@@ -79,13 +83,18 @@ def check_page(blocks: list[Block], namespace: dict[str, Any]) -> None:
             Path(name["name"]).write_text(block.text)
     for block in checked:
         if block.language == "python":
-            exec(compile("\n" * (block.line - 1) + block.text, str(block.file), "exec"), namespace)
+            exec(compiled(block), namespace)
         elif block.language == "yaml":
             check_yaml(block)
         elif block.language == "bash":
             check_script(block.text, block.where)
         else:
             assert block.language in SHOWN_ONLY, f"{block.where}: unknown language '{block.language}'"
+
+
+def compiled(block: Block) -> CodeType:
+    """A Python block, with its lines numbered as in the page."""
+    return compile("\n" * (block.line - 1) + block.text, str(block.file), "exec")
 
 
 def check_yaml(block: Block) -> None:

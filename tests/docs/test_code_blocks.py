@@ -59,6 +59,12 @@ def test_blocks_are_found_with_lines_indents_and_markers():
     assert second == Block(Path("p.md"), 12, "bash", "ls\n  -l\n")
 
 
+def test_blocks_that_are_only_shown_must_be_python_too(reader):
+    check_page([Block(Path("p.md"), 1, "python", "missing.name\n", "a sketch")], reader)
+    with pytest.raises(SyntaxError):
+        check_page([Block(Path("p.md"), 1, "python", "def f(:\n", "a sketch")], reader)
+
+
 @pytest.mark.parametrize(
     ("language", "text", "reason"),
     [
