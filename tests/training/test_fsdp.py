@@ -26,7 +26,8 @@ import vit_tucker.run as run
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from vit_tucker.training import engine, weights
+from vit_tucker import weights
+from vit_tucker.training import engine
 
 create = run.create_accelerator
 def sharding(*args):
