@@ -8,16 +8,29 @@ from types import CodeType
 from typing import Any
 
 import yaml
+from timm.models._factory import parse_model_name
 
 from tests.docs.commands import check_script
 from vit_tucker.config.load import load_config
 from vit_tucker.sweep.plan import load_sweep
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\s*$")
-MARKER = re.compile(r"^\s*<!-- not run: (?P<reason>.+) -->$")
+MARKER = re.compile(r"^\s*<!-- (?P<kind>not run|needs): (?P<reason>.+) -->$")
 FILE_NAME = re.compile(r"^# (?P<name>[\w-]+\.yaml)\b")
 SHOWN_ONLY = frozenset({"", "text", "latex", "math"})
 """Languages of blocks that show something: output, files, formulas."""
+
+
+def timm_has_local_dir() -> bool:
+    """Whether this timm reads models of a local folder."""
+    try:
+        return parse_model_name("local-dir:x")[0] == "local-dir"
+    except AssertionError:
+        return False
+
+
+NEEDS = {"timm local-dir": timm_has_local_dir}
+"""What a block may need, by the name in its comment."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +42,8 @@ class Block:
         line: of its first line of code, from 1.
         language: as named after the fence.
         text: the code, without the fence's indentation.
-        skipped: the reason given in a comment before it, "<!-- not run: ... -->"; None to check it.
+        skipped: the reason given in a comment before it, "<!-- not run: ... -->", or what it "<!-- needs: ... -->" and is not
+            there; None to check it.
     """
 
     file: Path
@@ -58,9 +72,10 @@ def code_blocks(file: Path, text: str) -> Iterator[Block]:
             if inner.strip() == "```":
                 break
             code.append(inner[indent:])
-        marker = MARKER.match(before)
-        before = ""
-        yield Block(file, number + 1, opening["language"], "\n".join(code) + "\n", marker["reason"] if marker else None)
+        marker, before = MARKER.match(before), ""
+        met = marker is not None and marker["kind"] == "needs" and NEEDS[marker["reason"]]()
+        skipped = None if marker is None or met else marker["reason"]
+        yield Block(file, number + 1, opening["language"], "\n".join(code) + "\n", skipped)
 
 
 def check_page(blocks: list[Block], namespace: dict[str, Any]) -> None:
