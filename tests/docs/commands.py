@@ -43,11 +43,14 @@ def check_script(text: str, where: str) -> None:
 def shell_commands(text: str) -> Iterator[list[str]]:
     """The commands as words: continued lines joined, comments and assignments left out."""
     for line in re.sub(r"\\\n", " ", text).splitlines():
-        lexer = shlex.shlex(re.sub(r"\$\w+", "1", line), posix=True, punctuation_chars="|;&")
+        lexer = shlex.shlex(re.sub(r"\$\w+", "1", line), posix=True, punctuation_chars="|;&>")
         lexer.whitespace_split, lexer.commenters = True, "#"
         command: list[str] = []
-        for word in [*lexer, ";"]:
-            if word in ("|", ";", "&&", "||"):
+        words = iter([*lexer, ";"])
+        for word in words:
+            if word in (">", ">>"):
+                next(words)  # a file of the reader's
+            elif word in ("|", ";", "&&", "||"):
                 if command:
                     yield command
                 command = []
@@ -79,7 +82,7 @@ def check_front_door(arguments: list[str]) -> None:
     """./run.sh"""
     command, *rest = arguments or ["main"]
     text = (ROOT / "run.sh").read_text()
-    names = {name for line in re.findall(r"^  ([a-z][a-z_| -]*)\)", text, re.MULTILINE) for name in line.split(" | ")}
+    names = {name for line in re.findall(r"^  ([a-z-][a-z_| -]*)\)", text, re.MULTILINE) for name in line.split(" | ")}
     expect(command in names, f"run.sh has no '{command}', only {', '.join(sorted(names))}")
     if command in SCRIPTS:
         check_arguments(SCRIPTS[command], rest)
