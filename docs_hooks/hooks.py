@@ -17,6 +17,7 @@ from docs_hooks.repository import LISTING, linked_files, rewrite_links, site_pat
 from docs_hooks.tables import GENERATED
 
 MARKER = re.compile(r"^<!-- generated: (?P<name>[\w-]+) -->$", re.MULTILINE)
+WIDE_TABLE = re.compile(r"^\|(?:[^|\n]*\|){8,}$", re.MULTILINE)
 NO_ALT = re.compile(r'<img (?![^>]*\balt="[^"])[^>]*>')
 FETCHED = re.compile(r'<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)="(?:https?:)?//[^>]*>')
 TEXTS = {**GENERATED, "commands": command_reference}
@@ -41,7 +42,10 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: generated: {match['name']}: one of {', '.join(TEXTS)}")
         return TEXTS[match["name"]]()
 
-    return rewrite_links(page.file.src_uri, MARKER.sub(generated, markdown))
+    text = MARKER.sub(generated, markdown)
+    if WIDE_TABLE.search(text):
+        page.meta.setdefault("hide", ["toc"])  # its room goes to the table
+    return rewrite_links(page.file.src_uri, text)
 
 
 def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
