@@ -86,8 +86,8 @@ def test_the_commands_are_those_of_the_parsers():
     text = command_reference()
     for name, parser in module_parsers().items():
         assert f"### `python -m vit_tucker {name}`\n" in text
-        for action in parser._actions:
-            assert not action.option_strings or f"`{action.option_strings[0]}" in text or "-h" in action.option_strings
+        for option in (action.option_strings[0] for action in parser._actions if action.option_strings):
+            assert f"| `{option}" in text or f"| <code>{option}" in text or option == "-h", (name, option)
     assert "### `python experiments/train_vit.py`\n" in text
 
 
