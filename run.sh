@@ -9,6 +9,7 @@
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
 #   ./run.sh plan --cfg X             what a config's patch would do, without training
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
+#   ./run.sh COMMAND ...              any command of vit-tucker: convert, evaluate, predict, explain, export, bench, ...; --help lists them
 #   ./run.sh setup                    only set up
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
@@ -73,10 +74,6 @@ case "$command" in
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
   sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  plan | ranks | hosts | compare | cost | methods | schema) setup "" && exec .venv/bin/python -m vit_tucker "$command" "$@" ;;
-  -h | --help | help) sed -n '2,15s/^# \{0,1\}//p' "$0" ;;
-  *)
-    echo "error: unknown command '$command'; known: train, sweep, tables, report, test, lint, plan, ranks, hosts, compare, cost, methods, schema, setup, help" >&2
-    exit 2
-    ;;
+  -h | --help | help) sed -n '2,16s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  *) setup "" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

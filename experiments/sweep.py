@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from vit_tucker.sweep.cli import sweep_main
+from vit_tucker.cli.sweep import sweep_main
 
 if __name__ == "__main__":
     sys.exit(sweep_main())

@@ -202,7 +202,7 @@ def test_scripts_say_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, sc
     Path("runs").mkdir()
     Path("a.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
-    assert runpy.run_path(str(ROOT / "experiments" / f"{script}.py"))["main"]() == 2
+    assert runpy.run_path(str(ROOT / "experiments" / f"{script}.py"))[f"{script}_main"]() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
@@ -213,6 +213,6 @@ def test_scripts_say_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys, sc
 def test_a_sweep_s_folder_gets_its_tables_inside(tmp_path, monkeypatch, capsys, no_figures):
     write_runs(tmp_path, study(seeds=1))
     monkeypatch.setattr(sys, "argv", ["tables.py", str(tmp_path)])
-    assert runpy.run_path(str(ROOT / "experiments" / "tables.py"))["main"]() == 0
+    assert runpy.run_path(str(ROOT / "experiments" / "tables.py"))["tables_main"]() == 0
     assert (tmp_path / "tables.md").is_file()
     assert "13 runs of 13 settings" in capsys.readouterr().out

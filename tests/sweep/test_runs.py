@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.config.load import load_config
-from vit_tucker.sweep.cli import sweep_main
 from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.process import launch_arguments, log_file
 from vit_tucker.sweep.runner import share_machine

@@ -5,6 +5,7 @@ replaced whole, since another method has other options.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,9 @@ def find_config(name: str | Path) -> Path:
 
 
 def package_configs() -> Path:
-    """The shipped configs of a source checkout, so that names work from any folder."""
-    return Path(__file__).resolve().parents[2] / CONFIG_ROOT
+    """The shipped configs, so that names work from any folder: of a source checkout, or of an installation."""
+    checkout = Path(__file__).resolve().parents[2] / CONFIG_ROOT
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "vit_tucker" / CONFIG_ROOT
 
 
 def read_yaml(path: Path) -> Source:

@@ -51,6 +51,34 @@ def describe_attention(results: dict[str, Any]) -> str:
     return f"{patch['layers'][0]['method']} {options[0]}{' ...' if len(options) > 1 else ''}".strip()
 
 
+def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
+    """What a comparison says of each finished run, as plain values.
+
+    Raises:
+        ConfigError: a run is not finished.
+    """
+    rows = []
+    for folder in folders:
+        results = read_results(folder)
+        params, last = results["params"], results["last"]
+        rows.append(
+            {
+                "run": results["name"],
+                "folder": str(folder),
+                "attention": describe_attention(results),
+                "attention_params": params["attention"],
+                "of_dense": params["attention"] / params["dense_attention"],
+                "params": params["total"],
+                "eval_top1": last["eval_top1"],
+                "best_top1": results["best"]["top1"],
+                "eval_top5": last["eval_top5"],
+                "epochs": results["epochs"],
+                "train_seconds": results["train_seconds"],
+            }
+        )
+    return rows
+
+
 def comparison(folders: list[Path]) -> str:
     """A Markdown table of finished runs: accuracy after the last epoch, and of the best one (chosen on the same images).
 
@@ -63,23 +91,21 @@ def comparison(folders: list[Path]) -> str:
     Raises:
         ConfigError: a run is not finished.
     """
-    rows = []
-    for folder in folders:
-        results = read_results(folder)
-        params, last = results["params"], results["last"]
-        row = (
-            results["name"],
-            describe_attention(results),
-            f"{params['attention']:,}",
-            f"{params['attention'] / params['dense_attention']:.1%}",
-            f"{params['total']:,}",
-            f"{last['eval_top1']:.2f}",
-            f"{results['best']['top1']:.2f}",
-            f"{last['eval_top5']:.2f}",
-            str(results["epochs"]),
-            f"{results['train_seconds']:.0f}",
+    rows = [
+        (
+            row["run"],
+            row["attention"],
+            f"{row['attention_params']:,}",
+            f"{row['of_dense']:.1%}",
+            f"{row['params']:,}",
+            f"{row['eval_top1']:.2f}",
+            f"{row['best_top1']:.2f}",
+            f"{row['eval_top5']:.2f}",
+            str(row["epochs"]),
+            f"{row['train_seconds']:.0f}",
         )
-        rows.append(row)
+        for row in compared_rows(folders)
+    ]
     return markdown(COLUMNS, rows, TEXT_COLUMNS)
 
 

@@ -1,12 +1,13 @@
 """Tables of costs: parameters, operations, memory and latency, as Markdown, CSV or LaTeX."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vit_tucker.report.formats import count, csv_text, decimal, latex, markdown
 
-FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex"}
+FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "json": ".json"}
 """Formats, and the endings of their files."""
 
 
@@ -44,7 +45,11 @@ class Table:
     notes: Sequence[str] = ()
 
     def render(self, style: str) -> str:
-        """The table as "markdown", "csv" or "latex"."""
+        """The table as "markdown", "csv", "latex" or "json"."""
+        if style == "json":
+            keys = [column.key for column in self.columns]
+            rows = [dict(zip(keys, row, strict=True)) for row in self.rows]
+            return json.dumps({"title": self.title, "rows": rows, "notes": list(self.notes)}, indent=2) + "\n"
         if style == "csv":
             return csv_text([column.key for column in self.columns], self.rows)
         header = [column.title for column in self.columns]

@@ -37,7 +37,7 @@ def write_report(folder: Path) -> Path:
     """
     studies = sorted(file.parent for file in folder.glob(f"*/{KEPT}"))
     if not studies:
-        make = f"make one by experiments/tables.py RUNS... --out {folder / 'NAME'}"
+        make = f"make one by: vit-tucker tables RUNS... --out {folder / 'NAME'}"
         raise ConfigError(f"{folder}: no folder in it has a {KEPT}; {make}")
     others = sorted(readme.parent.name for readme in folder.glob("*/README.md") if readme.parent not in studies)
     rows: list[list[str]] = []

@@ -24,6 +24,24 @@ def read_rows(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def rank_rows(folder: Path) -> list[dict[str, Any]]:
+    """ranks.csv as values: numbers where they are some."""
+    return [{key: _value(text) for key, text in row.items()} for row in read_rows(folder / "ranks.csv")]
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def rank_table(folder: Path) -> str:
     """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
 

@@ -7,17 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.cli.common import PRECISIONS, add_device, add_json, add_method, choose_device, emit, positive
+from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from vit_tucker.attention.base import AttentionConfig
     from vit_tucker.config.schema import ModelConfig
     from vit_tucker.costs import HostFactory, ModelCost
     from vit_tucker.report.cost import Table
 
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 EXAMPLES = """examples:
   cost vit_base_patch16_224 --method "tucker ranks=[8,16,16]" --method "gqa num_kv_heads=1"
   cost vit_large_patch16_224 --method "mla q_lora_rank=32 kv_lora_rank=32" --measure --batch-size 64 --precision bf16
@@ -29,7 +27,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``python -m vit_tucker``."""
+    """Add the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "cost",
         help="parameters, FLOPs, memory and latency of a timm model with any methods; the paper's cost tables",
@@ -44,28 +42,24 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL | key=value",
         help="timm model name; config keys, e.g. model.img_size=384; with --table 1 its letters, e.g. d=1024",
     )
-    parser.add_argument(
-        "--method",
-        action="append",
-        default=[],
-        metavar="'NAME key=value ...'",
-        help="a method and its options, values in YAML as in a config's attention section; may be given several times",
-    )
+    add_method(parser)
     parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")
     parser.add_argument("--table", type=int, choices=(1, 2, 3), help="a table of the paper instead of a model")
     parser.add_argument(
         "--measure", action="store_true", help="also latency, in turns with the dense model, and memory"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per pass; 8 if left out")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per pass; 8 if left out")
     parser.add_argument(
         "--turns", type=int, default=15, metavar="N", help="of --measure, for each model; 15 if left out"
     )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast, and of the KV cache")
+    add_device(parser)
     parser.add_argument(
-        "--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast, and of the KV cache"
+        "--format", choices=("markdown", "csv", "latex", "json"), help="by the ending of --out, else markdown"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="of --measure: cpu, cuda, cuda:1; a GPU if there is one")
-    parser.add_argument("--format", choices=("markdown", "csv", "latex"), help="by the ending of --out, else markdown")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
+    add_json(parser)
+    parser.set_defaults(run=cost)
 
 
 def cost(args: argparse.Namespace) -> int:
@@ -74,16 +68,13 @@ def cost(args: argparse.Namespace) -> int:
     from vit_tucker.report.cost import FORMATS
 
     by_ending = {ending: name for name, ending in FORMATS.items()}
-    style = args.format or by_ending.get("" if args.out is None else args.out.suffix, "markdown")
+    style = ("json" if args.json else args.format) or by_ending.get(
+        "" if args.out is None else args.out.suffix, "markdown"
+    )
     if args.out is not None:
         refuse_unwritable("--out", args.out)
     text = (_model(args) if args.table is None else _paper(args)).render(style)
-    if args.out is None:
-        print(text, end="")
-    else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-        print(f"{args.out}: written")
+    emit(text, args.out)
     return 0
 
 
@@ -145,9 +136,8 @@ def _model(args: argparse.Namespace) -> "Table":
     overrides = [text for text in args.overrides if "=" in text]
     if len(names) + (args.cfg is not None) != 1:
         raise ConfigError(f"cost needs one of MODEL, --cfg and --table{f', not {len(names)} models' if names else ''}")
-    for option, value, least in (("--batch-size", args.batch_size, 1), ("--turns", args.turns, 2)):
-        if value < least:
-            raise ConfigError(f"{option} {value}: must be at least {least}")
+    if args.turns < 2:
+        raise ConfigError(f"--turns {args.turns}: must be at least 2")
     methods: list[tuple[str, AttentionConfig]] = []
     if args.cfg is not None:
         from vit_tucker.build import classes_and_channels
@@ -183,25 +173,6 @@ def read_method(text: str, model: "ModelConfig") -> "AttentionConfig":
     attention = validate(source).attention
     assert attention is not None
     return attention
-
-
-def choose_device(name: str | None) -> "torch.device":
-    """The device of that name; a GPU if there is one for None.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in DEVICES:
-        raise ConfigError(f"--device {name}: one of {', '.join(DEVICES)}{nearest(name, DEVICES)}")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return device
 
 
 def cost_table(host: "HostFactory", costs: Sequence["ModelCost"], args: argparse.Namespace) -> "Table":

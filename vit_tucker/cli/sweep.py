@@ -1,23 +1,31 @@
-"""``experiments/sweep.py``: parse, run, exit status."""
+"""``sweep`` and ``experiments/sweep.py``: methods x options x seeds from one file."""
 
 import argparse
 import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from vit_tucker.cli import guarded, parse_with_overrides
+from vit_tucker.cli.common import Parser, guarded, parse_with_overrides, positive
+
+DESCRIPTION = (
+    "Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on where it was stopped: "
+    "finished runs are not run again, interrupted ones continue."
+)
 
 
-def sweep_main(argv: Sequence[str] | None = None) -> int:
-    """``experiments/sweep.py`` and ``./run.sh sweep``."""
-    parser = argparse.ArgumentParser(
-        prog="sweep.py",
-        description="Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on "
-        "where it was stopped: finished runs are not run again, interrupted ones continue.",
-    )
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser("sweep", help="run methods x options x seeds from one file", description=DESCRIPTION)
+    add_arguments(parser)
+    parser.set_defaults(run=sweep)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
     parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time; GPUs are dealt to them")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; GPUs are dealt to them")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
     )
@@ -36,20 +44,18 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="the sweep's keys, e.g. seeds=[0,1] set.data.root=/data"
     )
+
+
+def sweep_main(argv: Sequence[str] | None = None) -> int:
+    """``experiments/sweep.py`` and ``./run.sh sweep``."""
+    parser = Parser(prog="sweep.py", description=DESCRIPTION)
+    add_arguments(parser)
     args = parse_with_overrides(parser, argv)
-    for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
-        args.overrides += [text for text in values if "=" in text]
-        values[:] = [text for text in values if "=" not in text]
-    return guarded(lambda: _sweep(args))
+    return guarded(lambda: sweep(args))
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def _sweep(args: argparse.Namespace) -> int:
+def sweep(args: argparse.Namespace) -> int:
+    """The command itself."""
     from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.sweep.board import Display
@@ -58,9 +64,12 @@ def _sweep(args: argparse.Namespace) -> int:
     from vit_tucker.sweep.runner import Runner, read_statuses, share_machine, visible_gpus
     from vit_tucker.sweep.status import State, read_records
 
-    sweep = load_sweep(args.cfg, args.overrides)
-    jobs = select(sweep, args.only, args.seeds)
-    refuse_unwritable("output_dir", sweep.output_dir, folder=True)
+    for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
+        args.overrides += [text for text in values if "=" in text]
+        values[:] = [text for text in values if "=" not in text]
+    planned = load_sweep(args.cfg, args.overrides)
+    jobs = select(planned, args.only, args.seeds)
+    refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
     statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
     display = Display(jobs, statuses)
@@ -70,11 +79,11 @@ def _sweep(args: argparse.Namespace) -> int:
         if left:
             print(describe_cost(training_flops(left, flops)))
         return 0
-    sweep.output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(sweep.file, sweep.output_dir / SWEEP)
-    slots = share_machine(args.jobs, args.launch, visible_gpus(), sweep.keep_checkpoints)
+    planned.output_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(planned.file, planned.output_dir / SWEEP)
+    slots = share_machine(args.jobs, args.launch, visible_gpus(), planned.keep_checkpoints)
     status = Runner(jobs, statuses, slots, display).run()
     display.close()
     if status == 0:
-        print(f"all done; tables and figures: python experiments/tables.py {shlex.quote(str(sweep.output_dir))}")
+        print(f"all done; tables and figures: python -m vit_tucker tables {shlex.quote(str(planned.output_dir))}")
     return status

@@ -8,8 +8,8 @@ import pytest
 
 from vit_tucker.cli import main
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "cost.md"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "cost"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "cost.md"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost"
 SMALL = ["vit_tiny_patch16_224", "model.depth=1", "model.img_size=32", "model.embed_dim=48", "model.num_heads=4"]
 
 
@@ -80,7 +80,7 @@ def test_files_by_their_endings(capsys, tmp_path):
         ([*SMALL, "--method", "tucker ranks={budget: 0.1}"], "add model.pretrained=true"),
         ([*SMALL, "model.depht=1"], "did you mean 'depth'?"),
         ([*SMALL, "--measure", "--device", "gpu"], "--device gpu: one of cpu, cuda, mps, xpu"),
-        ([*SMALL, "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        ([*SMALL, "--batch-size", "0"], "--batch-size: 0: must be at least 1"),
         ([*SMALL, "--turns", "1", "--measure"], "--turns 1: must be at least 2"),
         (["--table", "1", "dd=3"], "dd: unknown size"),
         (["--table", "2", "d=3"], "d=3: --table 2 takes no sizes"),

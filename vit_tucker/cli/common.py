@@ -1,0 +1,148 @@
+"""What all commands share: exit statuses, the flags that several have, and how results are printed."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+PRECISIONS = ("no", "bf16", "fp16")
+MODEL_HELP = (
+    "run folder (its best weights), one of its checkpoints, a folder of vit_tucker.save, or owner/name on the hub"
+)
+OVERRIDES_HELP = "config keys to override, values in YAML"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose mistakes are one line with the nearest valid name, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and leave with status 2."""
+        valid: list[str] = []
+        word = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
+        for action in self._actions:
+            wanted = action.option_strings if word and word[2] else (action.choices or ())
+            valid += map(str, wanted)
+        hint = nearest(word[1] or word[2].partition("=")[0], valid) if word else ""
+        self.exit(2, f"error: {message}{hint} (see {self.prog} --help)\n")
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """Exit status of a command; user errors become one line on standard error, from the first process only."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (VitTuckerError, FailedError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, VitTuckerError) else 1
+    except StoppedError as stop:
+        if first:
+            print(stop, file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        if first:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with all ``key=value`` in ``overrides``: argparse takes these only where it meets them first.
+
+    Args:
+        parser: with an argument ``overrides``, unless the command takes none.
+        argv: as for ``parse_args``.
+    """
+    args, extra = parser.parse_known_args(argv)
+    if extra and (not hasattr(args, "overrides") or any(text.startswith("-") for text in extra)):
+        unknown = [text for text in extra if text.startswith("-")] or extra
+        command_parser(parser, args).error(f"unrecognized arguments: {' '.join(unknown)}")
+    if extra:
+        args.overrides += extra
+    return args
+
+
+def command_parser(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
+    """The parser of the command that was given; the parser itself if it has no commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices[args.command]
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json``: results for machines, on standard output."""
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``; read it by ``choose_device``."""
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+
+
+def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:
+    """``--method``; read it by ``vit_tucker.cli.cost.read_method``."""
+    how = "; may be given several times" if several else ""
+    parser.add_argument(
+        "--method",
+        action="append" if several else "store",
+        default=[] if several else None,
+        metavar="'NAME key=value ...'",
+        help=f"a method and its options, values in YAML as in a config's attention section{how}",
+    )
+
+
+def positive(text: str) -> int:
+    """A number of one or more, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+def choose_device(name: str | None) -> "torch.device":
+    """The device of that name; a GPU if there is one for None.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in DEVICES:
+        raise ConfigError(f"--device {name}: one of {', '.join(DEVICES)}{nearest(name, DEVICES)}")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def emit(text: str, out: Path | None = None) -> None:
+    """Print a result, or write it to a file and say so."""
+    text = text if text.endswith("\n") else f"{text}\n"
+    if out is None:
+        print(text, end="")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    print(f"{out}: written")
+
+
+def to_json(values: Any) -> str:
+    """JSON for machines; paths as text."""
+    return json.dumps(values, indent=2, default=str)

@@ -1,0 +1,31 @@
+"""``compare``: runs side by side, from their results alone."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.cli.common import add_json, emit, to_json
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser("compare", help="runs side by side, from their results.json")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="keep configs, summaries, results and the table there"
+    )
+    add_json(parser)
+    parser.set_defaults(run=compare)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The command itself."""
+    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.report.compare import compared_rows, comparison, save_comparison
+
+    if args.save is not None:
+        refuse_unwritable("--save", args.save, folder=True)
+    emit(to_json(compared_rows(args.runs)) if args.json else comparison(args.runs))
+    if args.save is not None:
+        save_comparison(args.runs, args.save)
+    return 0

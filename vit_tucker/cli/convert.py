@@ -1,0 +1,74 @@
+"""``convert``: a patched model from a dense one, as a folder that rebuilds itself."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.cli.common import add_json, emit, positive, to_json
+
+EXAMPLES = """examples:
+  convert vit_base_patch16_224 --method "tucker ranks=[8,64,64]" --out converted model.pretrained=true
+  convert vit_base_patch16_224 --method "gqa num_kv_heads=4" --out converted model.checkpoint=weights.safetensors
+  convert vit_base_patch16_224 --method "tucker ranks={budget: 0.15}" --out converted \\
+      --data imagenet --images 256 data.root=/data model.pretrained=true
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    from vit_tucker.cli.plan import add_target
+
+    parser = commands.add_parser(
+        "convert",
+        help="convert a dense model's attention and save the result",
+        description="Convert the attention of a timm model, by its weights or with images as its layers see them, and save it "
+        "in timm's hub layout: vit_tucker.load and timm.create_model('local-dir:...') rebuild it.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_target(parser)
+    parser.add_argument(
+        "--data", metavar="DATASET", help="calibrate the conversion on training images of this data set"
+    )
+    parser.add_argument("--images", type=positive, default=256, metavar="N", help="how many of them; 256 if left out")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    add_json(parser)
+    parser.set_defaults(run=convert)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """The command itself."""
+    from vit_tucker.attention.options import Calibration
+    from vit_tucker.checkpoint.save import save
+    from vit_tucker.cli.plan import create, read_target
+    from vit_tucker.data.calibration import calibration_images
+    from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.data.transforms import resolve_data
+    from vit_tucker.patching.patch import patch
+    from vit_tucker.patching.probe import input_shape
+    from vit_tucker.paths import refuse_unwritable
+
+    if args.data is not None:
+        args.overrides.append(f"data.dataset={args.data}")
+    config, attention = read_target(args)
+    refuse_unwritable("--out", args.out, folder=True)
+    if args.data is not None:
+        dataset_info(args.data)
+        options = attention.calibration or Calibration(images=args.images)
+        attention = attention.model_copy(update={"calibration": options})
+    model = create(config).eval()
+    size = input_shape(model, config.model.img_size)
+    trained = config.model.pretrained or config.model.checkpoint is not None
+    data = resolve_data(config.data, dataset_info(config.data.dataset), model, trained, size)
+    images = None
+    if (calibration := attention.calibration) is not None:
+        images = calibration_images(config.data, data, calibration.images, calibration.batch_size, calibration.seed)
+    report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
+    save(model, args.out, data=data)
+    if args.json:
+        emit(to_json({"folder": args.out, **report.to_dict()}))
+        return 0
+    emit(str(report))
+    hint = "" if trained else "; the dense model had no trained weights (model.pretrained, model.checkpoint)"
+    print(f"{args.out}: saved{hint}")
+    return 0

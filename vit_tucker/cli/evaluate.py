@@ -1,0 +1,112 @@
+"""``evaluate``: accuracy of a stored model on a data set."""
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, PRECISIONS, add_json, emit, positive, to_json
+from vit_tucker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vit_tucker.config.schema import RunConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="accuracy of a stored model",
+        description="Top-1, top-5 and loss of a stored model, each image counted once; with accelerate launch on several "
+        "processes too. A run brings its data set, else name one.",
+    )
+    parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
+    parser.add_argument(
+        "--data", metavar="DATASET", help="data set, as data.dataset of a config; the run's own if left out"
+    )
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images per pass; the run's own, or 128")
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast")
+    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if there is a GPU")
+    add_json(parser)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="data.key=value", help=f"{OVERRIDES_HELP}, e.g. data.root=/data"
+    )
+    parser.set_defaults(run=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """The command itself."""
+    import logging
+
+    from vit_tucker.checkpoint.load import find
+    from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.data.loaders import build_loaders
+    from vit_tucker.data.transforms import resolve_data
+    from vit_tucker.inference import open_model
+    from vit_tucker.patching.probe import input_shape
+    from vit_tucker.trainer_setup import create_accelerator
+    from vit_tucker.training.engine import evaluate as score
+    from vit_tucker.training.peers import Peers
+
+    find(args.model)
+    config = data_config(args)
+    model = open_model(args.model)
+    info = dataset_info(config.data.dataset)
+    if info.num_classes is not None and info.num_classes != model.num_classes:
+        own, theirs = model.num_classes, info.num_classes
+        raise ConfigError(f"{args.model} has {own} classes, the data set {config.data.dataset} has {theirs}")
+    logging.getLogger("vit_tucker").setLevel(logging.WARNING)
+    accelerator = create_accelerator(config.train)
+    peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
+    model.to(accelerator.device)
+    data = resolve_data(config.data, info, model, True, input_shape(model))
+    rank, world = accelerator.process_index, accelerator.num_processes
+    pin = accelerator.device.type == "cuda"
+    loaders = peers.main_first(
+        lambda: build_loaders(
+            config.data, config.train, data, 0, rank, world, pin, with_train=False, device=accelerator.device
+        )
+    )
+    try:
+        scores = score(model, loaders, accelerator, peers)
+    finally:
+        loaders.close()
+    if accelerator.is_main_process:
+        values = {"model": args.model, "dataset": config.data.dataset, "split": config.data.val_split, **asdict(scores)}
+        line = f"top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
+        emit(to_json(values) if args.json else f"{args.model} on {config.data.dataset}: {line}")
+    return 0
+
+
+def data_config(args: argparse.Namespace) -> "RunConfig":
+    """Data and evaluation options: the run's own, with those of the command line on top.
+
+    Raises:
+        ConfigError: no data set is named, or a key is unknown.
+    """
+    from vit_tucker.config.load import validate
+    from vit_tucker.config.source import Source, merge, read_overrides
+    from vit_tucker.inference import run_config
+
+    for text in args.overrides:
+        if not text.startswith("data.") or "=" not in text:
+            raise ConfigError(f"{text}: only keys of the data section, data.key=value, mean something here")
+    run = run_config(args.model)
+    if run is None and args.data is None:
+        raise ConfigError(f"{args.model} is no run, which would bring its data set: name one by --data")
+    same = run is not None and args.data in (None, run.data.dataset)
+    given: dict[str, Any] = {"model": {"name": "vit_tiny_patch16_224"}}  # not made: the config needs a name
+    if run is not None:
+        kept = run.data.model_dump(mode="json")
+        given["data"] = kept if same else {"root": kept["root"]}
+        given["train"] = {
+            "eval_batch_size": run.train.eval_batch_size,
+            "global_batch_size": run.train.global_batch_size,
+        }
+    if args.data is not None:
+        given.setdefault("data", {})["dataset"] = args.data
+    if args.batch_size is not None:
+        given.setdefault("train", {})["eval_batch_size"] = args.batch_size
+    given.setdefault("train", {}).update(mixed_precision=args.precision, cpu=args.cpu)
+    for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
+        given.get("data", {}).pop(name, None)  # the model's own, which its config.json tells
+    return validate(merge(Source(given), read_overrides(args.overrides)))

@@ -1,0 +1,53 @@
+"""``hosts``: which timm models can be patched, by which methods, and why not."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.cli.common import add_json, emit, to_json
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser(
+        "hosts",
+        help="which timm models can be patched, by which methods, and why not",
+        description="The attention of timm's models, read from their structure (on the meta device, about two minutes for all).",
+    )
+    parser.add_argument("--filter", metavar="PATTERN", help="names of models with wildcards, e.g. 'vit_*'")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the map there, as Markdown or with --json, instead of printing it",
+    )
+    add_json(parser)
+    parser.set_defaults(run=hosts)
+
+
+def hosts(args: argparse.Namespace) -> int:
+    """The command itself."""
+    import timm
+    from tqdm import tqdm
+
+    from vit_tucker.analysis.host_map import model_names, survey
+    from vit_tucker.errors import ConfigError
+    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.report.host_map import document, summary, terminal_map
+
+    names = model_names(args.filter)
+    if args.out is not None:
+        refuse_unwritable("--out", args.out)
+    entries = [entry.to_dict() for entry in survey(tqdm(names, unit="models", disable=None, leave=False))]
+    if not entries:
+        raise ConfigError(f"none of the {len(names)} models that match '{args.filter}' has attention")
+    if args.out is None:
+        emit(to_json(entries) if args.json else terminal_map(entries))
+        return 0
+    text = (
+        to_json(entries) + "\n" if args.json else document(entries, timm.__version__, args.out.as_posix(), args.filter)
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(text)
+    print(f"{args.out}: {summary(entries)}")
+    return 0

@@ -1,0 +1,34 @@
+"""``methods`` and ``schema``: what there is to choose from, and a config's JSON schema."""
+
+import argparse
+from typing import Any
+
+from vit_tucker.cli.common import add_json, emit, to_json
+
+
+def add_parser(commands: Any) -> None:
+    """Add both commands to the subparsers of ``vit-tucker``."""
+    methods = commands.add_parser("methods", help="names of the registered attention methods")
+    add_json(methods)
+    methods.set_defaults(run=list_methods)
+    schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
+    schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
+    schema.set_defaults(run=print_schema)
+
+
+def list_methods(args: argparse.Namespace) -> int:
+    """The command ``methods``."""
+    from vit_tucker.attention.registry import list_methods
+
+    names = list_methods()
+    emit(to_json(names) if args.json else "\n".join(names))
+    return 0
+
+
+def print_schema(args: argparse.Namespace) -> int:
+    """The command ``schema``."""
+    from vit_tucker.config.schema import json_schema
+    from vit_tucker.sweep.schema import SweepConfig
+
+    emit(to_json(SweepConfig.model_json_schema() if args.sweep else json_schema()))
+    return 0

@@ -1,0 +1,57 @@
+"""``python -m vit_tucker`` and the installed ``vit-tucker``: all commands under one parser."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vit_tucker.cli import (
+    bench,
+    compare,
+    completion,
+    convert,
+    cost,
+    evaluate,
+    hosts,
+    lists,
+    plan,
+    predict,
+    push,
+    ranks,
+    sweep,
+    tables,
+    train,
+)
+from vit_tucker.cli.common import Parser, guarded, parse_with_overrides
+from vit_tucker.version import __version__
+
+COMMANDS = (
+    *(plan, convert, train, sweep, evaluate, predict, push),
+    *(compare, tables, ranks, hosts, cost, bench, lists, completion),
+)
+"""Each adds its commands, in the order of the help."""
+
+
+def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``, which takes the arguments and returns an exit status."""
+    parser = Parser(
+        prog=prog,
+        description="Attention methods for timm's vision transformers: convert, train, compare, deploy.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted. 'COMMAND --help' tells more.",
+    )
+    parser.add_argument("--version", action="version", version=f"vit_tucker {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    as_module = Path(sys.argv[0]).parts[-2:] == ("vit_tucker", "__main__.py")
+    parser = build_parser("python -m vit_tucker") if as_module else build_parser()
+    try:
+        args = parse_with_overrides(parser, argv)
+    except SystemExit as stop:  # argparse has said why, or shown its help
+        return int(stop.code or 0)
+    return guarded(lambda: args.run(args))

@@ -1,0 +1,91 @@
+"""``plan``: what a patch would do to a model, without doing it."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from vit_tucker.cli.common import add_json, add_method, emit, to_json
+from vit_tucker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from vit_tucker.attention.base import AttentionConfig
+    from vit_tucker.config.schema import RunConfig
+
+EXAMPLES = """examples:
+  plan vit_base_patch16_224 --method "tucker ranks=[8,16,16]"
+  plan vit_base_patch16_224 --method "tucker ranks={budget: 0.15}" model.pretrained=true
+  plan --cfg imagenet/tucker_r16 attention.layers=2-11
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser(
+        "plan",
+        help="what a patch would do: parameters, weight errors and FLOPs per layer",
+        description="What a patch would do to a timm model, layer by layer; nothing is trained or written.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_target(parser)
+    add_json(parser)
+    parser.set_defaults(run=plan)
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """A model and a method, or a config that names both."""
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="MODEL | key=value",
+        help="timm model name; config keys, e.g. model.pretrained=true",
+    )
+    add_method(parser, several=False)
+    parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")
+
+
+def plan(args: argparse.Namespace) -> int:
+    """The command itself."""
+    from vit_tucker.patching.patch import plan as plan_patch
+
+    config, attention = read_target(args)
+    report = plan_patch(create(config), attention, img_size=config.model.img_size)
+    emit(to_json(report.to_dict()) if args.json else str(report))
+    return 0
+
+
+def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig"]:
+    """Config and method that ``add_target``'s arguments name.
+
+    Raises:
+        ConfigError: not exactly one model, or no method.
+    """
+    from vit_tucker.cli.cost import read_method
+    from vit_tucker.config.load import load_config, validate
+    from vit_tucker.config.source import Source, merge, read_overrides
+
+    names = [text for text in args.overrides if "=" not in text]
+    overrides = [text for text in args.overrides if "=" in text]
+    if len(names) + (args.cfg is not None) != 1:
+        raise ConfigError(f"{args.command} needs one of MODEL and --cfg{f', not {len(names)} models' if names else ''}")
+    if args.cfg is not None:
+        config = load_config(args.cfg, overrides)
+        attention = config.attention if args.method is None else read_method(args.method, config.model)
+        if attention is None:
+            raise ConfigError(f"{args.cfg}: attention: the config patches nothing; name a method by --method")
+        return config, attention
+    config = validate(merge(Source({"model": {"name": names[0]}}), read_overrides(overrides)))
+    if args.method is None:
+        raise ConfigError(f'{args.command} {names[0]}: name a method, e.g. --method "tucker ranks=[8,16,16]"')
+    return config, read_method(args.method, config.model)
+
+
+def create(config: "RunConfig") -> "nn.Module":
+    """The dense model of a config: with the classes of its data set where it has a config file, else with timm's."""
+    from vit_tucker.build import classes_and_channels
+    from vit_tucker.models import create_host
+
+    if config.name is None:
+        return create_host(config.model)
+    return create_host(config.model, *classes_and_channels(config))

@@ -1,0 +1,93 @@
+"""``predict``: what a model sees in image files."""
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, to_json
+
+if TYPE_CHECKING:
+    from vit_tucker.inference import Guess
+
+MANY = 64
+"""Images from which worker processes pay."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of ``vit-tucker``."""
+    parser = commands.add_parser(
+        "predict",
+        help="the most likely classes of image files",
+        description="The most likely classes of image files, with the transform that the model was evaluated with. Files that "
+        "can't be read are named, the others done, and the exit status is 1.",
+    )
+    parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of them")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image; 5 if left out")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per pass; 32 if left out")
+    parser.add_argument("--num-workers", type=int, metavar="N", help="processes that read images; 2 for many images")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV file, with --json a JSON file")
+    add_device(parser)
+    add_json(parser)
+    parser.set_defaults(run=predict)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """The command itself."""
+    from tqdm import tqdm
+
+    from vit_tucker.data.image_files import list_images
+    from vit_tucker.inference import open_model
+    from vit_tucker.inference import predict as predict_files
+    from vit_tucker.paths import refuse_unwritable
+
+    files = list_images(args.images)
+    device = choose_device(args.device)
+    if args.out is not None:
+        refuse_unwritable("--out", args.out)
+    model = open_model(args.model)
+    workers = (2 if len(files) >= MANY else 0) if args.num_workers is None else max(0, args.num_workers)
+    results = predict_files(model, files, args.top_k, args.batch_size, device, workers)
+    rows: list[tuple[Path, list[Guess]]] = []
+    failed = 0
+    with tqdm(results, total=len(files), unit="images", disable=None, leave=False) as bar:
+        for file, guesses in bar:
+            if isinstance(guesses, str):
+                failed += 1
+                bar.write(f"error: {guesses}", file=sys.stderr)
+            else:
+                rows.append((file, guesses))
+    if args.json:
+        found = [{"file": str(file), "top": [vars(guess) for guess in guesses]} for file, guesses in rows]
+        emit(to_json(found), args.out)
+    elif args.out is not None:
+        emit(as_csv(rows), args.out)
+    elif rows:
+        emit(as_text(rows))
+    return 1 if failed else 0
+
+
+def as_text(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
+    """A line per image: its file, and classes with probabilities."""
+    width = max(len(str(file)) for file, _ in rows)
+    lines = []
+    for file, guesses in rows:
+        parts = [f"{guess.label} {guess.probability:.1%}" for guess in guesses]
+        lines.append(f"{str(file).ljust(width)}  {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def as_csv(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
+    """file, index1, label1, probability1, index2, ..."""
+    text = io.StringIO()
+    count = max((len(guesses) for _, guesses in rows), default=0)
+    writer = csv.writer(text, lineterminator="\n")
+    header = [f"{name}{k}" for k in range(1, count + 1) for name in ("index", "label", "probability")]
+    writer.writerow(["file", *header])
+    for file, guesses in rows:
+        writer.writerow([file, *(x for g in guesses for x in (g.index, g.label, f"{g.probability:.6f}"))])
+    return text.getvalue()
