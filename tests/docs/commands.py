@@ -5,14 +5,13 @@ import configparser
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import timm
 
 from docs_hooks import ROOT
-from docs_hooks.commands import module_parsers, script_parser
-from vit_tucker.cli_cost import read_method
+from docs_hooks.commands import command_parsers
+from vit_tucker.cli.cost import read_method
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.sweep.plan import load_sweep
@@ -20,7 +19,8 @@ from vit_tucker.sweep.plan import load_sweep
 ASSIGNMENT = re.compile(r"^[A-Z_]+=")
 RUNS = ("runs/", "/")
 """Where run folders are, which a page's reader has and a test has not."""
-SCRIPTS = {"train": "train_vit.py", "sweep": "sweep.py", "tables": "tables.py", "report": "report.py"}
+SCRIPTS = {"train_vit.py": "train", "sweep.py": "sweep", "tables.py": "tables", "report.py": "report"}
+"""Scripts of experiments/, and the commands that they are."""
 
 
 def check_script(text: str, where: str) -> None:
@@ -63,6 +63,7 @@ def check_command(command: list[str]) -> None:
     name, *arguments = command
     known: dict[str, Callable[[list[str]], None]] = {
         "./run.sh": check_front_door,
+        "vit-tucker": lambda arguments: check_module(arguments[0], arguments[1:]),
         "python": check_python,
         "accelerate": check_accelerate,
         "sbatch": check_sbatch,
@@ -82,12 +83,9 @@ def check_front_door(arguments: list[str]) -> None:
     """./run.sh"""
     command, *rest = arguments or ["main"]
     text = (ROOT / "run.sh").read_text()
-    names = {name for line in re.findall(r"^  ([a-z-][a-z_| -]*)\)", text, re.MULTILINE) for name in line.split(" | ")}
-    expect(command in names, f"run.sh has no '{command}', only {', '.join(sorted(names))}")
-    if command in SCRIPTS:
-        check_arguments(SCRIPTS[command], rest)
-    elif command in module_names():
-        check_module(command, rest)
+    own = {name for line in re.findall(r"^  ([a-z-][a-z_| -]*)\)", text, re.MULTILINE) for name in line.split(" | ")}
+    if command not in own - {*command_parsers()}:
+        check_module(command, rest)  # run.sh hands it on
 
 
 def check_python(arguments: list[str]) -> None:
@@ -101,7 +99,7 @@ def check_python(arguments: list[str]) -> None:
         file = Path(arguments[0])
         expect((ROOT / file).is_file(), f"{file}: no such file")
         if file.parts[0] == "experiments":
-            check_arguments(file.name, arguments[1:])
+            check_module(SCRIPTS[file.name], arguments[1:])
 
 
 def check_accelerate(arguments: list[str]) -> None:
@@ -114,7 +112,7 @@ def check_accelerate(arguments: list[str]) -> None:
     file = Path(args.training_script)
     expect((ROOT / file).is_file(), f"{file}: no such file")
     expect(args.config_file is None or (ROOT / args.config_file).is_file(), f"{args.config_file}: no such file")
-    check_arguments(file.name, arguments[script + 1 :])
+    check_module(SCRIPTS[file.name], arguments[script + 1 :])
 
 
 def check_sbatch(arguments: list[str]) -> None:
@@ -122,7 +120,7 @@ def check_sbatch(arguments: list[str]) -> None:
     place = next((i for i, word in enumerate(arguments) if word.endswith(".sbatch")), None)
     assert place is not None, "no batch script"
     expect((ROOT / arguments[place]).is_file(), f"{arguments[place]}: no such file")
-    check_arguments("train_vit.py", arguments[place + 1 :])
+    check_module("train", arguments[place + 1 :])
 
 
 def check_pip(arguments: list[str]) -> None:
@@ -135,22 +133,13 @@ def check_pip(arguments: list[str]) -> None:
             expect(extra in setup["options.extras_require"], f"setup.cfg has no extra '{extra}'")
 
 
-@lru_cache
-def module_names() -> frozenset[str]:
-    """Sub-commands of python -m vit_tucker."""
-    return frozenset(module_parsers())
-
-
 def check_module(command: str, arguments: list[str]) -> None:
-    """python -m vit_tucker COMMAND"""
-    parsers = module_parsers()
+    """vit-tucker COMMAND, python -m vit_tucker COMMAND"""
+    parsers = command_parsers()
+    if command in ("--help", "--version") and not arguments:
+        return
     expect(command in parsers, f"no command '{command}', known: {', '.join(parsers)}")
     check_parsed(command, parse(parsers[command], arguments))
-
-
-def check_arguments(script: str, arguments: list[str]) -> None:
-    """A script of experiments/."""
-    check_parsed(script.partition(".")[0], parse(script_parser(script), arguments))
 
 
 def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
@@ -181,9 +170,11 @@ def check_parsed(command: str, args: argparse.Namespace) -> None:
             load_sweep(config, overrides)
         else:
             load_config(config, overrides)
-    names = [word for word in overrides if "=" not in word] if command == "cost" else []
+    names = [word for word in overrides if "=" not in word] if command in ("cost", "plan", "convert") else []
     names += [args.model] if command == "ranks" else []
+    names += [name for name in args.models if "/" not in name] if command == "bench" else []
     for name in names:
         expect(timm.is_model(name), f"timm has no model '{name}'")
-    for method in getattr(args, "method", None) or []:
+    methods = getattr(args, "method", None) or []
+    for method in [methods] if isinstance(methods, str) else methods:
         read_method(method, ModelConfig(name="vit_base_patch16_224"))
