@@ -45,6 +45,7 @@ ALLOWED = {
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "inference": {"errors", "config", "data", "checkpoint"},
+    "explain": {"errors", "attention", "patching", "checkpoint", "config", "data", "models", "report", "inference"},
     "cli": {
         *(
             "errors",
@@ -58,14 +59,14 @@ ALLOWED = {
             "models",
             "analysis",
         ),
-        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "sweep"),
+        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "explain", "sweep"),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain"},
 }
 
 

@@ -6,6 +6,7 @@ print(vit_tucker.patch(model, vit_tucker.TuckerConfig(ranks=(8, 16, 16))))
 """
 
 from vit_tucker import attention as attention
+from vit_tucker import explain as explain
 from vit_tucker.attention.base import AttentionConfig, HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration, RankRule, Rule

@@ -59,6 +59,8 @@ def classes_and_channels(config: RunConfig) -> tuple[int, int]:
         ConfigError: neither tells the number of classes.
     """
     info = dataset_info(config.data.dataset)
+    if config.model.num_classes == 0:
+        raise ConfigError("model.num_classes: 0, so there is nothing to train on images with classes; leave it out")
     num_classes = config.model.num_classes or info.num_classes
     if num_classes is None:
         raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell")

@@ -24,6 +24,10 @@ class CheckpointError(VitTuckerError):
     """A checkpoint that is missing, torn, or of another model."""
 
 
+class ExplainError(VitTuckerError):
+    """A model or an image whose attention can't be shown as asked."""
+
+
 class FailedError(RuntimeError):
     """A run that failed for no mistake of the user's: one line, exit status 1."""
 

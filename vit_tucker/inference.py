@@ -17,7 +17,7 @@ from vit_tucker.config.source import CONFIG_FILE
 from vit_tucker.data.image_files import read_image_file
 from vit_tucker.data.labels import imagenet_names, synset_names
 from vit_tucker.data.transforms import eval_transform
-from vit_tucker.errors import DataError
+from vit_tucker.errors import CheckpointError, DataError
 
 
 def open_model(where: str | Path, **overrides: Any) -> nn.Module:
@@ -40,13 +40,31 @@ def run_config(where: str | Path) -> RunConfig | None:
     Raises:
         ConfigError: it can't be read, or a plugin fails.
     """
+    folder = run_folder(where)
+    return None if folder is None else load_config(folder)
+
+
+def run_folder(where: str | Path) -> Path | None:
+    """The run that a folder is, or that it is a checkpoint of; None if it is neither."""
     path = Path(where).expanduser()
     if not path.is_dir():
         return None
     for folder in (path, *list(path.resolve().parents)[:2]):
         if (folder / CONFIG_FILE).is_file() and (folder / "checkpoints").is_dir():
-            return load_config(folder)
+            return folder
     return None
+
+
+def open_classifier(where: str | Path, **overrides: Any) -> nn.Module:
+    """``open_model``, for what needs classes.
+
+    Raises:
+        CheckpointError: see ``open_model``; or the model has no classifier.
+    """
+    model = open_model(where, **overrides)
+    if not getattr(model, "num_classes", 0):
+        raise CheckpointError(f"{where}: the model has no classifier (num_classes is 0)")
+    return model
 
 
 def class_names(model: nn.Module) -> list[str] | None:

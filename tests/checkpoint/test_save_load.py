@@ -95,6 +95,14 @@ def test_other_classes_and_image_sizes_are_timms_adaptation(model, tmp_path):
             assert torch.equal(loaded.state_dict()[name], value), name
 
 
+def test_a_model_may_come_without_its_classifier(model, x, tmp_path):
+    vt.save(model, tmp_path)
+    features = vt.load(tmp_path, num_classes=0)
+    assert torch.equal(features(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    vt.save(features, tmp_path / "features")
+    assert torch.equal(vt.load(tmp_path / "features")(x), features(x))
+
+
 def test_dense_models_are_plain_timm_folders(x, tmp_path):
     dense = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
     vt.save(dense, tmp_path)

@@ -251,6 +251,9 @@ class TestPredict:
         assert "must be at least 1" in refusal("predict", run_folder, "pictures", "--top-k", "0")
         assert "one of cpu, cuda" in refusal("predict", run_folder, "pictures", "--device", "gpu")
         assert "is a folder" in refusal("predict", run_folder, "pictures", "--out", "empty")
+        vt.save(vt.load(run_folder, num_classes=0), "headless")
+        assert "no classifier" in refusal("predict", "headless", "pictures")
+        assert "no classifier" in refusal("evaluate", "headless", "--data", "digits")
 
 
 class TestBench:

@@ -197,18 +197,21 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     Raises:
         CheckpointError: they are of another model.
     """
-    own = model.state_dict()
+    own, cfg = model.state_dict(), dict(vars(model)["pretrained_cfg"])
     attention = tuple(f"{name}." for name in find_attention(model))
     missing = [key for key in own if key.startswith(attention) and key not in state]
     if missing:  # said here, since timm loads what fits once the number of classes differs
         raise CheckpointError(f"{origin}: of another model or patch: no {missing[0]}{_and_more(missing)}")
-    strange = [key for key in state if key not in own]
+    named = cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    strange = [
+        key for key in state if key not in own and not key.startswith(heads)
+    ]  # a model may do without its classifier
     if strange:
         raise CheckpointError(
             f"{origin}: of another model or patch: {strange[0]} has no place in it{_and_more(strange)}"
         )
-    cfg = dict(vars(model)["pretrained_cfg"])
-    fits = all(own[key].shape == value.shape for key, value in state.items())
+    fits = all(key not in own or own[key].shape == value.shape for key, value in state.items())
     try:
         load_pretrained(
             model,

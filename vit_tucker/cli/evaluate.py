@@ -41,7 +41,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from vit_tucker.data.datasets import dataset_info
     from vit_tucker.data.loaders import build_loaders
     from vit_tucker.data.transforms import resolve_data
-    from vit_tucker.inference import open_model
+    from vit_tucker.inference import open_classifier
     from vit_tucker.patching.probe import input_shape
     from vit_tucker.trainer_setup import create_accelerator
     from vit_tucker.training.engine import evaluate as score
@@ -49,7 +49,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
     find(args.model)
     config = data_config(args)
-    model = open_model(args.model)
+    model = open_classifier(args.model)
     info = dataset_info(config.data.dataset)
     if info.num_classes is not None and info.num_classes != model.num_classes:
         own, theirs = model.num_classes, info.num_classes

@@ -12,6 +12,7 @@ from vit_tucker.cli import (
     convert,
     cost,
     evaluate,
+    explain,
     hosts,
     lists,
     plan,
@@ -26,7 +27,7 @@ from vit_tucker.cli.common import Parser, guarded, parse_with_overrides
 from vit_tucker.version import __version__
 
 COMMANDS = (
-    *(plan, convert, train, sweep, evaluate, predict, push),
+    *(plan, convert, train, sweep, evaluate, predict, explain, push),
     *(compare, tables, ranks, hosts, cost, bench, lists, completion),
 )
 """Each adds its commands, in the order of the help."""

@@ -41,7 +41,7 @@ def predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vit_tucker.data.image_files import list_images
-    from vit_tucker.inference import open_model
+    from vit_tucker.inference import open_classifier
     from vit_tucker.inference import predict as predict_files
     from vit_tucker.paths import refuse_unwritable
 
@@ -49,7 +49,7 @@ def predict(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     if args.out is not None:
         refuse_unwritable("--out", args.out)
-    model = open_model(args.model)
+    model = open_classifier(args.model)
     workers = (2 if len(files) >= MANY else 0) if args.num_workers is None else max(0, args.num_workers)
     results = predict_files(model, files, args.top_k, args.batch_size, device, workers)
     rows: list[tuple[Path, list[Guess]]] = []

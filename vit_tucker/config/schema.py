@@ -34,7 +34,11 @@ class ModelConfig(Section):
     in_chans: int | None = Field(
         default=None, ge=1, description="Image channels; the data set's own if null and not pretrained."
     )
-    num_classes: int | None = Field(default=None, ge=1, description="Number of classes; the data set's if null.")
+    num_classes: int | None = Field(
+        default=None,
+        ge=0,
+        description="Number of classes; the data set's if null. 0: no classifier, for conversion only.",
+    )
     embed_dim: int | None = Field(default=None, ge=1, description="Width of the tokens.")
     depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
     num_heads: int | None = Field(default=None, ge=1, description="Attention heads; they divide embed_dim.")

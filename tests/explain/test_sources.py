@@ -1,0 +1,113 @@
+"""Which models the command shows: the run's own, and the dense one that it started from or that was named."""
+
+import pytest
+import timm
+import torch
+
+import vit_tucker as vt
+from tests.explain.runs import LABELS, MODEL, host, make_pair, make_run
+from vit_tucker.errors import CheckpointError, ConfigError
+from vit_tucker.explain.sources import host_of, open_dense, open_subject, run_config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("runs"))
+
+
+def opened(where, choice="host"):
+    run, config = open_subject(str(where)), run_config(str(where))
+    return run, open_dense(choice, run, config, str(where))
+
+
+def same(model, other):
+    state = other.state_dict()
+    return set(model.state_dict()) == set(state) and all(
+        torch.equal(v, state[k]) for k, v in model.state_dict().items()
+    )
+
+
+def test_a_run_and_the_host_that_it_started_from(runs):
+    run, dense = opened(runs[1])
+    assert (run.kind, dense.kind) == ("tucker", "dense")
+    assert same(dense.model, host())
+    assert run.label_names == list(LABELS)
+    assert dense.classifies
+    for subject in (run, dense):
+        assert subject.data["input_size"] == (1, 16, 16)
+        assert (tuple(subject.data["mean"]), tuple(subject.data["std"])) == ((0.3,), (0.4,))
+
+
+def test_checkpoint_folders_belong_to_their_run(runs):
+    assert run_config(str(runs[1] / "checkpoints" / "best")) == run_config(str(runs[1]))
+    assert opened(runs[1] / "checkpoints" / "best")[1].kind == "dense"
+
+
+def test_a_dense_run_stands_alone_unless_another_is_named(runs):
+    assert opened(runs[0])[1] is None
+    assert opened(runs[0], str(runs[0]))[1].kind == "dense"
+    assert opened(runs[1], "none")[1] is None
+
+
+def test_a_run_from_random_weights_has_no_host(tmp_path):
+    model = host()
+    vt.patch(model, vt.GQAConfig(num_kv_heads=1, init="random"), keep_originals=False)
+    run = make_run(tmp_path / "run", model, attention={"method": "gqa", "num_kv_heads": 1, "init": "random"})
+    assert opened(run)[1] is None
+
+
+def test_named_folders_files_and_saved_models(runs, tmp_path):
+    saved = vt.save(host(1), tmp_path / "saved")
+    assert same(opened(runs[1], str(saved))[1].model, host(1))
+    assert same(opened(runs[1], str(saved / "model.safetensors"))[1].model, host(1))
+    lone = vt.save(open_subject(str(runs[1])).model, tmp_path / "lone")
+    assert run_config(str(lone)) is None
+    assert opened(lone)[1] is None
+    with pytest.raises(ConfigError, match="a weights file alone does not say of which model"):
+        opened(lone, str(saved / "model.safetensors"))
+    with pytest.raises(ConfigError, match=r"takes other images than .*: \(3, 16, 16\) and \(1, 16, 16\)"):
+        opened(lone, str(vt.save(host(in_chans=3), tmp_path / "colour")))
+    with pytest.raises(CheckpointError, match="--dense nowhere: no such folder"):
+        opened(lone, "nowhere")
+
+
+def test_a_host_with_other_classes_loses_its_head(runs, tmp_path):
+    dense = make_run(tmp_path / "dense", host(num_classes=7), model={**MODEL, "num_classes": 7})
+    run = open_subject(str(runs[1]))
+    config = run_config(str(runs[1]))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": str(dense)})})
+    found = host_of(config, run)
+    assert not found.classifies
+    assert found.model.num_classes == 0
+    assert torch.equal(found.model.blocks[0].attn.qkv.weight, host(num_classes=7).blocks[0].attn.qkv.weight)
+
+
+def test_a_host_that_is_gone(runs):
+    run, config = open_subject(str(runs[1])), run_config(str(runs[1]))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": "gone"})})
+    with pytest.raises(CheckpointError, match="the run's model.checkpoint: gone: no such .*; --dense names another"):
+        host_of(config, run)
+
+
+def test_the_teacher_that_a_run_has_kept_is_its_host(runs, tmp_path):
+    model = open_subject(str(runs[1])).model
+    section = {"train": {"distill": {"teacher": "host"}}, "model": {**MODEL, "checkpoint": "gone"}}
+    folder = make_run(tmp_path / "distilled", model, attention={"method": "tucker", "ranks": [3, 12, 12]}, **section)
+    vt.save(host(2), folder / "teacher")
+    assert same(opened(folder)[1].model, host(2))
+
+
+def test_pretrained_weights_of_the_runs_architecture(runs, monkeypatch):
+    run, config = open_subject(str(runs[1])), run_config(str(runs[1]))
+    asked = {}
+    create = timm.create_model
+
+    def without_network(name, pretrained=False, **options):
+        asked.update(options, name=name, pretrained=pretrained)
+        return create(name, pretrained=False, **options)
+
+    monkeypatch.setattr("vit_tucker.models.timm.create_model", without_network)
+    dense = open_dense("pretrained", run, config, "the run")
+    assert (asked["name"], asked["pretrained"], asked["img_size"], asked["in_chans"]) == (MODEL["name"], True, 16, 1)
+    assert "num_classes" not in asked
+    assert len(dense.label_names) == 1000

@@ -1,0 +1,178 @@
+"""Pictures of attention: rollout over the image, and a grid of heads by layers; dense and patched models side by side."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vit_tucker.report.style import COLUMN, FONTS, plt
+
+COLOURS = "viridis"
+"""Even lightness steps, and readable by colour-blind readers."""
+SHARE_SHOWN = 0.98
+"""Scales end at this quantile: single tokens that take most attention would leave the rest dark."""
+DPI = 200
+GAP, HEADING, INSIDE = 0.12, 0.42, 0.94
+"""Inches between two models' heads and above all heads; share of a cell that its picture takes."""
+LARGEST = 12_000
+"""Pixels of a picture's longer side at most; many layers and heads get smaller cells."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One model's part of a picture.
+
+    Attributes:
+        title: the model, and what it says of the image.
+        rollout: (h, w) relative to uniform, or None.
+        note: shown in place of a rollout that is not defined.
+        heads: by layer, (H, h, w).
+    """
+
+    title: str
+    rollout: Tensor | None
+    note: str
+    heads: Mapping[str, Tensor]
+
+
+def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: str = "rollout") -> Figure:
+    """The image, and each model's rollout over it, all on one scale.
+
+    Args:
+        image: (height, width, 3), uint8, as the model sees it.
+        panels: of the models.
+        title: of the image.
+        kind: rollout or relevance, for the scale.
+    """
+    shown = [panel.rollout for panel in panels if panel.rollout is not None]
+    with plt.rc_context(FONTS):
+        width = COLUMN / 2 * (1 + len(panels)) + 0.55
+        figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.4, "constrained")
+        axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
+        show_image(axes[0], image)
+        axes[0].set_title(title, parse_math=False)
+        scale = Normalize(0, max((top(rollout) for rollout in shown), default=1.0))
+        for axis, panel in zip(axes[1:], panels, strict=True):
+            axis.set_title(panel.title, parse_math=False)
+            if panel.rollout is None:
+                write_note(axis, panel.note, image.shape)
+            else:
+                drawn = show_over(axis, image, panel.rollout, scale)
+        if shown:
+            bar = figure.colorbar(drawn, ax=axes, shrink=0.8, pad=0.01, aspect=25, extend="max")
+            bar.set_label(f"{kind} (1: even share)")
+        return figure
+
+
+def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, float] | None = None) -> Figure:
+    """A grid of heads by layers for each model, side by side; a head has the same scale in both.
+
+    Args:
+        panels: of the models.
+        title: of the picture.
+        agreement: by layer, mean total variation distance of the models' maps; written beside the rows.
+    """
+    layers = list(dict.fromkeys(name for panel in panels for name in panel.heads))
+    columns = max(len(panel.heads[name]) for panel in panels for name in panel.heads)
+    ratio = next(h.shape[1] / h.shape[2] for panel in panels for h in panel.heads.values())
+    cell = min(0.85, max(0.42, 6.8 / (columns * len(panels))))
+    names = [row_label(name, agreement) for name in layers]
+    left = 0.15 + 0.05 * max(len(line) for name in names for line in name.split("\n"))
+    block, line = columns * cell + GAP, cell * ratio
+    width, height = left + len(panels) * block, HEADING + len(layers) * line + 0.05
+    with plt.rc_context(FONTS):
+        figure = new_figure(width, height)
+        axis = figure.add_axes((0, 0, 1, 1))  # one for all: hundreds of axes take seconds
+        axis.text(left, height - 0.12, title, ha="left", va="center", fontsize=7, parse_math=False)
+        for number, panel in enumerate(panels):
+            corner = left + number * block
+            axis.text(corner, height - 0.3, panel.title, ha="left", va="center", fontsize=7, parse_math=False)
+        for i, name in enumerate(layers):
+            bottom = height - HEADING - (i + 1) * line
+            axis.text(left - 0.06, bottom + line / 2, names[i], ha="right", va="center", fontsize=6)
+            for number in range(len(panels)):
+                for head, (values, scale) in enumerate(row_of(name, panels, number)):
+                    corner = left + number * block + head * cell
+                    place = (corner, corner + cell * INSIDE, bottom, bottom + line * INSIDE)
+                    axis.imshow(values.numpy(), cmap=COLOURS, norm=scale, interpolation="nearest", extent=place)
+        axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")
+        axis.set_axis_off()
+        return figure
+
+
+def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
+    """The heads of one layer of one model, each with the scale of all models' heads of that number."""
+    heads = panels[number].heads.get(name)
+    if heads is None:
+        return []
+    rivals = [panel.heads[name] for panel in panels if name in panel.heads]
+    return [(own, Normalize(0, max(top(r[i]) for r in rivals if i < len(r)))) for i, own in enumerate(heads)]
+
+
+def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
+    """'blocks.3.attn' as 'blocks.3', with its agreement."""
+    short = name.removesuffix(".attn")
+    return short if agreement is None or name not in agreement else f"{short}\nTV {agreement[name]:.2f}"
+
+
+def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
+    """A figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)), layout=layout)  # type: ignore[arg-type]
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def show_image(axis: Any, image: np.ndarray) -> None:
+    """The image alone."""
+    axis.imshow(image, interpolation="nearest" if image.shape[0] < 64 else "antialiased")
+    axis.set(xticks=[], yticks=[])
+
+
+def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) -> Any:
+    """Values in colour over the grey image; returns what a colour bar needs."""
+    grey = image.mean(-1)
+    height, width = grey.shape
+    axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    drawn = axis.imshow(
+        values.numpy(),
+        cmap=COLOURS,
+        norm=scale,
+        alpha=0.65,
+        interpolation="nearest",
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+    )
+    axis.set(xticks=[], yticks=[])
+    return drawn
+
+
+def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
+    """A sentence in place of a picture of the same shape."""
+    axis.imshow(np.full((*shape[:2], 3), 255, np.uint8))
+    axis.set(xticks=[], yticks=[])
+    lines = textwrap.fill(text, 30, break_on_hyphens=False)
+    note = axis.text(0.5, 0.5, lines, ha="center", va="center", fontsize=6, transform=axis.transAxes, parse_math=False)
+    note.set_in_layout(False)
+
+
+def top(values: Tensor) -> float:
+    """End of a scale, above 0."""
+    return max(float(np.quantile(values.numpy(), SHARE_SHOWN)), 1e-12)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A drawn figure as RGB, (height, width, 3), uint8."""
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save_png(figure: Figure, file: Path) -> None:
+    """The same bytes for the same data."""
+    figure.savefig(file, dpi=figure.dpi, metadata={"Software": None})

@@ -1,0 +1,203 @@
+"""Explains images with one or two models and writes what it finds: pictures, a table of agreement, TensorBoard images."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_tucker.data.transforms import eval_transform
+from vit_tucker.explain.agreement import HeadAgreement, compare_attention
+from vit_tucker.explain.explanation import Explanation, explain_image
+from vit_tucker.explain.images import NamedImage, normalise, to_picture, to_pixels
+from vit_tucker.explain.sources import Subject, model_names
+
+AGREEMENT = "agreement.csv"
+COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
+KINDS = {False: "rollout", True: "relevance"}
+"""What is drawn over the image, by ``weighted``; stands in the column of layers for the agreement of both pictures."""
+
+
+@dataclass
+class Finding:
+    """What was found of one image.
+
+    Attributes:
+        image: its name.
+        source: where it comes from.
+        predictions: by model, class, label and probability.
+        kind: what is drawn over the image, rollout or relevance.
+        agreement: by layer, mean total variation distance of the two models' maps.
+        picture_agreement: total variation distance of their rollout (or relevance); None where one has none.
+        files: names of the pictures.
+        notes: what could not be shown, and why.
+        rows: lines of the table of agreement.
+    """
+
+    image: str
+    source: str
+    predictions: dict[str, dict[str, Any]]
+    kind: str = "rollout"
+    agreement: dict[str, float] = field(default_factory=dict)
+    picture_agreement: float | None = None
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rows: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {key: value for key, value in vars(self).items() if key != "rows"}
+
+
+def explain_images(
+    subjects: Sequence[Subject],
+    images: Iterable[NamedImage],
+    folder: Path,
+    options: Mapping[str, Any],
+    log_folder: Path | None = None,
+) -> Iterator[Finding]:
+    """Explain images one by one, and write pictures as soon as they are drawn; the table at the end.
+
+    Args:
+        subjects: one model, or the dense and the patched one.
+        images: each becomes ``<name>_rollout.png`` (or ``_relevance``) and ``<name>_heads.png``.
+        folder: where to.
+        options: of ``explain_image``.
+        log_folder: also write TensorBoard images there.
+
+    Yields:
+        What was found of each image.
+
+    Raises:
+        ExplainError: see ``explain_image`` and ``compare_attention``.
+    """
+    from vit_tucker.explain.figures import pixels, save_png
+
+    transform = eval_transform(subjects[-1].data, normalize=False)
+    rows: list[tuple[Any, ...]] = []
+    log: Any = None
+    with ExitStack() as stack:
+        for image in images:
+            finding, figures = explain_one(subjects, image, to_pixels(image.read(), transform), options)
+            folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+            if log is None and log_folder is not None:
+                log = stack.enter_context(writer(log_folder))
+            for kind, figure in figures.items():
+                finding.files.append(f"{image.name}_{kind}.png")
+                save_png(figure, folder / finding.files[-1])
+                if log is not None:
+                    log.add_image(f"attention/{image.name}/{kind}", pixels(figure), dataformats="HWC")
+            rows += finding.rows
+            yield finding
+    if rows:
+        write_table(folder / AGREEMENT, rows)
+
+
+def explain_one(
+    subjects: Sequence[Subject], image: NamedImage, seen: Tensor, options: Mapping[str, Any]
+) -> tuple[Finding, dict[str, Any]]:
+    """One image by all models: what was found, and its figures by name, rollout and heads."""
+    from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
+
+    inputs = [normalise(seen, one.data["mean"], one.data["std"]).to(one.device) for one in subjects]
+    found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
+    names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
+    predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]
+    finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p}, kind)
+    if len(subjects) == 2:
+        layers = [*found[0].heads, *found[0].unplaced]
+        pairs = [(one.model, x) for one, x in zip(subjects, inputs, strict=True)]
+        add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found)
+    finding.notes = notes(names, found, kind)
+    titles = [model_title(name, said) for name, said in zip(names, predictions, strict=True)]
+    panels = [
+        Panel(title, one.rollout, f"no {kind}: {one.obstacle}", one.heads)
+        for title, one in zip(titles, found, strict=True)
+    ]
+    true = "" if image.label is None else f" (true: {label_of(subjects[-1], image.label)})"
+    figures = {}
+    if any(panel.rollout is not None for panel in panels):
+        figures[kind] = draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)
+    if any(panel.heads for panel in panels):
+        heading = f"{image.name}{true}: attention of the heads, {found[-1].queries}"
+        figures["heads"] = draw_heads(panels, heading, finding.agreement or None)
+    return finding, figures
+
+
+def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
+    """Rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
+    by_layer: dict[str, list[float]] = defaultdict(list)
+    for row in heads:
+        by_layer[row.layer].append(row.total_variation)
+        finding.rows.append((finding.image, *row))
+    finding.agreement = {name: round(sum(values) / len(values), 6) for name, values in by_layer.items()}
+    one, other = (explanation.rollout for explanation in found)
+    if one is not None and other is not None and one.shape == other.shape:
+        distance = ((one - other).abs().sum() / 2 / one.numel()).item()
+        cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0).item()
+        finding.picture_agreement = round(distance, 6)
+        finding.rows.append((finding.image, finding.kind, "", distance, cosine))
+
+
+def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
+    """Class, label and probability that a model gives an image; empty if it doesn't classify."""
+    if not one.classifies or explanation.output.ndim != 1:
+        return {}
+    probability, number = explanation.output.float().softmax(-1).max(-1)
+    return {
+        "class": int(number),
+        "label": label_of(one, int(number)),
+        "probability": round(float(probability), 6),
+    }
+
+
+def label_of(one: Subject, number: int) -> str:
+    """Name of a class, its number where it has none."""
+    names = one.label_names
+    return str(number) if names is None or number >= len(names) else names[number].split(",")[0]
+
+
+def model_title(name: str, said: Mapping[str, Any]) -> str:
+    """'tucker: tabby cat (87%)'"""
+    if not said:
+        return name
+    probability = said["probability"]
+    return f"{name}: {shortened(said['label'])} ({probability:{'.0%' if probability >= 0.1 else '.1%'}})"
+
+
+def shortened(label: str, length: int = 22) -> str:
+    """Cut to fit above a picture."""
+    return label if len(label) <= length else label[: length - 1] + "\u2026"
+
+
+def notes(names: Sequence[str], found: Sequence[Explanation], kind: str) -> list[str]:
+    """What could not be shown, once for all models of which it holds."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for name, explanation in zip(names, found, strict=True):
+        if explanation.obstacle:
+            said[f"no {kind}: {explanation.obstacle}"].append(name)
+        if explanation.unplaced:
+            said[
+                f"no pictures of heads: where the tokens lie can't be known: {', '.join(explanation.unplaced)}"
+            ].append(name)
+    return [text if len(who) == len(names) else f"{', '.join(who)}: {text}" for text, who in said.items()]
+
+
+def write_table(file: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """The agreement of all images, layers and heads as CSV."""
+    with file.open("w", newline="") as stream:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows([*row[:3], f"{row[3]:.6f}", f"{row[4]:.6f}"] for row in rows)
+
+
+def writer(folder: Path) -> Any:
+    """TensorBoard's writer."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))

@@ -1,0 +1,215 @@
+"""The models of the command: a run's, and the dense one beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.config.load import load_config
+from vit_tucker.config.schema import ModelConfig, RunConfig
+from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
+from vit_tucker.inference import class_names, open_model, run_folder
+from vit_tucker.models import create_host, create_teacher, weights_overlay
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import input_channels, input_shape
+
+HOST, PRETRAINED, NONE = "host", "pretrained", "none"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to look into.
+
+    Attributes:
+        kind: "dense", or the method of its attention.
+        model: in eval mode.
+        data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
+        label_names: of the classes; None if unknown.
+        classifies: its classifier is trained, so that what it says of an image means something.
+    """
+
+    kind: str
+    model: nn.Module
+    data: dict[str, Any]
+    label_names: list[str] | None = None
+    classifies: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def run_config(where: str) -> RunConfig | None:
+    """The config of the run that a folder is or lies in, with the place where it is now; None for anything else.
+
+    Raises:
+        ConfigError: see ``vit_tucker.inference.run_config``.
+    """
+    folder = run_folder(where)
+    return None if folder is None else load_config(folder).model_copy(update={"output_dir": str(folder)})
+
+
+def open_subject(where: str) -> Subject:
+    """The model that is stored at a place, see ``vit_tucker.inference.open_model``.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    return subject(open_model(where))
+
+
+def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
+    """A model with what its pretrained_cfg tells.
+
+    Args:
+        model: of timm, patched or not.
+        data: how images are prepared, if not as pretrained_cfg says.
+        classifies: see ``Subject``.
+    """
+    size = input_shape(model)
+    resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
+    for name in ("mean", "std"):  # of RGB for a model of grey images: the mean
+        if len(resolved[name]) != size[0]:
+            resolved = {**resolved, name: (sum(resolved[name]) / len(resolved[name]),) * size[0]}
+    classifies = classifies and bool(getattr(model, "num_classes", 0))
+    return Subject(kind_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
+
+
+def kind_of(model: nn.Module) -> str:
+    """'dense', or the method that a patched model has."""
+    record = patch_record(model)
+    if record is not None:
+        return record.config.method
+    return "patched" if any(isinstance(module, AttentionModule) for module in model.modules()) else "dense"
+
+
+def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) -> Subject | None:
+    """The dense model beside a run's.
+
+    Args:
+        choice: "host" the dense model that the run started from, None if it started from random weights; "pretrained" timm's
+            weights of the run's architecture; "none"; or a run folder, checkpoint, saved folder, hub id or weights file.
+        run: the run's model.
+        config: of the run; None if only the model is stored.
+        where: the run, for messages.
+
+    Raises:
+        ConfigError: the choice can't be met. CheckpointError: the weights are missing or don't fit.
+    """
+    if choice == NONE or (choice == HOST and run.kind == "dense"):
+        return None
+    if choice == HOST:
+        return None if config is None else host_of(config, run)
+    if choice == PRETRAINED:
+        return pretrained_host(run, config, where)
+    file = Path(choice).expanduser()
+    if file.is_file():
+        if config is None:
+            raise ConfigError(
+                f"--dense {choice}: a weights file alone does not say of which model; name a run or a saved folder"
+            )
+        return weights_subject(config.model.model_copy(update={"checkpoint": choice}), run, "--dense")
+    try:
+        dense = open_subject(choice)
+    except CheckpointError as error:
+        raise CheckpointError(f"--dense {error}") from None
+    if dense.data["input_size"] != run.data["input_size"]:
+        sizes = " and ".join(str(one.data["input_size"]) for one in (dense, run))
+        raise ConfigError(f"--dense {choice}: takes other images than {where}: {sizes} (channels, height, width)")
+    return dense
+
+
+def host_of(config: RunConfig, run: Subject) -> Subject | None:
+    """The dense model that a run started from, with the run's normalisation; None if that had random weights."""
+    kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
+    if config.train.distill is not None and kept.is_file():
+        classes = int(getattr(run.model, "num_classes", 0))
+        teacher = create_teacher(config.model, HOST, kept, None, classes, channels(run))
+        return subject(teacher, run.data)
+    if config.model.checkpoint is not None:
+        return weights_subject(config.model, run, "the run's model.checkpoint")
+    if config.model.pretrained:
+        bare = config.model.model_copy(update={"num_classes": None})
+        return subject(create_host(bare, None, channels(run)), run.data)
+    return None
+
+
+def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
+    """A dense model from a weights file or run folder, with the run's normalisation; without a head if it has other classes.
+
+    Raises:
+        CheckpointError: missing, or not of this model; the message starts with ``what``.
+    """
+    classes = int(getattr(run.model, "num_classes", 0))
+    try:
+        found = weights_overlay(Path(str(config.checkpoint)).expanduser(), config.name, None).get("num_classes")
+        same = found == classes and classes > 0
+        bare = config.model_copy(update={"num_classes": None})
+        model = create_host(bare, classes if same else 0, channels(run))
+    except CheckpointError as error:
+        hint = "; --dense names another, --dense none leaves it out"
+        raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
+    return subject(model, run.data, classifies=same)
+
+
+def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
+    """timm's pretrained weights of the run's architecture.
+
+    Raises:
+        ConfigError: the architecture is not known. CheckpointError: there are no weights.
+    """
+    if config is None:
+        record: Any = patch_record(run.model)
+        cfg = getattr(run.model, "pretrained_cfg", None) or {}
+        name = getattr(getattr(record, "identity", None), "architecture", None) or cfg.get("architecture")
+        if not name:
+            raise ConfigError(f"--dense pretrained: {where} does not say which timm model it is")
+        tag = f".{cfg['tag']}" if cfg.get("tag") else ""
+        size = run.data["input_size"][1:]
+        model_config = ModelConfig(name=name + tag, img_size=size if size[0] != size[1] else size[0])
+    else:
+        model_config = config.model
+    bare = model_config.model_copy(update={"pretrained": True, "checkpoint": None, "num_classes": None})
+    return subject(create_host(bare, None, channels(run)))
+
+
+def channels(run: Subject) -> int:
+    """Channels of the run's images."""
+    return input_channels(run.model) or int(run.data["input_size"][0])
+
+
+def model_names(subjects: Sequence[Subject]) -> list[str]:
+    """'dense' and the method's name; numbered if they are the same."""
+    kinds = [one.kind for one in subjects]
+    return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
+
+
+def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
+    """Raise ExplainError unless all models have a trained classifier with that class."""
+    for name, one in zip(model_names(subjects), subjects, strict=True):
+        classes = int(getattr(one.model, "num_classes", 0))
+        if not one.classifies:
+            raise ExplainError(
+                f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out"
+            )
+        if target is not None and not 0 <= target < classes:
+            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
+
+
+def refuse_different(subjects: Sequence[Subject]) -> None:
+    """Raise ExplainError unless both models have the same attention layers."""
+    if len(subjects) < 2:
+        return
+    one, other = (set(find_attention(subject.model)) for subject in subjects)
+    if one != other:
+        example = sorted(one ^ other)[0]
+        raise ExplainError(
+            f"--dense: is another architecture: only one of both models has the attention layer {example}"
+        )
