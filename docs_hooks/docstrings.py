@@ -75,8 +75,10 @@ class PlainDocstrings(griffe.Extension):
 
     def __init__(self) -> None:
         import vit_tucker
+        import vit_tucker.explain
 
-        self.references = {name: f"vit_tucker.{name}" for name in vit_tucker.__all__}
+        packages = vit_tucker.explain, vit_tucker
+        self.references = {name: f"{package.__name__}.{name}" for package in packages for name in package.__all__}
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""

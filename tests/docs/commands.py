@@ -107,6 +107,11 @@ def check_accelerate(arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     expect(arguments[0] == "launch", "accelerate launch")
+    if "-m" in arguments:
+        place = arguments.index("-m")
+        parse(launch_command_parser(), [*arguments[1:place], "script.py"])
+        check_python(arguments[place:])
+        return
     script = next((i for i, word in enumerate(arguments) if word.endswith(".py")), len(arguments))
     args = parse(launch_command_parser(), arguments[1 : script + 1])
     file = Path(args.training_script)

@@ -9,12 +9,18 @@ import pytest
 from torch import Tensor
 
 import vit_tucker
+import vit_tucker.explain
 from docs_hooks import ROOT
 from tests.docs.docstrings import problems, sections
 
 SHOWN = re.compile(r"^::: (?P<name>[\w.]+)$", re.MULTILINE)
 PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
-PUBLIC = [name for name in vit_tucker.__all__ if not name.startswith("__")]
+PUBLIC = [
+    f"{package.__name__}.{name}"
+    for package in (vit_tucker, vit_tucker.explain)
+    for name in package.__all__
+    if not name.startswith("__")
+]
 NAMES = [name for page in PAGES for name in SHOWN.findall(page.read_text())]
 
 
@@ -28,12 +34,12 @@ def resolve(name: str):
 
 
 def test_every_public_name_is_on_a_page():
-    assert {f"vit_tucker.{name}" for name in PUBLIC} - set(NAMES) == set()
+    assert set(PUBLIC) - set(NAMES) == set()
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_docstrings_of_public_names_are_complete(name):
-    assert list(problems(name, getattr(vit_tucker, name))) == []
+    assert list(problems(name, resolve(name))) == []
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES)))
