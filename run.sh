@@ -10,6 +10,7 @@
 #   ./run.sh plan --cfg X             what a config's patch would do, without training
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
 #   ./run.sh COMMAND ...              any command of vit-tucker: convert, evaluate, predict, explain, export, bench, ...; --help lists them
+#   ./run.sh docs                     the documentation into site/; ./run.sh docs serve: while you write it
 #   ./run.sh setup                    only set up
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
@@ -71,9 +72,10 @@ case "$command" in
   main) setup "" && main_job ;;
   setup) setup "" ;;
   test) setup test && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@" ;;
+  docs) setup docs && exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
   sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  -h | --help | help) sed -n '2,16s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  -h | --help | help) sed -n '2,17s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
   *) setup "" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

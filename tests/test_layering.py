@@ -22,7 +22,7 @@ ALLOWED = {
     "training": {"errors", "config", "data", "live_bytes", "weights"},
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
     "checkpoint": {"errors", "version", "weights", "attention", "patching"},
-    "models": {"errors", "config", "patching", "weights"},
+    "models": {"errors", "config", "patching", "checkpoint", "weights"},
     "harmless": set(),
     "report": {"errors", "harmless"},
     "build": {"errors", "attention", "config", "patching", "data", "training", "models"},

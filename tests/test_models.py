@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from timm.models import adapt_input_conv
 
 import vit_tucker as vt
+from vit_tucker.checkpoint.dense import checkpoint_file
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError
-from vit_tucker.models import checkpoint_file, count_parameters, create_host
+from vit_tucker.models import count_parameters, create_host
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
 

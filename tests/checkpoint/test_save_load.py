@@ -307,6 +307,19 @@ class TestDenseWeights:
             vt.load_dense(target, tmp_path / place, **more)
             assert torch.equal(target(x), expected(x))
 
+    def test_other_classes_and_sizes_are_adapted_as_timm_does_it(self, model):
+        other = randomise(
+            timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 3, "img_size": 64}), seed=5
+        )
+        head = model.head.weight.clone()
+        vt.load_dense(model, other.state_dict(), model_args=SMALL)
+        assert torch.equal(model.head.weight, head)
+        assert model.pos_embed.shape[1] == 17  # 4 x 4 patches of 8 x 8 in the file, and a class token
+        assert torch.equal(model.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+        converted = copy.deepcopy(other)
+        vt.patch(converted, CONFIG)
+        assert torch.equal(model.blocks[2].attn.pre_core, converted.blocks[2].attn.pre_core)
+
     def test_what_is_not_the_hosts_is_refused_and_changes_nothing(self, dense, model, x, tmp_path):
         before = model(x)
         wrong = dense.state_dict()
@@ -314,9 +327,9 @@ class TestDenseWeights:
         with pytest.raises(vt.CheckpointError, match="not of vit_tiny_patch16_224 as it was patched"):
             vt.load_dense(model, wrong, model_args=SMALL)
         vt.save(model, tmp_path, model_args=SMALL)
-        with pytest.raises(vt.CheckpointError, match="patched with tucker, not a dense one"):
+        with pytest.raises(vt.CheckpointError, match="patched with tucker, a dense host is needed"):
             vt.load_dense(model, tmp_path)
-        with pytest.raises(vt.CheckpointError, match="no such file"):
+        with pytest.raises(vt.CheckpointError, match="load_dense: .*none.pth: no such file"):
             vt.load_dense(model, tmp_path / "none.pth")
         (tmp_path / "text.pth").write_text("x")
         with pytest.raises(vt.CheckpointError, match="can't be read as weights"):

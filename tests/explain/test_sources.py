@@ -63,8 +63,9 @@ def test_named_folders_files_and_saved_models(runs, tmp_path):
     lone = vt.save(open_subject(str(runs[1])).model, tmp_path / "lone")
     assert run_config(str(lone)) is None
     assert opened(lone)[1] is None
-    with pytest.raises(ConfigError, match="a weights file alone does not say of which model"):
-        opened(lone, str(saved / "model.safetensors"))
+    assert same(opened(lone, str(saved / "model.safetensors"))[1].model, host(1))
+    with pytest.raises(CheckpointError, match="--dense: .*patched with tucker, a dense host is needed"):
+        opened(lone, str(lone / "model.safetensors"))
     with pytest.raises(ConfigError, match=r"takes other images than .*: \(3, 16, 16\) and \(1, 16, 16\)"):
         opened(lone, str(vt.save(host(in_chans=3), tmp_path / "colour")))
     with pytest.raises(CheckpointError, match="--dense nowhere: no such folder"):

@@ -8,11 +8,11 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from vit_tucker.checkpoint.dense import overlay_of, weights_overlay
 from vit_tucker.checkpoint.describe import creation_arguments, layer_options
 from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.patch import patch, patch_record
-from vit_tucker.weights import weights_metadata
 
 CONFIG = "config.json"
 PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -137,8 +137,9 @@ def load_dense(
     """Load weights of the dense host into a patched model, by the conversion of its patch.
 
     Args:
-        model: patched; its classifier and all else that the patch left alone are loaded as they are.
-        weights: a state dict of the dense model, a file (safetensors, or .pth with tensors only) or a folder with one.
+        model: patched; what the patch left alone is loaded as it is. A classifier of another number of classes stays as it is.
+        weights: of the dense model in any form that timm reads: a state dict, a file (safetensors, .pth with tensors only), a
+            run folder or a saved folder. timm adapts other names and image sizes.
         calibration: images, see ``vit_tucker.patch``; without them the conversion is by weights alone.
         model_args: see ``save``.
 
@@ -148,44 +149,50 @@ def load_dense(
     record = patch_record(model)
     if record is None:
         raise CheckpointError("load_dense: the model is not patched; timm.models.load_checkpoint loads dense weights")
-    architecture = record.identity.architecture
+    host = dense_host(model, weights, model_args)
+    config = record.config.model_copy(update={"init": "pretrained"})
+    if calibration is None:
+        config = config.model_copy(update={"calibration": None})
+    patch(host, config, calibration=calibration, keep_originals=False)
+    own, converted = model.state_dict(), host.state_dict()
+    fitting = {key: value for key, value in converted.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict({**own, **fitting})
+
+
+def dense_host(
+    model: nn.Module, weights: str | Path | Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The dense host of a patched model, with weights of its own and their number of classes.
+
+    Args:
+        model: patched, or dense itself.
+        weights, model_args: see ``load_dense``.
+
+    Returns:
+        A new model in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: the weights can't be read, or are not those of the host.
+    """
+    record = patch_record(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    architecture = cfg.get("architecture") if record is None else record.identity.architecture
     if architecture is None:
-        raise CheckpointError(
-            "load_dense: the model does not say which timm model it was (pretrained_cfg['architecture'])"
-        )
-    state = dict(weights) if isinstance(weights, Mapping) else read_dense(Path(weights).expanduser())
-    host = timm.create_model(architecture, **{**creation_arguments(model, architecture), **(model_args or {})})
+        raise CheckpointError("the model does not say which timm model it is (pretrained_cfg['architecture'])")
+    arguments = {**creation_arguments(model, architecture), **(model_args or {})}
+    if isinstance(weights, Mapping):
+        overlay = overlay_of(dict(weights), architecture, None)
+    else:
+        overlay = weights_overlay(Path(weights).expanduser(), architecture, None, "load_dense")
+    arguments["num_classes"] = overlay.setdefault(
+        "num_classes", 0
+    )  # as the weights have it, so that timm loads all of them
     try:
-        host.load_state_dict(state)
-    except RuntimeError as error:
+        host = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+    except (RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"load_dense: the weights are not of {architecture} as it was patched: {reason}"
         ) from None
-    config = record.config.model_copy(update={"init": "pretrained"})
-    if calibration is None:
-        config = config.model_copy(update={"calibration": None})
-    host.eval()
-    patch(host, config, calibration=calibration, keep_originals=False)
-    model.load_state_dict(host.state_dict())
-
-
-def read_dense(path: Path) -> dict[str, Tensor]:
-    """The dense weights of a file or folder, on the CPU; nothing is executed.
-
-    Raises:
-        CheckpointError: there are none, or they are of a patched model.
-    """
-    file = weights_file(path) if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file or folder")
-    if method := weights_metadata(file).get("attention"):
-        raise CheckpointError(f"{file}: holds a model patched with {method}, not a dense one; see vit_tucker.load")
-    if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    from timm.models import load_state_dict
-
-    try:
-        return dict(load_state_dict(str(file), use_ema=True, weights_only=True))
-    except Exception as error:  # whatever a file that is none makes torch say
-        raise CheckpointError(f"{file}: can't be read as weights: {' '.join(str(error).split())[:200]}") from None
+    forget_source(host)
+    return host.eval()

@@ -10,11 +10,13 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.checkpoint.dense import weights_overlay
+from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
 from vit_tucker.inference import class_names, open_model, run_folder
-from vit_tucker.models import create_host, create_teacher, weights_overlay
+from vit_tucker.models import create_host, create_teacher
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_channels, input_shape
@@ -112,9 +114,7 @@ def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) 
     file = Path(choice).expanduser()
     if file.is_file():
         if config is None:
-            raise ConfigError(
-                f"--dense {choice}: a weights file alone does not say of which model; name a run or a saved folder"
-            )
+            return stored_host(run, file)
         return weights_subject(config.model.model_copy(update={"checkpoint": choice}), run, "--dense")
     try:
         dense = open_subject(choice)
@@ -157,6 +157,19 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
         hint = "; --dense names another, --dense none leaves it out"
         raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
     return subject(model, run.data, classifies=same)
+
+
+def stored_host(run: Subject, file: Path) -> Subject:
+    """The dense host of a stored model, with the weights of a file.
+
+    Raises:
+        CheckpointError: they are not of that host.
+    """
+    try:
+        dense = dense_host(run.model, file)
+    except CheckpointError as error:
+        raise CheckpointError(str(error).replace("load_dense", "--dense", 1)) from None
+    return subject(dense, run.data, classifies=dense.num_classes == run.model.num_classes)
 
 
 def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
