@@ -40,7 +40,9 @@ with torch.inference_mode():
 
 file = args.onnx or f"{args.folder}/model.onnx"
 written = export_model(model, file)
-print(f"{file}: {written.stages[0].bytes:,} bytes; logits differ by {written.stages[0].random.relative_error:.0e} of the largest")
+print(
+    f"{file}: {written.stages[0].bytes:,} bytes; logits differ by {written.stages[0].random.relative_error:.0e} of the largest"
+)
 
 session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 names = json.loads(session.get_modelmeta().custom_metadata_map["label_names"])

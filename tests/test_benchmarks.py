@@ -104,6 +104,23 @@ def test_models(tmp_path):
     assert "Amdahl" in (tmp_path / "model.md").read_text()
 
 
+@pytest.mark.skipif(not timm.is_model("test_vit"), reason="this timm has no test_vit")
+def test_exports(tmp_path, run_here):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    quick = (*QUICK, "--models", "test_vit", "--methods", "--batch-sizes", 1)
+    done = run_here("export.py", *quick, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "export.csv")
+    kinds = [(row["attention"], row["runtime"], row["precision"]) for row in rows]
+    assert kinds == [("dense", "onnxruntime", "fp32"), ("dense", "onnxruntime", "int8"), ("dense", "PyTorch", "fp32")]
+    whole, small, _ = rows
+    assert float(whole["infer_speedup"]) == 1
+    assert float(whole["file_mb"]) > 2 * float(small["file_mb"])
+    assert float(whole["logit_error"]) < 1e-4 < float(small["logit_error"]) < 0.1
+    assert "onnxruntime" in (tmp_path / "export.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -112,6 +129,7 @@ def test_models(tmp_path):
         ("attention.py", ["--rope", "--backends", "sdpa"], "leave --backends out"),
         ("widths.py", ["--widths", "0"], "1 at least"),
         ("model.py", ["--models", "vit_bse_patch16_224"], "no model vit_bse_patch16_224"),
+        ("export.py", ["--batch-sizes", "0"], "--batch-sizes: 1 at least"),
         pytest.param("gpu.py", ["--save", "nowhere"], "no CUDA device", marks=pytest.mark.skipif(
             torch.cuda.is_available(), reason="there is one")),
     ],

@@ -18,6 +18,7 @@ ALLOWED = {
     "attention": {"errors", "tensor"},
     "config": {"errors", "attention"},
     "patching": {"errors", "tensor", "attention"},
+    "export": {"errors", "attention", "patching", "checkpoint", "version"},
     "data": {"errors", "config"},
     "training": {"errors", "config", "data", "live_bytes", "weights"},
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
@@ -59,14 +60,14 @@ ALLOWED = {
             "models",
             "analysis",
         ),
-        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "explain", "sweep"),
+        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "explain", "sweep", "export"),
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
 }
 
 

@@ -19,6 +19,7 @@ from vit_tucker.attention.variants.tucker import TuckerConfig
 from vit_tucker.checkpoint.load import load, load_dense
 from vit_tucker.checkpoint.save import push_to_hub, save
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
+from vit_tucker.export.dense import dense_model
 from vit_tucker.patching.full_rank import full_rank_config
 from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
 from vit_tucker.patching.report import LayerReport, PatchReport
@@ -47,6 +48,7 @@ __all__ = [
     "TuckerConfig",
     "VitTuckerError",
     "__version__",
+    "dense_model",
     "full_rank_config",
     "get_method",
     "list_methods",

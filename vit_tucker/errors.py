@@ -24,6 +24,10 @@ class CheckpointError(VitTuckerError):
     """A checkpoint that is missing, torn, or of another model."""
 
 
+class ExportError(VitTuckerError):
+    """A model that can't be exported as asked; nothing has been written."""
+
+
 class ExplainError(VitTuckerError):
     """A model or an image whose attention can't be shown as asked."""
 
@@ -38,6 +42,10 @@ class DivergedError(FailedError):
 
 class SaveError(FailedError):
     """A checkpoint that can't be written; those before it are intact."""
+
+
+class MismatchError(FailedError):
+    """An exported file that does not compute what the model does; it did not get its name."""
 
 
 class PeerError(FailedError):

@@ -234,10 +234,14 @@ def test_damaged_configs_are_one_clear_line(model, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_strange_files_are_one_clear_line(model, tmp_path):
+def test_missing_and_strange_files_are_one_clear_line(model, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     with pytest.raises(vt.CheckpointError, match=r"no such folder, and no 'owner/name' of the hub"):
         vt.load(folder)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(vt.CheckpointError, match="runs/typo: no such folder.*hf-hub:runs/typo would be"):
+        vt.load("runs/typo")  # without asking the hub
     vt.save(model, folder)
     with pytest.raises(vt.CheckpointError, match="a file; name its folder"):
         vt.load(folder / "model.safetensors")

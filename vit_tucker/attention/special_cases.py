@@ -22,8 +22,8 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.ranks import numerical_rank
-from vit_tucker.tensor.tucker import Tucker
+from vit_tucker.tensor.split import split_width
+from vit_tucker.tensor.tucker import Pairs, Tucker
 
 
 class DenseTensors(NamedTuple):
@@ -98,15 +98,15 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
         PatchError: a head's rank is above head_dim, a bias has no place, or the attention is not bilinear.
     """
     refuse_nonlinear(layer)
-    spec, dense = layer.spec, to_dense(layer)
+    spec, out_bias = layer.spec, layer.folded_out_bias()
     like = next(layer.parameters())
     mha = MHAConfig().build(spec, device=like.device, dtype=like.dtype)
     mha.fused_attn = layer.fused_attn
     mha.backend = AUTO if is_whole(layer.backend) else layer.backend
-    if dense.out_bias is not None and mha.proj.bias is None:
+    if out_bias is not None and mha.proj.bias is None:
         raise PatchError("the layer's output bias has no place in MHA without proj_bias")
-    left, right = split_rank(dense.pre, spec.head_dim, tolerance, "pre-softmax")
-    value, out = split_rank(dense.post, spec.head_dim, tolerance, "post-softmax")
+    left, right = split_rank(layer.pre_pairs(), spec.head_dim, tolerance, "pre-softmax")
+    out, value = split_rank(layer.post_pairs(), spec.head_dim, tolerance, "post-softmax")
     query, bias = left[:, : spec.embed_dim], left[:, spec.embed_dim :]  # (H, C, D), and (H, 1, D) or (H, 0, D)
     if bias.numel() and mha.qkv.bias is None:
         raise PatchError("the layer's query bias has no place in MHA without qkv_bias")
@@ -120,29 +120,25 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
         mha.proj.weight.copy_(out.mT.flatten(0, 1).mT)
         if mha.proj.bias is not None:
             mha.proj.bias.zero_()
-            if dense.out_bias is not None:
-                mha.proj.bias.copy_(dense.out_bias)
+            if out_bias is not None:
+                mha.proj.bias.copy_(out_bias)
     keep_position_bias(layer, mha)
     return mha.requires_grad_(like.requires_grad).train(layer.training)
 
 
-def split_rank(tensor: Tensor, rank: int, tolerance: float, name: str) -> tuple[Tensor, Tensor]:
-    """Each head's matrix as left @ right^T of the given width, balanced. (H, I, J) -> (H, I, rank), (H, J, rank)
+def split_rank(tensor: Pairs, rank: int, tolerance: float, name: str) -> tuple[Tensor, Tensor]:
+    """Each head's matrix as left @ right^T of the given width, balanced. -> (H, I, rank), (H, J, rank)
 
     Raises:
         PatchError: a head has a larger rank; names the head and its rank.
     """
-    u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
-    for head, values in enumerate(s):
-        found = numerical_rank(values, len(values), tolerance)
+    pairs, ranks, _ = split_width(tensor, rank, tolerance)
+    for head, found in enumerate(ranks):
         if found > rank:
             raise PatchError(
                 f"the {name} matrix of head {head} has rank {found}, MHA holds rank {rank} (head_dim) at most"
             )
-    roots = s[:, :rank].sqrt().unsqueeze(1)
-    pad = (0, rank - roots.shape[-1])
-    left, right = u[..., :rank] * roots, vh[:, :rank].mT * roots
-    return torch.nn.functional.pad(left, pad), torch.nn.functional.pad(right, pad)
+    return pairs
 
 
 def refuse_nonlinear(layer: AttentionModule, rope: bool = False) -> None:

@@ -62,10 +62,12 @@ def find(where: str | Path) -> tuple[Path | None, str | None]:
     path = Path(text).expanduser()
     if prefix != "local-dir:" and (prefix or not path.exists()):
         owner, slash, name = text.partition("@")[0].partition("/")
-        if prefix or (slash and owner and name and "/" not in name and not text.startswith((".", "/", "~"))):
+        named = slash and owner and name and "/" not in name and not text.startswith((".", "/", "~"))
+        if prefix or (named and not Path(owner).is_dir()):  # runs/typo is no repository of a user called runs
             return None, text
     if not path.exists():
-        raise CheckpointError(f"{text}: no such folder, and no 'owner/name' of the hub")
+        hint = f"; hf-hub:{text} would be one of the hub" if path.parent.is_dir() and path.parent != Path() else ""
+        raise CheckpointError(f"{text}: no such folder, and no 'owner/name' of the hub{hint}")
     if path.is_file():
         raise CheckpointError(f"{path}: a file; name its folder, which has the {CONFIG} too")
     if (path / CONFIG).is_file():

@@ -13,6 +13,7 @@ from vit_tucker.cli import (
     cost,
     evaluate,
     explain,
+    export,
     hosts,
     lists,
     plan,
@@ -27,7 +28,7 @@ from vit_tucker.cli.common import Parser, guarded, parse_with_overrides
 from vit_tucker.version import __version__
 
 COMMANDS = (
-    *(plan, convert, train, sweep, evaluate, predict, explain, push),
+    *(plan, convert, train, sweep, evaluate, predict, explain, export, push),
     *(compare, tables, ranks, hosts, cost, bench, lists, completion),
 )
 """Each adds its commands, in the order of the help."""

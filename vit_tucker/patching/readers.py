@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights, ParameterCount
@@ -19,23 +18,22 @@ class Host:
         spec: shape and options.
         weights: canonical weights in the module's dtype; on the meta device they hold no data.
         parameters: what the layer has.
+        own: the same weights of the heads that the layer has (G of keys and values): views of its parameters, to write through.
     """
 
     spec: HostSpec
     weights: MHAWeights
     parameters: ParameterCount
+    own: MHAWeights
 
 
 Projections = dict[str, Tensor | None]
-"""Weights (heads, C, D) and biases (heads, D) of query, key and value under the names of ``MHAWeights``."""
+"""Weights (heads, C, D) and biases (heads, D) of query, key and value under the names of ``MHAWeights``: views of parameters.
+Keys and values may have fewer heads than queries."""
 
 
 def read_fused(m: Any, heads_first: bool = False) -> Projections:
     """One projection ``qkv`` for all, Linear or 1x1 convolution, its outputs ordered (qkv, head, D) or (head, qkv, D)."""
-    bias = getattr(m, "q_bias", None)
-    if bias is not None:  # BEiT, EVA: keys have none, but for a buffer of zeros
-        bias = torch.cat([m.q_bias, torch.zeros_like(m.q_bias), m.v_bias])
-    bias = m.qkv.bias if bias is None else bias
     order = (m.num_heads, 3, -1) if heads_first else (3, m.num_heads, -1)
 
     def split(rows: Tensor) -> Tensor:
@@ -44,10 +42,11 @@ def read_fused(m: Any, heads_first: bool = False) -> Projections:
 
     query, key, value = split(m.qkv.weight.flatten(1)).mT.unbind(0)  # each (H, C, D)
     weights: Projections = {"query": query, "key": key, "value": value}
-    if bias is not None:
-        weights["query_bias"], weights["key_bias"], weights["value_bias"] = split(bias).unbind(0)
-    if getattr(m, "q_bias", None) is not None:
-        weights["key_bias"] = None
+    if getattr(m, "q_bias", None) is not None:  # BEiT, EVA: keys have none, but for a buffer of zeros
+        for name, bias in (("query_bias", m.q_bias), ("value_bias", m.v_bias)):
+            weights[name] = bias.unflatten(0, (m.num_heads, -1))
+    elif m.qkv.bias is not None:
+        weights["query_bias"], weights["key_bias"], weights["value_bias"] = split(m.qkv.bias).unbind(0)
     return weights
 
 
@@ -56,11 +55,18 @@ def read_unfused(m: Any) -> Projections:
     weights: Projections = {}
     for name, linear in (("query", m.q_proj), ("key", m.k_proj), ("value", m.v_proj)):
         heads = m.num_heads if name == "query" else getattr(m, "num_kv_heads", m.num_heads)
-        repeat = m.num_heads // heads
-        weights[name] = linear.weight.unflatten(0, (heads, -1)).mT.repeat_interleave(repeat, 0)  # (H, C, D)
+        weights[name] = linear.weight.unflatten(0, (heads, -1)).mT  # (heads, C, D)
         if linear.bias is not None:
-            weights[f"{name}_bias"] = linear.bias.unflatten(0, (heads, -1)).repeat_interleave(repeat, 0)
+            weights[f"{name}_bias"] = linear.bias.unflatten(0, (heads, -1))
     return weights
+
+
+def for_all_heads(projections: Projections, heads: int) -> Projections:
+    """Each key/value head once for each head of its group, so that there are H of everything."""
+    return {
+        name: part if part is None or len(part) == heads else part.repeat_interleave(heads // len(part), 0)
+        for name, part in projections.items()
+    }
 
 
 def read_split(m: Any) -> Projections:
@@ -98,7 +104,7 @@ def make_host(
     assert query is not None
     assert value is not None
     heads, embed_dim, head_dim = query.shape
-    if value.shape != query.shape:
+    if value.shape[1:] != query.shape[1:]:
         raise PatchError(f"its queries have width {head_dim}, its values {value.shape[-1]}")
     if abs(m.scale - head_dim**-0.5) > 1e-9:
         raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {head_dim**-0.5}")
@@ -111,7 +117,7 @@ def make_host(
         extras["gate"] = {"gate": m.gate}
     if position_bias is not None:
         extras["position_bias"] = {"position_bias": position_bias}
-    kv_heads = getattr(m, "num_kv_heads", heads)
+    kv_heads = len(value)
     spec = HostSpec(
         embed_dim=embed_dim,
         num_heads=heads,
@@ -131,5 +137,8 @@ def make_host(
     out = out.unflatten(0, (head_dim, heads)).transpose(0, 1) if heads_last else out.unflatten(0, (heads, head_dim))
     weights = (query.numel() // heads) * (heads + 2 * kv_heads) + out.numel()
     total = sum(p.numel() for p in m.parameters())
-    dense = MHAWeights(**projections, out=out, out_bias=m.proj.bias)  # type: ignore[arg-type]
-    return Host(spec, dense, ParameterCount(weights, total - weights))
+    own = MHAWeights(**projections, out=out, out_bias=m.proj.bias)  # type: ignore[arg-type]
+    dense = own
+    if kv_heads != heads:
+        dense = MHAWeights(**for_all_heads(projections, heads), out=out, out_bias=m.proj.bias)  # type: ignore[arg-type]
+    return Host(spec, dense, ParameterCount(weights, total - weights), own)

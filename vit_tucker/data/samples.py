@@ -1,0 +1,68 @@
+"""Images to try a model on, as the evaluation sees them: some of a data set's evaluation split, or files and folders."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.calibration import readable_images
+from vit_tucker.data.datasets import is_iterable, load_dataset
+from vit_tucker.data.image_files import list_images, read_image_file
+from vit_tucker.data.transforms import eval_transform
+
+Labelled = tuple[Tensor, Tensor | None]
+"""Images (B, channels, height, width), float32, normalised; labels (B,) or None."""
+
+
+def evaluation_images(data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int) -> Iterator[Labelled]:
+    """Batches of the evaluation split: a fixed sample of it, since folders come sorted by class.
+
+    Args:
+        data: config section.
+        resolved: timm's data config, see ``resolve_data``.
+        images: how many, at most; the first ones of a streamed set.
+        batch_size: images per batch; the last one may be smaller.
+
+    Raises:
+        DataError: the split is missing, or has more bad images than ``data.max_bad_images``.
+    """
+    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
+    options = {"download": data.download, "batch_size": batch_size, "seed": 0, **data.dataset_kwargs}
+    split = load_dataset(data.dataset, data.val_split, False, mode, data.root, options)
+    if is_iterable(split):
+        samples: Iterable[Any] = itertools.islice(split, images)
+    else:
+        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
+        samples = readable_images(split, order, min(images, len(order)), data)
+    return in_batches(samples, resolved, batch_size)
+
+
+def file_images(paths: Sequence[Path], resolved: dict[str, Any], images: int, batch_size: int) -> Iterator[Labelled]:
+    """Batches of image files; folders are searched through. No labels.
+
+    Args:
+        paths: files and folders.
+        resolved: timm's data config.
+        images: how many, at most; of folders with more, evenly spread over their sorted names.
+        batch_size: images per batch.
+
+    Raises:
+        DataError: no such file, a folder without images, or a file that is no image.
+    """
+    files = list_images(paths)
+    chosen = [files[i * len(files) // images] for i in range(images)] if len(files) > images else files
+    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
+    return in_batches(((read_image_file(file, mode), None) for file in chosen), resolved, batch_size)
+
+
+def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:
+    """PIL images with labels (or None), transformed and stacked."""
+    transform, rest = eval_transform(resolved), iter(samples)
+    while batch := list(itertools.islice(rest, size)):
+        labels = [label for _, label in batch]
+        known = None if labels[0] is None else torch.tensor(labels)
+        yield torch.stack([transform(image) for image, _ in batch]), known

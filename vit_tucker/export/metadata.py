@@ -1,0 +1,58 @@
+"""What a consumer of an exported file must know to use it, as strings by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import input_shape
+
+FROM_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "license")
+"""Entries of timm's pretrained_cfg that are handed on, under timm's names, where the model has them."""
+
+
+def describe(model: nn.Module, normalised_inside: bool, version: str) -> dict[str, str]:
+    """Metadata of a model's export; values that are no strings as JSON.
+
+    Args:
+        model: as it was loaded, patched or plain.
+        normalised_inside: the file takes images in [0, 1] and normalises them itself.
+        version: of vit_tucker.
+    """
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    values: dict[str, Any] = {"producer": f"vit_tucker {version}", "architecture": architecture(model)}
+    values |= {"input_size": input_shape(model), "num_classes": getattr(model, "num_classes", None)}
+    values |= {name: cfg.get(name) for name in FROM_CFG}
+    values["image"] = "NCHW, float32, RGB" if input_shape(model)[0] == 3 else "NCHW, float32"
+    values["image_range"] = "[0, 1]; normalised inside" if normalised_inside else "(pixel / 255 - mean) / std"
+    values["attention"] = attention(model)
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of the model, of its host if it is patched; else the name of its class."""
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
+    arguments: Mapping[str, Any] = getattr(model, "_model_args", None) or {}
+    return arguments.get("host") or cfg.get("architecture") or type(model).__name__
+
+
+def attention(model: nn.Module) -> dict[str, Any]:
+    """Method and options of a patched model, and which layers have them; the method alone where there is no record."""
+    layers = {name: type(m).__name__ for name, m in find_attention(model).items() if isinstance(m, AttentionModule)}
+    if not layers:
+        return {"method": "dense"}
+    record = patch_record(model)
+    if record is None:
+        return {"modules": layers}
+    options = record.config.model_dump(mode="json", exclude_defaults=True)
+    return {"method": record.config.method, **options, "modules": layers}

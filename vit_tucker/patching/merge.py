@@ -1,0 +1,120 @@
+"""A patched model as the plain timm model it comes to: equal dense weights in timm's own attention modules."""
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from vit_tucker.attention.heads_form import HeadsForm, heads_form
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.errors import PatchError
+from vit_tucker.patching import find, hosts
+from vit_tucker.patching.identity import unmark
+from vit_tucker.patching.patch import RECORD, patch_record
+from vit_tucker.patching.writers import write_layer
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """What became of one layer.
+
+    Attributes:
+        name: full module name.
+        layer: class name of the layer of ours.
+        pre_error, post_error: of cutting its tensors to the heads' width, relative; 0: exact. See ``HeadsForm``.
+    """
+
+    name: str
+    layer: str
+    pre_error: float
+    post_error: float
+
+    @property
+    def exact(self) -> bool:
+        """Nothing was cut."""
+        return self.pre_error == self.post_error == 0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A plain timm model with the attention of a patched one.
+
+    Attributes:
+        model: of timm's own classes; no layer of ours is left.
+        layers: what became of each patched layer.
+    """
+
+    model: nn.Module
+    layers: tuple[MergedLayer, ...]
+
+
+def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
+    """Write the attention of a patched model into modules of timm's. See ``vit_tucker.dense_model``, which also makes hosts.
+
+    Args:
+        model: patched.
+        host: to write copies of its modules; None for the modules that ``patch`` kept. Neither is changed.
+        approximate: cut what does not fit to the nearest that does.
+
+    Raises:
+        PatchError: a layer has no dense form of the host's shape, or there is no host to write into.
+    """
+    find.refuse_wrapped(model)
+    layers = {name: m for name, m in find.find_attention(model).items() if isinstance(m, AttentionModule)}
+    forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
+    mixed_rope = hosts.has_mixed_rope(model)
+    modules: dict[int, nn.Module] = {}  # a layer that stands at several places gets one module
+    for name, layer in layers.items():
+        if id(layer) not in modules:
+            modules[id(layer)] = _written(name, _host_module(model, host, name), layer, forms[name], mixed_rope)
+    result = _without_record(model)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(result.get_submodule(parent), child, modules[id(layer)])
+    rows = (MergedLayer(name, type(layer).__name__, *forms[name][1:]) for name, layer in layers.items())
+    return Merged(result, tuple(rows))
+
+
+def _form(name: str, layer: AttentionModule, approximate: bool) -> HeadsForm:
+    try:
+        return heads_form(layer, approximate)
+    except PatchError as error:
+        raise PatchError(f"{name}: {error}") from None
+
+
+def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Module:
+    """The module of timm's that once stood there."""
+    if host is not None:
+        try:
+            return host.get_submodule(name)
+        except AttributeError:
+            raise PatchError(f"{name}: {type(host).__name__} has no such module: it is not the model's host") from None
+    record = patch_record(model)
+    originals = None if record is None else record.originals
+    if originals is None or name not in originals:
+        raise PatchError("the modules that were replaced were not kept: give the timm model they came from as host")
+    return originals[name]
+
+
+def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsForm, mixed_rope: bool) -> nn.Module:
+    """A copy of the host's module with the layer's attention."""
+    like = next(layer.parameters())
+    new = copy.deepcopy(module)
+    if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
+        raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
+    new = new.to(like.device, like.dtype)
+    try:
+        write_layer(new, layer, form.weights, mixed_rope)
+    except (PatchError, RuntimeError) as error:  # RuntimeError: shapes that differ
+        raise PatchError(f"{name}: {' '.join(str(error).split())}") from None
+    return new.requires_grad_(like.requires_grad).train(layer.training)
+
+
+def _without_record(model: nn.Module) -> nn.Module:
+    """A copy that does not know of its patch, and is freed of the replaced modules."""
+    record = patch_record(model)
+    result = copy.deepcopy(model, {} if record is None else {id(record): record})
+    if record is not None:
+        unmark(result, record.identity)
+        delattr(result, RECORD)
+    return result
