@@ -76,8 +76,9 @@ class PlainDocstrings(griffe.Extension):
     def __init__(self) -> None:
         import vit_tucker
         import vit_tucker.explain
+        import vit_tucker.export
 
-        packages = vit_tucker.explain, vit_tucker
+        packages = vit_tucker.explain, vit_tucker.export, vit_tucker
         self.references = {name: f"{package.__name__}.{name}" for package in packages for name in package.__all__}
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:

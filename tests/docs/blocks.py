@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -29,7 +30,12 @@ def timm_has_local_dir() -> bool:
         return False
 
 
-NEEDS = {"timm local-dir": timm_has_local_dir}
+def onnx_is_there() -> bool:
+    """Whether the packages of the extra [onnx] are installed."""
+    return all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
+NEEDS = {"timm local-dir": timm_has_local_dir, "onnxruntime": onnx_is_there}
 """What a block may need, by the name in its comment."""
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vit_tucker
 import vit_tucker.explain
+import vit_tucker.export
 from docs_hooks import ROOT
 from tests.docs.docstrings import problems, sections
 
@@ -17,7 +18,7 @@ SHOWN = re.compile(r"^::: (?P<name>[\w.]+)$", re.MULTILINE)
 PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 PUBLIC = [
     f"{package.__name__}.{name}"
-    for package in (vit_tucker, vit_tucker.explain)
+    for package in (vit_tucker, vit_tucker.explain, vit_tucker.export)
     for name in package.__all__
     if not name.startswith("__")
 ]
