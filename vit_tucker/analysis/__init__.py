@@ -1,1 +1,1 @@
-"""What a model's attention weights look like: spectra and ranks of their tensors."""
+"""What a model's attention is and what it costs: spectra and ranks, which models can be patched, FLOPs, latency, KV cache."""

@@ -16,6 +16,9 @@ def register_method(name: str) -> Callable[[type[_Config]], type[_Config]]:
     Args:
         name: the method's name; the class must say ``method: Literal[name] = name``.
 
+    Returns:
+        The decorator; it gives the class back as it is.
+
     Raises:
         ConfigError: the name is taken by another class, or the class's ``method`` field differs.
     """
@@ -41,6 +44,12 @@ def list_methods() -> list[str]:
 
 def get_method(name: str) -> type[AttentionConfig]:
     """Config class of a method.
+
+    Args:
+        name: the method's name.
+
+    Returns:
+        The class itself; call it with the method's options.
 
     Raises:
         ConfigError: no such method.

@@ -39,20 +39,24 @@ class ModelConfig(Section):
         ge=0,
         description="Number of classes; the data set's if null. 0: no classifier, for conversion only.",
     )
-    embed_dim: int | None = Field(default=None, ge=1)
+    embed_dim: int | None = Field(default=None, ge=1, description="Width of the tokens.")
     depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
-    num_heads: int | None = Field(default=None, ge=1)
-    mlp_ratio: float | None = Field(default=None, gt=0)
-    qkv_bias: bool | None = None
-    qk_norm: bool | None = None
+    num_heads: int | None = Field(default=None, ge=1, description="Attention heads; they divide embed_dim.")
+    mlp_ratio: float | None = Field(
+        default=None, gt=0, description="Width of the MLP's hidden layer, as a multiple of embed_dim."
+    )
+    qkv_bias: bool | None = Field(default=None, description="Biases of queries, keys and values.")
+    qk_norm: bool | None = Field(default=None, description="Norms of each head's queries and keys.")
     init_values: float | None = Field(default=None, description="LayerScale start value.")
-    class_token: bool | None = None
+    class_token: bool | None = Field(default=None, description="A class token in front of the patches.")
     reg_tokens: int | None = Field(default=None, ge=0, description="Number of register tokens.")
     global_pool: str | None = Field(default=None, description="token, avg, avgmax, max, map, or '' for none.")
-    dynamic_img_size: bool | None = None
+    dynamic_img_size: bool | None = Field(default=None, description="Take images of any size, embeddings resampled.")
     drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the classifier.")
-    proj_drop_rate: float | None = Field(default=None, ge=0, lt=1)
-    attn_drop_rate: float | None = Field(default=None, ge=0, lt=1)
+    proj_drop_rate: float | None = Field(
+        default=None, ge=0, lt=1, description="Dropout of the outputs of attention and MLP."
+    )
+    attn_drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the attention weights.")
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1, description="Stochastic depth.")
     model_kwargs: dict[str, Any] = Field(default={}, description="Any other argument of timm.create_model.")
 
@@ -76,8 +80,8 @@ class DataConfig(Section):
         "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
     )
     root: str = Field(default="data", description="Folder of the data sets.")
-    train_split: str = "train"
-    val_split: str = "validation"
+    train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
+    val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
     dataset_kwargs: dict[str, Any] = Field(default={}, description="Other arguments of timm.data.create_dataset.")
     num_samples: int | None = Field(
@@ -90,20 +94,26 @@ class DataConfig(Section):
     std: tuple[float, ...] | None = Field(default=None, description="Channel standard deviations; as for mean.")
     interpolation: str | None = Field(default=None, description="bilinear, bicubic or random (training only).")
     crop_pct: float | None = Field(default=None, gt=0, le=1, description="Centre crop share at evaluation.")
-    crop_mode: Literal["center", "squash", "border"] | None = None
+    crop_mode: Literal["center", "squash", "border"] | None = Field(
+        default=None, description="Images that are not square, at evaluation: cut, squeezed or framed."
+    )
     no_aug: bool = Field(default=False, description="Evaluation-like transform for training too.")
     train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
         default=None, description="Random resized crop, or keep ratio."
     )
     scale: tuple[float, float] | None = Field(default=None, description="Random resized crop: area range.")
     ratio: tuple[float, float] | None = Field(default=None, description="Random resized crop: aspect range.")
-    hflip: float = Field(default=0.5, ge=0, le=1)
-    vflip: float = Field(default=0.0, ge=0, le=1)
-    color_jitter: float | tuple[float, ...] | None = None
+    hflip: float = Field(default=0.5, ge=0, le=1, description="Probability of a flip from left to right.")
+    vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a flip upside down.")
+    color_jitter: float | tuple[float, ...] | None = Field(
+        default=None, description="Strength of colour changes, or brightness, contrast, saturation and hue."
+    )
     aa: str | None = Field(default=None, description="AutoAugment policy, 'rand-m9-mstd0.5-inc1', '3a'.")
     reprob: float = Field(default=0.0, ge=0, le=1, description="Random erasing probability.")
-    remode: Literal["const", "rand", "pixel"] = "pixel"
-    recount: int = Field(default=1, ge=1)
+    remode: Literal["const", "rand", "pixel"] = Field(
+        default="pixel", description="What erased pixels become: zero, one random colour, or noise."
+    )
+    recount: int = Field(default=1, ge=1, description="Erased rectangles per image.")
     aug_repeats: int = Field(
         default=0,
         ge=0,
@@ -142,7 +152,7 @@ class DistillConfig(Section):
 class TrainConfig(Section):
     """The recipe, in timm's words."""
 
-    epochs: int = Field(default=10, ge=1)
+    epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
     global_batch_size: int = Field(
         default=128, ge=1, description="Images per optimizer step, over all processes and accumulation."
     )
@@ -153,31 +163,37 @@ class TrainConfig(Section):
     eval_interval: int = Field(default=1, ge=1, description="Evaluate every n epochs, and after the last.")
 
     opt: str = Field(default="adamw", description="Any optimizer of timm.optim.")
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, description="Learning rate at its peak, for the global batch as it is.")
     weight_decay: float = Field(default=0.05, ge=0, description="Not on biases, norms, position embeddings and tokens.")
     momentum: float = Field(default=0.9, ge=0, description="For optimizers that have one.")
-    opt_betas: tuple[float, float] | None = None
-    opt_eps: float | None = Field(default=None, gt=0)
+    opt_betas: tuple[float, float] | None = Field(
+        default=None, description="Betas of Adam and its kin; timm's if null."
+    )
+    opt_eps: float | None = Field(default=None, gt=0, description="Epsilon of the optimizer; timm's if null.")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="Layer-wise learning-rate decay.")
     clip_grad: float | None = Field(default=1.0, gt=0, description="Gradient norm; null: no clipping.")
 
-    sched: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup_epochs: float = Field(default=1.0, ge=0)
-    warmup_lr: float = Field(default=1e-6, ge=0)
-    min_lr: float = Field(default=1e-6, ge=0)
+    sched: Literal["cosine", "linear", "step", "constant"] = Field(
+        default="cosine", description="Learning-rate schedule, over optimizer steps."
+    )
+    warmup_epochs: float = Field(default=1.0, ge=0, description="Epochs of linear warm-up; parts of one too.")
+    warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
+    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end.")
     decay_epochs: float = Field(default=30.0, gt=0, description="Step schedule: epochs between decays.")
     decay_rate: float = Field(default=0.1, gt=0, description="Step schedule: factor of each decay.")
 
     smoothing: float = Field(default=0.0, ge=0, lt=1, description="Label smoothing.")
     mixup: float = Field(default=0.0, ge=0, description="Mixup alpha.")
     cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha.")
-    mixup_prob: float = Field(default=1.0, ge=0, le=1)
-    mixup_switch_prob: float = Field(default=0.5, ge=0, le=1)
+    mixup_prob: float = Field(default=1.0, ge=0, le=1, description="Share of batches that are mixed.")
+    mixup_switch_prob: float = Field(
+        default=0.5, ge=0, le=1, description="Probability of CutMix where both are on; else mixup."
+    )
     mixup_off_epoch: int = Field(default=0, ge=0, description="Turn mixup and cutmix off from this epoch on; 0: never.")
 
-    model_ema: bool = False
-    model_ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    model_ema_warmup: bool = True
+    model_ema: bool = Field(default=False, description="Keep, and evaluate, a moving average of the weights.")
+    model_ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Its decay per optimizer step.")
+    model_ema_warmup: bool = Field(default=True, description="Start with a smaller decay.")
 
     distill: DistillConfig | None = Field(default=None, description="Distillation from a dense teacher; null: none.")
 
@@ -223,18 +239,18 @@ class RunConfig(Section):
     name: str | None = Field(
         default=None, description="Name in tables and in the default output_dir; the file's name if null."
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="Of initialisation, data order, augmentation and dropout.")
     output_dir: str | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
     plugins: tuple[str, ...] = Field(
         default=(),
         description="Python modules or .py files to import first, for attention methods and timm models of yours.",
     )
-    model: ModelConfig
+    model: ModelConfig = Field(description="The timm model.")
     attention: AttentionConfig | None = Field(
         default=None, description="Attention to patch in; null keeps the dense host."
     )
-    data: DataConfig = DataConfig()
-    train: TrainConfig = TrainConfig()
+    data: DataConfig = Field(default=DataConfig(), description="Data set and transforms.")
+    train: TrainConfig = Field(default=TrainConfig(), description="The recipe.")
 
     @model_validator(mode="after")
     def _mixup_needs_even_batches(self) -> "RunConfig":

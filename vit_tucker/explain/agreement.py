@@ -35,7 +35,7 @@ def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tens
     """Mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
 
     Args:
-        a, b: maps.
+        a, b: maps, (S, H, n, n).
         queries: (S, n) boolean, the queries that count; all if None.
     """
     distance = (a - b).abs().sum(-1) / 2  # (S, H, n)

@@ -32,7 +32,7 @@ class Recording:
         grids: where the layer's tokens lie; None where that can't be known.
         events: ("attention" | "mixer", full name) in the order of the calls: mixers are what else moves information between
             tokens (convolutions, pooling, attention that no method replaces).
-        pooled: input of the attention pooling that reads the tokens out, by the module's full name; empty without one.
+        pooled: input (B, N, C) of the attention pooling that reads the tokens out, by the module's full name; empty without one.
     """
 
     output: Any = None
@@ -71,7 +71,9 @@ def record_attention(
     """``attention_maps`` with all that a picture needs besides: the output, the places of the tokens, what else mixes them.
 
     Args:
-        model, images, layers: see ``attention_maps``.
+        model: see ``attention_maps``.
+        images: (B, channels, height, width).
+        layers: see ``attention_maps``.
         reduce: called with (name, map, grid) as soon as a layer has run; its result is kept in place of the map.
         grad: record gradients, so that the output can be differentiated by the maps.
 

@@ -63,7 +63,19 @@ def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate:
 
 
 def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """``dense_model`` with an account of each layer. Arguments and errors as there."""
+    """``dense_model`` with an account of each layer.
+
+    Args:
+        model: patched or plain; it is not touched.
+        host: see ``dense_model``.
+        approximate: see ``dense_model``.
+
+    Returns:
+        The dense model, and for each layer whether it is exact or what is lost.
+
+    Raises:
+        PatchError: see ``dense_model``.
+    """
     record = patch_record(model)
     if host is None and record is not None and record.originals is None:
         host = make_host(model)

@@ -117,9 +117,22 @@ def plan(
     exclude: Selection | None = None,
     img_size: int | tuple[int, int] | None = None,
 ) -> PatchReport:
-    """The report, and the errors, that ``patch`` would give. Arguments as for ``patch``.
+    """The report, and the errors, that ``patch`` would give.
 
     Nothing is touched: neither the model, nor the random number generators.
+
+    Args:
+        model: as for ``patch``; on the meta device the report has no errors of weights.
+        config: method and options; with a ``calibration``, for which there are no images here, it has none either.
+        layers: modules to patch, in place of ``config.layers``.
+        exclude: modules to leave alone, in place of ``config.exclude``.
+        img_size: image size in pixels for the FLOPs; the model's own if None.
+
+    Returns:
+        The report, with ``applied`` False.
+
+    Raises:
+        PatchError: the model can't be patched as asked; see ``patch``.
     """
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[index for index in cuda if index is not None]):
@@ -131,6 +144,9 @@ def unpatch(model: nn.Module) -> None:
 
     Position biases are resized if timm's ``set_input_size`` has resized those of the replacements; blocks that timm has pruned
     stay away.
+
+    Args:
+        model: patched, by ``patch`` with ``keep_originals``.
 
     Raises:
         PatchError: the model is not patched, or its originals were not kept.
@@ -154,7 +170,14 @@ def unpatch(model: nn.Module) -> None:
 
 
 def patch_record(model: nn.Module) -> PatchRecord | None:
-    """Config, report and originals of a patched model; None if it is not patched."""
+    """Config, report and originals of a patched model.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The record of its patch; None if it is not patched.
+    """
     return getattr(model, RECORD, None)
 
 

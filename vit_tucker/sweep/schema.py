@@ -46,7 +46,7 @@ class SweepConfig(Section):
     about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
     base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
     output_dir: str | None = Field(default=None, description="Folder of the run folders; runs/<file name> if null.")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
     set: dict[str, Any] = Field(default={}, description="Config keys of all runs.")
     start: dict[str, Any] | None = Field(
         default={},
@@ -57,7 +57,7 @@ class SweepConfig(Section):
     keep_checkpoints: bool = Field(
         default=True, description="false: a cell's checkpoints are removed when it is done; the starts' stay."
     )
-    cells: tuple[CellConfig, ...] = Field(min_length=1)
+    cells: tuple[CellConfig, ...] = Field(min_length=1, description="The settings to compare.")
 
     @field_validator("seeds")
     @classmethod
