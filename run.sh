@@ -72,7 +72,7 @@ case "$command" in
   main) setup "" && main_job ;;
   setup) setup "" ;;
   test) setup test && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@" ;;
-  docs) setup docs && exec .venv/bin/mkdocs "${1:-build}" --strict ;;
+  docs) setup docs && NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
   sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
