@@ -13,6 +13,7 @@ ALLOWED = {
     "paths": {"errors"},
     "live_bytes": set(),
     "version": set(),
+    "registration": {"checkpoint"},
     "weights": {"errors"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor"},
@@ -67,7 +68,7 @@ ALLOWED = {
         *("build", "costs", "paths", "run", "cli"),
     },
     "__main__": {"cli"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
 }
 
 

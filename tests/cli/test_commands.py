@@ -161,6 +161,7 @@ class TestPlanAndConvert:
         LOGGER.handlers.clear()
         start = ["--cfg", "dense", "model.checkpoint=dense", *METHOD]
         plain = json.loads(command("convert", *start, "--out", "a", "--json"))
+        assert list(vt.load("a").pretrained_cfg["label_names"]) == list("0123456789")  # of the run that it started from
         aware = json.loads(command("convert", *start, "--data", "digits", "--images", "64", "--out", "b", "--json"))
         assert plain["layers"][0]["output_error"] is None
         assert 0 < aware["layers"][0]["output_error"] < 1

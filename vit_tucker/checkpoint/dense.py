@@ -58,7 +58,11 @@ def weights_overlay(
     method = weights_metadata(file).get("attention") or method_beside(file)
     if method:
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed")
-    return overlay_of(dict(state), name, num_classes)
+    overlay = overlay_of(dict(state), name, num_classes)
+    names = config_beside(file).get("label_names")
+    if isinstance(names, list) and len(names) == overlay.get("num_classes"):
+        overlay["label_names"] = tuple(names)
+    return overlay
 
 
 def overlay_of(state: dict[str, Tensor], name: str, num_classes: int | None) -> dict[str, Any]:
@@ -81,11 +85,20 @@ def overlay_of(state: dict[str, Tensor], name: str, num_classes: int | None) -> 
 
 def method_beside(file: Path) -> str | None:
     """The method of a patched model that timm itself has saved: its weights file says nothing, the config.json beside it does."""
+    config = config_beside(file)
+    try:
+        return config["model_args"]["patch"]["method"] if config["architecture"] == PATCHED else None
+    except (KeyError, TypeError):
+        return None
+
+
+def config_beside(file: Path) -> dict[str, Any]:
+    """config.json in the folder of a weights file; empty without one."""
     try:
         config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-        return config["model_args"]["patch"]["method"] if config["architecture"] == PATCHED else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def first_convs(name: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import timm
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import is_model, list_models, load_pretrained, model_entrypoint, register_model
+from timm.models import is_model, list_models, load_pretrained, model_entrypoint
 from timm.models._hub import download_from_hf
 from timm.models._pretrained import PretrainedCfg
 from torch import Tensor, nn
@@ -31,8 +31,7 @@ WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
 
 
-@register_model
-def vit_tucker_patched(
+def patched_model(
     pretrained: bool = False,
     *,
     host: str | None = None,

@@ -1,6 +1,7 @@
 """``convert``: a patched model from a dense one, as a folder that rebuilds itself."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def convert(args: argparse.Namespace) -> int:
     images = None
     if (calibration := attention.calibration) is not None:
         images = calibration_images(config.data, data, calibration.images, calibration.batch_size, calibration.seed)
+        if sys.stderr.isatty():
+            print(f"converting on {calibration.images} images of {config.data.dataset} ...", file=sys.stderr)
     report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
     save(model, args.out, data=data)
     if args.json:

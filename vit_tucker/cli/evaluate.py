@@ -37,6 +37,8 @@ def evaluate(args: argparse.Namespace) -> int:
     """The command itself."""
     import logging
 
+    from tqdm import tqdm
+
     from vit_tucker.checkpoint.load import find
     from vit_tucker.data.datasets import dataset_info
     from vit_tucker.data.loaders import build_loaders
@@ -66,8 +68,12 @@ def evaluate(args: argparse.Namespace) -> int:
             config.data, config.train, data, 0, rank, world, pin, with_train=False, device=accelerator.device
         )
     )
+    batches = None if loaders.num_eval is None else len(loaders.eval.loader)
     try:
-        scores = score(model, loaders, accelerator, peers)
+        with tqdm(
+            total=batches, unit="batches", disable=None if accelerator.is_main_process else True, leave=False
+        ) as bar:
+            scores = score(model, loaders, accelerator, peers, after_batch=lambda: bar.update() and None)
     finally:
         loaders.close()
     if accelerator.is_main_process:
