@@ -16,6 +16,9 @@ from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.weights import weights_metadata
 
+MODEL_KEY = "model.checkpoint"
+"""What names a checkpoint in a config."""
+
 
 @contextmanager
 def weights_only() -> Iterator[None]:
@@ -35,9 +38,7 @@ def weights_only() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def weights_overlay(
-    checkpoint: Path, name: str, num_classes: int | None, what: str = "model.checkpoint"
-) -> dict[str, Any]:
+def weights_overlay(checkpoint: Path, name: str, num_classes: int | None, what: str = MODEL_KEY) -> dict[str, Any]:
     """pretrained_cfg entries that make timm load a checkpoint as if it were its own, see ``overlay_of``.
 
     Args:
@@ -57,7 +58,12 @@ def weights_overlay(
         raise CheckpointError(f"{what}: {file} can't be read as weights: {reason}") from None
     method = weights_metadata(file).get("attention") or method_beside(file)
     if method:
-        raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed")
+        hint = (
+            "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true"
+            if what == MODEL_KEY
+            else ""
+        )
+        raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
     overlay = overlay_of(dict(state), name, num_classes)
     names = config_beside(file).get("label_names")
     if isinstance(names, list) and len(names) == overlay.get("num_classes"):
@@ -109,7 +115,7 @@ def first_convs(name: str) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named or ("patch_embed.proj",))
 
 
-def checkpoint_file(path: Path, what: str = "model.checkpoint") -> Path:
+def checkpoint_file(path: Path, what: str = MODEL_KEY) -> Path:
     """The weights file that a path means: itself, or the last weights of a run or checkpoint folder, of the EMA if it has one.
 
     A run's best weights were chosen on its evaluation images, so they are taken only where the path names them
