@@ -1,5 +1,7 @@
 """Which models the command shows: the run's own, and the dense one that it started from or that was named."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ import torch
 import vit_tucker as vt
 from tests.explain.runs import LABELS, MODEL, host, make_pair, make_run
 from vit_tucker.errors import CheckpointError, ConfigError
-from vit_tucker.explain.sources import host_of, open_dense, open_subject, run_config
+from vit_tucker.explain.sources import host_of, open_dense, open_subject, run_config, seen_from_run
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,14 @@ def test_pretrained_weights_of_the_runs_architecture(runs, monkeypatch):
     assert (asked["name"], asked["pretrained"], asked["img_size"], asked["in_chans"]) == (MODEL["name"], True, 16, 1)
     assert "num_classes" not in asked
     assert len(dense.label_names) == 1000
+
+
+def test_a_runs_start_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """Its config says where it was from the folder that the run was started in."""
+    (tmp_path / "runs/dense").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert seen_from_run(Path("runs/dense"), tmp_path / "runs/tucker") == tmp_path / "runs/dense"
+    assert seen_from_run(Path("runs/none"), tmp_path / "runs/tucker") == Path("runs/none")
+    monkeypatch.chdir(tmp_path)
+    assert seen_from_run(Path("runs/dense"), tmp_path / "runs/tucker") == Path("runs/dense")

@@ -13,6 +13,7 @@ from timm.models import is_model
 from torch import nn
 
 from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.entry import create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
@@ -152,9 +153,9 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
             kept.pop(name, None)
     kept |= {"input_size": size, "num_classes": getattr(model, "num_classes", 0), "custom_load": False}
     kept |= {name: data[name] for name in IMAGES if data.get(name) is not None}
-    for name in ("mean", "std"):  # normalisation of RGB for a model with other channels: the mean, as timm itself does
-        if name in kept and len(kept[name]) != size[0]:
-            kept[name] = (sum(kept[name]) / len(kept[name]),) * size[0]
+    for name in ("mean", "std"):
+        if name in kept:
+            kept[name] = fit_channels(kept[name], size[0])
     return kept
 
 

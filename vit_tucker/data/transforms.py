@@ -7,6 +7,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 
+from vit_tucker.channels import fit_channels
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.errors import ConfigError
@@ -44,9 +45,8 @@ def resolve_data(
         "crop_mode": config.crop_mode,
     }
     resolved = resolve_data_config(args, model=model)
-    for name in ("mean", "std"):  # an RGB normalisation for a grey model: the mean of its channels
-        if len(resolved[name]) != input_size[0]:
-            resolved[name] = (sum(resolved[name]) / len(resolved[name]),) * input_size[0]
+    for name in ("mean", "std"):
+        resolved[name] = fit_channels(resolved[name], input_size[0])
     return resolved
 
 

@@ -10,6 +10,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.dense import weights_overlay
 from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.load import load_config
@@ -77,9 +78,7 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
     """
     size = input_shape(model)
     resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
-    for name in ("mean", "std"):  # of RGB for a model of grey images: the mean
-        if len(resolved[name]) != size[0]:
-            resolved = {**resolved, name: (sum(resolved[name]) / len(resolved[name]),) * size[0]}
+    resolved = {**resolved, **{name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}}
     classifies = classifies and bool(getattr(model, "num_classes", 0))
     return Subject(kind_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
 
@@ -134,11 +133,21 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
         teacher = create_teacher(config.model, HOST, kept, None, classes, channels(run))
         return subject(teacher, run.data)
     if config.model.checkpoint is not None:
-        return weights_subject(config.model, run, "the run's model.checkpoint")
+        start = seen_from_run(Path(config.model.checkpoint).expanduser(), Path(str(config.output_dir)))
+        return weights_subject(
+            config.model.model_copy(update={"checkpoint": str(start)}), run, "the run's model.checkpoint"
+        )
     if config.model.pretrained:
         bare = config.model.model_copy(update={"num_classes": None})
         return subject(create_host(bare, None, channels(run)), run.data)
     return None
+
+
+def seen_from_run(path: Path, run: Path) -> Path:
+    """A relative path of a run's config: from here, else from one of the folders that hold the run, where it was once started."""
+    if path.is_absolute() or path.exists():
+        return path
+    return next((found for folder in run.resolve().parents if (found := folder / path).exists()), path)
 
 
 def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.channels import fit_channels
 from vit_tucker.errors import ExportError
 from vit_tucker.export.sizes import check_sizes, other_size, size_step
 from vit_tucker.patching.find import refuse_wrapped
@@ -67,10 +68,7 @@ def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
     if not cfg.get("mean") or not cfg.get("std"):
         raise ExportError(f"{type(model).__name__} has no mean and std in its pretrained_cfg to normalise images with")
     channels = input_shape(model)[0]
-    mean, std = (tuple(cfg[name]) for name in ("mean", "std"))
-    if len(mean) != channels:  # of RGB, for a model of other channels: their mean, as timm does
-        mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
-    return mean, std
+    return fit_channels(cfg["mean"], channels), fit_channels(cfg["std"], channels)
 
 
 def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.ExportedProgram:

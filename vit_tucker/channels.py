@@ -1,0 +1,13 @@
+"""Normalisation of images with another number of channels than it was made for."""
+
+from collections.abc import Sequence
+
+
+def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Mean or standard deviation per channel; for a model of other channels (grey images, RGB values) their mean, as in timm.
+
+    Args:
+        values: one per channel of some images.
+        channels: of the model's images.
+    """
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
