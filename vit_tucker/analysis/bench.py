@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_tucker.analysis.flops import known_flops
-from vit_tucker.analysis.latency import measure_latency
+from vit_tucker.analysis.latency import Latency, measure_latency
 from vit_tucker.analysis.turns import PRECISIONS, times_in_turns
 from vit_tucker.errors import ConfigError
 from vit_tucker.patching.find import find_attention
@@ -45,47 +45,56 @@ def bench_models(
     if training and (bare := [name for name, model in models.items() if getattr(model, "num_classes", 0) < 1]):
         raise ConfigError(f"{bare[0]}: has no classifier to train; leave --train out")
     latencies = measure_latency(models, input_size, batch_size, device, precision, turns, seconds)
-    rows: list[dict[str, Any]] = []
-    for name, model in models.items():
-        latency, flops = latencies[name], known_flops(model, input_size)
-        rows.append(
-            {
-                "model": name,
-                "infer_samples_per_sec": round(1e3 * batch_size / latency.ms, 2),
-                "infer_step_time": round(latency.ms, 3),
-                "infer_batch_size": batch_size,
-                "infer_img_size": input_size[-1],
-                "infer_gmacs": None if flops is None else round(flops / 2e9, 3),
-                "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
-                "attention_params": count_attention(model),
-                "infer_speedup": round(1 / latency.ratio, 3),
-                "infer_speedup_low": round(1 / latency.ratio_high, 3),
-                "infer_speedup_high": round(1 / latency.ratio_low, 3),
-                "infer_peak_mb": round(latency.peak_bytes / 1e6, 1),
-            }
-        )
+    rows = {
+        name: inference_columns(name, model, latencies[name], input_size, batch_size) for name, model in models.items()
+    }
     if training:
         steps = {
             name: training_step(model, input_size, batch_size, device, precision) for name, model in models.items()
         }
         times = times_in_turns(steps, device, turns, seconds)
         first = times[next(iter(times))]
-        for row in rows:
-            own = times[str(row["model"])]
-            low, middle, high = statistics.quantiles(
-                (a / b for a, b in zip(first, own, strict=True)), method="inclusive"
-            )
-            step = statistics.median(own)
-            row |= {
-                "train_samples_per_sec": round(batch_size / step, 2),
-                "train_step_time": round(1e3 * step, 3),
-                "train_batch_size": batch_size,
-                "train_img_size": input_size[-1],
-                "train_speedup": round(middle, 3),
-                "train_speedup_low": round(low, 3),
-                "train_speedup_high": round(high, 3),
-            }
-    return rows
+        for name, row in rows.items():
+            row |= training_columns(first, times[name], input_size, batch_size)
+    return list(rows.values())
+
+
+def inference_columns(
+    name: str, model: nn.Module, latency: Latency, input_size: tuple[int, int, int], batch_size: int
+) -> dict[str, Any]:
+    """What a row says of the model and its forward pass."""
+    flops = known_flops(model, input_size)
+    return {
+        "model": name,
+        "infer_samples_per_sec": round(1e3 * batch_size / latency.ms, 2),
+        "infer_step_time": round(latency.ms, 3),
+        "infer_batch_size": batch_size,
+        "infer_img_size": input_size[-1],
+        "infer_gmacs": None if flops is None else round(flops / 2e9, 3),
+        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
+        "attention_params": count_attention(model),
+        "infer_speedup": round(1 / latency.ratio, 3),
+        "infer_speedup_low": round(1 / latency.ratio_high, 3),
+        "infer_speedup_high": round(1 / latency.ratio_low, 3),
+        "infer_peak_mb": round(latency.peak_bytes / 1e6, 1),
+    }
+
+
+def training_columns(
+    first: list[float], own: list[float], input_size: tuple[int, int, int], batch_size: int
+) -> dict[str, Any]:
+    """What a row says of the training steps, from seconds in each turn of the first model and of this one."""
+    low, middle, high = statistics.quantiles((a / b for a, b in zip(first, own, strict=True)), method="inclusive")
+    step = statistics.median(own)
+    return {
+        "train_samples_per_sec": round(batch_size / step, 2),
+        "train_step_time": round(1e3 * step, 3),
+        "train_batch_size": batch_size,
+        "train_img_size": input_size[-1],
+        "train_speedup": round(middle, 3),
+        "train_speedup_low": round(low, 3),
+        "train_speedup_high": round(high, 3),
+    }
 
 
 def training_step(
