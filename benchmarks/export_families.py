@@ -2,8 +2,8 @@
 
     python benchmarks/export_families.py --save benchmarks/results/export_families
 
-The models are those of tests/patching/test_families.py. GQA and Tucker Attention are patched in, exported, and compared with PyTorch
-for other numbers of images than the file was recorded with; the plain attention that GQA comes to is compared in float64.
+The models are those of tests/patching/test_families.py. GQA and Tucker Attention are patched in, exported, and compared with
+PyTorch for other numbers of images than the file was recorded with; the plain attention of GQA is compared in float64.
 """
 
 from __future__ import annotations

@@ -35,13 +35,13 @@ def open_model(where: str | Path, **overrides: Any) -> nn.Module:
 
 
 def run_config(where: str | Path) -> RunConfig | None:
-    """The config of the run that a folder is, or that it is a checkpoint of; None without one.
+    """The config of the run that a folder is, or that it is a checkpoint of, with the place where it is now; None without one.
 
     Raises:
         ConfigError: it can't be read, or a plugin fails.
     """
     folder = run_folder(where)
-    return None if folder is None else load_config(folder)
+    return None if folder is None else load_config(folder).model_copy(update={"output_dir": str(folder)})
 
 
 def run_folder(where: str | Path) -> Path | None:

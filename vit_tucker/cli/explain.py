@@ -133,7 +133,8 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
         VitTuckerError: see ``open_subject``, ``open_dense``, ``file_images`` and ``data_images``.
     """
     from vit_tucker.explain.images import data_images, file_images, named_apart
-    from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target, run_config
+    from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
+    from vit_tucker.inference import run_config
     from vit_tucker.patching.find import find_attention
     from vit_tucker.patching.selection import select
 

@@ -13,10 +13,9 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.dense import weights_overlay
 from vit_tucker.checkpoint.load import dense_host
-from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
-from vit_tucker.inference import class_names, open_model, run_folder
+from vit_tucker.inference import class_names, open_model
 from vit_tucker.models import create_host, create_teacher
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
@@ -47,16 +46,6 @@ class Subject:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
-
-
-def run_config(where: str) -> RunConfig | None:
-    """The config of the run that a folder is or lies in, with the place where it is now; None for anything else.
-
-    Raises:
-        ConfigError: see ``vit_tucker.inference.run_config``.
-    """
-    folder = run_folder(where)
-    return None if folder is None else load_config(folder).model_copy(update={"output_dir": str(folder)})
 
 
 def open_subject(where: str) -> Subject:
