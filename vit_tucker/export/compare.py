@@ -14,7 +14,7 @@ Runner = Callable[[Tensor], Tensor]
 """Images (B, channels, H, W) to logits (B, classes)."""
 TOLERANCE = 1e-4
 """Largest error of a logit allowed, as a share of the largest logit. Float32 keeps 1.2e-7; runtimes add up in other orders, whose
-differences stay below 2e-5 in all families of timm that benchmarks/export_families.py tries. A wrong graph, a lost bias or another
+differences stay below 2e-5 in all families that benchmarks/export_families.py tries. A wrong graph, a lost bias or another
 kind of resampling is off by 1e-2 and more."""
 
 
