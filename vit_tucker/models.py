@@ -3,97 +3,169 @@
 import copy
 import importlib.util
 import pickle
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
-from vit_tucker.checkpoint.dense import weights_only, weights_overlay
-from vit_tucker.config.schema import ModelConfig
-from vit_tucker.errors import CheckpointError, ConfigError, nearest
+from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
+from vit_tucker.checkpoint.loading import Load, LoadReport, create_model, judged
+from vit_tucker.checkpoint.read import one_line, weights_only
+from vit_tucker.config.schema import DistillConfig, ModelConfig
+from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.probe import without_weights
 from vit_tucker.weights import load_weights
 
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """Create the dense timm model with its weights.
+    """Creates the dense timm model with its weights, see ``load_host``."""
+    return load_host(config, num_classes, in_chans)[0]
+
+
+def load_host(
+    config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None
+) -> tuple[nn.Module, LoadReport | None]:
+    """Creates the dense timm model with its weights.
 
     Args:
         config: model section.
-        num_classes: number of classes; the model's own if None.
+        num_classes: number of classes; those of the weights' classifier, else the model's own if None.
         in_chans: image channels; the model's own if None.
 
     Returns:
-        The model on the CPU, float32.
+        The model on the CPU, float32; and what was loaded into it, None for timm's initialisation.
 
     Raises:
         ConfigError: timm has no such model, or the model doesn't take an argument.
-        CheckpointError: the weights are missing or don't fit.
+        CheckpointError: the weights are missing or don't fit: only a classifier, and what the config itself adds to the
+            architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
-    pretrained = config.pretrained or config.checkpoint is not None
     given = {"num_classes": num_classes, "in_chans": in_chans}
-    kwargs = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
-    if config.checkpoint is not None:
-        kwargs["pretrained_cfg_overlay"] = weights_overlay(
-            Path(config.checkpoint).expanduser(), config.name, num_classes
-        )
+    arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
+    report: LoadReport | None = None
+    added = partial(added_by_config, config.name, arguments)
     try:
-        with weights_only():
-            model = timm.create_model(config.name, pretrained=pretrained, **kwargs)
+        if config.checkpoint is not None:
+            weights = open_weights(Path(config.checkpoint).expanduser(), config.name)
+            model, report = create_loaded(config.name, weights, added, **arguments)
+        else:
+            with weights_only():
+                model, load = create_model(config.name, pretrained=config.pretrained, **arguments)
+            if config.pretrained:
+                report = judged_pretrained(config.name, model, load, added)
     except TypeError as error:
         raise ConfigError(f"model: {config.name} does not take these arguments: {error}") from None
+    except VitTuckerError:
+        raise
     except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = reason_of(error)
-        if config.checkpoint is not None:
-            raise CheckpointError(
-                f"model.checkpoint: {config.checkpoint} does not fit {config.name}: {reason}"
-            ) from None
         if config.pretrained:
             raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
-    if isinstance(getattr(model, "pretrained_cfg", None), dict):
-        model.pretrained_cfg.pop("state_dict", None)  # the overlay's weights, now in the model
     if "_model_args" not in vars(model):  # which newer timm records itself
-        model._model_args = {k: v for k, v in kwargs.items() if k != "pretrained_cfg_overlay"}
-    return model
+        model._model_args = arguments  # type: ignore[assignment]
+    if report is not None and "fc_norm.weight" in report.new:
+        shrink_classifier(model)
+    return model, report
+
+
+def judged_pretrained(
+    name: str, model: nn.Module, load: Load | None, added: Callable[[], Collection[str]]
+) -> LoadReport | None:
+    """Returns what timm has loaded by itself, see ``judged``; None for a patched model, whose weights are checked as they are loaded.
+
+    Raises:
+        CheckpointError: nothing was loaded, or not all that the model needs.
+    """
+    if load is not None:
+        try:
+            return judged(load, f"timm's {name}" if ":" not in name else name, added)
+        except CheckpointError as error:
+            raise CheckpointError(f"model.pretrained: the weights of {name} do not fit: {error}") from None
+    if patch_record(model) is None:
+        raise CheckpointError(f"model.pretrained: {name} is made by a function that loads no weights")
+    return None
+
+
+ADDING = ("init_values", "reg_tokens", "class_token", "qk_norm", "qkv_bias", "global_pool", "use_fc_norm", "pre_norm")
+"""Arguments of timm's ViTs that add parameters to an architecture, or move its last norm, but no blocks."""
+
+
+def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
+    """Returns the names of a model's tensors that are there only because of arguments in ``ADDING``."""
+    if not set(ADDING) & arguments.keys():
+        return set()
+    plain = {key: value for key, value in arguments.items() if key not in ADDING}
+    full, base = (
+        without_weights(partial(timm.create_model, name, pretrained=False, **given)).state_dict().keys()
+        for given in (arguments, plain)
+    )
+    return set(full) - set(base)
+
+
+def shrink_classifier(model: nn.Module) -> None:
+    """Starts a classifier behind a new norm of pooled tokens near zero (std 2e-5), as MAE is fine-tuned (arXiv 2111.06377, code)."""
+    head = getattr(model, "head", None)
+    if isinstance(head, nn.Linear):
+        nn.init.trunc_normal_(head.weight, std=2e-5)
 
 
 def create_teacher(
-    config: ModelConfig, source: str, kept: Path, host: nn.Module | None, num_classes: int, in_chans: int
-) -> nn.Module:
-    """The dense teacher of a run that distils.
+    config: ModelConfig,
+    distill: DistillConfig,
+    kept: Path,
+    host: tuple[nn.Module, LoadReport | None] | None,
+    num_classes: int,
+    in_chans: int,
+) -> tuple[nn.Module, LoadReport | None]:
+    """Creates the dense teacher of a run that distils.
 
     Args:
         config: model section.
-        source: "host", or a run folder or weights file.
+        distill: the recipe's section, whose ``teacher`` is "host", or a run folder or weights file.
         kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed.
-        host: the dense model with the weights that the run starts from, before it is patched; None if it was not made.
-        num_classes, in_chans: see ``create_host``.
+        host: the dense model with the weights that the run starts from, before it is patched, and what was loaded into it; None
+            if it was not made.
+        num_classes, in_chans: see ``load_host``.
 
     Returns:
-        A model of its own on the CPU.
+        A model of its own on the CPU, and what was loaded into it; None for the weights that the run kept.
 
     Raises:
-        ConfigError: the host has no trained weights. CheckpointError: the weights are missing or don't fit.
+        ConfigError: the host has no trained weights.
+        CheckpointError: the weights are missing or don't fit, or have no classifier for these classes.
     """
-    bare = config.untrained()
+    bare, key = config.untrained(), "train.distill.teacher"
     if kept.is_file():
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)
-        return teacher
-    if source != "host":
+        return teacher, None
+    if distill.teacher != "host":
         try:
-            return create_host(bare.model_copy(update={"checkpoint": source}), num_classes, in_chans)
+            made = load_host(bare.model_copy(update={"checkpoint": distill.teacher}), num_classes, in_chans)
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace("model.checkpoint", "train.distill.teacher")) from None
-    if not config.pretrained and config.checkpoint is None:
+            raise CheckpointError(str(error).replace("model.checkpoint", key)) from None
+    elif not config.pretrained and config.checkpoint is None:
         raise ConfigError(
-            "train.distill.teacher: the host starts without trained weights; set model.pretrained or model.checkpoint, or name "
+            f"{key}: the host starts without trained weights; set model.pretrained or model.checkpoint, or name "
             "the teacher's run folder or weights file"
         )
-    return copy.deepcopy(host) if host is not None else create_host(config, num_classes, in_chans)
+    else:
+        made = (copy.deepcopy(host[0]), host[1]) if host is not None else load_host(config, num_classes, in_chans)
+    report = made[1]
+    if distill.alpha > 0 and report is not None and not report.has_classifier:
+        raise CheckpointError(
+            f"{key}: {report.origin} has no classifier of these {num_classes} classes, and a teacher needs it; fine-tune "
+            "the dense model first and name its run, or distil features only (train.distill.alpha=0)"
+        )
+    return made
 
 
 def refuse_unknown_name(name: str) -> None:
@@ -114,7 +186,7 @@ def refuse_unknown_name(name: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """What timm says of a model that it can't build, in one line."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    reason = one_line(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
         reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
     return reason

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.dense import overlay_of, weights_overlay
+from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
 from vit_tucker.checkpoint.describe import creation_arguments, layer_options
 from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
 from vit_tucker.errors import CheckpointError
@@ -182,19 +182,17 @@ def dense_host(
     if architecture is None:
         raise CheckpointError("the model does not say which timm model it is (pretrained_cfg['architecture'])")
     arguments = {**creation_arguments(model, architecture), **(model_args or {})}
+    what = "load_dense"
     if isinstance(weights, Mapping):
-        overlay = overlay_of(dict(weights), architecture, None)
+        if not weights:
+            raise CheckpointError(f"{what}: the state dict is empty")
+        opened = weights_of_state(weights, architecture)
     else:
-        overlay = weights_overlay(Path(weights).expanduser(), architecture, None, "load_dense")
-    arguments["num_classes"] = overlay.setdefault(
-        "num_classes", 0
-    )  # as the weights have it, so that timm loads all of them
+        opened = open_weights(Path(weights).expanduser(), architecture, what)
+    arguments["num_classes"] = opened.num_classes  # as the weights have it, so that all of them are loaded
     try:
-        host = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
-    except (RuntimeError, AssertionError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"load_dense: the weights are not of {architecture} as it was patched: {reason}"
-        ) from None
+        host, _ = create_loaded(architecture, opened, what=what, **arguments)
+    except TypeError as error:
+        raise CheckpointError(f"{what}: {architecture} does not take these arguments: {error}") from None
     forget_source(host)
     return host.eval()

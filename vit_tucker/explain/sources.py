@@ -11,7 +11,7 @@ from torch import nn
 
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.channels import fit_channels
-from vit_tucker.checkpoint.dense import weights_overlay
+from vit_tucker.checkpoint.host_weights import open_weights
 from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
@@ -119,7 +119,7 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
     kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
     if config.train.distill is not None and kept.is_file():
         classes = int(getattr(run.model, "num_classes", 0))
-        teacher = create_teacher(config.model, HOST, kept, None, classes, channels(run))
+        teacher, _ = create_teacher(config.model, config.train.distill, kept, None, classes, channels(run))
         return subject(teacher, run.data)
     if config.model.checkpoint is not None:
         start = seen_from_run(Path(config.model.checkpoint).expanduser(), Path(str(config.output_dir)))
@@ -147,7 +147,7 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
     """
     classes = int(getattr(run.model, "num_classes", 0))
     try:
-        found = weights_overlay(Path(str(config.checkpoint)).expanduser(), config.name, None).get("num_classes")
+        found = open_weights(Path(str(config.checkpoint)).expanduser(), config.name).num_classes
         same = found == classes and classes > 0
         bare = config.model_copy(update={"num_classes": None})
         model = create_host(bare, classes if same else 0, channels(run))

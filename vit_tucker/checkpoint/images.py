@@ -1,0 +1,69 @@
+"""How weights want their images prepared, and the names of their classes, from the files that lie beside them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vit_tucker.checkpoint.files import config_beside, read_json
+
+ENTRIES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Entries of timm's pretrained_cfg that say how images are prepared."""
+RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers of interpolations, as Hugging Face's processors have them."""
+
+
+def images_beside(file: Path) -> dict[str, Any]:
+    """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights says it.
+
+    Read are config.json of timm's layout, preprocessor_config.json of Hugging Face and open_clip_config.json.
+
+    Args:
+        file: the weights.
+    """
+    config = config_beside(file)
+    cfg = config.get("pretrained_cfg")
+    if isinstance(cfg, Mapping):
+        found = {name: cfg[name] for name in ENTRIES if cfg.get(name) is not None}
+    elif processor := read_json(file.parent / "preprocessor_config.json"):
+        found = of_processor(processor)
+    else:
+        clip = read_json(file.parent / "open_clip_config.json").get("preprocess_cfg")
+        found = {k: v for k, v in clip.items() if k in ("mean", "std", "interpolation")} if isinstance(clip, Mapping) else {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def size_beside(file: Path) -> tuple[int, int] | None:
+    """Returns height and width of the images that weights were trained on, from config.json of timm's layout; None without."""
+    cfg = config_beside(file).get("pretrained_cfg")
+    size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+    return (size[1], size[2]) if isinstance(size, list) and len(size) == 3 else None
+
+
+def of_processor(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same from the settings of a Hugging Face image processor: squash to a size, or resize and crop."""
+    found: dict[str, Any] = {}
+    if values.get("do_normalize", True):
+        found |= {name: values[f"image_{name}"] for name in ("mean", "std") if values.get(f"image_{name}") is not None}
+    if values.get("resample") in RESAMPLING:
+        found["interpolation"] = RESAMPLING[values["resample"]]
+    size, crop = values.get("size"), values.get("crop_size")
+    if values.get("do_center_crop") and isinstance(size, Mapping) and isinstance(crop, Mapping):
+        edge, height = size.get("shortest_edge") or size.get("height"), crop.get("height")
+        if edge and height:
+            found |= {"crop_pct": min(1.0, height / edge), "crop_mode": "center"}
+    elif isinstance(size, Mapping) and "height" in size:
+        found |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    return found
+
+
+def label_names_beside(file: Path) -> tuple[str, ...] | None:
+    """Returns the names of the classes in their order, from config.json of timm's or Hugging Face's layout; None without."""
+    config = config_beside(file)
+    names = config.get("label_names")
+    if isinstance(names, list):
+        return tuple(map(str, names))
+    numbered = config.get("id2label")
+    if isinstance(numbered, Mapping) and sorted(numbered) == sorted(map(str, range(len(numbered)))):
+        found = tuple(str(numbered[str(index)]) for index in range(len(numbered)))
+        return None if all(name.startswith("LABEL_") for name in found) else found  # made up where none were given
+    return None

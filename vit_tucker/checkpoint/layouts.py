@@ -1,0 +1,280 @@
+"""Names of tensors: from the layouts in which weights are published to timm's, and what an unknown layout looks like."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
+"""Parts of names that torch.compile, activation checkpointing, FSDP and DeepSpeed add anywhere."""
+PREFIXES = {
+    *("module", "model", "net", "network", "backbone", "encoder", "teacher", "student", "ema", "ema_model", "model_ema"),
+    *("base_model", "base_encoder", "momentum_encoder", "target_encoder", "trunk", "visual", "vit", "image_encoder"),
+    *("vision_encoder", "vision_model", "vision_tower", "feature_extractor", "learner"),
+}
+"""Names of the attribute in which a training script holds the model."""
+PREFERRED = ("ema", "teacher", "base_encoder", "target_encoder")
+"""Of two copies of a model in one file, the one whose prefix has such a part."""
+PRETRAINING = re.compile(
+    r"^(decoder_|decoder\.|lm_head\.|dino_head\.|ibot_head\.|head\.(mlp|last_layer|\d+)\b|last_layer\.|projector|predictor|"
+    r"text_model\.|text_projection|logit_scale|logit_bias)"
+)
+"""Tensors that only the pretraining of a backbone needs: decoders, projection heads, text towers."""
+BUFFERS = re.compile(r"(^|\.)(relative_position_index|attn_mask|relative_coords_table|position_ids)$")
+"""Tensors that a model computes from its sizes."""
+
+
+@dataclass
+class Renamed:
+    """A state dict in timm's names.
+
+    Attributes:
+        state: tensors by timm's names, some of which may still be in a form that timm's own filters read.
+        layout: what the names were, '' for timm's own.
+        prefix: what was taken off all names, with its dot.
+        left_out: names of tensors that are not in ``state``, as they are in the file.
+    """
+
+    state: dict[str, Tensor]
+    layout: str = ""
+    prefix: str = ""
+    left_out: list[str] = field(default_factory=list)
+
+
+def to_timm_names(state: Mapping[str, Tensor], known: Collection[str]) -> Renamed:
+    """Renames the tensors of a state dict as timm names them.
+
+    Args:
+        state: tensors by the names in the file.
+        known: names of the tensors of the model to load, whose number of blocks and classes may be another one.
+
+    Returns:
+        All tensors that are the model's, in the layout of timm or one that timm's own filters convert (OpenCLIP, DINOv2, ...).
+    """
+    clean = {without_wrappers(key): value for key, value in state.items()}
+    for anchor, layout, rename in LAYOUTS:
+        found = next((key for key in clean if key == anchor or key.endswith(f".{anchor}")), None)
+        if found is not None and anchor not in known:
+            renamed = rename(clean, found.removesuffix(anchor))
+            renamed.layout = layout
+            return finished(renamed, known)
+    prefix = best_prefix(clean, known)
+    inside = {key.removeprefix(prefix): value for key, value in clean.items() if key.startswith(prefix)}
+    outside = [key for key in clean if not key.startswith(prefix)]
+    return finished(Renamed(inside, "", prefix, outside), known)
+
+
+def without_wrappers(key: str) -> str:
+    """Returns a tensor's name without what torch's wrappers have added to it."""
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
+    """Returns the prefix, made of ``PREFIXES``, under which most tensors have names of the model; '' where none has."""
+    prefixes = {""}
+    for key in state:
+        parts = key.split(".")
+        for count in range(1, 5):
+            if not set(parts[:count]) <= PREFIXES or len(parts) <= count:
+                break
+            prefixes.add(".".join(parts[:count]) + ".")
+
+    def matches(prefix: str) -> int:
+        return sum(key.startswith(prefix) and key[len(prefix) :] in known for key in state)
+
+    def order(prefix: str) -> tuple[int, int, int]:
+        return matches(prefix), int(any(part in PREFERRED for part in prefix.split("."))), -len(prefix)
+
+    best = max(prefixes, key=order)
+    return best if matches(best) else ""
+
+
+def finished(renamed: Renamed, known: Collection[str]) -> Renamed:
+    """Takes out what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
+    state = renamed.state
+    for key in [key for key in state if key not in known and (PRETRAINING.search(key) or BUFFERS.search(key))]:
+        del state[key]
+        renamed.left_out.append(renamed.prefix + key)
+    shared = "rel_pos_bias.relative_position_bias_table"
+    if shared in state and shared not in known and "blocks.0.attn.relative_position_bias_table" in known:
+        table = state.pop(shared)
+        for number in block_numbers(state):
+            state[f"blocks.{number}.attn.relative_position_bias_table"] = table
+        renamed.layout = renamed.layout or "BEiT pretraining, its shared position bias copied to each block"
+        if state.pop("mask_token", None) is not None:
+            renamed.left_out.append(f"{renamed.prefix}mask_token")
+    return renamed
+
+
+def block_numbers(state: Mapping[str, Tensor]) -> list[int]:
+    """Returns the numbers of the blocks that a state dict in timm's layout has."""
+    return sorted({int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
+
+
+Rules = tuple[tuple[str, str], ...]
+
+HUGGING_FACE: Rules = (
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.(mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^encoder\.relative_position_bias\.", "rel_pos_bias."),
+    (r"^encoder\.layer\.", "blocks."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
+    (r"\.attention\.attention\.relative_position_bias\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.lambda_([12])$", r".gamma_\1"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"^layernorm\.", "norm."),
+    (r"^pooler\.layernorm\.", "fc_norm."),
+)
+HUGGING_FACE_CLIP: Rules = (
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.proj."),
+    (r"\.layer_norm([12])\.", r".norm\1."),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^post_layernorm\.", "norm."),
+)
+TORCHVISION: Rules = (
+    (r"^class_token$", "cls_token"),
+    (r"^conv_proj\.", "patch_embed.proj."),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^encoder\.layers\.encoder_layer_", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+    (r"^encoder\.ln\.", "norm."),
+    (r"^heads\.head\.", "head."),
+)
+QKV = {"query": 0, "q": 0, "key": 1, "k": 1, "value": 2, "v": 2}
+
+
+def renamed_by(rules: Rules, key: str) -> str:
+    """Returns a name after all rules in their order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Joins queries, keys and values, ``attn.query.weight`` and so on, to ``attn.qkv.weight``.
+
+    Where keys have no bias (BEiT), those of queries and values become ``attn.q_bias`` and ``attn.v_bias``.
+    """
+    result: dict[str, Tensor] = {}
+    parts: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for key, value in state.items():
+        match = re.match(r"(.*\.attn)\.(\w+)\.(weight|bias)$", key)
+        if match and match[2] in QKV:
+            parts.setdefault((match[1], match[3]), {})[QKV[match[2]]] = value
+        else:
+            result[key] = value
+    for (attention, kind), found in parts.items():
+        if sorted(found) == [0, 1, 2]:
+            result[f"{attention}.qkv.{kind}"] = torch.cat([found[0], found[1], found[2]])
+        else:
+            result |= {f"{attention}.{'qkv'[number]}_{kind}": value for number, value in found.items()}
+    return result
+
+
+def from_hugging_face(state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Renames ViT, DeiT, DINOv2, BEiT and MAE of Hugging Face's transformers, with the classifier beside the model."""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    left_out = [f"{prefix}{key}" for key in inside if key.startswith("pooler.dense.")]
+    result = joined({renamed_by(HUGGING_FACE, k): v for k, v in inside.items() if not k.startswith("pooler.dense.")})
+    width = result["patch_embed.proj.weight"].shape[0]
+    heads = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
+    for key, value in state.items():
+        if key.startswith(prefix) and (prefix or key.partition(".")[0] not in heads):
+            continue
+        result.pop(key, None)
+        head, _, kind = key.removeprefix(prefix).rpartition(".")
+        beside = heads.get(head)
+        if beside and state.get(f"{head}.weight", value).shape[-1] == width:
+            result[f"{beside}.{kind}"] = value
+            continue
+        left_out.append(key)
+    return Renamed(result, prefix=prefix, left_out=left_out)
+
+
+def from_hugging_face_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Renames the vision tower of Hugging Face's CLIP; its projection becomes the classifier, as in timm's own CLIP weights."""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    result = joined({renamed_by(HUGGING_FACE_CLIP, key): value for key, value in inside.items()})
+    result["cls_token"] = result["cls_token"].reshape(1, 1, -1)
+    result["pos_embed"] = result["pos_embed"].unsqueeze(0)
+    projection = state.get("visual_projection.weight")
+    if projection is not None:
+        result |= {"head.weight": projection, "head.bias": torch.zeros(len(projection))}
+    outside = [key for key in state if not key.startswith(prefix) and key != "visual_projection.weight"]
+    return Renamed(result, prefix=prefix, left_out=outside)
+
+
+def from_torchvision(state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Renames torchvision's VisionTransformer."""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    outside = [key for key in state if not key.startswith(prefix)]
+    result = {renamed_by(TORCHVISION, key): value for key, value in inside.items()}
+    return Renamed(result, prefix=prefix, left_out=outside)
+
+
+def from_open_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Keeps the image tower of OpenAI's CLIP or OpenCLIP under the prefix ``visual.``, from which timm's own filter renames it."""
+    tower = {f"visual.{key.removeprefix(prefix)}": value for key, value in state.items() if key.startswith(prefix)}
+    return Renamed(tower, prefix=prefix, left_out=[key for key in state if not key.startswith(prefix)])
+
+
+LAYOUTS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor], str], Renamed]], ...] = (
+    ("embeddings.patch_embeddings.projection.weight", "Hugging Face transformers", from_hugging_face),
+    ("embeddings.patch_embedding.weight", "Hugging Face CLIP", from_hugging_face_clip),
+    ("conv_proj.weight", "torchvision", from_torchvision),
+    ("class_embedding", "OpenCLIP", from_open_clip),
+    ("trunk.patch_embed.proj.weight", "OpenCLIP with a tower of timm", from_open_clip),
+)
+"""A tensor by which a layout is recognised, the layout's name, and the function that renames it."""
+LOOKS: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
+    (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
+    (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),
+    (r"(^|\.)features\.1\.0\.attn\.", "a Swin transformer of torchvision"),
+    (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.", "a Swin transformer"),
+    (r"(^|\.)stages\.\d+\.blocks\.\d+\.", "a hierarchical model of timm (ConvNeXt, MaxViT, ...)"),
+    (r"(^|\.)layers\.\d+\.self_attn\.[qk]_proj\.", "a language model of Hugging Face"),
+    (r"(^|\.)h\.\d+\.attn\.c_attn\.", "a GPT-2"),
+    (r"(^|\.)bert\.", "a BERT"),
+    (r"(^|\.)(down|up)_blocks\.\d+\.", "a UNet of diffusers"),
+    (r"(^|\.)layer\.\d+\.attention\.q_proj\.", "a DINOv3 of Hugging Face transformers"),
+    (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "a vision tower of Hugging Face transformers"),
+    (r"^(exp_avg|state\.\d+)", "the state of an optimizer"),
+)
+
+
+def looks_like(state: Mapping[str, Tensor]) -> str:
+    """Describes the model that a state dict is of, for messages: its kind, and the sizes of a ViT."""
+    numbers, embed = block_numbers(state), state.get("patch_embed.proj.weight")
+    if numbers and embed is not None and embed.ndim == 4:
+        width, channels, _, patch = embed.shape
+        head = state.get("head.weight")
+        classes = "no classifier" if head is None else f"{len(head)} classes"
+        return f"a ViT of {len(numbers)} blocks, width {width}, patches of {patch} pixels, {channels} channels and {classes}"
+    for pattern, name in LOOKS:
+        if any(re.search(pattern, key) for key in state):
+            return name
+    return f"tensors named {', '.join(list(state)[:3])}"
