@@ -176,7 +176,7 @@ def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, A
     classes, channels = classes_and_channels(config)
     model = create_host(config.model, classes if args.top1 else 0, channels).eval()
     size = input_shape(model, config.model.img_size)
-    data = resolve_data(config.data, dataset_info(config.data.dataset), model, config.model.pretrained, size)
+    data = resolve_data(config.data, dataset_info(config.data.dataset), model, config.model.is_trained, size)
     mode = "L" if data["input_size"][0] == 1 else "RGB"
     split = load_dataset(config.data.dataset, config.data.val_split, False, mode, config.data.root, {})
     test = SeededDataset(split, eval_transform(data), 0, config.data.val_split, replace=False)

@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"errors", "config", "patching", "checkpoint", "weights"},
     "harmless": set(),
     "report": {"errors", "harmless"},
-    "build": {"errors", "attention", "config", "patching", "data", "training", "models"},
+    "build": {"errors", "attention", "config", "patching", "checkpoint", "data", "training", "models"},
     "trainer_setup": {
         *("errors", "attention", "config", "data", "patching", "training", "analysis", "build"),
         *("checkpoint", "weights"),

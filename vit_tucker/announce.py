@@ -12,7 +12,9 @@ from vit_tucker.analysis.turns import PRECISIONS
 from vit_tucker.build import BuiltModel
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
+from vit_tucker.data.transforms import describe_data
 from vit_tucker.models import create_host
 from vit_tucker.training.memory import estimate_memory
 from vit_tucker.training.optim import group_table
@@ -87,7 +89,11 @@ def announce(
     loaders: Loaders,
     trainer: Trainer,
 ) -> None:
-    """What is about to run: patch, parameter groups, sizes."""
+    """What is about to run: weights, patch, parameter groups, sizes."""
+    for load in built.loads:
+        LOGGER.info(str(load))
+    info, weights = dataset_info(config.data.dataset), built.loads[0].origin if built.loads else None
+    LOGGER.info(describe_data(config.data, info, built.data, weights))
     if built.report is not None:
         LOGGER.info(str(built.report))
     params = results["params"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
+from vit_tucker.checkpoint.loading import LoadReport
 from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, merge, read_overrides
@@ -17,7 +18,7 @@ from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, PatchError
-from vit_tucker.models import count_parameters, create_host, create_teacher
+from vit_tucker.models import count_parameters, create_teacher, load_host
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_shape, structure_copy
 from vit_tucker.patching.report import PatchReport
@@ -39,6 +40,8 @@ class BuiltModel:
         report: the patch report, to be shown; None for a dense run and for one that goes on from weights of its own.
         host: the model before the patch, its structure alone (on the meta device).
         teacher: dense, on the device; None if nothing is distilled.
+        loads: what was loaded into the model, and into the teacher; empty for timm's initialisation and for a run that goes on
+            from weights of its own.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class BuiltModel:
     report: PatchReport | None
     host: nn.Module
     teacher: nn.Module | None = None
+    loads: tuple[LoadReport, ...] = ()
 
 
 def classes_and_channels(config: RunConfig) -> tuple[int, int]:
@@ -80,22 +84,26 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     num_classes, in_chans = classes_and_channels(config)
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
-    model = create_host(host, num_classes, in_chans)
+    model, report = load_host(host, num_classes, in_chans)
+    loads = [] if report is None else [report]
     dense_total, dense_attention = count_parameters(model)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
-    data = resolve_data(config.data, info, model, config.model.pretrained, size)
+    stored = run_dir.read_images() if started else None
+    data = resolve_data(config.data, info, model, config.model.is_trained, size, stored)
     teacher = None
-    if config.train.distill is not None and training:
-        source, dense = config.train.distill.teacher, None if started else model
-        teacher = create_teacher(config.model, source, run_dir.teacher, dense, num_classes, in_chans).to(device)
+    if (distill := config.train.distill) is not None and training:
+        dense = None if started else (model, report)
+        teacher, taught = create_teacher(config.model, distill, run_dir.teacher, dense, num_classes, in_chans)
+        teacher.to(device)
+        loads += [taught] if taught not in (None, report) else []
     structure = structure_copy(model)
     model.to(device)
-    report, attention = None, config.attention
+    patched, attention = None, config.attention
     if attention is not None:
         if started:  # its ranks are those of its config: without conversion there is nothing to choose
-            report = patch_model(model, attention.unconverted(), config, data)
+            patched = patch_model(model, attention.unconverted(), config, data)
         else:
-            report = patch_model(model, attention, config, data)
+            patched = patch_model(model, attention, config, data)
             record = patch_record(model)
             assert record is not None
             attention = record.config
@@ -106,9 +114,11 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         "dense_total": dense_total,
         "dense_attention": dense_attention,
     }
-    patch_values = run_dir.read_patch() if started else (report.to_dict() if report is not None else None)
-    shown = None if started else report
-    return BuiltModel(model, num_classes, data, params, attention, patch_values, shown, structure, teacher)
+    patch_values = run_dir.read_patch() if started else (patched.to_dict() if patched is not None else None)
+    shown = None if started else patched
+    return BuiltModel(
+        model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)
+    )
 
 
 def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
@@ -134,8 +144,8 @@ def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig,
 
 def analysed_model(
     name: str, checkpoint: str | None, random: bool, dataset: str | None, options: Calibration, overrides: Sequence[str]
-) -> tuple[nn.Module, Iterator[Tensor] | None]:
-    """A dense model without its head, and training images for it.
+) -> tuple[nn.Module, Iterator[Tensor] | None, LoadReport | None]:
+    """Makes a dense model without its head, and gives training images for it.
 
     Args:
         name: timm model name.
@@ -146,7 +156,7 @@ def analysed_model(
         overrides: ``key.sub=value`` strings of the model and data sections.
 
     Returns:
-        The model in eval mode, and batches of images or None.
+        The model in eval mode; batches of images or None; what was loaded into the model, None for timm's initialisation.
 
     Raises:
         VitTuckerError: unknown name, weights that are missing or don't fit, bad overrides, missing data.
@@ -159,12 +169,13 @@ def analysed_model(
     config = validate(merge(Source(given), read_overrides(overrides)))
     info = dataset_info(config.data.dataset)
     channels = config.model.in_chans or (3 if config.model.pretrained or dataset is None else info.in_chans)
-    model = create_host(config.model, 0, channels).eval()
+    model, report = load_host(config.model, 0, channels)
+    model.eval()
     if dataset is None:
-        return model, None
+        return model, None, report
     size = input_shape(model, config.model.img_size)
-    data = resolve_data(config.data, info, model, config.model.pretrained, size)
-    return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed)
+    data = resolve_data(config.data, info, model, config.model.is_trained, size)
+    return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed), report
 
 
 def attention_backends() -> list[str]:

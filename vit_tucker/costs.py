@@ -76,7 +76,7 @@ class HostFactory:
     @property
     def has_weights(self) -> bool:
         """Whether the config names trained weights."""
-        return self.config.pretrained or self.config.checkpoint is not None
+        return self.config.is_trained
 
 
 def model_costs(

@@ -79,7 +79,7 @@ def load_host(
 def judged_pretrained(
     name: str, model: nn.Module, load: Load | None, added: Callable[[], Collection[str]]
 ) -> LoadReport | None:
-    """Returns what timm has loaded by itself, see ``judged``; None for a patched model, whose weights are checked as they are loaded.
+    """Returns what timm has loaded by itself, see ``judged``; None for a patched model, which checks its weights itself.
 
     Raises:
         CheckpointError: nothing was loaded, or not all that the model needs.
@@ -111,7 +111,7 @@ def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
 
 
 def shrink_classifier(model: nn.Module) -> None:
-    """Starts a classifier behind a new norm of pooled tokens near zero (std 2e-5), as MAE is fine-tuned (arXiv 2111.06377, code)."""
+    """Starts a classifier behind a new norm of pooled tokens near zero (std 2e-5), as the code of MAE (arXiv 2111.06377) does."""
     head = getattr(model, "head", None)
     if isinstance(head, nn.Linear):
         nn.init.trunc_normal_(head.weight, std=2e-5)

@@ -156,7 +156,7 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
 
 def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel) -> None:
     """Write what a run starts with."""
-    run_dir.start(dump_config(config), built.patch)
+    run_dir.start(dump_config(config), built.patch, built.data)
     if built.teacher is not None and not run_dir.teacher.is_file():
         save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
 

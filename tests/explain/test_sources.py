@@ -102,18 +102,14 @@ def test_the_teacher_that_a_run_has_kept_is_its_host(runs, tmp_path):
 
 
 def test_pretrained_weights_of_the_runs_architecture(runs, monkeypatch):
+    """timm's own, of 1000 classes and three channels, from a stand-in for the hub."""
     run, config = open_subject(str(runs[1])), run_config(str(runs[1]))
-    asked = {}
-    create = timm.create_model
-
-    def without_network(name, pretrained=False, **options):
-        asked.update(options, name=name, pretrained=pretrained)
-        return create(name, pretrained=False, **options)
-
-    monkeypatch.setattr("vit_tucker.models.timm.create_model", without_network)
+    sizes = {key: value for key, value in MODEL.items() if key not in ("name", "in_chans", "num_classes")}
+    published = timm.create_model(MODEL["name"], num_classes=1000, **sizes).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **options: dict(published))
     dense = open_dense("pretrained", run, config, "the run")
-    assert (asked["name"], asked["pretrained"], asked["img_size"], asked["in_chans"]) == (MODEL["name"], True, 16, 1)
-    assert "num_classes" not in asked
+    assert (dense.model.num_classes, dense.data["input_size"]) == (1000, (1, 16, 16))
+    assert torch.equal(dense.model.blocks[0].attn.qkv.weight, published["blocks.0.attn.qkv.weight"])
     assert len(dense.label_names) == 1000
 
 

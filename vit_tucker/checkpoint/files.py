@@ -77,7 +77,9 @@ def shards_of(index: Path, what: str) -> list[Path]:
     files = sorted({index.parent / Path(name).name for name in names.values()})
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise CheckpointError(f"{what}: {index} lists {len(files)} shards, of which {', '.join(missing[:3])} is missing")
+        raise CheckpointError(
+            f"{what}: {index} lists {len(files)} shards, of which {', '.join(missing[:3])} is missing"
+        )
     return files
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit_tucker.checkpoint.files import MODEL_KEY, checkpoint_file, config_beside, method_beside
 from vit_tucker.checkpoint.images import images_beside, label_names_beside, size_beside
 from vit_tucker.checkpoint.layouts import looks_like, to_timm_names
-from vit_tucker.checkpoint.loading import Load, LoadReport, create_model, judged, names_of
+from vit_tucker.checkpoint.loading import PRE_LOGITS, Load, LoadReport, create_model, judged, names_of
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.probe import without_weights
@@ -93,13 +93,15 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     file = checkpoint_file(path, what)
     if file.suffix.lower() == ".npz":
         return open_jax(file, what)
+    state, entry = read_state(file, what)
     method = weights_metadata(file).get("attention") or method_beside(file)
     if method:
         hint = (
-            "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true" if what == MODEL_KEY else ""
+            "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true"
+            if what == MODEL_KEY
+            else ""
         )
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
-    state, entry = read_state(file, what)
     weights = weights_of_state(state, name)
     where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
     source = ", ".join(part for part in (weights.source, *where) if part)
@@ -156,7 +158,11 @@ def open_jax(file: Path, what: str) -> HostWeights:
 
 
 def create_loaded(
-    name: str, weights: HostWeights, added: Callable[[], Collection[str]] = tuple, what: str = MODEL_KEY, **arguments: Any
+    name: str,
+    weights: HostWeights,
+    added: Callable[[], Collection[str]] = tuple,
+    what: str = MODEL_KEY,
+    **arguments: Any,
 ) -> tuple[nn.Module, LoadReport]:
     """Makes a timm model with weights from elsewhere.
 
@@ -206,7 +212,9 @@ def refuse_unused_arrays(weights: HostWeights, load: Load) -> None:
     adapted = ("head/", "pre_logits/", "pos_embedding", "posembed", "embedding/kernel")
     root = next((key[: -len("embedding/kernel")] for key in weights.arrays if key.endswith("embedding/kernel")), "")
     inside = {key.removeprefix(root): shape for key, shape in weights.arrays.items() if key.startswith(root)}
-    given = sum(int(np.prod(shape)) for key, shape in inside.items() if not key.startswith(adapted) and "posembed" not in key)
+    given = sum(
+        int(np.prod(shape)) for key, shape in inside.items() if not key.startswith(adapted) and "posembed" not in key
+    )
     own: dict[str, Tensor] = {k: v for k, v in load.model.state_dict().items() if v.is_floating_point()}
     skipped = ("pos_embed", "patch_embed.proj.weight", "head.", "head_dist.", *load.missing)
     taken = sum(value.numel() for key, value in own.items() if not key.startswith(skipped))
@@ -214,9 +222,8 @@ def refuse_unused_arrays(weights: HostWeights, load: Load) -> None:
         raise CheckpointError(
             f"it has {given:,} values beside classifier and embeddings, of which the model takes {taken:,}"
         )
-    if any("pre_logits" in key for key in inside) and not any(key.startswith("head.") for key in load.missing):
-        if getattr(load.model, "num_classes", 0):
-            raise CheckpointError(
-                "its classifier needs the layer pre_logits, which timm's model no longer has; give another number of classes "
-                "(model.num_classes) for a new classifier"
-            )
+    classified = bool(getattr(load.model, "num_classes", 0)) and not any(
+        key.startswith("head.") for key in load.missing
+    )
+    if classified and any("pre_logits" in key for key in inside):
+        raise CheckpointError(PRE_LOGITS.format("pre_logits"))

@@ -28,7 +28,11 @@ def images_beside(file: Path) -> dict[str, Any]:
         found = of_processor(processor)
     else:
         clip = read_json(file.parent / "open_clip_config.json").get("preprocess_cfg")
-        found = {k: v for k, v in clip.items() if k in ("mean", "std", "interpolation")} if isinstance(clip, Mapping) else {}
+        found = (
+            {k: v for k, v in clip.items() if k in ("mean", "std", "interpolation")}
+            if isinstance(clip, Mapping)
+            else {}
+        )
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 

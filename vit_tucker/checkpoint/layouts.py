@@ -10,7 +10,19 @@ from torch import Tensor
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
 """Parts of names that torch.compile, activation checkpointing, FSDP and DeepSpeed add anywhere."""
 PREFIXES = {
-    *("module", "model", "net", "network", "backbone", "encoder", "teacher", "student", "ema", "ema_model", "model_ema"),
+    *(
+        "module",
+        "model",
+        "net",
+        "network",
+        "backbone",
+        "encoder",
+        "teacher",
+        "student",
+        "ema",
+        "ema_model",
+        "model_ema",
+    ),
     *("base_model", "base_encoder", "momentum_encoder", "target_encoder", "trunk", "visual", "vit", "image_encoder"),
     *("vision_encoder", "vision_model", "vision_tower", "feature_extractor", "learner"),
 }
@@ -236,7 +248,7 @@ def from_torchvision(state: Mapping[str, Tensor], prefix: str) -> Renamed:
 
 
 def from_open_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Keeps the image tower of OpenAI's CLIP or OpenCLIP under the prefix ``visual.``, from which timm's own filter renames it."""
+    """Keeps the image tower of OpenAI's CLIP or OpenCLIP below ``visual.``, from where timm's own filter renames it."""
     tower = {f"visual.{key.removeprefix(prefix)}": value for key, value in state.items() if key.startswith(prefix)}
     return Renamed(tower, prefix=prefix, left_out=[key for key in state if not key.startswith(prefix)])
 
@@ -251,6 +263,7 @@ LAYOUTS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor], str], Renamed]], 
 """A tensor by which a layout is recognised, the layout's name, and the function that renames it."""
 LOOKS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
+    (r"^visual\.(conv1|class_embedding)", "the image tower of a CLIP, which timm's models named *_clip_* have"),
     (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
     (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),
     (r"(^|\.)features\.1\.0\.attn\.", "a Swin transformer of torchvision"),

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
 from vit_tucker.checkpoint.describe import creation_arguments, layer_options
 from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
+from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.patch import patch, patch_record
 

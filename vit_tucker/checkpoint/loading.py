@@ -17,6 +17,10 @@ from vit_tucker.errors import CheckpointError
 Shapes = dict[str, tuple[int, ...]]
 SHOWN = 6
 """Names that a report lists one by one; more are counted."""
+PRE_LOGITS = (
+    "its classifier needs the layer {}, which timm's model no longer has; another number of classes (model.num_classes) makes "
+    "a new classifier"
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ def listed(names: Collection[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.partition(".")[0], []).append(name)
-    shown = [found[0] if len(found) == 1 else f"{first}.* ({len(found)})" for first, found in groups.items()]
+    parts = [found if len(found) <= 2 else [f"{first}.* ({len(found)})"] for first, found in groups.items()]
+    shown = [name for found in parts for name in found]
     more = [f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
     return ", ".join(shown[:SHOWN] + more)
 
@@ -132,7 +137,7 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
                 try:
                     state = filter_fn(dict(state), own)
                 except TypeError:  # of one argument, in older models
-                    state = filter_fn(dict(state))  # type: ignore[call-arg]
+                    state = filter_fn(dict(state))
             cfg["input_size"] = (channels, *own_size)
             refuse_integers(state, own)
             load.filtered = shapes_of(state)
@@ -141,6 +146,7 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
 
         def load_state_dict(state: Mapping[str, Any], strict: bool = True, **rest: Any) -> Any:
             load.loaded = shapes_of(state)
+            refuse_other_sizes(load.loaded, shapes_of(model.state_dict()))
             result = type(model).load_state_dict(model, state, strict=False, **rest)
             load.missing, load.unexpected = list(result.missing_keys), list(result.unexpected_keys)
             return result
@@ -184,6 +190,14 @@ def names_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
+def refuse_other_sizes(loaded: Shapes, own: Shapes) -> None:
+    """Raises CheckpointError if tensors have other sizes than the model's."""
+    other = [key for key in own if key in loaded and loaded[key] != own[key]]
+    if other:
+        first, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        raise CheckpointError(f"{first} is {loaded[first]} in the weights, {own[first]} in the model{more}")
+
+
 def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
     """Raises CheckpointError if whole numbers would become weights: a quantised checkpoint holds scales beside them."""
     for name, parameter in model.named_parameters():
@@ -218,7 +232,9 @@ def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]
     return missing
 
 
-def judged(load: Load, origin: str, added: Callable[[], Collection[str]], source: str = "", left_out: Collection[str] = ()) -> LoadReport:
+def judged(
+    load: Load, origin: str, added: Callable[[], Collection[str]], source: str = "", left_out: Collection[str] = ()
+) -> LoadReport:
     """Decides whether a model may be used with what was loaded into it.
 
     New may be a classifier that the weights don't have for these classes, a norm after the pooling where the weights have one
@@ -271,10 +287,7 @@ def refuse_pre_logits(load: Load, classifier: Collection[str]) -> None:
     """Raises CheckpointError for a classifier behind a layer that timm no longer has, and drops: its logits would be wrong."""
     behind = [key for key in load.given if "pre_logits" in key]
     if behind and any(key in load.loaded for key in classifier):
-        raise CheckpointError(
-            f"its classifier needs the layer {behind[0]}, which timm's model no longer has; give another number of classes "
-            "(model.num_classes) for a new classifier"
-        )
+        raise CheckpointError(PRE_LOGITS.format(behind[0]))
 
 
 def misfit(load: Load, missing: list[str], strange: list[str]) -> str:
@@ -301,6 +314,8 @@ def resampled(load: Load, model: nn.Module) -> Iterator[str]:
         if before is None or before == shape or len(before) != len(shape) or kind in seen:
             continue
         seen.add(kind)
+        if name == "pos_embed" and grid(before) == grid(shape):
+            continue  # only the class token's position went elsewhere
         if name == "pos_embed":
             yield f"{name} {grid(before)} -> {grid(shape)}"
         elif len(shape) == 4 and before[1] != shape[1]:
@@ -321,9 +336,7 @@ def grid(shape: tuple[int, ...]) -> str:
     return f"{side}x{side}" if prefix <= 5 else f"{tokens} tokens"
 
 
-def create_model(
-    name: str, size: tuple[int, int] | None = None, **arguments: Any
-) -> tuple[nn.Module, Load | None]:
+def create_model(name: str, size: tuple[int, int] | None = None, **arguments: Any) -> tuple[nn.Module, Load | None]:
     """Makes a timm model, and notes what was loaded into it.
 
     Args:

@@ -26,9 +26,14 @@ ENTRIES = (
 """Entries of a training checkpoint that hold the weights, the preferred ones first: averaged weights before the trained ones, as
 in timm; DINO's teacher before its student."""
 FOREIGN = {
-    **{".onnx": "an ONNX file", ".h5": "a Keras file", ".hdf5": "a Keras file", ".keras": "a Keras file"},
-    **{".msgpack": "a Flax file", ".gguf": "a GGUF file", ".ot": "a Rust file", ".npy": "a single NumPy array"},
-    **{".json": "a JSON file", ".yaml": "a YAML file", ".txt": "a text file", ".index": "a TensorFlow file"},
+    ".onnx": "an ONNX file",
+    ".h5": "a Keras file",
+    ".keras": "a Keras file",
+    ".msgpack": "a Flax file",
+    ".gguf": "a GGUF file",
+    ".npy": "a single NumPy array",
+    ".json": "a JSON file",
+    ".index": "a TensorFlow file",
 }
 MAX_DEPTH = 4
 
@@ -104,7 +109,11 @@ def refuse_foreign(file: Path, what: str) -> None:
         elif not any(name.endswith("data.pkl") for name in names):
             kind = f"a ZIP archive without weights ({', '.join(names[:3])})"
     if kind is not None:
-        hint = "" if "weights" in kind or "instead" in kind else "; supported are safetensors, files of torch.save and .npz"
+        hint = (
+            ""
+            if "weights" in kind or "instead" in kind
+            else "; supported are safetensors, files of torch.save and .npz"
+        )
         raise CheckpointError(f"{what}: {file} is {kind}{hint}")
 
 
@@ -145,7 +154,14 @@ def one_line(error: Exception) -> str:
     """Returns the text of an error in one line, without advice to load unsafely; its class if it has none."""
     text = " ".join(str(error).split())
     text = text.partition("WeightsUnpickler error: ")[2] or text
-    for advice in ("No automatic unsafe", "If this checkpoint is trusted", "Please file an issue", "This is an internal", "In PyTorch 2.6"):
+    for advice in (
+        "No automatic unsafe",
+        "If this checkpoint is trusted",
+        "Please file an issue",
+        "This is an internal",
+        "In PyTorch 2.6",
+        "Check the documentation",
+    ):
         text = text.partition(advice)[0].strip()
     return text[:200] or type(error).__name__
 

@@ -59,7 +59,7 @@ def convert(args: argparse.Namespace) -> int:
         attention = attention.model_copy(update={"calibration": options})
     model = create(config).eval()
     size = input_shape(model, config.model.img_size)
-    trained = config.model.pretrained or config.model.checkpoint is not None
+    trained = config.model.is_trained
     data = resolve_data(config.data, dataset_info(config.data.dataset), model, trained, size)
     images = None
     if (calibration := attention.calibration) is not None:

@@ -1,6 +1,7 @@
 """``plan``: what a patch would do to a model, without doing it."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vit_tucker.cli.common import add_json, add_method, emit, to_json
@@ -82,10 +83,15 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
 
 
 def create(config: "RunConfig") -> "nn.Module":
-    """The dense model of a config: with the classes of its data set where it has a config file, else with timm's."""
-    from vit_tucker.build import classes_and_channels
-    from vit_tucker.models import create_host
+    """Makes the dense model of a config, and reports its weights on standard error.
 
-    if config.name is None:
-        return create_host(config.model)
-    return create_host(config.model, *classes_and_channels(config))
+    It has the classes of its data set where it has a config file, else those of its weights, or timm's.
+    """
+    from vit_tucker.build import classes_and_channels
+    from vit_tucker.models import load_host
+
+    sizes = () if config.name is None else classes_and_channels(config)
+    model, report = load_host(config.model, *sizes)
+    if report is not None:
+        print(report, file=sys.stderr)
+    return model

@@ -1,6 +1,7 @@
 """``ranks``: the ranks that a model's attention really has."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,11 @@ def ranks(args: argparse.Namespace) -> int:
     folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
     refuse_unwritable("--out", folder, folder=True)
     options = Calibration(images=args.images)
-    model, batches = analysed_model(args.model, args.checkpoint, args.random, args.data, options, args.overrides)
+    model, batches, report = analysed_model(
+        args.model, args.checkpoint, args.random, args.data, options, args.overrides
+    )
+    if report is not None:
+        print(report, file=sys.stderr)
     save_spectra(folder, *analyse(model, batches, options))
     files = [
         draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])

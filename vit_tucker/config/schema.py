@@ -26,8 +26,8 @@ class ModelConfig(Section):
     pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
     checkpoint: str | None = Field(
         default=None,
-        description="Weights of the dense host: a run folder (its last epoch), a checkpoints/... folder, a .safetensors or "
-        ".pth file.",
+        description="Weights of the dense host: a run folder (its last epoch), a folder or file of timm, Hugging Face, "
+        "torchvision, OpenCLIP, MAE, DINO, BEiT, Lightning or DeepSpeed, or a JAX .npz; see docs/formats.md.",
     )
     img_size: int | tuple[int, int] | None = Field(default=None, description="Image size in pixels.")
     patch_size: int | None = Field(default=None, ge=1, description="Patch size in pixels.")
@@ -59,6 +59,11 @@ class ModelConfig(Section):
     attn_drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the attention weights.")
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1, description="Stochastic depth.")
     model_kwargs: dict[str, Any] = Field(default={}, description="Any other argument of timm.create_model.")
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model starts from weights and not from timm's initialisation."""
+        return self.pretrained or self.checkpoint is not None
 
     def untrained(self) -> "ModelConfig":
         """The same model with timm's initialisation."""

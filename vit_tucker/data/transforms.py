@@ -1,6 +1,6 @@
 """Transforms of a run, all from timm.data, and the normalisation that they share."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from PIL import Image, ImageOps
@@ -12,42 +12,75 @@ from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.errors import ConfigError
 
+IMAGE_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""How images are prepared, by the names of timm's data config and of the data section."""
+
 
 def resolve_data(
-    config: DataConfig, info: DatasetInfo, model: nn.Module, pretrained: bool, input_size: tuple[int, int, int]
+    config: DataConfig,
+    info: DatasetInfo,
+    model: nn.Module,
+    trained: bool,
+    input_size: tuple[int, int, int],
+    stored: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Input size, normalisation, interpolation and crop of a run.
+    """Returns input size, normalisation, interpolation and crop of a run.
 
-    What the config says holds; else pretrained weights bring their own normalisation (timm's pretrained_cfg), and a model
-    trained from scratch takes the data set's.
+    Values of the config come first. Else trained weights bring their own (timm's pretrained_cfg, in which ``load_host`` has put
+    what lies beside a checkpoint), and a model trained from scratch uses the data set's normalisation.
 
     Args:
         config: data section.
         info: facts about the data set.
         model: timm model with its pretrained_cfg.
-        pretrained: the model starts from timm's weights.
+        trained: the model starts from weights, which its pretrained_cfg describes.
         input_size: channels, height, width in pixels.
+        stored: what a run that goes on has used so far, in place of pretrained_cfg.
 
     Returns:
         timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
     """
-    own = {"mean": None, "std": None} if pretrained else {"mean": info.mean, "std": info.std}
-    mean, std = config.mean or own["mean"], config.std or own["std"]
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) not in (1, input_size[0]):
-            raise ConfigError(f"data.{name}: {len(values)} values for {input_size[0]} channels")
-    args = {
-        "input_size": input_size,
-        "mean": mean,
-        "std": std,
+    own = {"mean": None, "std": None} if trained else {"mean": info.mean, "std": info.std}
+    args: dict[str, Any] = {
+        "mean": config.mean or own["mean"],
+        "std": config.std or own["std"],
         "interpolation": config.interpolation if config.interpolation != "random" else None,
         "crop_pct": config.crop_pct,
         "crop_mode": config.crop_mode,
     }
-    resolved = resolve_data_config(args, model=model)
+    for name in ("mean", "std"):
+        if (values := args[name]) is not None and len(values) not in (1, input_size[0]):
+            raise ConfigError(f"data.{name}: {len(values)} values for {input_size[0]} channels")
+    for name in IMAGE_KEYS:
+        if stored is not None and stored.get(name) is not None and getattr(config, name) in (None, "random"):
+            args[name] = tuple(stored[name]) if name in ("mean", "std") else stored[name]
+    resolved = resolve_data_config({"input_size": input_size, **args}, model=model)
     for name in ("mean", "std"):
         resolved[name] = fit_channels(resolved[name], input_size[0])
     return resolved
+
+
+def describe_data(config: DataConfig, info: DatasetInfo, resolved: Mapping[str, Any], weights: str | None) -> str:
+    """Returns one line for the log: how images are prepared, and whose mean and standard deviation they get.
+
+    Args:
+        config, info: see ``resolve_data``.
+        resolved: what it has returned.
+        weights: names the weights that the model starts from; None for timm's initialisation.
+    """
+    source = "the model's pretrained_cfg"
+    if config.mean or config.std:
+        source = "the config"
+    elif weights is not None:
+        source = weights
+    elif info.mean is not None:
+        source = "the data set"
+    mean, std = (", ".join(f"{value:.4g}" for value in resolved[name]) for name in ("mean", "std"))
+    channels, height, width = resolved["input_size"]
+    return (
+        f"images: {channels} x {height} x {width}, mean ({mean}), std ({std}) of {source}; evaluation: "
+        f"{resolved['interpolation']}, {resolved['crop_mode']} crop of {resolved['crop_pct']:.4g}"
+    )
 
 
 def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:

@@ -56,11 +56,17 @@ class RunDir:
         """Everything that tables are made of; written when the run is done."""
         return self.path / "results.json"
 
-    def start(self, config: str, patch: dict[str, Any] | None) -> None:
-        """Write config.yaml and patch.json, and send the package's log lines to train.log too."""
+    @property
+    def images(self) -> Path:
+        """How images are prepared; the weights that the run started from, which may have said it, need not stay."""
+        return self.path / "images.json"
+
+    def start(self, config: str, patch: dict[str, Any] | None, images: dict[str, Any]) -> None:
+        """Write config.yaml, images.json and patch.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.results.unlink(missing_ok=True)  # of a finished run that is trained on
         replace_text(self.config, config)
+        replace_text(self.images, json.dumps(images, indent=2) + "\n")
         if patch is not None:
             replace_text(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
         handler = logging.FileHandler(self.path / "train.log")
@@ -71,6 +77,15 @@ class RunDir:
         """The patch report of the run's start; None for a dense run."""
         file = self.path / "patch.json"
         return json.loads(file.read_text()) if file.is_file() else None
+
+    def read_images(self) -> dict[str, Any] | None:
+        """How the run prepares images: images.json, else (of an older version) the config.json of a checkpoint; None without."""
+        if self.images.is_file():
+            return json.loads(self.images.read_text())
+        for name in ("last", "best"):
+            if (file := self.checkpoints / name / "config.json").is_file():
+                return json.loads(file.read_text()).get("pretrained_cfg")
+        return None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
         """Write summary.csv anew from all rows, so that a resumed run has none twice."""
