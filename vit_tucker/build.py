@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
-from vit_tucker.checkpoint.loading import LoadReport
+from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, merge, read_overrides

@@ -13,7 +13,8 @@ from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
-from vit_tucker.checkpoint.loading import Load, LoadReport, create_model, judged
+from vit_tucker.checkpoint.load_report import LoadReport, judged
+from vit_tucker.checkpoint.loading import Load, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
 from vit_tucker.config.schema import DistillConfig, ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vit_tucker.checkpoint.files import MODEL_KEY, checkpoint_file, config_beside, method_beside
 from vit_tucker.checkpoint.images import images_beside, label_names_beside, size_beside
 from vit_tucker.checkpoint.layouts import looks_like, to_timm_names
-from vit_tucker.checkpoint.loading import PRE_LOGITS, Load, LoadReport, create_model, judged, names_of
+from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, judged
+from vit_tucker.checkpoint.loading import Load, create_model, names_of
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.probe import without_weights
@@ -190,6 +191,8 @@ def create_loaded(
         if isinstance(error, KeyError | AttributeError | IndexError):
             reason = f"timm can't convert it ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{what}: {origin} does not fit {name}: {reason}; it is {look_of(weights)}") from None
+    if not weights.images:
+        report = replace(report, images=f"timm's {name} (nothing beside {origin} names them)")
     cfg = vars(model)["pretrained_cfg"]
     cfg.pop("state_dict", None)  # of the overlay, now in the model
     return model, report

@@ -1,4 +1,4 @@
-"""Loading weights into a timm model as it is made: timm adapts them, and what it did is observed, judged and reported."""
+"""Loading weights into a timm model as it is made: timm adapts them, and what it does is observed."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,67 +11,11 @@ import timm.models._builder as builder
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.layouts import BUFFERS
 from vit_tucker.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
 SHOWN = 6
 """Names that a report lists one by one; more are counted."""
-PRE_LOGITS = (
-    "its classifier needs the layer {}, which timm's model no longer has; another number of classes (model.num_classes) makes "
-    "a new classifier"
-)
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What was loaded into a model.
-
-    Attributes:
-        origin: file, or timm's name of the weights.
-        total: tensors of the model.
-        new: names of those that the weights don't have, which are as timm initialises them.
-        resampled: phrases such as 'pos_embed 37x37 -> 16x16', of tensors that timm adapted to other sizes.
-        left_out: names of tensors of the file that the model has no use for.
-        source: the layout, and where in the file the weights lie; '' for timm's own layout.
-        classifier: names of the model's classifier tensors.
-    """
-
-    origin: str
-    total: int
-    new: tuple[str, ...] = ()
-    resampled: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
-    source: str = ""
-    classifier: tuple[str, ...] = ()
-
-    @property
-    def has_classifier(self) -> bool:
-        """Whether the model's classifier comes from the weights."""
-        return bool(self.classifier) and not set(self.new) & set(self.classifier)
-
-    def __str__(self) -> str:
-        """One line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
-        parts = [f"{self.total - len(self.new)} of {self.total} tensors"]
-        if self.source:
-            parts[0] += f" ({self.source})"
-        for what, names in (("new", self.new), ("resampled", self.resampled), ("left out", self.left_out)):
-            if names:
-                parts.append(f"{what}: {listed(names)}")
-        return f"weights: {self.origin}: {'; '.join(parts)}"
-
-
-def listed(names: Collection[str]) -> str:
-    """Returns names with commas between them; where there are many, how many there are of each first part."""
-    if len(names) <= SHOWN:
-        return ", ".join(names)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(name.partition(".")[0], []).append(name)
-    parts = [found if len(found) <= 2 else [f"{first}.* ({len(found)})"] for first, found in groups.items()]
-    shown = [name for found in parts for name in found]
-    more = [f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
-    return ", ".join(shown[:SHOWN] + more)
 
 
 @dataclass
@@ -134,10 +78,7 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
             if size is not None:
                 cfg["input_size"] = (channels, *size)
             if filter_fn is not None:
-                try:
-                    state = filter_fn(dict(state), own)
-                except TypeError:  # of one argument, in older models
-                    state = filter_fn(dict(state))
+                state = adapted(filter_fn, dict(state), own)
             cfg["input_size"] = (channels, *own_size)
             refuse_integers(state, own)
             load.filtered = shapes_of(state)
@@ -166,6 +107,25 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
         yield loads
     finally:
         builder.load_pretrained = original
+
+
+def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Module) -> Any:
+    """Returns a state dict after timm's filter of the model.
+
+    Raises:
+        CheckpointError: timm can't adapt it; says which tensors only one of both has.
+    """
+    given, own = shapes_of(state), shapes_of(model.state_dict())
+    try:
+        try:
+            return filter_fn(state, model)
+        except TypeError:  # of one argument, in older models
+            return filter_fn(state)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
+        what = f"{misfit(missing, strange)}; " if missing or strange else ""
+        raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None
 
 
 def describe_source(cfg: dict[str, Any], state: Shapes) -> None:
@@ -232,108 +192,24 @@ def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]
     return missing
 
 
-def judged(
-    load: Load, origin: str, added: Callable[[], Collection[str]], source: str = "", left_out: Collection[str] = ()
-) -> LoadReport:
-    """Decides whether a model may be used with what was loaded into it.
-
-    New may be a classifier that the weights don't have for these classes, a norm after the pooling where the weights have one
-    before it and no classifier (so MAE and BEiT are fine-tuned), and what the config itself adds to the architecture.
-
-    Args:
-        load: what timm did.
-        origin: names the weights.
-        added: names of the model's tensors that are there by arguments of the config alone; asked for only where some are new.
-        source, left_out: see ``LoadReport``.
-
-    Raises:
-        CheckpointError: other tensors would stay as they were initialised, or tensors of the weights would not be used.
-    """
-    model, cfg = load.model, vars(load.model).get("pretrained_cfg") or {}
-    classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
-    own = set(model.state_dict())
-    same_classes = cfg.get("num_classes") == getattr(model, "num_classes", None)
-    pooled = has_norm_before_pooling(load, own) and not any(key in load.filtered for key in classifier)
-    allowed_new = set() if same_classes and any(key in load.filtered for key in classifier) else set(classifier)
-    if pooled:
-        allowed_new |= {key for key in own if key.startswith("fc_norm.")}
-    if set(load.missing) - allowed_new:
-        allowed_new |= set(added())
-    wrong = [key for key in load.missing if key not in allowed_new]
-    dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
-    unused = [key for key in load.unexpected if not BUFFERS.search(key)]
-    norm_unused = bool({"fc_norm.weight"} & (set(load.missing) & allowed_new))
-    strange = [key for key in unused if key not in classifier and not (norm_unused and key.startswith("norm."))]
-    if wrong or (strange and load.strict):
-        raise CheckpointError(misfit(load, wrong, strange))
-    refuse_pre_logits(load, classifier)
-    return LoadReport(
-        origin,
-        len(own),
-        tuple(load.missing),
-        tuple(resampled(load, model)),
-        tuple(dict.fromkeys([*unused, *dropped, *left_out])),
-        source,
-        tuple(key for key in classifier if key in own),
-    )
+def misfit(missing: list[str], strange: list[str]) -> str:
+    """Returns in a few words what weights don't have, and what a model does not have."""
+    parts = [f"it has no {listed(missing)}"] if missing else []
+    parts += [f"the model has no {listed(strange)}"] if strange else []
+    return " and ".join(parts)
 
 
-def has_norm_before_pooling(load: Load, own: set[str]) -> bool:
-    """Whether the weights end in a norm of all tokens, and the model in one of their mean."""
-    return "fc_norm.weight" in own and "norm.weight" in load.filtered and "fc_norm.weight" not in load.filtered
-
-
-def refuse_pre_logits(load: Load, classifier: Collection[str]) -> None:
-    """Raises CheckpointError for a classifier behind a layer that timm no longer has, and drops: its logits would be wrong."""
-    behind = [key for key in load.given if "pre_logits" in key]
-    if behind and any(key in load.loaded for key in classifier):
-        raise CheckpointError(PRE_LOGITS.format(behind[0]))
-
-
-def misfit(load: Load, missing: list[str], strange: list[str]) -> str:
-    """Returns what does not fit, in one line."""
-    parts = []
-    if missing:
-        parts.append(f"it has no {listed(missing)}")
-    if strange:
-        parts.append(f"the model has no {listed(strange)}")
-    hint = ""
-    if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
-        hint = "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
-    elif "fc_norm.weight" in missing and "norm.weight" in load.filtered:
-        hint = "; the weights were trained with a class token: set model.global_pool=token"
-    return " and ".join(parts) + hint
-
-
-def resampled(load: Load, model: nn.Module) -> Iterator[str]:
-    """Yields 'pos_embed 37x37 -> 16x16' for each tensor that timm adapted to the model's sizes; a kind of tensors once."""
-    seen = set()
-    for name, shape in load.loaded.items():
-        before = load.given.get(name)
-        kind = ".".join(part for part in name.split(".") if not part.isdigit())
-        if before is None or before == shape or len(before) != len(shape) or kind in seen:
-            continue
-        seen.add(kind)
-        if name == "pos_embed" and grid(before) == grid(shape):
-            continue  # only the class token's position went elsewhere
-        if name == "pos_embed":
-            yield f"{name} {grid(before)} -> {grid(shape)}"
-        elif len(shape) == 4 and before[1] != shape[1]:
-            yield f"{name} {before[1]} -> {shape[1]} channels"
-        elif len(shape) == 4:
-            yield f"{name} {before[2]}x{before[3]} -> {shape[2]}x{shape[3]}"
-        else:
-            yield f"{kind} {tuple(before)} -> {tuple(shape)}"
-
-
-def grid(shape: tuple[int, ...]) -> str:
-    """Returns '16x16' for position embeddings (1, 257, C) or (1, 256, C); the number of tokens where they are no square."""
-    if len(shape) == 4:
-        return f"{shape[1]}x{shape[2]}"
-    tokens = shape[1]
-    side = math.isqrt(tokens)
-    prefix = tokens - side * side
-    return f"{side}x{side}" if prefix <= 5 else f"{tokens} tokens"
+def listed(names: Collection[str]) -> str:
+    """Returns names with commas between them; where there are many, how many there are of each first part."""
+    if len(names) <= SHOWN:
+        return ", ".join(names)
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name.partition(".")[0], []).append(name)
+    parts = [found if len(found) <= 2 else [f"{first}.* ({len(found)})"] for first, found in groups.items()]
+    shown = [name for found in parts for name in found]
+    more = [f"and {len(shown) - SHOWN} more"] if len(shown) > SHOWN else []
+    return ", ".join(shown[:SHOWN] + more)
 
 
 def create_model(name: str, size: tuple[int, int] | None = None, **arguments: Any) -> tuple[nn.Module, Load | None]:

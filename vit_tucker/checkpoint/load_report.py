@@ -1,0 +1,155 @@
+"""What was loaded into a model: whether it may be used so, and the line that says it."""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from vit_tucker.checkpoint.layouts import BUFFERS
+from vit_tucker.checkpoint.loading import Load, listed, misfit, names_of
+from vit_tucker.errors import CheckpointError
+
+PRE_LOGITS = (
+    "its classifier needs the layer {}, which timm's model no longer has; another number of classes (model.num_classes) makes "
+    "a new classifier"
+)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded into a model.
+
+    Attributes:
+        origin: file, or timm's name of the weights.
+        total: tensors of the model.
+        new: names of those that the weights don't have, which are as timm initialises them.
+        resampled: phrases such as 'pos_embed 37x37 -> 16x16', of tensors that timm adapted to other sizes.
+        left_out: names of tensors of the file that the model has no use for.
+        source: the layout, and where in the file the weights lie; '' for timm's own layout.
+        classifier: names of the model's classifier tensors.
+        images: whose mean and standard deviation the model's pretrained_cfg has.
+    """
+
+    origin: str
+    total: int
+    new: tuple[str, ...] = ()
+    resampled: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    source: str = ""
+    classifier: tuple[str, ...] = ()
+    images: str = ""
+
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the model's classifier comes from the weights."""
+        return bool(self.classifier) and not set(self.new) & set(self.classifier)
+
+    def __str__(self) -> str:
+        """One line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
+        parts = [f"{self.total - len(self.new)} of {self.total} tensors"]
+        if self.source:
+            parts[0] += f" ({self.source})"
+        for what, names in (("new", self.new), ("resampled", self.resampled), ("left out", self.left_out)):
+            if names:
+                parts.append(f"{what}: {listed(names)}")
+        return f"weights: {self.origin}: {'; '.join(parts)}"
+
+
+def judged(
+    load: Load, origin: str, added: Callable[[], Collection[str]], source: str = "", left_out: Collection[str] = ()
+) -> LoadReport:
+    """Decides whether a model may be used with what was loaded into it.
+
+    New may be a classifier that the weights don't have for these classes, a norm after the pooling where the weights have one
+    before it and no classifier (so MAE and BEiT are fine-tuned), and what the config itself adds to the architecture.
+
+    Args:
+        load: what timm did.
+        origin: names the weights.
+        added: names of the model's tensors that are there by arguments of the config alone; asked for only where some are new.
+        source, left_out: see ``LoadReport``.
+
+    Raises:
+        CheckpointError: other tensors would stay as they were initialised, or tensors of the weights would not be used.
+    """
+    model, cfg = load.model, vars(load.model).get("pretrained_cfg") or {}
+    classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
+    own = set(model.state_dict())
+    same_classes = cfg.get("num_classes") == getattr(model, "num_classes", None)
+    pooled = has_norm_before_pooling(load, own) and not any(key in load.filtered for key in classifier)
+    allowed_new = set() if same_classes and any(key in load.filtered for key in classifier) else set(classifier)
+    if pooled:
+        allowed_new |= {key for key in own if key.startswith("fc_norm.")}
+    if set(load.missing) - allowed_new:
+        allowed_new |= set(added())
+    wrong = [key for key in load.missing if key not in allowed_new]
+    dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
+    unused = [key for key in load.unexpected if not BUFFERS.search(key)]
+    norm_unused = bool({"fc_norm.weight"} & (set(load.missing) & allowed_new))
+    strange = [key for key in unused if key not in classifier and not (norm_unused and key.startswith("norm."))]
+    if wrong or (strange and load.strict):
+        raise CheckpointError(misfit(wrong, strange) + pooling_hint(load, wrong, strange))
+    refuse_pre_logits(load, classifier)
+    return LoadReport(
+        origin,
+        len(own),
+        tuple(load.missing),
+        tuple(resampled(load, model)),
+        tuple(dict.fromkeys([*unused, *dropped, *left_out])),
+        source,
+        tuple(key for key in classifier if key in own),
+        origin,
+    )
+
+
+def has_norm_before_pooling(load: Load, own: set[str]) -> bool:
+    """Whether the weights end in a norm of all tokens, and the model in one of their mean."""
+    return "fc_norm.weight" in own and "norm.weight" in load.filtered and "fc_norm.weight" not in load.filtered
+
+
+def refuse_pre_logits(load: Load, classifier: Collection[str]) -> None:
+    """Raises CheckpointError for a classifier behind a layer that timm no longer has, and drops: its logits would be wrong."""
+    behind = [key for key in load.given if "pre_logits" in key]
+    if behind and any(key in load.loaded for key in classifier):
+        raise CheckpointError(PRE_LOGITS.format(behind[0]))
+
+
+def pooling_hint(load: Load, missing: list[str], strange: list[str]) -> str:
+    """Returns which global_pool the weights were trained with, where their last norm says that it is another one."""
+    if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
+        return "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
+    if "fc_norm.weight" in missing and "norm.weight" in load.filtered:
+        return "; the weights were trained with a class token: set model.global_pool=token"
+    return ""
+
+
+def resampled(load: Load, model: nn.Module) -> Iterator[str]:
+    """Yields 'pos_embed 37x37 -> 16x16' for each tensor that timm adapted to the model's sizes; a kind of tensors once."""
+    seen = set()
+    for name, shape in load.loaded.items():
+        before = load.given.get(name)
+        kind = ".".join(part for part in name.split(".") if not part.isdigit())
+        if before is None or before == shape or len(before) != len(shape) or kind in seen:
+            continue
+        seen.add(kind)
+        if name == "pos_embed" and grid(before) == grid(shape):
+            continue  # only the class token's position went elsewhere
+        if name == "pos_embed":
+            yield f"{name} {grid(before)} -> {grid(shape)}"
+        elif len(shape) == 4 and before[1] != shape[1]:
+            yield f"{name} {before[1]} -> {shape[1]} channels"
+        elif len(shape) == 4:
+            yield f"{name} {before[2]}x{before[3]} -> {shape[2]}x{shape[3]}"
+        else:
+            yield f"{kind} {tuple(before)} -> {tuple(shape)}"
+
+
+def grid(shape: tuple[int, ...]) -> str:
+    """Returns '16x16' for position embeddings (1, 257, C) or (1, 256, C); the number of tokens where they are no square."""
+    if len(shape) == 4:
+        return f"{shape[1]}x{shape[2]}"
+    tokens = shape[1]
+    side = math.isqrt(tokens)
+    prefix = tokens - side * side
+    return f"{side}x{side}" if prefix <= 5 else f"{tokens} tokens"
