@@ -118,10 +118,11 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch, way):
             "model.pretrained: no weights for vit_tiny.* could be loaded",
         ),
     }[way]
-    reason = "holds Python objects besides tensors" if way == "checkpoint" else "(weights_only|[Ww]eights only)"
-    with pytest.raises((vt.CheckpointError, vt.ConfigError), match=f"{message}: .*{reason}") as caught:
+    with pytest.raises(
+        (vt.CheckpointError, vt.ConfigError), match=f"{message}: it holds Python objects besides tensors"
+    ) as caught:
         create_host(host_config(**options), 10, 3)
-    assert "weights_only=False" not in str(caught.value)  # advice that nobody can follow here
+    assert "weights_only" not in str(caught.value)  # advice that nobody can follow here
     assert not (tmp_path / "pwned").exists()
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

@@ -365,11 +365,14 @@ class TestBackbonesWithoutAClassifier:
         assert report.startswith("30 of 30 tensors; left out: ")
 
 
-def test_what_is_resampled_is_named(tmp_path):
-    torch.save(vit(img_size=32, patch_size=8, in_chans=1).state_dict(), tmp_path / "w.pth")
-    model, report = loaded(tmp_path / "w.pth", in_chans=3, img_size=24, patch_size=4)
-    assert model.patch_embed.proj.weight.shape == (24, 3, 4, 4)
-    assert report == "32 of 32 tensors; resampled: pos_embed 4x4 -> 6x6, patch_embed.proj.weight 1 -> 3 channels"
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_resampled_is_named(tmp_path, channels):
+    """From images of 32 pixels in patches of 8 to 24 in patches of 4; from three channels to one, or as they are."""
+    torch.save(vit(img_size=32, patch_size=8).state_dict(), tmp_path / "w.pth")
+    model, report = loaded(tmp_path / "w.pth", in_chans=channels, img_size=24, patch_size=4)
+    assert model.patch_embed.proj.weight.shape == (24, channels, 4, 4)
+    embedding = "patch_embed.proj.weight 8x8 -> 4x4" if channels == 3 else "patch_embed.proj.weight 3 -> 1 channels"
+    assert report == f"32 of 32 tensors; resampled: pos_embed 4x4 -> 6x6, {embedding}"
 
 
 def test_what_lies_beside_the_weights_says_how_images_are_prepared(tmp_path):

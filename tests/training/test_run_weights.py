@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models._hub import has_hf_hub
 
 import vit_tucker as vt
 from tests.checkpoint import sources
@@ -108,6 +109,7 @@ class TestRefusedBeforeTheFirstStep:
         assert "it is a ViT of 1 blocks, width 24, patches of 4 pixels, 1 channels and 5 classes" in lines[0]
         assert not Path("out").exists()
 
+    @pytest.mark.skipif(not has_hf_hub(), reason="this timm can't use the hub's package")
     def test_timms_own_weights_and_its_folders(self, monkeypatch):
         state = vit(depth=1, num_classes=1000).state_dict()
         monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **options: dict(state))

@@ -3,8 +3,9 @@
 import argparse
 import os
 import pathlib
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ FOREIGN = {
     ".index": "a TensorFlow file",
 }
 MAX_DEPTH = 4
+"""Mappings within mappings in which weights are looked for."""
+UNSAFE = re.compile(r"Unsupported global: GLOBAL (\S+)|Unsupported globals: ([^ ,]+(?:, [^ ,]+)*?)\. ")
+"""Classes that torch and timm refuse to unpickle, in their messages."""
+ADVICE = (
+    *("No automatic unsafe", "If this checkpoint is trusted", "Please file an issue", "This is an internal"),
+    *("In PyTorch 2.6", "Check the documentation"),
+)
+"""Where messages of torch and timm go on with what doesn't help here."""
 
 
 @contextmanager
@@ -141,27 +150,24 @@ def reason_of(error: Exception, file: Path) -> str:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not even a pickle
         unsafe = []
-    if unsafe:
-        names = ", ".join(sorted(unsafe)[:4])
-        return (
-            f"it holds Python objects besides tensors ({names}), and nothing is executed here; save the weights alone where "
-            "you trust the file: torch.save(model.state_dict(), ...)"
-        )
-    return one_line(error)
+    return unsafe_objects(unsafe) if unsafe else one_line(error)
+
+
+def unsafe_objects(names: Iterable[str]) -> str:
+    """Returns why a file with objects of these classes is not read, and what helps."""
+    return (
+        f"it holds Python objects besides tensors ({', '.join(sorted(names)[:4])}), and nothing is executed here; save the "
+        "weights alone where you trust the file: torch.save(model.state_dict(), ...)"
+    )
 
 
 def one_line(error: Exception) -> str:
     """Returns the text of an error in one line, without advice to load unsafely; its class if it has none."""
     text = " ".join(str(error).split())
+    if (found := UNSAFE.search(text)) is not None:
+        return unsafe_objects((found[1] or found[2]).split(", "))
     text = text.partition("WeightsUnpickler error: ")[2] or text
-    for advice in (
-        "No automatic unsafe",
-        "If this checkpoint is trusted",
-        "Please file an issue",
-        "This is an internal",
-        "In PyTorch 2.6",
-        "Check the documentation",
-    ):
+    for advice in ADVICE:
         text = text.partition(advice)[0].strip()
     return text[:200] or type(error).__name__
 
