@@ -365,6 +365,14 @@ class TestBackbonesWithoutAClassifier:
         assert report.startswith("30 of 30 tensors; left out: ")
 
 
+def test_classifiers_with_a_norm_of_their_own_are_not_needed(tmp_path):
+    state = timm.create_model("levit_128s", num_classes=2).state_dict()
+    torch.save(state, tmp_path / "levit.pth")
+    model, report = load_host(ModelConfig(name="levit_128s", checkpoint=str(tmp_path / "levit.pth")), 0)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert str(report).endswith("311 of 311 tensors; left out: head.* (7), head_dist.* (7)")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_what_is_resampled_is_named(tmp_path, channels):
     """From images of 32 pixels in patches of 8 to 24 in patches of 4; from three channels to one, or as they are."""

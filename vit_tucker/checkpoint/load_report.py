@@ -87,7 +87,11 @@ def judged(
     dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
     unused = [key for key in load.unexpected if not BUFFERS.search(key)]
     norm_unused = bool({"fc_norm.weight"} & (set(load.missing) & allowed_new))
-    strange = [key for key in unused if key not in classifier and not (norm_unused and key.startswith("norm."))]
+    useless = [*classifier, *(["norm.weight", "norm.bias"] if norm_unused else [])]
+    if not getattr(model, "num_classes", 0):  # LeViT's classifiers have a norm of their own
+        heads = {key.partition(".")[0] for key in classifier}
+        useless += [key for key in unused if key.partition(".")[0] in heads]
+    strange = [key for key in unused if key not in useless]
     if wrong or (strange and load.strict):
         raise CheckpointError(misfit(wrong, strange) + pooling_hint(load, wrong, strange))
     refuse_pre_logits(load, classifier)
