@@ -92,6 +92,8 @@ def run_together(
     config = config.model_copy(update={"attention": built.attention})
     results = describe_run(config, accelerator, built, loaders)
     if loaders.train is None:
+        for note in loaders.notes:
+            LOGGER.info(note)
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
     trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders))
@@ -150,6 +152,7 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         pin_memory=accelerator.device.type == "cuda",
         with_train=with_train,
         device=accelerator.device,
+        num_classes=built.num_classes,
     )
     return built, loaders
 

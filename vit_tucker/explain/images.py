@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
-from vit_tucker.data.datasets import image_name, is_iterable, load_dataset
+from vit_tucker.data.datasets import image_name, is_iterable
 from vit_tucker.data.image_files import list_images, read_image_file
+from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
 
@@ -62,19 +63,19 @@ def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
     return list(taken.values())
 
 
-def data_images(data: DataConfig, count: int, mode: str) -> list[NamedImage]:
+def data_images(data: DataConfig, count: int, mode: str, classes: Sequence[str] | None = None) -> list[NamedImage]:
     """The first evaluation images of a data set.
 
     Args:
         data: section of a config.
         count: how many.
         mode: of PIL, "L" or "RGB".
+        classes: class map of the labels: names in the order of their numbers; the training split's if None.
 
     Raises:
         DataError: the data set is missing, only streams, or has fewer images.
     """
-    options = {"download": data.download, "batch_size": 1, "seed": 0, **data.dataset_kwargs}
-    dataset = load_dataset(data.dataset, data.val_split, False, mode, data.root, options)
+    dataset = open_split(data, data.val_split, False, 1 if mode == "L" else 3, classes=classes)
     if is_iterable(dataset):
         raise DataError(f"--data: {data.dataset} only streams; name image files")
     if not 1 <= count <= len(dataset):
