@@ -1,13 +1,19 @@
 """Opening the splits of a run: one way for training, evaluation, calibration, comparison and explanation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.classes import refuse_changed
 from vit_tucker.data.datasets import load_dataset, subset
-from vit_tucker.data.labels import label_names
+from vit_tucker.data.folders import is_folder_set, open_folder
+from vit_tucker.data.image_files import ImageOptions
+from vit_tucker.data.labels import check_labels, label_names, labels_of
+from vit_tucker.data.naming import listed
+from vit_tucker.errors import DataError
 
 
 class Splits(NamedTuple):
@@ -52,12 +58,45 @@ def open_splits(
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
     train = None
     if with_train:
-        train = open_split(data, data.train_split, True, channels, classes=classes, **options)
-        classes = classes or class_names(data, train)
+        train = open_split(data, data.train_split, True, channels, **options)
+        own = class_names(data, train)
+        if classes and own:
+            refuse_changed(own, classes, data.train_split)
+        classes = own or classes
         train = subset(train, data.num_samples)
     evaluation = open_split(data, data.val_split, False, channels, classes=classes, **options)
-    names = tuple(classes) if classes else class_names(data, evaluation)
-    return Splits(train, evaluation, names, (*split_notes(train), *split_notes(evaluation)))
+    names = class_names(data, evaluation) or (tuple(classes) if classes else None)
+    notes = (*split_notes(train), *split_notes(evaluation))
+    opened = {data.train_split: train, data.val_split: evaluation} if with_train else {data.val_split: evaluation}
+    if num_classes is not None:
+        for split, dataset in opened.items():
+            check_labels(dataset, num_classes, split)
+        refuse_too_many(names, num_classes)
+    if is_folder_set(data.dataset) and names is not None:
+        notes = (*notes, classes_note(names, num_classes, opened))
+    return Splits(train, evaluation, names, notes)
+
+
+def refuse_too_many(names: Sequence[str] | None, num_classes: int) -> None:
+    """Raises DataError if a class map has more classes than the model."""
+    if names is not None and len(names) > num_classes:
+        raise DataError(
+            f"model.num_classes={num_classes}: the class map has {len(names):,} classes ({listed(names)}); leave it out, or "
+            "choose some by data.class_map"
+        )
+
+
+def classes_note(names: Sequence[str], num_classes: int | None, opened: Mapping[str, Any]) -> str:
+    """Returns a line about the number of classes: of the class map, of each split, of the model."""
+    counts = []
+    for split, dataset in opened.items():
+        labels = labels_of(dataset)
+        if labels is not None:
+            counts.append(f"{len(np.unique(labels)):,} in split '{split}'")
+    line = f"classes: {len(names):,} ({listed(names)}); with images: {', '.join(counts)}"
+    if num_classes is None or num_classes == len(names):
+        return line
+    return f"{line}; the model has {num_classes:,}, {num_classes - len(names):,} of them never seen"
 
 
 def open_split(
@@ -87,8 +126,11 @@ def open_split(
     Raises:
         DataError: the split is missing or malformed, or has classes that ``classes`` lacks.
     """
+    mode = "L" if channels == 1 else "RGB"
+    if is_folder_set(data.dataset):
+        return open_folder(data, split, mode, classes)
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
-    return load_dataset(data.dataset, split, training, "L" if channels == 1 else "RGB", data.root, options)
+    return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
 
 
 def class_names(data: DataConfig, dataset: Any) -> tuple[str, ...] | None:
