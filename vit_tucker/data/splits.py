@@ -9,9 +9,10 @@ from torch.utils.data import Subset
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import refuse_changed
 from vit_tucker.data.datasets import load_dataset, subset
-from vit_tucker.data.folders import is_folder_set, open_folder
+from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
+from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
 from vit_tucker.errors import DataError
 
@@ -131,6 +132,56 @@ def open_split(
         return open_folder(data, split, mode, classes)
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+
+
+def inferred_classes(data: DataConfig) -> int | None:
+    """Returns the number of classes that a data set's files tell; None if they don't.
+
+    Raises:
+        DataError: the training split is missing, or does not tell its classes.
+    """
+    return len(folder_classes(data)) if is_folder_set(data.dataset) else None
+
+
+def choose_classes(
+    data: DataConfig, stored: Sequence[str] | None, label_names: Sequence[str] | None, num_classes: int, own: bool
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Chooses the class map by which a trained model is scored on a data set.
+
+    Args:
+        data: section of a config; its ``class_map`` comes before all.
+        stored: class map of the run that the model is of; None if it is of none.
+        label_names: of the model, as its config.json has them.
+        num_classes: of the model.
+        own: the data set is the run's.
+
+    Returns:
+        Names in the order of their numbers, None for what the data set says itself; and lines for the user.
+
+    Raises:
+        DataError: nothing tells which class is which.
+    """
+    if data.class_map or data.dataset_kwargs.get("class_map"):
+        return None, []
+    if stored and own:
+        return tuple(stored), []
+    if not is_folder_set(data.dataset):
+        return None, []
+    names = own_names(scan_split(data, data.val_split), data.val_split)
+    for known in (stored, label_names):
+        if known and set(names) & set(known):
+            return tuple(known), []
+    if has_training_split(data):
+        return None, []
+    if len(names) != num_classes:
+        raise DataError(
+            f"split '{data.val_split}' has {len(names):,} classes ({listed(names)}) and the model {num_classes:,}, and there "
+            f"is no training split '{data.train_split}' that numbers them; say by data.class_map which is which"
+        )
+    return names, [
+        f"split '{data.val_split}': neither the model nor a training split numbers its classes: taken in their own order "
+        f"({listed(names)})"
+    ]
 
 
 def class_names(data: DataConfig, dataset: Any) -> tuple[str, ...] | None:
