@@ -125,9 +125,8 @@ def test_bad_class_maps_are_one_line(tmp_path, name, content, message):
 def test_the_class_map_of_the_config_wins_and_says_what_it_leaves_out(tmp_path, way):
     tree(tmp_path, ["train/a/1.png", "train/b/1.png", "train/c/1.png", "train/c/2.png", "val/c/1.png", "val/b/1.png"])
     (tmp_path / "map.txt").write_text("b\na\n")
-    options = {
-        "key": {"class_map": {"b": 0, "a": 1}}, "timm": {"dataset_kwargs": {"class_map": "map.txt"}}, "file": {"class_map": "map.txt"}
-    }[way]  # fmt: skip
+    own = {"class_map": {"b": 0, "a": 1} if way == "key" else "map.txt"}
+    options = {"dataset_kwargs": own} if way == "timm" else own
     data = folder_config(tmp_path, **options)
     train, val, classes, notes = open_splits(data, 3, num_classes=2)
     assert classes == ("b", "a")
