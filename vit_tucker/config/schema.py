@@ -95,10 +95,10 @@ class DataConfig(Section):
     class_level: Literal["first", "leaf"] | None = Field(
         default=None, description="Image folders inside folders: the first or the last one names the class."
     )
-    labels: str | None = Field(
+    labels: dict[str, str] | str | None = Field(
         default=None,
-        description="Image folders: a CSV file with the class of each image, relative to the split or root; {split} in it stands "
-        "for the split's name.",
+        description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
+        "split by its name, and those not named by their folders.",
     )
     label_columns: tuple[str, str] = Field(
         default=("filename", "label"), description="Columns of data.labels: the file's name or path, its class."

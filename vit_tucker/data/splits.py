@@ -8,13 +8,13 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import refuse_changed
-from vit_tucker.data.datasets import load_dataset, subset
+from vit_tucker.data.datasets import INFO, load_dataset, subset
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
-from vit_tucker.errors import DataError
+from vit_tucker.errors import ConfigError, DataError
 
 
 class Splits(NamedTuple):
@@ -130,8 +130,17 @@ def open_split(
     mode = "L" if channels == 1 else "RGB"
     if is_folder_set(data.dataset):
         return open_folder(data, split, mode, classes)
+    refuse_folder_keys(data)
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+
+
+def refuse_folder_keys(data: DataConfig) -> None:
+    """Raises ConfigError for keys of image folders with another data set, which would not use them."""
+    fixed = data.dataset in INFO or data.dataset.partition("/")[0].lower() == "torch"
+    for key in ("labels", "class_level", *(["class_map"] if fixed else [])):
+        if getattr(data, key) is not None:
+            raise ConfigError(f"data.{key}: is for image folders; the data set '{data.dataset}' has labels of its own")
 
 
 def inferred_classes(data: DataConfig) -> int | None:
