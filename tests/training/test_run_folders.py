@@ -161,10 +161,11 @@ def test_how_images_are_read_goes_with_the_checkpoint(colours, command):
     out, _ = command("evaluate", "saved", "--data", "folder", "data.root=set", "--json")
     assert json.loads(out)["top1"] == 100.0
     assert vt.load("saved") is not None
-    stored["vit_tucker"]["images"] = {"value_range": "x"}
-    Path("saved/config.json").write_text(json.dumps(stored))
-    _, err = command("predict", "saved", "set/val", status=2)
-    assert "config.json: vit_tucker.images: {'value_range': 'x'} is no way to read images" in err
+    for nonsense in ({"value_range": "x"}, ["x"]):
+        stored["vit_tucker"]["images"] = nonsense
+        Path("saved/config.json").write_text(json.dumps(stored))
+        _, err = command("predict", "saved", "set/val", status=2)
+        assert f"config.json: vit_tucker.images: {nonsense!r} is no way to read images" in err
 
 
 def test_all_images_are_checked_at_the_start(colours, capfd):
