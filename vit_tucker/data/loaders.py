@@ -114,6 +114,11 @@ class Loaders:
         training = f"training: {self.train.description}; " if self.train is not None else ""
         return f"{training}evaluation: {self.eval.description}"
 
+    def note_bad_images(self, lines: Sequence[str]) -> None:
+        """Add bad images that are known before the first step, as fault lines; no more than ``data.max_bad_images``."""
+        self.faults.add(lines)
+        self.notes += tuple(f"bad image: {line}" for line in lines)
+
     def close(self) -> None:
         """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
         for part in (self.train, self.eval):

@@ -8,7 +8,7 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import refuse_changed
-from vit_tucker.data.datasets import INFO, load_dataset, subset
+from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
@@ -68,6 +68,8 @@ def open_splits(
     evaluation = open_split(data, data.val_split, False, channels, classes=classes, **options)
     names = class_names(data, evaluation) or (tuple(classes) if classes else None)
     notes = (*split_notes(train), *split_notes(evaluation))
+    if data.check and any(dataset is not None and is_iterable(dataset) for dataset in (train, evaluation)):
+        notes = (*notes, "data.check: images of a stream are only seen as they are read")
     opened = {data.train_split: train, data.val_split: evaluation} if with_train else {data.val_split: evaluation}
     if num_classes is not None:
         for split, dataset in opened.items():
