@@ -103,6 +103,8 @@ def announce(
         f"{config.data.dataset}: {images}; {config.train.epochs} epochs, global batch {config.train.global_batch_size}"
     )
     LOGGER.info(loaders.describe())
+    for note in loaders.notes:
+        LOGGER.info(note)
     LOGGER.info(group_table(trainer.groups))
     LOGGER.info(
         f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "

@@ -10,12 +10,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from vit_tucker.announce import announce, describe_plan, describe_run, measure_latency
-from vit_tucker.build import BuiltModel, attention_backends, build_model
+from vit_tucker.build import BuiltModel, attention_backends, build_model, classes_and_channels
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.check import unreadable
+from vit_tucker.data.classes import stored_classes
+from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import ConfigError, StoppedError
+from vit_tucker.errors import ConfigError, DataError, StoppedError
 from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
 from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
@@ -88,7 +91,9 @@ def run_together(
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with_train = not (finished or evaluate_only)
+    bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
+    loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
     results = describe_run(config, accelerator, built, loaders)
     if loaders.train is None:
@@ -101,7 +106,7 @@ def run_together(
         announce(config, results, accelerator, built, loaders, trainer)
         LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
         return results
-    peers.on_main(lambda: begin(config, run_dir, built))
+    peers.on_main(lambda: begin(config, run_dir, built, loaders))
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
     announce(config, results, accelerator, built, loaders, trainer)
     for change in changes:
@@ -150,13 +155,39 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         pin_memory=accelerator.device.type == "cuda",
         with_train=with_train,
         device=accelerator.device,
+        classes=stored_classes(run_dir.path),
+        num_classes=built.num_classes,
     )
     return built, loaders
 
 
-def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel) -> None:
+def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: bool) -> list[str]:
+    """Open every image of the run's splits, shared among the processes; streams are only seen as they are read.
+
+    Returns:
+        The fault lines of the bad ones, of all processes.
+
+    Raises:
+        DataError: more of them than ``data.max_bad_images``; each has a line in the log.
+    """
+    stored = stored_classes(run_dir.path)
+    num_classes, channels = peers.together(lambda: classes_and_channels(config, stored))
+    place = peers.rank, peers.num_processes
+    bad = peers.union(
+        peers.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
+    )
+    try:
+        peers.together(lambda: FaultLog(config.data.max_bad_images).add(bad))
+    except DataError:
+        for line in bad:
+            LOGGER.warning(f"bad image: {line}")
+        raise
+    return bad
+
+
+def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel, loaders: Loaders) -> None:
     """Write what a run starts with."""
-    run_dir.start(dump_config(config), built.patch, built.data)
+    run_dir.start(dump_config(config), built.patch, built.data, loaders.label_names)
     if built.teacher is not None and not run_dir.teacher.is_file():
         save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
 
@@ -231,6 +262,8 @@ def evaluate_run(
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Scores of a run's best weights; of the model as created (dense weights, converted) if nothing was trained."""
+    for note in loaders.notes:
+        LOGGER.info(note)
     which = "the model as created"
     if run_dir.best.is_file():
         peers.together(lambda: load_weights(run_dir.best, built.model))

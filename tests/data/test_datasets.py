@@ -12,14 +12,18 @@ import pytest
 import torchvision.datasets as tv
 from PIL import Image
 
+from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import dataset_info, load_dataset, subset
 from vit_tucker.data.idx import read_idx
+from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
 RNG = np.random.default_rng(0)
 
 
 def load(name, split="train", mode="RGB", root="nowhere", **options):
+    if name in ("folder", "imagenet"):
+        return open_split(DataConfig(dataset=name, root=str(root)), split, split == "train", 3)
     return load_dataset(name, split, split == "train", mode, str(root), options)
 
 

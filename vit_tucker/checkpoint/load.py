@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.describe import creation_arguments, layer_options
+from vit_tucker.checkpoint.describe import creation_arguments, layer_options, set_image_options
 from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
 from vit_tucker.errors import CheckpointError
@@ -45,8 +45,21 @@ def load(where: str | Path, **overrides: Any) -> nn.Module:
         raise CheckpointError(f"{origin}: the model can't be built: {' '.join(str(error).split())[:200]}") from None
     fill(model, read_safetensors(file), origin)
     check_layers(model, config, origin)
+    set_image_options(model, stored_options(config, origin))
     forget_source(model)
     return model.eval()
+
+
+def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """How image files are read, as config.json has it.
+
+    Raises:
+        CheckpointError: it has something else there.
+    """
+    options = (config.get("vit_tucker") or {}).get("images") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"{origin}: config.json: vit_tucker.images: {options!r} is no way to read images")
+    return options
 
 
 def find(where: str | Path) -> tuple[Path | None, str | None]:

@@ -7,7 +7,7 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
@@ -92,6 +92,29 @@ class DataConfig(Section):
     num_samples: int | None = Field(
         default=None, ge=1, description="Train on the first n samples only (of a fixed shuffle)."
     )
+    class_map: dict[str, int] | str | None = Field(
+        default=None,
+        description="Number of each class: a dict, or a .txt file (a name, or name and number, in each line) or .json file; "
+        "by the training split's names in natural order if null.",
+    )
+    class_level: Literal["first", "leaf"] | None = Field(
+        default=None, description="Image folders inside folders: the first or the last one names the class."
+    )
+    labels: dict[str, str] | str | None = Field(
+        default=None,
+        description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
+        "split by its name, and those not named by their folders.",
+    )
+    label_columns: tuple[str, str] = Field(
+        default=("filename", "label"), description="Columns of data.labels: the file's name or path, its class."
+    )
+    exif_orientation: bool = Field(
+        default=False, description="Turn images as their EXIF data says, in training and wherever the model is used."
+    )
+    value_range: tuple[float, float] | None = Field(
+        default=None,
+        description="Stored values that become black and white, of images with more than 8 bits; 0 to 65535 for 16 bits if null.",
+    )
     num_workers: int = Field(default=2, ge=0, description="Loader processes per training process.")
     mean: tuple[float, ...] | None = Field(
         default=None, description="Channel means; from pretrained_cfg or the data set if null."
@@ -133,6 +156,14 @@ class DataConfig(Section):
         ge=0,
         description="Bad images before the run stops: replaced in training, left out at evaluation.",
     )
+    check: bool = Field(default=False, description="Open all images once at the start and list every bad one.")
+
+    @field_validator("value_range")
+    @classmethod
+    def _a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("must be [low, high] with low below high")
+        return value
 
 
 class DistillConfig(Section):

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
-from vit_tucker.data.datasets import is_iterable, load_dataset, subset
+from vit_tucker.data.datasets import is_iterable, subset
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.data.splits import open_split
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import DataError
 
@@ -34,9 +35,7 @@ def calibration_images(
     Raises:
         DataError: the split is missing, has fewer images, or more bad ones than ``data.max_bad_images``.
     """
-    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
-    options = {"download": data.download, "batch_size": batch_size, "seed": 0, **data.dataset_kwargs}
-    split = load_dataset(data.dataset, data.train_split, False, mode, data.root, options)
+    split = open_split(data, data.train_split, False, resolved["input_size"][0], batch_size=batch_size)
     split = subset(split, data.num_samples)
     if is_iterable(split):
         samples: Iterable[Any] = itertools.islice(split, images)

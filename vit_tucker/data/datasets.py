@@ -16,7 +16,9 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import datasets as tv
 
+from vit_tucker.data.folders import FolderDataset, is_folder_set
 from vit_tucker.data.idx import read_idx
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
 from vit_tucker.errors import DataError, nearest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -62,7 +64,7 @@ def dataset_info(name: str) -> DatasetInfo:
     """
     if name in INFO:
         return INFO[name]
-    if name in ("", "folder") or name.partition("/")[0].lower() in FACTORY_PREFIXES:
+    if is_folder_set(name) or name.partition("/")[0].lower() in FACTORY_PREFIXES:
         return DatasetInfo(None)
     known = [*INFO, "folder", *(f"{prefix}/..." for prefix in FACTORY_PREFIXES)]
     raise DataError(f"data.dataset: unknown data set '{name}', known: {', '.join(known)}{nearest(name, INFO)}")
@@ -88,17 +90,23 @@ class ArrayDataset(Dataset):
 
 
 class ConvertedDataset(Dataset):
-    """A data set of PIL images, converted to another PIL mode."""
+    """A data set of PIL images, converted to another PIL mode.
 
-    def __init__(self, dataset: Any, mode: str) -> None:
-        self.dataset, self.mode = dataset, mode
+    Args:
+        dataset: of torchvision.
+        mode: PIL mode of the returned images.
+        options: see ``ImageOptions``.
+    """
+
+    def __init__(self, dataset: Any, mode: str, options: ImageOptions = AS_STORED) -> None:
+        self.dataset, self.mode, self.options = dataset, mode, options
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
-        return image.convert(self.mode), int(label)
+        return to_mode(image, self.mode, self.options), int(label)
 
 
 class FileDataset(Dataset):
@@ -107,10 +115,11 @@ class FileDataset(Dataset):
     Args:
         dataset: timm.data.ImageDataset.
         mode: PIL mode of the returned images.
+        options: see ``ImageOptions``.
     """
 
-    def __init__(self, dataset: Any, mode: str) -> None:
-        self.reader, self.mode = dataset.reader, mode
+    def __init__(self, dataset: Any, mode: str, options: ImageOptions = AS_STORED) -> None:
+        self.reader, self.mode, self.options = dataset.reader, mode, options
         self.target_transform = dataset.target_transform
 
     def __len__(self) -> int:
@@ -119,7 +128,7 @@ class FileDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target, *_ = self.reader[index]
         with file:
-            image = Image.open(file).convert(self.mode)  # decodes all pixels
+            image = to_mode(Image.open(file), self.mode, self.options)  # decodes all pixels
         if target is None:
             return image, -1
         return image, int(target if self.target_transform is None else self.target_transform(target))
@@ -135,6 +144,8 @@ def image_name(dataset: Any, index: int) -> str:
     if isinstance(dataset, FileDataset):
         with contextlib.suppress(Exception):  # a reader without names; what is to be named is an error already
             path = dataset.reader.filename(index, absolute=True)
+    elif isinstance(dataset, FolderDataset):
+        path = dataset.path(index)
     elif isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's folders
         path = samples[index][0]
     return str(path) if path else f"image {index}"
@@ -193,16 +204,10 @@ def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) ->
         ) from None
 
 
-def load_factory(name: str, split: str, training: bool, mode: str, root: Path, options: dict[str, Any]) -> Any:
-    """Image folders and all else that timm.data.create_dataset reads; ``options`` are its arguments."""
-    if name == "imagenet":
-        root, name = (root / "imagenet" if (root / "imagenet").is_dir() else root), ""
-    name = "" if name == "folder" else name
-    if name == "" and not _has_split(root, split):
-        raise DataError(
-            f"no image folder for split '{split}', searched {root} (expected {root}/{split}/<class>/<image>); set data.root, "
-            "or put the images there (see data/README.md)"
-        )
+def load_factory(
+    name: str, split: str, training: bool, mode: str, root: Path, options: dict[str, Any], images: ImageOptions
+) -> Any:
+    """What timm.data.create_dataset reads beside image folders; ``options`` are its arguments."""
     try:
         opened = create_dataset(
             name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options
@@ -210,23 +215,24 @@ def load_factory(name: str, split: str, training: bool, mode: str, root: Path, o
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise DataError(
-            f"data set '{name or 'folder'}' (split '{split}', folder {root}) can't be opened: "
+            f"data set '{name}' (split '{split}', folder {root}) can't be opened: "
             f"{type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
     if isinstance(opened, ImageDataset):
-        return FileDataset(opened, mode)
-    return opened if is_iterable(opened) else ConvertedDataset(opened, mode)
+        return FileDataset(opened, mode, images)
+    return opened if is_iterable(opened) else ConvertedDataset(opened, mode, images)
 
 
-def _has_split(root: Path, split: str) -> bool:
-    """Whether timm's folder reader will find the split as a folder of its own (it would read all of ``root`` otherwise)."""
-    synonyms = {"train": ["train", "training"], "validation": ["val", "valid", "validation", "eval", "evaluation"]}
-    names = next((group for group in synonyms.values() if split in group), [split])
-    return any((root / name).is_dir() for name in {split, *names})
-
-
-def load_dataset(name: str, split: str, training: bool, mode: str, root: str, options: dict[str, Any]) -> Any:
-    """Open a data set.
+def load_dataset(
+    name: str,
+    split: str,
+    training: bool,
+    mode: str,
+    root: str,
+    options: dict[str, Any],
+    images: ImageOptions = AS_STORED,
+) -> Any:
+    """Open a data set that is no image folder; see ``splits.open_split`` for any.
 
     Args:
         name: see ``DataConfig.dataset``.
@@ -235,6 +241,7 @@ def load_dataset(name: str, split: str, training: bool, mode: str, root: str, op
         mode: PIL mode of the images, "L" or "RGB".
         root: folder of the data sets.
         options: ``download`` and other arguments of timm's factory.
+        images: how image files are read.
 
     Returns:
         A map-style data set of (PIL image, int), or an iterable one (timm's readers).
@@ -257,7 +264,7 @@ def load_dataset(name: str, split: str, training: bool, mode: str, root: str, op
             splits = (*TRAIN_SPLITS, *EVAL_SPLITS)
             raise DataError(f"{name} has no split '{split}', known: {', '.join(splits)}{nearest(split, splits)}")
         return loaders[name]()
-    return load_factory(name, split, training, mode, folder, options)
+    return load_factory(name, split, training, mode, folder, options, images)
 
 
 def is_iterable(dataset: Any) -> bool:

@@ -1,6 +1,6 @@
 """Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by timm's own readers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, checked_batches
-from vit_tucker.data.datasets import is_iterable, load_dataset, subset
+from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.data.labels import label_names
 from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
 from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
+from vit_tucker.data.splits import open_splits
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
 from vit_tucker.data.workers import end_workers, init_worker
@@ -98,7 +98,8 @@ class Loaders:
         eval: this process's share.
         num_eval: images in the evaluation split, bad ones included; None if streamed without a known size.
         faults: bad images of this process so far, of both splits; more than ``data.max_bad_images`` end the iteration.
-        label_names: of the classes; None if the data set doesn't tell.
+        label_names: of the classes, by the class map of the training split; None if the data set doesn't tell.
+        notes: lines for the log about both splits, see ``split_notes``.
     """
 
     train: TrainLoader | None
@@ -106,11 +107,17 @@ class Loaders:
     num_eval: int | None
     faults: FaultLog
     label_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """One line for the log: which way the images of each split take, and why."""
         training = f"training: {self.train.description}; " if self.train is not None else ""
         return f"{training}evaluation: {self.eval.description}"
+
+    def note_bad_images(self, lines: Sequence[str]) -> None:
+        """Add bad images that are known before the first step, as fault lines; no more than ``data.max_bad_images``."""
+        self.faults.add(lines)
+        self.notes += tuple(f"bad image: {line}" for line in lines)
 
     def close(self) -> None:
         """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
@@ -129,6 +136,8 @@ def build_loaders(
     pin_memory: bool,
     with_train: bool = True,
     device: torch.device | str = "cpu",
+    classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
 ) -> Loaders:
     """Loaders of one process.
 
@@ -140,6 +149,8 @@ def build_loaders(
         pin_memory: for copies to a GPU.
         with_train: open the training split too.
         device: of the model, where the batches go.
+        classes: stored class map: names in the order of their numbers; the training split's if None.
+        num_classes: of the model: labels beyond it are refused; None if they may be any.
 
     Raises:
         DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
@@ -147,11 +158,19 @@ def build_loaders(
     """
     normalise = Normalise(resolved["mean"], resolved["std"], device)
     faults = FaultLog(data.max_bad_images)
-    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise)
-    train_loader = _train_loader(place) if with_train else None
-    eval_split = place.open(data.val_split, False)
-    eval_loader, num_eval = _eval_loader(place, eval_split)
-    return Loaders(train_loader, eval_loader, num_eval, place.faults, label_names(data.dataset, eval_split))
+    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise, num_classes)
+    splits = open_splits(
+        data,
+        resolved["input_size"][0],
+        with_train=with_train,
+        classes=classes,
+        num_classes=num_classes,
+        batch_size=place.micro_batch,
+        seed=seed,
+    )
+    train_loader = _train_loader(place, splits.train) if with_train else None
+    eval_loader, num_eval = _eval_loader(place, splits.eval)
+    return Loaders(train_loader, eval_loader, num_eval, place.faults, splits.classes, splits.notes)
 
 
 @dataclass(frozen=True)
@@ -167,18 +186,12 @@ class Place:
     pin_memory: bool
     faults: FaultLog
     normalise: Normalise
+    num_classes: int | None = None
 
     @property
     def micro_batch(self) -> int:
         """Images of one process and accumulation step."""
         return self.train.global_batch_size // (self.world_size * self.train.grad_accum_steps)
-
-    def open(self, split: str, training: bool) -> Any:
-        """The data set of a split."""
-        mode = "L" if self.resolved["input_size"][0] == 1 else "RGB"
-        own = {"download": self.data.download, "batch_size": self.micro_batch, "seed": self.seed}
-        options = {**own, **self.data.dataset_kwargs}
-        return load_dataset(self.data.dataset, split, training, mode, self.data.root, options)
 
     def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
         """The reader of a streamed set; it splits by loader workers and must know their number."""
@@ -211,9 +224,8 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _train_loader(place: Place) -> TrainLoader:
+def _train_loader(place: Place, split: Any) -> TrainLoader:
     data, train = place.data, place.train
-    split = subset(place.open(data.train_split, True), data.num_samples)
     streamed = is_iterable(split)
     total = split.reader.num_samples if streamed else len(split)
     repeats = max(1, data.aug_repeats)

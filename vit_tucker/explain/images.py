@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
-from vit_tucker.data.datasets import image_name, is_iterable, load_dataset
-from vit_tucker.data.image_files import list_images, read_image_file
+from vit_tucker.data.datasets import image_name, is_iterable
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
+from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
 
@@ -34,20 +35,23 @@ class NamedImage:
     label: int | None = None
 
 
-def file_images(paths: Sequence[Path], mode: str) -> list[NamedImage]:
+def file_images(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
     """The images of files and folders, those of folders in the order of their names; all are read once, to be sure.
 
     Args:
         paths: files, and folders with images in them.
         mode: of PIL, "L" or "RGB".
+        options: how the files are read.
 
     Raises:
         DataError: a path that is missing, a folder without images, or a file that can't be read.
     """
     files = list_images(paths)
     for file in files:
-        read_image_file(file, mode)
-    return named_apart([NamedImage(file.stem, str(file), partial(read_image_file, file, mode)) for file in files])
+        read_image_file(file, mode, options)
+    return named_apart(
+        [NamedImage(file.stem, str(file), partial(read_image_file, file, mode, options)) for file in files]
+    )
 
 
 def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
@@ -62,19 +66,19 @@ def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
     return list(taken.values())
 
 
-def data_images(data: DataConfig, count: int, mode: str) -> list[NamedImage]:
+def data_images(data: DataConfig, count: int, mode: str, classes: Sequence[str] | None = None) -> list[NamedImage]:
     """The first evaluation images of a data set.
 
     Args:
         data: section of a config.
         count: how many.
         mode: of PIL, "L" or "RGB".
+        classes: class map of the labels: names in the order of their numbers; the training split's if None.
 
     Raises:
         DataError: the data set is missing, only streams, or has fewer images.
     """
-    options = {"download": data.download, "batch_size": 1, "seed": 0, **data.dataset_kwargs}
-    dataset = load_dataset(data.dataset, data.val_split, False, mode, data.root, options)
+    dataset = open_split(data, data.val_split, False, 1 if mode == "L" else 3, classes=classes)
     if is_iterable(dataset):
         raise DataError(f"--data: {data.dataset} only streams; name image files")
     if not 1 <= count <= len(dataset):
