@@ -46,11 +46,11 @@ def hugging_face(kind: str, **options: Any) -> nn.Module:
     return randomise(model).eval()
 
 
-def torchvision_vit() -> nn.Module:
+def torchvision_vit(size: int = SIZE, patch: int = PATCH, blocks: int = BLOCKS, classes: int = CLASSES) -> nn.Module:
     """A small ViT of torchvision with random weights, in eval mode."""
     from torchvision.models import VisionTransformer
 
-    return randomise(VisionTransformer(SIZE, PATCH, BLOCKS, HEADS, WIDTH, 4 * WIDTH, num_classes=CLASSES)).eval()
+    return randomise(VisionTransformer(size, patch, blocks, HEADS, WIDTH, 4 * WIDTH, num_classes=classes)).eval()
 
 
 def as_mae(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -73,6 +73,23 @@ def as_dino(state: dict[str, Tensor]) -> dict[str, Any]:
     teacher = {**{f"backbone.{key}": value for key, value in backbone.items()}, **head}
     student = {f"module.{key}": value + 1 for key, value in teacher.items()}
     return {"student": student, "teacher": teacher, "epoch": 3, "optimizer": {"state": {}}}
+
+
+def as_moco(state: dict[str, Tensor]) -> dict[str, Any]:
+    """MoCo v3's checkpoint: a base and a momentum encoder whose classifier is a projection, and a predictor."""
+    backbone = {key: value for key, value in state.items() if not key.startswith("head.")}
+    base = {**backbone, "head.0.weight": torch.ones(8, WIDTH), "head.1.running_mean": torch.zeros(8)}
+    momentum = {key: value + 1 for key, value in base.items()}
+    both = {**below("module.base_encoder.")(base), **below("module.momentum_encoder.")(momentum)}
+    return {"state_dict": {**both, "module.predictor.0.weight": torch.ones(8, 8)}, "arch": "vit_small"}
+
+
+def as_dinov2(model: nn.Module) -> dict[str, Tensor]:
+    """DINOv2's file with registers: their positions, and that of the class token, stand apart."""
+    state = dict(model.state_dict())
+    positions = torch.cat([state["cls_token"], state["pos_embed"]], 1)
+    registers = {"register_tokens": state.pop("reg_token"), "mask_token": torch.zeros(1, WIDTH)}
+    return {**state, **registers, "cls_token": torch.zeros(1, 1, WIDTH), "pos_embed": positions}
 
 
 def as_beit_pretraining(state: dict[str, Tensor]) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_jax_files_keep_their_logits(tmp_path, x, root):
     other, report = loaded(tmp_path / "vit.npz", 3, img_size=24)
     assert torch.equal(other.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert other(torch.randn(1, 3, 24, 24)).isfinite().all()
-    assert report == "30 of 32 tensors (JAX); new: head.weight, head.bias"
+    assert report == f"30 of 32 tensors (JAX); new: head.weight, head.bias; left out: {root}head/kernel, {root}head/bias"
 
 
 def test_jax_files_of_other_models_are_refused(tmp_path):
@@ -335,14 +335,18 @@ class TestBackbonesWithoutAClassifier:
             "left out: head.mlp.0.weight, head.last_layer.weight_v"
         )
 
+    def test_moco_means_its_base_encoder(self, tmp_path, x):
+        source = vit()
+        torch.save(sources.as_moco(source.state_dict()), tmp_path / "moco.pth.tar")
+        model, report = loaded(tmp_path / "moco.pth.tar")
+        assert torch.equal(model.forward_features(x), source.forward_features(x))
+        assert report.startswith(
+            "30 of 32 tensors (names below 'module.base_encoder'); new: head.weight, head.bias; left out: "
+        )
+
     def test_dinov2_as_its_authors_publish_it(self, tmp_path, x):
         source = vit("vit_small_patch14_reg4_dinov2", num_classes=0)
-        state = source.state_dict()
-        registers = state.pop("reg_token")
-        cls = torch.zeros(1, 1, 24)
-        positions = torch.cat([state["cls_token"], state["pos_embed"]], 1)
-        published = {**state, "register_tokens": registers, "cls_token": cls, "pos_embed": positions}
-        torch.save({**published, "mask_token": torch.zeros(1, 24)}, tmp_path / "dinov2.pth")
+        torch.save(sources.as_dinov2(source), tmp_path / "dinov2.pth")
         model, report = loaded(tmp_path / "dinov2.pth", name="vit_small_patch14_reg4_dinov2")
         assert torch.equal(model.forward_features(x), source.forward_features(x))
         assert "; new: head.weight, head.bias; left out: mask_token" in report

@@ -185,7 +185,8 @@ def create_loaded(
         if load is None:
             raise CheckpointError(f"{name} is made by a function that loads no weights (it ignores 'pretrained')")
         refuse_unused_arrays(weights, load)
-        report = judged(load, origin, added, weights.source, weights.left_out)
+        left_out = (*weights.left_out, *unused_arrays(weights, load))
+        report = judged(load, origin, added, weights.source, left_out)
     except (CheckpointError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, KeyError | AttributeError | IndexError):
@@ -203,6 +204,12 @@ def look_of(weights: HostWeights) -> str:
     look = looks_like(weights.state) if weights.state is not None else "a JAX model"
     architecture = config_beside(weights.origin).get("architecture") if weights.origin is not None else None
     return f"{look}, and config.json beside it names {architecture}" if isinstance(architecture, str) else look
+
+
+def unused_arrays(weights: HostWeights, load: Load) -> list[str]:
+    """Returns the names of a JAX file's arrays that timm has no use for: a classifier of other classes, and what is before it."""
+    new = any(key.startswith("head.") for key in load.missing) or not getattr(load.model, "num_classes", 0)
+    return [key for key in weights.arrays if new and ("head/" in key or "pre_logits/" in key) and "MAPHead" not in key]
 
 
 def refuse_unused_arrays(weights: HostWeights, load: Load) -> None:
