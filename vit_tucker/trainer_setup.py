@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -85,6 +86,7 @@ def build_trainer(
     distiller = None
     if recipe.distill is not None:
         assert built.teacher is not None
+        refuse_other_numbers(built.teacher, loaders.label_names)
         distiller = Distiller(built.teacher, recipe.distill, model, accelerator.autocast)
     if recipe.compile:
         model.compile()  # in place: no prefix gets into the keys
@@ -130,6 +132,17 @@ def build_trainer(
         distiller=distiller,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def refuse_other_numbers(teacher: nn.Module, names: Sequence[str] | None) -> None:
+    """Raises CheckpointError if a teacher has the classes of the data set, but numbers them in another order."""
+    known = (getattr(teacher, "pretrained_cfg", None) or {}).get("label_names")
+    if names and known and sorted(names) == sorted(known) and list(names) != list(known):
+        number = next(i for i, pair in enumerate(zip(names, known, strict=True)) if pair[0] != pair[1])
+        raise CheckpointError(
+            f"train.distill.teacher: numbers the same classes in another order: class {number} is '{known[number]}' there and "
+            f"'{names[number]}' in the data set; give the teacher's classes.json as data.class_map"
+        )
 
 
 def describe_weights(built: BuiltModel, loaders: Loaders) -> dict[str, Any] | None:

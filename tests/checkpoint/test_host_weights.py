@@ -174,7 +174,9 @@ def test_jax_files_keep_their_logits(tmp_path, x, root):
     other, report = loaded(tmp_path / "vit.npz", 3, img_size=24)
     assert torch.equal(other.blocks[1].mlp.fc2.weight, source.blocks[1].mlp.fc2.weight)
     assert other(torch.randn(1, 3, 24, 24)).isfinite().all()
-    assert report == f"30 of 32 tensors (JAX); new: head.weight, head.bias; left out: {root}head/kernel, {root}head/bias"
+    assert (
+        report == f"30 of 32 tensors (JAX); new: head.weight, head.bias; left out: {root}head/kernel, {root}head/bias"
+    )
 
 
 def test_jax_files_of_other_models_are_refused(tmp_path):

@@ -170,3 +170,10 @@ class TestTeachers:
         results = run(config("output_dir=out", "train.distill.teacher=ten.pth"))
         assert results["epochs"] == 1
         assert "weights: ten.pth: 32 of 32 tensors" in Path("out/train.log").read_text()
+
+    def test_the_same_classes_in_another_order_teach_nothing(self):
+        vt.save(vit(in_chans=1, num_classes=10), "reversed", label_names=list("9876543210"))
+        with pytest.raises(CheckpointError, match="another order: class 0 is '9' there and '0' in the data set"):
+            run(config("output_dir=out", "train.distill.teacher=reversed"), dry_run=True)
+        vt.save(vit(in_chans=1, num_classes=10), "teacher", label_names=list("0123456789"))
+        run(config("output_dir=out", "train.distill.teacher=teacher"), dry_run=True)

@@ -73,28 +73,19 @@ def judged(
     Raises:
         CheckpointError: other tensors would stay as they were initialised, or tensors of the weights would not be used.
     """
-    model, cfg = load.model, vars(load.model).get("pretrained_cfg") or {}
+    model = load.model
+    own, cfg = set(model.state_dict()), vars(model).get("pretrained_cfg") or {}
     classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
-    own = set(model.state_dict())
-    same_classes = cfg.get("num_classes") == getattr(model, "num_classes", None)
-    pooled = has_norm_before_pooling(load, own) and not any(key in load.filtered for key in classifier)
-    allowed_new = set() if same_classes and any(key in load.filtered for key in classifier) else set(classifier)
-    if pooled:
-        allowed_new |= {key for key in own if key.startswith("fc_norm.")}
-    if set(load.missing) - allowed_new:
-        allowed_new |= set(added())
-    wrong = [key for key in load.missing if key not in allowed_new]
-    dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
+    may_be_new = replaceable(load, own, classifier)
+    if set(load.missing) - may_be_new:
+        may_be_new |= set(added())
     unused = [key for key in load.unexpected if not BUFFERS.search(key)]
-    norm_unused = bool({"fc_norm.weight"} & (set(load.missing) & allowed_new))
-    useless = [*classifier, *(["norm.weight", "norm.bias"] if norm_unused else [])]
-    if not getattr(model, "num_classes", 0):  # LeViT's classifiers have a norm of their own
-        heads = {key.partition(".")[0] for key in classifier}
-        useless += [key for key in unused if key.partition(".")[0] in heads]
-    strange = [key for key in unused if key not in useless]
+    wrong = [key for key in load.missing if key not in may_be_new]
+    strange = [key for key in unused if key not in replaced(load, unused, classifier)]
     if wrong or (strange and load.strict):
         raise CheckpointError(misfit(wrong, strange) + pooling_hint(load, wrong, strange))
     refuse_pre_logits(load, classifier)
+    dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
     return LoadReport(
         origin,
         len(own),
@@ -107,9 +98,23 @@ def judged(
     )
 
 
-def has_norm_before_pooling(load: Load, own: set[str]) -> bool:
-    """Whether the weights end in a norm of all tokens, and the model in one of their mean."""
-    return "fc_norm.weight" in own and "norm.weight" in load.filtered and "fc_norm.weight" not in load.filtered
+def replaceable(load: Load, own: set[str], classifier: Collection[str]) -> set[str]:
+    """Returns the names of a model's tensors that may be new: a classifier that the weights lack, and a norm right before it."""
+    cfg = vars(load.model).get("pretrained_cfg") or {}
+    has_classifier = any(key in load.filtered for key in classifier)
+    if has_classifier and cfg.get("num_classes") == getattr(load.model, "num_classes", None):
+        return set()
+    pooled = "norm.weight" in load.filtered and "fc_norm.weight" not in load.filtered
+    return {*classifier, *(key for key in own if pooled and not has_classifier and key.startswith("fc_norm."))}
+
+
+def replaced(load: Load, unused: Collection[str], classifier: Collection[str]) -> set[str]:
+    """Returns the names of tensors of the weights that the model does without: a classifier, the norm that another replaces."""
+    names = {*classifier, *(["norm.weight", "norm.bias"] if "fc_norm.weight" in load.missing else [])}
+    if not getattr(load.model, "num_classes", 0):  # LeViT's classifiers have norms of their own
+        heads = {key.partition(".")[0] for key in classifier}
+        names |= {key for key in unused if key.partition(".")[0] in heads}
+    return names
 
 
 def refuse_pre_logits(load: Load, classifier: Collection[str]) -> None:
