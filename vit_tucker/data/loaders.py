@@ -15,6 +15,7 @@ from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
 from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
+from vit_tucker.data.stream import stream_size
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
 from vit_tucker.data.workers import end_workers, init_worker
@@ -222,7 +223,7 @@ def as_it_is(batch: Batch) -> Batch:
 def _train_loader(place: Place, split: Any) -> TrainLoader:
     data, train = place.data, place.train
     streamed = is_iterable(split)
-    total = split.reader.num_samples if streamed else len(split)
+    total = stream_size(split, data.train_split) if streamed else len(split)
     repeats = max(1, data.aug_repeats)
     if streamed and repeats > 1:
         raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")

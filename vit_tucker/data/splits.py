@@ -1,18 +1,21 @@
 """Opening the splits of a run: one way for training, evaluation, calibration, comparison and explanation."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.classes import refuse_changed
+from vit_tucker.data.classes import read_class_map, refuse_changed
 from vit_tucker.data.datasets import load_dataset, subset
+from vit_tucker.data.factory import has_opener, open_source
 from vit_tucker.data.folders import is_folder_set, open_folder
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.naming import listed
+from vit_tucker.data.sources import Source
 from vit_tucker.errors import DataError
 
 
@@ -55,7 +58,7 @@ def open_splits(
     Raises:
         DataError: a split is missing or malformed, or the classes of the splits don't fit.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"num_classes": num_classes, "batch_size": batch_size, "seed": seed}
     train = None
     if with_train:
         train = open_split(data, data.train_split, True, channels, **options)
@@ -106,6 +109,7 @@ def open_split(
     channels: int,
     *,
     classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
 ) -> Any:
@@ -117,6 +121,7 @@ def open_split(
         training: streamed sets shuffle when training.
         channels: of the model's images: 1 for grey ones, else RGB.
         classes: names of the classes in the order of their numbers; the training split's if None.
+        num_classes: of the model; None if it may be any.
         batch_size: images of one process per step, for readers of streams.
         seed: of the run, for readers of streams.
 
@@ -130,6 +135,23 @@ def open_split(
     if is_folder_set(data.dataset):
         return open_folder(data, split, mode, classes)
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
+    if has_opener(data.dataset):
+        root = Path(data.root).expanduser()
+        given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
+        return open_source(
+            Source(
+                name=data.dataset,
+                split=split,
+                train_split=data.train_split,
+                mode=mode,
+                root=root,
+                images=ImageOptions.of(data),
+                options=options,
+                classes=classes,
+                num_classes=num_classes,
+                class_map=None if given is None else read_class_map(given, [root]),
+            )
+        )
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
 
 
