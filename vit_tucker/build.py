@@ -14,9 +14,11 @@ from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, merge, read_overrides
 from vit_tucker.data.calibration import calibration_images
+from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
-from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.errors import ConfigError, DataError, PatchError
 from vit_tucker.models import count_parameters, create_host, create_teacher
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_shape, structure_copy
@@ -52,8 +54,12 @@ class BuiltModel:
     teacher: nn.Module | None = None
 
 
-def classes_and_channels(config: RunConfig) -> tuple[int, int]:
+def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None) -> tuple[int, int]:
     """Number of classes and image channels: the model section's, else the data set's (3 channels for timm's weights).
+
+    Args:
+        config: of the run.
+        stored: class map of a run that has begun.
 
     Raises:
         ConfigError: neither tells the number of classes.
@@ -61,9 +67,17 @@ def classes_and_channels(config: RunConfig) -> tuple[int, int]:
     info = dataset_info(config.data.dataset)
     if config.model.num_classes == 0:
         raise ConfigError("model.num_classes: 0, so there is nothing to train on images with classes; leave it out")
-    num_classes = config.model.num_classes or info.num_classes
+    num_classes = config.model.num_classes or (None if config.data.class_map else info.num_classes)
+    if num_classes is None and stored:
+        num_classes = len(stored)
     if num_classes is None:
-        raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell")
+        reason = ""
+        try:
+            num_classes = inferred_classes(config.data) or info.num_classes
+        except DataError as error:
+            reason = f": {error}"
+        if num_classes is None:
+            raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell{reason}")
     return num_classes, config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
 
 
@@ -77,7 +91,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         VitTuckerError: see ``create_host`` and ``patch``.
     """
     forget()
-    num_classes, in_chans = classes_and_channels(config)
+    num_classes, in_chans = classes_and_channels(config, stored_classes(run_dir.path))
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
     model = create_host(host, num_classes, in_chans)

@@ -10,12 +10,15 @@ from timm.data import infer_imagenet_subset, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from vit_tucker.checkpoint import describe
 from vit_tucker.checkpoint.load import load
 from vit_tucker.config.load import load_config
-from vit_tucker.config.schema import RunConfig
+from vit_tucker.config.schema import DataConfig, RunConfig
 from vit_tucker.config.source import CONFIG_FILE
-from vit_tucker.data.image_files import read_image_file
+from vit_tucker.data.classes import stored_classes
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, read_image_file
 from vit_tucker.data.labels import imagenet_names, synset_names
+from vit_tucker.data.splits import choose_classes
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import CheckpointError, DataError
 
@@ -85,6 +88,40 @@ def class_names(model: nn.Module) -> list[str] | None:
     return names if len(names) == count else None
 
 
+def image_options(model: nn.Module) -> ImageOptions:
+    """Returns how image files are read for a stored model: as in its training.
+
+    Raises:
+        CheckpointError: its config.json has something else in their place.
+    """
+    options = describe.image_options(model)
+    try:
+        return ImageOptions.of(options)
+    except (TypeError, ValueError, IndexError, KeyError):
+        raise CheckpointError(f"config.json: vit_tucker.images: {options!r} is no way to read images") from None
+
+
+def classes_for(model: nn.Module, where: str | Path, data: DataConfig) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Returns the class map by which a stored model is to be scored on a data set, and lines for the user.
+
+    Args:
+        model: with timm's pretrained_cfg.
+        where: what it was opened from, see ``open_model``.
+        data: section of a config.
+
+    Returns:
+        Names in the order of their numbers; None for what the data set's own training split says.
+
+    Raises:
+        DataError: nothing tells which class of the data set is which of the model.
+    """
+    run = run_config(where)
+    stored = stored_classes(run_folder(where))
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    own = run is not None and run.data.dataset == data.dataset
+    return choose_classes(data, stored, cfg.get("label_names"), int(getattr(model, "num_classes", 0)), own)
+
+
 @dataclass(frozen=True)
 class Guess:
     """One class of a prediction.
@@ -106,10 +143,11 @@ class ImageFiles(Dataset):
     Args:
         files: paths.
         data: timm's data config, see ``resolve_data``.
+        options: see ``ImageOptions``.
     """
 
-    def __init__(self, files: Sequence[Path], data: dict[str, Any]) -> None:
-        self.files, self.transform = files, eval_transform(data)
+    def __init__(self, files: Sequence[Path], data: dict[str, Any], options: ImageOptions = AS_STORED) -> None:
+        self.files, self.transform, self.options = files, eval_transform(data), options
         self.mode = "L" if data["input_size"][0] == 1 else "RGB"
 
     def __len__(self) -> int:
@@ -117,7 +155,7 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, self.transform(read_image_file(self.files[index], self.mode))
+            return index, self.transform(read_image_file(self.files[index], self.mode, self.options))
         except DataError as error:
             return index, str(error)
 
@@ -145,7 +183,7 @@ def predict(
     """
     model = model.to(device).eval()
     names = class_names(model)
-    dataset = ImageFiles(files, resolve_data_config({}, model=model))
+    dataset = ImageFiles(files, resolve_data_config({}, model=model), image_options(model))
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
         good = [(index, image) for index, image in batch if not isinstance(image, str)]

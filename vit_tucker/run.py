@@ -10,12 +10,16 @@ from typing import Any
 from accelerate import Accelerator
 
 from vit_tucker.announce import announce, describe_plan, describe_run, measure_latency
-from vit_tucker.build import BuiltModel, attention_backends, build_model
+from vit_tucker.build import BuiltModel, attention_backends, build_model, classes_and_channels
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.check import bad_images
+from vit_tucker.data.classes import stored_classes
+from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import ConfigError, StoppedError
+from vit_tucker.data.splits import open_splits
+from vit_tucker.errors import ConfigError, DataError, StoppedError
 from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
 from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
@@ -88,7 +92,10 @@ def run_together(
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with_train = not (finished or evaluate_only)
+    bad = check_images(config, run_dir, accelerator, peers, with_train) if config.data.check else []
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
+    loaders.faults.add(bad)
+    loaders.notes += tuple(f"bad image: {line}" for line in bad)
     config = config.model_copy(update={"attention": built.attention})
     results = describe_run(config, accelerator, built, loaders)
     if loaders.train is None:
@@ -103,7 +110,7 @@ def run_together(
         announce(config, results, accelerator, built, loaders, trainer)
         LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
         return results
-    peers.on_main(lambda: begin(config, run_dir, built))
+    peers.on_main(lambda: begin(config, run_dir, built, loaders))
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
     announce(config, results, accelerator, built, loaders, trainer)
     for change in changes:
@@ -152,14 +159,48 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         pin_memory=accelerator.device.type == "cuda",
         with_train=with_train,
         device=accelerator.device,
+        classes=stored_classes(run_dir.path),
         num_classes=built.num_classes,
     )
     return built, loaders
 
 
-def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel) -> None:
+def check_images(
+    config: RunConfig, run_dir: RunDir, accelerator: Accelerator, peers: Peers, with_train: bool
+) -> list[str]:
+    """Open every image of the run's splits, shared among the processes.
+
+    Returns:
+        The fault lines of the bad ones, of all processes.
+
+    Raises:
+        DataError: more of them than ``data.max_bad_images``; each has a line in the log.
+    """
+    data, rank, world = config.data, peers.rank, peers.num_processes
+
+    def read_share() -> list[str]:
+        stored = stored_classes(run_dir.path)
+        num_classes, channels = classes_and_channels(config, stored)
+        splits = open_splits(data, channels, with_train=with_train, classes=stored, num_classes=num_classes)
+        opened = [(splits.train, data.train_split)] if with_train else []
+        lines = []
+        for dataset, split in [*opened, (splits.eval, data.val_split)]:
+            lines += bad_images(dataset, split, data.num_workers, rank, world, accelerator.is_main_process)
+        return lines
+
+    bad = peers.union(peers.together(read_share))
+    try:
+        FaultLog(data.max_bad_images).add(bad)
+    except DataError:
+        for line in bad:
+            LOGGER.warning(f"bad image: {line}")
+        raise
+    return bad
+
+
+def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel, loaders: Loaders) -> None:
     """Write what a run starts with."""
-    run_dir.start(dump_config(config), built.patch)
+    run_dir.start(dump_config(config), built.patch, loaders.label_names)
     if built.teacher is not None and not run_dir.teacher.is_file():
         save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
 

@@ -15,8 +15,10 @@ from torch import nn
 from vit_tucker.analysis.spectra import rank_scalars
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.build import BuiltModel
-from vit_tucker.checkpoint.describe import describe, header
+from vit_tucker.checkpoint.describe import describe, header, set_image_options
 from vit_tucker.config.schema import RunConfig, TrainConfig
+from vit_tucker.data.classes import padded
+from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.patching.find import find_attention
@@ -68,6 +70,7 @@ def build_trainer(
 ) -> Trainer:
     """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
     assert loaders.train is not None
+    set_image_options(built.model, ImageOptions.of(config.data).plain())
     description = describe_weights(built, loaders)
     model, recipe, steps_per_epoch = built.model, config.train, loaders.train.steps_per_epoch
     if recipe.grad_checkpointing:
@@ -131,7 +134,7 @@ def build_trainer(
 
 def describe_weights(built: BuiltModel, loaders: Loaders) -> dict[str, Any] | None:
     """config.json of the run's checkpoints; None, and a line in the log, for a model that can't be rebuilt by timm alone."""
-    names = loaders.label_names
+    names = loaders.label_names and padded(loaders.label_names, built.num_classes)
     try:
         return describe(
             built.model, label_names=names if names and len(names) == built.num_classes else None, data=built.data

@@ -28,6 +28,8 @@ SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"
 """Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 IMAGES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of timm's data config that ``data`` may set."""
+OPTIONS = "_image_options"
+"""Attribute of a model that says how its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
 
 
@@ -59,7 +61,7 @@ def describe(
         raise CheckpointError(
             f"{type(model).__name__} can't be described: it does not say which timm model it is (pretrained_cfg['architecture'])"
         )
-    config = {
+    config: dict[str, Any] = {
         "architecture": architecture if record is None else PATCHED,
         "num_classes": getattr(model, "num_classes", 0),
     }
@@ -77,10 +79,22 @@ def describe(
         config["vit_tucker"] = {"version": __version__, "host": architecture, **describe_patch(model)}
     else:
         config["vit_tucker"] = {"version": __version__}
+    if options := image_options(model):
+        config["vit_tucker"]["images"] = plain(options)
     config["model_args"] = plain(arguments)
     config["pretrained_cfg"] = plain(weights_cfg(model, cfg, data or {}))
     refuse_other(model, config)
     return config
+
+
+def image_options(model: nn.Module) -> dict[str, Any]:
+    """Returns how a model's image files are read where that differs from Pillow's way: exif_orientation, value_range."""
+    return dict(vars(model).get(OPTIONS) or {})
+
+
+def set_image_options(model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Sets what ``image_options`` returns; it goes with the model into config.json."""
+    vars(model)[OPTIONS] = dict(options)
 
 
 def header(config: Mapping[str, Any]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import timm
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.dense import overlay_of, weights_overlay
-from vit_tucker.checkpoint.describe import creation_arguments, layer_options
+from vit_tucker.checkpoint.describe import creation_arguments, layer_options, set_image_options
 from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.patch import patch, patch_record
@@ -46,6 +46,7 @@ def load(where: str | Path, **overrides: Any) -> nn.Module:
         raise CheckpointError(f"{origin}: the model can't be built: {' '.join(str(error).split())[:200]}") from None
     fill(model, read_safetensors(file), origin)
     check_layers(model, config, origin)
+    set_image_options(model, (config.get("vit_tucker") or {}).get("images") or {})
     forget_source(model)
     return model.eval()
 

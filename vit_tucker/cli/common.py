@@ -143,6 +143,12 @@ def emit(text: str, out: Path | None = None) -> None:
     print(f"{out}: written")
 
 
+def print_notes(notes: Sequence[str]) -> None:
+    """Prints what the user should know about the data on standard error, which --json leaves alone."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def to_json(values: Any) -> str:
     """JSON for machines; paths as text."""
     return json.dumps(values, indent=2, default=str)

@@ -40,10 +40,12 @@ def add_parser(commands: Any) -> None:
 def convert(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.attention.options import Calibration
+    from vit_tucker.checkpoint.describe import set_image_options
     from vit_tucker.checkpoint.save import save
     from vit_tucker.cli.plan import create, read_target
     from vit_tucker.data.calibration import calibration_images
     from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.data.image_files import ImageOptions
     from vit_tucker.data.transforms import resolve_data
     from vit_tucker.patching.patch import patch
     from vit_tucker.patching.probe import input_shape
@@ -67,6 +69,7 @@ def convert(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"converting on {calibration.images} images of {config.data.dataset} ...", file=sys.stderr)
     report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
+    set_image_options(model, ImageOptions.of(config.data).plain())
     save(model, args.out, data=data)
     if args.json:
         emit(to_json({"folder": args.out, **report.to_dict()}))

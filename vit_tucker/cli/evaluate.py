@@ -4,11 +4,13 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, PRECISIONS, add_json, emit, positive, to_json
+from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, PRECISIONS, add_json, emit, positive, print_notes, to_json
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vit_tucker.config.schema import RunConfig
+    from torch import nn
+
+    from vit_tucker.config.schema import DataConfig, RunConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -41,9 +43,10 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from vit_tucker.checkpoint.load import find
     from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.data.folders import is_folder_set
     from vit_tucker.data.loaders import build_loaders
     from vit_tucker.data.transforms import resolve_data
-    from vit_tucker.inference import open_classifier
+    from vit_tucker.inference import classes_for, open_classifier
     from vit_tucker.patching.probe import input_shape
     from vit_tucker.trainer_setup import create_accelerator
     from vit_tucker.training.engine import evaluate as score
@@ -53,7 +56,9 @@ def evaluate(args: argparse.Namespace) -> int:
     config = data_config(args)
     model = open_classifier(args.model)
     info = dataset_info(config.data.dataset)
-    if info.num_classes is not None and info.num_classes != model.num_classes:
+    chosen = with_image_options(config.data, model, args)
+    named = is_folder_set(config.data.dataset)  # its class map says more than a number
+    if not named and info.num_classes is not None and info.num_classes != model.num_classes:
         own, theirs = model.num_classes, info.num_classes
         raise ConfigError(f"{args.model} has {own} classes, the data set {config.data.dataset} has {theirs}")
     logging.getLogger("vit_tucker").setLevel(logging.WARNING)
@@ -63,11 +68,24 @@ def evaluate(args: argparse.Namespace) -> int:
     data = resolve_data(config.data, info, model, True, input_shape(model))
     rank, world = accelerator.process_index, accelerator.num_processes
     pin = accelerator.device.type == "cuda"
+    classes, notes = peers.main_first(lambda: classes_for(model, args.model, chosen))
     loaders = peers.main_first(
         lambda: build_loaders(
-            config.data, config.train, data, 0, rank, world, pin, with_train=False, device=accelerator.device
+            chosen,
+            config.train,
+            data,
+            0,
+            rank,
+            world,
+            pin,
+            with_train=False,
+            device=accelerator.device,
+            classes=classes,
+            num_classes=int(model.num_classes),  # type: ignore[arg-type]
         )
     )
+    if accelerator.is_main_process:
+        print_notes([*notes, *loaders.notes])
     batches = None if loaders.num_eval is None else len(loaders.eval.loader)
     try:
         with tqdm(
@@ -81,6 +99,16 @@ def evaluate(args: argparse.Namespace) -> int:
         line = f"top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
         emit(to_json(values) if args.json else f"{args.model} on {config.data.dataset}: {line}")
     return 0
+
+
+def with_image_options(data: "DataConfig", model: "nn.Module", args: argparse.Namespace) -> "DataConfig":
+    """Returns the data section with the stored model's way to read images, where the command line names no other."""
+    from vit_tucker.inference import image_options
+
+    given = {text.partition("=")[0] for text in args.overrides}
+    stored = {f"data.{name}": value for name, value in image_options(model).plain().items()}
+    own = {name.removeprefix("data."): value for name, value in stored.items() if name not in given}
+    return data.model_copy(update=own)
 
 
 def data_config(args: argparse.Namespace) -> "RunConfig":

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, to_json
+from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, print_notes, to_json
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     """
     from vit_tucker.explain.images import data_images, file_images, named_apart
     from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
-    from vit_tucker.inference import run_config
+    from vit_tucker.inference import classes_for, image_options, run_config
     from vit_tucker.patching.find import find_attention
     from vit_tucker.patching.selection import select
 
@@ -148,9 +148,11 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     run = open_subject(args.where)
     select(read_layers(args.layers), list(find_attention(run.model)))
     mode = "L" if run.data["input_size"][0] == 1 else "RGB"
-    images = file_images(args.images, mode)
+    images = file_images(args.images, mode, image_options(run.model))
     if args.data is not None and config is not None:
-        images = named_apart([*images, *data_images(config.data, args.data, mode)])
+        classes, notes = classes_for(run.model, args.where, config.data)
+        print_notes(notes)
+        images = named_apart([*images, *data_images(config.data, args.data, mode, classes)])
     dense = open_dense(args.dense, run, config, args.where)
     subjects = [run] if dense is None else [dense, run]
     refuse_different(subjects)

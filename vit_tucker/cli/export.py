@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, add_json, emit, positive, to_json
+from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, add_json, emit, positive, print_notes, to_json
 from vit_tucker.errors import ConfigError, DataError, ExportError, nearest
 
 if TYPE_CHECKING:
@@ -183,10 +183,11 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
     """
     from timm.data import resolve_data_config
 
-    from vit_tucker.cli.evaluate import data_config
+    from vit_tucker.cli.evaluate import data_config, with_image_options
     from vit_tucker.data.datasets import INFO, dataset_info
+    from vit_tucker.data.folders import is_folder_set
     from vit_tucker.data.samples import evaluation_images, file_images
-    from vit_tucker.inference import run_config
+    from vit_tucker.inference import classes_for, image_options, run_config
     from vit_tucker.patching.probe import input_shape
 
     if args.data == "none":
@@ -195,7 +196,8 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
         return None
     resolved = resolve_data_config({"input_size": input_shape(model)}, model=model)
     if args.data is not None and args.data not in INFO and Path(args.data).expanduser().exists():
-        return begun(file_images([Path(args.data).expanduser()], resolved, args.images, args.batch_size))
+        files = [Path(args.data).expanduser()]
+        return begun(file_images(files, resolved, args.images, args.batch_size, image_options(model)))
     if args.data is None and run_config(args.model) is None:
         if args.overrides:
             raise ConfigError(
@@ -203,12 +205,19 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
             )
         return None
     config = data_config(argparse.Namespace(**{**vars(args), "precision": "no", "cpu": True})).data
+    config = with_image_options(config, model, args)
+    classes, fits = None, True
     try:
-        batches = begun(evaluation_images(config, resolved, args.images, args.batch_size))
+        classes, notes = classes_for(model, args.model, config)
+    except DataError as error:
+        fits, notes = False, [f"{error}; compared without labels"]
+    try:
+        batches = begun(evaluation_images(config, resolved, args.images, args.batch_size, classes))
     except DataError as error:
         raise DataError(f"{error}; --data names other images, --data none does without") from None
-    classes = dataset_info(config.dataset).num_classes
-    fits = classes is None or classes == getattr(model, "num_classes", None)
+    print_notes(notes)
+    if not is_folder_set(config.dataset):
+        fits = dataset_info(config.dataset).num_classes in (None, getattr(model, "num_classes", None))
     return batches if fits else ((images, None) for images, _ in batches)
 
 

@@ -79,7 +79,7 @@ def scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Image
         value_range = (0.0, 65535.0)
     low, high = value_range
     values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=low, posinf=high, neginf=low)
-    return Image.fromarray(np.rint((values.clip(low, high) - low) * (255 / (high - low))).astype(np.uint8))
+    return Image.fromarray(np.rint((values.clip(low, high) - low) * 255 / (high - low)).astype(np.uint8))
 
 
 @lru_cache

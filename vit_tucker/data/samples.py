@@ -11,7 +11,7 @@ from torch import Tensor
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.calibration import readable_images
 from vit_tucker.data.datasets import is_iterable
-from vit_tucker.data.image_files import list_images, read_image_file
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
 from vit_tucker.data.splits import open_split
 from vit_tucker.data.streams import StreamReader
 from vit_tucker.data.transforms import eval_transform
@@ -47,7 +47,13 @@ def evaluation_images(
     return in_batches(samples, resolved, batch_size)
 
 
-def file_images(paths: Sequence[Path], resolved: dict[str, Any], images: int, batch_size: int) -> Iterator[Labelled]:
+def file_images(
+    paths: Sequence[Path],
+    resolved: dict[str, Any],
+    images: int,
+    batch_size: int,
+    options: ImageOptions = AS_STORED,
+) -> Iterator[Labelled]:
     """Batches of image files; folders are searched through. No labels.
 
     Args:
@@ -55,6 +61,7 @@ def file_images(paths: Sequence[Path], resolved: dict[str, Any], images: int, ba
         resolved: timm's data config.
         images: how many, at most; of folders with more, evenly spread over their sorted names.
         batch_size: images per batch.
+        options: how the files are read.
 
     Raises:
         DataError: no such file, a folder without images, or a file that is no image.
@@ -62,7 +69,7 @@ def file_images(paths: Sequence[Path], resolved: dict[str, Any], images: int, ba
     files = list_images(paths)
     chosen = [files[i * len(files) // images] for i in range(images)] if len(files) > images else files
     mode = "L" if resolved["input_size"][0] == 1 else "RGB"
-    return in_batches(((read_image_file(file, mode), None) for file in chosen), resolved, batch_size)
+    return in_batches(((read_image_file(file, mode, options), None) for file in chosen), resolved, batch_size)
 
 
 def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:

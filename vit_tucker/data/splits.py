@@ -11,9 +11,10 @@ from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
 from vit_tucker.data.datasets import load_dataset, subset
 from vit_tucker.data.factory import has_opener, open_source
-from vit_tucker.data.folders import is_folder_set, open_folder
+from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
+from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
 from vit_tucker.data.sources import Source
 from vit_tucker.errors import DataError
@@ -75,7 +76,7 @@ def open_splits(
         for split, dataset in opened.items():
             check_labels(dataset, num_classes, split)
         refuse_too_many(names, num_classes)
-    if is_folder_set(data.dataset) and names is not None:
+    if (is_folder_set(data.dataset) or has_opener(data.dataset)) and names is not None:
         notes = (*notes, classes_note(names, num_classes, opened))
     return Splits(train, evaluation, names, notes)
 
@@ -96,7 +97,7 @@ def classes_note(names: Sequence[str], num_classes: int | None, opened: Mapping[
         labels = labels_of(dataset)
         if labels is not None:
             counts.append(f"{len(np.unique(labels)):,} in split '{split}'")
-    line = f"classes: {len(names):,} ({listed(names)}); with images: {', '.join(counts)}"
+    line = f"classes: {len(names):,} ({listed(names)})" + (f"; with images: {', '.join(counts)}" if counts else "")
     if num_classes is None or num_classes == len(names):
         return line
     return f"{line}; the model has {num_classes:,}, {num_classes - len(names):,} of them never seen"
@@ -153,6 +154,67 @@ def open_split(
             )
         )
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+
+
+def inferred_classes(data: DataConfig) -> int | None:
+    """Returns the number of classes that a data set's files tell; None if they don't.
+
+    Raises:
+        DataError: the training split is missing, or does not tell its classes.
+    """
+    if is_folder_set(data.dataset):
+        return len(folder_classes(data))
+    if not has_opener(data.dataset):
+        return None
+    split = open_split(data, data.train_split, False, 3)
+    if (names := class_names(data, split)) is not None:
+        return len(names)
+    labels = labels_of(split)
+    return None if labels is None or not len(labels) else int(labels.max()) + 1
+
+
+def choose_classes(
+    data: DataConfig, stored: Sequence[str] | None, label_names: Sequence[str] | None, num_classes: int, own: bool
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """Chooses the class map by which a trained model is scored on a data set.
+
+    Args:
+        data: section of a config; its ``class_map`` comes before all.
+        stored: class map of the run that the model is of; None if it is of none.
+        label_names: of the model, as its config.json has them.
+        num_classes: of the model.
+        own: the data set is the run's.
+
+    Returns:
+        Names in the order of their numbers, None for what the data set says itself; and lines for the user.
+
+    Raises:
+        DataError: nothing tells which class is which.
+    """
+    if data.class_map or data.dataset_kwargs.get("class_map"):
+        return None, []
+    if stored and own:
+        return tuple(stored), []
+    if is_folder_set(data.dataset):
+        names = own_names(scan_split(data, data.val_split), data.val_split)
+    elif has_opener(data.dataset):
+        names = class_names(data, open_split(data, data.val_split, False, 3)) or ()
+    else:
+        return None, []
+    for known in (stored, label_names):
+        if known and set(names) & set(known):
+            return tuple(known), []
+    if not is_folder_set(data.dataset) or has_training_split(data):
+        return None, []
+    if len(names) != num_classes:
+        raise DataError(
+            f"split '{data.val_split}' has {len(names):,} classes ({listed(names)}) and the model {num_classes:,}, and there "
+            f"is no training split '{data.train_split}' that numbers them; say by data.class_map which is which"
+        )
+    return names, [
+        f"split '{data.val_split}': neither the model nor a training split numbers its classes: taken in their own order "
+        f"({listed(names)})"
+    ]
 
 
 def class_names(data: DataConfig, dataset: Any) -> tuple[str, ...] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
 from vit_tucker.data.datasets import image_name, is_iterable
-from vit_tucker.data.image_files import list_images, read_image_file
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
 from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
@@ -35,20 +35,23 @@ class NamedImage:
     label: int | None = None
 
 
-def file_images(paths: Sequence[Path], mode: str) -> list[NamedImage]:
+def file_images(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
     """The images of files and folders, those of folders in the order of their names; all are read once, to be sure.
 
     Args:
         paths: files, and folders with images in them.
         mode: of PIL, "L" or "RGB".
+        options: how the files are read.
 
     Raises:
         DataError: a path that is missing, a folder without images, or a file that can't be read.
     """
     files = list_images(paths)
     for file in files:
-        read_image_file(file, mode)
-    return named_apart([NamedImage(file.stem, str(file), partial(read_image_file, file, mode)) for file in files])
+        read_image_file(file, mode, options)
+    return named_apart(
+        [NamedImage(file.stem, str(file), partial(read_image_file, file, mode, options)) for file in files]
+    )
 
 
 def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:

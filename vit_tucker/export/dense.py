@@ -11,7 +11,7 @@ import torch
 from timm.models import parse_model_name
 from torch import nn
 
-from vit_tucker.checkpoint.describe import creation_arguments
+from vit_tucker.checkpoint.describe import creation_arguments, image_options, set_image_options
 from vit_tucker.checkpoint.load import load
 from vit_tucker.checkpoint.save import save
 from vit_tucker.errors import ExportError, PatchError
@@ -124,6 +124,7 @@ def export_dense(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ExportError(f"{folder}: there is something already; name a new folder")
     merged = merge_dense(model, approximate=approximate)
+    set_image_options(merged.model, image_options(model))
     exact = all(layer.exact for layer in merged.layers)
     check = Check(served(model, False), model, options, batches, strict=exact)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.checkpoint.describe import image_options
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_shape
@@ -31,6 +32,7 @@ def describe(model: nn.Module, normalised_inside: bool, version: str) -> dict[st
     values |= {name: cfg.get(name) for name in FROM_CFG}
     values["image"] = "NCHW, float32, RGB" if input_shape(model)[0] == 3 else "NCHW, float32"
     values["image_range"] = "[0, 1]; normalised inside" if normalised_inside else "(pixel / 255 - mean) / std"
+    values |= image_options(model)
     values["attention"] = attention(model)
     return {
         name: value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, patch.json, summary.csv, results.json, train.log, TensorBoard events, checkpoints/."""
+"""The run folder: config.yaml, {patch,classes,results}.json, summary.csv, train.log, TensorBoard events, checkpoints/."""
 
 import csv
 import io
@@ -7,6 +7,7 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ import accelerate
 import timm
 import torch
 
+from vit_tucker.data.classes import CLASSES_FILE, classes_text
 from vit_tucker.weights import replace_text
 
 LOGGER = logging.getLogger("vit_tucker")
@@ -56,13 +58,15 @@ class RunDir:
         """Everything that tables are made of; written when the run is done."""
         return self.path / "results.json"
 
-    def start(self, config: str, patch: dict[str, Any] | None) -> None:
-        """Write config.yaml and patch.json, and send the package's log lines to train.log too."""
+    def start(self, config: str, patch: dict[str, Any] | None, classes: Sequence[str] | None = None) -> None:
+        """Write config.yaml, patch.json and classes.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.results.unlink(missing_ok=True)  # of a finished run that is trained on
         replace_text(self.config, config)
         if patch is not None:
             replace_text(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
+        if classes:
+            replace_text(self.path / CLASSES_FILE, classes_text(classes))
         handler = logging.FileHandler(self.path / "train.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(handler)

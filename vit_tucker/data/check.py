@@ -1,0 +1,73 @@
+"""``data.check``: every image is opened once before a run, so that all bad ones are known."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from vit_tucker.data.batches import BadImageError, read_image
+from vit_tucker.data.datasets import is_iterable
+from vit_tucker.data.workers import init_worker
+
+MANY = 512
+"""Images from which worker processes pay."""
+
+
+class Readings(Dataset):
+    """What reading each image of a share says: its fault line, or None.
+
+    Args:
+        dataset: map-style, yields (PIL image, int).
+        split: its name.
+        share: indices of the images.
+    """
+
+    def __init__(self, dataset: Any, split: str, share: range) -> None:
+        self.dataset, self.split, self.share = dataset, split, share
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            read_image(self.dataset, self.share[index], self.split)
+        except BadImageError as error:
+            return str(error)
+        return None
+
+
+def bad_images(
+    dataset: Any, split: str, num_workers: int, rank: int = 0, world_size: int = 1, show: bool = True
+) -> list[str]:
+    """Reads every world_size-th image of a split.
+
+    Args:
+        dataset: as ``open_split`` returns it, or a subset of it; of a stream nothing is read.
+        split: its name.
+        num_workers: processes that read, if there are many images.
+        rank, world_size: this process.
+        show: a progress bar, on a terminal.
+
+    Returns:
+        The fault lines of those that can't be read.
+    """
+    if is_iterable(dataset):
+        return []
+    readings = Readings(dataset, split, range(rank, len(dataset), world_size))
+    workers = num_workers if len(readings) >= MANY else 0
+    loader = DataLoader(
+        readings,
+        batch_size=32,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    lines: list[str] = []
+    title = f"checking split '{split}'"
+    with tqdm(total=len(readings), desc=title, unit="images", disable=None if show else True, leave=False) as bar:
+        for batch in loader:
+            lines += [line for line in batch if line is not None]
+            bar.update(len(batch))
+    return lines
