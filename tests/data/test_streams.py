@@ -89,7 +89,7 @@ def test_a_map_style_epoch_goes_on_exactly_in_a_new_process_state(tmp_path, work
     assert not equal(first, second)
 
 
-@pytest.mark.parametrize("workers", [0, 1])  # with new datasets, old timm gives a second worker no shard
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_hugging_face_stream_goes_on_exactly(tmp_path, workers):
     write_folder(tmp_path / "images", splits=("train", "test"), count=8)
     # 'download' makes the reader cut a local set into as many shards as there are workers
@@ -104,6 +104,45 @@ def test_a_hugging_face_stream_goes_on_exactly(tmp_path, workers):
     assert len(first) == 4
     assert equal(list(fresh().steps(1, 2)), second[2:])
     assert not equal(first, second)
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 2)])
+@pytest.mark.parametrize("download", [False, True])
+def test_num_samples_of_a_hugging_face_stream_are_its_first_ones(tmp_path, workers, world_size, download):
+    write_folder(
+        tmp_path / "images", splits=("train", "test"), count=8
+    )  # 8 of class 0, then 8 of class 1; 10 * i in green
+    options = {"dataset": f"hfids/{tmp_path}/images", "val_split": "test", "download": download}
+    options |= {"num_samples": 8, "no_aug": True, "reprob": 0.0}
+
+    def epoch(number, rank, start=0):
+        loaders = build(tmp_path / "cache", workers, rank, world_size, **options)
+        assert (loaders.train.num_samples, loaders.train.steps_per_epoch) == (8, 2)
+        batches = [batch for step in loaders.train.steps(number, start) for batch in step]
+        loaders.close()
+        return [
+            [(int(y), round(x[1, 0, 0].item() * 25.5)) for x, y in zip(b.images, b.labels, strict=True)]
+            for b in batches
+        ]
+
+    first, second = ([epoch(number, rank) for rank in range(world_size)] for number in (0, 1))
+    for processes in (first, second):
+        assert sorted(sample for batches in processes for batch in batches for sample in batch) == [
+            (0, i) for i in range(8)
+        ]
+    assert first != second
+    assert epoch(1, world_size - 1, 1) == second[-1][1:]
+
+
+def test_a_hugging_face_stream_without_a_size_says_so(tmp_path):
+    write_folder(tmp_path / "images", splits=("train", "test"), count=2)
+    options = {"dataset": f"hfids/{tmp_path}/images", "val_split": "test"}
+    with pytest.raises(
+        DataError, match=r"^the stream of split 'train' does not say how many images .*=\{num_samples: ...\}$"
+    ):
+        build(tmp_path / "cache", **options)
+    assert build(tmp_path / "cache", **options, num_samples=4).train.num_samples == 4
+    assert sum(len(batch.labels) for batch in build(tmp_path / "cache", with_train=False, **options).eval) == 4
 
 
 def damage_sample(root, split, number, shard=0):

@@ -72,7 +72,8 @@ class ColumnStream(Stream):
     def _undecoded(self, stream: Any) -> Any:
         from datasets import Image as ImageFeature
 
-        return stream.select_columns([self.key, self.label_key]).cast_column(self.key, ImageFeature(decode=False))
+        columns_read = with_features(stream).select_columns([self.key, self.label_key])
+        return columns_read.cast_column(self.key, ImageFeature(decode=False))
 
     def label(self, row: Any) -> int:
         raw = row[1][self.label_key]
@@ -100,7 +101,7 @@ def open_column_stream(source: Source) -> ColumnStream:
     try:
         if source.options.get("download"):
             builder.download_and_prepare()
-        features = stream_features(builder.as_streaming_dataset(split=source.split))
+        features = with_features(builder.as_streaming_dataset(split=source.split)).features
     except Exception as error:
         raise columns.cant_open(source, error) from error
     columns.check_columns(features, source)
@@ -111,9 +112,9 @@ def open_column_stream(source: Source) -> ColumnStream:
     return ColumnStream(builder, source, targets, size)
 
 
-def stream_features(stream: Any) -> Any:
-    """Returns the columns of a stream with their types; from its first samples where the set does not say them."""
-    return stream.features if stream.features is not None else stream._resolve_features().features
+def with_features(stream: Any) -> Any:
+    """Returns a stream that knows the types of its columns; from its first samples where the set does not say them."""
+    return stream if stream.features is not None else stream._resolve_features()
 
 
 def shuffle_options(stream: Any, readers: int) -> dict[str, int]:
