@@ -15,6 +15,7 @@ from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.check import bad_images
 from vit_tucker.data.classes import stored_classes
+from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
@@ -185,6 +186,8 @@ def check_images(
         opened = [(splits.train, data.train_split)] if with_train else []
         lines = []
         for dataset, split in [*opened, (splits.eval, data.val_split)]:
+            if is_iterable(dataset):
+                LOGGER.info(f"data.check: split '{split}' is a stream, whose images are only seen as they are read")
             lines += bad_images(dataset, split, data.num_workers, rank, world, accelerator.is_main_process)
         return lines
 

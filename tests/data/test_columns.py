@@ -254,7 +254,7 @@ def test_splits_go_by_their_exact_names(tmp_path, kind):
 
 def test_nothing_of_a_data_set_is_executed_and_options_are_checked(tmp_path):
     write(tmp_path / "set", "train", [0], ClassLabel(names=["a"]))
-    for kind in (*KINDS, "wds"):
+    for kind in (*KINDS, "wds", "tfds", "torch"):
         with pytest.raises(DataError, match="trust_remote_code: code of a data set is never run"):
             opened(tmp_path, kind=kind, dataset_kwargs={"trust_remote_code": True})
     with pytest.raises(DataError, match=r"hfds/ has no option 'inptu_key', known: .*; did you mean 'input_key'\?"):

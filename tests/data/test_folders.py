@@ -5,10 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from tests.data.trees import classes_of, folder_config, image, opened, tree, write_csv, write_meta
+from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.splits import open_split
-from vit_tucker.errors import DataError
+from vit_tucker.errors import ConfigError, DataError
 
 IDS = ["n01440764", "n01443537", "n02085620"]
 
@@ -124,14 +126,13 @@ def test_csv_files_by_split_with_columns_and_numbers(tmp_path):
     columns = ["id", "species"]
     write_csv(tmp_path / "train.csv", columns, [("images/a.png", 2), ("images/b.png", 0)])
     write_csv(tmp_path / "validation.csv", columns, [("images/c.png", 1)])
-    options = {"labels": "{split}.csv", "label_columns": columns}
+    lists = {"train": "train.csv", "validation": "validation.csv"}
+    options = {"labels": lists, "label_columns": columns}
     train, val = opened(tmp_path, **options), opened(tmp_path, "validation", **options)
     assert (train.classes, train.labels.tolist()) == (("0", "1", "2"), [2, 0])  # numbers stay what they are
     assert val.labels.tolist() == [1]
     assert train.notes[-1] == "split 'train': no images of 1 of 3 classes: 1"
-    assert "has no column 'filename', only id, species; set data.label_columns" in refusal(
-        tmp_path, labels="{split}.csv"
-    )
+    assert "has no column 'filename', only id, species; set data.label_columns" in refusal(tmp_path, labels=lists)
     write_csv(tmp_path / "validation.csv", columns, [("images/c.png", 3)])
     assert "label 3 of" in refusal(tmp_path, "validation", **options)
     write_csv(tmp_path / "train.csv", columns, [("images/a.png", 2), ("images/b.png", -1)])
@@ -143,6 +144,20 @@ def test_csv_files_by_split_with_columns_and_numbers(tmp_path):
     write_csv(tmp_path / "train.csv", columns, [("z.png", "x")])
     assert "lists none of the 3 images" in refusal(tmp_path, **options)
     assert "data.labels: nowhere.csv: no such file; searched" in refusal(tmp_path, "images", labels="nowhere.csv")
+
+
+def test_a_list_for_one_split_beside_class_folders(tmp_path):
+    tree(tmp_path, ["train/owl/1.png", "train/wren/1.png", "val/1.png", "val/2.png"])
+    write_csv(tmp_path / "val" / "labels.csv", ["filename", "label"], [("1.png", "wren"), ("2.png", "owl")])
+    lists = {"validation": "labels.csv"}
+    assert opened(tmp_path, labels=lists).labels.tolist() == [0, 1]
+    assert opened(tmp_path, "validation", labels=lists).labels.tolist() == [1, 0]
+    assert opened(tmp_path, "validation", labels={"val": "labels.csv"}).labels.tolist() == [1, 0]
+    write_csv(tmp_path / "val" / "labels.csv", ["filename", "label"], [("1.png", 1), ("2.png", 0)])
+    assert opened(tmp_path, "validation", labels=lists).labels.tolist() == [1, 0]  # numbers of the same classes
+    assert "data.labels: there is no split 'validaton', only 'train' and 'validation'; did you mean" in refusal(
+        tmp_path, labels={"validaton": "labels.csv"}
+    )
 
 
 def test_folders_in_folders_are_read_by_a_key_alone(tmp_path):
@@ -237,3 +252,23 @@ def test_empty_and_missing_folders(tmp_path):
         DataError, match=r"data.dataset_kwargs.clas_map: image folders have no such option.*'class_map'"
     ):
         open_split(folder_config(tmp_path, dataset_kwargs={"clas_map": "x"}), "train", True, 3)
+
+
+def test_images_come_in_the_order_of_timms_reader(tmp_path):
+    """Runs on plain class folders see the same images in the same order as before."""
+    names = [
+        f"{folder}/{name}.png" for folder in ("n2", "n10", "B 1", "a-1") for name in ("x10", "x9", "Y", "y_1", "01a")
+    ]
+    tree(tmp_path / "train", names)
+    theirs, numbers = find_images_and_targets(str(tmp_path / "train"))
+    data = opened(tmp_path)
+    assert [(str(data.path(i)), int(data.labels[i])) for i in range(len(data))] == theirs
+    assert dict(zip(data.classes, range(4), strict=True)) == numbers
+
+
+def test_keys_of_image_folders_are_refused_elsewhere():
+    for options in ({"labels": "x.csv"}, {"class_level": "leaf"}, {"class_map": {"a": 0}}):
+        with pytest.raises(
+            ConfigError, match=rf"data.{next(iter(options))}: is for image folders; the data set 'digits' has"
+        ):
+            open_split(DataConfig(**options), "train", True, 1)

@@ -13,7 +13,8 @@ from tests.data.trees import COLOURS, image
 from vit_tucker.cli import main
 from vit_tucker.config.load import load_config
 from vit_tucker.data.image_files import ImageOptions
-from vit_tucker.inference import image_options, open_model
+from vit_tucker.explain.images import data_images
+from vit_tucker.inference import classes_for, image_options, open_model
 from vit_tucker.run import run
 from vit_tucker.training.run_dir import LOGGER
 
@@ -83,6 +84,11 @@ def test_one_class_map_from_training_to_prediction(colours, command):
     for model in ("a", "alone"):
         out, _ = command("evaluate", model, "--data", "folder", "--json", "data.root=set")
         assert json.loads(out)["top1"] == 100.0
+    out, _ = command("export", "a", "--format", "dense", "--out", "dense", "--json")
+    (stage,) = json.loads(out)["stages"]
+    assert (stage["real"]["accuracy_model"], stage["real"]["accuracy_file"]) == (1.0, 1.0)
+    model, data = open_model("a"), load_config("a").data
+    assert {one.label for one in data_images(data, 8, "RGB", classes_for(model, "a", data)[0])} == {1, 2}
     image(Path("set/val/blu/0.png"), COLOURS["blue"])
     for model in ("a", "alone"):
         _, err = command("evaluate", model, "--data", "folder", "data.root=set", status=2)
@@ -155,10 +161,11 @@ def test_how_images_are_read_goes_with_the_checkpoint(colours, command):
     out, _ = command("evaluate", "saved", "--data", "folder", "data.root=set", "--json")
     assert json.loads(out)["top1"] == 100.0
     assert vt.load("saved") is not None
-    stored["vit_tucker"]["images"] = {"value_range": "x"}
-    Path("saved/config.json").write_text(json.dumps(stored))
-    _, err = command("predict", "saved", "set/val", status=2)
-    assert "config.json: vit_tucker.images: {'value_range': 'x'} is no way to read images" in err
+    for nonsense in ({"value_range": "x"}, ["x"]):
+        stored["vit_tucker"]["images"] = nonsense
+        Path("saved/config.json").write_text(json.dumps(stored))
+        _, err = command("predict", "saved", "set/val", status=2)
+        assert f"config.json: vit_tucker.images: {nonsense!r} is no way to read images" in err
 
 
 def test_all_images_are_checked_at_the_start(colours, capfd):

@@ -46,9 +46,21 @@ def load(where: str | Path, **overrides: Any) -> nn.Module:
         raise CheckpointError(f"{origin}: the model can't be built: {' '.join(str(error).split())[:200]}") from None
     fill(model, read_safetensors(file), origin)
     check_layers(model, config, origin)
-    set_image_options(model, (config.get("vit_tucker") or {}).get("images") or {})
+    set_image_options(model, stored_options(config, origin))
     forget_source(model)
     return model.eval()
+
+
+def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+    """How image files are read, as config.json has it.
+
+    Raises:
+        CheckpointError: it has something else there.
+    """
+    options = (config.get("vit_tucker") or {}).get("images") or {}
+    if not isinstance(options, Mapping):
+        raise CheckpointError(f"{origin}: config.json: vit_tucker.images: {options!r} is no way to read images")
+    return options
 
 
 def find(where: str | Path) -> tuple[Path | None, str | None]:

@@ -83,9 +83,15 @@ class DataConfig(Section):
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
-    dataset_kwargs: dict[str, Any] = Field(default={}, description="Other arguments of timm.data.create_dataset.")
+    dataset_kwargs: dict[str, Any] = Field(
+        default={},
+        description="How columns or keys are read: input_key, target_key (hfds/, hfids/, wds/), num_samples (streams); "
+        "other arguments of timm.data.create_dataset (torch/, tfds/).",
+    )
     num_samples: int | None = Field(
-        default=None, ge=1, description="Train on the first n samples only (of a fixed shuffle)."
+        default=None,
+        ge=1,
+        description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
     )
     class_map: dict[str, int] | str | None = Field(
         default=None,
@@ -95,10 +101,10 @@ class DataConfig(Section):
     class_level: Literal["first", "leaf"] | None = Field(
         default=None, description="Image folders inside folders: the first or the last one names the class."
     )
-    labels: str | None = Field(
+    labels: dict[str, str] | str | None = Field(
         default=None,
-        description="Image folders: a CSV file with the class of each image, relative to the split or root; {split} in it stands "
-        "for the split's name.",
+        description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
+        "split by its name, and those not named by their folders.",
     )
     label_columns: tuple[str, str] = Field(
         default=("filename", "label"), description="Columns of data.labels: the file's name or path, its class."

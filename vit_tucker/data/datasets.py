@@ -19,7 +19,7 @@ from torchvision import datasets as tv
 from vit_tucker.data.folders import FolderDataset, is_folder_set
 from vit_tucker.data.idx import read_idx
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
-from vit_tucker.data.sources import reason, refuse_remote_code
+from vit_tucker.data.sources import reason
 from vit_tucker.data.vision import open_vision
 from vit_tucker.errors import DataError, nearest
 
@@ -193,7 +193,6 @@ def load_factory(
     """What timm.data.create_dataset reads beside image folders; ``options`` are its arguments."""
     if name.partition("/")[0].lower() == "torch":
         return ConvertedDataset(open_vision(name, split, root, options), mode, images)
-    refuse_remote_code(options)
     try:
         opened = create_dataset(
             name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options

@@ -9,7 +9,6 @@ from torch.utils.data import Dataset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import (
-    find_file,
     missing_note,
     names_of,
     numbers_of,
@@ -18,7 +17,7 @@ from vit_tucker.data.classes import (
     refuse_unknown,
 )
 from vit_tucker.data.image_files import ImageOptions, to_mode
-from vit_tucker.data.layouts import Scan, data_root, scan_split, split_folder
+from vit_tucker.data.layouts import Scan, data_root, has_own_list, label_list, scan_split, split_folder
 from vit_tucker.data.naming import in_order, listed
 from vit_tucker.errors import DataError, nearest
 
@@ -157,21 +156,14 @@ def chosen_map(
 
 def is_training_split(data: DataConfig, split: str, scan: Scan) -> bool:
     """Whether a split is the one that is trained on, perhaps by another name."""
-    if data.labels is not None and "{split}" in data.labels:
-        return split == data.train_split
     folder = split_folder(data, data.train_split)[0]
-    return folder is not None and folder.resolve() == scan.folder.resolve()
+    same = folder is not None and folder.resolve() == scan.folder.resolve()
+    return split == data.train_split or (same and label_list(data, split) == label_list(data, data.train_split))
 
 
 def has_training_split(data: DataConfig) -> bool:
     """Whether there is a training split to number classes by."""
-    if data.labels is not None and "{split}" in data.labels:
-        try:
-            find_file(data.labels.replace("{split}", data.train_split), [data_root(data)], "data.labels")
-        except DataError:
-            return False
-        return True
-    return split_folder(data, data.train_split)[0] is not None
+    return split_folder(data, data.train_split)[0] is not None or has_own_list(data, data.train_split)
 
 
 def mapped(scan: Scan, numbers: Mapping[str, int], split: str, notes: list[str]) -> Scan:

@@ -20,7 +20,7 @@ from vit_tucker.data.label_files import (
 )
 from vit_tucker.data.naming import in_order, listed
 from vit_tucker.data.walk import Found, walk
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, nearest
 
 SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
 """Names of one split, as in timm; the first that is there is read, unless the very name is."""
@@ -77,6 +77,29 @@ def split_folder(data: DataConfig, split: str) -> tuple[Path | None, list[str]]:
     return root / there[0], [note]
 
 
+def label_list(data: DataConfig, split: str) -> str | None:
+    """Returns what ``data.labels`` names for a split: a CSV file; None for none.
+
+    Raises:
+        DataError: it names a split that there can't be.
+    """
+    if not isinstance(data.labels, dict):
+        return data.labels
+    known = {data.train_split, data.val_split, split, "test", *(name for names in SYNONYMS for name in names)}
+    if unknown := [name for name in data.labels if name not in known]:
+        raise DataError(
+            f"data.labels: there is no split '{unknown[0]}', only '{data.train_split}' and '{data.val_split}'"
+            f"{nearest(unknown[0], known)}"
+        )
+    names = (split, *next((group for group in SYNONYMS if split in group), ()))
+    return next((data.labels[name] for name in names if name in data.labels), None)
+
+
+def has_own_list(data: DataConfig, split: str) -> bool:
+    """Whether ``data.labels`` names a list for this split alone, so that it needs no folder of its own."""
+    return isinstance(data.labels, dict) and label_list(data, split) is not None and data_root(data).is_dir()
+
+
 def scan_split(data: DataConfig, split: str) -> Scan:
     """Finds the images of a split and their classes.
 
@@ -88,7 +111,8 @@ def scan_split(data: DataConfig, split: str) -> Scan:
         DataError: no images, or a layout that does not tell their classes.
     """
     folder, notes = split_folder(data, split)
-    if folder is None and data.labels is not None and "{split}" in data.labels and data_root(data).is_dir():
+    given = label_list(data, split)
+    if folder is None and has_own_list(data, split):
         folder = data_root(data)  # all images in one folder, a list for each split
     if folder is None:
         root = data_root(data)
@@ -96,8 +120,8 @@ def scan_split(data: DataConfig, split: str) -> Scan:
             f"no image folder for split '{split}', searched {root} (expected {root}/{split}/<class>/<image>); set data.root, "
             "or put the images there (see data/README.md)"
         )
-    if data.labels is not None:
-        file = find_file(data.labels.replace("{split}", split), [folder, data_root(data)], "data.labels")
+    if given is not None:
+        file = find_file(given, [folder, data_root(data)], "data.labels")
         found = found_images(folder, split, [file])
         return labelled(folder, split, found, notes, csv_labels(file, data.label_columns), file, data_root(data), True)
     tiny = folder / TINY_FILE

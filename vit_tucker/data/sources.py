@@ -48,7 +48,7 @@ class Source:
         return f"{self.name}, split '{self.split}'"
 
     def check_options(self, known: Iterable[str]) -> None:
-        """Refuses unknown ``data.dataset_kwargs``, and those that would run code of a data set.
+        """Refuses unknown ``data.dataset_kwargs``.
 
         Args:
             known: names that the format has.
@@ -56,7 +56,6 @@ class Source:
         Raises:
             DataError: names the option, and the known ones.
         """
-        refuse_remote_code(self.options)
         names = tuple(known)
         for name, value in self.options.items():
             if name not in (*names, *OWN_OPTIONS, "trust_remote_code") and value is not None:

@@ -9,15 +9,15 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
-from vit_tucker.data.datasets import load_dataset, subset
+from vit_tucker.data.datasets import INFO, load_dataset, subset
 from vit_tucker.data.factory import has_opener, open_source
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
-from vit_tucker.data.sources import Source
-from vit_tucker.errors import DataError
+from vit_tucker.data.sources import Source, refuse_remote_code
+from vit_tucker.errors import ConfigError, DataError
 
 
 class Splits(NamedTuple):
@@ -135,10 +135,13 @@ def open_split(
     mode = "L" if channels == 1 else "RGB"
     if is_folder_set(data.dataset):
         return open_folder(data, split, mode, classes)
+    refuse_folder_keys(data)
+    refuse_remote_code(data.dataset_kwargs)
+    root = Path(data.root).expanduser()
+    given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
+    numbers = None if given is None else read_class_map(given, [root])
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
     if has_opener(data.dataset):
-        root = Path(data.root).expanduser()
-        given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
         return open_source(
             Source(
                 name=data.dataset,
@@ -150,10 +153,19 @@ def open_split(
                 options=options,
                 classes=classes,
                 num_classes=num_classes,
-                class_map=None if given is None else read_class_map(given, [root]),
+                class_map=numbers,
             )
         )
+    options["class_map"] = numbers
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+
+
+def refuse_folder_keys(data: DataConfig) -> None:
+    """Raises ConfigError for keys of image folders with another data set, which would not use them."""
+    fixed = data.dataset in INFO or data.dataset.partition("/")[0].lower() == "torch"
+    for key in ("labels", "class_level", *(["class_map"] if fixed else [])):
+        if getattr(data, key) is not None or (fixed and data.dataset_kwargs.get(key) is not None):
+            raise ConfigError(f"data.{key}: is for image folders; the data set '{data.dataset}' has labels of its own")
 
 
 def inferred_classes(data: DataConfig) -> int | None:
