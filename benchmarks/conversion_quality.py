@@ -33,7 +33,8 @@ from vit_tucker.config.load import dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.batches import Collate, SeededDataset
 from vit_tucker.data.calibration import calibration_images
-from vit_tucker.data.datasets import dataset_info, load_dataset
+from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.splits import open_split
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.models import create_host
 from vit_tucker.patching.find import find_attention
@@ -177,8 +178,7 @@ def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, A
     model = create_host(config.model, classes if args.top1 else 0, channels).eval()
     size = input_shape(model, config.model.img_size)
     data = resolve_data(config.data, dataset_info(config.data.dataset), model, config.model.pretrained, size)
-    mode = "L" if data["input_size"][0] == 1 else "RGB"
-    split = load_dataset(config.data.dataset, config.data.val_split, False, mode, config.data.root, {})
+    split = open_split(config.data, config.data.val_split, False, channels)
     test = SeededDataset(split, eval_transform(data), 0, config.data.val_split, replace=False)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(1))
     collate = Collate(data["input_size"])

@@ -13,13 +13,11 @@ from vit_tucker.announce import announce, describe_plan, describe_run, measure_l
 from vit_tucker.build import BuiltModel, attention_backends, build_model, classes_and_channels
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.check import bad_images
+from vit_tucker.data.check import unreadable
 from vit_tucker.data.classes import stored_classes
-from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.data.splits import open_splits
 from vit_tucker.errors import ConfigError, DataError, StoppedError
 from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
@@ -93,15 +91,12 @@ def run_together(
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with_train = not (finished or evaluate_only)
-    bad = check_images(config, run_dir, accelerator, peers, with_train) if config.data.check else []
+    bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
-    loaders.faults.add(bad)
-    loaders.notes += tuple(f"bad image: {line}" for line in bad)
+    loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
     results = describe_run(config, accelerator, built, loaders)
     if loaders.train is None:
-        for note in loaders.notes:
-            LOGGER.info(note)
         return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
     trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders))
@@ -166,10 +161,8 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
     return built, loaders
 
 
-def check_images(
-    config: RunConfig, run_dir: RunDir, accelerator: Accelerator, peers: Peers, with_train: bool
-) -> list[str]:
-    """Open every image of the run's splits, shared among the processes.
+def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: bool) -> list[str]:
+    """Open every image of the run's splits, shared among the processes; streams are only seen as they are read.
 
     Returns:
         The fault lines of the bad ones, of all processes.
@@ -177,23 +170,14 @@ def check_images(
     Raises:
         DataError: more of them than ``data.max_bad_images``; each has a line in the log.
     """
-    data, rank, world = config.data, peers.rank, peers.num_processes
-
-    def read_share() -> list[str]:
-        stored = stored_classes(run_dir.path)
-        num_classes, channels = classes_and_channels(config, stored)
-        splits = open_splits(data, channels, with_train=with_train, classes=stored, num_classes=num_classes)
-        opened = [(splits.train, data.train_split)] if with_train else []
-        lines = []
-        for dataset, split in [*opened, (splits.eval, data.val_split)]:
-            if is_iterable(dataset):
-                LOGGER.info(f"data.check: split '{split}' is a stream, whose images are only seen as they are read")
-            lines += bad_images(dataset, split, data.num_workers, rank, world, accelerator.is_main_process)
-        return lines
-
-    bad = peers.union(peers.together(read_share))
+    stored = stored_classes(run_dir.path)
+    num_classes, channels = peers.together(lambda: classes_and_channels(config, stored))
+    place = peers.rank, peers.num_processes
+    bad = peers.union(
+        peers.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
+    )
     try:
-        FaultLog(data.max_bad_images).add(bad)
+        FaultLog(config.data.max_bad_images).add(bad)
     except DataError:
         for line in bad:
             LOGGER.warning(f"bad image: {line}")
@@ -278,6 +262,8 @@ def evaluate_run(
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Scores of a run's best weights; of the model as created (dense weights, converted) if nothing was trained."""
+    for note in loaders.notes:
+        LOGGER.info(note)
     which = "the model as created"
     if run_dir.best.is_file():
         peers.together(lambda: load_weights(run_dir.best, built.model))

@@ -183,24 +183,32 @@ def test_labels_that_are_no_classes_are_refused_at_once(tmp_path, kind, labels, 
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature", "where", "message"),
+    ("labels", "feature", "message"),
     [
-        ([0, -1, -1], ClassLabel(names=["a", "b"]), "", "has the label -1, so none"),
-        ([0, None, 1], ClassLabel(names=["a", "b"]), "", "has no label"),
-        ([0, 1, 3], Value("int64"), "", r"has the label 3, but the model has 3 classes \(0 to 2\)"),
+        (
+            [0, -1, -1],
+            ClassLabel(names=["a", "b"]),
+            r"split 'test': label -1 of {image} \(column 'label' of .*\): labels begin with 0",
+        ),
+        ([0, None, 1], ClassLabel(names=["a", "b"]), r"column 'label' of .*, split 'test': {image} has no label"),
+        (
+            [0, 1, 3],
+            Value("int64"),
+            r"split 'test': label 3 of {image} \(column 'label' of .*\), but there are 3 classes, 0 to 2",
+        ),
     ],
 )
-def test_labels_beyond_the_classes_are_refused_before_the_first_step(tmp_path, labels, feature, where, message):
+def test_labels_beyond_the_classes_are_refused_before_the_first_step(tmp_path, labels, feature, message):
     write(tmp_path / "set", "train", [0, 1, 1], feature)
     write(tmp_path / "set", "test", labels, feature)
     # map-style: when it is opened, without decoding an image
-    with pytest.raises(DataError, match=rf"^column 'label' of hfds/.* split 'test': image [12] .*{message}"):
+    with pytest.raises(DataError, match="^" + message.format(image=r"image [12]( \(and 1 more\))?")):
         open_splits(config(tmp_path), 3, num_classes=3)
     # a stream: when it is met, by its name, whatever data.max_bad_images
     loaders = build(
         tmp_path / "cache", dataset=f"hfids/{tmp_path}/set", val_split="test", limit=9, with_train=False, num_classes=3
     )
-    with pytest.raises(DataError, match=rf"^column 'label' of hfids/.* split 'test': [12].png .*{message}"):
+    with pytest.raises(DataError, match="^" + message.format(image="[12].png")):
         list(loaders.eval)
     assert labels_of(opened(tmp_path, "train", num_classes=2)) == [0, 1, 1]
 

@@ -143,15 +143,15 @@ def test_labels_beyond_the_classes_end_the_stream_in_one_line(tmp_path, label):
     for split in ("train", "validation"):
         write(tmp_path, [good, good, {"jpeg": encoded(2), "cls": label}, good], split)
     loaders = build(tmp_path, limit=9, num_classes=2)
-    reason = "but the model has 2 classes" if label > 0 else "so none; unlabelled"
+    reason = ", but there are 2 classes, 0 to 1" if label > 0 else ": labels begin with 0"
     for batches, split in ((loaders.train.steps(0), "train"), (loaders.eval, "validation")):
         with pytest.raises(
             DataError,
-            match=rf"^wds/, split '{split}': 0002 in {tmp_path}/{split}-0000.tar has the label {label}, {reason}",
+            match=rf"^split '{split}': label {label} of 0002 in {tmp_path}/{split}-0000.tar \(wds/\){reason}",
         ):
             list(batches)
     write(tmp_path, [{"jpeg": encoded(2), "cls": label}], "validation")
-    with pytest.raises(DataError, match=f"0000 in .*validation-0000.tar has the label {label}"):
+    with pytest.raises(DataError, match=f"label {label} of 0000 in .*validation-0000.tar"):
         build(tmp_path, limit=9, num_classes=2)  # of the first sample already when it is opened
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from tests.data.test_datasets import write_folder, write_shards
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.loaders import build_loaders
+from vit_tucker.data.streams import StreamReader
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -143,6 +144,20 @@ def test_a_hugging_face_stream_without_a_size_says_so(tmp_path):
         build(tmp_path / "cache", **options)
     assert build(tmp_path / "cache", **options, num_samples=4).train.num_samples == 4
     assert sum(len(batch.labels) for batch in build(tmp_path / "cache", with_train=False, **options).eval) == 4
+
+
+def test_labels_of_other_readers_are_checked_too():
+    class Reader:
+        """timm's reader of TFDS yields (image, label)."""
+
+        reader = None
+
+        def __iter__(self):
+            return iter([("image", 1), ("image", 2)])
+
+    with pytest.raises(DataError, match="^split 'train': label 2 of image 1 of the stream, but there are 2 classes"):
+        list(StreamReader(Reader(), "train", 0, num_classes=2).read())
+    assert len(list(StreamReader(Reader(), "train", 0, num_classes=3).read())) == 2
 
 
 def damage_sample(root, split, number, shard=0):

@@ -43,7 +43,6 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from vit_tucker.checkpoint.load import find
     from vit_tucker.data.datasets import dataset_info
-    from vit_tucker.data.folders import is_folder_set
     from vit_tucker.data.loaders import build_loaders
     from vit_tucker.data.transforms import resolve_data
     from vit_tucker.inference import classes_for, open_classifier
@@ -57,10 +56,7 @@ def evaluate(args: argparse.Namespace) -> int:
     model = open_classifier(args.model)
     info = dataset_info(config.data.dataset)
     chosen = with_image_options(config.data, model, args)
-    named = is_folder_set(config.data.dataset)  # its class map says more than a number
-    if not named and info.num_classes is not None and info.num_classes != model.num_classes:
-        own, theirs = model.num_classes, info.num_classes
-        raise ConfigError(f"{args.model} has {own} classes, the data set {config.data.dataset} has {theirs}")
+    refuse_other_classes(args.model, model, config.data.dataset)
     logging.getLogger("vit_tucker").setLevel(logging.WARNING)
     accelerator = create_accelerator(config.train)
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
@@ -99,6 +95,16 @@ def evaluate(args: argparse.Namespace) -> int:
         line = f"top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
         emit(to_json(values) if args.json else f"{args.model} on {config.data.dataset}: {line}")
     return 0
+
+
+def refuse_other_classes(where: str, model: "nn.Module", dataset: str) -> None:
+    """Raises ConfigError if a data set has another number of classes than a model; of folders the class map says more."""
+    from vit_tucker.data.datasets import dataset_info
+    from vit_tucker.data.folders import is_folder_set
+
+    theirs = dataset_info(dataset).num_classes
+    if not is_folder_set(dataset) and theirs not in (None, model.num_classes):
+        raise ConfigError(f"{where} has {model.num_classes} classes, the data set {dataset} has {theirs}")
 
 
 def with_image_options(data: "DataConfig", model: "nn.Module", args: argparse.Namespace) -> "DataConfig":

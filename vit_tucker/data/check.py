@@ -1,13 +1,16 @@
 """``data.check``: every image is opened once before a run, so that all bad ones are known."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
 from vit_tucker.data.datasets import is_iterable
+from vit_tucker.data.splits import open_splits
 from vit_tucker.data.workers import init_worker
 
 MANY = 512
@@ -35,6 +38,36 @@ class Readings(Dataset):
         except BadImageError as error:
             return str(error)
         return None
+
+
+def unreadable(
+    data: DataConfig,
+    channels: int,
+    with_train: bool,
+    classes: Sequence[str] | None,
+    num_classes: int,
+    rank: int,
+    world_size: int,
+) -> list[str]:
+    """Reads this process's share of a run's images.
+
+    Args:
+        data, channels, with_train, classes, num_classes: see ``open_splits``.
+        rank, world_size: this process; the first one shows a progress bar, on a terminal.
+
+    Returns:
+        The fault lines of those that can't be read.
+
+    Raises:
+        DataError: see ``open_splits``.
+    """
+    splits = open_splits(data, channels, with_train=with_train, classes=classes, num_classes=num_classes)
+    opened = {data.train_split: splits.train} if with_train else {}
+    opened[data.val_split] = splits.eval
+    lines = []
+    for split, dataset in opened.items():
+        lines += bad_images(dataset, split, data.num_workers, rank, world_size, show=rank == 0)
+    return lines
 
 
 def bad_images(

@@ -95,7 +95,7 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: Source) -> tuple[list[i
     keep = [index for index, label in enumerate(raw) if known[label]]
     if raw and not keep:
         raise DataError(
-            f"{targets.source}: data.class_map has none of its {len(left_out):,} classes: it has "
+            f"{targets.where}: data.class_map has none of its {len(left_out):,} classes: it has "
             f"{listed(list(source.class_map))}, the split {listed(left_out)}"
         )
     if not left_out:
@@ -142,10 +142,10 @@ def label_column(table: Any, source: Source) -> list[Raw]:
     _, key = columns.columns_of(source)
     column = table.select_columns([key]).with_format("arrow")[:].column(key)
     if column.null_count:
-        values = column.to_pylist()
+        first = column.to_pylist().index(None)
         raise DataError(
-            f"{label_source(source)}: image {values.index(None)} has no label, as {column.null_count} of {len(values)} images; "
-            "unlabelled images can't be used"
+            f"{label_source(source)}, split '{source.split}': image {first} has no label, as {column.null_count} of {len(column)} "
+            "images; unlabelled images can't be used"
         )
     return [plain(value) for value in column.to_pylist()]
 
@@ -157,7 +157,7 @@ def plain(value: Any) -> Raw:
 
 def label_source(source: Source) -> str:
     """Returns where the labels come from, for messages."""
-    return f"column '{columns.columns_of(source)[1]}' of {source.where}"
+    return f"column '{columns.columns_of(source)[1]}' of {source.name}"
 
 
 def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw] | None) -> Targets:
@@ -181,7 +181,7 @@ def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw]
             classes = in_order(str(name) for name in own)
         elif names is not None:
             classes = own_names(builder, training, feature) if other else names
-    return Targets(label_source(source), names, classes, source.class_map, source.num_classes)
+    return Targets(label_source(source), source.split, names, classes, source.class_map, source.num_classes)
 
 
 def own_names(builder: Any, source: Source, feature: Any) -> tuple[str, ...] | None:

@@ -78,7 +78,7 @@ class ColumnStream(Stream):
     def label(self, row: Any) -> int:
         raw = row[1][self.label_key]
         if raw is None:
-            raise DataError(f"{self.targets.source}: {self.name(row)} has no label; unlabelled images can't be used")
+            raise DataError(f"{self.targets.where}: {self.name(row)} has no label; unlabelled images can't be used")
         return self.targets.number(plain(raw), self.name(row))
 
     def image(self, row: Any) -> Image.Image:

@@ -225,7 +225,7 @@ def load_dataset(
         images: how image files are read.
 
     Returns:
-        A map-style data set of (PIL image, int), or an iterable one (timm's readers).
+        A map-style data set of (PIL image, int), or an iterable one.
 
     Raises:
         DataError: missing or malformed; says which folder was searched and how to get it.

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.class_trees import Scan
 from vit_tucker.data.classes import (
     missing_note,
     names_of,
@@ -17,7 +18,7 @@ from vit_tucker.data.classes import (
     refuse_unknown,
 )
 from vit_tucker.data.image_files import ImageOptions, to_mode
-from vit_tucker.data.layouts import Scan, data_root, has_own_list, label_list, scan_split, split_folder
+from vit_tucker.data.layouts import data_root, has_own_list, label_list, scan_split, split_folder
 from vit_tucker.data.naming import in_order, listed
 from vit_tucker.errors import DataError, nearest
 

@@ -1,4 +1,4 @@
-"""Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by timm's own readers."""
+"""Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +115,11 @@ class Loaders:
         training = f"training: {self.train.description}; " if self.train is not None else ""
         return f"{training}evaluation: {self.eval.description}"
 
+    def note_bad_images(self, lines: Sequence[str]) -> None:
+        """Add bad images that are known before the first step, as fault lines; no more than ``data.max_bad_images``."""
+        self.faults.add(lines)
+        self.notes += tuple(f"bad image: {line}" for line in lines)
+
     def close(self) -> None:
         """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
         for part in (self.train, self.eval):
@@ -195,7 +200,7 @@ class Place:
             dataset.set_loader_cfg(
                 num_workers=max(1, self.data.num_workers)
             )  # old timm takes 0 to mean no shard at all
-        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size)
+        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
         """DataLoader with the options that all loaders share; ``in_process`` goes without workers."""

@@ -13,8 +13,8 @@ from vit_tucker.data.sources import Source
 from vit_tucker.errors import DataError
 
 INFO_FILES = ("_info.json", "info.json")
-CLASS_NAMES = ("class_names", "label_names", "classes")
-"""Keys of an _info.json that may list the names of the classes."""
+CLASS_NAMES = "class_names"
+"""Key of an _info.json that lists the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,5 @@ def read_info(root: Path) -> dict[str, Any]:
 
 def info_names(info: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Returns the class names of an _info.json, in the order of their numbers; None if it has none."""
-    for key in CLASS_NAMES:
-        names = info.get(key)
-        if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return None
+    names = info.get(CLASS_NAMES)
+    return tuple(map(str, names)) if isinstance(names, list) and names else None

@@ -131,7 +131,7 @@ def open_shards(source: Source) -> ShardStream:
     first = first_sample(source, shards.files)
     look_at(first, source, shards.label_field)
     names = shards.class_names
-    targets = Targets(source.where, names, source.classes or names, source.class_map, source.num_classes)
+    targets = Targets(source.name, source.split, names, source.classes or names, source.class_map, source.num_classes)
     stream = ShardStream(source, shards, targets)
     stream.label(first)
     return stream

@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
-from vit_tucker.data.datasets import INFO, load_dataset, subset
+from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
 from vit_tucker.data.factory import has_opener, open_source
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
@@ -71,6 +71,8 @@ def open_splits(
     evaluation = open_split(data, data.val_split, False, channels, classes=classes, **options)
     names = class_names(data, evaluation) or (tuple(classes) if classes else None)
     notes = (*split_notes(train), *split_notes(evaluation))
+    if data.check and any(dataset is not None and is_iterable(dataset) for dataset in (train, evaluation)):
+        notes = (*notes, "data.check: images of a stream are only seen as they are read")
     opened = {data.train_split: train, data.val_split: evaluation} if with_train else {data.val_split: evaluation}
     if num_classes is not None:
         for split, dataset in opened.items():
@@ -127,7 +129,7 @@ def open_split(
         seed: of the run, for readers of streams.
 
     Returns:
-        A map-style data set of (PIL image, int), or an iterable one (timm's readers).
+        A map-style data set of (PIL image, int), or an iterable one.
 
     Raises:
         DataError: the split is missing or malformed, or has classes that ``classes`` lacks.

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vit_tucker.data.batches import Sample
+from vit_tucker.data.classes import refuse_label
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.seeding import derive_seed, seed_transforms
 from vit_tucker.data.stream import Share, Stream
@@ -27,11 +28,14 @@ class StreamReader:
         split: its name.
         limit: bad images that this process may meet; one more is an error.
         rank, world_size: the share that the process takes.
+        num_classes: of the model, for the labels of TFDS; a ``Stream`` has its own. None if it may be any.
     """
 
-    def __init__(self, dataset: Any, split: str, limit: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, dataset: Any, split: str, limit: int, rank: int = 0, world_size: int = 1, num_classes: int | None = None
+    ) -> None:
         self.dataset, self.split, self.log = dataset, split, FaultLog(limit)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.num_classes = rank, world_size, num_classes
         self.pending: list[str] = []
         if not isinstance(dataset, Stream):
             for name, value in (("dist_rank", rank), ("dist_num_replicas", world_size)):
@@ -56,7 +60,10 @@ class StreamReader:
                 yield from self.dataset.read(share, self._record)
             else:
                 reopen(self.dataset.reader, seed)
-                yield from self.dataset
+                for number, (image, label) in enumerate(self.dataset):
+                    if label < 0 or (self.num_classes is not None and label >= self.num_classes):
+                        refuse_label(int(label), self.num_classes, self.split, f"image {number} of the stream")
+                    yield image, label
         except DataError:
             raise
         except Exception as error:

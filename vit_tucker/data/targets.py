@@ -2,10 +2,11 @@
 
 import operator
 from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 
-from vit_tucker.data.classes import names_of
+from vit_tucker.data.classes import names_of, refuse_label
 from vit_tucker.data.naming import listed
 from vit_tucker.data.sources import Raw
 from vit_tucker.errors import DataError, nearest
@@ -15,7 +16,8 @@ class Targets:
     """The class numbers of a split's labels; by name wherever both the labels and the classes have names.
 
     Args:
-        source: of the labels, at the beginning of messages: "column 'label' of hfds/x, split 'test'".
+        source: of the labels, for messages: "column 'label' of hfds/x".
+        split: its name.
         names: of the numbers that the file has, in their order; None if numbers have no names there.
         classes: of the run, in the order of their numbers; None if the file's own numbers are the classes.
         class_map: number of each name or stored number, as ``data.class_map``; goes before all else.
@@ -25,17 +27,18 @@ class Targets:
     def __init__(
         self,
         source: str,
+        split: str,
         names: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
         class_map: Mapping[str, int] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        self.source, self.names, self.classes = source, names, classes
+        self.source, self.split, self.names, self.classes = source, split, names, classes
         self.class_map, self.num_classes = class_map, num_classes
         self.by_name = {name: number for number, name in enumerate(classes)} if classes is not None else {}
         if classes is not None and len(self.by_name) != len(classes):
             double = next(name for number, name in enumerate(classes) if self.by_name[name] != number)
-            raise DataError(f"{source}: the class '{double}' has two numbers")
+            raise DataError(f"{self.where}: the class '{double}' has two numbers")
 
     def number(self, raw: Raw, where: str) -> int:
         """Returns the class number of one label.
@@ -51,13 +54,20 @@ class Targets:
             return self._in_range(self._mapped(raw, where), where)
         if isinstance(raw, str):
             return self._in_range(self._named(raw, where), where)
-        if raw < 0:
-            raise DataError(f"{self.source}: {where} has the label {raw}, so none; unlabelled images can't be used")
         if self.names is None:
             return self._in_range(raw, where)
-        if raw >= len(self.names):
-            raise DataError(f"{self.source}: {where} has the label {raw}, but there are {len(self.names)} class names")
+        if not 0 <= raw < len(self.names):
+            self.refuse(raw, len(self.names), where)
         return self._in_range(raw if self.classes is None else self._named(self.names[raw], where), where)
+
+    @property
+    def where(self) -> str:
+        """The split as messages name it."""
+        return f"{self.source}, split '{self.split}'"
+
+    def refuse(self, number: int, count: int | None, where: str) -> NoReturn:
+        """Raises DataError for a label that is no number of a class, see ``refuse_label``."""
+        refuse_label(number, count, self.split, f"{where} ({self.source})")
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -72,7 +82,7 @@ class Targets:
         if key is None:
             name = self.name_of(raw)
             near = nearest(name, self.class_map)
-            raise DataError(f"{self.source}: {where} has the label '{name}', which data.class_map lacks{near}")
+            raise DataError(f"{self.where}: {where} has the label '{name}', which data.class_map lacks{near}")
         return self.class_map[key]
 
     def mapped_key(self, raw: Raw) -> str | None:
@@ -88,23 +98,18 @@ class Targets:
     def _named(self, name: str, where: str) -> int:
         if self.classes is None:
             raise DataError(
-                f"{self.source}: {where} has the label '{name}', a name without a number; set data.class_map"
+                f"{self.where}: {where} has the label '{name}', a name without a number; set data.class_map"
             )
         if name not in self.by_name:
             raise DataError(
-                f"{self.source}: {where} is of class '{name}', which is none of the {len(self.classes)} classes of the training "
+                f"{self.where}: {where} is of class '{name}', which is none of the {len(self.classes)} classes of the training "
                 f"split ({listed(self.classes)}){nearest(name, self.classes)}"
             )
         return self.by_name[name]
 
     def _in_range(self, number: int, where: str) -> int:
-        if number < 0:
-            raise DataError(f"{self.source}: {where} has the label {number}, so none; unlabelled images can't be used")
-        if self.num_classes is not None and number >= self.num_classes:
-            raise DataError(
-                f"{self.source}: {where} has the label {number}, but the model has {self.num_classes} classes (0 to "
-                f"{self.num_classes - 1}); see model.num_classes"
-            )
+        if number < 0 or (self.num_classes is not None and number >= self.num_classes):
+            self.refuse(number, self.num_classes, where)
         return number
 
 
