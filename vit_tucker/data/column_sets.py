@@ -144,8 +144,8 @@ def label_column(table: Any, source: Source) -> list[Raw]:
     if column.null_count:
         first = column.to_pylist().index(None)
         raise DataError(
-            f"{label_source(source)}, split '{source.split}': image {first} has no label, as {column.null_count} of {len(column)} "
-            "images; unlabelled images can't be used"
+            f"{label_source(source)}, split '{source.split}': image {first} has no label, as {column.null_count} of {len(column)}"
+            " images; unlabelled images can't be used"
         )
     return [plain(value) for value in column.to_pylist()]
 
