@@ -265,6 +265,12 @@ def test_nothing_of_a_data_set_is_executed_and_options_are_checked(tmp_path):
     for kind in (*KINDS, "wds", "tfds", "torch"):
         with pytest.raises(DataError, match="trust_remote_code: code of a data set is never run"):
             opened(tmp_path, kind=kind, dataset_kwargs={"trust_remote_code": True})
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "code.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass A: pass\n")
+    for kind in KINDS:
+        with pytest.raises(DataError, match="can't be opened: .*[Ss]cript"):
+            opened(tmp_path, kind=kind, folder="code")
+    assert not (tmp_path / "executed").exists()
     with pytest.raises(DataError, match=r"hfds/ has no option 'inptu_key', known: .*; did you mean 'input_key'\?"):
         opened(tmp_path, dataset_kwargs={"inptu_key": "image"})
 
@@ -277,6 +283,7 @@ def test_images_are_as_stored_whatever_the_column_is_made_of(tmp_path):
         (
             ([stored(i)["bytes"] for i in range(2)], Value("binary")),
             ([str(tmp_path / f"{i}.png") for i in range(2)], Value("string")),
+            ([str(tmp_path / f"{i}.png") for i in range(2)], Value("large_string")),
         )
     ):
         for i in range(2):

@@ -61,7 +61,6 @@ def open_columns(source: Source) -> ColumnDataset:
     Raises:
         DataError: a split, column, label or class that can't be.
     """
-    import_datasets(source)
     source.check_options(MAP_OPTIONS)
     builder = columns.open_builder(source)
     columns.check_split(builder, source)
@@ -70,7 +69,7 @@ def open_columns(source: Source) -> ColumnDataset:
     image_key, label_key = columns.columns_of(source)
     raw = label_column(table, source)
     targets = split_targets(builder, source, table.features[label_key], raw)
-    images = undecoded(table, image_key)
+    images = undecoded(table.select_columns([image_key]), image_key)
     notes: list[str] = []
     if source.class_map is not None:
         keep, notes = mapped(targets, raw, source)
@@ -104,14 +103,6 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: Source) -> tuple[list[i
     return keep, [f"{line}{len(left_out):,} classes: {listed(left_out)}"]
 
 
-def import_datasets(source: Source) -> None:
-    """Raises DataError if the package `datasets` is not installed."""
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise DataError(f"{source.name}: needs the package datasets: pip install vit_tucker[data]") from None
-
-
 def load_split(source: Source) -> Any:
     """Returns the table of a split.
 
@@ -121,16 +112,23 @@ def load_split(source: Source) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(columns.repository(source.name), split=source.split, cache_dir=str(source.root))
+        return datasets.load_dataset(
+            columns.repository(source.name),
+            split=source.split,
+            cache_dir=str(source.root),
+            **columns.without_code(datasets.load_dataset),
+        )
     except Exception as error:
         raise columns.cant_open(source, error) from error
 
 
 def undecoded(table: Any, key: str) -> Any:
-    """Returns the column of the images alone, as files."""
+    """Returns a table, or stream, whose column of images is read as files, bytes or paths."""
     from datasets import Image as ImageFeature
 
-    return table.select_columns([key]).cast_column(key, ImageFeature(decode=False))
+    return (
+        table.cast_column(key, ImageFeature(decode=False)) if isinstance(table.features[key], ImageFeature) else table
+    )
 
 
 def label_column(table: Any, source: Source) -> list[Raw]:
@@ -169,7 +167,7 @@ def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw]
         feature: type of the column of the labels.
         raw: all labels of the split; None for a stream.
     """
-    named = getattr(feature, "dtype", None) in ("string", "large_string")
+    named = getattr(feature, "dtype", None) in columns.STRING_TYPES
     names = None if named else own_names(builder, source, feature)
     classes = source.classes
     if classes is None and source.class_map is None:

@@ -10,11 +10,11 @@ from PIL import Image
 from vit_tucker.data import columns
 from vit_tucker.data.column_sets import (
     MAP_OPTIONS,
-    import_datasets,
     plain,
     read_stored,
     split_targets,
     stored_name,
+    undecoded,
 )
 from vit_tucker.data.sources import Source
 from vit_tucker.data.stream import Record, Share, Stream
@@ -70,10 +70,7 @@ class ColumnStream(Stream):
         return enumerate({name: values[0] for name, values in batch.items()} for batch in batches)
 
     def _undecoded(self, stream: Any) -> Any:
-        from datasets import Image as ImageFeature
-
-        columns_read = with_features(stream).select_columns([self.key, self.label_key])
-        return columns_read.cast_column(self.key, ImageFeature(decode=False))
+        return undecoded(with_features(stream).select_columns([self.key, self.label_key]), self.key)
 
     def label(self, row: Any) -> int:
         raw = row[1][self.label_key]
@@ -94,7 +91,6 @@ def open_column_stream(source: Source) -> ColumnStream:
     Raises:
         DataError: a split, column or class that can't be.
     """
-    import_datasets(source)
     source.check_options(STREAM_OPTIONS)
     builder = columns.open_builder(source)
     columns.check_split(builder, source)

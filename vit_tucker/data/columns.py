@@ -1,8 +1,9 @@
 """Columns and splits of Hugging Face's `datasets`, looked at before anything is read."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from vit_tucker.data.sources import Source, reason
 from vit_tucker.errors import DataError, nearest
 
 IMAGE_KEY, LABEL_KEY = "image", "label"
-LABEL_TYPES = ("int", "uint", "string", "large_string", "bool")
 BYTE_TYPES = ("binary", "large_binary")
+STRING_TYPES = ("string", "large_string")
+LABEL_TYPES = ("int", "uint", "bool", *STRING_TYPES)
 LABEL_WORDS = ("label", "class", "target", "category")
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -33,9 +35,16 @@ def open_builder(source: Source) -> Any:
     except ImportError:
         raise DataError(f"{source.name}: needs the package datasets: pip install vit_tucker[data]") from None
     try:
-        return datasets.load_dataset_builder(repository(source.name), cache_dir=str(source.root))
+        return datasets.load_dataset_builder(
+            repository(source.name), cache_dir=str(source.root), **without_code(datasets.load_dataset_builder)
+        )
     except Exception as error:
         raise cant_open(source, error) from error
+
+
+def without_code(load: Callable[..., Any]) -> dict[str, bool]:
+    """Returns the argument by which datasets < 4 executes nothing of a data set, without asking; later ones can't."""
+    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
 
 
 def repository(name: str) -> str:
@@ -196,7 +205,7 @@ def holds_images(feature: Any) -> bool:
     """Returns whether a column can hold images: of `datasets`' Image type, bytes of files, or paths."""
     if isinstance(feature, Mapping):
         return {"bytes", "path"} <= set(feature)
-    return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in (*BYTE_TYPES, "string")
+    return type(feature).__name__ == "Image" or getattr(feature, "dtype", None) in (*BYTE_TYPES, *STRING_TYPES)
 
 
 def holds_labels(feature: Any) -> bool:

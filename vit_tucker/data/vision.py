@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_dataset
+from torchvision.datasets import ImageNet
 
-from vit_tucker.data.sources import reason
+from vit_tucker.data.sources import OWN_OPTIONS, reason
 from vit_tucker.errors import DataError, nearest
 
 TRAIN, EVAL = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation")
@@ -41,7 +42,11 @@ def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -
     if kind in FOLDERS:
         check_folder(name, split, root)
     try:
-        opened: Any = create_dataset(name, root=str(root), split=split, **options)
+        if kind == "imagenet":  # which timm < 1.0.10 opens with an argument that torchvision does not have
+            own = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+            opened: Any = ImageNet(str(root), "train" if split == "train" else "val", **own)
+        else:
+            opened = create_dataset(name, root=str(root), split=split, **options)
     except Exception as error:
         raise DataError(
             f"data set '{name}' (split '{split}', folder {root}) can't be opened: {reason(error)}"
