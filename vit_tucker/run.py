@@ -177,7 +177,7 @@ def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: b
         peers.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
     )
     try:
-        FaultLog(config.data.max_bad_images).add(bad)
+        peers.together(lambda: FaultLog(config.data.max_bad_images).add(bad))
     except DataError:
         for line in bad:
             LOGGER.warning(f"bad image: {line}")

@@ -105,6 +105,8 @@ def test_unknown_classes_are_refused_before_the_first_step(colours):
     shutil.rmtree("set/val/pink")
     with pytest.raises(vt.DataError, match=r"split 'train': label 2 of .*, but there are 2 classes"):
         run(config("model.num_classes=2"), dry_run=True)
+    with pytest.raises(vt.ConfigError, match=r"data.value_range: must be \[low, high\] with low below high"):
+        config("data.value_range=[5, 5]")
     assert not Path("a").exists()
 
 
