@@ -1,7 +1,7 @@
 """Hugging Face's `datasets`, map-style (hfds/)."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -126,9 +126,9 @@ def undecoded(table: Any, key: str) -> Any:
     """Returns a table, or stream, whose column of images is read as files, bytes or paths."""
     from datasets import Image as ImageFeature
 
-    return (
-        table.cast_column(key, ImageFeature(decode=False)) if isinstance(table.features[key], ImageFeature) else table
-    )
+    if not isinstance(table.features[key], ImageFeature):
+        return table
+    return table.cast_column(key, ImageFeature(decode=False))
 
 
 def label_column(table: Any, source: Source) -> list[Raw]:
@@ -175,8 +175,7 @@ def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw]
         known = columns.split_names(builder)
         other = source.split != source.train_split and source.train_split in known
         if named:
-            own = raw if not other and raw is not None else training_labels(builder, training if other else source)
-            classes = in_order(str(name) for name in own)
+            classes = in_order(map(str, label_values(builder, training if other else source, raw, other)))
         elif names is not None:
             classes = own_names(builder, training, feature) if other else names
     return Targets(label_source(source), source.split, names, classes, source.class_map, source.num_classes)
@@ -189,15 +188,20 @@ def own_names(builder: Any, source: Source, feature: Any) -> tuple[str, ...] | N
     return stored or (tuple(names) if names is not None else None)
 
 
-def training_labels(builder: Any, source: Source) -> list[Raw]:
-    """Returns all labels of a split, for their names: of a stream by one pass through the column."""
-    if source.name.startswith("hfids"):
-        _, key = columns.columns_of(source)
-        stream = builder.as_streaming_dataset(split=source.split).select_columns([key])
-        return sorted(
-            {batch_value for batch in stream.iter(batch_size=1) if (batch_value := batch[key][0]) is not None}
-        )
-    return label_column(load_split(source), source)
+def label_values(builder: Any, source: Source, raw: Sequence[Raw] | None, other: bool) -> Iterable[Raw]:
+    """Returns the different labels of a split: of a stream by one pass through its column.
+
+    Args:
+        builder: of the data set.
+        source: the split.
+        raw: all labels of the split that is opened; None for a stream.
+        other: that is another split.
+    """
+    if raw is not None:
+        return set(label_column(load_split(source), source) if other else raw)
+    _, key = columns.columns_of(source)
+    stream = builder.as_streaming_dataset(split=source.split).select_columns([key])
+    return {label for batch in stream.iter(batch_size=1000) for label in batch[key] if label is not None}
 
 
 def read_stored(stored: Any, source: Source) -> Image.Image:

@@ -8,14 +8,7 @@ from typing import Any
 from PIL import Image
 
 from vit_tucker.data import columns
-from vit_tucker.data.column_sets import (
-    MAP_OPTIONS,
-    plain,
-    read_stored,
-    split_targets,
-    stored_name,
-    undecoded,
-)
+from vit_tucker.data.column_sets import MAP_OPTIONS, plain, read_stored, split_targets, stored_name, undecoded
 from vit_tucker.data.sources import Source
 from vit_tucker.data.stream import Record, Share, Stream
 from vit_tucker.data.targets import Targets
@@ -37,13 +30,7 @@ class ColumnStream(Stream):
         size: images of the split; None if unknown.
     """
 
-    def __init__(
-        self,
-        builder: Any,
-        source: Source,
-        targets: Targets,
-        size: int | None,
-    ) -> None:
+    def __init__(self, builder: Any, source: Source, targets: Targets, size: int | None) -> None:
         super().__init__(source.split, size, int(source.options.get("batch_size") or 1), targets.class_names)
         self.builder, self.source, self.targets = builder, source, targets
         self.key, self.label_key = columns.columns_of(source)

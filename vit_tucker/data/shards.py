@@ -41,10 +41,8 @@ class ShardStream(Stream):
         files, stages = self.shards.files, []
         if share.seed is not None:
             seed = int(self.source.options.get("seed") or 0)
-            order = wds.detshuffle(
-                SHARD_BUFFER, SHARD_START, seed=seed, epoch=share.epoch - 1
-            )  # it counts on by itself
-            files = list(order.run(iter(files)))
+            before = share.epoch - 1  # it counts on by itself
+            files = list(wds.detshuffle(SHARD_BUFFER, SHARD_START, seed=seed, epoch=before).run(iter(files)))
             buffer = self.source.count("sample_shuffle_size") or SAMPLE_BUFFER
             start = self.source.count("sample_initial_size") or SAMPLE_START
             stages = [wds.shuffle(buffer, initial=start, rng=generator)]
@@ -109,11 +107,9 @@ def read_shards(files: Sequence[str], handler: Any, stages: Sequence[Any] = ()) 
     """
     import webdataset as wds
 
-    return (
-        wds.DataPipeline(wds.SimpleShardList(list(files)), wds.tarfile_to_samples(handler=handler), *stages)
-        if files
-        else ()
-    )
+    if not files:
+        return ()
+    return wds.DataPipeline(wds.SimpleShardList(list(files)), wds.tarfile_to_samples(handler=handler), *stages)
 
 
 def open_shards(source: Source) -> ShardStream:

@@ -42,7 +42,7 @@ def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -
     if kind in FOLDERS:
         check_folder(name, split, root)
     try:
-        if kind == "imagenet":  # which timm < 1.0.10 opens with an argument that torchvision does not have
+        if kind == "imagenet":  # which older timm opens with an argument that torchvision does not have
             own = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
             opened: Any = ImageNet(str(root), "train" if split == "train" else "val", **own)
         else:
