@@ -107,8 +107,7 @@ def test_a_hugging_face_stream_goes_on_exactly(tmp_path, workers):
     assert not equal(first, second)
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 2)])
-@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize(("workers", "world_size", "download"), [(0, 1, True), (0, 2, False), (2, 2, False)])
 def test_num_samples_of_a_hugging_face_stream_are_its_first_ones(tmp_path, workers, world_size, download):
     write_folder(
         tmp_path / "images", splits=("train", "test"), count=8
