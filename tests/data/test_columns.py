@@ -298,3 +298,22 @@ def test_images_are_as_stored_whatever_the_column_is_made_of(tmp_path):
             images = opened(tmp_path, kind=kind, folder=other.name)
             found = [np.asarray(image) for image, _ in images]
             assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_go_through_the_one_conversion(tmp_path, kind):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    turned, deep = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (8, 4)).save(turned, "JPEG", exif=exif)
+    Image.fromarray(np.full((4, 4), 32768, np.uint16)).save(deep, "PNG")
+    columns = {"image": [{"bytes": file.getvalue(), "path": None} for file in (turned, deep)], "label": [0, 0]}
+    features = Features(image=ImageFeature(), label=ClassLabel(names=["a"]))
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "train.parquet")
+    for turn, size in ((False, (8, 4)), (True, (4, 8))):
+        data = opened(tmp_path, kind=kind, exif_orientation=turn)
+        first, second = (image for image, _ in (data if kind == "hfids" else (data[0], data[1])))
+        assert first.size == size
+        assert second.getpixel((0, 0)) == (128, 128, 128)
