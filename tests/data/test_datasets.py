@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 
 
 def load(name, split="train", mode="RGB", root="nowhere", **options):
-    if name in ("folder", "imagenet"):
+    if name in ("folder", "imagenet") or name.startswith(("wds/", "hfds/")):
         return open_split(DataConfig(dataset=name, root=str(root)), split, split == "train", 3)
     return load_dataset(name, split, split == "train", mode, str(root), options)
 
@@ -80,8 +80,10 @@ def test_fashion_mnist_missing_or_malformed(tmp_path, monkeypatch):
     ):
         load("fashion_mnist", root=tmp_path)
     write_fashion(tmp_path / "debian", ".gz", labels=4)
+    with pytest.raises(DataError, match=rf"not found, searched {tmp_path}/FashionMNIST/raw, .* left at data$"):
+        load("fashion_mnist", root=tmp_path)  # a folder that the user names is not left for the system's
     with pytest.raises(DataError, match="5 train images but 4 labels"):
-        load("fashion_mnist", root=tmp_path)
+        load("fashion_mnist", root="data")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +219,9 @@ def test_unreadable_factory_names_say_why(tmp_path):
         DataError, match=r"data set 'torch/nope' .*can't be opened: AssertionError: Unknown torchvision"
     ):
         load("torch/nope", root=tmp_path)
-    with pytest.raises(DataError, match=r"data set 'wds/' \(split 'train', folder .*can't be opened"):
+    with pytest.raises(
+        DataError, match=r"wds/, split 'train': no _info.json in .* lists its shards; name them by a pattern"
+    ):
         load("wds/", root=tmp_path)
 
 

@@ -8,9 +8,10 @@ from tests.data.test_datasets import write_folder
 from tests.data.trees import opened, tree
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.classes import refuse_label
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, load_dataset
+from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset
 from vit_tucker.data.labels import check_labels, labels_of
 from vit_tucker.data.loaders import build_loaders
+from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}
@@ -41,7 +42,7 @@ def test_labels_of_every_kind_of_set(tmp_path):
     assert labels_of(ConvertedDataset(Fake(), "L")) is None
     assert labels_of(ConvertedDataset(Fake(targets=[[1, 2], [3], []]), "L")) is None
     write_folder(tmp_path / "images", splits=("train",))
-    stored = load_dataset(f"hfds/{tmp_path}/images", "train", True, "RGB", str(tmp_path / "cache"), {})
+    stored = open_split(DataConfig(dataset=f"hfds/{tmp_path}/images", root=str(tmp_path / "cache")), "train", True, 3)
     assert labels_of(stored).tolist() == [0, 0, 0, 1, 1, 1]
 
 

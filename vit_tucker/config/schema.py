@@ -88,9 +88,15 @@ class DataConfig(Section):
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
-    dataset_kwargs: dict[str, Any] = Field(default={}, description="Other arguments of timm.data.create_dataset.")
+    dataset_kwargs: dict[str, Any] = Field(
+        default={},
+        description="How columns or keys are read: input_key, target_key (hfds/, hfids/, wds/), num_samples (streams); "
+        "other arguments of timm.data.create_dataset (torch/, tfds/).",
+    )
     num_samples: int | None = Field(
-        default=None, ge=1, description="Train on the first n samples only (of a fixed shuffle)."
+        default=None,
+        ge=1,
+        description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
     )
     class_map: dict[str, int] | str | None = Field(
         default=None,

@@ -13,6 +13,7 @@ from vit_tucker.data.datasets import is_iterable, subset
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.seeding import derive_seed
 from vit_tucker.data.splits import open_split
+from vit_tucker.data.streams import StreamReader
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import DataError
 
@@ -38,7 +39,9 @@ def calibration_images(
     split = open_split(data, data.train_split, False, resolved["input_size"][0], batch_size=batch_size)
     split = subset(split, data.num_samples)
     if is_iterable(split):
-        samples: Iterable[Any] = itertools.islice(split, images)
+        samples: Iterable[Any] = itertools.islice(
+            StreamReader(split, data.train_split, data.max_bad_images).read(), images
+        )
     else:
         if images > len(split):
             raise DataError(f"attention.calibration.images={images}: the training split has {len(split)} images")

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import datasets as tv
 
 from vit_tucker.data.folders import FolderDataset, is_folder_set
 from vit_tucker.data.idx import read_idx
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
+from vit_tucker.data.sources import reason
+from vit_tucker.data.vision import open_vision
 from vit_tucker.errors import DataError, nearest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DEFAULT_ROOT = Path("data")
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
 DIGITS_TEST_SHARE = 0.2
@@ -109,31 +112,6 @@ class ConvertedDataset(Dataset):
         return to_mode(image, self.mode, self.options), int(label)
 
 
-class FileDataset(Dataset):
-    """timm's map-style data sets, read without its habit to put the next image, unseen, in the place of a bad one.
-
-    Args:
-        dataset: timm.data.ImageDataset.
-        mode: PIL mode of the returned images.
-        options: see ``ImageOptions``.
-    """
-
-    def __init__(self, dataset: Any, mode: str, options: ImageOptions = AS_STORED) -> None:
-        self.reader, self.mode, self.options = dataset.reader, mode, options
-        self.target_transform = dataset.target_transform
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, target, *_ = self.reader[index]
-        with file:
-            image = to_mode(Image.open(file), self.mode, self.options)  # decodes all pixels
-        if target is None:
-            return image, -1
-        return image, int(target if self.target_transform is None else self.target_transform(target))
-
-
 def image_name(dataset: Any, index: int) -> str:
     """The path of an image where the data set has one, else "image 17", counted in the whole split."""
     if isinstance(dataset, Subset):
@@ -141,9 +119,9 @@ def image_name(dataset: Any, index: int) -> str:
     if isinstance(dataset, ConvertedDataset):
         return image_name(dataset.dataset, index)
     path: Any = None
-    if isinstance(dataset, FileDataset):
-        with contextlib.suppress(Exception):  # a reader without names; what is to be named is an error already
-            path = dataset.reader.filename(index, absolute=True)
+    if hasattr(dataset, "image_name"):
+        with contextlib.suppress(Exception):  # what is to be named is an error already
+            path = dataset.image_name(index)
     elif isinstance(dataset, FolderDataset):
         path = dataset.path(index)
     elif isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's folders
@@ -166,13 +144,17 @@ def load_digits(train: bool, mode: str) -> ArrayDataset:
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
-    """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``, or the Debian package's folder."""
+    """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``.
+
+    The Debian package's folder is read only if ``root`` is the default: a folder that the user names is not left for another.
+    """
     if download:
         try:
             tv.FashionMNIST(str(root), train=train, download=True)
         except (RuntimeError, OSError) as error:
             raise DataError(f"Fashion-MNIST can't be downloaded to {root}: {error}") from None
-    folders = [root / "FashionMNIST" / "raw", root / "fashion_mnist", root, DEBIAN_FASHION_MNIST]
+    own = root == DEFAULT_ROOT
+    folders = [root / "FashionMNIST" / "raw", root / "fashion_mnist", root, *([DEBIAN_FASHION_MNIST] if own else [])]
     prefix = "train" if train else "t10k"
     for folder in folders:
         for suffix in ("", ".gz"):
@@ -184,9 +166,10 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
                     raise DataError(f"{folder}: {len(pixels)} {prefix} images but {len(classes)} labels")
                 return ArrayDataset(pixels, classes, mode)
     searched = ", ".join(str(folder) for folder in folders)
+    debian = "" if own else f", which is in {DEBIAN_FASHION_MNIST}, and read where data.root is left at {DEFAULT_ROOT}"
     raise DataError(
         f"Fashion-MNIST not found, searched {searched}; get it with data.download=true, or as the Debian package "
-        "dataset-fashion-mnist"
+        f"dataset-fashion-mnist{debian}"
     )
 
 
@@ -208,18 +191,16 @@ def load_factory(
     name: str, split: str, training: bool, mode: str, root: Path, options: dict[str, Any], images: ImageOptions
 ) -> Any:
     """What timm.data.create_dataset reads beside image folders; ``options`` are its arguments."""
+    if name.partition("/")[0].lower() == "torch":
+        return ConvertedDataset(open_vision(name, split, root, options), mode, images)
     try:
         opened = create_dataset(
             name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options
         )  # fmt: skip
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise DataError(
-            f"data set '{name}' (split '{split}', folder {root}) can't be opened: "
-            f"{type(error).__name__}: {reason[0] if reason else ''}"
+            f"data set '{name}' (split '{split}', folder {root}) can't be opened: {reason(error)}"
         ) from error
-    if isinstance(opened, ImageDataset):
-        return FileDataset(opened, mode, images)
     return opened if is_iterable(opened) else ConvertedDataset(opened, mode, images)
 
 
@@ -244,7 +225,7 @@ def load_dataset(
         images: how image files are read.
 
     Returns:
-        A map-style data set of (PIL image, int), or an iterable one (timm's readers).
+        A map-style data set of (PIL image, int), or an iterable one.
 
     Raises:
         DataError: missing or malformed; says which folder was searched and how to get it.
@@ -273,15 +254,17 @@ def is_iterable(dataset: Any) -> bool:
 
 
 def subset(dataset: Any, num_samples: int | None) -> Any:
-    """The first ``num_samples`` of a fixed shuffle; all for None.
+    """The first ``num_samples`` of a fixed shuffle, of a stream in the order of its files; all for None.
 
     Raises:
-        DataError: more samples than there are, or a data set that only streams.
+        DataError: more samples than there are, or a stream of TFDS.
     """
     if num_samples is None:
         return dataset
+    if hasattr(dataset, "first"):
+        return dataset.first(num_samples)
     if is_iterable(dataset):
-        raise DataError("data.num_samples: a streamed data set has no order to cut")
+        raise DataError("data.num_samples: TFDS cuts its splits by itself: data.train_split='train[:1000]'")
     if num_samples > len(dataset):
         raise DataError(f"data.num_samples={num_samples}: the training split has {len(dataset)} images")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))

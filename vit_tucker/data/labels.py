@@ -8,8 +8,11 @@ import numpy as np
 from torch.utils.data import Subset
 
 from vit_tucker.data.classes import refuse_label
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, FileDataset, image_name
+from vit_tucker.data.column_sets import ColumnDataset
+from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
 from vit_tucker.data.folders import FolderDataset
+from vit_tucker.data.stream import Stream
+from vit_tucker.data.vision import vision_labels, vision_names
 
 FASHION_MNIST = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -29,17 +32,16 @@ def label_names(name: str, dataset: Any) -> tuple[str, ...] | None:
         return OWN[name]
     if isinstance(dataset, Subset):
         return label_names(name, dataset.dataset)
+    if isinstance(dataset, ColumnDataset | Stream):
+        return dataset.class_names
     if isinstance(dataset, ConvertedDataset):  # of torchvision
-        return _texts(getattr(dataset.dataset, "classes", None))
+        return vision_names(dataset.dataset)
     if isinstance(dataset, FolderDataset):
         return dataset.classes
-    reader = dataset.reader if isinstance(dataset, FileDataset) else getattr(dataset, "reader", None)
-    numbers = getattr(reader, "class_to_idx", None)
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)  # of TFDS
     if isinstance(numbers, Mapping) and sorted(numbers.values()) == list(range(len(numbers))):
         return tuple(sorted(numbers, key=lambda label: numbers[label]))
-    features = getattr(getattr(reader, "dataset", None), "features", None)  # of Hugging Face data sets
-    label = features.get(getattr(reader, "label_key", "label")) if isinstance(features, Mapping) else None
-    return _texts(getattr(label, "names", None))
+    return None
 
 
 def labels_of(dataset: Any) -> np.ndarray | None:
@@ -51,14 +53,11 @@ def labels_of(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ArrayDataset | FolderDataset):
+    if isinstance(dataset, ArrayDataset | ColumnDataset | FolderDataset):
         return np.asarray(dataset.labels).astype(np.int64)
     found: Any = None
     if isinstance(dataset, ConvertedDataset):  # of torchvision
-        names = ("targets", "labels", "_labels")
-        found = next((value for name in names if (value := getattr(dataset.dataset, name, None)) is not None), None)
-    elif isinstance(dataset, FileDataset) and dataset.target_transform is None:
-        found = _column(dataset.reader)
+        found = vision_labels(dataset.dataset)
     if found is None:
         return None
     try:
@@ -67,18 +66,6 @@ def labels_of(dataset: Any) -> np.ndarray | None:
         return None
     fits = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
     return labels.astype(np.int64) if fits else None
-
-
-def _column(reader: Any) -> Any:
-    """Returns the column of labels of timm's reader of Hugging Face data sets; None for others, and for labels that it maps."""
-    table, key = getattr(reader, "dataset", None), getattr(reader, "label_key", None)
-    if (
-        table is None
-        or getattr(reader, "remap_class", False)
-        or key not in (getattr(table, "column_names", None) or ())
-    ):
-        return None
-    return list(table.select_columns([key])[:][key])
 
 
 def check_labels(dataset: Any, num_classes: int, split: str) -> None:

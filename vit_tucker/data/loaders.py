@@ -1,4 +1,4 @@
-"""Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by timm's own readers."""
+"""Loaders of a run. Map-style sets use our samplers; streamed sets (webdataset, ...) are split by shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
 from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
+from vit_tucker.data.stream import stream_size
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
 from vit_tucker.data.workers import end_workers, init_worker
@@ -199,7 +200,7 @@ class Place:
             dataset.set_loader_cfg(
                 num_workers=max(1, self.data.num_workers)
             )  # old timm takes 0 to mean no shard at all
-        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size)
+        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
         """DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
@@ -227,7 +228,7 @@ def as_it_is(batch: Batch) -> Batch:
 def _train_loader(place: Place, split: Any) -> TrainLoader:
     data, train = place.data, place.train
     streamed = is_iterable(split)
-    total = split.reader.num_samples if streamed else len(split)
+    total = stream_size(split, data.train_split) if streamed else len(split)
     repeats = max(1, data.aug_repeats)
     if streamed and repeats > 1:
         raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")

@@ -13,6 +13,7 @@ from vit_tucker.data.calibration import readable_images
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
 from vit_tucker.data.splits import open_split
+from vit_tucker.data.streams import StreamReader
 from vit_tucker.data.transforms import eval_transform
 
 Labelled = tuple[Tensor, Tensor | None]
@@ -37,7 +38,9 @@ def evaluation_images(
     channels = resolved["input_size"][0]
     split = open_split(data, data.val_split, False, channels, classes=classes, batch_size=batch_size)
     if is_iterable(split):
-        samples: Iterable[Any] = itertools.islice(split, images)
+        samples: Iterable[Any] = itertools.islice(
+            StreamReader(split, data.val_split, data.max_bad_images).read(), images
+        )
     else:
         order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
         samples = readable_images(split, order, min(images, len(order)), data)

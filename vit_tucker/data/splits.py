@@ -1,19 +1,22 @@
 """Opening the splits of a run: one way for training, evaluation, calibration, comparison and explanation."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.classes import refuse_changed
+from vit_tucker.data.classes import read_class_map, refuse_changed
 from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
+from vit_tucker.data.factory import has_opener, open_source
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
+from vit_tucker.data.sources import Source, refuse_remote_code
 from vit_tucker.errors import ConfigError, DataError
 
 
@@ -56,7 +59,7 @@ def open_splits(
     Raises:
         DataError: a split is missing or malformed, or the classes of the splits don't fit.
     """
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
+    options: dict[str, Any] = {"num_classes": num_classes, "batch_size": batch_size, "seed": seed}
     train = None
     if with_train:
         train = open_split(data, data.train_split, True, channels, **options)
@@ -75,7 +78,7 @@ def open_splits(
         for split, dataset in opened.items():
             check_labels(dataset, num_classes, split)
         refuse_too_many(names, num_classes)
-    if is_folder_set(data.dataset) and names is not None:
+    if (is_folder_set(data.dataset) or has_opener(data.dataset)) and names is not None:
         notes = (*notes, classes_note(names, num_classes, opened))
     return Splits(train, evaluation, names, notes)
 
@@ -96,7 +99,7 @@ def classes_note(names: Sequence[str], num_classes: int | None, opened: Mapping[
         labels = labels_of(dataset)
         if labels is not None:
             counts.append(f"{len(np.unique(labels)):,} in split '{split}'")
-    line = f"classes: {len(names):,} ({listed(names)}); with images: {', '.join(counts)}"
+    line = f"classes: {len(names):,} ({listed(names)})" + (f"; with images: {', '.join(counts)}" if counts else "")
     if num_classes is None or num_classes == len(names):
         return line
     return f"{line}; the model has {num_classes:,}, {num_classes - len(names):,} of them never seen"
@@ -109,6 +112,7 @@ def open_split(
     channels: int,
     *,
     classes: Sequence[str] | None = None,
+    num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
 ) -> Any:
@@ -120,11 +124,12 @@ def open_split(
         training: streamed sets shuffle when training.
         channels: of the model's images: 1 for grey ones, else RGB.
         classes: names of the classes in the order of their numbers; the training split's if None.
+        num_classes: of the model; None if it may be any.
         batch_size: images of one process per step, for readers of streams.
         seed: of the run, for readers of streams.
 
     Returns:
-        A map-style data set of (PIL image, int), or an iterable one (timm's readers).
+        A map-style data set of (PIL image, int), or an iterable one.
 
     Raises:
         DataError: the split is missing or malformed, or has classes that ``classes`` lacks.
@@ -133,7 +138,27 @@ def open_split(
     if is_folder_set(data.dataset):
         return open_folder(data, split, mode, classes)
     refuse_folder_keys(data)
+    refuse_remote_code(data.dataset_kwargs)
+    root = Path(data.root).expanduser()
+    given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
+    numbers = None if given is None else read_class_map(given, [root])
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
+    if has_opener(data.dataset):
+        return open_source(
+            Source(
+                name=data.dataset,
+                split=split,
+                train_split=data.train_split,
+                mode=mode,
+                root=root,
+                images=ImageOptions.of(data),
+                options=options,
+                classes=classes,
+                num_classes=num_classes,
+                class_map=numbers,
+            )
+        )
+    options["class_map"] = numbers
     return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
 
 
@@ -141,7 +166,7 @@ def refuse_folder_keys(data: DataConfig) -> None:
     """Raises ConfigError for keys of image folders with another data set, which would not use them."""
     fixed = data.dataset in INFO or data.dataset.partition("/")[0].lower() == "torch"
     for key in ("labels", "class_level", *(["class_map"] if fixed else [])):
-        if getattr(data, key) is not None:
+        if getattr(data, key) is not None or (fixed and data.dataset_kwargs.get(key) is not None):
             raise ConfigError(f"data.{key}: is for image folders; the data set '{data.dataset}' has labels of its own")
 
 
@@ -151,7 +176,15 @@ def inferred_classes(data: DataConfig) -> int | None:
     Raises:
         DataError: the training split is missing, or does not tell its classes.
     """
-    return len(folder_classes(data)) if is_folder_set(data.dataset) else None
+    if is_folder_set(data.dataset):
+        return len(folder_classes(data))
+    if not has_opener(data.dataset):
+        return None
+    split = open_split(data, data.train_split, False, 3)
+    if (names := class_names(data, split)) is not None:
+        return len(names)
+    labels = labels_of(split)
+    return None if labels is None or not len(labels) else int(labels.max()) + 1
 
 
 def choose_classes(
@@ -176,13 +209,16 @@ def choose_classes(
         return None, []
     if stored and own:
         return tuple(stored), []
-    if not is_folder_set(data.dataset):
+    if is_folder_set(data.dataset):
+        names = own_names(scan_split(data, data.val_split), data.val_split)
+    elif has_opener(data.dataset):
+        names = class_names(data, open_split(data, data.val_split, False, 3)) or ()
+    else:
         return None, []
-    names = own_names(scan_split(data, data.val_split), data.val_split)
     for known in (stored, label_names):
         if known and set(names) & set(known):
             return tuple(known), []
-    if has_training_split(data):
+    if not is_folder_set(data.dataset) or has_training_split(data):
         return None, []
     if len(names) != num_classes:
         raise DataError(

@@ -1,0 +1,101 @@
+"""torchvision's data sets (torch/): which splits there are, names of classes and labels as this package has them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset
+from torchvision.datasets import ImageNet
+
+from vit_tucker.data.sources import OWN_OPTIONS, reason
+from vit_tucker.errors import DataError, nearest
+
+TRAIN, EVAL = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation")
+TWO_PARTS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+FOLDERS = ("folder", "image_folder")
+SPLITS = {
+    **dict.fromkeys(TWO_PARTS, (*TRAIN, *EVAL, "test")),
+    "imagenet": ("train", *EVAL),
+    "places365": (*TRAIN, "train-standard", "train-challenge", *EVAL),
+}
+"""Splits of the sets that have the same ones everywhere; timm reads the test set of the first ones for any other word."""
+
+
+def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -> Any:
+    """Opens one of torchvision's data sets by timm's factory; images of files come as they are stored.
+
+    Args:
+        name: "torch/cifar10".
+        split: its name.
+        root: folder of the data sets.
+        options: other arguments of timm's factory.
+
+    Raises:
+        DataError: a split that the set does not have, missing files, or images without labels.
+    """
+    kind = name.partition("/")[2].lower()
+    known = SPLITS.get(kind)
+    if known is not None and split not in known:
+        raise DataError(f"{name} has no split '{split}', known: {', '.join(known)}{nearest(split, known)}")
+    if kind in FOLDERS:
+        check_folder(name, split, root)
+    try:
+        if kind == "imagenet":  # which older timm opens with an argument that torchvision does not have
+            own = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
+            opened: Any = ImageNet(str(root), "train" if split == "train" else "val", **own)
+        else:
+            opened = create_dataset(name, root=str(root), split=split, **options)
+    except Exception as error:
+        raise DataError(
+            f"data set '{name}' (split '{split}', folder {root}) can't be opened: {reason(error)}"
+        ) from error
+    if callable(getattr(opened, "loader", None)):
+        opened.loader = as_stored  # torchvision's own would make RGB of 16-bit images, cut off at 255
+    targets = getattr(opened, "targets", None)
+    if isinstance(targets, list) and None in targets:
+        raise DataError(f"{name}, split '{split}': its images have no labels; unlabelled images can't be used")
+    return opened
+
+
+def check_folder(name: str, split: str, root: Path) -> None:
+    """Raises DataError if there is no folder for a split; timm would read all of the root instead."""
+    names = next((group for group in (TRAIN, EVAL) if split in group), ())
+    if not any((root / folder).is_dir() for folder in (split, *names)):
+        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        raise DataError(
+            f"{name}: no image folder for split '{split}', searched {root} (expected {root}/{split}/<class>/<image>)"
+            f"{nearest(split, there)}"
+        )
+
+
+def as_stored(path: str) -> Image.Image:
+    """Returns the image of a file in the mode that it is stored in."""
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def vision_names(dataset: Any) -> tuple[str, ...] | None:
+    """Returns the names of the classes of a torchvision set, in the order of their numbers; None if it does not tell.
+
+    Several names of one class, as ImageNet has them, are joined by commas.
+    """
+    if hasattr(dataset, "all_categories"):  # iNaturalist
+        return tuple(map(str, dataset.all_categories)) if dataset.target_type == ["full"] else None
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, list | tuple) or not names:
+        return None
+    return tuple(", ".join(map(str, name)) if isinstance(name, tuple | list) else str(name) for name in names)
+
+
+def vision_labels(dataset: Any) -> Any:
+    """Returns the labels of all images of a torchvision set, as it has them; None if only reading the images tells."""
+    if hasattr(dataset, "all_categories"):
+        return [category for category, _ in dataset.index] if dataset.target_type == ["full"] else None
+    names = ("targets", "labels", "_labels")
+    found = next((value for name in names if (value := getattr(dataset, name, None)) is not None), None)
+    if found is not None and getattr(dataset, "compat", False):  # QMNIST, whose targets have the writers too
+        return np.asarray(found)[:, 0]
+    return found
