@@ -26,7 +26,8 @@ def small_create_model(create_model: Callable[..., nn.Module]) -> Callable[..., 
         size = name.split("_")[1] if name.startswith("vit_") else None
         if size not in WIDTHS:
             return create_model(name, **options)
-        model = create_model(name, **{**SIZES, "embed_dim": WIDTHS[size], **options})
+        own = pretrained and "state_dict" in options.get("pretrained_cfg_overlay", {})  # not timm's, but some at hand
+        model = create_model(name, pretrained=own, **{**SIZES, "embed_dim": WIDTHS[size], **options})
         model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
         return model
 
