@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# one thread for each process, those too that tests start: threads of several processes wait for each other in busy loops
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import timm
@@ -17,7 +20,7 @@ import vit_tucker
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.rope import RopeSpec
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 SIDE_FOLDERS = [
     str(Path(p).resolve())
