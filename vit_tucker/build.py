@@ -66,7 +66,7 @@ def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None)
         stored: class map of a run that has begun.
 
     Raises:
-        ConfigError: neither tells the number of classes.
+        ConfigError: neither names the number of classes. DataError: the data set, which would, is missing or malformed.
     """
     info = dataset_info(config.data.dataset)
     if config.model.num_classes == 0:
@@ -75,13 +75,12 @@ def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None)
     if num_classes is None and stored:
         num_classes = len(stored)
     if num_classes is None:
-        reason = ""
         try:
             num_classes = inferred_classes(config.data) or info.num_classes
         except DataError as error:
-            reason = f": {error}"
-        if num_classes is None:
-            raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not tell{reason}")
+            raise DataError(f"{error}; the number of classes comes from there, or from model.num_classes") from None
+    if num_classes is None:
+        raise ConfigError(f"model.num_classes: needed, the data set '{config.data.dataset}' does not name its classes")
     return num_classes, config.model.in_chans or (3 if config.model.pretrained else info.in_chans)
 
 

@@ -245,7 +245,7 @@ def test_empty_and_missing_folders(tmp_path):
     (tmp_path / "train" / "a" / "1.pdf").write_bytes(b"%PDF")
     message = refusal(tmp_path)
     assert f"split 'train': no images in {tmp_path}/train (expected {tmp_path}/train/<class>/<image>)" in message
-    assert "left out: 1 file that are no images (.pdf 1)" in message
+    assert "left out: 1 file that is no image (.pdf 1)" in message
     assert "no image folder for split 'nope'" in refusal(tmp_path, "nope")
     tree(tmp_path / "train", ["a/1.png"])
     with pytest.raises(

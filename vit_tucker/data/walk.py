@@ -35,7 +35,8 @@ class Found(NamedTuple):
         if count := sum(self.left_out.values()):
             kinds = sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
             shown = ", ".join(f"{ending or 'no ending'} {number:,}" for ending, number in kinds)
-            notes.append(f"split '{split}': left out: {count:,} file{'s' * (count != 1)} that are no images ({shown})")
+            what = "file that is no image" if count == 1 else "files that are no images"
+            notes.append(f"split '{split}': left out: {count:,} {what} ({shown})")
         if self.circles:
             notes.append(f"split '{split}': not followed: links into folders that they are in: {listed(self.circles)}")
         return notes
