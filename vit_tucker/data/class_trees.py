@@ -1,7 +1,7 @@
 """Classes by folders: what a tree of class folders is, and which trees can be read in two ways."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,16 +65,21 @@ def by_folders(folder: Path, split: str, found: Found, notes: Sequence[str], lev
         )
     if stray:
         lines.append(f"split '{split}': left out: {len(stray):,} images beside the class folders: {listed(stray)}")
-    parts = [name.split("/") for name in images]
-    first, leaf = [part[0] for part in parts], [part[-2] for part in parts]
-    if level is None and len({tuple(part[1:-1]) for part in parts}) > 1:
-        raise DataError(ambiguous(split, folder, images, first, leaf))
-    names = tuple(leaf if level == "leaf" else first)
-    if len(set(names)) == 1 and names[0].lower() in BARE_FOLDERS:
-        raise DataError(bare(split, folder / names[0], [part[-1] for part in parts]))
+    places = [name.rpartition("/")[0] for name in images]
+    parts = {place: place.split("/") for place in dict.fromkeys(places)}
+    by_level = {
+        "first": tuple(parts[place][0] for place in places),
+        "leaf": tuple(parts[place][-1] for place in places),
+    }
+    if level is None and len({tuple(part[1:]) for part in parts.values()}) > 1:
+        raise DataError(ambiguous(split, folder, images, by_level["first"], by_level["leaf"]))
+    names = by_level[level or "first"]
+    present = set(names)
+    if len(present) == 1 and names[0].lower() in BARE_FOLDERS:
+        raise DataError(bare(split, folder / names[0], [name.rpartition("/")[2] for name in images]))
     if level == "leaf":
         lines += merged_note(split, parts)
-    elif empty := [name for name in found.folders if name not in set(first)]:
+    elif empty := [name for name in found.folders if name not in present]:
         lines.append(f"split '{split}': folders without images are no classes: {listed(empty)}")
     return Scan(folder, images, names, tuple(lines))
 
@@ -95,12 +100,17 @@ def ambiguous(split: str, folder: Path, images: Sequence[str], first: Sequence[s
     )
 
 
-def merged_note(split: str, parts: Sequence[Sequence[str]]) -> list[str]:
-    """Returns a line about classes that have images in several folders of the same name; none if there are none."""
-    places: dict[str, set[str]] = {}
-    for part in parts:
-        places.setdefault(part[-2], set()).add("/".join(part[:-1]))
-    merged = {name: sorted(folders) for name, folders in places.items() if len(folders) > 1}
+def merged_note(split: str, places: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns a line about classes that have images in several folders of the same name; none if there are none.
+
+    Args:
+        split: name of the split.
+        places: folders with images, each with its parts.
+    """
+    folders: dict[str, list[str]] = {}
+    for place, parts in places.items():
+        folders.setdefault(parts[-1], []).append(place)
+    merged = {name: sorted(found) for name, found in folders.items() if len(found) > 1}
     if not merged:
         return []
     name = in_order(merged)[0]

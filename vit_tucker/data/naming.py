@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable
 
 SHOWN = 3
+DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> list[str | int]:
@@ -12,7 +13,7 @@ def natural_key(name: str) -> list[str | int]:
     Args:
         name: of a class or file; digits of any script are numbers, superscripts are text.
     """
-    parts: list[str | int] = list(re.split(r"(\d+)", name.lower()))
+    parts: list[str | int] = list(DIGITS.split(name.lower()))
     parts[1::2] = [int(part) for part in parts[1::2]]
     return parts
 
