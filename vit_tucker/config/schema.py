@@ -7,16 +7,11 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import Field, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from vit_tucker.config.data_section import DataConfig, Section
 
 
 class ModelConfig(Section):
@@ -74,102 +69,6 @@ class ModelConfig(Section):
         own = {"name", "pretrained", "checkpoint", "model_kwargs"}
         given = {k: v for k in type(self).model_fields if k not in own and (v := getattr(self, k)) is not None}
         return {**given, **self.model_kwargs}
-
-
-class DataConfig(Section):
-    """Data set and transforms (timm.data)."""
-
-    dataset: str = Field(
-        default="digits",
-        description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
-        "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
-    )
-    root: str = Field(default="data", description="Folder of the data sets.")
-    train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
-    val_split: str = Field(default="validation", description="Split to evaluate on.")
-    download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
-    dataset_kwargs: dict[str, Any] = Field(
-        default={},
-        description="How columns or keys are read: input_key, target_key (hfds/, hfids/, wds/), num_samples (streams); "
-        "other arguments of timm.data.create_dataset (torch/, tfds/).",
-    )
-    num_samples: int | None = Field(
-        default=None,
-        ge=1,
-        description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
-    )
-    class_map: dict[str, int] | str | None = Field(
-        default=None,
-        description="Number of each class: a dict, or a .txt file (a name, or name and number, in each line) or .json file; "
-        "by the training split's names in natural order if null.",
-    )
-    class_level: Literal["first", "leaf"] | None = Field(
-        default=None, description="Image folders inside folders: the first or the last one names the class."
-    )
-    labels: dict[str, str] | str | None = Field(
-        default=None,
-        description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
-        "split by its name, and those not named by their folders.",
-    )
-    label_columns: tuple[str, str] = Field(
-        default=("filename", "label"), description="Columns of data.labels: the file's name or path, its class."
-    )
-    exif_orientation: bool = Field(
-        default=False, description="Turn images as their EXIF data says, in training and wherever the model is used."
-    )
-    value_range: tuple[float, float] | None = Field(
-        default=None,
-        description="Stored values that become black and white, of images with more than 8 bits; 0 to 65535 for 16 bits if null.",
-    )
-    num_workers: int = Field(default=2, ge=0, description="Loader processes per training process.")
-    mean: tuple[float, ...] | None = Field(
-        default=None, description="Channel means; from pretrained_cfg or the data set if null."
-    )
-    std: tuple[float, ...] | None = Field(default=None, description="Channel standard deviations; as for mean.")
-    interpolation: str | None = Field(default=None, description="bilinear, bicubic or random (training only).")
-    crop_pct: float | None = Field(default=None, gt=0, le=1, description="Centre crop share at evaluation.")
-    crop_mode: Literal["center", "squash", "border"] | None = Field(
-        default=None, description="Images that are not square, at evaluation: cut, squeezed or framed."
-    )
-    no_aug: bool = Field(default=False, description="Evaluation-like transform for training too.")
-    train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
-        default=None, description="Random resized crop, or keep ratio."
-    )
-    scale: tuple[float, float] | None = Field(default=None, description="Random resized crop: area range.")
-    ratio: tuple[float, float] | None = Field(default=None, description="Random resized crop: aspect range.")
-    hflip: float = Field(default=0.5, ge=0, le=1, description="Probability of a flip from left to right.")
-    vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a flip upside down.")
-    color_jitter: float | tuple[float, ...] | None = Field(
-        default=None, description="Strength of colour changes, or brightness, contrast, saturation and hue."
-    )
-    aa: str | None = Field(default=None, description="AutoAugment policy, 'rand-m9-mstd0.5-inc1', '3a'.")
-    reprob: float = Field(default=0.0, ge=0, le=1, description="Random erasing probability.")
-    remode: Literal["const", "rand", "pixel"] = Field(
-        default="pixel", description="What erased pixels become: zero, one random colour, or noise."
-    )
-    recount: int = Field(default=1, ge=1, description="Erased rectangles per image.")
-    aug_repeats: int = Field(
-        default=0,
-        ge=0,
-        description="Repeated augmentation: each drawn image comes n times, augmented anew; 0 or 1: once.",
-    )
-    in_memory: Literal["auto"] | bool = Field(
-        default="auto",
-        description="Hold the images in memory and augment whole batches; auto: where set and transform allow it.",
-    )
-    max_bad_images: int = Field(
-        default=0,
-        ge=0,
-        description="Bad images before the run stops: replaced in training, left out at evaluation.",
-    )
-    check: bool = Field(default=False, description="Open all images once at the start and list every bad one.")
-
-    @field_validator("value_range")
-    @classmethod
-    def _a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not value[0] < value[1]:
-            raise ValueError("must be [low, high] with low below high")
-        return value
 
 
 class DistillConfig(Section):
