@@ -85,13 +85,13 @@ def judged(
     if wrong or (strange and load.strict):
         raise CheckpointError(misfit(wrong, strange) + pooling_hint(load, wrong, strange))
     refuse_pre_logits(load, classifier)
-    dropped = [key for key in load.given if key not in load.loaded and (key in classifier or key == "mask_token")]
+    classes = [key for key in load.filtered if key not in load.loaded and key in classifier]
     return LoadReport(
         origin,
         len(own),
         tuple(load.missing),
         tuple(resampled(load, model)),
-        tuple(dict.fromkeys([*unused, *dropped, *left_out])),
+        tuple(dict.fromkeys([*unused, *classes, *load.dropped, *left_out])),
         source,
         tuple(key for key in classifier if key in own),
         origin,

@@ -29,6 +29,7 @@ class Load:
         loaded: shapes as they went into the model.
         missing: names of the model's tensors that were not loaded.
         unexpected: names of tensors that have no place in the model.
+        dropped: names of tensors that timm's filter leaves out.
         strict: timm itself wants all tensors of the file used.
     """
 
@@ -38,6 +39,7 @@ class Load:
     loaded: Shapes = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     strict: bool = True
 
 
@@ -78,7 +80,8 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
             if size is not None:
                 cfg["input_size"] = (channels, *size)
             if filter_fn is not None:
-                state = adapted(filter_fn, dict(state), own)
+                before, state = state, adapted(filter_fn, dict(state), own)
+                load.dropped = dropped(before, state)
             cfg["input_size"] = (channels, *own_size)
             refuse_integers(state, own)
             load.filtered = shapes_of(state)
@@ -126,6 +129,24 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
         missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
         what = f"{misfit(missing, strange)}; " if missing or strange else ""
         raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None
+
+
+def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
+    """Returns the names of tensors that a filter has left out; those that it has only renamed lie where they were in memory.
+
+    Args:
+        given, filtered: the state dict before and after; where tensors were joined or split, no names can be had.
+    """
+    places = [{id_of(value) for value in state.values() if isinstance(value, Tensor)} for state in (given, filtered)]
+    made = [key for key, value in filtered.items() if key not in given and id_of(value) not in places[0]]
+    if made:
+        return ["mask_token"] if "mask_token" in given and "mask_token" not in filtered else []
+    return [key for key, value in given.items() if key not in filtered and id_of(value) not in places[1]]
+
+
+def id_of(value: Tensor) -> tuple[int, int]:
+    """Returns what tells whether two tensors are the same values in memory, whatever their shapes."""
+    return value.data_ptr(), value.numel()
 
 
 def describe_source(cfg: dict[str, Any], state: Shapes) -> None:
