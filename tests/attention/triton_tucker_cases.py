@@ -186,8 +186,9 @@ def test_one_token(dtype):
     assert errors([z], [example.formula(torch.float64, entry=4.0)[0]])[0] > 3 * bounds[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", ["rotated and masked", "mask over blocks"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("rotated and masked", torch.bfloat16), ("mask over blocks", torch.float32)], ids=str
+)
 def test_heads_and_images_in_parts(name, dtype, monkeypatch):
     example = Example(CASES[name], dtype)
     whole = example.ours()

@@ -19,7 +19,7 @@ def test_layers(interpreted, tmp_path):
     if not interpreted and (not torch.cuda.is_available() or available(torch.device("cuda"))):
         pytest.skip("no GPU that the kernels run on")
     counts, output = run_cases(tmp_path, CASES, TRITON_INTERPRET=str(int(interpreted)))
-    assert counts["tests"] > 15, output
+    assert counts["tests"] > 10, output
     assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
 
 

@@ -22,7 +22,11 @@ SPECS = {
     "rope": vt.HostSpec(24, 3, 8, 24, rope=RopeSpec(num_prefix_tokens=1)),
     "mixed rope": vt.HostSpec(24, 3, 8, 24, rope=RopeSpec(half=True, per_head=True)),
 }
-CALLS = ("none", "boolean", "additive", "causal")
+PAIRS = (
+    *(("plain", "none"), ("plain", "boolean"), ("rope", "additive"), ("rope", "causal")),
+    *(("mixed rope", "none"), ("mixed rope", "boolean"), ("mixed rope", "causal")),
+)
+"""Each kind of host with several masks; the kernels see all masks and rotations in ``triton_tucker_cases``."""
 N = 9
 
 
@@ -67,8 +71,7 @@ def results(layer, dtype, backend, given):
     return [t.double() for t in (y.detach(), x.grad, *(p.grad for p in layer.parameters()))]
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("mask", CALLS)
+@pytest.mark.parametrize(("spec", "mask"), PAIRS)
 def test_layer_is_the_float64_layer(spec, mask):
     layer, given = layer_of(spec), call_of(spec, mask)
     truth = results(layer, torch.float64, "eager", given)
