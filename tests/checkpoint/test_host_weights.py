@@ -185,3 +185,11 @@ def test_what_lies_beside_the_weights_says_how_images_are_prepared(tmp_path):
     default = timm.create_model(MODEL["name"], **ARGUMENTS).pretrained_cfg
     torch.save(source.state_dict(), tmp_path / "bare.pth")
     assert loaded(tmp_path / "bare.pth")[0].pretrained_cfg["mean"] == default["mean"]
+
+
+def test_nonsense_beside_the_weights_is_one_line(tmp_path):
+    torch.save(vit().state_dict(), tmp_path / "w.pth")
+    for entry in ({"mean": "grey"}, {"std": [0.0, 0.5, 0.5]}, {"crop_pct": 7}, {"interpolation": 3}):
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": entry}))
+        line = message_of(tmp_path / "w.pth", names_file=False)
+        assert f"config.json: {next(iter(entry))}: {next(iter(entry.values()))!r} is no way to prepare images" in line

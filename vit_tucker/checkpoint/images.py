@@ -1,10 +1,12 @@
 """How weights want their images prepared, and the names of their classes, from the files that lie beside them."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vit_tucker.checkpoint.files import config_beside, read_json
+from vit_tucker.errors import CheckpointError
 
 ENTRIES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Entries of timm's pretrained_cfg that say how images are prepared."""
@@ -19,28 +21,47 @@ def images_beside(file: Path) -> dict[str, Any]:
 
     Args:
         file: the weights.
+
+    Raises:
+        CheckpointError: a value that can't be.
     """
     config = config_beside(file)
-    cfg = config.get("pretrained_cfg")
+    cfg, source = config.get("pretrained_cfg"), "config.json"
     if isinstance(cfg, Mapping):
         found = {name: cfg[name] for name in ENTRIES if cfg.get(name) is not None}
     elif processor := read_json(file.parent / "preprocessor_config.json"):
-        found = of_processor(processor)
+        found, source = of_processor(processor), "preprocessor_config.json"
     else:
+        source = "open_clip_config.json"
         clip = read_json(file.parent / "open_clip_config.json").get("preprocess_cfg")
         found = (
             {k: v for k, v in clip.items() if k in ("mean", "std", "interpolation")}
             if isinstance(clip, Mapping)
             else {}
         )
+    for name, value in found.items():
+        if not plausible(name, value):
+            raise CheckpointError(f"{file.parent / source}: {name}: {value!r} is no way to prepare images")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def plausible(name: str, value: Any) -> bool:
+    """Whether a value is of the kind that an entry of ``ENTRIES`` has: numbers per channel, a share, or a word."""
+    if name in ("mean", "std"):
+        numbers = value if isinstance(value, list | tuple) else []
+        finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+        return bool(numbers) and finite and (name == "mean" or min(numbers) > 0)
+    if name == "crop_pct":
+        return isinstance(value, int | float) and 0 < value <= 1
+    return isinstance(value, str)
 
 
 def size_beside(file: Path) -> tuple[int, int] | None:
     """Returns height and width of the images that weights were trained on, from config.json of timm's layout; None without."""
     cfg = config_beside(file).get("pretrained_cfg")
     size = cfg.get("input_size") if isinstance(cfg, Mapping) else None
-    return (size[1], size[2]) if isinstance(size, list) and len(size) == 3 else None
+    known = isinstance(size, list) and len(size) == 3 and all(isinstance(number, int) and number > 0 for number in size)
+    return (size[1], size[2]) if known else None  # type: ignore[index]
 
 
 def of_processor(values: Mapping[str, Any]) -> dict[str, Any]:
