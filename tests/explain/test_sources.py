@@ -1,5 +1,6 @@
 """Which models the command shows: the run's own, and the dense one that it started from or that was named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_a_run_and_the_host_that_it_started_from(runs):
     assert same(dense.model, host())
     assert run.label_names == list(LABELS)
     assert dense.classifies
+    assert re.fullmatch(r"weights: \S+: (\d+) of \1 tensors", dense.weights)
+    assert run.weights == ""
     for subject in (run, dense):
         assert subject.data["input_size"] == (1, 16, 16)
         assert (tuple(subject.data["mean"]), tuple(subject.data["std"])) == ((0.3,), (0.4,))

@@ -149,7 +149,7 @@ class TestRefusedBeforeTheFirstStep:
 def test_commands_say_what_they_loaded(capsys):
     published("w.pth")
     assert main(["plan", MODEL["name"], "--method", "gqa num_kv_heads=1", *SIZES, "model.checkpoint=w.pth"]) == 0
-    assert capsys.readouterr().err == "weights: w.pth: 32 of 32 tensors\n"  # and five classes, as the file has
+    assert capsys.readouterr().err == "note: weights: w.pth: 32 of 32 tensors\n"  # and five classes, as the file has
     assert main(["ranks", MODEL["name"], "--checkpoint", "w.pth", *SIZES, "--out", "out"]) == 0
     assert "weights: w.pth: 30 of 30 tensors; left out: head.weight, head.bias" in capsys.readouterr().err
 

@@ -144,7 +144,7 @@ def emit(text: str, out: Path | None = None) -> None:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Prints what the user should know about the data on standard error, which --json leaves alone."""
+    """Prints what the user should know about weights and data on standard error, which --json leaves alone."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import add_json, emit, positive, to_json
+from vit_tucker.cli.common import add_json, emit, positive, print_notes, to_json
 
 EXAMPLES = """examples:
   convert vit_base_patch16_224 --method "tucker ranks=[8,64,64]" --out converted model.pretrained=true
@@ -59,7 +59,8 @@ def convert(args: argparse.Namespace) -> int:
         dataset_info(args.data)
         options = attention.calibration or Calibration(images=args.images)
         attention = attention.model_copy(update={"calibration": options})
-    model = create(config).eval()
+    model, weights = create(config)
+    model.eval()
     size = input_shape(model, config.model.img_size)
     trained = config.model.is_trained
     data = resolve_data(config.data, dataset_info(config.data.dataset), model, trained, size)
@@ -71,6 +72,7 @@ def convert(args: argparse.Namespace) -> int:
     report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
     set_image_options(model, ImageOptions.of(config.data).plain())
     save(model, args.out, data=data)
+    print_notes(weights)
     if args.json:
         emit(to_json({"folder": args.out, **report.to_dict()}))
         return 0

@@ -90,6 +90,7 @@ def explain(args: argparse.Namespace) -> int:
     if log_folder is not None:
         refuse_unwritable("--tensorboard", log_folder, folder=True)
     subjects, images = prepare(args)
+    print_notes([subject.weights for subject in subjects if subject.weights])
     options = {
         "layers": read_layers(args.layers),
         "head_fusion": args.head_fusion,

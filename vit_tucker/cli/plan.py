@@ -1,10 +1,9 @@
 """``plan``: what a patch would do to a model, without doing it."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import add_json, add_method, emit, to_json
+from vit_tucker.cli.common import add_json, add_method, emit, print_notes, to_json
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,7 +50,9 @@ def plan(args: argparse.Namespace) -> int:
     from vit_tucker.patching.patch import plan as plan_patch
 
     config, attention = read_target(args)
-    report = plan_patch(create(config), attention, img_size=config.model.img_size)
+    model, weights = create(config)
+    report = plan_patch(model, attention, img_size=config.model.img_size)
+    print_notes(weights)
     emit(to_json(report.to_dict()) if args.json else str(report))
     return 0
 
@@ -82,16 +83,16 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
     return config, read_method(args.method, config.model)
 
 
-def create(config: "RunConfig") -> "nn.Module":
-    """Makes the dense model of a config, and reports its weights on standard error.
+def create(config: "RunConfig") -> tuple["nn.Module", list[str]]:
+    """Makes the dense model of a config.
 
-    It has the classes of its data set where it has a config file, else those of its weights, or timm's.
+    Returns:
+        The model, with the classes of its data set where it has a config file, else those of its weights, or timm's; and lines
+        for the user about its weights.
     """
     from vit_tucker.build import classes_and_channels
     from vit_tucker.models import load_host
 
     sizes = () if config.name is None else classes_and_channels(config)
     model, report = load_host(config.model, *sizes)
-    if report is not None:
-        print(report, file=sys.stderr)
-    return model
+    return model, [] if report is None else [str(report)]

@@ -1,11 +1,10 @@
 """``ranks``: the ranks that a model's attention really has."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import add_json, emit, positive, to_json
+from vit_tucker.cli.common import add_json, emit, positive, print_notes, to_json
 
 
 def add_parser(commands: Any) -> None:
@@ -56,9 +55,8 @@ def ranks(args: argparse.Namespace) -> int:
     model, batches, report = analysed_model(
         args.model, args.checkpoint, args.random, args.data, options, args.overrides
     )
-    if report is not None:
-        print(report, file=sys.stderr)
     save_spectra(folder, *analyse(model, batches, options))
+    print_notes([] if report is None else [str(report)])
     files = [
         draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])
     ]

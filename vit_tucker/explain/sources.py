@@ -1,7 +1,7 @@
 """The models of the command: a run's, and the dense one beside it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
 from vit_tucker.inference import class_names, open_model
-from vit_tucker.models import create_host, create_teacher
+from vit_tucker.models import create_host, create_teacher, load_host
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_channels, input_shape
@@ -34,6 +34,7 @@ class Subject:
         data: timm's data config: input_size, mean, std, interpolation, crop_pct, crop_mode.
         label_names: of the classes; None if unknown.
         classifies: its classifier is trained, so that what it says of an image means something.
+        weights: what was loaded into a model that is not stored as it is, for the user; '' otherwise.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Subject:
     data: dict[str, Any]
     label_names: list[str] | None = None
     classifies: bool = True
+    weights: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -150,11 +152,11 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
         found = open_weights(Path(str(config.checkpoint)).expanduser(), config.name).num_classes
         same = found == classes and classes > 0
         bare = config.model_copy(update={"num_classes": None})
-        model = create_host(bare, classes if same else 0, channels(run))
+        model, report = load_host(bare, classes if same else 0, channels(run))
     except CheckpointError as error:
         hint = "; --dense names another, --dense none leaves it out"
         raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
-    return subject(model, run.data, classifies=same)
+    return replace(subject(model, run.data, classifies=same), weights=str(report))
 
 
 def stored_host(run: Subject, file: Path) -> Subject:
