@@ -1,8 +1,11 @@
 """Which file a path means, and what a file is that holds no weights."""
 
+import argparse
 import json
 import re
+import zipfile
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -62,3 +65,34 @@ def test_what_a_file_is_instead_of_weights(tmp_path):
     assert "holds no tensors: it holds optimizer (a dict of 1 entries), epoch (a int)" in message_of(file)
     (tmp_path / "w.onnx").write_bytes(b"\x08\x07")
     assert "w.onnx is an ONNX file; supported are safetensors" in message_of(tmp_path / "w.onnx")
+
+
+def test_numbers_and_arguments_beside_the_weights_are_plain_values(tmp_path, small_images):
+    """As training scripts save them; NumPy names its function otherwise since version 2."""
+    source = vit()
+    values = {"model": source.state_dict(), "best": np.float64(81.3), "epoch": np.int64(3), "folder": tmp_path}
+    torch.save({**values, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "w.pth")
+    model, _ = loaded(tmp_path / "w.pth")
+    assert torch.equal(model(small_images), source(small_images))
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    own = next(name for name in files if name.endswith("data.pkl"))
+    other = files[own].replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    assert other != files[own] or np.lib.NumpyVersion(np.__version__) < "2.0.0"
+    with zipfile.ZipFile(tmp_path / "older.pth", "w") as archive:
+        for name, content in {**files, own: other}.items():
+            archive.writestr(name, content)
+    model, _ = loaded(tmp_path / "older.pth")
+    assert torch.equal(model(small_images), source(small_images))
+
+
+def test_any_first_byte_of_safetensors_is_no_web_page(tmp_path):
+    """A file begins with the length of its header: 0x3C20 bytes look like ' <'."""
+    state = {key: value.contiguous() for key, value in vit().state_dict().items()}
+    file = tmp_path / "w.safetensors"
+    for padding in range(0x3C20):
+        save_file(state, str(file), metadata={"note": "x" * (0x3C20 - 3000 + padding)})
+        if file.read_bytes()[:2] == b" <":
+            break
+    assert file.read_bytes()[:2] == b" <"
+    assert loaded(file)[1] == "32 of 32 tensors"

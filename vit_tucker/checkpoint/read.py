@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ MAX_DEPTH = 4
 """Mappings within mappings in which weights are looked for."""
 UNSAFE = re.compile(r"Unsupported global: GLOBAL (\S+)|Unsupported globals: ([^ ,]+(?:, [^ ,]+)*?)\. ")
 """Classes that torch and timm refuse to unpickle, in their messages."""
+WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 ADVICE = (
     *("No automatic unsafe", "If this checkpoint is trusted", "Please file an issue", "This is an internal"),
     *("In PyTorch 2.6", "Check the documentation"),
@@ -67,11 +68,19 @@ def weights_only() -> Iterator[None]:
 
 def plain_classes() -> list[Any]:
     """Returns classes whose pickles are values and not code, beyond those that torch itself accepts."""
-    reconstruct: Any = np.float64(0).__reduce__()[0]
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    paths = [pathlib.PosixPath, pathlib.PurePosixPath]
-    names = {f"numpy.core.multiarray.{reconstruct.__name__}", f"numpy._core.multiarray.{reconstruct.__name__}"}
-    return [argparse.Namespace, np.dtype, *kinds, *paths, *((reconstruct, name) for name in sorted(names))]
+    scalars = [numpy_scalar(module) for module in ("numpy.core.multiarray", "numpy._core.multiarray")]
+    return [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, *kinds, *scalars]
+
+
+def numpy_scalar(module: str) -> Callable[..., Any]:
+    """Returns NumPy's function that rebuilds a number, under the name that it has in pickles of one version of NumPy."""
+
+    def scalar(*args: Any) -> Any:
+        return np.float64(0).__reduce__()[0](*args)
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
 
 
 def read_state(file: Path, what: str) -> tuple[dict[str, Tensor], str]:
@@ -109,7 +118,7 @@ def refuse_foreign(file: Path, what: str) -> None:
         kind = "empty (0 bytes)"
     elif start.startswith(b"version https://git-lfs"):
         kind = "a Git LFS pointer and not the weights themselves: fetch them by git lfs pull"
-    elif start.lstrip()[:1] == b"<":
+    elif WEB_PAGE.match(start):
         kind = "a web page and not weights: it was downloaded from a wrong address"
     elif start.startswith(b"PK") and zipfile.is_zipfile(file):
         names = zipfile.ZipFile(file).namelist()
