@@ -92,7 +92,7 @@ def announce(
     """What is about to run: weights, patch, parameter groups, sizes."""
     for load in built.loads:
         LOGGER.info(str(load))
-    info, weights = dataset_info(config.data.dataset), built.loads[0].images if built.loads else None
+    info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
     LOGGER.info(describe_data(config.data, info, built.data, weights))
     if built.report is not None:
         LOGGER.info(str(built.report))

@@ -101,7 +101,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     loads = [] if report is None else [report]
     dense_total, dense_attention = count_parameters(model)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
-    stored = run_dir.read_images() if started else None
+    stored = run_dir.read_data_config() if started else None
     data = resolve_data(config.data, info, model, config.model.is_trained, size, stored)
     teacher = None
     if (distill := config.train.distill) is not None and training:

@@ -13,8 +13,8 @@ from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
-from vit_tucker.checkpoint.load_report import LoadReport, judged
-from vit_tucker.checkpoint.loading import Load, create_model
+from vit_tucker.checkpoint.load_report import LoadReport, check_load
+from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
 from vit_tucker.config.schema import DistillConfig, ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
@@ -60,7 +60,7 @@ def load_host(
             with weights_only():
                 model, load = create_model(config.name, pretrained=config.pretrained, **arguments)
             if config.pretrained:
-                report = judged_pretrained(config.name, model, load, added)
+                report = check_pretrained(config.name, model, load, added)
     except TypeError as error:
         raise ConfigError(f"model: {config.name} does not take these arguments: {error}") from None
     except VitTuckerError:
@@ -77,17 +77,17 @@ def load_host(
     return model, report
 
 
-def judged_pretrained(
-    name: str, model: nn.Module, load: Load | None, added: Callable[[], Collection[str]]
+def check_pretrained(
+    name: str, model: nn.Module, load: ObservedLoad | None, added: Callable[[], Collection[str]]
 ) -> LoadReport | None:
-    """Returns what timm has loaded by itself, see ``judged``; None for a patched model, which checks its weights itself.
+    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself.
 
     Raises:
         CheckpointError: nothing was loaded, or not all that the model needs.
     """
     if load is not None:
         try:
-            return judged(load, f"timm's {name}" if ":" not in name else name, added)
+            return check_load(load, f"timm's {name}" if ":" not in name else name, added)
         except CheckpointError as error:
             raise CheckpointError(f"model.pretrained: the weights of {name} do not fit: {error}") from None
     if patch_record(model) is None:

@@ -62,14 +62,14 @@ def test_the_weights_own_normalisation_is_the_runs_and_stays_it_when_they_are_go
     assert "mean (0.2), std (0.4) of start/model.safetensors" in Path("a/train.log").read_text()
     expected = {"mean": (0.2,), "std": (0.4,), "crop_pct": 0.8}
     assert {key: first["data"][key] for key in expected} == expected
-    assert json.loads(Path("a/images.json").read_text())["mean"] == [0.2]
+    assert json.loads(Path("a/data_config.json").read_text())["mean"] == [0.2]
     shutil.rmtree("start")
     again = run(config(*start))  # only evaluated
     assert {
         key: tuple(value) if isinstance(value := again["data"][key], list) else value for key in expected
     } == expected
     assert again["evaluation"]["top1"] == pytest.approx(first["best"]["top1"])
-    Path("a/images.json").unlink()  # as in the folder of an older version
+    Path("a/data_config.json").unlink()  # as in the folder of an older version
     older = run(config(*start))
     assert older["data"]["mean"] == (0.2,)
     chosen = run(config("output_dir=b", "model.checkpoint=a", "data.mean=[0.7]", "train.epochs=1"))

@@ -14,6 +14,7 @@ from torch import nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.channels import fit_channels
+from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
@@ -26,8 +27,6 @@ from vit_tucker.version import __version__
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
-IMAGES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""Entries of timm's data config that ``data`` may set."""
 OPTIONS = "_image_options"
 """Attribute of a model that says how its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
@@ -166,7 +165,7 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
         for name in ("test_input_size", "test_crop_pct", "min_input_size", "pool_size", "test_pool_size"):
             kept.pop(name, None)
     kept |= {"input_size": size, "num_classes": getattr(model, "num_classes", 0), "custom_load": False}
-    kept |= {name: data[name] for name in IMAGES if data.get(name) is not None}
+    kept |= {name: data[name] for name in DATA_CONFIG if data.get(name) is not None}
     for name in ("mean", "std"):
         if name in kept:
             kept[name] = fit_channels(kept[name], size[0])

@@ -11,12 +11,12 @@ import timm
 from timm.models import get_pretrained_cfg, is_model
 from torch import Tensor, nn
 
+from vit_tucker.checkpoint.data_config import data_config_beside, label_names_beside, size_beside
 from vit_tucker.checkpoint.files import MODEL_KEY, checkpoint_file, config_beside, method_beside
-from vit_tucker.checkpoint.images import images_beside, label_names_beside, size_beside
-from vit_tucker.checkpoint.layouts import looks_like, to_timm_names
-from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, judged
-from vit_tucker.checkpoint.loading import Load, create_model, names_of
+from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
+from vit_tucker.checkpoint.loading import ObservedLoad, create_model, names_of
 from vit_tucker.checkpoint.read import read_state, weights_only
+from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.probe import without_weights
 from vit_tucker.weights import weights_metadata
@@ -32,8 +32,7 @@ class HostWeights:
         arrays: shapes of the arrays of a JAX file (.npz), by name; empty otherwise.
         num_classes: of their classifier; 0 without one.
         source, left_out: see ``LoadReport``.
-        images: how their images are prepared, entries of timm's pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode;
-            those that a file beside the weights names.
+        data_config: how their images are prepared, see ``DATA_CONFIG``; those entries that a file beside the weights names.
         size: height and width of the images that they were trained on; None if unknown.
         label_names: of their classes; None if unknown.
     """
@@ -44,7 +43,7 @@ class HostWeights:
     num_classes: int = 0
     source: str = ""
     left_out: tuple[str, ...] = ()
-    images: dict[str, Any] = field(default_factory=dict)
+    data_config: dict[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     label_names: tuple[str, ...] | None = None
 
@@ -54,7 +53,12 @@ class HostWeights:
         Args:
             name: timm's, of the model.
         """
-        entries: dict[str, Any] = {"source": None, "num_classes": self.num_classes, "label_offset": 0, **self.images}
+        entries: dict[str, Any] = {
+            "source": None,
+            "num_classes": self.num_classes,
+            "label_offset": 0,
+            **self.data_config,
+        }
         if self.state is None:
             entries |= {"file": str(self.origin), "custom_load": True}
         else:
@@ -106,10 +110,12 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     weights = weights_of_state(state, name)
     where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
     source = ", ".join(part for part in (weights.source, *where) if part)
-    images, names = images_beside(file), label_names_beside(file)
+    data_config, names = data_config_beside(file), label_names_beside(file)
     if names is not None and len(names) != weights.num_classes:
         names = None
-    return replace(weights, origin=file, source=source, images=images, size=size_beside(file), label_names=names)
+    return replace(
+        weights, origin=file, source=source, data_config=data_config, size=size_beside(file), label_names=names
+    )
 
 
 def weights_of_state(state: Mapping[str, Tensor], name: str) -> HostWeights:
@@ -155,7 +161,7 @@ def open_jax(file: Path, what: str) -> HostWeights:
     if not shapes:
         raise CheckpointError(f"{what}: {file} holds no arrays")
     head = next((shape for key, shape in shapes.items() if key.endswith("head/bias") and len(shape) == 1), (0,))
-    return HostWeights(file, None, shapes, head[0], "JAX", (), images_beside(file))
+    return HostWeights(file, None, shapes, head[0], "JAX", (), data_config_beside(file))
 
 
 def create_loaded(
@@ -170,7 +176,7 @@ def create_loaded(
     Args:
         name: timm's, of the model.
         weights: see ``open_weights``.
-        added: see ``judged``.
+        added: see ``check_load``.
         what: names the weights, for messages.
         arguments: of ``timm.create_model``.
 
@@ -186,14 +192,14 @@ def create_loaded(
             raise CheckpointError(f"{name} is made by a function that loads no weights (it ignores 'pretrained')")
         refuse_unused_arrays(weights, load)
         left_out = (*weights.left_out, *unused_arrays(weights, load))
-        report = judged(load, origin, added, weights.source, left_out)
+        report = check_load(load, origin, added, weights.source, left_out)
     except (CheckpointError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, KeyError | AttributeError | IndexError):
             reason = f"timm can't convert it ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{what}: {origin} does not fit {name}: {reason}; it is {look_of(weights)}") from None
-    if not weights.images:
-        report = replace(report, images=f"timm's {name} (nothing beside {origin} names them)")
+    if not weights.data_config:
+        report = replace(report, normalisation=f"timm's {name} (nothing beside {origin} names them)")
     cfg = vars(model)["pretrained_cfg"]
     cfg.pop("state_dict", None)  # of the overlay, now in the model
     return model, report
@@ -206,13 +212,13 @@ def look_of(weights: HostWeights) -> str:
     return f"{look}, and config.json beside it names {architecture}" if isinstance(architecture, str) else look
 
 
-def unused_arrays(weights: HostWeights, load: Load) -> list[str]:
+def unused_arrays(weights: HostWeights, load: ObservedLoad) -> list[str]:
     """Returns the names of a JAX file's arrays that timm has no use for: a classifier of other classes, and what is before it."""
     new = any(key.startswith("head.") for key in load.missing) or not getattr(load.model, "num_classes", 0)
     return [key for key in weights.arrays if new and ("head/" in key or "pre_logits/" in key) and "MAPHead" not in key]
 
 
-def refuse_unused_arrays(weights: HostWeights, load: Load) -> None:
+def refuse_unused_arrays(weights: HostWeights, load: ObservedLoad) -> None:
     """Raises CheckpointError if a JAX file has more than the model took of it, which timm does not check.
 
     Compared are the numbers of values without those that timm adapts: classifier, positions, and the patch embedding.

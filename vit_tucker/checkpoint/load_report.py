@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vit_tucker.checkpoint.layouts import BUFFERS
-from vit_tucker.checkpoint.loading import Load, listed, misfit, names_of
+from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, name_list, names_of
+from vit_tucker.checkpoint.tensor_names import BUFFERS
 from vit_tucker.errors import CheckpointError
 
 PRE_LOGITS = (
@@ -28,7 +28,7 @@ class LoadReport:
         left_out: names of tensors of the file that the model has no use for.
         source: the layout, and where in the file the weights lie; '' for timm's own layout.
         classifier: names of the model's classifier tensors.
-        images: whose mean and standard deviation the model's pretrained_cfg has.
+        normalisation: whose mean and standard deviation the model's pretrained_cfg has.
     """
 
     origin: str
@@ -38,7 +38,7 @@ class LoadReport:
     left_out: tuple[str, ...] = ()
     source: str = ""
     classifier: tuple[str, ...] = ()
-    images: str = ""
+    normalisation: str = ""
 
     @property
     def has_classifier(self) -> bool:
@@ -52,12 +52,16 @@ class LoadReport:
             parts[0] += f" ({self.source})"
         for what, names in (("new", self.new), ("resampled", self.resampled), ("left out", self.left_out)):
             if names:
-                parts.append(f"{what}: {listed(names)}")
+                parts.append(f"{what}: {name_list(names)}")
         return f"weights: {self.origin}: {'; '.join(parts)}"
 
 
-def judged(
-    load: Load, origin: str, added: Callable[[], Collection[str]], source: str = "", left_out: Collection[str] = ()
+def check_load(
+    load: ObservedLoad,
+    origin: str,
+    added: Callable[[], Collection[str]],
+    source: str = "",
+    left_out: Collection[str] = (),
 ) -> LoadReport:
     """Decides whether a model may be used with what was loaded into it.
 
@@ -76,14 +80,14 @@ def judged(
     model = load.model
     own, cfg = set(model.state_dict()), vars(model).get("pretrained_cfg") or {}
     classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
-    may_be_new = replaceable(load, own, classifier)
+    may_be_new = names_that_may_be_new(load, own, classifier)
     if set(load.missing) - may_be_new:
         may_be_new |= set(added())
     unused = [key for key in load.unexpected if not BUFFERS.search(key)]
     wrong = [key for key in load.missing if key not in may_be_new]
-    strange = [key for key in unused if key not in replaced(load, unused, classifier)]
+    strange = [key for key in unused if key not in names_that_may_be_unused(load, unused, classifier)]
     if wrong or (strange and load.strict):
-        raise CheckpointError(misfit(wrong, strange) + pooling_hint(load, wrong, strange))
+        raise CheckpointError(describe_misfit(wrong, strange) + pooling_hint(load, wrong, strange))
     refuse_pre_logits(load, classifier)
     classes = [key for key in load.filtered if key not in load.loaded and key in classifier]
     return LoadReport(
@@ -98,7 +102,7 @@ def judged(
     )
 
 
-def replaceable(load: Load, own: set[str], classifier: Collection[str]) -> set[str]:
+def names_that_may_be_new(load: ObservedLoad, own: set[str], classifier: Collection[str]) -> set[str]:
     """Returns the names of a model's tensors that may be new: a classifier that the weights lack, and a norm right before it."""
     cfg = vars(load.model).get("pretrained_cfg") or {}
     has_classifier = any(key in load.filtered for key in classifier)
@@ -108,7 +112,7 @@ def replaceable(load: Load, own: set[str], classifier: Collection[str]) -> set[s
     return {*classifier, *(key for key in own if pooled and not has_classifier and key.startswith("fc_norm."))}
 
 
-def replaced(load: Load, unused: Collection[str], classifier: Collection[str]) -> set[str]:
+def names_that_may_be_unused(load: ObservedLoad, unused: Collection[str], classifier: Collection[str]) -> set[str]:
     """Returns the names of tensors of the weights that the model does without: a classifier, the norm that another replaces."""
     names = {*classifier, *(["norm.weight", "norm.bias"] if "fc_norm.weight" in load.missing else [])}
     if not getattr(load.model, "num_classes", 0):  # LeViT's classifiers have norms of their own
@@ -117,14 +121,14 @@ def replaced(load: Load, unused: Collection[str], classifier: Collection[str]) -
     return names
 
 
-def refuse_pre_logits(load: Load, classifier: Collection[str]) -> None:
+def refuse_pre_logits(load: ObservedLoad, classifier: Collection[str]) -> None:
     """Raises CheckpointError for a classifier behind a layer that timm no longer has, and drops: its logits would be wrong."""
     behind = [key for key in load.given if "pre_logits" in key]
     if behind and any(key in load.loaded for key in classifier):
         raise CheckpointError(PRE_LOGITS.format(behind[0]))
 
 
-def pooling_hint(load: Load, missing: list[str], strange: list[str]) -> str:
+def pooling_hint(load: ObservedLoad, missing: list[str], strange: list[str]) -> str:
     """Returns which global_pool the weights were trained with, where their last norm says that it is another one."""
     if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
         return "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
@@ -133,7 +137,7 @@ def pooling_hint(load: Load, missing: list[str], strange: list[str]) -> str:
     return ""
 
 
-def resampled(load: Load, model: nn.Module) -> Iterator[str]:
+def resampled(load: ObservedLoad, model: nn.Module) -> Iterator[str]:
     """Yields 'pos_embed 37x37 -> 16x16' for each tensor that timm adapted to the model's sizes; a kind of tensors once."""
     seen = set()
     for name, shape in load.loaded.items():

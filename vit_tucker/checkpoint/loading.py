@@ -19,7 +19,7 @@ SHOWN = 6
 
 
 @dataclass
-class Load:
+class ObservedLoad:
     """What timm did while it loaded weights into a model.
 
     Attributes:
@@ -49,7 +49,7 @@ def shapes_of(state: Mapping[str, Any]) -> Shapes:
 
 
 @contextmanager
-def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
+def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[ObservedLoad]]:
     """Context in which timm's functions note what they load into the models that they make, in the list that it gives.
 
     timm returns a model without what it could not load, and checks nothing once the number of classes differs. All of its models
@@ -59,7 +59,7 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
         size: height and width of the images that the weights were trained on, from which timm knows the grid of their positions;
             the model's own if None.
     """
-    loads: list[Load] = []
+    loads: list[ObservedLoad] = []
     original = builder.load_pretrained
 
     def load_pretrained(
@@ -71,7 +71,7 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Load]]:
         strict: bool = True,
         **options: Any,
     ) -> None:
-        load = Load(model, strict=strict)
+        load = ObservedLoad(model, strict=strict)
         cfg = pretrained_cfg if pretrained_cfg is not None else getattr(model, "pretrained_cfg", {})
 
         def filtered(state: Any, own: nn.Module = model) -> Any:
@@ -127,7 +127,7 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
-        what = f"{misfit(missing, strange)}; " if missing or strange else ""
+        what = f"{describe_misfit(missing, strange)}; " if missing or strange else ""
         raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None
 
 
@@ -213,14 +213,14 @@ def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]
     return missing
 
 
-def misfit(missing: list[str], strange: list[str]) -> str:
+def describe_misfit(missing: list[str], strange: list[str]) -> str:
     """Returns in a few words what weights don't have, and what a model does not have."""
-    parts = [f"it has no {listed(missing)}"] if missing else []
-    parts += [f"the model has no {listed(strange)}"] if strange else []
+    parts = [f"it has no {name_list(missing)}"] if missing else []
+    parts += [f"the model has no {name_list(strange)}"] if strange else []
     return " and ".join(parts)
 
 
-def listed(names: Collection[str]) -> str:
+def name_list(names: Collection[str]) -> str:
     """Returns names with commas between them; where there are many, how many there are of each first part."""
     if len(names) <= SHOWN:
         return ", ".join(names)
@@ -233,7 +233,9 @@ def listed(names: Collection[str]) -> str:
     return ", ".join(shown[:SHOWN] + more)
 
 
-def create_model(name: str, size: tuple[int, int] | None = None, **arguments: Any) -> tuple[nn.Module, Load | None]:
+def create_model(
+    name: str, size: tuple[int, int] | None = None, **arguments: Any
+) -> tuple[nn.Module, ObservedLoad | None]:
     """Makes a timm model, and notes what was loaded into it.
 
     Args:

@@ -14,7 +14,7 @@ from vit_tucker.data import columns
 from vit_tucker.data.classes import missing_note
 from vit_tucker.data.image_files import to_mode
 from vit_tucker.data.naming import in_order, listed
-from vit_tucker.data.sources import Raw, Source
+from vit_tucker.data.split_source import Raw, SplitSource
 from vit_tucker.data.targets import Targets, label_numbers
 from vit_tucker.errors import DataError
 
@@ -35,7 +35,7 @@ class ColumnDataset(Dataset):
     def __init__(
         self,
         table: Any,
-        source: Source,
+        source: SplitSource,
         labels: np.ndarray,
         class_names: tuple[str, ...] | None,
         notes: Sequence[str],
@@ -55,7 +55,7 @@ class ColumnDataset(Dataset):
         return stored_name(self.table[index][self.key])
 
 
-def open_columns(source: Source) -> ColumnDataset:
+def open_columns(source: SplitSource) -> ColumnDataset:
     """Opens a split of a map-style set; its columns and all its labels are checked, no image is read.
 
     Raises:
@@ -82,7 +82,7 @@ def open_columns(source: Source) -> ColumnDataset:
     return ColumnDataset(images, source, labels, targets.class_names, notes)
 
 
-def mapped(targets: Targets, raw: Sequence[Raw], source: Source) -> tuple[list[int], list[str]]:
+def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[list[int], list[str]]:
     """Returns which images have a class of ``data.class_map``, and a note about the others.
 
     Raises:
@@ -103,7 +103,7 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: Source) -> tuple[list[i
     return keep, [f"{line}{len(left_out):,} classes: {listed(left_out)}"]
 
 
-def load_split(source: Source) -> Any:
+def load_split(source: SplitSource) -> Any:
     """Returns the table of a split.
 
     Raises:
@@ -131,7 +131,7 @@ def undecoded(table: Any, key: str) -> Any:
     return table.cast_column(key, ImageFeature(decode=False))
 
 
-def label_column(table: Any, source: Source) -> list[Raw]:
+def label_column(table: Any, source: SplitSource) -> list[Raw]:
     """Returns all labels of a split.
 
     Raises:
@@ -153,12 +153,12 @@ def plain(value: Any) -> Raw:
     return value if isinstance(value, str) else int(value)
 
 
-def label_source(source: Source) -> str:
+def label_source(source: SplitSource) -> str:
     """Returns where the labels come from, for messages."""
     return f"column '{columns.columns_of(source)[1]}' of {source.name}"
 
 
-def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw] | None) -> Targets:
+def split_targets(builder: Any, source: SplitSource, feature: Any, raw: Sequence[Raw] | None) -> Targets:
     """Returns what makes class numbers of the labels of a split.
 
     Args:
@@ -181,14 +181,14 @@ def split_targets(builder: Any, source: Source, feature: Any, raw: Sequence[Raw]
     return Targets(label_source(source), source.split, names, classes, source.class_map, source.num_classes)
 
 
-def own_names(builder: Any, source: Source, feature: Any) -> tuple[str, ...] | None:
+def own_names(builder: Any, source: SplitSource, feature: Any) -> tuple[str, ...] | None:
     """Returns the class names of a split's ClassLabel, as its own files have them; None for a column of another type."""
     stored = columns.stored_names(builder, source, columns.columns_of(source)[1])
     names = getattr(feature, "names", None)
     return stored or (tuple(names) if names is not None else None)
 
 
-def label_values(builder: Any, source: Source, raw: Sequence[Raw] | None, other: bool) -> Iterable[Raw]:
+def label_values(builder: Any, source: SplitSource, raw: Sequence[Raw] | None, other: bool) -> Iterable[Raw]:
     """Returns the different labels of a split: of a stream by one pass through its column.
 
     Args:
@@ -204,7 +204,7 @@ def label_values(builder: Any, source: Source, raw: Sequence[Raw] | None, other:
     return {label for batch in stream.iter(batch_size=1000) for label in batch[key] if label is not None}
 
 
-def read_stored(stored: Any, source: Source) -> Image.Image:
+def read_stored(stored: Any, source: SplitSource) -> Image.Image:
     """Returns an image as `datasets` stores it: its bytes, or the path or address of its file."""
     with open_stored(stored) as file, Image.open(file) as image:
         return to_mode(image, source.mode, source.images)

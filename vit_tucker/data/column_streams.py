@@ -9,8 +9,8 @@ from PIL import Image
 
 from vit_tucker.data import columns
 from vit_tucker.data.column_sets import MAP_OPTIONS, plain, read_stored, split_targets, stored_name, undecoded
-from vit_tucker.data.sources import Source
-from vit_tucker.data.stream import Record, Share, Stream
+from vit_tucker.data.split_source import SplitSource
+from vit_tucker.data.stream_base import Record, Share, Stream
 from vit_tucker.data.targets import Targets
 from vit_tucker.errors import DataError
 
@@ -30,7 +30,7 @@ class ColumnStream(Stream):
         size: images of the split; None if unknown.
     """
 
-    def __init__(self, builder: Any, source: Source, targets: Targets, size: int | None) -> None:
+    def __init__(self, builder: Any, source: SplitSource, targets: Targets, size: int | None) -> None:
         super().__init__(source.split, size, int(source.options.get("batch_size") or 1), targets.class_names)
         self.builder, self.source, self.targets = builder, source, targets
         self.key, self.label_key = columns.columns_of(source)
@@ -72,7 +72,7 @@ class ColumnStream(Stream):
         return stored_name(row[1][self.key]) or f"image {row[0]} of the stream"
 
 
-def open_column_stream(source: Source) -> ColumnStream:
+def open_column_stream(source: SplitSource) -> ColumnStream:
     """Opens a split of a streamed set; its columns are checked, no image is read.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.data.naming import listed
-from vit_tucker.data.sources import Source, reason
+from vit_tucker.data.split_source import SplitSource, reason
 from vit_tucker.errors import DataError, nearest
 
 IMAGE_KEY, LABEL_KEY = "image", "label"
@@ -24,7 +24,7 @@ SPLIT_WORDS = {
 """Names of files and folders that `datasets` merges into one split."""
 
 
-def open_builder(source: Source) -> Any:
+def open_builder(source: SplitSource) -> Any:
     """Returns the builder of a data set, which knows its splits and files.
 
     Raises:
@@ -52,7 +52,7 @@ def repository(name: str) -> str:
     return name.partition("/")[2]
 
 
-def cant_open(source: Source, error: BaseException) -> DataError:
+def cant_open(source: SplitSource, error: BaseException) -> DataError:
     """Returns the error for a data set that `datasets` refuses."""
     text = reason(error)
     hint = (
@@ -78,7 +78,7 @@ def base_splits(split: str) -> list[str]:
     return [part.partition("[")[0].strip() for part in split.split("+")]
 
 
-def check_split(builder: Any, source: Source) -> None:
+def check_split(builder: Any, source: SplitSource) -> None:
     """Refuses a split that is not there by exactly that name, and one that is made of `val` and `validation` together.
 
     Raises:
@@ -120,7 +120,7 @@ def spellings_of(file: Path, words: Iterable[str]) -> set[str]:
     return parts & set(words)
 
 
-def stored_names(builder: Any, source: Source, key: str) -> tuple[str, ...] | None:
+def stored_names(builder: Any, source: SplitSource, key: str) -> tuple[str, ...] | None:
     """Returns the class names that the files of a split have themselves; None if they have none.
 
     `datasets` gives all splits the names of the first one's first file, whatever the files of the others say.
@@ -162,7 +162,7 @@ def file_names(file: Path, key: str) -> tuple[str, ...] | None:
     return tuple(names) if names is not None else None
 
 
-def check_columns(features: Mapping[str, Any], source: Source) -> None:
+def check_columns(features: Mapping[str, Any], source: SplitSource) -> None:
     """Refuses columns of images and labels that are not there or of another type.
 
     Args:
@@ -196,7 +196,7 @@ def check_columns(features: Mapping[str, Any], source: Source) -> None:
     raise DataError(f"{source.where} {' and '.join(faults)}; its columns are: {columns or 'none'}{advice}")
 
 
-def columns_of(source: Source) -> tuple[str, str]:
+def columns_of(source: SplitSource) -> tuple[str, str]:
     """Returns the names of the columns of images and labels."""
     return str(source.options.get("input_key") or IMAGE_KEY), str(source.options.get("target_key") or LABEL_KEY)
 

@@ -19,7 +19,7 @@ from torchvision import datasets as tv
 from vit_tucker.data.folders import FolderDataset, is_folder_set
 from vit_tucker.data.idx import read_idx
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
-from vit_tucker.data.sources import reason
+from vit_tucker.data.split_source import reason
 from vit_tucker.data.vision import open_vision
 from vit_tucker.errors import DataError, nearest
 

@@ -6,9 +6,13 @@ from typing import Any
 from vit_tucker.data.column_sets import open_columns
 from vit_tucker.data.column_streams import open_column_stream
 from vit_tucker.data.shards import open_shards
-from vit_tucker.data.sources import Source
+from vit_tucker.data.split_source import SplitSource
 
-OPENERS: dict[str, Callable[[Source], Any]] = {"hfds": open_columns, "hfids": open_column_stream, "wds": open_shards}
+OPENERS: dict[str, Callable[[SplitSource], Any]] = {
+    "hfds": open_columns,
+    "hfids": open_column_stream,
+    "wds": open_shards,
+}
 
 
 def has_opener(name: str) -> bool:
@@ -16,7 +20,7 @@ def has_opener(name: str) -> bool:
     return name.partition("/")[0].lower() in OPENERS and "/" in name
 
 
-def open_source(source: Source) -> Any:
+def open_source(source: SplitSource) -> Any:
     """Opens a split: map-style, or a ``Stream``; labels and columns are checked, no image is decoded.
 
     Raises:

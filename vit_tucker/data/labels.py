@@ -11,7 +11,7 @@ from vit_tucker.data.classes import refuse_label
 from vit_tucker.data.column_sets import ColumnDataset
 from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
 from vit_tucker.data.folders import FolderDataset
-from vit_tucker.data.stream import Stream
+from vit_tucker.data.stream_base import Stream
 from vit_tucker.data.vision import vision_labels, vision_names
 
 FASHION_MNIST = (

@@ -15,7 +15,7 @@ from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
 from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
-from vit_tucker.data.stream import stream_size
+from vit_tucker.data.stream_base import stream_size
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
 from vit_tucker.data.workers import end_workers, init_worker

@@ -6,7 +6,7 @@ from typing import Any
 
 from vit_tucker.data.columns import LABEL_WORDS, likeness
 from vit_tucker.data.image_files import image_endings
-from vit_tucker.data.sources import Raw, Source
+from vit_tucker.data.split_source import Raw, SplitSource
 from vit_tucker.errors import DataError
 
 LABEL_KEY, FIELDS_KEY = "cls", "json"
@@ -29,7 +29,7 @@ class SampleError(ValueError):
     """A sample without an image or a label where they are looked for."""
 
 
-def image_key(sample: Mapping[str, Any], source: Source) -> str:
+def image_key(sample: Mapping[str, Any], source: SplitSource) -> str:
     """Returns the ending of a sample's image: one of ``input_key`` ("jpg;png"), or the only one of an image format.
 
     Raises:
@@ -44,7 +44,7 @@ def image_key(sample: Mapping[str, Any], source: Source) -> str:
     return found[0]
 
 
-def label_of(sample: Mapping[str, Any], source: Source, label_field: str | None) -> Raw:
+def label_of(sample: Mapping[str, Any], source: SplitSource, label_field: str | None) -> Raw:
     """Returns the label of a sample: of its 'cls' file, of the file or the json field that ``target_key`` names.
 
     Args:
@@ -92,7 +92,7 @@ def fields_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def look_at(sample: Mapping[str, Any], source: Source, label_field: str | None) -> None:
+def look_at(sample: Mapping[str, Any], source: SplitSource, label_field: str | None) -> None:
     """Refuses samples whose image or label is not where it is looked for.
 
     Args:

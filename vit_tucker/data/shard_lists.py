@@ -9,7 +9,7 @@ from typing import Any
 
 from vit_tucker.data.columns import nearest_split
 from vit_tucker.data.naming import listed
-from vit_tucker.data.sources import Source
+from vit_tucker.data.split_source import SplitSource
 from vit_tucker.errors import DataError
 
 INFO_FILES = ("_info.json", "info.json")
@@ -34,7 +34,7 @@ class ShardList:
     class_names: tuple[str, ...] | None = None
 
 
-def list_shards(source: Source) -> ShardList:
+def list_shards(source: SplitSource) -> ShardList:
     """Returns the shards of a split: one of the _info.json by exactly its name, or timm's "train-{0000..0003}.tar|5".
 
     Raises:
@@ -65,7 +65,7 @@ def list_shards(source: Source) -> ShardList:
     return ShardList(absolute(source.root, files), size or None, split.get("alt_label") or None, names)
 
 
-def by_pattern(source: Source, splits: Mapping[str, Any], names: tuple[str, ...] | None) -> ShardList:
+def by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str, ...] | None) -> ShardList:
     """Returns the shards that a pattern names; their number of samples follows it, or is that of the _info.json."""
     from webdataset.shardlists import expand_urls
 

@@ -11,8 +11,8 @@ from vit_tucker.data.faults import fault_line
 from vit_tucker.data.image_files import to_mode
 from vit_tucker.data.sample_keys import image_key, label_of, look_at
 from vit_tucker.data.shard_lists import ShardList, list_shards
-from vit_tucker.data.sources import Source, reason
-from vit_tucker.data.stream import Record, Share, Stream
+from vit_tucker.data.split_source import SplitSource, reason
+from vit_tucker.data.stream_base import Record, Share, Stream
 from vit_tucker.data.targets import Targets
 from vit_tucker.errors import DataError
 
@@ -30,7 +30,7 @@ class ShardStream(Stream):
         targets: of its labels.
     """
 
-    def __init__(self, source: Source, shards: ShardList, targets: Targets) -> None:
+    def __init__(self, source: SplitSource, shards: ShardList, targets: Targets) -> None:
         size = source.count("num_samples") or shards.size
         super().__init__(source.split, size, int(source.options.get("batch_size") or 1), targets.class_names)
         self.source, self.shards, self.targets = source, shards, targets
@@ -112,7 +112,7 @@ def read_shards(files: Sequence[str], handler: Any, stages: Sequence[Any] = ()) 
     return wds.DataPipeline(wds.SimpleShardList(list(files)), wds.tarfile_to_samples(handler=handler), *stages)
 
 
-def open_shards(source: Source) -> ShardStream:
+def open_shards(source: SplitSource) -> ShardStream:
     """Opens a split of a webdataset and looks at its first sample.
 
     Raises:
@@ -133,7 +133,7 @@ def open_shards(source: Source) -> ShardStream:
     return stream
 
 
-def first_sample(source: Source, files: Sequence[str]) -> dict[str, Any]:
+def first_sample(source: SplitSource, files: Sequence[str]) -> dict[str, Any]:
     """Returns the first sample of the first shard that can be read.
 
     Raises:

@@ -16,7 +16,7 @@ from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
-from vit_tucker.data.sources import Source, refuse_remote_code
+from vit_tucker.data.split_source import SplitSource, refuse_remote_code
 from vit_tucker.errors import ConfigError, DataError
 
 
@@ -145,7 +145,7 @@ def open_split(
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
     if has_opener(data.dataset):
         return open_source(
-            Source(
+            SplitSource(
                 name=data.dataset,
                 split=split,
                 train_split=data.train_split,

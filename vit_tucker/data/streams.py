@@ -16,7 +16,7 @@ from vit_tucker.data.batches import Sample
 from vit_tucker.data.classes import refuse_label
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.seeding import derive_seed, seed_transforms
-from vit_tucker.data.stream import Share, Stream
+from vit_tucker.data.stream_base import Share, Stream
 from vit_tucker.errors import DataError
 
 

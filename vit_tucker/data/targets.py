@@ -8,7 +8,7 @@ import numpy as np
 
 from vit_tucker.data.classes import names_of, refuse_label
 from vit_tucker.data.naming import listed
-from vit_tucker.data.sources import Raw
+from vit_tucker.data.split_source import Raw
 from vit_tucker.errors import DataError, nearest
 
 

@@ -12,9 +12,6 @@ from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.errors import ConfigError
 
-IMAGE_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""How images are prepared, by the names of timm's data config and of the data section."""
-
 
 def resolve_data(
     config: DataConfig,
@@ -51,7 +48,7 @@ def resolve_data(
     for name in ("mean", "std"):
         if (values := args[name]) is not None and len(values) not in (1, input_size[0]):
             raise ConfigError(f"data.{name}: {len(values)} values for {input_size[0]} channels")
-    for name in IMAGE_KEYS:
+    for name in args:
         if stored is not None and stored.get(name) is not None and getattr(config, name) in (None, "random"):
             args[name] = tuple(stored[name]) if name in ("mean", "std") else stored[name]
     resolved = resolve_data_config({"input_size": input_size, **args}, model=model)

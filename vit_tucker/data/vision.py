@@ -9,7 +9,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageNet
 
-from vit_tucker.data.sources import OWN_OPTIONS, reason
+from vit_tucker.data.split_source import OWN_OPTIONS, reason
 from vit_tucker.errors import DataError, nearest
 
 TRAIN, EVAL = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation")

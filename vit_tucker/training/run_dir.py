@@ -59,18 +59,25 @@ class RunDir:
         return self.path / "results.json"
 
     @property
-    def images(self) -> Path:
-        """How images are prepared; the weights that the run started from, which may have said it, need not stay."""
-        return self.path / "images.json"
+    def data_config(self) -> Path:
+        """timm's data config of the run: input size, normalisation, interpolation, crop.
+
+        The weights that the run started from may have said it, and need not stay.
+        """
+        return self.path / "data_config.json"
 
     def start(
-        self, config: str, patch: dict[str, Any] | None, images: dict[str, Any], classes: Sequence[str] | None = None
+        self,
+        config: str,
+        patch: dict[str, Any] | None,
+        data_config: dict[str, Any],
+        classes: Sequence[str] | None = None,
     ) -> None:
-        """Write config.yaml, images.json, patch.json and classes.json, and send the package's log lines to train.log too."""
+        """Write config.yaml, data_config.json, patch.json and classes.json, and send the package's log lines to train.log too."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.results.unlink(missing_ok=True)  # of a finished run that is trained on
         replace_text(self.config, config)
-        replace_text(self.images, json.dumps(images, indent=2) + "\n")
+        replace_text(self.data_config, json.dumps(data_config, indent=2) + "\n")
         if patch is not None:
             replace_text(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
         if classes:
@@ -84,10 +91,10 @@ class RunDir:
         file = self.path / "patch.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
-    def read_images(self) -> dict[str, Any] | None:
-        """How the run prepares images: images.json, else (of an older version) the config.json of a checkpoint; None without."""
-        if self.images.is_file():
-            return json.loads(self.images.read_text())
+    def read_data_config(self) -> dict[str, Any] | None:
+        """Returns the run's data config: data_config.json, else (older versions) a checkpoint's config.json; None without."""
+        if self.data_config.is_file():
+            return json.loads(self.data_config.read_text())
         for name in ("last", "best"):
             if (file := self.checkpoints / name / "config.json").is_file():
                 return json.loads(file.read_text()).get("pretrained_cfg")

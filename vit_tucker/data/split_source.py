@@ -15,7 +15,7 @@ OWN_OPTIONS = ("download", "batch_size", "seed", "class_map")
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """A split of a data set, and how to read it.
 
     Attributes:

@@ -8,13 +8,13 @@ from typing import Any
 from vit_tucker.checkpoint.files import config_beside, read_json
 from vit_tucker.errors import CheckpointError
 
-ENTRIES = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-"""Entries of timm's pretrained_cfg that say how images are prepared."""
+DATA_CONFIG = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Entries of timm's pretrained_cfg that say how images are prepared, which timm calls the data config."""
 RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 """Pillow's numbers of interpolations, as Hugging Face's processors have them."""
 
 
-def images_beside(file: Path) -> dict[str, Any]:
+def data_config_beside(file: Path) -> dict[str, Any]:
     """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights says it.
 
     Read are config.json of timm's layout, preprocessor_config.json of Hugging Face and open_clip_config.json.
@@ -28,7 +28,7 @@ def images_beside(file: Path) -> dict[str, Any]:
     config = config_beside(file)
     cfg, source = config.get("pretrained_cfg"), "config.json"
     if isinstance(cfg, Mapping):
-        found = {name: cfg[name] for name in ENTRIES if cfg.get(name) is not None}
+        found = {name: cfg[name] for name in DATA_CONFIG if cfg.get(name) is not None}
     elif processor := read_json(file.parent / "preprocessor_config.json"):
         found, source = of_processor(processor), "preprocessor_config.json"
     else:
@@ -46,7 +46,7 @@ def images_beside(file: Path) -> dict[str, Any]:
 
 
 def plausible(name: str, value: Any) -> bool:
-    """Whether a value is of the kind that an entry of ``ENTRIES`` has: numbers per channel, a share, or a word."""
+    """Whether a value is of the kind that an entry of ``DATA_CONFIG`` has: numbers per channel, a share, or a word."""
     if name in ("mean", "std"):
         numbers = value if isinstance(value, list | tuple) else []
         finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
