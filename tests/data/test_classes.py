@@ -31,7 +31,7 @@ def test_the_order_is_a_function_of_the_names_alone():
 def test_a_split_that_lacks_a_class_has_the_numbers_of_training(tmp_path):
     tree(tmp_path, ["train/a/1.png", "train/b/1.png", "train/c/1.png", "val/c/1.png", "val/a/1.png"])
     val = opened(tmp_path, "val")
-    assert val.classes == ("a", "b", "c")
+    assert val.class_names == ("a", "b", "c")
     assert classes_of(val) == {"a/1.png": "a", "c/1.png": "c"}
     assert val.labels.tolist() == [0, 2]
     assert val.notes == ("split 'val': no images of 1 of 3 classes: b",)
@@ -52,7 +52,7 @@ def test_a_class_that_training_lacks_is_refused_with_the_nearest_name(tmp_path):
 def test_a_lone_validation_split_is_numbered_in_its_own_order(tmp_path):
     tree(tmp_path, ["val/b/1.png", "val/a/1.png"])
     val = opened(tmp_path, "val")
-    assert val.classes == ("a", "b")
+    assert val.class_names == ("a", "b")
     assert "no training split 'train'" in val.notes[0]
     data = folder_config(tmp_path)
     assert choose_classes(data, None, None, 2, False)[0] == ("a", "b")

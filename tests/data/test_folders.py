@@ -26,7 +26,7 @@ def test_class_folders_with_one_image_at_least(tmp_path):
     tree(tmp_path / "train", ["cat/2.png", "cat/10.png", "dog/1.jpg"])
     (tmp_path / "train" / "empty").mkdir()
     data = opened(tmp_path)
-    assert data.classes == ("cat", "dog")
+    assert data.class_names == ("cat", "dog")
     assert data.images == ("cat/2.png", "cat/10.png", "dog/1.jpg")  # as timm orders them
     assert data.labels.tolist() == [0, 0, 1]
     assert data.notes == ("split 'train': folders without images are no classes: empty",)
@@ -42,7 +42,7 @@ def test_tiny_imagenet_as_downloaded(tmp_path):
     (tmp_path / "val" / "val_annotations.txt").write_text(rows)
     tree(tmp_path / "test" / "images", ["test_0.JPEG", "test_1.JPEG"])
     train, val = opened(tmp_path), opened(tmp_path, "val")
-    assert train.classes == val.classes == tuple(IDS)
+    assert train.class_names == val.class_names == tuple(IDS)
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert val.labels.tolist() == [2, 0, 2, 1]
     assert train.notes == ("split 'train': left out: 3 files that are no images (.txt 3)",)
@@ -78,7 +78,7 @@ def test_flat_imagenet_validation_by_kaggles_solution(tmp_path, place):
     folder = tmp_path / "top" if place == "kaggle" else root / place
     write_csv(folder / "LOC_val_solution.csv", ["ImageId", "PredictionString"], rows)
     data = opened(root, "val")
-    assert data.classes == tuple(IDS[:2])
+    assert data.class_names == tuple(IDS[:2])
     assert data.labels.tolist() == [1, 0, 1]
 
 
@@ -110,14 +110,14 @@ def test_a_csv_file_of_names(tmp_path, bom, delimiter):
     write_csv(tmp_path / "labels.csv", ["filename", "label"], rows, bom, delimiter)
     data = opened(tmp_path, labels="labels.csv")
     assert classes_of(data) == {"a.png": "wren", "b.png": "owl", "sub/c.png": "owl"}
-    assert data.classes == ("owl", "wren")
+    assert data.class_names == ("owl", "wren")
     assert data.notes == (
         f"split 'train': classes by {tmp_path}/labels.csv",
         "split 'train': left out: 1 images without a row in labels.csv: d.png",
         "split 'train': 1 rows of labels.csv without an image: gone.png",
     )
     val = opened(tmp_path, "val", labels="labels.csv")
-    assert (val.classes, val.labels.tolist()) == (("owl", "wren"), [1])
+    assert (val.class_names, val.labels.tolist()) == (("owl", "wren"), [1])
     assert val.notes[-1] == "split 'val': no images of 1 of 2 classes: owl"
 
 
@@ -129,7 +129,7 @@ def test_csv_files_by_split_with_columns_and_numbers(tmp_path):
     lists = {"train": "train.csv", "validation": "validation.csv"}
     options = {"labels": lists, "label_columns": columns}
     train, val = opened(tmp_path, **options), opened(tmp_path, "validation", **options)
-    assert (train.classes, train.labels.tolist()) == (("0", "1", "2"), [2, 0])  # numbers stay what they are
+    assert (train.class_names, train.labels.tolist()) == (("0", "1", "2"), [2, 0])  # numbers stay what they are
     assert val.labels.tolist() == [1]
     assert train.notes[-1] == "split 'train': no images of 1 of 3 classes: 1"
     assert "has no column 'filename', only id, species; set data.label_columns" in refusal(tmp_path, labels=lists)
@@ -183,7 +183,7 @@ def test_folders_in_folders_are_read_by_a_key_alone(tmp_path):
 def test_stray_images_are_left_out_unless_they_are_most(tmp_path):
     tree(tmp_path / "train", ["a.png", "cat/1.png", "dog/1.png"])
     data = opened(tmp_path)
-    assert data.classes == ("cat", "dog")
+    assert data.class_names == ("cat", "dog")
     assert data.notes == ("split 'train': left out: 1 images beside the class folders: a.png",)
     tree(tmp_path / "train", ["b.png", "c.png"])
     assert f"3 images lie directly in {tmp_path}/train and 2 in folders (cat, dog)" in refusal(tmp_path)
@@ -203,7 +203,7 @@ def test_hidden_and_system_files_are_no_images(tmp_path):
     ):
         (train / name).write_bytes(b"x")
     data = opened(tmp_path)
-    assert data.classes == ("cat", "dog")
+    assert data.class_names == ("cat", "dog")
     assert data.images == ("cat/1.png", "dog/1.png")
     assert data.notes == ("split 'train': left out: 4 files that are no images (.txt 2, no ending 1, .csv 1)",)
 
@@ -262,8 +262,8 @@ def test_images_come_in_the_order_of_timms_reader(tmp_path):
     tree(tmp_path / "train", names)
     theirs, numbers = find_images_and_targets(str(tmp_path / "train"))
     data = opened(tmp_path)
-    assert [(str(data.path(i)), int(data.labels[i])) for i in range(len(data))] == theirs
-    assert dict(zip(data.classes, range(4), strict=True)) == numbers
+    assert [(data.image_name(i), int(data.labels[i])) for i in range(len(data))] == theirs
+    assert dict(zip(data.class_names, range(4), strict=True)) == numbers
 
 
 def test_keys_of_image_folders_are_refused_elsewhere():

@@ -45,7 +45,9 @@ def test_imagenets_names_are_strings(tmp_path):
         assert names("imagenet", data) == ("tench, Tinca tinca", "goldfish, Carassius auratus")
         assert [label for _, label in (data[0], data[1])] == labels_of(data).tolist() == [0, 1]
     for split in ("test", "trian"):
-        with pytest.raises(DataError, match=rf"^torch/imagenet has no split '{split}', known: train, validation, val"):
+        with pytest.raises(
+            DataError, match=rf"^torch/imagenet has no split '{split}', known: train, val, valid, validation"
+        ):
             opened("imagenet", tmp_path, split)
     with pytest.raises(DataError, match=r"^split 'train': label 1 of .*n01443537/0.JPEG, but there are 1 classes"):
         open_splits(config("imagenet", tmp_path), 3, num_classes=1)

@@ -43,7 +43,7 @@ def opened(root, split="train", **data):
 
 def classes_of(dataset) -> dict[str, str]:
     """The name of the class of each image, by its path in the split."""
-    return {name: dataset.classes[label] for name, label in zip(dataset.images, dataset.labels, strict=True)}
+    return {name: dataset.class_names[label] for name, label in zip(dataset.images, dataset.labels, strict=True)}
 
 
 def write_meta(folder: Path, names) -> None:

@@ -1,14 +1,23 @@
 """docs/formats.md: each row of its tables names a test that is there, and its load lines are those that loading reports."""
 
 import ast
+import json
 import re
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from docs_hooks import ROOT
+from tests.checkpoint import sources
 from tests.checkpoint.published import load_lines
+from vit_tucker.config.schema import DataConfig, ModelConfig
+from vit_tucker.data.datasets import DatasetInfo
+from vit_tucker.data.transforms import describe_data, resolve_data
+from vit_tucker.errors import CheckpointError
+from vit_tucker.models import load_host
 
 PAGE = ROOT / "docs/formats.md"
 NAMED = re.compile(r"`(?P<file>tests/[\w/]+\.py)?(?:::(?P<name>[\w:]+)(?:\[[^\]]*\])?)?`")
@@ -68,3 +77,28 @@ def test_load_lines_are_what_loading_reports(tmp_path):
     shown = re.search(r"Every load is one line:\n\n```text\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1].splitlines() == load_lines(tmp_path)
+
+
+def block_with(start: str) -> str:
+    """The line of the page's code blocks that begins so."""
+    return next(line for line in PAGE.read_text().splitlines() if line.startswith(start))
+
+
+def test_the_refusal_is_the_real_one(in_tmp):
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=3).state_dict(), "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_host(ModelConfig(name="vit_tiny_patch16_224", checkpoint="w.pth"), num_classes=10)
+    assert block_with("error: ") == f"error: {caught.value}"
+
+
+def test_the_line_about_images_is_the_real_one(in_tmp):
+    source = sources.hugging_face("ViTForImageClassification", image_size=224, patch_size=16)
+    source.save_pretrained("google-vit")
+    processor = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 3}
+    crop = {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    Path("google-vit/preprocessor_config.json").write_text(json.dumps({**processor, **crop}))
+    sizes = {**sources.MODEL, "img_size": 224, "patch_size": 16}
+    model, report = load_host(ModelConfig(**sizes, checkpoint="google-vit"), num_classes=10)
+    info = DatasetInfo(10)
+    resolved = resolve_data(DataConfig(), info, model, True, (3, 224, 224))
+    assert block_with("images: ") == describe_data(DataConfig(), info, resolved, report.normalisation)

@@ -240,7 +240,7 @@ def from_hugging_face_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
 
 
 def from_torchvision(state: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Renames torchvision's VisionTransformer."""
+    """Renames the tensors of torchvision's VisionTransformer, whose queries, keys and values are joined already."""
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     outside = [key for key in state if not key.startswith(prefix)]
     result = {renamed_by(TORCHVISION, key): value for key, value in inside.items()}

@@ -27,7 +27,7 @@ def names_of(numbers: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def read_class_map(given: Mapping[str, int] | str, folders: Sequence[Path]) -> dict[str, int]:
-    """Reads ``data.class_map``.
+    """Reads the class map that ``data.class_map`` gives, or the file that it names.
 
     Args:
         given: the map itself, or the path of a .txt file (a name in each line, or 'name number' in all of them) or .json file

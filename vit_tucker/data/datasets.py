@@ -16,17 +16,17 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import datasets as tv
 
-from vit_tucker.data.folders import FolderDataset, is_folder_set
+from vit_tucker.data.folders import is_folder_set
 from vit_tucker.data.idx import read_idx
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
+from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
 from vit_tucker.data.split_source import reason
 from vit_tucker.data.vision import open_vision
 from vit_tucker.errors import DataError, nearest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DEFAULT_ROOT = Path("data")
-TRAIN_SPLITS = ("train", "training")
-EVAL_SPLITS = ("validation", "val", "valid", "eval", "evaluation", "test")
+EVAL_SPLITS = (*VALIDATION_SPLITS, "test")
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SPLIT_SEED = 0
 
@@ -122,8 +122,6 @@ def image_name(dataset: Any, index: int) -> str:
     if hasattr(dataset, "image_name"):
         with contextlib.suppress(Exception):  # what is to be named is an error already
             path = dataset.image_name(index)
-    elif isinstance(dataset, FolderDataset):
-        path = dataset.path(index)
     elif isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's folders
         path = samples[index][0]
     return str(path) if path else f"image {index}"

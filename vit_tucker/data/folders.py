@@ -34,7 +34,7 @@ class FolderDataset(Dataset):
         folder: of the split.
         images: paths relative to it.
         labels: (n,) int64, the number of each image's class.
-        classes: names in the order of their numbers.
+        class_names: in the order of their numbers.
         mode: PIL mode of the returned images, "L" or "RGB".
         options: see ``ImageOptions``.
         notes: lines for the log.
@@ -45,24 +45,24 @@ class FolderDataset(Dataset):
         folder: Path,
         images: Sequence[str],
         labels: np.ndarray,
-        classes: tuple[str, ...],
+        class_names: tuple[str, ...],
         mode: str,
         options: ImageOptions,
         notes: tuple[str, ...],
     ) -> None:
         self.folder, self.images, self.labels = folder, images, labels
-        self.classes, self.mode, self.options, self.notes = classes, mode, options, notes
+        self.class_names, self.mode, self.options, self.notes = class_names, mode, options, notes
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.path(index)) as opened:
+        with Image.open(self.image_name(index)) as opened:
             return to_mode(opened, self.mode, self.options), int(self.labels[index])
 
-    def path(self, index: int) -> Path:
-        """Returns the file of an image."""
-        return self.folder / self.images[index]
+    def image_name(self, index: int) -> str:
+        """Returns the path of an image."""
+        return str(self.folder / self.images[index])
 
 
 def is_folder_set(name: str) -> bool:

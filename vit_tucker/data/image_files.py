@@ -115,7 +115,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_image_file(file: Path, mode: str, options: ImageOptions = AS_STORED) -> Image.Image:
-    """Decodes an image.
+    """Decodes an image file as 8-bit grey or RGB.
 
     Args:
         file: of any format that Pillow reads.

@@ -1,6 +1,6 @@
 """Labels of a data set: what its classes are called, and whether the model has them all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ OWN = {"digits": tuple("0123456789"), "fashion_mnist": FASHION_MNIST}
 
 
 def label_names(name: str, dataset: Any) -> tuple[str, ...] | None:
-    """Names of the classes of an opened data set; None if it doesn't tell.
+    """Returns the names of the classes of an opened data set; None if it has none.
 
     Args:
         name: see ``DataConfig.dataset``.
@@ -32,12 +32,10 @@ def label_names(name: str, dataset: Any) -> tuple[str, ...] | None:
         return OWN[name]
     if isinstance(dataset, Subset):
         return label_names(name, dataset.dataset)
-    if isinstance(dataset, ColumnDataset | Stream):
+    if isinstance(dataset, ColumnDataset | FolderDataset | Stream):
         return dataset.class_names
     if isinstance(dataset, ConvertedDataset):  # of torchvision
         return vision_names(dataset.dataset)
-    if isinstance(dataset, FolderDataset):
-        return dataset.classes
     numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)  # of TFDS
     if isinstance(numbers, Mapping) and sorted(numbers.values()) == list(range(len(numbers))):
         return tuple(sorted(numbers, key=lambda label: numbers[label]))
@@ -82,10 +80,6 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         refuse_label(int(labels[wrong[0]]), num_classes, split, image_name(dataset, int(wrong[0])))
-
-
-def _texts(names: Any) -> tuple[str, ...] | None:
-    return tuple(map(str, names)) if isinstance(names, Sequence) and not isinstance(names, str) and names else None
 
 
 @lru_cache

@@ -17,10 +17,11 @@ from vit_tucker.data.label_files import (
     truth_labels,
 )
 from vit_tucker.data.listed_images import labelled
+from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
 from vit_tucker.data.walk import Found, walk
 from vit_tucker.errors import DataError, nearest
 
-SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"))
+SYNONYMS = (TRAIN_SPLITS, VALIDATION_SPLITS)
 """Names of one split, as in timm; the first that is there is read, unless the very name is."""
 
 

@@ -1,9 +1,12 @@
-"""The order of names, and lists of them in messages."""
+"""Names of classes and splits: their order, those that mean the same, and lists of them in messages."""
 
 import re
 from collections.abc import Collection, Iterable
 
 SHOWN = 3
+TRAIN_SPLITS = ("train", "training")
+VALIDATION_SPLITS = ("val", "valid", "validation", "eval", "evaluation")
+"""Names that mean the same split, as in timm; the first of them whose folder is there is read."""
 DIGITS = re.compile(r"(\d+)")
 
 

@@ -48,7 +48,7 @@ class SplitSource:
         return f"{self.name}, split '{self.split}'"
 
     def check_options(self, known: Iterable[str]) -> None:
-        """Refuses unknown ``data.dataset_kwargs``.
+        """Raises DataError for entries of ``data.dataset_kwargs`` that the format does not have.
 
         Args:
             known: names that the format has.

@@ -45,7 +45,7 @@ class Share:
 
     @property
     def count(self) -> int:
-        """Workers of all processes."""
+        """Number of loader workers of all processes."""
         return self.world_size * self.workers
 
     def wanted(self, images: int, batch_size: int) -> int:

@@ -9,16 +9,16 @@ from PIL import Image
 from timm.data import create_dataset
 from torchvision.datasets import ImageNet
 
+from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
 from vit_tucker.data.split_source import OWN_OPTIONS, reason
 from vit_tucker.errors import DataError, nearest
 
-TRAIN, EVAL = ("train", "training"), ("validation", "val", "valid", "eval", "evaluation")
 TWO_PARTS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
 FOLDERS = ("folder", "image_folder")
 SPLITS = {
-    **dict.fromkeys(TWO_PARTS, (*TRAIN, *EVAL, "test")),
-    "imagenet": ("train", *EVAL),
-    "places365": (*TRAIN, "train-standard", "train-challenge", *EVAL),
+    **dict.fromkeys(TWO_PARTS, (*TRAIN_SPLITS, *VALIDATION_SPLITS, "test")),
+    "imagenet": ("train", *VALIDATION_SPLITS),
+    "places365": (*TRAIN_SPLITS, "train-standard", "train-challenge", *VALIDATION_SPLITS),
 }
 """Splits of the sets that have the same ones everywhere; timm reads the test set of the first ones for any other word."""
 
@@ -61,7 +61,7 @@ def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -
 
 def check_folder(name: str, split: str, root: Path) -> None:
     """Raises DataError if there is no folder for a split; timm would read all of the root instead."""
-    names = next((group for group in (TRAIN, EVAL) if split in group), ())
+    names = next((group for group in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in group), ())
     if not any((root / folder).is_dir() for folder in (split, *names)):
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
         raise DataError(
