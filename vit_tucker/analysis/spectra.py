@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec
+from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
@@ -89,6 +90,7 @@ def tensors_of(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, P
         PatchError: an attention class that we can't read.
     """
     if isinstance(module, AttentionModule):
+        module = plain_layer(module)
         return module.spec, module.pre_tensor(), module.post_pairs()
     host = hosts.read_host(module, mixed_rope)
     weights = host.weights.double()

@@ -1,12 +1,17 @@
-"""Helpers on Linear layers that the variants share: weights as used in ``x @ W``, by heads, float64."""
+"""Helpers on Linear layers that the variants share: weights as used in ``x @ W``, by heads, float64.
+
+Weights are those that a Linear computes with: see ``vit_tucker.attention.effective`` for adapters and the like.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.effective import readable
+
 
 def linear_weight(linear: nn.Linear) -> Tensor:
     """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
-    return linear.weight.detach().double().mT
+    return readable(linear).weight.detach().double().mT
 
 
 def augmented_weight(linear: nn.Linear) -> Tensor:
@@ -17,7 +22,8 @@ def augmented_weight(linear: nn.Linear) -> Tensor:
 
 def linear_bias(linear: nn.Linear) -> Tensor | None:
     """Bias of a Linear, (out,), float64, detached, or None."""
-    return None if linear.bias is None else linear.bias.detach().double()
+    bias = readable(linear).bias
+    return None if bias is None else bias.detach().double()
 
 
 def head_bias(linear: nn.Linear, num_heads: int, repeat: int = 1) -> Tensor | None:

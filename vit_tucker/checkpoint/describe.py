@@ -11,8 +11,10 @@ from typing import Any
 import timm
 from timm.models import is_model
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
 from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import create_structure
@@ -53,6 +55,7 @@ def describe(
     Raises:
         CheckpointError: the model isn't what timm builds from these; says what differs.
     """
+    refuse_altered_weights(model)
     record = patch_record(model)
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = cfg.pop("architecture", None) if record is None else record.identity.architecture
@@ -170,6 +173,23 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
         if name in kept:
             kept[name] = fit_channels(kept[name], size[0])
     return kept
+
+
+def refuse_altered_weights(model: nn.Module) -> None:
+    """Raise CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
+    for is_altered, what, advice in (
+        (is_adapter, "carries adapters", "merge them first: model = model.merge_and_unload(), or save them by PEFT"),
+        (is_parametrized, "is parametrized", "settle it first: torch.nn.utils.parametrize.remove_parametrizations"),
+        (
+            functional_hooks,
+            "is normalised or pruned by a hook",
+            "make that permanent first: torch.nn.utils.prune.remove and the like",
+        ),
+    ):
+        names = [name for name, module in model.named_modules() if is_altered(module)]
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{names[0]}{more} {what}, a {full_name(model.get_submodule(names[0]))}; {advice}")
 
 
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:

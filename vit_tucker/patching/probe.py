@@ -1,15 +1,17 @@
 """Models without memory or arithmetic, on the meta device: their structure, and how many tokens each attention layer sees."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.call import to_sequences
+from vit_tucker.attention.effective import HOOKS
 from vit_tucker.errors import ConfigError
 
 
@@ -38,7 +40,8 @@ def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
 
 
 def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[object] = ()) -> nn.Module:
-    """The model's structure, with parameters and buffers that hold no values; the model itself is not touched.
+    """The model's structure, with parameters and buffers that hold no values; the model itself is not touched. Hooks of the model
+    are left out: they are a user's, and made for values.
 
     Args:
         model: any.
@@ -46,6 +49,11 @@ def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[obje
         shared: objects inside the model that the copy shares with it instead of having a copy.
     """
     memo: dict[int, Any] = {id(part): part for part in shared}
+    for module in model.modules():
+        memo |= {id(value): OrderedDict() for name, value in vars(module).items() if name in HOOKS}
+        for value in vars(module).values():
+            if isinstance(value, Tensor):  # no parameter: old weight norms keep one with a graph
+                memo[id(value)] = torch.empty_like(value, device=device, requires_grad=False)
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device=device, requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
