@@ -178,18 +178,14 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
 def refuse_altered_weights(model: nn.Module) -> None:
     """Raise CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
     for is_altered, what, advice in (
-        (is_adapter, "carries adapters", "merge them first: model = model.merge_and_unload(), or save them by PEFT"),
-        (is_parametrized, "is parametrized", "settle it first: torch.nn.utils.parametrize.remove_parametrizations"),
-        (
-            functional_hooks,
-            "is normalised or pruned by a hook",
-            "make that permanent first: torch.nn.utils.prune.remove and the like",
-        ),
+        (is_adapter, "adapters", "merge them first (model = model.merge_and_unload()), or save them by PEFT"),
+        (is_parametrized, "parametrizations", "settle them first: torch.nn.utils.parametrize.remove_parametrizations"),
+        (functional_hooks, "norms or masks of weights as hooks", "settle them first: prune.remove, remove_weight_norm"),
     ):
         names = [name for name, module in model.named_modules() if is_altered(module)]
         if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise CheckpointError(f"{names[0]}{more} {what}, a {full_name(model.get_submodule(names[0]))}; {advice}")
+            first = f"{names[0]}: a {full_name(model.get_submodule(names[0]))}"
+            raise CheckpointError(f"{len(names)} modules have {what} ({first}); {advice}")
 
 
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:

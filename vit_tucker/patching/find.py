@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from vit_tucker.attention.effective import full_name, is_adapter, peft_class
+from vit_tucker.attention.effective import full_name, is_tuner, peft_class
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.patching.hosts import LEFT_ALONE_BY_CLASS, SELF_ATTENTION
 
 
@@ -78,8 +78,14 @@ def refuse_wrapped(model: nn.Module) -> None:
         if advice is not None:
             where = f"module '{name}'" if name else "the model"
             raise PatchError(f"{where} is a {type(module).__name__}: {advice}")
-        base = getattr(module, "base_layer", None) if is_adapter(module) else None
+    refuse_adapted(model)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise WeightsError for a model of PEFT's with adapters on the own parameters of an attention module."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None) if is_tuner(module) else None
         if base is not None and is_self_attention(base):
-            raise PatchError(
+            raise WeightsError(
                 f"{name} is a {full_name(module)} around attention as a whole: merge_and_unload() it first"
             )

@@ -199,7 +199,8 @@ def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True
         plain: merge what stands around its weights, or refuse it; False: only its shape counts.
 
     Raises:
-        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message lacks the module's name.
+        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message
+            lacks the module's name.
     """
     if isinstance(module, AttentionModule):
         raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")

@@ -1,6 +1,7 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     qkv: Any = parts.get("qkv")
     if "qkv" in merged and reads_weight(module) and differ(qkv.weight, plain.qkv.weight):  # type: ignore[union-attr, arg-type]
         raise PatchError(
-            f"its qkv is a {full_name(qkv)}, which it never calls: it reads the weight inside, so that the adapter has no effect; "
+            f"its qkv is a {full_name(qkv)}, whose weight it reads without calling it: the adapter has no effect; "
             "merge_and_unload() or unload() it first"
         )
     return plain, merged
@@ -46,7 +47,7 @@ def refuse_other_forward(module: nn.Module) -> None:
 
 
 def reads_weight(module: Any) -> bool:
-    """Whether a module multiplies by the weight of its ``qkv`` instead of calling it: BEiT's and EVA's with biases of their own."""
+    """Whether a module multiplies by the weight of its ``qkv`` instead of calling it: BEiT's and EVA's with biases apart."""
     return getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False)
 
 
@@ -66,6 +67,11 @@ def refuse_not_finite(host: Host) -> None:
     for parts in host.spec.extras.values():
         for name, part in parts.items():
             tensors |= dict(part.named_parameters(prefix=name))
-    for name, tensor in tensors.items():
+    refuse_infinite(tensors.items())
+
+
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+    """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
+    for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise PatchError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

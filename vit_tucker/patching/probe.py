@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.call import to_sequences
-from vit_tucker.attention.effective import HOOKS
+from vit_tucker.attention.effective import CALL_HOOKS, HOOKS
 from vit_tucker.errors import ConfigError
 
 
@@ -37,6 +38,20 @@ def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
             return create()
     except (RuntimeError, NotImplementedError, TypeError, ConfigError):
         return create()
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """No hooks of torch's for all modules (``register_module_forward_hook`` and the like) in here."""
+    tables = [vars(nn.modules.module).get(f"_global{kind}") for kind in CALL_HOOKS]
+    kept = [(table, dict(table)) for table in tables if table]
+    for table, _ in kept:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, hooks in kept:
+            table.update(hooks)
 
 
 def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[object] = ()) -> nn.Module:
@@ -110,7 +125,7 @@ def count_tokens(
         for name in layouts:
             probe.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), without_global_hooks():
             probe(torch.empty(1, *input_shape(model, img_size), device="meta", dtype=dtype))
     except Exception:
         return {}

@@ -112,7 +112,7 @@ def memory_groups(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 @contextmanager
 def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, call, y)`` at each call of each layer's dense module; y in the layout of the host, before other hooks."""
+    """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
 
     def hook(layer: Layer) -> Callable[..., None]:
         signature, spec = inspect.signature(layer.module.forward), layer.host.spec
