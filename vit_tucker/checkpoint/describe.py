@@ -55,7 +55,6 @@ def describe(
     Raises:
         CheckpointError: the model isn't what timm builds from these; says what differs.
     """
-    refuse_altered_weights(model)
     record = patch_record(model)
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = cfg.pop("architecture", None) if record is None else record.identity.architecture
@@ -197,6 +196,7 @@ def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
     found = list(differences(model, rebuilt))
     if found:
+        refuse_altered_weights(model)
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(
             f"the model is not what timm makes by the name and arguments that it tells: {'; '.join(found[:3])}{more}; give the "
