@@ -15,6 +15,7 @@ from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, rotation_notes
@@ -140,31 +141,33 @@ def plan(
 
 
 def unpatch(model: nn.Module) -> None:
-    """Put the original modules back: the same objects with the same tensors, on the device of the modules they replace.
+    """Put the original modules back: the same objects with the same tensors.
 
-    Position biases are resized if timm's ``set_input_size`` has resized those of the replacements; blocks that timm has pruned
-    stay away.
+    They follow what has changed since the patch: device, dtype, train/eval mode and requires_grad are those of the replacements,
+    see ``vit_tucker.patching.follow``. Position biases are resized if timm's ``set_input_size`` has resized those of the
+    replacements; blocks that timm has pruned stay away.
 
     Args:
         model: patched, by ``patch`` with ``keep_originals``.
 
     Raises:
-        PatchError: the model is not patched, or its originals were not kept.
+        PatchError: the model is not patched, or its originals were not kept or have no values; nothing has changed.
     """
     record = patch_record(model)
     if record is None:
         raise PatchError("the model is not patched")
     if record.originals is None:
         raise PatchError("the original modules were not kept (patch(..., keep_originals=False)); load the model again")
-    present = dict(model.named_modules(remove_duplicate=False))
-    for name, original in record.originals.items():
-        current = present.get(name)
-        if current is None:  # timm's prune_intermediate_layers took the block away
-            continue
+    present = dict(model.named_modules(remove_duplicate=False))  # timm's prune_intermediate_layers takes blocks away
+    pairs = {name: (old, present[name]) for name, old in record.originals.items() if name in present}
+    for name, (original, current) in pairs.items():
+        refuse_lost(name, original, current)
+    for original, current in pairs.values():
         if isinstance(current, AttentionModule) and current.position_bias is not None:
             hosts.follow_window_size(original, current.position_bias)
-        device = next(current.parameters()).device
-        _set_module(model, name, original.to(device).train(current.training))
+    follow(pairs.values())
+    for name, (original, _) in pairs.items():
+        _set_module(model, name, original)
     unmark(model, record.identity)
     delattr(model, RECORD)
 
