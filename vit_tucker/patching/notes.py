@@ -50,7 +50,7 @@ def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"an optimizer made before the patch ({', '.join(sorted(names))}) holds parameters of replaced layers and never trains the "
+        f"an optimizer made before the patch ({', '.join(sorted(names))}) holds what is replaced and would never train the "
         "new ones: make it anew",
     )
 
