@@ -21,14 +21,18 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
+from vit_tucker.checkpoint.read import read_state
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_channels, without_weights
 
+NAFLEX = "timm.models.naflexvit"
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
+PICKLED = "pytorch_model.bin"
+"""Name of weights that ``timm.models.save_for_hf`` writes unless it is asked for safetensors."""
 
 
 def patched_model(
@@ -140,19 +144,52 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
 
 
 def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub. Nothing is unpickled.
+    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file that timm
+    writes. Of pickled ones only tensors and plain values are read, nothing is executed.
 
     Raises:
-        CheckpointError: there are none, or they are not safetensors.
+        CheckpointError: there are none, or they can't be read.
     """
     if cfg.get("state_dict"):
         return dict(cfg["state_dict"])
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
-        return read_safetensors(download(cfg["hf_hub_id"], WEIGHTS))
+        return read_tensors(download_weights(cfg["hf_hub_id"]))
     if cfg.get("file"):
-        file = Path(cfg["file"])
-        return read_safetensors(file / WEIGHTS if file.is_dir() else file)
+        return read_tensors(weights_in(Path(cfg["file"])))
     raise CheckpointError(f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')")
+
+
+def weights_in(path: Path) -> Path:
+    """The weights of a folder that timm has written, safetensors before others; a file as it is."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), path / WEIGHTS)
+
+
+def download_weights(hub_id: str) -> Path:
+    """The weights of a repository, in the hub's cache; safetensors before others.
+
+    Raises:
+        CheckpointError: see ``download``.
+    """
+    try:
+        return download(hub_id, WEIGHTS)
+    except CheckpointError as error:
+        try:
+            return download(hub_id, PICKLED)
+        except CheckpointError:
+            raise error from None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, safetensors or written by torch.save, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_safetensors(file)
+    return read_state(file, "the weights")[0]
 
 
 def download(hub_id: str, name: str) -> Path:
@@ -196,6 +233,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     Raises:
         CheckpointError: they are of another model.
     """
+    state = for_other_class(state, model)
     own, cfg = model.state_dict(), dict(vars(model)["pretrained_cfg"])
     attention = tuple(f"{name}." for name in find_attention(model))
     missing = [key for key in own if key.startswith(attention) and key not in state]
@@ -225,10 +263,29 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
 
 def checkpoint_filter(model: nn.Module) -> Any:
     """timm's function that adapts stored weights of the model's kind, to another image size for instance; None without one."""
+    place = type(model).__module__ if is_other_class(model) else entry_module(model)
+    return getattr(sys.modules[place], "checkpoint_filter_fn", None)
+
+
+def entry_module(model: nn.Module) -> str:
+    """The module of timm that makes models of this name."""
     cfg = vars(model)["pretrained_cfg"]
     record = patch_record(model)
     host = cfg["architecture"] if record is None else record.identity.architecture
-    return getattr(sys.modules[model_entrypoint(host).__module__], "checkpoint_filter_fn", None)
+    return str(model_entrypoint(host).__module__)
+
+
+def is_other_class(model: nn.Module) -> bool:
+    """Whether timm has built a NaFlexVit under the name of a ViT or an EVA, as ``use_naflex`` asks for."""
+    return type(model).__module__ == NAFLEX != entry_module(model)
+
+
+def for_other_class(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Stored weights of a ViT or an EVA under the names that a NaFlexVit has for them; others as they are."""
+    if not is_other_class(model) or set(state) <= set(model.state_dict()):
+        return state
+    converted: dict[str, Tensor] = checkpoint_filter(model)({key: value.clone() for key, value in state.items()}, model)
+    return converted
 
 
 def forget_source(model: nn.Module) -> None:

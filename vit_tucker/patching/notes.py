@@ -1,8 +1,11 @@
 """Remarks of a patch report: what a reader of the numbers should know besides."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.optim import Optimizer
 
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
@@ -58,6 +61,39 @@ def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
     for parameter_name, parameter in module.named_parameters(prefix=name):
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             yield f"gradient hook of {parameter_name}"
+
+
+def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
+    """What an optimizer that was made before the patch misses.
+
+    Args:
+        modules: to be replaced.
+    """
+    parameters = {id(p) for module in modules if _is_held_elsewhere(module) for p in module.parameters()}
+    if not parameters:
+        return ()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+    names = {
+        type(optimizer).__name__
+        for optimizer in alive
+        if not parameters.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"])
+    }
+    if not names:
+        return ()
+    return (
+        f"an optimizer made before the patch ({', '.join(sorted(names))}) holds what is replaced and would never train the "
+        "new ones: make it anew",
+    )
+
+
+def _is_held_elsewhere(module: nn.Module) -> bool:
+    """Whether anything but the module refers to a parameter of it, by its count of references: a cheap first look."""
+    usual, *_ = _reference_counts(nn.Linear(1, 1, bias=False))
+    return any(count > usual for count in _reference_counts(module))
+
+
+def _reference_counts(module: nn.Module) -> list[int]:
+    return [sys.getrefcount(parameter) for parameter in module.parameters()]
 
 
 def in_words(numbers: Sequence[int]) -> str:
