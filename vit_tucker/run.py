@@ -18,6 +18,7 @@ from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import ConfigError, DataError, StoppedError
 from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
@@ -266,6 +267,7 @@ def evaluate_run(
         LOGGER.info(note)
     which = "the model as created"
     if run_dir.best.is_file():
+        peers.together(lambda: verify_beside(run_dir.best))
         peers.together(lambda: load_weights(run_dir.best, built.model))
         which = str(run_dir.best)
     scores = evaluate(built.model, loaders, accelerator, peers)

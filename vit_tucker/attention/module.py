@@ -119,6 +119,11 @@ class AttentionModule(nn.Module):
         columns: Tensor | None = getattr(self, "pair_rotations", None)
         return None if columns is None else 2 * len(columns)
 
+    def index_limits(self) -> dict[str, int]:
+        """How many things each index buffer chooses from, by name: stored numbers must lie below. Here: columns of the table."""
+        columns: Tensor | None = getattr(self, "pair_rotations", None)
+        return {} if columns is None else {"pair_rotations": self.num_heads * (self.head_dim // 2)}
+
     @property
     def kv_width(self) -> int | None:
         """Numbers per token that later tokens need of it, in a KV cache: of keys and values, or of their latents before they are

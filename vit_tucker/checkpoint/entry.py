@@ -4,6 +4,7 @@ With vit_tucker imported, ``timm.create_model("hf-hub:owner/name", pretrained=Tr
 models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and says so.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import Any
 
 import timm
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import is_model, list_models, load_pretrained, model_entrypoint
 from timm.models._hub import download_from_hf
@@ -21,7 +22,10 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
+from vit_tucker.checkpoint.loading import refuse_integers
 from vit_tucker.checkpoint.read import read_state
+from vit_tucker.checkpoint.trial import refuse_indices
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
@@ -93,7 +97,8 @@ def read_patch(values: Mapping[str, Any]) -> AttentionConfig:
         CheckpointError: an unknown method or option.
     """
     try:
-        return get_method(str(values.get("method"))).model_validate(dict(values))
+        kind = get_method(str(values.get("method")))
+        return kind.model_validate_json(json.dumps(values), strict=True)
     except ConfigError as error:
         raise CheckpointError(f"{error}; import the module that registers it first") from None
     except ValidationError as error:
@@ -148,15 +153,21 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     writes. Of pickled ones only tensors and plain values are read, nothing is executed.
 
     Raises:
-        CheckpointError: there are none, or they can't be read.
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
     """
     if cfg.get("state_dict"):
         return dict(cfg["state_dict"])
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
-        return read_tensors(download_weights(cfg["hf_hub_id"]))
-    if cfg.get("file"):
-        return read_tensors(weights_in(Path(cfg["file"])))
-    raise CheckpointError(f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')")
+        file, local = download_weights(cfg["hf_hub_id"]), False
+    elif cfg.get("file"):
+        file, local = weights_in(Path(cfg["file"])), True
+    else:
+        raise CheckpointError(
+            f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')"
+        )
+    if file.is_file():
+        verify_beside(file, siblings=local)
+    return read_tensors(file)
 
 
 def weights_in(path: Path) -> Path:
@@ -218,8 +229,26 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: only safetensors are read here, nothing is unpickled")
     try:
         return load_file(str(file))
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        AttributeError,
+    ) as error:  # the last two for kinds of numbers unknown here
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {error}") from None
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
@@ -248,6 +277,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
         raise CheckpointError(
             f"{origin}: of another model or patch: {strange[0]} has no place in it{_and_more(strange)}"
         )
+    try:
+        refuse_integers(state, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from None
+    refuse_indices(model, state, origin)
     fits = all(key not in own or own[key].shape == value.shape for key, value in state.items())
     try:
         load_pretrained(

@@ -27,6 +27,12 @@ class ReadableLinspace(TorchFunctionMode):
         return func(*args, **(kwargs or {}) | options)
 
 
+def on_meta(create: Callable[[], nn.Module]) -> nn.Module:
+    """What a function creates, on the meta device; whatever it raises where its constructor computes with values."""
+    with torch.device("meta"), ReadableLinspace():
+        return create()
+
+
 def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
     """What a function creates, on the meta device; on the CPU where a constructor computes with values.
 
@@ -34,8 +40,7 @@ def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
         create: makes a model, without pretrained weights.
     """
     try:
-        with torch.device("meta"), ReadableLinspace():
-            return create()
+        return on_meta(create)
     except (RuntimeError, NotImplementedError, TypeError, ConfigError):
         return create()
 
