@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
+from vit_tucker.checkpoint.arguments import OF_PATCHED, refuse_arguments
+from vit_tucker.checkpoint.read import weights_only
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
@@ -29,6 +31,8 @@ from vit_tucker.patching.probe import input_channels, without_weights
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 
 
 def patched_model(
@@ -37,6 +41,9 @@ def patched_model(
     host: str | None = None,
     patch: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    pretrained_model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A timm model whose attention is replaced; ``timm.create_model`` calls it with the arguments of a config.json.
@@ -45,7 +52,9 @@ def patched_model(
         pretrained: load the weights that ``pretrained_cfg`` names.
         host: timm name of the dense model.
         patch: config of the patch, as ``AttentionConfig`` dumps it.
-        pretrained_cfg: timm's, of the stored weights.
+        pretrained_cfg, pretrained_cfg_overlay: timm's, of the stored weights.
+        cache_dir: timm's, which has no use for it here.
+        pretrained_model_args: of the stored model, from which newer timm knows the grid of its positions.
         kwargs: arguments of ``timm.create_model`` for the host.
 
     Raises:
@@ -59,7 +68,13 @@ def patched_model(
     refuse_unknown(host, "the checkpoint's host")
     cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
     config = read_patch(patch)
-    model = timm.create_model(host, pretrained=False, pretrained_cfg=cfg, **kwargs)
+    refuse_arguments(host, kwargs, PATCHED)
+    with weights_only():
+        model = timm.create_model(
+            host, pretrained=False, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
+        )
+    if pretrained_model_args is not None:
+        model.pretrained_model_args = dict(pretrained_model_args)
     install(model, config)
     if pretrained:
         fill(model, read_weights(vars(model)["pretrained_cfg"]))
@@ -131,12 +146,30 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     architecture = config["architecture"]
     refuse_unknown(architecture, "the checkpoint's model")
     cfg = known_entries(config.get("pretrained_cfg") or {})
-    arguments = dict(config.get("model_args") or {})
+    cfg = {name: value for name, value in cfg.items() if name not in (*SOURCES, "custom_load")}
+    arguments = config.get("model_args") or {}
+    refuse_stored_arguments(architecture, arguments)
+    arguments = dict(arguments)
     given = {**arguments, **overrides}
-    model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
+    with weights_only():
+        model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
     model._model_args = {**given, **vars(model).get("_model_args", {})}  # newer timm has them already
     model.pretrained_model_args = arguments  # where timm looks for the grid of stored positions
     return model
+
+
+def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
+    """Refuse arguments that a config.json must not set, of a patched model by its host; see ``refuse_arguments``.
+
+    Raises:
+        CheckpointError: one of them, or the host is none that timm has.
+    """
+    if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
+        host = arguments["host"]
+        refuse_unknown(host, "the checkpoint's host")
+        arguments = {name: value for name, value in arguments.items() if name not in OF_PATCHED}
+        architecture = host
+    refuse_arguments(architecture, arguments, origin)
 
 
 def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -145,8 +178,10 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there are none, or they are not safetensors.
     """
-    if cfg.get("state_dict"):
-        return dict(cfg["state_dict"])
+    if state := cfg.get("state_dict"):
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+        return dict(state)
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
         return read_safetensors(download(cfg["hf_hub_id"], WEIGHTS))
     if cfg.get("file"):
