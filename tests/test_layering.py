@@ -20,7 +20,7 @@ ALLOWED = {
     "digests": {"errors", "json_files", "weights"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor"},
-    "config": {"errors", "attention"},
+    "config": {"errors", "attention", "paths"},
     "patching": {"errors", "tensor", "attention"},
     "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
     "data": {"channels", "errors", "config"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "checkpoint": {"channels", "digests", "errors", "json_files", "version", "weights", "attention", "patching"},
     "models": {"errors", "config", "patching", "checkpoint", "weights"},
     "harmless": set(),
-    "report": {"errors", "harmless"},
+    "report": {"errors", "harmless", "paths"},
     "build": {"errors", "attention", "config", "patching", "checkpoint", "data", "training", "models"},
     "trainer_setup": {
         *("errors", "attention", "config", "data", "patching", "training", "analysis", "build"),

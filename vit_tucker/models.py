@@ -12,7 +12,9 @@ import timm
 from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
+from vit_tucker.checkpoint.entry import refuse_stored_arguments
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
+from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
@@ -48,6 +50,7 @@ def load_host(
             architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
+    refuse_stored(config.name)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
     report: LoadReport | None = None
@@ -104,10 +107,11 @@ def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
     if not set(ADDING) & arguments.keys():
         return set()
     plain = {key: value for key, value in arguments.items() if key not in ADDING}
-    full, base = (
-        without_weights(partial(timm.create_model, name, pretrained=False, **given)).state_dict().keys()
-        for given in (arguments, plain)
-    )
+    with weights_only():
+        full, base = (
+            without_weights(partial(timm.create_model, name, pretrained=False, **given)).state_dict().keys()
+            for given in (arguments, plain)
+        )
     return set(full) - set(base)
 
 
@@ -183,6 +187,25 @@ def refuse_unknown_name(name: str) -> None:
     elif not is_model(name.partition(".")[0]):
         hint = nearest(name, list_models())
         raise ConfigError(f"model.name: timm {timm.__version__} has no model '{name}'{hint}")
+
+
+def refuse_stored(name: str) -> None:
+    """Refuses a stored model whose config.json has arguments that are none of its own, before timm sees them.
+
+    Args:
+        name: timm's, "hf-hub:owner/name" or "local-dir:path"; others are no stored models.
+
+    Raises:
+        CheckpointError: see ``refuse_arguments``.
+    """
+    if name.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir"):
+        return
+    try:
+        config = read_config(*find(name))
+    except CheckpointError:
+        return  # timm says what is missing
+    if is_model(config["architecture"]):
+        refuse_stored_arguments(config["architecture"], config.get("model_args") or {}, f"{name}: config.json")
 
 
 def reason_of(error: Exception) -> str:

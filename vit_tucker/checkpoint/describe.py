@@ -16,8 +16,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
 from vit_tucker.channels import fit_channels
+from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
-from vit_tucker.checkpoint.entry import create_structure
+from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.find import find_attention
@@ -27,8 +28,6 @@ from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_channels, input_shape, without_weights
 from vit_tucker.version import __version__
 
-SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
-"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 OPTIONS = "_image_options"
 """Attribute of a model that says how its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
@@ -129,6 +128,7 @@ def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
     get_model_args = getattr(timm.models, "get_model_args", None)
     if get_model_args is not None:
         recorded = get_model_args(model)
+    recorded = own_arguments(recorded)
     for name in ("host", "patch"):
         recorded.pop(name, None)
     if get_model_args is None:

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -92,6 +93,40 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``; read it by ``choose_device``."""
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """``-p`` and ``--trust-plugins``; ``run_command`` heeds them."""
+    group = parser.add_argument_group("plug-ins")
+    group.add_argument(
+        "-p",
+        "--plugin",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .py file or module of yours, with methods or models, to import first; may be given several times",
+    )
+    group.add_argument(
+        "--trust-plugins",
+        action="store_true",
+        help="also run what the config in a run folder or saved folder names; without it such a folder is data",
+    )
+
+
+def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
+    """A command, after the plug-ins that the user names.
+
+    Raises:
+        ConfigError: a plug-in can't be imported. Whatever the command raises.
+    """
+    if not args.plugins and not args.trust_plugins:
+        return command(args)
+    from vit_tucker.config.plugins import load_plugins, trust_plugins
+
+    load_plugins(args.plugins)
+    with trust_plugins() if args.trust_plugins else nullcontext():
+        return command(args)
 
 
 def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:

@@ -1,8 +1,15 @@
 """The data section of a run's config, and the base of all sections."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from vit_tucker.paths import checked_name, checked_path
+
+PathText = Annotated[str, AfterValidator(checked_path)]
+"""A path without control characters."""
+FolderName = Annotated[str, AfterValidator(checked_name)]
+"""What names a folder inside another: no '..', nothing absolute."""
 
 
 class Section(BaseModel):
@@ -19,7 +26,7 @@ class DataConfig(Section):
         description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
         "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
     )
-    root: str = Field(default="data", description="Folder of the data sets.")
+    root: PathText = Field(default="data", description="Folder of the data sets.")
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
@@ -33,7 +40,7 @@ class DataConfig(Section):
         ge=1,
         description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
     )
-    class_map: dict[str, int] | str | None = Field(
+    class_map: dict[str, int] | PathText | None = Field(
         default=None,
         description="Number of each class: a dict, or a .txt file (a name, or name and number, in each line) or .json file; "
         "by the training split's names in natural order if null.",
@@ -41,7 +48,7 @@ class DataConfig(Section):
     class_level: Literal["first", "leaf"] | None = Field(
         default=None, description="Image folders inside folders: the first or the last one names the class."
     )
-    labels: dict[str, str] | str | None = Field(
+    labels: dict[str, PathText] | PathText | None = Field(
         default=None,
         description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
         "split by its name, and those not named by their folders.",

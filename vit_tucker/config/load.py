@@ -1,9 +1,6 @@
 """From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
 
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import UnionType
@@ -13,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vit_tucker.attention.registry import get_method, list_methods
+from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
     KeyPath,
@@ -24,58 +22,19 @@ from vit_tucker.config.source import (
     read_overrides,
     read_with_bases,
     read_yaml,
+    stored_by_name,
 )
 from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.paths import checked_name, checked_path
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-
-
-def load_plugins(plugins: Any, folder: Path) -> None:
-    """Import the modules and .py files that a config names, so that their methods are registered.
-
-    Args:
-        plugins: module names ('my_package.attention') or .py files, relative to ``folder``, to the current folder or to a source
-            checkout of this package.
-        folder: the config file's folder.
-
-    Raises:
-        ConfigError: one can't be imported.
-    """
-    if not isinstance(plugins, list | tuple):
-        raise ConfigError("plugins: must be a list of module names or .py files")
-    for plugin in plugins:
-        try:
-            if not str(plugin).endswith(".py"):
-                importlib.import_module(str(plugin))
-                continue
-            places = (folder / plugin, Path(plugin), package_configs().parents[1] / plugin)
-            file = next((f for f in places if f.is_file()), None)
-            if file is None:
-                raise ConfigError(f"plugins: {plugin}: no such file in {folder} or the current folder")
-            _import_file(file.resolve())
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
-
-
-def _import_file(file: Path) -> None:
-    name = f"vit_tucker_plugin_{file.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and validate a config.
 
     Args:
-        name: as for ``find_config``.
+        name: as for ``find_config``. Its plug-ins run if the user names them, see ``vit_tucker.config.plugins``.
         overrides: ``key.sub=value`` strings.
 
     Returns:
@@ -87,11 +46,16 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
-    source = merge(read_with_bases(path), read_overrides(overrides))
-    load_plugins(source.values.get("plugins", []), path.parent)
+    stored = stored_by_name(name, path)
+    source = merge(read_with_bases(path, stored=stored), read_overrides(overrides))
+    load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
+    try:
+        checked_name(run_name), checked_path(output_dir)
+    except ValueError as error:
+        raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, nearest
 
 CONFIG_ROOT = Path("experiments/configs")
@@ -43,10 +44,17 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class Source:
-    """Values read so far and where each came from ('file:line' or 'command line')."""
+    """Values read so far and where each came from ('file:line' or 'command line').
+
+    Attributes:
+        values: nested.
+        origin: of each key.
+        stored: the stored folder whose config names ``plugins``; None where the user does.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[KeyPath, str] = field(default_factory=dict)
+    stored: Path | None = None
 
     def where(self, path: KeyPath) -> str:
         """Origin of a key or of its nearest parent."""
@@ -74,6 +82,16 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError(f"{path}: not a run folder, it has no {CONFIG_FILE}")
     known = [str(f.relative_to(package_configs())) for f in package_configs().rglob("*.yaml")]
     raise ConfigError(f"{name}: no such config, neither here nor in {CONFIG_ROOT}{nearest(str(name), known)}")
+
+
+def stored_by_name(name: str | Path, file: Path) -> Path | None:
+    """Returns the stored folder that a config's name means: a folder always, a file if it lies in one; None for a user's file.
+
+    Args:
+        name: as for ``find_config``.
+        file: what that returns.
+    """
+    return file.parent if Path(name).is_dir() else stored_folder(file)
 
 
 def package_configs() -> Path:
@@ -132,15 +150,22 @@ def merge(base: Source, top: Source) -> Source:
             result[key] = merged(result[key], value) if both else value
         return result
 
-    return Source(merged(base.values, top.values), {**base.origin, **top.origin})
+    stored = top.stored if "plugins" in top.values else base.stored
+    return Source(merged(base.values, top.values), {**base.origin, **top.origin}, stored)
 
 
-def read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> Source:
+def read_with_bases(path: Path, below: tuple[Path, ...] = (), stored: Path | None = None) -> Source:
     """A YAML file on top of its ``base:`` files.
+
+    Args:
+        path: of the file.
+        below: the files that have it as a base.
+        stored: the stored folder that leads to it; None if it is the user who does.
 
     Raises:
         ConfigError: a base is missing, of the wrong type, or includes itself.
     """
+    stored = stored or stored_folder(path)
     path = path.resolve()
     shown = _shown(path)
     if path in below:
@@ -148,6 +173,7 @@ def read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> Source:
             f"{shown}: base: includes itself through {' -> '.join(_shown(p).name for p in (*below, path))}"
         )
     source = read_yaml(shown)
+    source.stored = stored
     bases = source.values.pop("base", [])
     where = source.where(("base",))
     bases = [bases] if isinstance(bases, str) else bases
@@ -159,7 +185,7 @@ def read_with_bases(path: Path, below: tuple[Path, ...] = ()) -> Source:
             file = path.parent / base if (path.parent / base).is_file() else find_config(base)
         except ConfigError as error:
             raise ConfigError(f"{where}: base: {error}") from None
-        result = merge(result, read_with_bases(file, (*below, path)))
+        result = merge(result, read_with_bases(file, (*below, path), stored or stored_by_name(base, file)))
     return merge(result, source)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.paths import checked_name
 from vit_tucker.report.formats import markdown
 
 COLUMNS = (
@@ -109,6 +110,18 @@ def comparison(folders: list[Path]) -> str:
     return markdown(COLUMNS, rows, TEXT_COLUMNS)
 
 
+def kept_name(folder: Path, results: dict[str, Any]) -> str:
+    """Returns what a run's folder is called below that of a comparison.
+
+    Raises:
+        ConfigError: its results.json has a name that leads elsewhere.
+    """
+    try:
+        return checked_name(f"{results['name']}-{results['config']['seed']}")
+    except ValueError as error:
+        raise ConfigError(f"{folder}: results.json: name: {error}") from None
+
+
 def save_comparison(folders: list[Path], out: Path) -> None:
     """Copy config.yaml, summary.csv and results.json of each run below ``out``, and write the table to its README.md.
 
@@ -120,10 +133,12 @@ def save_comparison(folders: list[Path], out: Path) -> None:
         ConfigError: a run is not finished; nothing has been written.
     """
     table = comparison(folders)
+    for folder in folders:
+        kept_name(folder, read_results(folder))
     lines = []
     for folder in folders:
         results = read_results(folder)
-        kept = out / f"{results['name']}-{results['config']['seed']}"
+        kept = out / kept_name(folder, results)
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT_FILES:
             shutil.copyfile(folder / name, kept / name)
