@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -23,6 +23,7 @@ from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
+from vit_tucker.validation import Checked
 
 if TYPE_CHECKING:
     from vit_tucker.attention.module import AttentionModule
@@ -190,14 +191,13 @@ class ParameterCount(NamedTuple):
         return self.weights + self.biases
 
 
-class AttentionConfig(BaseModel):
+class AttentionConfig(Checked):
     """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
 
     A new method derives from this class, is decorated with ``@register_method("name")`` and sets
     ``method: Literal["name"] = "name"``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     carries: ClassVar[frozenset[str]] = frozenset()
     """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
 

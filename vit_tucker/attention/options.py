@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from vit_tucker.validation import Checked, refuse_unusable
 
 
-class RankRule(BaseModel):
+class RankRule(Checked):
     """Ranks chosen by vit_tucker, over all layers that have the rule: give one of budget, flops and energy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: float | None = Field(
         default=None,
@@ -49,17 +49,22 @@ class RankRule(BaseModel):
         return "{" + ", ".join(f"{name}: {value}" for name, value in self if value is not None) + "}"
 
 
-class Rule(BaseModel):
+class Rule(Checked):
     """Options for some of the layers, in place of the method's own: ``layers`` and any option of the method.
 
     ``chosen_by`` marks the ranks that a rank rule chose; they hold as long as the layer has that very rule.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(extra="allow")
     layers: int | str | tuple[int | str, ...]
     chosen_by: RankRule | None = Field(
         default=None, description="Written by vit_tucker: the rank rule that chose them."
     )
+
+    @model_validator(mode="after")
+    def _usable_options(self) -> Rule:
+        refuse_unusable(self.options)
+        return self
 
     @model_serializer(mode="wrap")
     def _mark_choices_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -71,10 +76,8 @@ class Rule(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Calibration(BaseModel):
+class Calibration(Checked):
     """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
     batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")

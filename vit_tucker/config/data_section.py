@@ -1,17 +1,13 @@
-"""The data section of a run's config, and the base of all sections."""
+"""The data section of a run's config."""
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from vit_tucker.validation import Checked
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class DataConfig(Section):
+class DataConfig(Checked):
     """Data set and transforms (timm.data)."""
 
     dataset: str = Field(

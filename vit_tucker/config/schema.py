@@ -11,10 +11,11 @@ from pydantic import Field, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
-from vit_tucker.config.data_section import DataConfig, Section
+from vit_tucker.config.data_section import DataConfig
+from vit_tucker.validation import Checked
 
 
-class ModelConfig(Section):
+class ModelConfig(Checked):
     """The timm model. Keys that are null are not passed to timm, so that the model's own defaults hold."""
 
     name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
@@ -71,7 +72,7 @@ class ModelConfig(Section):
         return {**given, **self.model_kwargs}
 
 
-class DistillConfig(Section):
+class DistillConfig(Checked):
     """Distillation from a dense teacher, by default the host before its attention was replaced."""
 
     teacher: str = Field(
@@ -90,7 +91,7 @@ class DistillConfig(Section):
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Checked):
     """The recipe, in timm's words."""
 
     epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
@@ -174,7 +175,7 @@ class TrainConfig(Section):
         return self.checkpoint_steps is not None and global_step % self.checkpoint_steps == 0
 
 
-class RunConfig(Section):
+class RunConfig(Checked):
     """One run: everything that decides its result."""
 
     name: str | None = Field(

@@ -1,6 +1,7 @@
 """From a sweep's file to its runs: each with its name, seed, config and the run it waits for."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     for name in [config.base] if isinstance(config.base, str) else config.base:
         try:
             beside = file.parent / name
-            result = merge(result, read_with_bases(beside if beside.is_file() else find_config(name)))
+            result = merge(result, read_with_bases(beside if os.path.isfile(beside) else find_config(name)))
         except ConfigError as error:
             raise ConfigError(f"{source.where(('base',))}: base: {error}") from None
     return result

@@ -5,14 +5,14 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vit_tucker.config.schema import Section
+from vit_tucker.validation import Checked
 
 START = "start"
 """Name of the dense runs that the cells start from."""
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
-class CellConfig(Section):
+class CellConfig(Checked):
     """One or many settings: an attention section, and what varies."""
 
     name: str = Field(
@@ -39,7 +39,7 @@ class CellConfig(Section):
         return vary
 
 
-class SweepConfig(Section):
+class SweepConfig(Checked):
     """A sweep: every cell is trained once per seed, all from the dense model of that seed."""
 
     title: str | None = Field(default=None, description="One line, for tables and reports.")
