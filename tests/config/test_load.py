@@ -93,7 +93,7 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
         (
             "attention: {method: tucker, ranks: [1, 0, 2]}\n",
             [],
-            "x.yaml:2: attention.ranks.1: Input should be greater than 0",
+            "x.yaml:2: attention.ranks.1: Input should be greater than or equal to 1",
         ),
         (
             "attention: {method: tucker, ranks: {budgt: 0.1}}\n",

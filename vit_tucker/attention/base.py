@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_backends
-from vit_tucker.attention.options import Calibration, RankRule, Rule
+from vit_tucker.attention.options import Calibration, RankRule, Rule, Selection
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.tensor.rotary import RotaryPairs
@@ -212,11 +212,11 @@ class AttentionConfig(Checked):
         default="pretrained",
         description="Start from the host's weights (converted), or from the method's own initialisation.",
     )
-    layers: int | str | tuple[int | str, ...] | None = Field(
+    layers: Selection | None = Field(
         default=None,
         description="Which attention modules: full names with wildcards, 're:' patterns, indices, '0-5'. All if null.",
     )
-    exclude: int | str | tuple[int | str, ...] | None = Field(
+    exclude: Selection | None = Field(
         default=None, description="Attention modules to leave alone, written as in layers."
     )
     rules: tuple[Rule, ...] = Field(

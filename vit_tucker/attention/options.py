@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from vit_tucker.validation import Checked, refuse_unusable
+from vit_tucker.validation import MAX_INTEGER, Checked, refuse_unusable
+
+MAX_RANK = 2**20
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+"""A rank, a width or a number of heads; what a host allows is for ``AttentionConfig.check``."""
+_Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
+Selection = _Layer | str | tuple[_Layer | str, ...]
+"""Attention modules by name, pattern, index or range."""
 
 
 class RankRule(Checked):
@@ -30,6 +37,7 @@ class RankRule(Checked):
     multiple_of: int = Field(
         default=8,
         ge=1,
+        le=MAX_RANK,
         description="Steps of the query/output and key/value ranks, for kernels; at most 128 steps, so wide layers take "
         "larger multiples.",
     )
@@ -56,7 +64,7 @@ class Rule(Checked):
     """
 
     model_config = ConfigDict(extra="allow")
-    layers: int | str | tuple[int | str, ...]
+    layers: Selection
     chosen_by: RankRule | None = Field(
         default=None, description="Written by vit_tucker: the rank rule that chose them."
     )
@@ -79,8 +87,10 @@ class Rule(Checked):
 class Calibration(Checked):
     """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
 
-    images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
-    batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")
+    images: int = Field(
+        default=256, ge=1, le=10_000_000, description="Images to look at, from the training set in a YAML run."
+    )
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Images per forward and backward pass.")
     objective: Literal["features", "layer"] = Field(
         default="features",
         description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
@@ -94,7 +104,12 @@ class Calibration(Checked):
         "1, 10, 100 and 1000 times this that is best for held-out images.",
     )
     refine_steps: int = Field(
-        default=0, ge=0, description="Adam steps per layer on its output error, kept only where held-out images gain."
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Adam steps per layer on its output error, kept only where held-out images gain.",
     )
-    refine_lr: float = Field(default=2e-3, gt=0, description="Step of the refinement, relative to each factor's size.")
-    seed: int = Field(default=0, ge=0, description="Of the choice of images and of the random probes.")
+    refine_lr: float = Field(
+        default=2e-3, gt=0, le=1, description="Step of the refinement, relative to each factor's size."
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_INTEGER, description="Of the choice of images and of the random probes.")

@@ -1,12 +1,13 @@
 """The YAML schema of a sweep."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from vit_tucker.validation import Checked
+from vit_tucker.validation import MAX_INTEGER, Checked
 
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 START = "start"
 """Name of the dense runs that the cells start from."""
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
@@ -46,7 +47,7 @@ class SweepConfig(Checked):
     about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
     base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
     output_dir: str | None = Field(default=None, description="Folder of the run folders; runs/<file name> if null.")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
     set: dict[str, Any] = Field(default={}, description="Config keys of all runs.")
     start: dict[str, Any] | None = Field(
         default={},
