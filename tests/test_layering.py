@@ -34,18 +34,10 @@ ALLOWED = {
         *("checkpoint", "weights"),
     },
     "announce": {"config", "data", "models", "training", "analysis", "build", "weights"},
-    "run": {
-        "errors",
-        "config",
-        "data",
-        "training",
-        "build",
-        "trainer_setup",
-        "announce",
-        "paths",
-        "harmless",
-        "weights",
+    "run_folder": {
+        *("errors", "config", "data", "training", "build", "trainer_setup", "paths", "harmless", "weights"),
     },
+    "run": {"errors", "config", "data", "training", "build", "trainer_setup", "announce", "run_folder", "weights"},
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
     "inference": {"errors", "config", "data", "checkpoint"},
     "explain": {
@@ -77,7 +69,7 @@ ALLOWED = {
     },
     "sweep": {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
-        *("build", "costs", "paths", "run", "cli"),
+        *("build", "costs", "paths", "run_folder", "cli"),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
