@@ -106,7 +106,8 @@ def run_together(
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
-    results = describe_run(config, accelerator, built, loaders)
+    kept, started = claim.kept_config(config)
+    results = describe_run(kept, accelerator, built, loaders)
     if loaders.train is None:
         return evaluate_run(weights, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
@@ -119,7 +120,7 @@ def run_together(
         return results
     if run_dir.config.is_file() and not run_dir.begun:
         LOGGER.info(f"{run_dir.path}: an earlier start left no checkpoint, so the run begins anew")
-    peers.on_main(lambda: claim.begin(config, built, loaders))
+    peers.on_main(lambda: claim.begin(kept, started, built, loaders))
     claim.begun = True
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
     announce(config, results, accelerator, built, loaders, trainer)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit_tucker.build import BuiltModel
-from vit_tucker.config.load import config_difference, dump_config, load_config
+from vit_tucker.config.load import config_difference, dump_config, everywhere, load_config, plain_values, validate
+from vit_tucker.config.places import STARTED_FILE, as_stored
 from vit_tucker.config.schema import RunConfig
+from vit_tucker.config.source import Source, read_yaml
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError, FailedError, SaveError, VitTuckerError
 from vit_tucker.harmless import HARMLESS
@@ -17,7 +19,7 @@ from vit_tucker.training.lock import RunLock
 from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import intact_checkpoint
-from vit_tucker.weights import full_state, save_weights
+from vit_tucker.weights import full_state, replace_text, save_weights
 
 STREAMS = ("wds", "hfids", "tfds")
 """Data sets whose batches depend on the number of loader workers."""
@@ -60,8 +62,19 @@ class Claim:
 
         self.taken = peers.on_main(ask)
 
-    def begin(self, config: RunConfig, built: BuiltModel, loaders: Loaders) -> None:
+    def kept_config(self, config: RunConfig) -> tuple[RunConfig, str]:
+        """The config as config.yaml and results.json are to have it, and the text of started.json, see ``as_stored``."""
+        run_dir = self.run_dir
+        stored = read_yaml(run_dir.config).values if run_dir.begun and run_dir.config.is_file() else {}
+        values, started = as_stored(plain_values(config), stored, run_dir.path)
+        return validate(Source(values)), started
+
+    def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:
         """Write what a run starts with; on the first process.
+
+        Args:
+            config, started: see ``kept_config``.
+            built, loaders: of the run.
 
         Raises:
             ConfigError: another run has begun in the folder since this one looked. SaveError: it can't be written to.
@@ -79,6 +92,7 @@ class Claim:
         keep_teacher = run_dir.begun and run_dir.teacher.is_file()
         try:
             run_dir.start(dump_config(config), built.patch, built.data, loaders.label_names)
+            replace_text(run_dir.path / STARTED_FILE, started)
             if built.teacher is not None and not keep_teacher:
                 save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
         except OSError as error:
@@ -125,7 +139,8 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
     if not run_dir.begun:
         return config, []
     stored = load_config(run_dir.config)
-    changes = changes_of_run(stored, config)
+    elsewhere = {line.partition(":")[0] for line in changes_of_run(everywhere(stored), everywhere(config))}
+    changes = [line for line in changes_of_run(stored, config) if line.partition(":")[0] in elsewhere]
     if changes and not allow_changes:
         raise ConfigError(
             f"{run_dir.path} holds a run with another config: {'; '.join(changes)}; choose another output_dir=, remove that "

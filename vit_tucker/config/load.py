@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vit_tucker.attention.registry import get_method, list_methods
+from vit_tucker.config.places import absolute, map_paths, seen_from_here
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
     KeyPath,
@@ -87,7 +88,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
-    source = merge(read_with_bases(path), read_overrides(overrides))
+    stored = read_with_bases(path)
+    stored.values = seen_from_here(stored.values, path.parent)
+    source = merge(stored, read_overrides(overrides))
     load_plugins(source.values.get("plugins", []), path.parent)
     config = validate(source)
     run_name = config.name or _default_name(path)
@@ -200,6 +203,16 @@ def dump_config(config: RunConfig) -> str:
     if config.attention is not None:
         values["attention"] = json.loads(config.attention.model_dump_json())
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120)
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values as its YAML file would have them."""
+    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
+
+
+def everywhere(config: RunConfig) -> RunConfig:
+    """A config whose paths mean the same in every folder."""
+    return validate(Source(map_paths(plain_values(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:

@@ -1,8 +1,8 @@
 """One writer per run folder: a lock that the training process holds, and that its death gives back.
 
-It is a POSIX record lock on ``run.lock``, which network file systems know too. Children don't inherit it: a loader's workers outlive
-a killed process by some seconds and hold nothing. Such a lock excludes other processes only, so that this process also lists what it
-holds. Reading a run (evaluate, explain, tables, ...) needs no lock.
+It is a POSIX record lock on ``run.lock``, which network file systems know too. Children don't inherit it: a loader's workers
+outlive a killed process by some seconds and hold nothing. It excludes other processes only, so that this process also lists what
+it holds. Reading a run (evaluate, explain, tables, ...) needs no lock.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class RunLock:
         folder: of the run; need not be there yet.
 
     Attributes:
-        note: what the user should know of it: a file system that can't lock, or a run of another machine that ended without a word.
+        note: what the user should know: the file system can't lock, or a run of another machine ended without a word.
     """
 
     def __init__(self, folder: Path) -> None:
