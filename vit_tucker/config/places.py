@@ -32,7 +32,9 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
             return value
         if key == "model.name":
             return LOCAL + change(value.removeprefix(LOCAL)) if value.startswith(LOCAL) else value
-        no_file = (key == "plugins" and not value.endswith(".py")) or (key == "train.distill.teacher" and value == "host")
+        no_file = (key == "plugins" and not value.endswith(".py")) or (
+            key == "train.distill.teacher" and value == "host"
+        )
         return value if no_file else change(value)
 
     def inside(value: Any, key: str) -> Any:

@@ -157,6 +157,11 @@ class LogFile(logging.FileHandler):
         else:
             super().handleError(record)
 
+    def close(self) -> None:
+        """Close the file; what it still holds may be lost too."""
+        with contextlib.suppress(OSError):
+            super().close()
+
 
 class Console(logging.StreamHandler):
     """Standard output, which may be a file on a full disk."""
