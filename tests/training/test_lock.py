@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vit_tucker.cli import train_main
+from vit_tucker.cli import main, train_main
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.lock import RunLock
 
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_is_killed(holder):
     process, child = holder
     before = contents()
     named = (
-        rf"a is being trained by process {process.pid} on {re.escape(socket.gethostname())}, started 20\S+ \S+; wait"
+        rf"a is being written by process {process.pid} on {re.escape(socket.gethostname())}, started 20\S+ \S+; wait"
     )
     for refused in (RunLock(Path("a")).take, RunLock(Path("a")).refuse_held):
         with pytest.raises(ConfigError, match=named):
@@ -74,9 +74,14 @@ def test_the_command_says_so_in_one_line_and_changes_nothing(holder, capfd, opti
     before = contents()
     assert train_main([*RUN, *option]) == 2
     said = capfd.readouterr().err
-    assert said.startswith(f"error: output_dir: a is being trained by process {holder[0].pid} on ")
+    assert said.startswith(f"error: output_dir: a is being written by process {holder[0].pid} on ")
     assert len(said.splitlines()) == 1
     assert contents() == before
+
+
+def test_a_conversion_does_not_write_into_a_run(holder, capfd):
+    assert main(["convert", "vit_tiny_patch16_224", "--method", "gqa num_kv_heads=1", "--out", "a"]) == 2
+    assert capfd.readouterr().err.startswith(f"error: --out: a is being written by process {holder[0].pid} on ")
 
 
 def test_one_process_can_not_hold_a_folder_twice():
@@ -109,7 +114,7 @@ def test_what_the_file_system_can_not_tell_is_said(monkeypatch):
         Path("a/run.lock").write_text(junk)
         lock = RunLock(Path("a"))
         lock.take()
-        assert lock.note == "a: its file system can't lock (No locks available): start no second run in this folder"
+        assert lock.note == "a: its file system can't lock (No locks available): start no second run here"
         lock.release()
 
 

@@ -98,8 +98,8 @@ def create(config: "RunConfig") -> tuple["nn.Module", list[str]]:
     start = config.model.checkpoint
     if start is not None and not Path(start).expanduser().exists():
         raise CheckpointError(
-            f"model.checkpoint: {start}: no such file or run folder; name where it is now by model.checkpoint=PATH, or go without "
-            "its weights by model.checkpoint=null"
+            f"model.checkpoint: {start}: no such file or run folder; name where it is now by model.checkpoint=PATH, or go "
+            "without its weights by model.checkpoint=null"
         )
     model, report = load_host(config.model, *sizes)
     return model, [] if report is None else [str(report)]

@@ -1,12 +1,13 @@
 """Files that a config names, wherever a command runs: a run remembers where it was started and where it lay.
 
-The paths in a run's config.yaml stay as they were written, so that the file can be used elsewhere; ``started.json`` beside it says
-from which folder they are seen. A run that was moved together with what it names finds it at the new place.
+The paths in a run's config.yaml stay as they were written, so that the file can be used elsewhere; ``started.json`` beside it
+says from which folder they are seen. A run that was moved together with what it names finds it at the new place.
 """
 
 import json
 import os
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def seen_from_here(values: dict[str, Any], run: Path) -> dict[str, Any]:
         places = [base / path for base in bases]
         if moved is not None and path.is_relative_to(moved[0]):
             places.append(moved[1] / path.relative_to(moved[0]))
-        return next((str(place) for place in places if place.exists()), text)
+        return next((str(place) for place in places if os.path.exists(place)), text)
 
     return map_paths(values, found)
 
@@ -116,7 +117,7 @@ def as_stored(values: dict[str, Any], stored: dict[str, Any], run: Path) -> tupl
     spelled = dict(zip(map(absolute, paths_of(seen)), paths_of(stored), strict=True))
 
     def spell(path: str) -> str:
-        return spelled.get(absolute(path), absolute(path) if Path(path).expanduser().exists() else path)
+        return spelled.get(absolute(path), absolute(path) if os.path.exists(absolute(path)) else path)
 
     return map_paths(values, spell), started_text(run, bases[0])
 
@@ -130,12 +131,13 @@ def bases_of(run: Path) -> tuple[list[Path], tuple[Path, Path] | None]:
     try:
         values = json.loads((run / STARTED_FILE).read_text(encoding="utf-8"))
         started, before = Path(values["in"]), Path(values["run"])
-        now, copied = run.resolve(), before.exists()
+        now, copied = run.resolve(), os.path.exists(before)
     except (OSError, ValueError, KeyError, TypeError):
         return [], None
     if now == before or copied:
         return [started], None
-    common = len(os.path.commonprefix([now.parts[::-1], before.parts[::-1]]))
+    pairs = zip(reversed(now.parts), reversed(before.parts), strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     old, new = (Path(*path.parts[: len(path.parts) - common]) for path in (before, now))
     moved = new / started.relative_to(old) if started.is_relative_to(old) else started
-    return [*dict.fromkeys([moved, started])] if moved.is_dir() else [started], (old, new)
+    return [*dict.fromkeys([moved, started])] if os.path.isdir(moved) else [started], (old, new)

@@ -18,8 +18,8 @@ GRACE_SECONDS = 30.0
 def launcher_process(environment: Mapping[str, str] = os.environ) -> int | None:
     """The process that started this one as a worker; None if none did: the shell that a run was started from may go.
 
-    torchrun, and accelerate launch for several processes, name themselves in the environment. For one process accelerate sets only
-    what a shell may have set too, so that the parent's command line decides.
+    torchrun, and accelerate launch for several processes, name themselves in the environment. For one process accelerate sets
+    only what a shell may have set too, so that the parent's command line decides.
     """
     parent = os.getppid()
     if parent == 1:  # a container's first process: nothing outlives it

@@ -29,13 +29,14 @@ class RunLock:
 
     Args:
         folder: of the run; need not be there yet.
+        option: what names it, for messages.
 
     Attributes:
         note: what the user should know: the file system can't lock, or a run of another machine ended without a word.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / LOCK_FILE
+    def __init__(self, folder: Path, option: str = "output_dir") -> None:
+        self.folder, self.file, self.option = folder, folder / LOCK_FILE, option
         self.note: str | None = None
         self._key = os.path.realpath(folder)
         self._descriptor: int | None = None
@@ -58,7 +59,7 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             descriptor = self._locked(os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX)
         except OSError as error:
-            raise ConfigError(f"output_dir: {self.file} can't be written to: {error.strerror}") from None
+            raise ConfigError(f"{self.option}: {self.file} can't be written to: {error.strerror}") from None
         self._descriptor = descriptor
         _held.add(self._key)
         before, host = _owner(descriptor), socket.gethostname()
@@ -102,7 +103,9 @@ class RunLock:
                 fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    self.note = f"{self.folder}: its file system can't lock ({error.strerror}): start no second run in this folder"
+                    self.note = (
+                        f"{self.folder}: its file system can't lock ({error.strerror}): start no second run here"
+                    )
                     return descriptor
                 owner = _owner(descriptor)
                 os.close(descriptor)
@@ -117,10 +120,7 @@ class RunLock:
         raise ConfigError(self._refusal(None))
 
     def _refusal(self, owner: dict[str, object] | None) -> str:
-        return (
-            f"output_dir: {self.folder} is being trained by {_told(owner)}; wait for its end, stop it, or choose another "
-            "output_dir="
-        )
+        return f"{self.option}: {self.folder} is being written by {_told(owner)}; wait for its end, stop it, or choose another folder"
 
 
 def _told(owner: dict[str, object] | None) -> str:
