@@ -1,8 +1,8 @@
 """TensorBoard's events on a full disk: one warning, no traceback of its thread, and the run goes on."""
 
+import contextlib
 import resource
 import signal
-import sys
 from pathlib import Path
 
 from tests.training.processes import fork
@@ -12,15 +12,15 @@ from vit_tucker.training.run_dir import setup_console
 
 def write(folder: str, output: str, limit: int) -> None:
     """Write scalars until well after the file may not grow any more."""
-    sys.stdout = sys.stderr = open(output, "w", buffering=1)
-    setup_console(True)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    events = Events(Path(folder), 1)
-    for step in range(3000):
-        events.scalar("loss", 0.5, step)
-    events.text("text", "text", 1)
-    events.close()
+    with open(output, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        setup_console(True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        events = Events(Path(folder), 1)
+        for step in range(3000):
+            events.scalar("loss", 0.5, step)
+        events.text("text", "text", 1)
+        events.close()
 
 
 def written(folder: Path, limit: int) -> tuple[int | None, str, int]:

@@ -120,7 +120,8 @@ class RunLock:
         raise ConfigError(self._refusal(None))
 
     def _refusal(self, owner: dict[str, object] | None) -> str:
-        return f"{self.option}: {self.folder} is being written by {_told(owner)}; wait for its end, stop it, or choose another folder"
+        what = f"{self.option}: {self.folder} is being written by {_told(owner)}"
+        return f"{what}; wait for its end, stop it, or choose another folder"
 
 
 def _told(owner: dict[str, object] | None) -> str:
