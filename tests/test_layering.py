@@ -37,6 +37,9 @@ ALLOWED = {
         *("checkpoint", "weights"),
     },
     "announce": {"config", "data", "models", "training", "analysis", "build", "weights"},
+    "run_folder": {
+        *("errors", "config", "data", "training", "build", "trainer_setup", "paths", "harmless", "weights"),
+    },
     "run": {
         "digests",
         "errors",
@@ -46,8 +49,7 @@ ALLOWED = {
         "build",
         "trainer_setup",
         "announce",
-        "paths",
-        "harmless",
+        "run_folder",
         "weights",
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
@@ -81,7 +83,7 @@ ALLOWED = {
     },
     "sweep": {
         *("errors", "validation", "config", "data", "patching", "training", "analysis", "report"),
-        *("build", "costs", "paths", "run", "cli"),
+        *("build", "costs", "paths", "run_folder", "cli"),
     },
     "__main__": {"cli"},
     "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vit_tucker.config.places import absolute, map_paths, seen_from_here
 from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
@@ -45,7 +46,9 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
     stored = stored_by_name(name, path)
-    source = merge(read_with_bases(path, stored=stored), read_overrides(overrides))
+    written = read_with_bases(path, stored=stored)
+    written.values = seen_from_here(written.values, path.parent)
+    source = merge(written, read_overrides(overrides))
     load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
     config = validate(source)
     run_name = config.name or _default_name(path)
@@ -90,6 +93,16 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; reading it gives an equal config."""
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values as its YAML file would have them."""
+    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
+
+
+def everywhere(config: RunConfig) -> RunConfig:
+    """A config whose paths mean the same in every folder."""
+    return validate(Source(map_paths(plain_values(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
