@@ -184,7 +184,7 @@ def warn_of_loss(what: str, error: OSError) -> None:
 
 @contextlib.contextmanager
 def log_lines(main_process: bool) -> Iterator[None]:
-    """Context with plain log lines on standard output, from the main process only; what the logger was before comes back after it.
+    """Context with plain log lines on standard output, from the main process only; afterwards the logger is what it was.
 
     Files that ``RunDir.start`` adds within are closed at the end: what runs in this process later is not this run's.
     """
