@@ -136,3 +136,42 @@ def test_other_forms_refuse_what_can_not_be_merged(method):
     for form in (to_tucker, to_mha, to_dense):
         with pytest.raises(WeightsError, match="its proj has a forward hook"):
             form(layer)
+
+
+@pytest.mark.parametrize("method", vit_tucker.list_methods())
+def test_weights_of_a_kind_of_their_own_are_left_to_their_linears(method):
+    """As torchao's: tensors that need not know more than the product of a Linear."""
+    layer = vit_tucker.get_method(method).example(SPECS["timm"]).build(SPECS["timm"]).eval()
+    expected = layer(X.float())
+    for part in layer.modules():
+        if isinstance(part, nn.Linear):
+            part.weight = nn.Parameter(OnlyLinear(part.weight.detach()))
+    torch.testing.assert_close(layer(X.float()), expected)
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight that computes nothing but ``F.linear``."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight, *bias = args
+            return func(x, weight.inner, *bias, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(args[0].inner)
+        raise NotImplementedError(f"{func} of a weight that is for Linears only")

@@ -1,6 +1,5 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,8 +40,8 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 def refuse_other_forward(module: nn.Module) -> None:
     """Raise WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
-    written = getattr(inspect.unwrap(type(module).forward), "__globals__", {}).get("__name__", "timm.")
-    if "forward" in vars(module) or not written.startswith("timm."):
+    written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
         raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
 
 
