@@ -3,6 +3,7 @@
 import copy
 import json
 
+import peft
 import pytest
 import timm
 import torch
@@ -182,6 +183,35 @@ def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
     assert not (tmp_path / "new").exists()
     vt.save(model, tmp_path, model_args={**SMALL, "mlp_ratio": 2})
     assert vt.load(tmp_path).blocks[0].mlp.fc1.out_features == 96
+
+
+def test_adapters_are_to_be_merged_first(model, x, tmp_path):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc1"], r=2))
+    randomise(model).eval()
+    for saved in (wrapped, model):
+        with pytest.raises(vt.CheckpointError) as caught:
+            vt.save(saved, tmp_path / "new")
+        assert str(caught.value) == (
+            "5 modules have adapters (blocks.0.mlp.fc1: a peft.tuners.lora.layer.Linear); merge them first "
+            "(model = model.merge_and_unload()), or save them by PEFT"
+        )
+    assert not (tmp_path / "new").exists()
+    y, merged = wrapped(x), wrapped.merge_and_unload()
+    vt.save(merged, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+    torch.nn.utils.parametrizations.weight_norm(merged.blocks[1].attn.proj)
+    with pytest.raises(vt.CheckpointError, match=r"^1 module has parametrizations \(blocks\.1\.attn\.proj: a torch"):
+        vt.save(merged, tmp_path / "new")
+
+
+def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    randomise(model).eval()
+    vt.patch(wrapped, vt.GQAConfig(num_kv_heads=4))
+    y = wrapped(x)
+    vt.save(wrapped, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
 
 
 def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):

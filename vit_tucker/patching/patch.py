@@ -264,7 +264,7 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
         if config.init == "pretrained":
             refuse_not_finite(host)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     return host
 
 
