@@ -79,7 +79,7 @@ ALLOWED = {
         *("errors", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run", "cli"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "config"},
     "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
 }
 

@@ -48,7 +48,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
     stored = stored_by_name(name, path)
     source = merge(read_with_bases(path, stored=stored), read_overrides(overrides))
-    load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
+    load_config_plugins(source, path.parent if stored is None else Path())
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
