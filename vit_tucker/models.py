@@ -125,7 +125,7 @@ def shrink_classifier(model: nn.Module) -> None:
 def create_teacher(
     config: ModelConfig,
     distill: DistillConfig,
-    kept: Path,
+    kept: Path | None,
     host: tuple[nn.Module, LoadReport | None] | None,
     num_classes: int,
     in_chans: int,
@@ -135,7 +135,7 @@ def create_teacher(
     Args:
         config: model section.
         distill: the recipe's section, whose ``teacher`` is "host", or a run folder or weights file.
-        kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed.
+        kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed. None before.
         host: the dense model with the weights that the run starts from, before it is patched, and what was loaded into it; None
             if it was not made.
         num_classes, in_chans: see ``load_host``.
@@ -148,7 +148,7 @@ def create_teacher(
         CheckpointError: the weights are missing or don't fit, or have no classifier for these classes.
     """
     bare, key = config.untrained(), "train.distill.teacher"
-    if kept.is_file():
+    if kept is not None and kept.is_file():
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)
         return teacher, None

@@ -11,8 +11,10 @@ from typing import Any
 import timm
 from timm.models import is_model
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
 from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
@@ -172,6 +174,19 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
     return kept
 
 
+def refuse_altered_weights(model: nn.Module) -> None:
+    """Raise CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
+    for is_altered, what, advice in (
+        (is_adapter, "adapters", "merge them first (model = model.merge_and_unload()), or save them by PEFT"),
+        (is_parametrized, "parametrizations", "settle them first: torch.nn.utils.parametrize.remove_parametrizations"),
+        (functional_hooks, "norms or masks of weights as hooks", "settle them first: prune.remove, remove_weight_norm"),
+    ):
+        names = [name for name, module in model.named_modules() if is_altered(module)]
+        if names:
+            first = f"{names[0]}: a {full_name(model.get_submodule(names[0]))}"
+            raise CheckpointError(f"{len(names)} modules have {what} ({first}); {advice}")
+
+
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a config builds another model than the one it describes."""
     try:
@@ -181,6 +196,7 @@ def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
     found = list(differences(model, rebuilt))
     if found:
+        refuse_altered_weights(model)
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(
             f"the model is not what timm makes by the name and arguments that it tells: {'; '.join(found[:3])}{more}; give the "

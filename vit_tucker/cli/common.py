@@ -1,6 +1,7 @@
 """What all commands share: exit statuses, the flags that several have, and how results are printed."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 PRECISIONS = ("no", "bf16", "fp16")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Faults of a disk that a user can mend."""
 MODEL_HELP = (
     "run folder (its best weights), one of its checkpoints, a folder of vit_tucker.save, or owner/name on the hub"
 )
@@ -54,6 +57,13 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)
+        if error.filename is None:  # what is left of it would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         if first:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

@@ -7,7 +7,8 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.paths import checked_name
-from vit_tucker.report.formats import markdown
+from vit_tucker.report.collect import checked
+from vit_tucker.report.formats import decimal, markdown
 
 COLUMNS = (
     "run",
@@ -35,9 +36,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{folder}: no results.json; the run is not finished, or this is no run folder")
     try:
-        return json.loads(file.read_text())
+        results = json.loads(file.read_text())
     except ValueError as error:
         raise ConfigError(f"{file}: not valid JSON: {error}") from None
+    return checked(results, str(file))
 
 
 def describe_attention(results: dict[str, Any]) -> str:
@@ -71,10 +73,10 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
                 "of_dense": params["attention"] / params["dense_attention"],
                 "params": params["total"],
                 "eval_top1": last["eval_top1"],
-                "best_top1": results["best"]["top1"],
+                "best_top1": results["best"] and results["best"]["top1"],
                 "eval_top5": last["eval_top5"],
                 "epochs": results["epochs"],
-                "train_seconds": results["train_seconds"],
+                "train_seconds": results.get("train_seconds"),
             }
         )
     return rows
@@ -100,10 +102,10 @@ def comparison(folders: list[Path]) -> str:
             f"{row['of_dense']:.1%}",
             f"{row['params']:,}",
             f"{row['eval_top1']:.2f}",
-            f"{row['best_top1']:.2f}",
+            decimal(row["best_top1"]),
             f"{row['eval_top5']:.2f}",
             str(row["epochs"]),
-            f"{row['train_seconds']:.0f}",
+            decimal(row["train_seconds"], 0),
         )
         for row in compared_rows(folders)
     ]

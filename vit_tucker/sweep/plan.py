@@ -1,6 +1,7 @@
 """From a sweep's file to its runs: each with its name, seed, config and the run it waits for."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     for name in [config.base] if isinstance(config.base, str) else config.base:
         try:
             beside = file.parent / name
-            path = beside if beside.is_file() else find_config(name)
+            path = beside if os.path.isfile(beside) else find_config(name)
             result = merge(result, read_with_bases(path, stored=source.stored or stored_by_name(name, path)))
         except ConfigError as error:
             raise ConfigError(f"{source.where(('base',))}: base: {error}") from None
