@@ -11,6 +11,7 @@ from torch import nn
 import vit_tucker as vt
 from vit_tucker.checkpoint.arguments import allowed_names, own_arguments
 from vit_tucker.config.schema import ModelConfig
+from vit_tucker.digests import digest_of
 from vit_tucker.models import create_host
 
 HOST = "vit_tiny_patch16_224"
@@ -43,8 +44,10 @@ def saved(folder: Path, patched: bool = True) -> nn.Module:
 
 
 def edit(folder: Path, section: str, **values: object) -> None:
+    """Changes entries of config.json, with digests that fit: who writes one writes the other."""
     config = json.loads((folder / "config.json").read_text())
     config[section].update(values)
+    config["vit_tucker"]["stored"]["config"] = digest_of(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
