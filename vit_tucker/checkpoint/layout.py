@@ -86,12 +86,13 @@ class Layout(Lenient):
 
     @model_validator(mode="after")
     def _one_number_of_classes(self) -> Self:
-        told = {
+        told: dict[str, Any] = {
             "model_args.num_classes": (self.model_args or {}).get("num_classes"),
             "num_classes": self.num_classes,
             "pretrained_cfg.num_classes": self.pretrained_cfg and self.pretrained_cfg.num_classes,
         }
-        if self.vit_tucker is not None and len({count for count in told.values() if count is not None}) > 1:
+        counts = [count for count in told.values() if count is not None]
+        if self.vit_tucker is not None and any(type(c) is not int or c != counts[0] for c in counts):
             raise ValueError("one number of classes in " + ", ".join(k for k, v in told.items() if v is not None))
         return self
 
