@@ -1,6 +1,7 @@
 """Weights on disk: one safetensors file each, replaced as a whole, its header says of which model. Nothing is unpickled."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     try:
         save_file(copies, str(file), metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
         raise OSError(f"{file}: {error}") from None
     sync(file)
 

@@ -11,6 +11,7 @@ from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
 from vit_tucker.errors import PatchError
@@ -195,7 +196,11 @@ class AttentionModule(nn.Module):
     def folded_out_bias(self) -> Tensor | None:
         """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
         proj = getattr(self, "proj", None)
-        return linear_bias(proj) if isinstance(proj, nn.Linear) else None
+        return (
+            linear_bias(proj)
+            if isinstance(proj, nn.Linear) or (isinstance(proj, nn.Module) and is_adapter(proj))
+            else None
+        )
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
+from vit_tucker.checkpoint.arguments import OF_PATCHED, refuse_arguments
 from vit_tucker.checkpoint.loading import refuse_integers
+from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.checkpoint.trial import refuse_indices
 from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
@@ -31,8 +33,13 @@ from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_channels, without_weights
 
+NAFLEX = "timm.models.naflexvit"
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
+PICKLED = "pytorch_model.bin"
+"""Name of weights that ``timm.models.save_for_hf`` writes unless it is asked for safetensors."""
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 
 
 def patched_model(
@@ -41,6 +48,9 @@ def patched_model(
     host: str | None = None,
     patch: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    pretrained_model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A timm model whose attention is replaced; ``timm.create_model`` calls it with the arguments of a config.json.
@@ -49,7 +59,9 @@ def patched_model(
         pretrained: load the weights that ``pretrained_cfg`` names.
         host: timm name of the dense model.
         patch: config of the patch, as ``AttentionConfig`` dumps it.
-        pretrained_cfg: timm's, of the stored weights.
+        pretrained_cfg, pretrained_cfg_overlay: timm's, of the stored weights.
+        cache_dir: timm's, which has no use for it here.
+        pretrained_model_args: of the stored model, from which newer timm knows the grid of its positions.
         kwargs: arguments of ``timm.create_model`` for the host.
 
     Raises:
@@ -63,7 +75,13 @@ def patched_model(
     refuse_unknown(host, "the checkpoint's host")
     cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
     config = read_patch(patch)
-    model = timm.create_model(host, pretrained=False, pretrained_cfg=cfg, **kwargs)
+    refuse_arguments(host, kwargs, PATCHED)
+    with weights_only():
+        model = timm.create_model(
+            host, pretrained=False, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
+        )
+    if pretrained_model_args is not None:
+        model.pretrained_model_args = dict(pretrained_model_args)
     install(model, config)
     if pretrained:
         fill(model, read_weights(vars(model)["pretrained_cfg"]))
@@ -136,34 +154,87 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     architecture = config["architecture"]
     refuse_unknown(architecture, "the checkpoint's model")
     cfg = known_entries(config.get("pretrained_cfg") or {})
-    arguments = dict(config.get("model_args") or {})
+    cfg = {name: value for name, value in cfg.items() if name not in (*SOURCES, "custom_load")}
+    arguments = config.get("model_args") or {}
+    refuse_stored_arguments(architecture, arguments)
+    arguments = dict(arguments)
     given = {**arguments, **overrides}
-    model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
+    with weights_only():
+        model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
     model._model_args = {**given, **vars(model).get("_model_args", {})}  # newer timm has them already
     model.pretrained_model_args = arguments  # where timm looks for the grid of stored positions
     return model
 
 
-def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub. Nothing is unpickled.
+def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
+    """Refuse arguments that a config.json must not set, of a patched model by its host; see ``refuse_arguments``.
 
     Raises:
-        CheckpointError: there are none, they are not safetensors, or not those that the config.json beside them tells of.
+        CheckpointError: one of them, or the host is none that timm has.
     """
-    if cfg.get("state_dict"):
-        return dict(cfg["state_dict"])
+    if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
+        host = arguments["host"]
+        refuse_unknown(host, "the checkpoint's host")
+        arguments = {name: value for name, value in arguments.items() if name not in OF_PATCHED}
+        architecture = host
+    refuse_arguments(architecture, arguments, origin)
+
+
+def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file that timm
+    writes. Of pickled ones only tensors and plain values are read, nothing is executed.
+
+    Raises:
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
+    """
+    if state := cfg.get("state_dict"):
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+        return dict(state)
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
-        file, local = download(cfg["hf_hub_id"], WEIGHTS), False
+        file, local = download_weights(cfg["hf_hub_id"]), False
     elif cfg.get("file"):
-        file, local = Path(cfg["file"]), True
-        file = file / WEIGHTS if file.is_dir() else file
+        file, local = weights_in(Path(cfg["file"])), True
     else:
         raise CheckpointError(
             f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')"
         )
     if file.is_file():
         verify_beside(file, siblings=local)
-    return read_safetensors(file)
+    return read_tensors(file)
+
+
+def weights_in(path: Path) -> Path:
+    """The weights of a folder that timm has written, safetensors before others; a file as it is."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), path / WEIGHTS)
+
+
+def download_weights(hub_id: str) -> Path:
+    """The weights of a repository, in the hub's cache; safetensors before others.
+
+    Raises:
+        CheckpointError: see ``download``.
+    """
+    try:
+        return download(hub_id, WEIGHTS)
+    except CheckpointError as error:
+        try:
+            return download(hub_id, PICKLED)
+        except CheckpointError:
+            raise error from None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, safetensors or written by torch.save, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_safetensors(file)
+    return read_state(file, "the weights")[0]
 
 
 def download(hub_id: str, name: str) -> Path:
@@ -225,6 +296,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     Raises:
         CheckpointError: they are of another model.
     """
+    state = for_other_class(state, model)
     own, cfg = model.state_dict(), dict(vars(model)["pretrained_cfg"])
     attention = tuple(f"{name}." for name in find_attention(model))
     missing = [key for key in own if key.startswith(attention) and key not in state]
@@ -259,10 +331,29 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
 
 def checkpoint_filter(model: nn.Module) -> Any:
     """timm's function that adapts stored weights of the model's kind, to another image size for instance; None without one."""
+    place = type(model).__module__ if is_other_class(model) else entry_module(model)
+    return getattr(sys.modules[place], "checkpoint_filter_fn", None)
+
+
+def entry_module(model: nn.Module) -> str:
+    """The module of timm that makes models of this name."""
     cfg = vars(model)["pretrained_cfg"]
     record = patch_record(model)
     host = cfg["architecture"] if record is None else record.identity.architecture
-    return getattr(sys.modules[model_entrypoint(host).__module__], "checkpoint_filter_fn", None)
+    return str(model_entrypoint(host).__module__)
+
+
+def is_other_class(model: nn.Module) -> bool:
+    """Whether timm has built a NaFlexVit under the name of a ViT or an EVA, as ``use_naflex`` asks for."""
+    return type(model).__module__ == NAFLEX != entry_module(model)
+
+
+def for_other_class(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Stored weights of a ViT or an EVA under the names that a NaFlexVit has for them; others as they are."""
+    if not is_other_class(model) or set(state) <= set(model.state_dict()):
+        return state
+    converted: dict[str, Tensor] = checkpoint_filter(model)({key: value.clone() for key, value in state.items()}, model)
+    return converted
 
 
 def forget_source(model: nn.Module) -> None:

@@ -197,7 +197,8 @@ def weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     pickled = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern)]
-    hint = f"; {pickled[0]} is not read, since nothing is unpickled" if pickled else ""
+    advice = "is not read here, since nothing is unpickled: save it as safetensors (safe_serialization=True in timm's functions)"
+    hint = f"; {pickled[0]} {advice}" if pickled else ""
     raise CheckpointError(f"{folder}: no {WEIGHTS}{hint}")
 
 

@@ -11,6 +11,7 @@ from vit_tucker.checkpoint.describe import describe, header
 from vit_tucker.checkpoint.entry import WEIGHTS
 from vit_tucker.digests import save_model
 from vit_tucker.errors import CheckpointError
+from vit_tucker.patching import find
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.weights import full_state
 
@@ -54,11 +55,13 @@ def save(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DDP."""
+    """The model inside torch.compile, DDP and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = model.module
+        if inner is None and find.inner(model) is not model:
+            inner = find.inner(model)
         if inner is None:
             return model
         model = inner

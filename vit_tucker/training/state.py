@@ -188,17 +188,27 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
         CheckpointError: there are checkpoints, but none is whole.
     """
     _restore(folder)
+    checkpoint, damaged = intact_checkpoint(folder)
+    if checkpoint is None and damaged:
+        raise CheckpointError(
+            f"{'; '.join(damaged)}; none is left to continue from; remove the run folder to train anew"
+        )
+    return checkpoint, damaged
+
+
+def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """``newest_intact`` of a folder that is only read: nothing is restored or refused.
+
+    Returns:
+        None and all lines if none is whole.
+    """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint, damaged
         damaged.append(f"{checkpoint}: damaged: {reason}")
-    if damaged:
-        raise CheckpointError(
-            f"{'; '.join(damaged)}; none is left to continue from; remove the run folder to train anew"
-        )
-    return None, []
+    return None, damaged
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any]]:
