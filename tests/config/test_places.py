@@ -75,7 +75,7 @@ def test_a_run_elsewhere_and_moved_means_the_same_files(places):
 
 
 def test_what_is_changed_elsewhere_is_kept_in_full(places):
-    project, run = places
+    _, run = places
     Path("mine").mkdir()
     seen = seen_from_here(VALUES, run)
     seen["data"] = {**seen["data"], "root": "mine"}
