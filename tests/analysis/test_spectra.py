@@ -19,7 +19,7 @@ def by_mode(rows, layer="blocks.0.attn", whitened=False):
 
 def test_spectra_are_those_of_the_hosts_tensors(make_vit):
     model = make_vit()
-    rows, shapes = analyse(model)
+    rows, shapes, _ = analyse(model)
     assert len(rows) == 3 * 6
     assert shapes[0] == Shape("blocks.0.attn", 24, 4, 6)
     weights = read_host(model.blocks[1].attn).weights
@@ -46,7 +46,7 @@ def test_ranks_of_patched_models_are_their_methods(make_vit):
 
 def test_whitened_spectra_count_what_the_tokens_fill(make_vit):
     """Images of 10 degrees of freedom: weights of full rank, of which the tokens of the first layer see few directions."""
-    rows, _ = analyse(make_vit(), [pictures(64)])
+    rows, *_ = analyse(make_vit(), [pictures(64)])
     plain, whitened = by_mode(rows), by_mode(rows, whitened=True)
     for mode in (("pre", "query"), ("pre", "key"), ("post", "value")):
         assert whitened[mode].summary()["rank_99"] < plain[mode].summary()["rank_99"]
@@ -54,7 +54,7 @@ def test_whitened_spectra_count_what_the_tokens_fill(make_vit):
 
 
 def test_rows_in_numbers(make_vit):
-    rows, _ = analyse(make_vit())
+    rows, *_ = analyse(make_vit())
     for row in rows:
         numbers = row.summary()
         assert 1 <= numbers["stable_rank"] <= numbers["effective_rank"] <= numbers["numerical_rank"] <= row.size
@@ -82,7 +82,7 @@ def test_models_without_attention_are_refused():
 
 
 def test_files_and_figure(make_vit, tmp_path):
-    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)]))
+    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)])[:2])
     with (tmp_path / "singular_values.csv").open() as stream:
         lines = list(csv.DictReader(stream))
     assert len(lines) == 2 * 3 * (4 + 24 + 24 + 4 + 24 + 24)
@@ -98,3 +98,16 @@ def test_files_and_figure(make_vit, tmp_path):
         assert file.stat().st_size > 20_000
         assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+def test_an_artificial_cliff_is_noted(make_vit):
+    """Of spectra whitened by fewer tokens than columns: they end there."""
+    found = analyse(make_vit(), [pictures(1)])
+    (note,) = found.notes
+    assert "17 tokens of 1 image for 24 columns" in note
+    (values,) = (
+        row.values for row in found.rows if (row.layer, row.mode, row.whitened) == ("blocks.0.attn", "query", True)
+    )
+    assert values[17] < 0.05 * values[16]
+    assert not analyse(make_vit(), [pictures(16)]).notes
+    assert not analyse(make_vit()).notes
