@@ -12,6 +12,8 @@ from pydantic.fields import FieldInfo
 
 from docs_hooks import ROOT
 
+SLIP = 10_000
+"""Larger bounds guard against slips; they tell a reader nothing."""
 CODE_WITH_BAR = re.compile(r"`([^`|]*\|[^`]*)`")
 
 
@@ -59,7 +61,7 @@ def limits(info: FieldInfo) -> str:
     """'>= 1, <= 8' of a field's constraints."""
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     found = [f"{sign} {value:g}" for part in info.metadata for name, sign in signs.items()
-             if (value := getattr(part, name, None)) is not None]  # fmt: skip
+             if (value := getattr(part, name, None)) is not None and value < SLIP]  # fmt: skip
     return ", ".join(found)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from torch import nn
 
@@ -10,7 +9,7 @@ from vit_tucker.analysis.cost import count_cost, latency_to_dense
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.analysis.turns import PRECISIONS
 from vit_tucker.build import BuiltModel
-from vit_tucker.config.load import dump_config
+from vit_tucker.config.load import plain_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
@@ -27,7 +26,7 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
     """What results.json says of a run before it is trained."""
     return {
         "name": config.name,
-        "config": yaml.safe_load(dump_config(config)),
+        "config": plain_config(config),
         "environment": {**environment(), "device": describe_device(accelerator.device)},
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,

@@ -3,13 +3,23 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 2000
+"""Characters of a message: what a user gave may be of any length."""
+
 
 class VitTuckerError(ValueError):
-    """Base of all errors about what the user gave us. The message is one line."""
+    """Base of all errors about what the user gave us. The message is one line of printable characters, whatever was given."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shorten(message, MAX_MESSAGE))
 
 
 class PatchError(VitTuckerError):
     """A model or module that can't be patched as asked; nothing has been changed."""
+
+
+class WeightsError(PatchError):
+    """Weights that are not what their module computes with, or are NaN or infinite; nothing has been changed."""
 
 
 class ConfigError(VitTuckerError):
@@ -56,8 +66,22 @@ class StoppedError(RuntimeError):
     """A signal stopped the run; its state is saved, exit status 130."""
 
 
+def shorten(text: object, most: int = 120) -> str:
+    """Returns the text in one line of at most so many characters, its middle left out; control characters as escapes."""
+    line = str(text)
+    if len(line) > most:
+        half = (most - 3) // 2
+        line = f"{line[: most - 3 - half]}...{line[-half:]}"
+    if line.isprintable():
+        return line
+    line = " ".join(part for part in line.splitlines() if part.strip())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:
     """The valid name nearest to ``name``, or None where none is near."""
+    if len(name) > 100:
+        return None
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)
     return matches[0] if matches else None
 

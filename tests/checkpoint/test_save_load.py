@@ -81,6 +81,8 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(model, x, tmp_path):
     vt.save(model, tmp_path / "a", label_names=NAMES)
     vt.save(vt.load(tmp_path / "a"), tmp_path / "b")
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    for config in (first, second):  # the order of the entries in a file's header is the library's, and differs
+        config["vit_tucker"]["stored"]["files"]["model.safetensors"].pop("sha256")
     assert first == second
     assert torch.equal(vt.load(tmp_path / "b")(x), model(x))
 
@@ -150,7 +152,7 @@ def test_timm_without_the_package_refuses_and_never_loads_half_a_model(tmp_path,
     silent = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)  # what the name protects from
     assert hasattr(silent.blocks[1].attn, "qkv")
     with pytest.raises(vt.CheckpointError, match=r"blocks\.0\.attn\.qkv"):
-        vt.load(tmp_path, num_classes=3)
+        vt.load(tmp_path, num_classes=3, verify=False)
 
 
 def test_unpatched_models_are_themselves_again(x, tmp_path):
@@ -221,15 +223,15 @@ def test_models_of_no_timm_name_are_refused(tmp_path):
         ({"model_args__depth": 4}, r"no blocks\.3\.attn"),
         ({"model_args__depth": 2}, "rules|outside|no place"),
         ({"model_args__embed_dim": 96}, "size mismatch"),
-        ({"model_args__nonsense": 1}, "can't be built.*nonsense"),
+        ({"model_args__nonsense": 1}, "model_args.nonsense: no argument of the model vit_tiny_patch16_224"),
         ({"vit_tucker__layers__blocks.1.attn__shared_kv": True}, "was stored with"),
     ],
 )
 def test_damaged_configs_are_one_clear_line(model, tmp_path, change, message):
     vt.save(model, tmp_path, model_args=SMALL)
     edit(tmp_path, **change)
-    with pytest.raises((vt.CheckpointError, vt.PatchError), match=message) as caught:
-        vt.load(tmp_path)
+    with pytest.raises(vt.CheckpointError, match=message) as caught:
+        vt.load(tmp_path, verify=False)
     assert "\n" not in str(caught.value)
 
 
@@ -250,7 +252,7 @@ def test_missing_and_strange_files_are_one_clear_line(model, tmp_path, monkeypat
         folder / "model.safetensors",
     )
     with pytest.raises(vt.CheckpointError, match="of another model or patch"):
-        vt.load(folder)
+        vt.load(folder, verify=False)
     (folder / "model.safetensors").write_bytes(b"none")
     with pytest.raises(vt.CheckpointError, match="can't be read"):
         vt.load(folder)

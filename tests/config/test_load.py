@@ -93,7 +93,7 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
         (
             "attention: {method: tucker, ranks: [1, 0, 2]}\n",
             [],
-            "x.yaml:2: attention.ranks.1: Input should be greater than 0",
+            "x.yaml:2: attention.ranks.1: Input should be greater than or equal to 1",
         ),
         (
             "attention: {method: tucker, ranks: {budgt: 0.1}}\n",
@@ -125,7 +125,7 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
         ("train: {mixup: 0.1, global_batch_size: 3}\n", [], "the micro-batch must be even"),
         ("", ["train.epcohs=3"], "command line: train.epcohs: unknown key; did you mean 'epochs'?"),
         ("", ["train.epochs"], "command line: 'train.epochs': overrides are written key.sub=value"),
-        ("", ["train.epochs=[1"], "command line: train.epochs: .* is not valid YAML"),
+        ("", ["train.epochs=[1"], "command line: train.epochs: not valid YAML: expected"),
         ("", ["train=3"], "command line: train: Input should be an object"),
         ("base: nope.yaml\n", [], "x.yaml:2: base: nope.yaml: no such config"),
         ("base: x.yaml\n", [], "base: includes itself"),

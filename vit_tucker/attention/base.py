@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_backends
-from vit_tucker.attention.options import Calibration, RankRule, Rule
+from vit_tucker.attention.options import Calibration, RankRule, Rule, Selection
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
+from vit_tucker.validation import Checked
 
 if TYPE_CHECKING:
     from vit_tucker.attention.module import AttentionModule
@@ -190,14 +191,13 @@ class ParameterCount(NamedTuple):
         return self.weights + self.biases
 
 
-class AttentionConfig(BaseModel):
+class AttentionConfig(Checked):
     """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
 
     A new method derives from this class, is decorated with ``@register_method("name")`` and sets
     ``method: Literal["name"] = "name"``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     carries: ClassVar[frozenset[str]] = frozenset()
     """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
 
@@ -212,11 +212,11 @@ class AttentionConfig(BaseModel):
         default="pretrained",
         description="Start from the host's weights (converted), or from the method's own initialisation.",
     )
-    layers: int | str | tuple[int | str, ...] | None = Field(
+    layers: Selection | None = Field(
         default=None,
         description="Which attention modules: full names with wildcards, 're:' patterns, indices, '0-5'. All if null.",
     )
-    exclude: int | str | tuple[int | str, ...] | None = Field(
+    exclude: Selection | None = Field(
         default=None, description="Attention modules to leave alone, written as in layers."
     )
     rules: tuple[Rule, ...] = Field(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from vit_tucker.validation import MAX_INTEGER, Checked, refuse_unusable
+
+MAX_RANK = 2**20
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+"""A rank, a width or a number of heads; what a host allows is for ``AttentionConfig.check``."""
+_Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
+Selection = _Layer | str | tuple[_Layer | str, ...]
+"""Attention modules by name, pattern, index or range."""
 
 
-class RankRule(BaseModel):
+class RankRule(Checked):
     """Ranks chosen by vit_tucker, over all layers that have the rule: give one of budget, flops and energy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     budget: float | None = Field(
         default=None,
@@ -30,6 +37,7 @@ class RankRule(BaseModel):
     multiple_of: int = Field(
         default=8,
         ge=1,
+        le=MAX_RANK,
         description="Steps of the query/output and key/value ranks, for kernels; at most 128 steps, so wide layers take "
         "larger multiples.",
     )
@@ -49,17 +57,22 @@ class RankRule(BaseModel):
         return "{" + ", ".join(f"{name}: {value}" for name, value in self if value is not None) + "}"
 
 
-class Rule(BaseModel):
+class Rule(Checked):
     """Options for some of the layers, in place of the method's own: ``layers`` and any option of the method.
 
     ``chosen_by`` marks the ranks that a rank rule chose; they hold as long as the layer has that very rule.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow")
-    layers: int | str | tuple[int | str, ...]
+    model_config = ConfigDict(extra="allow")
+    layers: Selection
     chosen_by: RankRule | None = Field(
         default=None, description="Written by vit_tucker: the rank rule that chose them."
     )
+
+    @model_validator(mode="after")
+    def _usable_options(self) -> Rule:
+        refuse_unusable(self.options)
+        return self
 
     @model_serializer(mode="wrap")
     def _mark_choices_only(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -71,13 +84,13 @@ class Rule(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Calibration(BaseModel):
+class Calibration(Checked):
     """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: int = Field(default=256, ge=1, description="Images to look at, from the training set in a YAML run.")
-    batch_size: int = Field(default=32, ge=1, description="Images per forward and backward pass.")
+    images: int = Field(
+        default=256, ge=1, le=10_000_000, description="Images to look at, from the training set in a YAML run."
+    )
+    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Images per forward and backward pass.")
     objective: Literal["features", "layer"] = Field(
         default="features",
         description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
@@ -91,7 +104,12 @@ class Calibration(BaseModel):
         "1, 10, 100 and 1000 times this that is best for held-out images.",
     )
     refine_steps: int = Field(
-        default=0, ge=0, description="Adam steps per layer on its output error, kept only where held-out images gain."
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Adam steps per layer on its output error, kept only where held-out images gain.",
     )
-    refine_lr: float = Field(default=2e-3, gt=0, description="Step of the refinement, relative to each factor's size.")
-    seed: int = Field(default=0, ge=0, description="Of the choice of images and of the random probes.")
+    refine_lr: float = Field(
+        default=2e-3, gt=0, le=1, description="Step of the refinement, relative to each factor's size."
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_INTEGER, description="Of the choice of images and of the random probes.")

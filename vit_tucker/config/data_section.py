@@ -1,17 +1,26 @@
-"""The data section of a run's config, and the base of all sections."""
+"""The data section of a run's config."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from vit_tucker.paths import checked_name, checked_path
+from vit_tucker.validation import Checked
+
+MAX_IMAGES = 2**40
+Number = Annotated[int, Field(ge=0, lt=10_000_000)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Spread = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(gt=0, le=100)]
+Strength = Annotated[float, Field(ge=0, le=100)]
+StoredValue = Annotated[float, Field(ge=-1e12, le=1e12)]
+PathText = Annotated[str, AfterValidator(checked_path)]
+"""A path without control characters."""
+FolderName = Annotated[str, AfterValidator(checked_name)]
+"""What names a folder inside another: no '..', nothing absolute."""
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys rejected."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class DataConfig(Section):
+class DataConfig(Checked):
     """Data set and transforms (timm.data)."""
 
     dataset: str = Field(
@@ -19,7 +28,7 @@ class DataConfig(Section):
         description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
         "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
     )
-    root: str = Field(default="data", description="Folder of the data sets.")
+    root: PathText = Field(default="data", description="Folder of the data sets.")
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
@@ -31,9 +40,10 @@ class DataConfig(Section):
     num_samples: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_IMAGES,
         description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
     )
-    class_map: dict[str, int] | str | None = Field(
+    class_map: dict[str, Number] | PathText | None = Field(
         default=None,
         description="Number of each class: a dict, or a .txt file (a name, or name and number, in each line) or .json file; "
         "by the training split's names in natural order if null.",
@@ -41,7 +51,7 @@ class DataConfig(Section):
     class_level: Literal["first", "leaf"] | None = Field(
         default=None, description="Image folders inside folders: the first or the last one names the class."
     )
-    labels: dict[str, str] | str | None = Field(
+    labels: dict[str, PathText] | PathText | None = Field(
         default=None,
         description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
         "split by its name, and those not named by their folders.",
@@ -52,16 +62,22 @@ class DataConfig(Section):
     exif_orientation: bool = Field(
         default=False, description="Turn images as their EXIF data says, in training and wherever the model is used."
     )
-    value_range: tuple[float, float] | None = Field(
+    value_range: tuple[StoredValue, StoredValue] | None = Field(
         default=None,
         description="Stored values that become black and white, of images with more than 8 bits; 0 to 65535 for 16 bits if null.",
     )
-    num_workers: int = Field(default=2, ge=0, description="Loader processes per training process.")
-    mean: tuple[float, ...] | None = Field(
-        default=None, description="Channel means; from pretrained_cfg or the data set if null."
+    num_workers: int = Field(default=2, ge=0, le=1024, description="Loader processes per training process.")
+    mean: tuple[Share, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="Channel means, of values from 0 to 1; from pretrained_cfg or the data set if null.",
     )
-    std: tuple[float, ...] | None = Field(default=None, description="Channel standard deviations; as for mean.")
-    interpolation: str | None = Field(default=None, description="bilinear, bicubic or random (training only).")
+    std: tuple[Spread, ...] | None = Field(
+        default=None, min_length=1, description="Channel standard deviations; as for mean."
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random"] | None = Field(
+        default=None, description="How images are resampled; random: bilinear or bicubic by chance (training only)."
+    )
     crop_pct: float | None = Field(default=None, gt=0, le=1, description="Centre crop share at evaluation.")
     crop_mode: Literal["center", "squash", "border"] | None = Field(
         default=None, description="Images that are not square, at evaluation: cut, squeezed or framed."
@@ -70,11 +86,11 @@ class DataConfig(Section):
     train_crop_mode: Literal["rrc", "rkrc", "rkrr"] | None = Field(
         default=None, description="Random resized crop, or keep ratio."
     )
-    scale: tuple[float, float] | None = Field(default=None, description="Random resized crop: area range.")
-    ratio: tuple[float, float] | None = Field(default=None, description="Random resized crop: aspect range.")
+    scale: tuple[Factor, Factor] | None = Field(default=None, description="Random resized crop: area range.")
+    ratio: tuple[Factor, Factor] | None = Field(default=None, description="Random resized crop: aspect range.")
     hflip: float = Field(default=0.5, ge=0, le=1, description="Probability of a flip from left to right.")
     vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a flip upside down.")
-    color_jitter: float | tuple[float, ...] | None = Field(
+    color_jitter: Strength | Annotated[tuple[Strength, ...], Field(min_length=3, max_length=4)] | None = Field(
         default=None, description="Strength of colour changes, or brightness, contrast, saturation and hue."
     )
     aa: str | None = Field(default=None, description="AutoAugment policy, 'rand-m9-mstd0.5-inc1', '3a'.")
@@ -82,10 +98,11 @@ class DataConfig(Section):
     remode: Literal["const", "rand", "pixel"] = Field(
         default="pixel", description="What erased pixels become: zero, one random colour, or noise."
     )
-    recount: int = Field(default=1, ge=1, description="Erased rectangles per image.")
+    recount: int = Field(default=1, ge=1, le=1000, description="Erased rectangles per image.")
     aug_repeats: int = Field(
         default=0,
         ge=0,
+        le=1000,
         description="Repeated augmentation: each drawn image comes n times, augmented anew; 0 or 1: once.",
     )
     in_memory: Literal["auto"] | bool = Field(
@@ -95,13 +112,22 @@ class DataConfig(Section):
     max_bad_images: int = Field(
         default=0,
         ge=0,
+        le=MAX_IMAGES,
         description="Bad images before the run stops: replaced in training, left out at evaluation.",
     )
     check: bool = Field(default=False, description="Open all images once at the start and list every bad one.")
 
-    @field_validator("value_range")
+    @field_validator("value_range", "scale", "ratio")
     @classmethod
-    def _a_range(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not value[0] < value[1]:
-            raise ValueError("must be [low, high] with low below high")
+    def _a_range(cls, value: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        strict = info.field_name == "value_range"
+        if value is not None and (value[0] > value[1] or (strict and value[0] == value[1])):
+            raise ValueError(f"must be [low, high] with low {'below' if strict else 'not above'} high")
+        return value
+
+    @field_validator("color_jitter")
+    @classmethod
+    def _a_hue(cls, value: float | tuple[float, ...] | None) -> float | tuple[float, ...] | None:
+        if isinstance(value, tuple) and len(value) == 4 and value[3] > 0.5:
+            raise ValueError(f"the hue, its fourth entry, turns by at most 0.5, not {value[3]:g}")
         return value

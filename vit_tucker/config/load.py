@@ -1,81 +1,39 @@
 """From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
 
-import importlib
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from vit_tucker.attention.registry import get_method, list_methods
+from vit_tucker.config.places import absolute, map_paths, seen_from_here
+from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
-    KeyPath,
     Source,
-    dotted,
     find_config,
     merge,
     package_configs,
     read_overrides,
     read_with_bases,
     read_yaml,
+    stored_by_name,
 )
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.config.yaml_text import Dumper
+from vit_tucker.errors import ConfigError
+from vit_tucker.paths import checked_name, checked_path
+from vit_tucker.validation import describe_mistake
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-
-
-def load_plugins(plugins: Any, folder: Path) -> None:
-    """Import the modules and .py files that a config names, so that their methods are registered.
-
-    Args:
-        plugins: module names ('my_package.attention') or .py files, relative to ``folder``, to the current folder or to a source
-            checkout of this package.
-        folder: the config file's folder.
-
-    Raises:
-        ConfigError: one can't be imported.
-    """
-    if not isinstance(plugins, list | tuple):
-        raise ConfigError("plugins: must be a list of module names or .py files")
-    for plugin in plugins:
-        try:
-            if not str(plugin).endswith(".py"):
-                importlib.import_module(str(plugin))
-                continue
-            places = (folder / plugin, Path(plugin), package_configs().parents[1] / plugin)
-            file = next((f for f in places if f.is_file()), None)
-            if file is None:
-                raise ConfigError(f"plugins: {plugin}: no such file in {folder} or the current folder")
-            _import_file(file.resolve())
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
-
-
-def _import_file(file: Path) -> None:
-    name = f"vit_tucker_plugin_{file.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and validate a config.
 
     Args:
-        name: as for ``find_config``.
+        name: as for ``find_config``. Its plug-ins run if the user names them, see ``vit_tucker.config.plugins``.
         overrides: ``key.sub=value`` strings.
 
     Returns:
@@ -87,11 +45,18 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
-    source = merge(read_with_bases(path), read_overrides(overrides))
-    load_plugins(source.values.get("plugins", []), path.parent)
+    stored = stored_by_name(name, path)
+    written = read_with_bases(path, stored=stored)
+    written.values = seen_from_here(written.values, path.parent)
+    source = merge(written, read_overrides(overrides))
+    load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
+    try:
+        checked_name(run_name), checked_path(output_dir)
+    except ValueError as error:
+        raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
@@ -112,94 +77,32 @@ def validate_as(model: type[AnyModel], source: Source) -> AnyModel:
     try:
         return model.model_validate_json(json.dumps(source.values), strict=True)
     except ValidationError as error:
-        raise ConfigError(_error_line(error, source, model)) from None
+        raise ConfigError(describe_mistake(error, model, source.values, source.where)) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source.where(())}: {error}") from None
 
 
-def _error_line(error: ValidationError, source: Source, model: type[BaseModel]) -> str:
-    """The first mistake, unknown keys before all else: they often cause the others."""
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first = errors[0]
-    path = _config_path(first["loc"], source.values, first["type"] == "missing")
-    key, where = dotted(path), source.where(path)
-    if first["type"] == "extra_forbidden":
-        name = str(path[-1])
-        parent = ".".join(part for part in path[:-1] if isinstance(part, str))  # an entry of a list: any entry's keys
-        siblings = [k for k in _valid_keys(model, source.values) if k.rpartition(".")[0] == parent]
-        hint = nearest(name, [k.rpartition(".")[2] for k in siblings])
-        if not hint:  # perhaps the right key in the wrong section
-            elsewhere = [k for k in _valid_keys(model, source.values) if k.rpartition(".")[2] == name]
-            hint = f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; valid here: {', '.join(_leaf(siblings))}"
-        return f"{where}: {key}: unknown key{hint}"
-    if first["type"] == "union_tag_invalid":
-        name = str(source.values["attention"].get("method"))
-        known = list_methods()
-        return f"{where}: {key}.method: unknown method '{name}', known: {', '.join(known)}{nearest(name, known)}"
-    if first["type"] == "union_tag_not_found":
-        return f"{where}: {key}.method: missing, known: {', '.join(list_methods())}"
-    if first["type"] == "missing":
-        short = first["loc"] and isinstance(first["loc"][-1], int)  # an entry of a list of fixed length
-        return f"{where}: {key}: {'has too few entries' if short else 'missing, and it has no default'}"
-    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
-    return f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}{given}{more}"
-
-
-def _leaf(keys: Sequence[str]) -> list[str]:
-    return [key.rpartition(".")[2] for key in keys]
-
-
-def _config_path(loc: tuple[int | str, ...], values: Any, missing: bool) -> KeyPath:
-    """pydantic's location without the names of union members, which are no keys of the file; the last key may be missing."""
-    path: list[str | int] = []
-    for number, part in enumerate(loc):
-        children = dict(enumerate(values)) if isinstance(values, list) else values
-        if isinstance(children, dict) and part in children:
-            values = children[part]
-        elif not missing or number < len(loc) - 1 or not isinstance(values, dict) or part in list_methods():
-            continue  # a union member's name, or an entry that is not there
-        path.append(part)
-    return tuple(path)
-
-
-def _valid_keys(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """All dotted keys of the schema; the attention section's are those of the chosen method."""
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        section = info.annotation
-        if prefix == "" and name == "attention":
-            given = values.get("attention")
-            method = given.get("method") if isinstance(given, dict) else None
-            section = get_method(method) if method in list_methods() else None
-        for part in _models_in(section):
-            yield from _valid_keys(part, values, f"{prefix}{name}.")
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models among the members of an annotation such as ``tuple[int, ...] | tuple[Section, ...] | None``."""
-    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
-        for member in get_args(annotation):
-            yield from _models_in(member)
-    elif get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-
-
-class _Dumper(yaml.SafeDumper):
-    """Mappings in blocks, lists in one line."""
-
-
-_Dumper.add_representer(
-    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-)
+def plain_config(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, for YAML and JSON."""
+    values = cast(dict[str, Any], json.loads(config.model_dump_json()))
+    if config.attention is not None:
+        values["attention"] = json.loads(config.attention.model_dump_json())
+    return values
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; reading it gives an equal config."""
-    values = cast(dict[str, Any], json.loads(config.model_dump_json()))
-    if config.attention is not None:
-        values["attention"] = json.loads(config.attention.model_dump_json())
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=120)
+    return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values as its YAML file would have them."""
+    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
+
+
+def everywhere(config: RunConfig) -> RunConfig:
+    """A config whose paths mean the same in every folder."""
+    return validate(Source(map_paths(plain_values(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
@@ -210,6 +113,6 @@ def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
             return {prefix: value}
         return {k: v for key, sub in value.items() for k, v in flat(sub, f"{prefix}.{key}" if prefix else key).items()}
 
-    before, after = (flat(yaml.safe_load(dump_config(config))) for config in (old, new))
+    before, after = (flat(plain_config(config)) for config in (old, new))
     keys = [key for key in {**before, **after} if key != "output_dir" and before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys]

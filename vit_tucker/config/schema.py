@@ -11,40 +11,54 @@ from pydantic import Field, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
-from vit_tucker.config.data_section import DataConfig, Section
+from vit_tucker.config.data_section import DataConfig, FolderName, PathText
+from vit_tucker.validation import MAX_INTEGER, Checked
+
+MAX_WIDTH = 2**16
+MAX_CLASSES = 10_000_000
+MAX_BATCH = 2**24
+MAX_EPOCHS = 1_000_000
+MAX_STEPS = 1_000_000_000
+MAX_RATE = 1000
+"""Far beyond what anyone trains with: a number above is a slip, and would end in hours of waiting or in no memory."""
+Size = Annotated[int, Field(ge=1, le=2**14)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelConfig(Section):
+class ModelConfig(Checked):
     """The timm model. Keys that are null are not passed to timm, so that the model's own defaults hold."""
 
     name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
     pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
-    checkpoint: str | None = Field(
+    checkpoint: PathText | None = Field(
         default=None,
         description="Weights of the dense host: a run folder (its last epoch), a folder or file of timm, Hugging Face, "
         "torchvision, OpenCLIP, MAE, DINO, BEiT, Lightning or DeepSpeed, or a JAX .npz; see docs/formats.md.",
     )
-    img_size: int | tuple[int, int] | None = Field(default=None, description="Image size in pixels.")
-    patch_size: int | None = Field(default=None, ge=1, description="Patch size in pixels.")
+    img_size: Size | tuple[Size, Size] | None = Field(default=None, description="Image size in pixels.")
+    patch_size: Size | None = Field(default=None, description="Patch size in pixels.")
     in_chans: int | None = Field(
-        default=None, ge=1, description="Image channels; the data set's own if null and not pretrained."
+        default=None, ge=1, le=MAX_WIDTH, description="Image channels; the data set's own if null and not pretrained."
     )
     num_classes: int | None = Field(
         default=None,
         ge=0,
+        le=MAX_CLASSES,
         description="Number of classes; the data set's if null. 0: no classifier, for conversion only.",
     )
-    embed_dim: int | None = Field(default=None, ge=1, description="Width of the tokens.")
-    depth: int | None = Field(default=None, ge=1, description="Number of blocks.")
-    num_heads: int | None = Field(default=None, ge=1, description="Attention heads; they divide embed_dim.")
+    embed_dim: int | None = Field(default=None, ge=1, le=MAX_WIDTH, description="Width of the tokens.")
+    depth: int | None = Field(default=None, ge=1, le=1024, description="Number of blocks.")
+    num_heads: int | None = Field(
+        default=None, ge=1, le=MAX_WIDTH, description="Attention heads; they divide embed_dim."
+    )
     mlp_ratio: float | None = Field(
-        default=None, gt=0, description="Width of the MLP's hidden layer, as a multiple of embed_dim."
+        default=None, gt=0, le=64, description="Width of the MLP's hidden layer, as a multiple of embed_dim."
     )
     qkv_bias: bool | None = Field(default=None, description="Biases of queries, keys and values.")
     qk_norm: bool | None = Field(default=None, description="Norms of each head's queries and keys.")
-    init_values: float | None = Field(default=None, description="LayerScale start value.")
+    init_values: float | None = Field(default=None, ge=0, le=1000, description="LayerScale start value.")
     class_token: bool | None = Field(default=None, description="A class token in front of the patches.")
-    reg_tokens: int | None = Field(default=None, ge=0, description="Number of register tokens.")
+    reg_tokens: int | None = Field(default=None, ge=0, le=MAX_WIDTH, description="Number of register tokens.")
     global_pool: str | None = Field(default=None, description="token, avg, avgmax, max, map, or '' for none.")
     dynamic_img_size: bool | None = Field(default=None, description="Take images of any size, embeddings resampled.")
     drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the classifier.")
@@ -71,10 +85,10 @@ class ModelConfig(Section):
         return {**given, **self.model_kwargs}
 
 
-class DistillConfig(Section):
+class DistillConfig(Checked):
     """Distillation from a dense teacher, by default the host before its attention was replaced."""
 
-    teacher: str = Field(
+    teacher: PathText = Field(
         default="host",
         description="host: the dense model that the run starts from; or a run folder or weights file of that model.",
     )
@@ -84,53 +98,66 @@ class DistillConfig(Section):
     alpha: float = Field(
         default=0.5, ge=0, le=1, description="Share of the distillation loss; the rest is the labels'."
     )
-    temperature: float = Field(default=1.0, gt=0, description="Of both softmaxes (soft only).")
+    temperature: float = Field(default=1.0, gt=0, le=1000, description="Of both softmaxes (soft only).")
     features: float = Field(
-        default=0.0, ge=0, description="Weight of the mean squared error between the final tokens of both models."
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Weight of the mean squared error between the final tokens of both models.",
     )
 
 
-class TrainConfig(Section):
+class TrainConfig(Checked):
     """The recipe, in timm's words."""
 
-    epochs: int = Field(default=10, ge=1, description="Passes over the training images.")
+    epochs: int = Field(default=10, ge=1, le=MAX_EPOCHS, description="Passes over the training images.")
     global_batch_size: int = Field(
-        default=128, ge=1, description="Images per optimizer step, over all processes and accumulation."
+        default=128, ge=1, le=MAX_BATCH, description="Images per optimizer step, over all processes and accumulation."
     )
-    grad_accum_steps: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    grad_accum_steps: int = Field(default=1, ge=1, le=MAX_BATCH, description="Micro-batches per optimizer step.")
     eval_batch_size: int | None = Field(
-        default=None, ge=1, description="Images per process at evaluation; the micro-batch if null."
+        default=None, ge=1, le=MAX_BATCH, description="Images per process at evaluation; the micro-batch if null."
     )
-    eval_interval: int = Field(default=1, ge=1, description="Evaluate every n epochs, and after the last.")
+    eval_interval: int = Field(
+        default=1, ge=1, le=MAX_EPOCHS, description="Evaluate every n epochs, and after the last."
+    )
 
     opt: str = Field(default="adamw", description="Any optimizer of timm.optim.")
-    lr: float = Field(default=1e-3, gt=0, description="Learning rate at its peak, for the global batch as it is.")
-    weight_decay: float = Field(default=0.05, ge=0, description="Not on biases, norms, position embeddings and tokens.")
-    momentum: float = Field(default=0.9, ge=0, description="For optimizers that have one.")
-    opt_betas: tuple[float, float] | None = Field(
-        default=None, description="Betas of Adam and its kin; timm's if null."
+    lr: float = Field(
+        default=1e-3, gt=0, le=MAX_RATE, description="Learning rate at its peak, for the global batch as it is."
     )
-    opt_eps: float | None = Field(default=None, gt=0, description="Epsilon of the optimizer; timm's if null.")
+    weight_decay: float = Field(
+        default=0.05, ge=0, le=MAX_RATE, description="Not on biases, norms, position embeddings and tokens."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="For optimizers that have one.")
+    opt_betas: tuple[Beta, Beta] | None = Field(default=None, description="Betas of Adam and its kin; timm's if null.")
+    opt_eps: float | None = Field(default=None, gt=0, le=1, description="Epsilon of the optimizer; timm's if null.")
     layer_decay: float | None = Field(default=None, gt=0, le=1, description="Layer-wise learning-rate decay.")
-    clip_grad: float | None = Field(default=1.0, gt=0, description="Gradient norm; null: no clipping.")
+    clip_grad: float | None = Field(default=1.0, gt=0, le=1e9, description="Gradient norm; null: no clipping.")
 
     sched: Literal["cosine", "linear", "step", "constant"] = Field(
         default="cosine", description="Learning-rate schedule, over optimizer steps."
     )
-    warmup_epochs: float = Field(default=1.0, ge=0, description="Epochs of linear warm-up; parts of one too.")
-    warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the first step of the warm-up.")
-    min_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the end.")
-    decay_epochs: float = Field(default=30.0, gt=0, description="Step schedule: epochs between decays.")
-    decay_rate: float = Field(default=0.1, gt=0, description="Step schedule: factor of each decay.")
+    warmup_epochs: float = Field(
+        default=1.0, ge=0, le=MAX_EPOCHS, description="Epochs of linear warm-up; parts of one too."
+    )
+    warmup_lr: float = Field(
+        default=1e-6, ge=0, le=MAX_RATE, description="Learning rate at the first step of the warm-up."
+    )
+    min_lr: float = Field(default=1e-6, ge=0, le=MAX_RATE, description="Learning rate at the end.")
+    decay_epochs: float = Field(default=30.0, gt=0, le=MAX_EPOCHS, description="Step schedule: epochs between decays.")
+    decay_rate: float = Field(default=0.1, gt=0, le=1, description="Step schedule: factor of each decay.")
 
     smoothing: float = Field(default=0.0, ge=0, lt=1, description="Label smoothing.")
-    mixup: float = Field(default=0.0, ge=0, description="Mixup alpha.")
-    cutmix: float = Field(default=0.0, ge=0, description="CutMix alpha.")
+    mixup: float = Field(default=0.0, ge=0, le=100, description="Mixup alpha.")
+    cutmix: float = Field(default=0.0, ge=0, le=100, description="CutMix alpha.")
     mixup_prob: float = Field(default=1.0, ge=0, le=1, description="Share of batches that are mixed.")
     mixup_switch_prob: float = Field(
         default=0.5, ge=0, le=1, description="Probability of CutMix where both are on; else mixup."
     )
-    mixup_off_epoch: int = Field(default=0, ge=0, description="Turn mixup and cutmix off from this epoch on; 0: never.")
+    mixup_off_epoch: int = Field(
+        default=0, ge=0, le=MAX_EPOCHS, description="Turn mixup and cutmix off from this epoch on; 0: never."
+    )
 
     model_ema: bool = Field(default=False, description="Keep, and evaluate, a moving average of the weights.")
     model_ema_decay: float = Field(default=0.9999, ge=0, lt=1, description="Its decay per optimizer step.")
@@ -143,17 +170,22 @@ class TrainConfig(Section):
         default=False, description="Recompute the blocks' activations in the backward pass: less memory, more time."
     )
     timeout_minutes: float = Field(
-        default=10.0, gt=0, description="How long processes wait for each other before the run ends with an error."
+        default=10.0,
+        gt=0,
+        le=1e6,
+        description="How long processes wait for each other before the run ends with an error.",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         default="auto", description="auto: what accelerate launch was told, else bf16 on GPUs that have it, else none."
     )
     cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
-    checkpoint_epochs: int = Field(default=1, ge=1, description="Save every n epochs, and after the last.")
-    checkpoint_steps: int | None = Field(
-        default=None, ge=1, description="Also save every n optimizer steps, in mid-epoch too."
+    checkpoint_epochs: int = Field(
+        default=1, ge=1, le=MAX_EPOCHS, description="Save every n epochs, and after the last."
     )
-    checkpoint_hist: int = Field(default=2, ge=1, description="Resumable checkpoints to keep.")
+    checkpoint_steps: int | None = Field(
+        default=None, ge=1, le=MAX_STEPS, description="Also save every n optimizer steps, in mid-epoch too."
+    )
+    checkpoint_hist: int = Field(default=2, ge=1, le=MAX_STEPS, description="Resumable checkpoints to keep.")
     trackers: tuple[str, ...] = Field(
         default=(), description="Experiment trackers beside TensorBoard, by Accelerate's names: wandb, mlflow, aim, ..."
     )
@@ -164,27 +196,32 @@ class TrainConfig(Section):
     latency_batch_size: int | None = Field(
         default=None,
         ge=1,
+        le=MAX_BATCH,
         description="At the end, measure the model's forward pass against its dense host's, in turns, with batches of so many "
         "images, for results.json; null: don't.",
     )
-    log_interval: int = Field(default=50, ge=1, description="Optimizer steps between log points.")
+    log_interval: int = Field(default=50, ge=1, le=MAX_STEPS, description="Optimizer steps between log points.")
 
     def saves_after(self, global_step: int) -> bool:
         """Whether a checkpoint is due after that many optimizer steps, wherever in the epoch."""
         return self.checkpoint_steps is not None and global_step % self.checkpoint_steps == 0
 
 
-class RunConfig(Section):
+class RunConfig(Checked):
     """One run: everything that decides its result."""
 
-    name: str | None = Field(
-        default=None, description="Name in tables and in the default output_dir; the file's name if null."
+    name: FolderName | None = Field(
+        default=None,
+        description="Name in tables and in the default output_dir, without '..'; the file's name if null.",
     )
-    seed: int = Field(default=0, ge=0, description="Of initialisation, data order, augmentation and dropout.")
-    output_dir: str | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
+    seed: int = Field(
+        default=0, ge=0, le=MAX_INTEGER, description="Of initialisation, data order, augmentation and dropout."
+    )
+    output_dir: PathText | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
     plugins: tuple[str, ...] = Field(
         default=(),
-        description="Python modules or .py files to import first, for attention methods and timm models of yours.",
+        description="Python modules or .py files to import first, for attention methods and timm models of yours. Those that a "
+        "config in a run folder names run only with -p FILE or --trust-plugins.",
     )
     model: ModelConfig = Field(description="The timm model.")
     attention: AttentionConfig | None = Field(

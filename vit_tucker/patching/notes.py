@@ -2,11 +2,12 @@
 
 import gc
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
 
+from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.patching.readers import Host
 from vit_tucker.patching.watch import WatchedLayer
@@ -59,6 +60,36 @@ def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def weight_notes(hosts: Mapping[str, Host], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """What stood around the weights of replaced modules: adapters and parametrizations that are merged, hooks that are left.
+
+    Args:
+        hosts, modules: what is replaced, by full module name.
+    """
+    merged: dict[str, list[str]] = {}
+    for name, host in hosts.items():
+        for part, cls in host.merged.items():
+            merged.setdefault(cls, []).append(f"{name}.{part}")
+    hooks = [hook for name, module in modules.items() for hook in hooks_of(name, module)]
+    notes = []
+    if merged:
+        kinds = "; ".join(f"{cls} of {', '.join(names)}" for cls, names in merged.items())
+        notes.append(f"merged into the new layers, which train as a whole where these did: {kinds}")
+    if hooks:
+        notes.append(f"not carried over: {', '.join(dict.fromkeys(hooks))}")
+    return tuple(notes)
+
+
+def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
+    """Every hook of users on a module, its parts and its parameters: 'forward hook of blocks.0.attn'."""
+    for part_name, part in module.named_modules(prefix=name):
+        for kind in user_hooks(part):
+            yield f"{kind} of {part_name}"
+    for parameter_name, parameter in module.named_parameters(prefix=name):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            yield f"gradient hook of {parameter_name}"
 
 
 def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:

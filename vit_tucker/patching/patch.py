@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.effective import trains
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration
 from vit_tucker.attention.variants.gqa import GQAConfig
@@ -19,7 +20,8 @@ from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
-from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
+from vit_tucker.patching.plain import refuse_not_finite
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
 from vit_tucker.patching.readers import Host
@@ -83,7 +85,8 @@ def patch(
     patches without a draw between them, or a new ``torch.manual_seed``, give equal layers.
 
     Args:
-        model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile.
+        model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile. PEFT's
+            adapters on attention are merged into the new layers; inside its ``get_peft_model`` the timm model is patched.
         config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
@@ -99,6 +102,7 @@ def patch(
     Raises:
         PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
     """
+    model = find.inner(model)
     config = _placed(config, layers, exclude)
     if calibration is not None and config.calibration is None:
         config = config.model_copy(update={"calibration": Calibration()})
@@ -141,6 +145,7 @@ def plan(
     Raises:
         PatchError: the model can't be patched as asked; see ``patch``.
     """
+    model = find.inner(model)
     with _undisturbed(model):
         return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
@@ -158,6 +163,7 @@ def unpatch(model: nn.Module) -> None:
     Raises:
         PatchError: the model is not patched, or its originals were not kept or have no values; nothing has changed.
     """
+    model = find.inner(model)
     record = patch_record(model)
     if record is None:
         raise PatchError("the model is not patched")
@@ -186,7 +192,7 @@ def patch_record(model: nn.Module) -> PatchRecord | None:
     Returns:
         The record of its patch; None if it is not patched.
     """
-    return getattr(model, RECORD, None)
+    return getattr(find.inner(model), RECORD, None)
 
 
 def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selection | None) -> AttentionConfig:
@@ -251,7 +257,8 @@ def _prepare(
     rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
     left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
     replacements = {name: layer.replacement for name, layer in layers.items()}
-    notes += rotation_notes(read, replacements) + token_notes([x for x in built.values() if x.images])
+    notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
+    notes += token_notes([layer for layer in built.values() if layer.images])
     report = PatchReport(rows, left, applied, notes)
     return Prepared(config, replacements, report)
 
@@ -261,6 +268,8 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
         host = hosts.read_host(module, mixed_rope)
         config.refuse_features(host.spec)
         config.check(host.spec)
+        if config.init == "pretrained":
+            refuse_not_finite(host)
     except PatchError as error:
         raise PatchError(f"{name}: {error}") from None
     return host
@@ -271,7 +280,7 @@ def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) ->
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
     config.settle(replacement)
-    replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    replacement.requires_grad_(trains(module))
     return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 
 

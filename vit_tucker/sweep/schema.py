@@ -1,18 +1,20 @@
 """The YAML schema of a sweep."""
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from vit_tucker.config.schema import Section
+from vit_tucker.config.data_section import PathText
+from vit_tucker.validation import MAX_INTEGER, Checked
 
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 START = "start"
 """Name of the dense runs that the cells start from."""
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
-class CellConfig(Section):
+class CellConfig(Checked):
     """One or many settings: an attention section, and what varies."""
 
     name: str = Field(
@@ -39,14 +41,16 @@ class CellConfig(Section):
         return vary
 
 
-class SweepConfig(Section):
+class SweepConfig(Checked):
     """A sweep: every cell is trained once per seed, all from the dense model of that seed."""
 
     title: str | None = Field(default=None, description="One line, for tables and reports.")
     about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
     base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
-    output_dir: str | None = Field(default=None, description="Folder of the run folders; runs/<file name> if null.")
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
+    output_dir: PathText | None = Field(
+        default=None, description="Folder of the run folders; runs/<file name> if null."
+    )
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
     set: dict[str, Any] = Field(default={}, description="Config keys of all runs.")
     start: dict[str, Any] | None = Field(
         default={},

@@ -12,7 +12,7 @@ from vit_tucker.config.load import validate
 from vit_tucker.config.source import Source
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import collect
-from vit_tucker.run import changes_of_run, check_folder
+from vit_tucker.run_folder import changes_of_run, check_folder
 from vit_tucker.sweep.plan import Job
 from vit_tucker.training.run_dir import RunDir
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.faults import FaultLog
+from vit_tucker.digests import save_model
 from vit_tucker.errors import DivergedError, SaveError, StoppedError
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
@@ -23,7 +24,7 @@ from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import flatten, save_checkpoint, write_description, write_state
+from vit_tucker.training.state import flatten, save_checkpoint, write_state
 from vit_tucker.weights import full_state, save_weights
 
 
@@ -44,7 +45,7 @@ class Trainer:
         seed: of the run.
         run_dir: where results go.
         metadata: strings for the header of saved weights.
-        description: config.json beside saved weights, see ``vit_tucker.training.state.write_description``; None for none.
+        description: config.json beside saved weights, see ``vit_tucker.digests``; None for none.
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.
@@ -132,9 +133,13 @@ class Trainer:
         state = full_state(self.ema.module if self.ema is not None else self.bare)
         header = {**self.metadata, "epoch": str(best["epoch"]), "top1": f"{best['top1']:.4f}", "best": json.dumps(best)}
 
+        file, config = self.run_dir.best, self.description
+
         def write() -> None:
-            write_description(self.run_dir.best.parent, self.description)
-            save_weights(self.run_dir.best, state, header)
+            if config is None:
+                save_weights(file, state, header)
+            else:
+                save_model(file.parent, file.name, state, header, config)
 
         self._write(write, "the best weights")
 

@@ -30,6 +30,7 @@ from vit_tucker.attention.linear import (
     split_heads,
 )
 from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs
 from vit_tucker.errors import PatchError
@@ -45,7 +46,7 @@ class GQAConfig(PerHeadConfig):
 
     method: Literal["gqa"] = "gqa"
 
-    num_kv_heads: int = Field(ge=1, description="Number of key/value heads; divides the host's num_heads. 1 is MQA.")
+    num_kv_heads: Rank = Field(description="Number of key/value heads; divides the host's num_heads. 1 is MQA.")
     conversion: Literal["mean", "svd"] = Field(
         default="mean",
         description="From pretrained heads: mean-pool each group's keys and values (the GQA paper), or the best rank-D basis "

@@ -20,6 +20,7 @@ from pydantic import Field
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.base import HostSpec, ParameterCount, PerHeadConfig, count_extras
 from vit_tucker.attention.mla_layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
+from vit_tucker.attention.options import Rank
 from vit_tucker.attention.ranks import even_rank, refuse_odd
 from vit_tucker.attention.registry import register_method
 from vit_tucker.errors import PatchError
@@ -33,8 +34,8 @@ class MLAConfig(PerHeadConfig):
 
     method: Literal["mla"] = "mla"
 
-    q_lora_rank: int = Field(ge=1, description="Width of the query latent, at most embed_dim.")
-    kv_lora_rank: int = Field(ge=1, description="Width of the key/value latent, at most embed_dim.")
+    q_lora_rank: Rank = Field(description="Width of the query latent, at most embed_dim.")
+    kv_lora_rank: Rank = Field(description="Width of the key/value latent, at most embed_dim.")
     shared_kv: bool = Field(
         default=True, description="Keys and values share one latent; false gives each its own of that width."
     )

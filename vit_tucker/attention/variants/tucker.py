@@ -7,18 +7,18 @@ Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1; Table 1 for t
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag
+from pydantic import Discriminator, Field, Tag
 
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.base import CALL_FEATURES, AttentionConfig, HostSpec, ParameterCount, count_extras
-from vit_tucker.attention.options import RankRule
+from vit_tucker.attention.options import Rank, RankRule
 from vit_tucker.attention.ranks import even_rank, full_ranks, has_out_bias, refuse_odd, tensor_macs, tensor_weights
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
 
-PositiveRanks = tuple[PositiveInt, PositiveInt, PositiveInt]
+PositiveRanks = tuple[Rank, Rank, Rank]
 MODES = ("head", "query/output", "key/value")
 
 

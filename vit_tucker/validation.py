@@ -1,0 +1,170 @@
+"""The base of all sections and options that a user writes, and the one line that a mistake in them gets.
+
+From Python a mistake is a ``ConfigError``, as it is from YAML; pydantic's own methods (``model_validate`` and its kin) raise what
+pydantic raises.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from vit_tucker.errors import ConfigError, nearest, shorten
+
+KeyPath = tuple[str | int, ...]
+MAX_INTEGER = 2**63 - 1
+MAX_TEXT = 4096
+"""Characters of a path on Linux; no name is longer."""
+
+
+class Checked(BaseModel):
+    """Base of configs: frozen, unknown keys refused, numbers finite, mistakes in one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        """The config, or a ``ConfigError``."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            name = type(self).__name__
+            raise ConfigError(describe_mistake(error, type(self), values, lambda path: name)) from None
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # for pydantic it is BaseModel's: parts skip it
+
+    @field_validator("*")
+    @classmethod
+    def _usable(cls, value: Any) -> Any:
+        refuse_unusable(value)
+        return value
+
+
+def refuse_unusable(value: Any) -> None:
+    """Raise ValueError for numbers and text, also within lists and mappings, that no option can have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"must be a finite number, not {value}")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ValueError("must be a number of at most 64 bits")
+    if isinstance(value, str) and (len(value) > MAX_TEXT or "\0" in value):
+        raise ValueError(f"must be text of at most {MAX_TEXT} characters, without NUL, not {shown(value)}")
+    if isinstance(value, Mapping):
+        refuse_unusable(list(value))
+        refuse_unusable(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            refuse_unusable(entry)
+
+
+def shown(value: Any) -> str:
+    """What was given, as text that is not too long."""
+    return shorten(repr(value), 80)
+
+
+def describe_mistake(
+    error: ValidationError, model: type[BaseModel], values: Any, where: Callable[[KeyPath], str]
+) -> str:
+    """Returns the first mistake in one line, unknown keys before all else: they often cause the others.
+
+    Args:
+        error: of pydantic.
+        model: what was validated.
+        values: what was given.
+        where: says where the value of a key is from.
+    """
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    kind, context = first["type"], first.get("ctx", {})
+    path = config_path(first["loc"], values, kind == "missing")
+    if kind == "union_tag_invalid":
+        path = (*path, "method")
+    key, place = shorten(".".join(map(str, path))) or "config", where(path)
+    if kind == "extra_forbidden":
+        return f"{place}: {key}: unknown key{unknown_key_hint(path, model, values)}"
+    if kind == "union_tag_invalid":
+        name, known = str(context["tag"]), quoted(context["expected_tags"])
+        return f"{place}: {key}: unknown method '{shorten(name)}', known: {', '.join(known)}{nearest(name, known)}"
+    if kind == "union_tag_not_found":
+        methods = [str(part.model_fields["method"].default) for part in models_at(model, path)]
+        return f"{place}: {key}.method: missing, known: {', '.join(methods)}"
+    if kind == "missing":
+        short = first["loc"] and isinstance(first["loc"][-1], int)  # an entry of a list of fixed length
+        return f"{place}: {key}: {'has too few entries' if short else 'missing, and it has no default'}"
+    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    given = "" if kind == "value_error" else f", not {shown(first['input'])}"
+    hint = nearest(str(first["input"]), quoted(context["expected"])) if kind == "literal_error" else ""
+    return f"{place}: {key}: {first['msg'].removeprefix('Value error, ')}{given}{hint}{more}"
+
+
+def quoted(text: Any) -> list[str]:
+    """The words that pydantic lists: "'a', 'b' or 'c'" -> [a, b, c]"""
+    return re.findall(r"'([^']*)'", str(text))
+
+
+def unknown_key_hint(path: KeyPath, model: type[BaseModel], values: Any) -> str:
+    """'; did you mean X?' for the nearest key beside an unknown one, or the same key of another section; else what is valid."""
+    name = str(path[-1])
+    parent = ".".join(part for part in path[:-1] if isinstance(part, str))  # an entry of a list: any entry's keys
+    valid = list(valid_keys(model, values))
+    siblings = [leaf(key) for key in valid if key.rpartition(".")[0] == parent]
+    if hint := nearest(name, siblings):
+        return hint
+    elsewhere = [key for key in valid if leaf(key) == name]  # perhaps the right key in the wrong section
+    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; valid here: {', '.join(siblings)}"
+
+
+def leaf(key: str) -> str:
+    """'train.lr' -> 'lr'"""
+    return key.rpartition(".")[2]
+
+
+def config_path(loc: Sequence[int | str], values: Any, missing: bool) -> KeyPath:
+    """pydantic's location without the names of union members, which are no keys; the last key may be missing."""
+    path: list[str | int] = []
+    for number, part in enumerate(loc):
+        children = dict(enumerate(values)) if isinstance(values, list | tuple) else values
+        if isinstance(children, Mapping) and part in children:
+            values = children[part]
+        elif not missing or number < len(loc) - 1 or not isinstance(values, Mapping):
+            continue  # a union member's name, or an entry that is not there
+        path.append(part)
+    return tuple(path)
+
+
+def valid_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a model; of sections with a ``method``, those of the chosen one alone."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        given = values.get(name) if isinstance(values, Mapping) else None
+        for part in chosen_models(models_in(info.annotation), given):
+            yield from valid_keys(part, given, f"{prefix}{name}.")
+
+
+def chosen_models(models: Iterator[type[BaseModel]], given: Any) -> list[type[BaseModel]]:
+    """The models that a value may be of: of several methods, the one that it names."""
+    found = list(models)
+    methods = {part.model_fields["method"].default: part for part in found if "method" in part.model_fields}
+    if not methods:
+        return found
+    method = given.get("method") if isinstance(given, Mapping) else getattr(given, "method", None)
+    return [methods[method]] if isinstance(method, str) and method in methods else []
+
+
+def models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
+    """The models that the value of a key may be of."""
+    found = [model]
+    for part in path:
+        fields = [each.model_fields[part] for each in found if isinstance(part, str) and part in each.model_fields]
+        found = [member for info in fields for member in models_in(info.annotation)]
+    return found
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models among the members of an annotation such as ``tuple[int, ...] | tuple[Section, ...] | None``."""
+    if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
+        for member in get_args(annotation):
+            yield from models_in(member)
+    elif get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
