@@ -85,7 +85,7 @@ ALLOWED = {
         *("errors", "validation", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run_folder", "cli"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "config"},
     "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
 }
 
