@@ -315,3 +315,22 @@ def test_a_patched_folder_is_no_start_for_a_dense_model(model, tmp_path):
         start = ModelConfig(name="vit_tiny_patch16_224", checkpoint=str(tmp_path), **size)
         with pytest.raises(vt.CheckpointError, match="patched with tucker, a dense host is needed"):
             create_host(start, num_classes=3)
+
+
+@pytest.mark.parametrize("indices", [(0, 1), (1,)])
+@pytest.mark.parametrize("attention", [True, False])
+def test_models_of_features_come_back(tmp_path, indices, attention):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=indices, **sizes).eval()
+    if attention:
+        vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8)))
+    vt.save(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    loaded = [vt.load(tmp_path)]
+    if attention and hasattr(timm.models, "save_for_hf"):  # timm itself wraps a dense one only after it has loaded it
+        loaded.append(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval())
+    for again in loaded:
+        maps = again(x)
+        assert len(maps) == len(indices)
+        for found, expected in zip(maps, model(x), strict=True):
+            assert torch.equal(found, expected)

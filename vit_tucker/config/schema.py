@@ -122,6 +122,11 @@ class TrainConfig(Checked):
         default=1, ge=1, le=MAX_EPOCHS, description="Evaluate every n epochs, and after the last."
     )
 
+    only: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="What is trained, with the rest frozen: attention (all self-attention layers), a name or pattern of modules "
+        "or parameters, or a list of these, [attention, head]; null: all.",
+    )
     opt: str = Field(default="adamw", description="Any optimizer of timm.optim.")
     lr: float = Field(
         default=1e-3, gt=0, le=MAX_RATE, description="Learning rate at its peak, for the global batch as it is."

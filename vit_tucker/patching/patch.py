@@ -1,7 +1,7 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
-from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, weight_notes
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
 from vit_tucker.patching.plain import refuse_not_finite
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
@@ -108,7 +108,7 @@ def patch(
         config = config.model_copy(update={"calibration": Calibration()})
     if config.calibration is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
-    with _restoring_generators(model):
+    with _undisturbed(model):
         config, replacements, report = _prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
@@ -146,7 +146,7 @@ def plan(
         PatchError: the model can't be patched as asked; see ``patch``.
     """
     model = find.inner(model)
-    with _restoring_generators(model):
+    with _undisturbed(model):
         return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 
@@ -202,10 +202,16 @@ def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selectio
     return config.model_copy(update=update) if update else config
 
 
-def _restoring_generators(model: nn.Module) -> AbstractContextManager[None]:
-    """Draws of torch inside start from the generators' state, which is restored afterwards, as if nothing had been drawn."""
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Draws of torch inside start from its generators' state, which is restored afterwards, as if nothing had been drawn; tensors
+    made inside can be trained, also where the caller is in torch.inference_mode."""
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=[index for index in cuda if index is not None])
+    with torch.random.fork_rng(devices=[index for index in cuda if index is not None]), ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
 
 
 def _prepare(
@@ -252,6 +258,7 @@ def _prepare(
     left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
     replacements = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
+    notes += token_notes([layer for layer in built.values() if layer.images])
     report = PatchReport(rows, left, applied, notes)
     return Prepared(config, replacements, report)
 

@@ -69,6 +69,7 @@ def refuse_not_finite(host: Host) -> None:
     refuse_infinite(tensors.items())
 
 
+@torch.no_grad()
 def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
     """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
     for name, tensor in tensors:
