@@ -20,7 +20,7 @@ ALLOWED = {
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
     "config": {"errors", "attention", "validation"},
-    "patching": {"errors", "tensor", "attention"},
+    "patching": {"errors", "tensor", "attention", "validation"},
     "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
     "data": {"channels", "errors", "config"},
     "training": {"errors", "config", "data", "live_bytes", "weights"},
