@@ -15,7 +15,6 @@ from vit_tucker.config.load import validate
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, merge, read_overrides
 from vit_tucker.data.calibration import calibration_images
-from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
@@ -94,7 +93,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         VitTuckerError: see ``create_host`` and ``patch``.
     """
     forget()
-    num_classes, in_chans = classes_and_channels(config, stored_classes(run_dir.path))
+    num_classes, in_chans = classes_and_channels(config, run_dir.stored_classes())
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
     model, report = load_host(host, num_classes, in_chans)
@@ -106,7 +105,8 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     teacher = None
     if (distill := config.train.distill) is not None and training:
         dense = None if started else (model, report)
-        teacher, taught = create_teacher(config.model, distill, run_dir.teacher, dense, num_classes, in_chans)
+        kept = run_dir.teacher if run_dir.begun else None
+        teacher, taught = create_teacher(config.model, distill, kept, dense, num_classes, in_chans)
         teacher.to(device)
         loads += [taught] if taught not in (None, report) else []
     structure = structure_copy(model)
@@ -127,7 +127,9 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         "dense_total": dense_total,
         "dense_attention": dense_attention,
     }
-    patch_values = run_dir.read_patch() if started else (patched.to_dict() if patched is not None else None)
+    patch_values = None
+    if patched is not None:
+        patch_values = (run_dir.read_patch() if started else None) or patched.to_dict()
     shown = None if started else patched
     return BuiltModel(
         model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)

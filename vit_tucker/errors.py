@@ -18,6 +18,10 @@ class PatchError(VitTuckerError):
     """A model or module that can't be patched as asked; nothing has been changed."""
 
 
+class WeightsError(PatchError):
+    """Weights that are not what their module computes with, or are NaN or infinite; nothing has been changed."""
+
+
 class ConfigError(VitTuckerError):
     """A config file, key or value that can't be used."""
 

@@ -1,5 +1,6 @@
 """Stored models at work: opened from a run or a folder, fed with image files, their classes by name."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.checkpoint import describe
-from vit_tucker.checkpoint.load import load
+from vit_tucker.checkpoint.load import find, load
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import DataConfig, RunConfig
 from vit_tucker.config.source import CONFIG_FILE
@@ -21,6 +22,8 @@ from vit_tucker.data.labels import imagenet_names, synset_names
 from vit_tucker.data.splits import choose_classes
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import CheckpointError, DataError
+
+LOGGER = logging.getLogger("vit_tucker")
 
 
 def open_model(where: str | Path, **overrides: Any) -> nn.Module:
@@ -34,6 +37,10 @@ def open_model(where: str | Path, **overrides: Any) -> nn.Module:
         CheckpointError: see ``vit_tucker.load``. ConfigError: the run's config can't be read.
     """
     run_config(where)
+    if (Path(where).expanduser() / CONFIG_FILE).is_file():
+        folder, _ = find(where)
+        if folder is not None and folder.name != "best":
+            LOGGER.warning(f"note: {where}: has no best weights; these are those of {folder.resolve().name}")
     return load(where, **overrides)
 
 

@@ -12,7 +12,9 @@ import timm
 from timm.models import is_model, list_models, parse_model_name
 from torch import nn
 
+from vit_tucker.checkpoint.entry import refuse_stored_arguments
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
+from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
@@ -48,6 +50,7 @@ def load_host(
             architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
+    refuse_stored(config.name)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
     report: LoadReport | None = None
@@ -114,10 +117,11 @@ def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
     if not set(ADDING) & arguments.keys():
         return set()
     plain = {key: value for key, value in arguments.items() if key not in ADDING}
-    full, base = (
-        without_weights(partial(timm.create_model, name, pretrained=False, **given)).state_dict().keys()
-        for given in (arguments, plain)
-    )
+    with weights_only():
+        full, base = (
+            without_weights(partial(timm.create_model, name, pretrained=False, **given)).state_dict().keys()
+            for given in (arguments, plain)
+        )
     return set(full) - set(base)
 
 
@@ -131,7 +135,7 @@ def shrink_classifier(model: nn.Module) -> None:
 def create_teacher(
     config: ModelConfig,
     distill: DistillConfig,
-    kept: Path,
+    kept: Path | None,
     host: tuple[nn.Module, LoadReport | None] | None,
     num_classes: int,
     in_chans: int,
@@ -141,7 +145,7 @@ def create_teacher(
     Args:
         config: model section.
         distill: the recipe's section, whose ``teacher`` is "host", or a run folder or weights file.
-        kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed.
+        kept: where the run keeps its teacher's weights once it has begun; then nothing else is needed. None before.
         host: the dense model with the weights that the run starts from, before it is patched, and what was loaded into it; None
             if it was not made.
         num_classes, in_chans: see ``load_host``.
@@ -154,7 +158,7 @@ def create_teacher(
         CheckpointError: the weights are missing or don't fit, or have no classifier for these classes.
     """
     bare, key = config.untrained(), "train.distill.teacher"
-    if kept.is_file():
+    if kept is not None and kept.is_file():
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)
         return teacher, None
@@ -193,6 +197,25 @@ def refuse_unknown_name(name: str) -> None:
     elif not is_model(name.partition(".")[0]):
         hint = nearest(name, list_models())
         raise ConfigError(f"model.name: timm {timm.__version__} has no model '{name}'{hint}")
+
+
+def refuse_stored(name: str) -> None:
+    """Refuses a stored model whose config.json has arguments that are none of its own, before timm sees them.
+
+    Args:
+        name: timm's, "hf-hub:owner/name" or "local-dir:path"; others are no stored models.
+
+    Raises:
+        CheckpointError: see ``refuse_arguments``.
+    """
+    if name.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir"):
+        return
+    try:
+        config = read_config(*find(name))
+    except CheckpointError:
+        return  # timm says what is missing
+    if is_model(config["architecture"]):
+        refuse_stored_arguments(config["architecture"], config.get("model_args") or {}, f"{name}: config.json")
 
 
 def reason_of(error: Exception) -> str:

@@ -1,9 +1,42 @@
 """Where results go: asked before the work whose results they are."""
 
 import os
+import unicodedata
 from pathlib import Path
 
 from vit_tucker.errors import ConfigError
+
+MAX_NAME, MAX_PATH = 255, 4095
+"""Bytes that Linux and other systems take for a file's name, and for a whole path."""
+
+
+def checked_path(text: str) -> str:
+    """Returns a path as it is.
+
+    Raises:
+        ValueError: it has control characters, or is longer than file systems take; one line.
+    """
+    if bad := next((char for char in text if unicodedata.category(char) in ("Cc", "Zl", "Zp")), None):
+        raise ValueError(f"a path can't have the character {bad!r} in it: {text!r:.80}")
+    if long := next((part for part in Path(text).parts if len(os.fsencode(part)) > MAX_NAME), None):
+        raise ValueError(
+            f"a name of {len(os.fsencode(long))} bytes in a path, and file systems take {MAX_NAME}: {long!r:.40}..."
+        )
+    if len(os.fsencode(text)) > MAX_PATH:
+        raise ValueError(f"a path of {len(os.fsencode(text))} bytes, and file systems take {MAX_PATH}: {text!r:.40}...")
+    return text
+
+
+def checked_name(text: str) -> str:
+    """Returns what names a folder inside another: one name, or several with '/' between them.
+
+    Raises:
+        ValueError: see ``checked_path``; or it is empty, absolute, or leads out by '..'; one line.
+    """
+    checked_path(text)
+    if not all(part not in ("", ".", "..") for part in text.split("/")):
+        raise ValueError(f"{text!r} names no folder inside another: no '..', no '.', no '/' at either end")
+    return text
 
 
 def refuse_unwritable(option: str, path: Path, folder: bool = False) -> None:
@@ -15,8 +48,12 @@ def refuse_unwritable(option: str, path: Path, folder: bool = False) -> None:
         folder: it is a folder.
 
     Raises:
-        ConfigError: something of the wrong kind is there or above it, or it can't be written to.
+        ConfigError: something of the wrong kind is there or above it, it can't be written to, or it is no path.
     """
+    try:
+        checked_path(str(path))
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
     path = path.absolute()
     if not folder and path.is_dir():
         raise ConfigError(f"{option}: {path} is a folder; name a file")

@@ -1,6 +1,5 @@
 """A run from its config to its results, read from top to bottom."""
 
-import sys
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,28 +10,25 @@ from accelerate import Accelerator
 
 from vit_tucker.announce import announce, describe_plan, describe_run, measure_latency
 from vit_tucker.build import BuiltModel, attention_backends, build_model, classes_and_channels
-from vit_tucker.config.load import config_difference, dump_config, load_config
+from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.check import unreadable
-from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import ConfigError, DataError, StoppedError
-from vit_tucker.harmless import HARMLESS
-from vit_tucker.paths import refuse_unwritable
-from vit_tucker.trainer_setup import build_trainer, create_accelerator, weights_header
+from vit_tucker.digests import verify_beside
+from vit_tucker.errors import DataError, StoppedError
+from vit_tucker.run_folder import Claim, check_folder, record_failure, unwritable, weights_to_evaluate
+from vit_tucker.trainer_setup import build_trainer, create_accelerator
 from vit_tucker.training.engine import evaluate, fit
 from vit_tucker.training.interrupt import Signals, catch_signals
+from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor
-from vit_tucker.training.peers import Peers, one_line
+from vit_tucker.training.peers import Peers
 from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.weights import full_state, load_weights, save_weights
-
-STREAMS = ("wds", "hfids", "tfds")
-"""Data sets whose batches depend on the number of loader workers."""
+from vit_tucker.weights import load_weights
 
 
 def run(
@@ -54,29 +50,37 @@ def run(
         VitTuckerError: bad config, data, checkpoint or patch, before any training.
         StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
-    run_dir = RunDir(Path(str(config.output_dir)))
+    with leaving_with_launcher(launcher_process()):
+        return _run(config, evaluate_only, allow_changes, dry_run)
+
+
+def _run(config: RunConfig, evaluate_only: bool, allow_changes: bool, dry_run: bool) -> dict[str, Any]:
+    """``run``, whose failures are told to the other processes and to train.log."""
+    claim = Claim(RunDir(Path(str(config.output_dir))))
     accelerator = create_accelerator(config.train, str(config.output_dir))
     setup_console(accelerator.is_main_process)
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
     with catch_signals(signals, SIGUSR1):  # whose default is death; the set-up is worth finishing
         try:
-            return run_together(config, run_dir, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
+            return run_together(config, claim, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
         except StoppedError:
             raise
         except Exception as error:
-            if peers.agreed or peers.num_processes == 1:
-                raise
-            if (other := peers.ask()) is not None:  # contact was lost because another process failed
+            lost = peers.num_processes > 1 and not peers.agreed
+            if lost and (other := peers.ask()) is not None:  # contact was lost because another process failed
                 raise other from None
-            peers.tell(error)
-            report_failure(run_dir, peers.rank, error)
+            if lost:
+                peers.tell(error)
+            record_failure(claim, peers, error)
             raise
+        finally:
+            claim.lock.release()
 
 
 def run_together(
     config: RunConfig,
-    run_dir: RunDir,
+    claim: Claim,
     accelerator: Accelerator,
     peers: Peers,
     signals: Signals,
@@ -85,19 +89,28 @@ def run_together(
     dry_run: bool,
 ) -> dict[str, Any]:
     """The run itself, from its folder to its results; see ``run``."""
+    run_dir = claim.run_dir
+    if not evaluate_only and not peers.on_main(run_dir.results.is_file):
+        claim.take(peers, dry_run)
     config, changes = peers.together(lambda: check_folder(run_dir, config, allow_changes))
     seed_everything(derive_seed(config.seed))
     finished = run_dir.results.is_file() and not changes and not dry_run
+    with_train, weights = not (finished or evaluate_only), None
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
-    with_train = not (finished or evaluate_only)
+    if with_train:
+        claim.take(peers, dry_run)
+    else:
+        claim.lock.release()
+        weights = peers.on_main(lambda: weights_to_evaluate(run_dir))
     bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
-    results = describe_run(config, accelerator, built, loaders)
+    kept, started = claim.kept_config(config)
+    results = describe_run(kept, accelerator, built, loaders)
     if loaders.train is None:
-        return evaluate_run(run_dir, built, loaders, accelerator, peers, results)
+        return evaluate_run(weights, built, loaders, accelerator, peers, results)
     steps_per_epoch = loaders.train.steps_per_epoch
     trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders))
     trainer.signals = signals
@@ -106,7 +119,10 @@ def run_together(
         announce(config, results, accelerator, built, loaders, trainer)
         LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
         return results
-    peers.on_main(lambda: begin(config, run_dir, built, loaders))
+    if run_dir.config.is_file() and not run_dir.begun:
+        LOGGER.info(f"{run_dir.path}: an earlier start left no checkpoint, so the run begins anew")
+    peers.on_main(lambda: claim.begin(kept, started, built, loaders))
+    claim.begun = True
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
     announce(config, results, accelerator, built, loaders, trainer)
     for change in changes:
@@ -133,11 +149,15 @@ def run_together(
     results |= {**summarise(trainer), "attention_backends": attention_backends()}
     if accelerator.is_main_process:
         results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
-        run_dir.write_results(results)
+        try:
+            run_dir.write_results(results)
+        except OSError as error:
+            raise unwritable(run_dir.results, error) from error
     best, params = results["best"], built.params
+    score = f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})" if best else "the best weights were lost"
     LOGGER.info(
-        f"done: best top-1 {best['top1']:.2f}% (epoch {best['epoch']}), {params['attention']:,} attention parameters of "
-        f"{params['total']:,}, {results['train_seconds']:.0f} s; results in {run_dir.path}"
+        f"done: {score}, {params['attention']:,} attention parameters of {params['total']:,}, "
+        f"{results['train_seconds']:.0f} s; results in {run_dir.path}"
     )
     return results
 
@@ -155,7 +175,7 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
         pin_memory=accelerator.device.type == "cuda",
         with_train=with_train,
         device=accelerator.device,
-        classes=stored_classes(run_dir.path),
+        classes=run_dir.stored_classes(),
         num_classes=built.num_classes,
     )
     return built, loaders
@@ -170,7 +190,7 @@ def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: b
     Raises:
         DataError: more of them than ``data.max_bad_images``; each has a line in the log.
     """
-    stored = stored_classes(run_dir.path)
+    stored = run_dir.stored_classes()
     num_classes, channels = peers.together(lambda: classes_and_channels(config, stored))
     place = peers.rank, peers.num_processes
     bad = peers.union(
@@ -183,59 +203,6 @@ def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: b
             LOGGER.warning(f"bad image: {line}")
         raise
     return bad
-
-
-def begin(config: RunConfig, run_dir: RunDir, built: BuiltModel, loaders: Loaders) -> None:
-    """Write what a run starts with."""
-    run_dir.start(dump_config(config), built.patch, built.data, loaders.label_names)
-    if built.teacher is not None and not run_dir.teacher.is_file():
-        save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
-
-
-def report_failure(run_dir: RunDir, rank: int, error: Exception) -> None:
-    """Have the failure of one process among several in train.log, and on standard error where the first one does not say it."""
-    line = f"process {rank} failed: {one_line(error)}"
-    run_dir.log_failure(line)
-    if rank != 0:
-        print(f"error: {line}", file=sys.stderr, flush=True)
-
-
-def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
-    """Refuse a folder that holds a run of another config, or that can't be made.
-
-    Returns:
-        The config, with the ranks that a rank rule chose when the run began; and what has changed since then that matters.
-
-    Raises:
-        ConfigError: with the differences, or what is in the way.
-    """
-    if not run_dir.config.is_file():
-        refuse_unwritable("output_dir", run_dir.path, folder=True)
-        return config, []
-    stored = load_config(run_dir.config)
-    changes = changes_of_run(stored, config)
-    if changes and not allow_changes:
-        raise ConfigError(
-            f"{run_dir.path} holds a run with another config: {'; '.join(changes)}; choose another output_dir=, remove that "
-            "folder, or continue it with this config by --allow-changes"
-        )
-    if config.attention is not None and any(line.startswith("attention.") for line in changes):
-        return config, changes
-    return config.model_copy(update={"attention": stored.attention}), changes
-
-
-def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
-    """What differs between the config of a run that began and another, and matters: not the ranks that a rule chose.
-
-    Returns:
-        Lines 'train.lr: 0.001 -> 0.002'.
-    """
-    chosen, given = stored.attention, config.attention
-    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
-        stored = stored.model_copy(update={"attention": chosen.without_choices()})
-    streamed = config.data.dataset.partition("/")[0] in STREAMS
-    harmless = HARMLESS - ({"data.num_workers"} if streamed else set())
-    return [line for line in config_difference(stored, config) if line.partition(":")[0] not in harmless]
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
@@ -254,20 +221,21 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
 
 
 def evaluate_run(
-    run_dir: RunDir,
+    weights: Path | None,
     built: BuiltModel,
     loaders: Loaders,
     accelerator: Accelerator,
     peers: Peers,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Scores of a run's best weights; of the model as created (dense weights, converted) if nothing was trained."""
+    """Scores of a run's weights; of the model as created (dense weights, converted) if nothing was trained."""
     for note in loaders.notes:
         LOGGER.info(note)
     which = "the model as created"
-    if run_dir.best.is_file():
-        peers.together(lambda: load_weights(run_dir.best, built.model))
-        which = str(run_dir.best)
+    if weights is not None:
+        peers.together(lambda: verify_beside(weights))
+        peers.together(lambda: load_weights(weights, built.model))
+        which = str(weights)
     scores = evaluate(built.model, loaders, accelerator, peers)
     LOGGER.info(
         f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"

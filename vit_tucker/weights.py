@@ -1,7 +1,8 @@
 """Weights on disk: one safetensors file each, replaced as a whole, its header says of which model. Nothing is unpickled."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -37,7 +38,12 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(file: Path, state: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def save_weights(
+    file: Path,
+    state: Mapping[str, Tensor],
+    metadata: dict[str, str],
+    announce: Callable[[Path], None] | None = None,
+) -> None:
     """A state dict as one safetensors file, replaced as a whole and on the disk when this returns.
 
     Args:
@@ -45,6 +51,7 @@ def save_weights(file: Path, state: Mapping[str, Tensor], metadata: dict[str, st
         state: see ``full_state``.
         metadata: strings for the file's header; ``attention`` names the method of a patched model, ``attention_config`` holds
             its options.
+        announce: called with the new file, complete and on the disk, right before it gets its name.
 
     Raises:
         OSError: it can't be written; what was there before still is.
@@ -53,6 +60,8 @@ def save_weights(file: Path, state: Mapping[str, Tensor], metadata: dict[str, st
     beside = file.with_name(f".{file.name}.tmp")
     try:
         write_tensors(beside, state, {"format": "pt", **metadata})
+        if announce is not None:
+            announce(beside)
         os.replace(beside, file)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -70,6 +79,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     try:
         save_file(copies, str(file), metadata=metadata)
     except SafetensorError as error:  # how safetensors reports a full disk
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
         raise OSError(f"{file}: {error}") from None
     sync(file)
 

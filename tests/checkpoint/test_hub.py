@@ -24,6 +24,8 @@ by_timm = timm.create_model("hf-hub:me/tucker", pretrained=True).eval()
 facts["errors"] = [(m(x) - model(x)).abs().max().item() for m in (by_name, by_prefix, by_timm)]
 facts["labels"] = list(by_timm.pretrained_cfg["label_names"])
 facts["head"] = list(timm.create_model("hf-hub:me/tucker", pretrained=True, num_classes=5)(x).shape)
+timm.models.push_to_hf_hub(model, "me/bin", token="hf_x", safe_serialization=False)
+facts["bin"] = (timm.create_model("hf-hub:me/bin", pretrained=True).eval()(x) - model(x)).abs().max().item()
 vt.unpatch(model)
 vt.push_to_hub(model, "me/dense", token="hf_x")
 facts["dense"] = (vt.load("me/dense")(x) - model(x)).abs().max().item()
@@ -55,7 +57,8 @@ def test_a_pushed_model_comes_back(tmp_path):
         assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["errors"] == [0, 0, 0]
-    assert facts["dense"] == 0
+    assert facts["dense"] == facts["bin"] == 0
+    assert {"pytorch_model.bin"} == {name for name in hub.repos["me/bin"] if name.startswith(("pytorch", "model."))}
     assert facts["labels"] == ["cat", "dog"]
     assert facts["head"] == [2, 5]
     assert sorted(hub.repos["me/tucker"]) == ["README.md", "config.json", "model.safetensors"]  # nothing pickled
@@ -66,4 +69,4 @@ def test_a_pushed_model_comes_back(tmp_path):
     assert "vit_tucker.load" not in hub.repos["me/dense"]["README.md"].decode()
     assert "config.json can't be had: RepositoryNotFoundError" in facts["me/none"]
     assert "model.safetensors can't be had" in facts["me/pickled"]
-    assert not any("pytorch_model.bin" in request for request in hub.requests)
+    assert not any("me/pickled" in request and "pytorch_model.bin" in request for request in hub.requests)

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import peft
 import pytest
 import timm
 import torch
@@ -81,6 +82,8 @@ def test_a_loaded_model_can_be_saved_and_loaded_again(model, x, tmp_path):
     vt.save(model, tmp_path / "a", label_names=NAMES)
     vt.save(vt.load(tmp_path / "a"), tmp_path / "b")
     first, second = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ab")
+    for config in (first, second):  # the order of the entries in a file's header is the library's, and differs
+        config["vit_tucker"]["stored"]["files"]["model.safetensors"].pop("sha256")
     assert first == second
     assert torch.equal(vt.load(tmp_path / "b")(x), model(x))
 
@@ -150,7 +153,7 @@ def test_timm_without_the_package_refuses_and_never_loads_half_a_model(tmp_path,
     silent = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3)  # what the name protects from
     assert hasattr(silent.blocks[1].attn, "qkv")
     with pytest.raises(vt.CheckpointError, match=r"blocks\.0\.attn\.qkv"):
-        vt.load(tmp_path, num_classes=3)
+        vt.load(tmp_path, num_classes=3, verify=False)
 
 
 def test_unpatched_models_are_themselves_again(x, tmp_path):
@@ -180,6 +183,35 @@ def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
     assert not (tmp_path / "new").exists()
     vt.save(model, tmp_path, model_args={**SMALL, "mlp_ratio": 2})
     assert vt.load(tmp_path).blocks[0].mlp.fc1.out_features == 96
+
+
+def test_adapters_are_to_be_merged_first(model, x, tmp_path):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc1"], r=2))
+    randomise(model).eval()
+    for saved in (wrapped, model):
+        with pytest.raises(vt.CheckpointError) as caught:
+            vt.save(saved, tmp_path / "new")
+        assert str(caught.value) == (
+            "5 modules have adapters (blocks.0.mlp.fc1: a peft.tuners.lora.layer.Linear); merge them first "
+            "(model = model.merge_and_unload()), or save them by PEFT"
+        )
+    assert not (tmp_path / "new").exists()
+    y, merged = wrapped(x), wrapped.merge_and_unload()
+    vt.save(merged, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+    torch.nn.utils.parametrizations.weight_norm(merged.blocks[1].attn.proj)
+    with pytest.raises(vt.CheckpointError, match=r"^1 module has parametrizations \(blocks\.1\.attn\.proj: a torch"):
+        vt.save(merged, tmp_path / "new")
+
+
+def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    randomise(model).eval()
+    vt.patch(wrapped, vt.GQAConfig(num_kv_heads=4))
+    y = wrapped(x)
+    vt.save(wrapped, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
 
 
 def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
@@ -221,15 +253,15 @@ def test_models_of_no_timm_name_are_refused(tmp_path):
         ({"model_args__depth": 4}, r"no blocks\.3\.attn"),
         ({"model_args__depth": 2}, "rules|outside|no place"),
         ({"model_args__embed_dim": 96}, "size mismatch"),
-        ({"model_args__nonsense": 1}, "can't be built.*nonsense"),
+        ({"model_args__nonsense": 1}, "model_args.nonsense: no argument of the model vit_tiny_patch16_224"),
         ({"vit_tucker__layers__blocks.1.attn__shared_kv": True}, "was stored with"),
     ],
 )
 def test_damaged_configs_are_one_clear_line(model, tmp_path, change, message):
     vt.save(model, tmp_path, model_args=SMALL)
     edit(tmp_path, **change)
-    with pytest.raises((vt.CheckpointError, vt.PatchError), match=message) as caught:
-        vt.load(tmp_path)
+    with pytest.raises(vt.CheckpointError, match=message) as caught:
+        vt.load(tmp_path, verify=False)
     assert "\n" not in str(caught.value)
 
 
@@ -250,13 +282,16 @@ def test_missing_and_strange_files_are_one_clear_line(model, tmp_path, monkeypat
         folder / "model.safetensors",
     )
     with pytest.raises(vt.CheckpointError, match="of another model or patch"):
-        vt.load(folder)
+        vt.load(folder, verify=False)
     (folder / "model.safetensors").write_bytes(b"none")
     with pytest.raises(vt.CheckpointError, match="can't be read"):
         vt.load(folder)
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(vt.CheckpointError, match=r"pytorch_model\.bin is not read, since nothing is unpickled"):
+    with pytest.raises(
+        vt.CheckpointError,
+        match=r"pytorch_model\.bin is not read here, since nothing is unpickled: .*safe_serialization=True",
+    ):
         vt.load(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(vt.CheckpointError, match="can't be read as JSON"):

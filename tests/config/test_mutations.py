@@ -122,7 +122,9 @@ def test_hostile_files_are_refused_in_one_line_and_in_time(kind):
 
 def tiny_config() -> dict:
     """A config of digits with all its keys, of a model that is built in no time, which nothing has to be loaded for."""
-    values = plain_config(load_config("digits/tucker_r16", ["model.depth=1", "model.embed_dim=32", "model.num_heads=2"]))
+    values = plain_config(
+        load_config("digits/tucker_r16", ["model.depth=1", "model.embed_dim=32", "model.num_heads=2"])
+    )
     values["attention"]["ranks"] = [2, 8, 8]
     return {**values, "output_dir": "out"}
 

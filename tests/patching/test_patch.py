@@ -1,7 +1,10 @@
 """patch, plan, unpatch on small timm ViTs."""
 
 import copy
+import random
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 import vit_tucker as vt
 from tests.conftest import randomise
 from vit_tucker.attention.base import HostSpec
+from vit_tucker.data.seeding import seed_everything
 
 SPEC = HostSpec(embed_dim=24, num_heads=4, head_dim=6, out_dim=24)
 TUCKER = vt.TuckerConfig(ranks=(3, 6, 6))
@@ -88,6 +92,7 @@ def test_plan_gives_the_same_report_and_touches_nothing(make_vit, images):
     torch.manual_seed(0)
     planned = vt.plan(model, TUCKER)
     assert torch.equal(torch.rand(3), expected)
+    assert not planned.notes
     assert dict(model.named_modules()) == modules
     assert model.training
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
@@ -224,6 +229,71 @@ def test_random_init_does_not_look_at_the_host(make_vit):
     for model in converted:
         vt.patch(model, TUCKER)
     assert not torch.equal(converted[0].blocks[0].attn.pre_core, converted[1].blocks[0].attn.pre_core)
+
+
+@pytest.mark.parametrize("config", [TUCKER, TUCKER.unconverted(), vt.GQAConfig(num_kv_heads=1)])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_nothing_is_drawn_from_global_generators(make_vit, images, config, calibrated):
+    """Neither by a patch that fails; random layers come from the state of torch's generator, each from draws of its own."""
+
+    def draws():
+        return torch.rand(3), torch.tensor(np.random.random(3)), random.random()  # noqa: NPY002
+
+    models = [make_vit() for _ in range(3)]
+    batches = images if calibrated and config.init == "pretrained" else None
+    for state in (0, 0, 1):
+        seed_everything(state)
+        expected = draws()
+        seed_everything(state)
+        with pytest.raises(vt.PatchError):
+            vt.patch(models[0], config, layers=9)
+        vt.patch(models[-1], config, calibration=batches)
+        for value, drawn in zip(draws(), expected, strict=True):
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(drawn))
+        models.insert(0, models.pop())
+    last, second, first = ([block.attn.v_proj.weight for block in model.blocks] for model in models)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[0], last[0]) == (config.init == "pretrained")
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("act", [vt.patch, vt.plan])
+def test_optimizers_from_before_the_patch_are_noted(make_vit, act):
+    """If they hold what is replaced, and only as long as they live."""
+    model, other = make_vit(), make_vit()
+    optimizer = torch.optim.AdamW(model.parameters())
+    (note,) = act(model, TUCKER).notes
+    assert re.match(r"an optimizer made before the patch \(AdamW\) .* make it anew", note)
+    assert not act(other, TUCKER).notes
+    head = make_vit()
+    kept = torch.optim.SGD(head.head.parameters())
+    assert not act(head, TUCKER).notes
+    late = make_vit()
+    gone = torch.optim.Adam(late.parameters())
+    del gone
+    assert not act(late, TUCKER).notes
+    assert optimizer
+    assert kept
+
+
+def test_one_module_at_two_places_counts_once(make_vit):
+    """Its parameters; it computes at both places, for the budget of operations too."""
+    single, shared = make_vit(), make_vit()
+    shared.blocks[2].attn = shared.blocks[0].attn
+    plain, report = vt.patch(single, TUCKER), vt.patch(shared, TUCKER)
+    assert [layer.shared_with for layer in report.layers] == [None, None, "blocks.0.attn"]
+    for name in ("params_before", "params_after"):
+        assert 3 * getattr(report, name) == 2 * getattr(plain, name)
+        assert report.to_dict()[name] == getattr(report, name)
+    assert report.params_after == sum(p.numel() for p in {p for b in shared.blocks for p in b.attn.parameters()})
+    assert (report.flops_before, report.flops_after) == (plain.flops_before, plain.flops_after)
+    assert report.seconds == pytest.approx(sum(layer.seconds for layer in report.layers[:2]))
+    assert "blocks.2.attn = blocks.0.attn" in str(report)
+    assert "2 modules" in str(report)
+    assert [layer.get("shared_with") for layer in report.to_dict()["layers"]] == [None, None, "blocks.0.attn"]
+    vt.unpatch(shared)
+    chosen = vt.patch(shared, vt.TuckerConfig(ranks=vt.RankRule(flops=0.5, multiple_of=2)))
+    assert 0.45 < chosen.flops_after / chosen.flops_before <= 0.5
 
 
 def test_one_module_at_two_places_is_replaced_by_one(make_vit, images):

@@ -18,6 +18,7 @@ from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.process import launch_arguments, log_file
 from vit_tucker.sweep.runner import share_machine
 from vit_tucker.sweep.status import last_words
+from vit_tucker.training.lock import RunLock
 
 FILE = """
 title: A try
@@ -135,6 +136,15 @@ def test_a_run_of_another_sweep_is_left_to_it():
     assert status == 1
     assert "start, seed 0: elsewhere: another sweep runs it" in text
     assert not Path("out/start/seed0").exists()
+    lock = RunLock(job.folder)  # of a run that was started by hand
+    lock.take()
+    status, text = sweep("seeds=[0]", "--only", "start")
+    lock.release()
+    assert status == 1
+    assert (
+        f"start, seed 0: elsewhere: output_dir: out/start/seed0 is being written by process {os.getpid()} on " in text
+    )
+    assert list(job.folder.iterdir()) == []
 
 
 def test_recorded_runs_are_done_without_their_folders(tmp_path):

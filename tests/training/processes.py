@@ -63,10 +63,8 @@ def start(arguments: Sequence[str], output: Path, kill_in: str = "", **environme
     return process
 
 
-def start_all(count: int, arguments: Sequence[str], output: Path, **environment: str) -> list[multiprocessing.Process]:
-    """Start the processes of one run, as torchrun would."""
-    if count == 1:
-        return [start(arguments, output, **environment)]
+def worker_environments(count: int, **environment: str) -> list[dict[str, str]]:
+    """What torchrun tells its workers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,7 +74,14 @@ def start_all(count: int, arguments: Sequence[str], output: Path, **environment:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return [start(arguments, output, RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(count)]
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)]
+
+
+def start_all(count: int, arguments: Sequence[str], output: Path, **environment: str) -> list[multiprocessing.Process]:
+    """Start the processes of one run, as torchrun would."""
+    if count == 1:
+        return [start(arguments, output, **environment)]
+    return [start(arguments, output, **worker) for worker in worker_environments(count, **environment)]
 
 
 def finish(processes: Sequence[multiprocessing.Process], seconds: float = 120) -> list[int | None]:

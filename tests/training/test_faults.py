@@ -57,6 +57,12 @@ def test_divergence_stops_with_step_rate_and_a_state_to_look_at():
     assert not all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
     assert not Path("a/results.json").exists()
     assert not list(Path("a/checkpoints").glob("*"))  # nothing bad to continue from
+    Path("b").mkdir()
+    Path("b", folder.name).write_text("in the way, as a full disk would be")
+    with pytest.raises(
+        DivergedError, match=rf"^the loss is .*; the diverged state at step {step} can't be written: File ex.*; lower"
+    ):
+        run(config("output_dir=b", *WILD))
 
 
 def test_a_loss_scale_is_told(monkeypatch):
@@ -229,7 +235,8 @@ def test_nothing_of_a_foreign_checkpoint_is_unpickled(monkeypatch, name):
     (folder / name).write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, name: _fingerprint(folder / name)}))
-    with pytest.raises(vt.CheckpointError, match=r"step-00000022.*can't be (read|resumed from)") as caught:
+    refused = r"step-00000022.*(is not what config.json tells|can't be resumed from)"
+    with pytest.raises(vt.CheckpointError, match=refused) as caught:
         run(config("output_dir=a"))
     assert "\n" not in str(caught.value)
     assert not Path("executed").exists()

@@ -16,10 +16,11 @@ from typing import Any
 import timm
 from torch import nn
 
+from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
 from vit_tucker.patching.find import find_attention, find_other_attention
-from vit_tucker.patching.hosts import EXCLUDE, class_name, has_mixed_rope, read_host
+from vit_tucker.patching.hosts import EXCLUDE, has_mixed_rope, read_host
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.patching.probe import without_weights
 from vit_tucker.patching.readers import Host
@@ -108,11 +109,11 @@ def describe(name: str, model: nn.Module) -> ModelEntry:
         try:
             hosts.append(read_host(module, mixed_rope))
         except PatchError as error:
-            unread.append(str(error).removesuffix(EXCLUDE).replace(class_name(module), short_name(class_name(module))))
-    left_alone = Counter(short_name(class_name(model.get_submodule(other))) for other in find_other_attention(model))
+            unread.append(str(error).removesuffix(EXCLUDE).replace(full_name(module), short_name(full_name(module))))
+    left_alone = Counter(short_name(full_name(model.get_submodule(other))) for other in find_other_attention(model))
     return ModelEntry(
         name=name,
-        layers=dict(Counter(short_name(class_name(module)) for module in found.values())),
+        layers=dict(Counter(short_name(full_name(module)) for module in found.values())),
         features=tuple(sorted({feature for host in hosts for feature in host.spec.features})),
         heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found.values()})),
         left_alone=dict(left_alone),

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec
+from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import collect_moments
+from vit_tucker.patching.plain import refuse_infinite, refuse_not_finite
 from vit_tucker.patching.watch import WatchedLayer
 from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
@@ -86,11 +88,14 @@ def tensors_of(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, P
         mixed_rope: see ``hosts.read_host``.
 
     Raises:
-        PatchError: an attention class that we can't read.
+        PatchError: an attention class that we can't read, or weights that are not what it computes with.
     """
     if isinstance(module, AttentionModule):
+        module = plain_layer(module)
+        refuse_infinite(module.named_parameters())
         return module.spec, module.pre_tensor(), module.post_pairs()
     host = hosts.read_host(module, mixed_rope)
+    refuse_not_finite(host)
     weights = host.weights.double()
     return host.spec, weights.pre_tensor(host.spec.rope), weights.post_pairs()
 
@@ -132,11 +137,14 @@ def analyse(
 
     Raises:
         PatchError: no attention layer that we can read, or bad images.
+        WeightsError: weights that are not what a layer computes with, or not finite; names the layer.
     """
     rows: list[ModeSpectrum] = []
     shapes: list[Shape] = []
     readable: list[WatchedLayer] = []
     seen: set[int] = set()
+    model = find.inner(model)
+    find.refuse_adapted(model)
     mixed_rope = hosts.has_mixed_rope(model)
     for name, module in find.find_attention(model).items():
         if id(module) in seen:
@@ -144,6 +152,8 @@ def analyse(
         seen.add(id(module))
         try:
             spec, pre, post = tensors_of(module, mixed_rope)
+        except WeightsError as error:
+            raise WeightsError(f"{name}: {error}") from None
         except PatchError:
             continue
         shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from vit_tucker.attention.base import MHAWeights
+from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import refuse_nonlinear
@@ -41,6 +42,7 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
     Raises:
         PatchError: latent RoPE, or a head's rank is above head_dim and ``approximate`` is not set.
     """
+    layer = plain_layer(layer)
     if layer.latent_width is not None:
         raise PatchError("its latent RoPE rotates one key for all heads together, which no heads of their own do")
     if isinstance(layer, PerHeadModule):

@@ -1,26 +1,33 @@
-"""Helpers on Linear layers that the variants share: weights as used in ``x @ W``, by heads, float64."""
+"""Helpers on Linear layers that the variants share: weights as used in ``x @ W``, by heads, float64.
+
+Weights are those that a Linear computes with: see ``vit_tucker.attention.effective`` for adapters and the like.
+"""
 
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.effective import readable
 
-def linear_weight(linear: nn.Linear) -> Tensor:
+
+def linear_weight(linear: nn.Module) -> Tensor:
     """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
-    return linear.weight.detach().double().mT
+    weight: Tensor = readable(linear).weight
+    return weight.detach().double().mT
 
 
-def augmented_weight(linear: nn.Linear) -> Tensor:
+def augmented_weight(linear: nn.Module) -> Tensor:
     """Weight (in, out) of a Linear with its bias as a last row, float64."""
     weight, bias = linear_weight(linear), linear_bias(linear)
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
 
 
-def linear_bias(linear: nn.Linear) -> Tensor | None:
+def linear_bias(linear: nn.Module) -> Tensor | None:
     """Bias of a Linear, (out,), float64, detached, or None."""
-    return None if linear.bias is None else linear.bias.detach().double()
+    bias: Tensor | None = readable(linear).bias
+    return None if bias is None else bias.detach().double()
 
 
-def head_bias(linear: nn.Linear, num_heads: int, repeat: int = 1) -> Tensor | None:
+def head_bias(linear: nn.Module, num_heads: int, repeat: int = 1) -> Tensor | None:
     """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
     bias = linear_bias(linear)
     return None if bias is None else bias.unflatten(0, (num_heads, -1)).repeat_interleave(repeat, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vit_tucker.attention.backends.heads import expand_heads
 from vit_tucker.attention.base import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import is_plain, joint_linear, open_shape
@@ -167,8 +168,13 @@ class MLA(PerHeadModule):
         """
         assert self.spec.rope is not None
         assert self.pair_rotations is not None
-        q = q @ self.k_up.weight.unflatten(0, (self.num_heads, -1))  # Q_i WUK_i^T, (B, H, N, cKV)
-        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.pair_rotations, self.spec.rope)
+        plain = is_plain(self.k_up, self.v_up)
+        q = q @ by_heads(self.k_up.weight if plain else called_weight(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
+        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.pair_rotations, self.spec.rope)  # (B, H, N, cKV)
+        if not plain:
+            values = self.v_up(v).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, N, D)
+            key = expand_heads(key, self.num_heads)
+            return self.attend(q, key, values, attn_mask, is_causal).transpose(1, 2).flatten(2)
         y = self.attend(q, key, v.unsqueeze(1), attn_mask, is_causal)  # (B, H, N, cKV)
         y = (y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT).transpose(1, 2).flatten(2)  # (B, N, H*D)
         return y if self.v_up.bias is None else y + self.v_up.bias
@@ -213,8 +219,9 @@ class MLA(PerHeadModule):
         latent = linear_weight(self.kv_down)
         v_latent = latent if self.v_down is None else linear_weight(self.v_down)
         value_bias = head_bias(self.v_up, self.num_heads)
-        if self.v_down is None and self.kv_down.bias is not None and value_bias is not None:
-            shift = self.kv_down.bias.detach().double() @ linear_weight(self.v_up)
+        latent_bias = linear_bias(self.kv_down)
+        if self.v_down is None and latent_bias is not None and value_bias is not None:
+            shift = latent_bias @ linear_weight(self.v_up)
             value_bias = value_bias + split_heads(shift, self.num_heads)
         return MHAWeights(
             query=split_heads(linear_weight(self.q_down) @ linear_weight(self.q_up), self.num_heads),
@@ -273,6 +280,14 @@ class MLA(PerHeadModule):
             return pre, Tucker(columns, eye, out_basis, v_basis)
         out_basis, columns = basis_and_columns(weights.out.mT)
         return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
+
+
+def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
+    """The weight (out, in) of a Linear that is more than its weight, got by calling it: once, on the identity."""
+    width: int = linear.in_features  # type: ignore[assignment]
+    identity = torch.eye(width, dtype=like.dtype, device=like.device)
+    rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
+    return (rows[1:] - rows[:1]).mT
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:

@@ -11,6 +11,7 @@ from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
 from vit_tucker.errors import PatchError
@@ -118,6 +119,11 @@ class AttentionModule(nn.Module):
         columns: Tensor | None = getattr(self, "pair_rotations", None)
         return None if columns is None else 2 * len(columns)
 
+    def index_limits(self) -> dict[str, int]:
+        """How many things each index buffer chooses from, by name: stored numbers must lie below. Here: columns of the table."""
+        columns: Tensor | None = getattr(self, "pair_rotations", None)
+        return {} if columns is None else {"pair_rotations": self.num_heads * (self.head_dim // 2)}
+
     @property
     def kv_width(self) -> int | None:
         """Numbers per token that later tokens need of it, in a KV cache: of keys and values, or of their latents before they are
@@ -190,7 +196,11 @@ class AttentionModule(nn.Module):
     def folded_out_bias(self) -> Tensor | None:
         """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
         proj = getattr(self, "proj", None)
-        return linear_bias(proj) if isinstance(proj, nn.Linear) else None
+        return (
+            linear_bias(proj)
+            if isinstance(proj, nn.Linear) or (isinstance(proj, nn.Module) and is_adapter(proj))
+            else None
+        )
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""

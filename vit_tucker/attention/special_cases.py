@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.attention.backends import AUTO, is_whole
+from vit_tucker.attention.effective import plain_layer, trains
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
@@ -49,6 +50,7 @@ def to_dense(layer: AttentionModule) -> DenseTensors:
     Raises:
         PatchError: the layer's attention is not bilinear in its tokens.
     """
+    layer = plain_layer(layer)
     refuse_nonlinear(layer)
     return DenseTensors(layer.pre_pairs().dense(), layer.post_pairs().dense().mT, layer.folded_out_bias())
 
@@ -68,6 +70,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
         PatchError: the layer's attention is not bilinear in its tokens.
     """
     refuse_nonlinear(layer, rope=True)
+    given, layer = layer, plain_layer(layer)
     spec = layer.spec
     like = next(layer.parameters())
     pre, post = layer.tucker_form()
@@ -80,7 +83,7 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
         rotations = None if spec.rope is None else layer.latent_columns()
         tucker.set_tensors(pre, post, layer.folded_out_bias(), rotations)
     keep_position_bias(layer, tucker)
-    return tucker.requires_grad_(like.requires_grad).train(layer.training)
+    return tucker.requires_grad_(trains(given)).train(layer.training)
 
 
 def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
@@ -98,6 +101,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
         PatchError: a head's rank is above head_dim, a bias has no place, or the attention is not bilinear.
     """
     refuse_nonlinear(layer)
+    given, layer = layer, plain_layer(layer)
     spec, out_bias = layer.spec, layer.folded_out_bias()
     like = next(layer.parameters())
     mha = MHAConfig().build(spec, device=like.device, dtype=like.dtype)
@@ -123,7 +127,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
             if out_bias is not None:
                 mha.proj.bias.copy_(out_bias)
     keep_position_bias(layer, mha)
-    return mha.requires_grad_(like.requires_grad).train(layer.training)
+    return mha.requires_grad_(trains(given)).train(layer.training)
 
 
 def split_rank(tensor: Pairs, rank: int, tolerance: float, name: str) -> tuple[Tensor, Tensor]:

@@ -258,10 +258,10 @@ class TuckerAttention(AttentionModule):
 
     def folded_out_bias(self) -> Tensor | None:
         """See base class."""
-        bias = linear_bias(self.proj)
-        if bias is None or self.v_proj is not None or self.k_proj.bias is None:
+        bias, key_bias = linear_bias(self.proj), linear_bias(self.k_proj)
+        if bias is None or self.v_proj is not None or key_bias is None:
             return bias
-        return bias + constant_output(self.tucker_form()[1], self.k_proj.bias.detach().double())
+        return bias + constant_output(self.tucker_form()[1], key_bias)
 
     def pre_pairs(self) -> Pairs:
         """See base class; pairs of width r2: left U2, right U3 T_i^T."""

@@ -11,11 +11,14 @@ from typing import Any
 import timm
 from timm.models import is_model
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
 from vit_tucker.channels import fit_channels
+from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
-from vit_tucker.checkpoint.entry import create_structure
+from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.find import find_attention
@@ -25,8 +28,6 @@ from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_channels, input_shape, without_weights
 from vit_tucker.version import __version__
 
-SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
-"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 OPTIONS = "_image_options"
 """Attribute of a model that says how its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
@@ -127,6 +128,7 @@ def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
     get_model_args = getattr(timm.models, "get_model_args", None)
     if get_model_args is not None:
         recorded = get_model_args(model)
+    recorded = own_arguments(recorded)
     for name in ("host", "patch"):
         recorded.pop(name, None)
     if get_model_args is None:
@@ -172,6 +174,20 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
     return kept
 
 
+def refuse_altered_weights(model: nn.Module) -> None:
+    """Raise CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
+    for is_altered, what, advice in (
+        (is_adapter, "adapters", "merge them first (model = model.merge_and_unload()), or save them by PEFT"),
+        (is_parametrized, "parametrizations", "settle them first: torch.nn.utils.parametrize.remove_parametrizations"),
+        (functional_hooks, "norms or masks of weights as hooks", "settle them first: prune.remove, remove_weight_norm"),
+    ):
+        names = [name for name, module in model.named_modules() if is_altered(module)]
+        if names:
+            first = f"{names[0]}: a {full_name(model.get_submodule(names[0]))}"
+            count = "1 module has" if len(names) == 1 else f"{len(names)} modules have"
+            raise CheckpointError(f"{count} {what} ({first}); {advice}")
+
+
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError if a config builds another model than the one it describes."""
     try:
@@ -181,6 +197,7 @@ def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
     found = list(differences(model, rebuilt))
     if found:
+        refuse_altered_weights(model)
         more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(
             f"the model is not what timm makes by the name and arguments that it tells: {'; '.join(found[:3])}{more}; give the "

@@ -4,6 +4,7 @@ With vit_tucker imported, ``timm.create_model("hf-hub:owner/name", pretrained=Tr
 models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and says so.
 """
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +13,7 @@ from typing import Any
 
 import timm
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import is_model, list_models, load_pretrained, model_entrypoint
 from timm.models._hub import download_from_hf
@@ -21,14 +22,24 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
+from vit_tucker.checkpoint.arguments import OF_PATCHED, refuse_arguments
+from vit_tucker.checkpoint.loading import refuse_integers
+from vit_tucker.checkpoint.read import read_state, weights_only
+from vit_tucker.checkpoint.trial import refuse_indices
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.probe import input_channels, without_weights
 
+NAFLEX = "timm.models.naflexvit"
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
+PICKLED = "pytorch_model.bin"
+"""Name of weights that ``timm.models.save_for_hf`` writes unless it is asked for safetensors."""
+SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
+"""Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
 
 
 def patched_model(
@@ -37,6 +48,9 @@ def patched_model(
     host: str | None = None,
     patch: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    pretrained_model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """A timm model whose attention is replaced; ``timm.create_model`` calls it with the arguments of a config.json.
@@ -45,7 +59,9 @@ def patched_model(
         pretrained: load the weights that ``pretrained_cfg`` names.
         host: timm name of the dense model.
         patch: config of the patch, as ``AttentionConfig`` dumps it.
-        pretrained_cfg: timm's, of the stored weights.
+        pretrained_cfg, pretrained_cfg_overlay: timm's, of the stored weights.
+        cache_dir: timm's, which has no use for it here.
+        pretrained_model_args: of the stored model, from which newer timm knows the grid of its positions.
         kwargs: arguments of ``timm.create_model`` for the host.
 
     Raises:
@@ -59,7 +75,13 @@ def patched_model(
     refuse_unknown(host, "the checkpoint's host")
     cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
     config = read_patch(patch)
-    model = timm.create_model(host, pretrained=False, pretrained_cfg=cfg, **kwargs)
+    refuse_arguments(host, kwargs, PATCHED)
+    with weights_only():
+        model = timm.create_model(
+            host, pretrained=False, pretrained_cfg=cfg, pretrained_cfg_overlay=pretrained_cfg_overlay, **kwargs
+        )
+    if pretrained_model_args is not None:
+        model.pretrained_model_args = dict(pretrained_model_args)
     install(model, config)
     if pretrained:
         fill(model, read_weights(vars(model)["pretrained_cfg"]))
@@ -89,7 +111,8 @@ def read_patch(values: Mapping[str, Any]) -> AttentionConfig:
         CheckpointError: an unknown method or option.
     """
     try:
-        return get_method(str(values.get("method"))).model_validate(dict(values))
+        kind = get_method(str(values.get("method")))
+        return kind.model_validate_json(json.dumps(values), strict=True)
     except ConfigError as error:
         raise CheckpointError(f"{error}; import the module that registers it first") from None
     except ValidationError as error:
@@ -131,28 +154,87 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     architecture = config["architecture"]
     refuse_unknown(architecture, "the checkpoint's model")
     cfg = known_entries(config.get("pretrained_cfg") or {})
-    arguments = dict(config.get("model_args") or {})
+    cfg = {name: value for name, value in cfg.items() if name not in (*SOURCES, "custom_load")}
+    arguments = config.get("model_args") or {}
+    refuse_stored_arguments(architecture, arguments)
+    arguments = dict(arguments)
     given = {**arguments, **overrides}
-    model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
+    with weights_only():
+        model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
     model._model_args = {**given, **vars(model).get("_model_args", {})}  # newer timm has them already
     model.pretrained_model_args = arguments  # where timm looks for the grid of stored positions
     return model
 
 
-def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub. Nothing is unpickled.
+def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
+    """Refuse arguments that a config.json must not set, of a patched model by its host; see ``refuse_arguments``.
 
     Raises:
-        CheckpointError: there are none, or they are not safetensors.
+        CheckpointError: one of them, or the host is none that timm has.
     """
-    if cfg.get("state_dict"):
-        return dict(cfg["state_dict"])
+    if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
+        host = arguments["host"]
+        refuse_unknown(host, "the checkpoint's host")
+        arguments = {name: value for name, value in arguments.items() if name not in OF_PATCHED}
+        architecture = host
+    refuse_arguments(architecture, arguments, origin)
+
+
+def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file that timm
+    writes. Of pickled ones only tensors and plain values are read, nothing is executed.
+
+    Raises:
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
+    """
+    if state := cfg.get("state_dict"):
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+        return dict(state)
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
-        return read_safetensors(download(cfg["hf_hub_id"], WEIGHTS))
-    if cfg.get("file"):
-        file = Path(cfg["file"])
-        return read_safetensors(file / WEIGHTS if file.is_dir() else file)
-    raise CheckpointError(f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')")
+        file, local = download_weights(cfg["hf_hub_id"]), False
+    elif cfg.get("file"):
+        file, local = weights_in(Path(cfg["file"])), True
+    else:
+        raise CheckpointError(
+            f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')"
+        )
+    if file.is_file():
+        verify_beside(file, siblings=local)
+    return read_tensors(file)
+
+
+def weights_in(path: Path) -> Path:
+    """The weights of a folder that timm has written, safetensors before others; a file as it is."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), path / WEIGHTS)
+
+
+def download_weights(hub_id: str) -> Path:
+    """The weights of a repository, in the hub's cache; safetensors before others.
+
+    Raises:
+        CheckpointError: see ``download``.
+    """
+    try:
+        return download(hub_id, WEIGHTS)
+    except CheckpointError as error:
+        try:
+            return download(hub_id, PICKLED)
+        except CheckpointError:
+            raise error from None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, safetensors or written by torch.save, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_safetensors(file)
+    return read_state(file, "the weights")[0]
 
 
 def download(hub_id: str, name: str) -> Path:
@@ -181,8 +263,26 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file}: only safetensors are read here, nothing is unpickled")
     try:
         return load_file(str(file))
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        AttributeError,
+    ) as error:  # the last two for kinds of numbers unknown here
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {error}") from None
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
@@ -196,6 +296,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     Raises:
         CheckpointError: they are of another model.
     """
+    state = for_other_class(state, model)
     own, cfg = model.state_dict(), dict(vars(model)["pretrained_cfg"])
     attention = tuple(f"{name}." for name in find_attention(model))
     missing = [key for key in own if key.startswith(attention) and key not in state]
@@ -210,6 +311,11 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
         raise CheckpointError(
             f"{origin}: of another model or patch: {strange[0]} has no place in it{_and_more(strange)}"
         )
+    try:
+        refuse_integers(state, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from None
+    refuse_indices(model, state, origin)
     fits = all(key not in own or own[key].shape == value.shape for key, value in state.items())
     try:
         load_pretrained(
@@ -225,10 +331,29 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
 
 def checkpoint_filter(model: nn.Module) -> Any:
     """timm's function that adapts stored weights of the model's kind, to another image size for instance; None without one."""
+    place = type(model).__module__ if is_other_class(model) else entry_module(model)
+    return getattr(sys.modules[place], "checkpoint_filter_fn", None)
+
+
+def entry_module(model: nn.Module) -> str:
+    """The module of timm that makes models of this name."""
     cfg = vars(model)["pretrained_cfg"]
     record = patch_record(model)
     host = cfg["architecture"] if record is None else record.identity.architecture
-    return getattr(sys.modules[model_entrypoint(host).__module__], "checkpoint_filter_fn", None)
+    return str(model_entrypoint(host).__module__)
+
+
+def is_other_class(model: nn.Module) -> bool:
+    """Whether timm has built a NaFlexVit under the name of a ViT or an EVA, as ``use_naflex`` asks for."""
+    return type(model).__module__ == NAFLEX != entry_module(model)
+
+
+def for_other_class(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Stored weights of a ViT or an EVA under the names that a NaFlexVit has for them; others as they are."""
+    if not is_other_class(model) or set(state) <= set(model.state_dict()):
+        return state
+    converted: dict[str, Tensor] = checkpoint_filter(model)({key: value.clone() for key, value in state.items()}, model)
+    return converted
 
 
 def forget_source(model: nn.Module) -> None:

@@ -1,30 +1,48 @@
 """Models from what is stored of them: a folder, a run, a repository of the hub; and dense weights for patched models."""
 
-import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.describe import creation_arguments, layer_options, set_image_options
-from vit_tucker.checkpoint.entry import WEIGHTS, create, download, fill, forget_source, read_safetensors
+from vit_tucker.checkpoint.entry import (
+    WEIGHTS,
+    create,
+    download,
+    fill,
+    forget_source,
+    read_safetensors,
+    stored_shapes,
+)
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
-from vit_tucker.errors import CheckpointError
+from vit_tucker.checkpoint.layout import check_layout
+from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
+from vit_tucker.digests import CONFIG
+from vit_tucker.digests import verify as verify_files
+from vit_tucker.errors import CheckpointError, VitTuckerError
+from vit_tucker.json_files import read_object
 from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.probe import on_meta
 
-CONFIG = "config.json"
+LOGGER = logging.getLogger("vit_tucker.checkpoint")
 PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 OF_A_RUN = ("checkpoints/best", "checkpoints/last")
 """What a run folder means: its best weights, as for its evaluation."""
 
 
-def load(where: str | Path, **overrides: Any) -> nn.Module:
+def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Module:
     """Rebuild a model from what is stored of it, patched or dense.
+
+    Folders written by ``save`` and by runs say what was saved; anything that has changed since is refused. Where this is not said
+    or not asked for, arguments and sizes are checked against the weights, and the model is tried on one image.
 
     Args:
         where: a folder written by ``save``; a run folder (its best weights) or one of its ``checkpoints/...``; a repository of
             the hub, "owner/name" or "hf-hub:owner/name[@revision]", with the weights as safetensors. Nothing is unpickled.
+        verify: refuse a config.json and weights that are not those that were saved; False for what was changed on purpose.
         overrides: arguments of ``timm.create_model`` in place of the stored ones: ``num_classes`` (a new head),
             ``img_size`` (positions resampled), ``in_chans``, ``drop_path_rate``, ...
 
@@ -39,15 +57,70 @@ def load(where: str | Path, **overrides: Any) -> nn.Module:
     config = read_config(folder, hub_id)
     file = weights_file(folder) if folder is not None else download(str(hub_id), WEIGHTS)
     origin = str(file) if hub_id is None else f"hf-hub:{hub_id}"
-    try:
-        model = create(config, **overrides)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"{origin}: the model can't be built: {' '.join(str(error).split())[:200]}") from None
+    place = str(folder) if hub_id is None else origin
+    verified = verify and is_as_saved(config, file, place, hub_id is None)
+    check_layout(config, f"{place}: {CONFIG}")
+    tell_classes(config)
+    if not verified:
+        check_sizes(config, file, place)
+    model = build(lambda: create(config, **overrides), origin)
     fill(model, read_safetensors(file), origin)
     check_layers(model, config, origin)
     set_image_options(model, stored_options(config, origin))
     forget_source(model)
-    return model.eval()
+    model.eval()
+    if not verified and not overrides:
+        try_once(model, place)
+    return model
+
+
+def is_as_saved(config: Mapping[str, Any], file: Path, place: str, local: bool) -> bool:
+    """Whether a folder or repository holds what was saved; False, with a line for the user, if a folder doesn't say.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    if verify_files(config, file, place, siblings=local):
+        return True
+    if local:
+        LOGGER.warning(
+            f"note: {place}: {CONFIG} has no digests (an older vit_tucker or timm wrote it), so whether it or the weights have "
+            "changed since can't be seen"
+        )
+    return False
+
+
+def check_sizes(config: Mapping[str, Any], file: Path, place: str) -> None:
+    """Check a config.json against the sizes of its weights, before any memory is given to the model that it describes.
+
+    Raises:
+        CheckpointError: no such model can be built, or it is of other weights.
+    """
+    shapes = stored_shapes(file)
+    refuse_sizes(config, shapes, place)
+    try:
+        structure = on_meta(lambda: create(config))
+    except Exception:  # some models compute with values while they are built; others can't be built at all
+        refuse_sizes(config, shapes, place, largest=MODEST)
+        structure = build(lambda: create(config), place)
+    refuse_misfit(structure, shapes, config, place, file.stat().st_size)
+
+
+def build(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
+    """What a function makes of a config.json; its faults in one line.
+
+    Raises:
+        CheckpointError: it can't be built.
+    """
+    try:
+        return create_it()
+    except CheckpointError:
+        raise
+    except VitTuckerError as error:
+        raise CheckpointError(f"{origin}: the model can't be built: {error}") from None
+    except Exception as error:  # timm's constructors raise many kinds for arguments that they do not expect
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{origin}: the model can't be built: {reason}") from None
 
 
 def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
@@ -101,17 +174,17 @@ def read_config(folder: Path | None, hub_id: str | None) -> dict[str, Any]:
         CheckpointError: missing, or not one of timm's layout.
     """
     file = folder / CONFIG if folder is not None else download(str(hub_id), CONFIG)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: can't be read as JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    config = read_object(file)
+    if not isinstance(config.get("architecture"), str):
         raise CheckpointError(f"{file}: no config of timm's layout: it names no architecture")
-    cfg = config.setdefault("pretrained_cfg", {})
-    for name in ("num_classes", "label_names", "label_descriptions"):
-        if name in config:
-            cfg[name] = config[name]
     return config
+
+
+def tell_classes(config: dict[str, Any]) -> None:
+    """Have pretrained_cfg of a config.json say what stands above it, as timm does: number and names of the classes."""
+    cfg = dict(config.get("pretrained_cfg") or {})
+    cfg |= {name: config[name] for name in ("num_classes", "label_names", "label_descriptions") if name in config}
+    config["pretrained_cfg"] = cfg
 
 
 def weights_file(folder: Path) -> Path:
@@ -124,7 +197,8 @@ def weights_file(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     pickled = [file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern)]
-    hint = f"; {pickled[0]} is not read, since nothing is unpickled" if pickled else ""
+    advice = "is not read here, since nothing is unpickled: save it as safetensors (safe_serialization=True in timm's functions)"
+    hint = f"; {pickled[0]} {advice}" if pickled else ""
     raise CheckpointError(f"{folder}: no {WEIGHTS}{hint}")
 
 

@@ -1,6 +1,5 @@
 """Models into folders and onto the hub, in timm's layout, so that they rebuild themselves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from torch import nn
 
 from vit_tucker.checkpoint.describe import describe, header
 from vit_tucker.checkpoint.entry import WEIGHTS
-from vit_tucker.checkpoint.load import CONFIG
+from vit_tucker.digests import save_model
 from vit_tucker.errors import CheckpointError
+from vit_tucker.patching import find
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.weights import full_state, replace_text, save_weights
+from vit_tucker.weights import full_state
 
 
 def save(
@@ -28,6 +28,8 @@ def save(
 
     ``vit_tucker.load(folder)`` rebuilds it from these alone, and so does ``timm.create_model("local-dir:" + folder,
     pretrained=True)``, for a patched model once vit_tucker is imported.
+
+    config.json holds the SHA-256 of both, and dtype and shape of each tensor: ``load`` refuses what has changed since.
 
     Args:
         model: made by ``timm.create_model``, maybe patched; also inside torch.compile or DDP.
@@ -48,18 +50,18 @@ def save(
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_weights(folder / WEIGHTS, full_state(bare), header(config))
-    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    save_model(folder, WEIGHTS, full_state(bare), header(config), config)
     return folder
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile and DDP."""
+    """The model inside torch.compile, DDP and PEFT."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = model.module
+        if inner is None and find.inner(model) is not model:
+            inner = find.inner(model)
         if inner is None:
             return model
         model = inner

@@ -1,6 +1,7 @@
 """What all commands share: exit statuses, the flags that several have, and how results are printed."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 PRECISIONS = ("no", "bf16", "fp16")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Faults of a disk that a user can mend."""
 MODEL_HELP = (
     "run folder (its best weights), one of its checkpoints, a folder of vit_tucker.save, or owner/name on the hub"
 )
@@ -54,6 +57,13 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader, head or less, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)
+        if error.filename is None:  # what is left of it would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         if first:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
@@ -92,6 +102,37 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``; read it by ``choose_device``."""
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """``-p`` and ``--trust-plugins``; ``run_command`` heeds them."""
+    group = parser.add_argument_group("plug-ins")
+    group.add_argument(
+        "-p",
+        "--plugin",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a .py file or module of yours, with methods or models, to import first; may be given several times",
+    )
+    group.add_argument(
+        "--trust-plugins",
+        action="store_true",
+        help="also run what the config in a run folder or saved folder names; without it such a folder is data",
+    )
+
+
+def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
+    """A command, after the plug-ins that the user names.
+
+    Raises:
+        ConfigError: a plug-in can't be imported. Whatever the command raises.
+    """
+    from vit_tucker.config.plugins import command_plugins
+
+    with command_plugins(args.plugins, args.trust_plugins):
+        return command(args)
 
 
 def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:

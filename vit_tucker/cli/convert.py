@@ -50,11 +50,14 @@ def convert(args: argparse.Namespace) -> int:
     from vit_tucker.patching.patch import patch
     from vit_tucker.patching.probe import input_shape
     from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.training.lock import RunLock
 
     if args.data is not None:
         args.overrides.append(f"data.dataset={args.data}")
     config, attention = read_target(args)
     refuse_unwritable("--out", args.out, folder=True)
+    lock = RunLock(args.out, "--out")
+    lock.refuse_held()
     if args.data is not None:
         dataset_info(args.data)
         options = attention.calibration or Calibration(images=args.images)
@@ -71,7 +74,11 @@ def convert(args: argparse.Namespace) -> int:
             print(f"converting on {calibration.images} images of {config.data.dataset} ...", file=sys.stderr)
     report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
     set_image_options(model, ImageOptions.of(config.data).plain())
-    save(model, args.out, data=data)
+    lock.take()
+    try:
+        save(model, args.out, data=data)
+    finally:
+        lock.release()
     print_notes(weights)
     if args.json:
         emit(to_json({"folder": args.out, **report.to_dict()}))

@@ -24,7 +24,7 @@ from vit_tucker.cli import (
     tables,
     train,
 )
-from vit_tucker.cli.common import Parser, guarded, parse_with_overrides
+from vit_tucker.cli.common import Parser, add_plugins, guarded, parse_with_overrides, run_command
 from vit_tucker.version import __version__
 
 COMMANDS = (
@@ -32,6 +32,8 @@ COMMANDS = (
     *(compare, tables, ranks, hosts, cost, bench, lists, completion),
 )
 """Each adds its commands, in the order of the help."""
+WITHOUT_PLUGINS = ("compare", "tables", "report", "completion")
+"""Commands that open no config and no model: they read results, or nothing."""
 
 
 def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
@@ -45,6 +47,9 @@ def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    for name, command_parser in commands.choices.items():
+        if name not in WITHOUT_PLUGINS:
+            add_plugins(command_parser)
     return parser
 
 
@@ -56,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_with_overrides(parser, argv)
     except SystemExit as stop:  # argparse has said why, or shown its help
         return int(stop.code or 0)
-    return guarded(lambda: args.run(args))
+    return guarded(lambda: args.run(args) if args.command in WITHOUT_PLUGINS else run_command(args, args.run))

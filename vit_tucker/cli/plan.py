@@ -1,10 +1,11 @@
 """``plan``: what a patch would do to a model, without doing it."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vit_tucker.cli.common import add_json, add_method, emit, print_notes, to_json
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,5 +95,11 @@ def create(config: "RunConfig") -> tuple["nn.Module", list[str]]:
     from vit_tucker.models import load_host
 
     sizes = () if config.name is None else classes_and_channels(config)
+    start = config.model.checkpoint
+    if start is not None and not Path(start).expanduser().exists():
+        raise CheckpointError(
+            f"model.checkpoint: {start}: no such file or run folder; name where it is now by model.checkpoint=PATH, or go "
+            "without its weights by model.checkpoint=null"
+        )
     model, report = load_host(config.model, *sizes)
     return model, [] if report is None else [str(report)]

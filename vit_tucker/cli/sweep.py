@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import Parser, guarded, parse_with_overrides, positive
+from vit_tucker.cli.common import Parser, add_plugins, guarded, parse_with_overrides, positive, run_command
 
 DESCRIPTION = (
     "Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on where it was stopped: "
@@ -50,8 +50,9 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
     """``experiments/sweep.py`` and ``./run.sh sweep``."""
     parser = Parser(prog="sweep.py", description=DESCRIPTION)
     add_arguments(parser)
+    add_plugins(parser)
     args = parse_with_overrides(parser, argv)
-    return guarded(lambda: sweep(args))
+    return guarded(lambda: run_command(args, sweep))
 
 
 def sweep(args: argparse.Namespace) -> int:

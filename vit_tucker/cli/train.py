@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import OVERRIDES_HELP, Parser, guarded, parse_with_overrides
+from vit_tucker.cli.common import OVERRIDES_HELP, Parser, add_plugins, guarded, parse_with_overrides, run_command
 from vit_tucker.errors import StoppedError
 
 DESCRIPTION = (
@@ -43,8 +43,9 @@ def train_main(argv: Sequence[str] | None = None) -> int:
     """``experiments/train_vit.py`` and ``./run.sh train``."""
     parser = Parser(prog="train_vit.py", description=DESCRIPTION)
     add_arguments(parser)
+    add_plugins(parser)
     args = parse_with_overrides(parser, argv)
-    return guarded(lambda: train(args))
+    return guarded(lambda: run_command(args, train))
 
 
 def train(args: argparse.Namespace) -> int:
@@ -58,13 +59,15 @@ def train(args: argparse.Namespace) -> int:
     try:
         run(config, args.evaluate, args.allow_changes, args.dry_run)
     except StoppedError as stop:
-        command = resume_command(str(config.output_dir))
+        command = resume_command(str(config.output_dir), config.plugins)
         raise StoppedError(f"{stop}; the same command continues{f', or: {command}' if command else ''}") from None
     return 0
 
 
-def resume_command(folder: str) -> str | None:
-    """The command that continues a run here, on as many processes as there are now; None on several machines."""
+def resume_command(folder: str, plugins: Sequence[str] = ()) -> str | None:
+    """The command that continues a run here, on as many processes as now and with its plug-ins; None on several machines."""
+    from vit_tucker.config.plugins import plugin_arguments
+
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
         return None
@@ -72,4 +75,6 @@ def resume_command(folder: str) -> str | None:
     own = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py"
     script = [sys.argv[0]] if own else ["-m", "vit_tucker", "train"]
     launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    return shlex.join([*(launcher if processes > 1 else [python]), *script, "--cfg", folder])
+    return shlex.join(
+        [*(launcher if processes > 1 else [python]), *script, "--cfg", folder, *plugin_arguments(plugins)]
+    )

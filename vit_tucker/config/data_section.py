@@ -2,8 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
+from vit_tucker.paths import checked_name, checked_path
 from vit_tucker.validation import Checked
 
 MAX_IMAGES = 2**40
@@ -13,6 +14,10 @@ Spread = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(gt=0, le=100)]
 Strength = Annotated[float, Field(ge=0, le=100)]
 StoredValue = Annotated[float, Field(ge=-1e12, le=1e12)]
+PathText = Annotated[str, AfterValidator(checked_path)]
+"""A path without control characters."""
+FolderName = Annotated[str, AfterValidator(checked_name)]
+"""What names a folder inside another: no '..', nothing absolute."""
 
 
 class DataConfig(Checked):
@@ -23,7 +28,7 @@ class DataConfig(Checked):
         description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
         "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
     )
-    root: str = Field(default="data", description="Folder of the data sets.")
+    root: PathText = Field(default="data", description="Folder of the data sets.")
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")
@@ -38,7 +43,7 @@ class DataConfig(Checked):
         le=MAX_IMAGES,
         description="Train on the first n samples only: of a fixed shuffle; of a stream, in the order of its files.",
     )
-    class_map: dict[str, Number] | str | None = Field(
+    class_map: dict[str, Number] | PathText | None = Field(
         default=None,
         description="Number of each class: a dict, or a .txt file (a name, or name and number, in each line) or .json file; "
         "by the training split's names in natural order if null.",
@@ -46,7 +51,7 @@ class DataConfig(Checked):
     class_level: Literal["first", "leaf"] | None = Field(
         default=None, description="Image folders inside folders: the first or the last one names the class."
     )
-    labels: dict[str, str] | str | None = Field(
+    labels: dict[str, PathText] | PathText | None = Field(
         default=None,
         description="Image folders: a CSV file with the class of each image, relative to the split or root; or one for each "
         "split by its name, and those not named by their folders.",

@@ -1,9 +1,6 @@
 """From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
 
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +8,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vit_tucker.config.places import absolute, map_paths, seen_from_here
+from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
@@ -20,60 +19,21 @@ from vit_tucker.config.source import (
     read_overrides,
     read_with_bases,
     read_yaml,
+    stored_by_name,
 )
 from vit_tucker.config.yaml_text import Dumper
 from vit_tucker.errors import ConfigError
+from vit_tucker.paths import checked_name, checked_path
 from vit_tucker.validation import describe_mistake
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
-
-
-def load_plugins(plugins: Any, folder: Path) -> None:
-    """Import the modules and .py files that a config names, so that their methods are registered.
-
-    Args:
-        plugins: module names ('my_package.attention') or .py files, relative to ``folder``, to the current folder or to a source
-            checkout of this package.
-        folder: the config file's folder.
-
-    Raises:
-        ConfigError: one can't be imported.
-    """
-    if not isinstance(plugins, list | tuple):
-        raise ConfigError("plugins: must be a list of module names or .py files")
-    for plugin in plugins:
-        try:
-            if not str(plugin).endswith(".py"):
-                importlib.import_module(str(plugin))
-                continue
-            places = (folder / plugin, Path(plugin), package_configs().parents[1] / plugin)
-            file = next((f for f in places if f.is_file()), None)
-            if file is None:
-                raise ConfigError(f"plugins: {plugin}: no such file in {folder} or the current folder")
-            _import_file(file.resolve())
-        except ConfigError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
-
-
-def _import_file(file: Path) -> None:
-    name = f"vit_tucker_plugin_{file.stem}"
-    if name in sys.modules and getattr(sys.modules[name], "__file__", None) == str(file):
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, merge and validate a config.
 
     Args:
-        name: as for ``find_config``.
+        name: as for ``find_config``. Its plug-ins run if the user names them, see ``vit_tucker.config.plugins``.
         overrides: ``key.sub=value`` strings.
 
     Returns:
@@ -85,11 +45,18 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
-    source = merge(read_with_bases(path), read_overrides(overrides))
-    load_plugins(source.values.get("plugins", []), path.parent)
+    stored = stored_by_name(name, path)
+    written = read_with_bases(path, stored=stored)
+    written.values = seen_from_here(written.values, path.parent)
+    source = merge(written, read_overrides(overrides))
+    load_config_plugins(source, path.parent if stored is None else Path())
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
+    try:
+        checked_name(run_name), checked_path(output_dir)
+    except ValueError as error:
+        raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
@@ -126,6 +93,16 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; reading it gives an equal config."""
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """A config's values as its YAML file would have them."""
+    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
+
+
+def everywhere(config: RunConfig) -> RunConfig:
+    """A config whose paths mean the same in every folder."""
+    return validate(Source(map_paths(plain_values(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:

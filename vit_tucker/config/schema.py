@@ -11,7 +11,7 @@ from pydantic import Field, InstanceOf, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
-from vit_tucker.config.data_section import DataConfig
+from vit_tucker.config.data_section import DataConfig, FolderName, PathText
 from vit_tucker.validation import MAX_INTEGER, Checked
 
 MAX_WIDTH = 2**16
@@ -30,7 +30,7 @@ class ModelConfig(Checked):
 
     name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
     pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
-    checkpoint: str | None = Field(
+    checkpoint: PathText | None = Field(
         default=None,
         description="Weights of the dense host: a run folder (its last epoch), a folder or file of timm, Hugging Face, "
         "torchvision, OpenCLIP, MAE, DINO, BEiT, Lightning or DeepSpeed, or a JAX .npz; see docs/formats.md.",
@@ -88,7 +88,7 @@ class ModelConfig(Checked):
 class DistillConfig(Checked):
     """Distillation from a dense teacher, by default the host before its attention was replaced."""
 
-    teacher: str = Field(
+    teacher: PathText = Field(
         default="host",
         description="host: the dense model that the run starts from; or a run folder or weights file of that model.",
     )
@@ -210,16 +210,18 @@ class TrainConfig(Checked):
 class RunConfig(Checked):
     """One run: everything that decides its result."""
 
-    name: str | None = Field(
-        default=None, description="Name in tables and in the default output_dir; the file's name if null."
+    name: FolderName | None = Field(
+        default=None,
+        description="Name in tables and in the default output_dir, without '..'; the file's name if null.",
     )
     seed: int = Field(
         default=0, ge=0, le=MAX_INTEGER, description="Of initialisation, data order, augmentation and dropout."
     )
-    output_dir: str | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
+    output_dir: PathText | None = Field(default=None, description="Run folder; runs/<name>-<seed> if null.")
     plugins: tuple[str, ...] = Field(
         default=(),
-        description="Python modules or .py files to import first, for attention methods and timm models of yours.",
+        description="Python modules or .py files to import first, for attention methods and timm models of yours. Those that a "
+        "config in a run folder names run only with -p FILE or --trust-plugins.",
     )
     model: ModelConfig = Field(description="The timm model.")
     attention: InstanceOf[AttentionConfig] | None = Field(

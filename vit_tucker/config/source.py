@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vit_tucker.config.stored import stored_folder
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, nearest, shorten
 
@@ -20,10 +21,17 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass
 class Source:
-    """Values read so far and where each came from ('file:line' or 'command line')."""
+    """Values read so far and where each came from ('file:line' or 'command line').
+
+    Attributes:
+        values: nested.
+        origin: of each key.
+        stored: the stored folder whose config names ``plugins``; None where the user does.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[KeyPath, str] = field(default_factory=dict)
+    stored: Path | None = None
 
     def where(self, path: KeyPath) -> str:
         """Origin of a key or of its nearest parent."""
@@ -51,6 +59,16 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError(f"{shown}: not a run folder, it has no {CONFIG_FILE}")
     known = [str(f.relative_to(package_configs())) for f in package_configs().rglob("*.yaml")]
     raise ConfigError(f"{shown}: no such config, neither here nor in {CONFIG_ROOT}{nearest(str(name), known)}")
+
+
+def stored_by_name(name: str | Path, file: Path) -> Path | None:
+    """Returns the stored folder that a config's name means: a folder always, a file if it lies in one; None for a user's file.
+
+    Args:
+        name: as for ``find_config``.
+        file: what that returns.
+    """
+    return file.parent if Path(name).is_dir() else stored_folder(file)
 
 
 def package_configs() -> Path:
@@ -85,20 +103,27 @@ def merge(base: Source, top: Source) -> Source:
             result[key] = merged(result[key], value) if both else value
         return result
 
-    return Source(merged(base.values, top.values), {**base.origin, **top.origin})
+    stored = top.stored if "plugins" in top.values else base.stored
+    return Source(merged(base.values, top.values), {**base.origin, **top.origin}, stored)
 
 
-def read_with_bases(path: Path) -> Source:
+def read_with_bases(path: Path, stored: Path | None = None) -> Source:
     """A YAML file on top of its ``base:`` files.
+
+    Args:
+        path: of the file.
+        stored: the stored folder that leads to it; None if it is the user who does.
 
     Raises:
         ConfigError: a base is missing, of the wrong type, or includes itself.
     """
-    return _with_bases(path.resolve(), (), {})
+    return _with_bases(path, (), {}, stored)
 
 
-def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source]) -> Source:
+def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], stored: Path | None) -> Source:
     """See ``read_with_bases``; ``above`` are the files that lead here, ``read`` those that need not be read again."""
+    stored = stored or stored_folder(path)
+    path = path.resolve()
     shown = _shown(path)
     if path in above:
         chain = " -> ".join(p.name for p in (*above, path))
@@ -108,6 +133,7 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source]) -
     if path in read:
         return read[path]
     source = read_yaml(shown)
+    source.stored = stored
     bases = source.values.pop("base", [])
     where = source.where(("base",))
     bases = [bases] if isinstance(bases, str) else bases
@@ -120,7 +146,8 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source]) -
             file = beside if os.path.isfile(beside) else find_config(base)
         except ConfigError as error:
             raise ConfigError(f"{where}: base: {error}") from None
-        result = merge(result, _with_bases(file.resolve(), (*above, path), read))
+        by = stored or stored_by_name(base, file)
+        result = merge(result, _with_bases(file, (*above, path), read, by))
     read[path] = merge(result, source)
     return read[path]
 

@@ -151,7 +151,7 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
             tv.FashionMNIST(str(root), train=train, download=True)
         except (RuntimeError, OSError) as error:
             raise DataError(f"Fashion-MNIST can't be downloaded to {root}: {error}") from None
-    own = root == DEFAULT_ROOT
+    own = root.name == DEFAULT_ROOT.name  # a run that goes on elsewhere names it in full
     folders = [root / "FashionMNIST" / "raw", root / "fashion_mnist", root, *([DEBIAN_FASHION_MNIST] if own else [])]
     prefix = "train" if train else "t10k"
     for folder in folders:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from vit_tucker.errors import DataError
 INFO_FILES = ("_info.json", "info.json")
 CLASS_NAMES = "class_names"
 """Key of an _info.json that lists the names of the classes."""
+PLAIN = re.compile(r"[\w.~:/?@+,=%-]+", re.ASCII)
+"""Addresses without what a shell heeds inside quotes: some versions of webdataset hand them to one."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,17 @@ def by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str,
 
 
 def absolute(root: Path, files: list[str]) -> list[str]:
-    """Returns shards as they are opened; names are relative to the root."""
-    return [os.path.join(root, file) for file in files]
+    """Returns shards as they are opened; names are relative to the root.
+
+    Raises:
+        DataError: one is no path or plain address: webdataset would run a command by it.
+    """
+    shards = [os.path.join(root, str(file)) for file in files]
+    for shard in shards:
+        scheme, colon, _ = shard.partition(":")
+        if colon and scheme.isalnum() and (scheme == "pipe" or not PLAIN.fullmatch(shard)):
+            raise DataError(f"{shard!r:.200}: no shard: a path or plain address is needed, and no command is run")
+    return shards
 
 
 def read_info(root: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Images to explain: files, folders of them, or the first ones of a run's evaluation images."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,9 @@ from vit_tucker.data.datasets import image_name, is_iterable
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
 from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
+
+MAX_STEM = 200
+"""Bytes of an image's name that the names of its pictures begin with; file systems take 255."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,13 @@ def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
     """The images, those whose name has been before with a number: 'cat', 'cat-2'."""
     taken: dict[str, NamedImage] = {}
     for image in images:
-        count, free = 1, image.name
+        name = image.name
+        while len(os.fsencode(name)) > MAX_STEM:
+            name = name[:-1]
+        count, free = 1, name
         while free in taken:
             count += 1
-            free = f"{image.name}-{count}"
+            free = f"{name}-{count}"
         taken[free] = replace(image, name=free)
     return list(taken.values())
 

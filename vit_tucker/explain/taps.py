@@ -74,8 +74,8 @@ def layout_of(module: nn.Module) -> str:
     if isinstance(module, AttentionModule):
         return module.spec.layout
     try:
-        return read_host(module).spec.layout
-    except PatchError:
+        return read_host(module, plain=False).spec.layout
+    except (PatchError, AttributeError):  # quantised projections have no weight to look at
         return "sequence"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vit_tucker.channels import fit_channels
 from vit_tucker.errors import ExportError
 from vit_tucker.export.sizes import check_sizes, other_size, size_step
-from vit_tucker.patching.find import refuse_wrapped
+from vit_tucker.patching.find import inner, refuse_wrapped
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_shape
 
@@ -48,6 +48,7 @@ def served(model: nn.Module, normalise: bool) -> nn.Module:
     Raises:
         ExportError: the model does not tell its normalisation.
     """
+    model = inner(model)
     refuse_wrapped(model)
     record = patch_record(model)
     plain = copy.deepcopy(model, {} if record is None else {id(record): record}).to("cpu", torch.float32).eval()

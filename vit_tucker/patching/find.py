@@ -2,8 +2,9 @@
 
 from torch import nn
 
+from vit_tucker.attention.effective import full_name, is_tuner, peft_class
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.patching.hosts import LEFT_ALONE_BY_CLASS, SELF_ATTENTION
 
 
@@ -60,6 +61,16 @@ WRAPPERS = {
 }
 
 
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
+    while isinstance(model, peft_class("peft.peft_model", "PeftModel")):
+        base: nn.Module = model.get_base_model()  # type: ignore[operator]
+        if base is model:
+            return model
+        model = base
+    return model
+
+
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
     for name, module in model.named_modules():
@@ -67,3 +78,14 @@ def refuse_wrapped(model: nn.Module) -> None:
         if advice is not None:
             where = f"module '{name}'" if name else "the model"
             raise PatchError(f"{where} is a {type(module).__name__}: {advice}")
+    refuse_adapted(model)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise WeightsError for a model of PEFT's with adapters on the own parameters of an attention module."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None) if is_tuner(module) else None
+        if base is not None and is_self_attention(base):
+            raise WeightsError(
+                f"{name} is a {full_name(module)} around attention as a whole: merge_and_unload() it first"
+            )

@@ -6,7 +6,7 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Rule
 from vit_tucker.attention.registry import get_method
 from vit_tucker.errors import PatchError
-from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.find import find_attention, inner
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
 
@@ -24,6 +24,7 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
     Raises:
         PatchError: no attention, or a layer that the method can't carry; names it.
     """
+    model = inner(model)
     cls, mixed, configs = get_method(method), has_mixed_rope(model), {}
     for name, module in find_attention(model).items():
         try:
@@ -32,7 +33,7 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
             configs[name].refuse_features(spec)
             configs[name].check(spec)
         except PatchError as error:
-            raise PatchError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
     if not configs:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
     first = next(iter(configs.values()))

@@ -6,15 +6,18 @@ A host is recognised by its exact class; a subclass may compute something else. 
 import copy
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.effective import full_name, without_hooks
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.errors import PatchError
+from vit_tucker.patching.plain import plain_host
 from vit_tucker.patching.readers import Host, make_host, read_fused, read_split, read_unfused
 
 
@@ -37,6 +40,7 @@ def bias_table(m: Any, *kept: str) -> PositionBias | None:
     source = copy.copy(m)
     for group in ("_parameters", "_buffers", "_modules"):
         setattr(source, group, {name: value if name in kept else None for name, value in getattr(m, group).items()})
+    without_hooks(source)
     return PositionBias(source, "_get_rel_pos_bias")
 
 
@@ -177,11 +181,6 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 """Classes in which tokens attend to each other, whether a method of ours can take their place or not."""
 
 
-def class_name(module: nn.Module) -> str:
-    """Full class name, 'timm.layers.attention.Attention'."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def has_mixed_rope(model: nn.Module) -> bool:
     """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
     embeddings = tuple(classes_at([MIXED_ROPE]))
@@ -191,25 +190,27 @@ def has_mixed_rope(model: nn.Module) -> bool:
     )
 
 
-def read_host(module: nn.Module, mixed_rope: bool = False) -> Host:
+def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True) -> Host:
     """Read an attention module.
 
     Args:
         module: of a model.
         mixed_rope: the model makes its tables of rotations head by head.
+        plain: merge what stands around its weights, or refuse it; False: only its shape counts.
 
     Raises:
-        PatchError: unknown class, or something that no method can carry; the message lacks the module's name.
+        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message
+            lacks the module's name.
     """
     if isinstance(module, AttentionModule):
         raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:
-        raise PatchError(f"{class_name(module)} can't be replaced: {reason}{EXCLUDE}")
+        raise PatchError(f"{full_name(module)} can't be replaced: {reason}{EXCLUDE}")
     with torch.no_grad():
-        if cls in ROTARY_CLASSES:
-            return read_rotary(module, mixed_rope)
-        if cls in READERS_BY_CLASS:
-            return READERS_BY_CLASS[cls](module)
-    raise PatchError(f"unknown attention class {class_name(module)}{EXCLUDE}")
+        if cls in (*ROTARY_CLASSES, *READERS_BY_CLASS):
+            part, merged = plain_host(module) if plain else (module, {})
+            host = read_rotary(part, mixed_rope) if cls in ROTARY_CLASSES else READERS_BY_CLASS[cls](part)
+            return replace(host, merged=merged)
+    raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")

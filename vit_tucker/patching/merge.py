@@ -5,12 +5,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vit_tucker.attention.effective import is_adapter, plain_part, trains
 from vit_tucker.attention.heads_form import HeadsForm, heads_form
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.identity import unmark
 from vit_tucker.patching.patch import RECORD, patch_record
+from vit_tucker.patching.plain import plain_host
 from vit_tucker.patching.writers import write_layer
 
 
@@ -59,6 +61,7 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
     Raises:
         PatchError: a layer has no dense form of the host's shape, or there is no host to write into.
     """
+    model = find.inner(model)
     find.refuse_wrapped(model)
     layers = {name: m for name, m in find.find_attention(model).items() if isinstance(m, AttentionModule)}
     forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
@@ -71,15 +74,34 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(result.get_submodule(parent), child, modules[id(layer)])
+    merge_adapters(result)
     rows = (MergedLayer(name, type(layer).__name__, *forms[name][1:]) for name, layer in layers.items())
     return Merged(result, tuple(rows))
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Put plain modules in place of a model's modules with adapters, wherever they are. In place.
+
+    Raises:
+        PatchError: one can't be merged; names it.
+    """
+    adapters = [name for name, module in model.named_modules() if is_adapter(module)]
+    for name in adapters:
+        parent, _, child = name.rpartition(".")
+        if any(name.startswith(f"{other}.") for other in adapters):
+            continue
+        try:
+            plain = plain_part(model.get_submodule(name))
+        except PatchError as error:
+            raise PatchError(f"{name} {error}") from None
+        setattr(model.get_submodule(parent), child, plain)
 
 
 def _form(name: str, layer: AttentionModule, approximate: bool) -> HeadsForm:
     try:
         return heads_form(layer, approximate)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Module:
@@ -99,7 +121,10 @@ def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Modu
 def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsForm, mixed_rope: bool) -> nn.Module:
     """A copy of the host's module with the layer's attention."""
     like = next(layer.parameters())
-    new = copy.deepcopy(module)
+    try:
+        new = copy.deepcopy(plain_host(module)[0])
+    except PatchError as error:
+        raise type(error)(f"{name}: {error}") from None
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
         raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
     new = new.to(like.device, like.dtype)
@@ -107,7 +132,7 @@ def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsFo
         write_layer(new, layer, form.weights, mixed_rope)
     except (PatchError, RuntimeError) as error:  # RuntimeError: shapes that differ
         raise PatchError(f"{name}: {' '.join(str(error).split())}") from None
-    return new.requires_grad_(like.requires_grad).train(layer.training)
+    return new.requires_grad_(trains(layer)).train(layer.training)
 
 
 def _without_record(model: nn.Module) -> nn.Module:

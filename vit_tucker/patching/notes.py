@@ -1,7 +1,13 @@
 """Remarks of a patch report: what a reader of the numbers should know besides."""
 
-from collections.abc import Mapping, Sequence
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from torch import nn
+from torch.optim import Optimizer
+
+from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.patching.readers import Host
 
@@ -25,6 +31,69 @@ def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, AttentionModu
     if any(width is not None for width in widths.values()):
         return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
     return ()
+
+
+def weight_notes(hosts: Mapping[str, Host], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """What stood around the weights of replaced modules: adapters and parametrizations that are merged, hooks that are left.
+
+    Args:
+        hosts, modules: what is replaced, by full module name.
+    """
+    merged: dict[str, list[str]] = {}
+    for name, host in hosts.items():
+        for part, cls in host.merged.items():
+            merged.setdefault(cls, []).append(f"{name}.{part}")
+    hooks = [hook for name, module in modules.items() for hook in hooks_of(name, module)]
+    notes = []
+    if merged:
+        kinds = "; ".join(f"{cls} of {', '.join(names)}" for cls, names in merged.items())
+        notes.append(f"merged into the new layers, which train as a whole where these did: {kinds}")
+    if hooks:
+        notes.append(f"not carried over: {', '.join(dict.fromkeys(hooks))}")
+    return tuple(notes)
+
+
+def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
+    """Every hook of users on a module, its parts and its parameters: 'forward hook of blocks.0.attn'."""
+    for part_name, part in module.named_modules(prefix=name):
+        for kind in user_hooks(part):
+            yield f"{kind} of {part_name}"
+    for parameter_name, parameter in module.named_parameters(prefix=name):
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            yield f"gradient hook of {parameter_name}"
+
+
+def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
+    """What an optimizer that was made before the patch misses.
+
+    Args:
+        modules: to be replaced.
+    """
+    parameters = {id(p) for module in modules if _is_held_elsewhere(module) for p in module.parameters()}
+    if not parameters:
+        return ()
+    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
+    names = {
+        type(optimizer).__name__
+        for optimizer in alive
+        if not parameters.isdisjoint(id(p) for group in optimizer.param_groups for p in group["params"])
+    }
+    if not names:
+        return ()
+    return (
+        f"an optimizer made before the patch ({', '.join(sorted(names))}) holds what is replaced and would never train the "
+        "new ones: make it anew",
+    )
+
+
+def _is_held_elsewhere(module: nn.Module) -> bool:
+    """Whether anything but the module refers to a parameter of it, by its count of references: a cheap first look."""
+    usual, *_ = _reference_counts(nn.Linear(1, 1, bias=False))
+    return any(count > usual for count in _reference_counts(module))
+
+
+def _reference_counts(module: nn.Module) -> list[int]:
+    return [sys.getrefcount(parameter) for parameter in module.parameters()]
 
 
 def in_words(numbers: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.effective import trains
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration
 from vit_tucker.attention.variants.gqa import GQAConfig
@@ -15,10 +17,12 @@ from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.method import Method, method_config
-from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, rotation_notes
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, weight_notes
+from vit_tucker.patching.plain import refuse_not_finite
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
 from vit_tucker.patching.readers import Host
@@ -76,10 +80,15 @@ def patch(
     """Replace attention modules of a timm model, in place.
 
     Device, dtype, train/eval mode and requires_grad follow the replaced modules. With ``config.init == "pretrained"`` the
-    host's weights are converted in float64; each method says when that is exact.
+    host's weights are converted in float64; each method says when that is exact. Make optimizers afterwards: one that was made
+    before holds the replaced parameters and never trains the new ones, as the report's notes then say.
+
+    Random layers (``config.init == "random"``) start from the state of torch's generators, which are restored afterwards: two
+    patches without a draw between them, or a new ``torch.manual_seed``, give equal layers.
 
     Args:
-        model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile.
+        model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile. PEFT's
+            adapters on attention are merged into the new layers; inside its ``get_peft_model`` the timm model is patched.
         config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``; or the method's name, with its options as keywords:
             ``patch(model, "tucker", ranks=(8, 16, 16))``; or a mapping as in a YAML's attention section.
         layers: modules to patch, in place of ``config.layers``.
@@ -98,12 +107,15 @@ def patch(
         ConfigError: no such method or option; names the nearest one.
         PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
     """
-    config = _placed(method_config(model, config, options), layers, exclude)
+    config = method_config(model, config, options)
+    model = find.inner(model)
+    config = _placed(config, layers, exclude)
     if calibration is not None and config.calibration is None:
         config = config.model_copy(update={"calibration": Calibration()})
     if config.calibration is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
-    config, replacements, report = _prepare(model, config, img_size, calibration, applied=True)
+    with _restoring_generators(model):
+        config, replacements, report = _prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
         originals[name] = model.get_submodule(name)
@@ -143,37 +155,40 @@ def plan(
         PatchError: the model can't be patched as asked; see ``patch``.
     """
     config = method_config(model, config, options)
-    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=[index for index in cuda if index is not None]):
+    model = find.inner(model)
+    with _restoring_generators(model):
         return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Put the original modules back: the same objects with the same tensors, on the device of the modules they replace.
+    """Put the original modules back: the same objects with the same tensors.
 
-    Position biases are resized if timm's ``set_input_size`` has resized those of the replacements; blocks that timm has pruned
-    stay away.
+    They follow what has changed since the patch: device, dtype, train/eval mode and requires_grad are those of the replacements,
+    see ``vit_tucker.patching.follow``. Position biases are resized if timm's ``set_input_size`` has resized those of the
+    replacements; blocks that timm has pruned stay away.
 
     Args:
         model: patched, by ``patch`` with ``keep_originals``.
 
     Raises:
-        PatchError: the model is not patched, or its originals were not kept.
+        PatchError: the model is not patched, or its originals were not kept or have no values; nothing has changed.
     """
+    model = find.inner(model)
     record = patch_record(model)
     if record is None:
         raise PatchError("the model is not patched")
     if record.originals is None:
         raise PatchError("the original modules were not kept (patch(..., keep_originals=False)); load the model again")
-    present = dict(model.named_modules(remove_duplicate=False))
-    for name, original in record.originals.items():
-        current = present.get(name)
-        if current is None:  # timm's prune_intermediate_layers took the block away
-            continue
+    present = dict(model.named_modules(remove_duplicate=False))  # timm's prune_intermediate_layers takes blocks away
+    pairs = {name: (old, present[name]) for name, old in record.originals.items() if name in present}
+    for name, (original, current) in pairs.items():
+        refuse_lost(name, original, current)
+    for original, current in pairs.values():
         if isinstance(current, AttentionModule) and current.position_bias is not None:
             hosts.follow_window_size(original, current.position_bias)
-        device = next(current.parameters()).device
-        _set_module(model, name, original.to(device).train(current.training))
+    follow(pairs.values())
+    for name, (original, _) in pairs.items():
+        _set_module(model, name, original)
     unmark(model, record.identity)
     delattr(model, RECORD)
 
@@ -187,7 +202,7 @@ def patch_record(model: nn.Module) -> PatchRecord | None:
     Returns:
         The record of its patch; None if it is not patched.
     """
-    return getattr(model, RECORD, None)
+    return getattr(find.inner(model), RECORD, None)
 
 
 def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selection | None) -> AttentionConfig:
@@ -195,6 +210,12 @@ def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selectio
     given = {"layers": layers, "exclude": exclude}
     update = {k: v if isinstance(v, int | str) else tuple(v) for k, v in given.items() if v is not None}
     return config.model_copy(update=update) if update else config
+
+
+def _restoring_generators(model: nn.Module) -> AbstractContextManager[None]:
+    """Draws of torch inside start from the generators' state, which is restored afterwards, as if nothing had been drawn."""
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    return torch.random.fork_rng(devices=[index for index in cuda if index is not None])
 
 
 def _prepare(
@@ -216,18 +237,18 @@ def _prepare(
     chosen = choose_layers(config, list(found))
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)
+    notes = optimizer_notes(found[name] for name in chosen)
     mixed_rope = hosts.has_mixed_rope(model)
     read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
     tokens = count_tokens(model, {name: host.spec.layout for name, host in read.items()}, img_size)
     images = None
     if config.calibration is not None and batches is not None:
         images = collect_images(model, batches, config.calibration.images)
-    notes: tuple[str, ...] = ()
     if any(layer.rank_rule is not None for layer in configs.values()):
         config = resolve_ranks(model, config, configs, read, tokens, images)
         configs = layer_configs(config, list(found), chosen)
         if config.calibration is not None and images is None:
-            notes = (CHOSEN_BY_WEIGHTS,)
+            notes += (CHOSEN_BY_WEIGHTS,)
     built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
         layer = built.get(id(found[name]))
@@ -240,7 +261,7 @@ def _prepare(
     rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
     left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
     replacements = {name: layer.replacement for name, layer in layers.items()}
-    notes += rotation_notes(read, replacements)
+    notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
     report = PatchReport(rows, left, applied, notes)
     return Prepared(config, replacements, report)
 
@@ -250,8 +271,10 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
         host = hosts.read_host(module, mixed_rope)
         config.refuse_features(host.spec)
         config.check(host.spec)
+        if config.init == "pretrained":
+            refuse_not_finite(host)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     return host
 
 
@@ -260,7 +283,7 @@ def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) ->
     like = host.weights.query
     replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
     config.settle(replacement)
-    replacement.requires_grad_(any(p.requires_grad for p in module.parameters()))
+    replacement.requires_grad_(trains(module))
     return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 
 
@@ -308,6 +331,7 @@ def _row(
         seconds=layer.seconds if converted else None,
         flops_before=flops(dense, host.spec),
         flops_after=flops(config, host.spec),
+        shared_with=None if name == layer.name else layer.name,
     )
 
 

@@ -99,6 +99,7 @@ def choose_layer_ranks(
                 f"{layer.name}: ranks {layer.rule}: its tokens can't be counted; give a budget of parameters"
             )
         calls, num_tokens = tokens.get(layer.name, (1, 1))
+        calls *= len(layer.names)  # a shared module computes at each of its places
         dense = _dense_cost(layer, calls, num_tokens)
         tables[layer.name] = layer_tables(layer.rule, layer.host.spec, pre, post, dense, calls, num_tokens)
     rules = []

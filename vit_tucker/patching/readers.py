@@ -1,12 +1,14 @@
 """Reads shape, options and weights of attention modules by the names of their parts, whatever their class."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import HostSpec, MHAWeights, ParameterCount
 from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.effective import full_name
 from vit_tucker.errors import PatchError
 
 
@@ -19,12 +21,14 @@ class Host:
         weights: canonical weights in the module's dtype; on the meta device they hold no data.
         parameters: what the layer has.
         own: the same weights of the heads that the layer has (G of keys and values): views of its parameters, to write through.
+        merged: parts that were not plain by name, with their classes: adapters and parametrizations, merged into the weights.
     """
 
     spec: HostSpec
     weights: MHAWeights
     parameters: ParameterCount
     own: MHAWeights
+    merged: Mapping[str, str] = field(default_factory=dict)
 
 
 Projections = dict[str, Tensor | None]
@@ -108,6 +112,9 @@ def make_host(
         raise PatchError(f"its queries have width {head_dim}, its values {value.shape[-1]}")
     if abs(m.scale - head_dim**-0.5) > 1e-9:
         raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {head_dim**-0.5}")
+    for name in ("attn_drop", "proj_drop"):
+        if not isinstance(part := getattr(m, name, nn.Identity()), nn.Dropout | nn.Identity):
+            raise PatchError(f"its {name} is a {full_name(part)}, which no method carries")
     extras: dict[str, dict[str, nn.Module]] = {}
     if not all(isinstance(getattr(m, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
         extras["qk_norm"] = {"q_norm": m.q_norm, "k_norm": m.k_norm}

@@ -19,6 +19,8 @@ class LayerReport:
         output_error: ||y^ - y|| / ||y - mean y|| of the layer's output on the calibration tokens; None without calibration.
         seconds: time of the conversion, passes through the model apart; None if not converted.
         flops_before, flops_after: operations per image (2 per multiply-add); None if the token count is unknown.
+        shared_with: full name of the first place at which the same module stands; None for a module of its own. The totals count
+            its parameters and seconds once, and its operations at each place.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerReport:
     seconds: float | None = field(compare=False)
     flops_before: int | None
     flops_after: int | None
+    shared_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,19 @@ class PatchReport:
     notes: tuple[str, ...] = ()
 
     @property
+    def modules(self) -> tuple[LayerReport, ...]:
+        """The replaced modules, each once, whatever number of places it stands at."""
+        return tuple(layer for layer in self.layers if layer.shared_with is None)
+
+    @property
     def params_before(self) -> int:
         """Attention parameters of the replaced modules before, biases included."""
-        return sum(layer.params_before.total for layer in self.layers)
+        return sum(layer.params_before.total for layer in self.modules)
 
     @property
     def params_after(self) -> int:
         """Attention parameters of the replaced modules after, biases included."""
-        return sum(layer.params_after.total for layer in self.layers)
+        return sum(layer.params_after.total for layer in self.modules)
 
     @property
     def flops_before(self) -> int | None:
@@ -74,13 +82,12 @@ class PatchReport:
     @property
     def seconds(self) -> float | None:
         """Time of all conversions, None if nothing was converted."""
-        known = [layer.seconds for layer in self.layers if layer.seconds is not None]
+        known = [layer.seconds for layer in self.modules if layer.seconds is not None]
         return sum(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        layers = [{**asdict(x), "params_before": x.params_before._asdict(), "params_after": x.params_after._asdict()}
-                  for x in self.layers]  # fmt: skip
+        layers = [_row_values(layer) for layer in self.layers]
         totals = {
             name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")
         }
@@ -92,7 +99,7 @@ class PatchReport:
                   "seconds", "MFLOPs/image")  # fmt: skip
         rows = [
             (
-                x.name,
+                x.name if x.shared_with is None else f"{x.name} = {x.shared_with}",
                 x.method,
                 x.options,
                 f"{x.params_before.total:,} -> {x.params_after.total:,}",
@@ -106,7 +113,7 @@ class PatchReport:
             for x in self.layers
         ]
         total = (
-            f"{len(self.layers)} module{'s' if len(self.layers) != 1 else ''}",
+            f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}",
             "",
             "",
             f"{self.params_before:,} -> {self.params_after:,}",
@@ -140,6 +147,16 @@ def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...] = (0,)
         if number in rule_after:
             lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
     return lines
+
+
+def _row_values(layer: LayerReport) -> dict[str, Any]:
+    """Plain values of a row; ``shared_with`` only where there is one."""
+    values = {
+        **asdict(layer),
+        "params_before": layer.params_before._asdict(),
+        "params_after": layer.params_after._asdict(),
+    }
+    return {name: value for name, value in values.items() if name != "shared_with" or value is not None}
 
 
 def _total(values: list[int | None]) -> int | None:

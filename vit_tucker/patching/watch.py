@@ -112,7 +112,7 @@ def memory_groups(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 @contextmanager
 def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, call, y)`` at each call of each layer's dense module; y in the layout of the host."""
+    """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
 
     def hook(layer: Layer) -> Callable[..., None]:
         signature, spec = inspect.signature(layer.module.forward), layer.host.spec
@@ -123,7 +123,7 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
 
         return seen
 
-    handles = [layer.module.register_forward_hook(hook(layer), with_kwargs=True) for layer in layers]
+    handles = [layer.module.register_forward_hook(hook(layer), prepend=True, with_kwargs=True) for layer in layers]
     try:
         yield
     finally:

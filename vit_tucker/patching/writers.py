@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import MHAWeights
+from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.heads_form import fit_biases
 from vit_tucker.attention.module import AttentionModule
@@ -42,9 +43,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
-            raise PatchError(
-                f"{hosts.class_name(module)}: its reader gives no view of its {name}, nothing can be written"
-            )
+            raise PatchError(f"{full_name(module)}: its reader gives no view of its {name}, nothing can be written")
 
 
 def write_heads(place: Tensor, value: Tensor | None) -> None:

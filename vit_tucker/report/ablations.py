@@ -1,6 +1,7 @@
 """Accuracy against one option of the config, among settings that agree in everything else."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -196,4 +197,4 @@ def name_of(option: str) -> str:
 
 def stem_of(option: str) -> str:
     """'by_ranks_0' for attention.ranks.0."""
-    return "by_" + "_and_".join(short_key(key).replace(".", "_") for key in option.split(","))
+    return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vit_tucker import json_files
 from vit_tucker.errors import ConfigError
 from vit_tucker.harmless import HARMLESS
+from vit_tucker.json_files import parse_object
+from vit_tucker.run_files import RunResults
 
 Results = dict[str, Any]
 
@@ -16,6 +19,14 @@ KEPT = "results.jsonl"
 SWEEP = "sweep.yaml"
 """A sweep's file, kept beside its runs and its results."""
 NEEDED = ("name", "config", "environment", "params", "patch", "data", "epochs", "best", "last", "finished")
+NUMBERS = (
+    "params.attention",
+    "params.total",
+    "params.dense_attention",
+    "last.eval_top1",
+    "last.eval_top5",
+    "config.seed",
+)
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""
 UNTOLD = HARMLESS | {"train.cpu"}
@@ -83,20 +94,35 @@ def read_file(file: Path) -> list[Results]:
     Raises:
         ConfigError: the file is no such thing.
     """
-    text = file.read_text()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
     parts = text.splitlines() if file.suffix == ".jsonl" else [text]
     entries = []
     for number, part in enumerate(parts, start=1):
         where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        try:
-            entry = json.loads(part)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not valid JSON: {error}") from None
-        missing = [key for key in NEEDED if not isinstance(entry, dict) or key not in entry]
-        if missing:
-            raise ConfigError(f"{where}: not the results of a run: no '{missing[0]}'")
-        entries.append(entry)
+        entries.append(checked(parse_object(part, where, ConfigError, all_finite=False), where))
     return entries
+
+
+def checked(entry: Any, where: str) -> Results:
+    """The results of a run, with all that tables need.
+
+    Raises:
+        ConfigError: a key is missing, or is no number where one is needed. The best epoch may be unknown (null).
+    """
+    missing = [key for key in NEEDED if not isinstance(entry, dict) or key not in entry]
+    if missing:
+        raise ConfigError(f"{where}: not the results of a run: no '{missing[0]}'")
+    for key in NUMBERS if entry["best"] is None else (*NUMBERS, "best.top1"):
+        value: Any = entry
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{where}: not the results of a run: '{key}' is {value!r}, not a number")
+    json_files.checked(RunResults, entry, f"{where}: not the results of a run", ConfigError)
+    return entry
 
 
 def write_results(file: Path, results: Iterable[Results]) -> None:

@@ -1,12 +1,14 @@
 """Runs side by side, and their small files kept for the record."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.formats import markdown
+from vit_tucker.json_files import read_object
+from vit_tucker.paths import checked_name
+from vit_tucker.report.collect import checked
+from vit_tucker.report.formats import decimal, markdown
 
 COLUMNS = (
     "run",
@@ -33,10 +35,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     file = folder / "results.json" if folder.is_dir() else folder
     if not file.is_file():
         raise ConfigError(f"{folder}: no results.json; the run is not finished, or this is no run folder")
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
+    return checked(read_object(file, ConfigError, all_finite=False), str(file))
 
 
 def describe_attention(results: dict[str, Any]) -> str:
@@ -70,10 +69,10 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
                 "of_dense": params["attention"] / params["dense_attention"],
                 "params": params["total"],
                 "eval_top1": last["eval_top1"],
-                "best_top1": results["best"]["top1"],
+                "best_top1": results["best"] and results["best"]["top1"],
                 "eval_top5": last["eval_top5"],
                 "epochs": results["epochs"],
-                "train_seconds": results["train_seconds"],
+                "train_seconds": results.get("train_seconds"),
             }
         )
     return rows
@@ -99,14 +98,26 @@ def comparison(folders: list[Path]) -> str:
             f"{row['of_dense']:.1%}",
             f"{row['params']:,}",
             f"{row['eval_top1']:.2f}",
-            f"{row['best_top1']:.2f}",
+            decimal(row["best_top1"]),
             f"{row['eval_top5']:.2f}",
             str(row["epochs"]),
-            f"{row['train_seconds']:.0f}",
+            decimal(row["train_seconds"], 0),
         )
         for row in compared_rows(folders)
     ]
     return markdown(COLUMNS, rows, TEXT_COLUMNS)
+
+
+def kept_name(folder: Path, results: dict[str, Any]) -> str:
+    """Returns what a run's folder is called below that of a comparison.
+
+    Raises:
+        ConfigError: its results.json has a name that leads elsewhere.
+    """
+    try:
+        return checked_name(f"{results['name']}-{results['config']['seed']}")
+    except ValueError as error:
+        raise ConfigError(f"{folder}: results.json: name: {error}") from None
 
 
 def save_comparison(folders: list[Path], out: Path) -> None:
@@ -120,10 +131,12 @@ def save_comparison(folders: list[Path], out: Path) -> None:
         ConfigError: a run is not finished; nothing has been written.
     """
     table = comparison(folders)
+    for folder in folders:
+        kept_name(folder, read_results(folder))
     lines = []
     for folder in folders:
         results = read_results(folder)
-        kept = out / f"{results['name']}-{results['config']['seed']}"
+        kept = out / kept_name(folder, results)
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT_FILES:
             shutil.copyfile(folder / name, kept / name)

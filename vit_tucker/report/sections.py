@@ -35,7 +35,7 @@ class Section:
     @property
     def slug(self) -> str:
         """The title as a file name."""
-        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
+        return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")[:200]
 
     def differences(self, setting: Setting) -> dict[str, Any]:
         """Keys of the recipe in which a setting differs, with its values; None where it lacks them."""

@@ -126,10 +126,11 @@ class Setting:
         """Top-5 accuracy after the last epoch in percent, one per seed."""
         return np.array([run["last"]["eval_top5"] for run in self.runs], dtype=float)
 
-    @cached_property
-    def best_top1(self) -> Floats:
-        """Top-1 accuracy of the best epoch, chosen on the images that it is measured on."""
-        return np.array([run["best"]["top1"] for run in self.runs], dtype=float)
+    @property
+    def best_top1_mean(self) -> float | None:
+        """Top-1 accuracy of the best epoch, chosen on the images that it is measured on; None where a run's is not known."""
+        best = [run["best"] for run in self.runs]
+        return None if None in best else mean([each["top1"] for each in best])
 
     @property
     def top1_mean(self) -> float:

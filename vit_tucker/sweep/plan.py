@@ -9,10 +9,20 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.config.load import load_plugins, validate, validate_as
+from vit_tucker.config.load import validate, validate_as
+from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.config.source import Source, find_config, merge, read_overrides, read_with_bases, read_yaml
+from vit_tucker.config.source import (
+    Source,
+    find_config,
+    merge,
+    read_overrides,
+    read_with_bases,
+    read_yaml,
+    stored_by_name,
+)
 from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.paths import MAX_NAME
 from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -88,9 +98,10 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(f"{file}: no sweep: it has no cells; a run's config is started by experiments/train_vit.py")
     config = validate_as(SweepConfig, source)
     output_dir = Path(config.output_dir or f"runs/{file.stem}")
+    source.stored = stored_by_name(name, file)
     base = _read_base(config, source, file)
-    load_plugins(base.values.get("plugins", []), file.parent)
     common = merge(base, part(source, "set"))
+    load_config_plugins(common, file.parent)
     finetune = merge(common, part(source, "finetune"))
     settings = [setting for number, cell in enumerate(config.cells) for setting in _settings(cell, number, source)]
     _refuse_twice([name for name, _ in settings], source)
@@ -98,9 +109,9 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     for seed in config.seeds:
         start = None
         if config.start is not None:
-            start = _job(START, seed, merge(common, part(source, "start")), output_dir)
+            start = _job(START, seed, merge(common, part(source, "start")), output_dir, file)
             jobs.append(start)
-        jobs += [_job(cell, seed, merge(finetune, given), output_dir, start) for cell, given in settings]
+        jobs += [_job(cell, seed, merge(finetune, given), output_dir, file, start) for cell, given in settings]
     return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints)
 
 
@@ -140,7 +151,8 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     for name in [config.base] if isinstance(config.base, str) else config.base:
         try:
             beside = file.parent / name
-            result = merge(result, read_with_bases(beside if os.path.isfile(beside) else find_config(name)))
+            path = beside if os.path.isfile(beside) else find_config(name)
+            result = merge(result, read_with_bases(path, stored=source.stored or stored_by_name(name, path)))
         except ConfigError as error:
             raise ConfigError(f"{source.where(('base',))}: base: {error}") from None
     return result
@@ -154,7 +166,9 @@ def part(source: Source, *path: str | int) -> Source:
         if values is None:
             return Source()
     size = len(path)
-    return Source(values, {key[size:]: where for key, where in source.origin.items() if key[:size] == path})
+    return Source(
+        values, {key[size:]: where for key, where in source.origin.items() if key[:size] == path}, source.stored
+    )
 
 
 def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[str, Source]]:
@@ -173,10 +187,10 @@ def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[s
         given, name = fixed, cell.name
         for key, (label, extra) in zip(cell.vary, values, strict=True):
             given, name = merge(given, extra), name.replace(f"{{{key}}}", label)
-        if not _NAME.fullmatch(name) or name == START:
+        if not _NAME.fullmatch(name) or name == START or len(name) > MAX_NAME:
             raise ConfigError(
                 f"{source.where((*at, 'name'))}: cells.{number}.name: '{name}' can't be a folder's name here; letters, digits "
-                f"and . _ + = - are allowed, and not '{START}'"
+                f"and . _ + = - are allowed, {MAX_NAME} at most, and not '{START}'"
             )
         yield name, given
 
@@ -194,7 +208,7 @@ def _axis(key: str, path: tuple[str | int, ...], source: Source) -> list[tuple[s
         nested: Any = value
         for step in reversed(keys):
             nested = {step: nested}
-        result.append((describe(value), Source(nested, {keys: source.where((*path, number))})))
+        result.append((describe(value), Source(nested, {keys: source.where((*path, number))}, source.stored)))
     return result
 
 
@@ -217,12 +231,13 @@ def _refuse_twice(names: Sequence[str], source: Source) -> None:
         )
 
 
-def _job(name: str, seed: int, source: Source, output_dir: Path, start: Job | None = None) -> Job:
-    """A run with its validated config; an error names the cell."""
+def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, start: Job | None = None) -> Job:
+    """A run with its validated config, its plug-ins imported; an error names the cell."""
     fixed: dict[str, Any] = {"name": name, "seed": seed, "output_dir": str(output_dir / name / f"seed{seed}")}
     if start is not None:
         fixed["model"] = {"checkpoint": str(start.folder)}
     try:
+        load_config_plugins(source, file.parent)
         return Job(name, seed, validate(merge(source, Source(fixed))), start)
     except ConfigError as error:
         raise ConfigError(f"{error} (cell {name})") from None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from vit_tucker.config.load import dump_config
+from vit_tucker.config.plugins import plugin_arguments
 from vit_tucker.errors import ConfigError
 from vit_tucker.sweep.plan import Job
 
@@ -98,10 +99,11 @@ def start_run(job: Job, threads: int, gpu: str | None, launcher: str | None) -> 
         config.write_text(dump_config(job.config))
         said = log.tell()
         environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        arguments = ["--cfg", str(config), *plugin_arguments(job.config.plugins)]
         if launcher is not None:
-            return RunProcess(job, log_file(job), _launch(config, log, launcher, environment), said)
+            return RunProcess(job, log_file(job), _launch(arguments, log, launcher, environment), said)
         context = fork_server()
-        process = context.Process(target=_train, args=(str(config), str(log_file(job)), threads, environment))
+        process = context.Process(target=_train, args=(arguments, str(log_file(job)), threads, environment))
         fcntl.flock(log, fcntl.LOCK_UN)  # the process takes it over
         process.start()
         return RunProcess(job, log_file(job), process, said)
@@ -114,9 +116,11 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def _launch(config: Path, log: IO[bytes], launcher: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
-    arguments = launch_arguments(launcher)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments, str(script()), "--cfg", str(config)]
+def _launch(
+    arguments: Sequence[str], log: IO[bytes], launcher: str, environment: dict[str, str]
+) -> "subprocess.Popen[bytes]":
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launch_arguments(launcher)]
+    command = [*launch, str(script()), *arguments]
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
     )
@@ -144,8 +148,8 @@ def script() -> Path:
     raise ConfigError(f"--launch: {SCRIPT} is neither here nor in the package's checkout")
 
 
-def _train(config: str, log: str, threads: int, environment: dict[str, str]) -> None:
-    """In the forked process: ``train_vit.py --cfg config``."""
+def _train(arguments: Sequence[str], log: str, threads: int, environment: dict[str, str]) -> None:
+    """In the forked process: ``train_vit.py`` with these arguments."""
     os.setsid()
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -158,7 +162,7 @@ def _train(config: str, log: str, threads: int, environment: dict[str, str]) -> 
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        sys.exit(_call(["--cfg", config], threads))
+        sys.exit(_call(arguments, threads))
 
 
 def _call(arguments: Sequence[str], threads: int) -> int:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from vit_tucker.errors import ConfigError
 from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import RunProcess, start_run
 from vit_tucker.sweep.schema import START
 from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals
+from vit_tucker.training.lock import RunLock
 from vit_tucker.training.run_dir import RunDir
 
 POLL_SECONDS = 0.2
@@ -144,6 +146,8 @@ class Runner:
                 after.state = State.INTERRUPTED
             elif code == 0:  # it found its log locked
                 after.state, after.reason = State.ELSEWHERE, "another sweep runs it"
+            elif (refusal := refused(job)) is not None:
+                after.state, after.reason = State.ELSEWHERE, refusal
             else:
                 after.state, after.reason = (
                     State.FAILED,
@@ -168,6 +172,15 @@ class Runner:
             return ""
         seconds = (time.monotonic() - self._began) / self._finished * left
         return f"; about {timedelta(seconds=round(seconds))} left"
+
+
+def refused(job: Job) -> str | None:
+    """Who trains in a run's folder beside the sweep, started by hand; None if nobody does."""
+    try:
+        RunLock(job.folder).refuse_held()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str], keep_checkpoints: bool = True) -> Slots:

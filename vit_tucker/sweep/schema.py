@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from vit_tucker.config.data_section import PathText
 from vit_tucker.validation import MAX_INTEGER, Checked
 
 Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
@@ -46,7 +47,9 @@ class SweepConfig(Checked):
     title: str | None = Field(default=None, description="One line, for tables and reports.")
     about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
     base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
-    output_dir: str | None = Field(default=None, description="Folder of the run folders; runs/<file name> if null.")
+    output_dir: PathText | None = Field(
+        default=None, description="Folder of the run folders; runs/<file name> if null."
+    )
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1, description="Every cell is run once with each.")
     set: dict[str, Any] = Field(default={}, description="Config keys of all runs.")
     start: dict[str, Any] | None = Field(

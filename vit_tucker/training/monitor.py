@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from vit_tucker.config.schema import TrainConfig
+from vit_tucker.training.events import Events
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
@@ -52,7 +52,7 @@ class Monitor:
     ) -> None:
         self.accelerator, self.config, self.steps_per_epoch = accelerator, config, steps_per_epoch
         self.main = accelerator.is_main_process
-        self.writer = SummaryWriter(str(run_dir.path), purge_step=start_step + 1) if self.main else None
+        self.events = Events(run_dir.path, start_step + 1) if self.main else None
         self.run_dir, self.groups, self.trackers, self.normalisation = run_dir, groups, trackers, normalisation
         self.pending: list[tuple[Tensor, Tensor | None]] = []
         self.bar = tqdm(disable=True)
@@ -60,9 +60,9 @@ class Monitor:
         self.step_seconds = 0.0
         self.warm = False
         self.scalars(facts, start_step)
-        if self.writer is not None:
+        if self.events is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
-            self.writer.add_text("config", indented, start_step)
+            self.events.text("config", indented, start_step)
 
     def begin_epoch(self, progress: Progress) -> None:
         """Start the clock and the bar of an epoch, or of what is left of it."""
@@ -145,11 +145,11 @@ class Monitor:
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
         self.scalars({**scores, **extra}, progress.global_step)
-        if self.writer is not None and self.normalisation is not None and first:
+        if self.events is not None and self.normalisation is not None and first:
             images, labels, logits = first[0]
             mean, std = self.normalisation
             picture = prediction_figure(images, labels, logits, mean, std)
-            self.writer.add_image("eval/predictions", picture, progress.global_step)
+            self.events.image("eval/predictions", picture, progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
         """summary.csv, and one console line for an epoch."""
@@ -187,17 +187,17 @@ class Monitor:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write scalars, on the main process."""
-        if self.writer is not None:
+        if self.events is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                self.events.scalar(name, value, step)
         if self.trackers is not None:
             self.trackers.log(values, step)
 
     def close(self) -> None:
         """Write what is still held."""
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        if self.events is not None:
+            self.events.close()
         if self.trackers is not None:
             self.trackers.finish()
 

@@ -1,6 +1,5 @@
 """Where a run goes on: the newest checkpoint that is whole, the same one in all processes."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,13 @@ from typing import Any
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError
+from vit_tucker.json_files import checked, parse_object
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.saved_state import Best, read_progress
 from vit_tucker.training.state import load_checkpoint, newest_intact
 from vit_tucker.weights import weights_metadata
 
@@ -44,11 +46,7 @@ def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | No
         return Saved()
     checkpoint = run_dir.checkpoints / name
     values, optimizer = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
-    scaler = values.pop("scaler", None)
-    try:
-        progress = Progress(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{checkpoint}: was written by another version: {error}") from None
+    progress, scaler = peers.together(lambda: read_progress(values, checkpoint))
     progress.best = peers.on_main(lambda: best_on_disk(run_dir.best, progress.best))
     LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
     if progress.processes != peers.num_processes:
@@ -79,7 +77,10 @@ def best_on_disk(file: Path, best: dict[str, Any] | None) -> dict[str, Any] | No
     if not file.is_file():
         return None
     try:
-        return json.loads(weights_metadata(file)["best"])
-    except (CheckpointError, KeyError, ValueError):
+        verify_beside(file)
+        found = parse_object(weights_metadata(file)["best"], str(file), all_finite=False)
+        checked(Best, found, str(file))
+        return found
+    except (CheckpointError, KeyError):
         LOGGER.warning(f"{file}: damaged; the best weights are looked for anew from here on")
         return None

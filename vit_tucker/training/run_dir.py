@@ -1,5 +1,6 @@
 """The run folder: config.yaml, {patch,classes,results}.json, summary.csv, train.log, TensorBoard events, checkpoints/."""
 
+import contextlib
 import csv
 import io
 import json
@@ -17,7 +18,10 @@ import accelerate
 import timm
 import torch
 
-from vit_tucker.data.classes import CLASSES_FILE, classes_text
+from vit_tucker.data.classes import CLASSES_FILE, classes_text, stored_classes
+from vit_tucker.json_files import checked, read_object
+from vit_tucker.run_files import DataEntries, Patch, RunData
+from vit_tucker.training.state import list_checkpoints
 from vit_tucker.weights import replace_text
 
 LOGGER = logging.getLogger("vit_tucker")
@@ -66,6 +70,15 @@ class RunDir:
         """
         return self.path / "data_config.json"
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has got as far as its first weights here; a start that failed before leaves nothing that counts."""
+        return self.results.is_file() or self.best.is_file() or bool(list_checkpoints(self.checkpoints))
+
+    def stored_classes(self) -> tuple[str, ...] | None:
+        """The class map of a run that has begun, see ``vit_tucker.data.classes.stored_classes``; None without."""
+        return stored_classes(self.path) if self.begun else None
+
     def start(
         self,
         config: str,
@@ -73,8 +86,15 @@ class RunDir:
         data_config: dict[str, Any],
         classes: Sequence[str] | None = None,
     ) -> None:
-        """Write config.yaml, data_config.json, patch.json and classes.json, and send the package's log lines to train.log too."""
+        """Write config.yaml, data_config.json, patch.json and classes.json, and send the package's log lines to train.log too.
+
+        Raises:
+            OSError: they can't be written. A log that can't be is a warning.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self.begun:  # of a start that failed, maybe with another config
+            for file in (self.path / "patch.json", self.path / CLASSES_FILE):
+                file.unlink(missing_ok=True)
         self.results.unlink(missing_ok=True)  # of a finished run that is trained on
         replace_text(self.config, config)
         replace_text(self.data_config, json.dumps(data_config, indent=2) + "\n")
@@ -82,38 +102,61 @@ class RunDir:
             replace_text(self.path / "patch.json", json.dumps(patch, indent=2) + "\n")
         if classes:
             replace_text(self.path / CLASSES_FILE, classes_text(classes))
-        handler = logging.FileHandler(self.path / "train.log")
+        try:
+            handler = LogFile(self.path / "train.log")
+        except OSError as error:
+            warn_of_loss("train.log", error)
+            return
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         LOGGER.addHandler(handler)
 
     def read_patch(self) -> dict[str, Any] | None:
-        """The patch report of the run's start; None for a dense run."""
+        """The patch report of the run's start; None for a dense run.
+
+        Raises:
+            CheckpointError: something else is there.
+        """
         file = self.path / "patch.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        values = read_object(file, all_finite=False)
+        checked(Patch, values, str(file))
+        return values
 
     def read_data_config(self) -> dict[str, Any] | None:
-        """Returns the run's data config: data_config.json, else (older versions) a checkpoint's config.json; None without."""
+        """Returns the run's data config: data_config.json, else (older versions) a checkpoint's config.json; None without.
+
+        Raises:
+            CheckpointError: something else is there, or only a part of it.
+        """
         if self.data_config.is_file():
-            return json.loads(self.data_config.read_text())
+            values = read_object(self.data_config)
+            checked(RunData, values, str(self.data_config))
+            return values
         for name in ("last", "best"):
             if (file := self.checkpoints / name / "config.json").is_file():
-                return json.loads(file.read_text()).get("pretrained_cfg")
+                values = read_object(file).get("pretrained_cfg") or {}
+                checked(DataEntries, values, f"{file}: pretrained_cfg")
+                return values
         return None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
-        """Write summary.csv anew from all rows, so that a resumed run has none twice."""
+        """Write summary.csv anew from all rows, so that a resumed run has none twice; if it can't be, that is a warning."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        replace_text(self.path / "summary.csv", text.getvalue())
+        try:
+            replace_text(self.path / "summary.csv", text.getvalue())
+        except OSError as error:
+            warn_of_loss("summary.csv", error)
 
     def log_failure(self, text: str) -> None:
-        """Add a line to train.log from any process, if the run had begun."""
+        """Add lines to train.log from any process, if the run had begun and if it can be written."""
         if self.config.is_file():
             stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
-            with (self.path / "train.log").open("a") as log:
+            with contextlib.suppress(OSError), (self.path / "train.log").open("a") as log:
                 log.write(f"{stamp} {text}\n")
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -121,14 +164,51 @@ class RunDir:
         replace_text(self.results, json.dumps(results, indent=2) + "\n")
 
 
+class LogFile(logging.FileHandler):
+    """A log whose lines may get lost, on a full disk for example, at the price of one warning."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Warn of the first line that can't be written; what is no fault of the system is shown as ever."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            warn_of_loss(Path(self.baseFilename).name, error)
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what it still holds may be lost too."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class Console(logging.StreamHandler):
+    """Standard output, which may be a file on a full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Pass over a line that can't be written; what is no fault of the system is shown as ever."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+_lost: set[str] = set()
+
+
+def warn_of_loss(what: str, error: OSError) -> None:
+    """Say once that something which only shows the run can't be written; the run goes on."""
+    if what not in _lost:
+        _lost.add(what)
+        LOGGER.warning(f"{what} can't be written, the run goes on: {error.strerror or error}")
+
+
 def setup_console(main_process: bool) -> None:
     """Plain log lines on standard output, from the main process only."""
+    _lost.clear()
     LOGGER.setLevel(logging.INFO if main_process else logging.ERROR)
     LOGGER.propagate = False
     for handler in LOGGER.handlers[:]:
         LOGGER.removeHandler(handler)
         handler.close()
-    console = logging.StreamHandler(sys.stdout)
+    console = Console(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.addHandler(console)
 

@@ -9,12 +9,12 @@ full disk leaves the one before it. Its manifest holds size and SHA-256 of each 
 found before it is used.
 """
 
-import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vit_tucker.digests import CONFIG, read_stored, sha256_of, stored_file, with_stored, write_config
 from vit_tucker.errors import CheckpointError
-from vit_tucker.weights import load_weights, replace_text, save_weights, sync, whole, write_tensors
+from vit_tucker.json_files import read_object
+from vit_tucker.training.saved_state import read_state
+from vit_tucker.weights import load_weights, save_weights, sync, whole, write_tensors
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 MANIFEST = "manifest.json"
+NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""Entries of optimizers' states that have the shape of their parameter."""
 
 
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -55,19 +61,6 @@ def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     raise CheckpointError(f"{prefix}: a {type(value).__name__} can't be saved")
 
 
-def unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Inverse of ``flatten``."""
-    if isinstance(value, dict):
-        if "tensor" in value:
-            return tensors[value["tensor"]]
-        if "tuple" in value:
-            return tuple(unflatten(v, tensors) for v in value["tuple"])
-        if "dtype" in value:
-            return getattr(torch, value["dtype"])
-        return {k: unflatten(v, tensors) for k, v in value["dict"]}
-    return [unflatten(v, tensors) for v in value] if isinstance(value, list) else value
-
-
 def save_checkpoint(
     folder: Path,
     weights: Mapping[str, Mapping[str, Tensor]],
@@ -86,7 +79,7 @@ def save_checkpoint(
         progress: JSON values; ``global_step`` names the checkpoint.
         metadata: see ``save_weights``.
         keep: how many to keep.
-        description: see ``write_description``.
+        description: config.json, from which ``vit_tucker.load`` rebuilds the model; none is written if None.
 
     Returns:
         The checkpoint's folder.
@@ -99,8 +92,12 @@ def save_checkpoint(
     _clear(folder)
     try:
         write_state(beside, weights, optimizer, {"progress": progress}, metadata)
-        write_description(beside, description)
-        _write(beside / MANIFEST, {f.name: _fingerprint(f) for f in sorted(beside.iterdir())})
+        written = {f.name: _fingerprint(f) for f in sorted(beside.iterdir())}
+        if description is not None:
+            files = {f"{name}.safetensors": written[f"{name}.safetensors"]["sha256"] for name in weights}
+            write_config(beside, with_stored(description, {n: stored_file(beside / n, d) for n, d in files.items()}))
+            written[CONFIG] = _fingerprint(beside / CONFIG)
+        _write(beside / MANIFEST, written)
         sync(beside)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -133,13 +130,6 @@ def write_state(
     _write(folder / "state.json", {"optimizer": values, **facts})
 
 
-def write_description(folder: Path, description: Mapping[str, Any] | None) -> None:
-    """What the weights of a folder are of, as config.json of timm's layout: ``vit_tucker.load`` rebuilds the model from it."""
-    if description is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / "config.json", json.dumps(description, indent=2) + "\n")
-
-
 def list_checkpoints(folder: Path) -> list[Path]:
     """Folders of resumable checkpoints, oldest first; torn ones too, see ``damage``."""
     found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and p.is_dir()]
@@ -147,7 +137,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if all are as they were written."""
+    """What is wrong with the files of a checkpoint; None if all are as they were written, and no weights are there besides."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, written in manifest.items():
@@ -158,13 +148,34 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {found['bytes']:,} bytes of {written['bytes']:,}"
             if found["sha256"] != written["sha256"]:
                 return f"{name} is not what was written (SHA-256)"
+        if not manifest.keys() >= NEEDED:
+            return "files are missing"
+        if strange := sorted(f.name for f in checkpoint.glob("*.safetensors") if f.name not in manifest):
+            return f"{strange[0]} was not written with the others"
+        return weights_told_otherwise(checkpoint, manifest)
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} can't be read: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except CheckpointError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is no manifest"
-    return (
-        None if {"model.safetensors", "optimizer.safetensors", "state.json"} <= manifest.keys() else "files are missing"
-    )
+
+
+def weights_told_otherwise(checkpoint: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Which weights config.json and the manifest tell apart; None if they agree, or config.json says nothing.
+
+    Raises:
+        CheckpointError: config.json can't be read.
+    """
+    if not (checkpoint / CONFIG).is_file():
+        return None
+    stored = read_stored(read_object(checkpoint / CONFIG), CONFIG)
+    for name, file in stored.files.items() if stored is not None else ():
+        if name not in manifest:
+            return f"{name} is missing: {CONFIG} tells of it"
+        if manifest[name]["sha256"] != file.sha256:
+            return f"{name} is not what {CONFIG} tells of (SHA-256)"
+    return None
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -177,17 +188,27 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
         CheckpointError: there are checkpoints, but none is whole.
     """
     _restore(folder)
+    checkpoint, damaged = intact_checkpoint(folder)
+    if checkpoint is None and damaged:
+        raise CheckpointError(
+            f"{'; '.join(damaged)}; none is left to continue from; remove the run folder to train anew"
+        )
+    return checkpoint, damaged
+
+
+def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """``newest_intact`` of a folder that is only read: nothing is restored or refused.
+
+    Returns:
+        None and all lines if none is whole.
+    """
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint, damaged
         damaged.append(f"{checkpoint}: damaged: {reason}")
-    if damaged:
-        raise CheckpointError(
-            f"{'; '.join(damaged)}; none is left to continue from; remove the run folder to train anew"
-        )
-    return None, []
+    return None, damaged
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -208,11 +229,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
         saved = checkpoint / "ema.safetensors"
         load_weights(saved if saved.is_file() else checkpoint / "model.safetensors", ema)
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        tensors = load_file(str(checkpoint / "optimizer.safetensors"))
-        return state["progress"], unflatten(state["optimizer"], tensors)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint}: can't be resumed from: {error}") from None
+        return read_state(checkpoint, load_file(str(checkpoint / "optimizer.safetensors")))
+    except (OSError, SafetensorError, CheckpointError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{checkpoint}/")
+        raise CheckpointError(f"{checkpoint}: can't be resumed from: {reason}") from None
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -222,9 +242,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         CheckpointError: of another optimizer, or of other parameters.
     """
     names = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [dict(group) for group in optimizer.param_groups]
     try:
+        refuse_other_groups(state, before, len(names))
         for number, entries in state["state"].items():
-            parameter = names[int(number)]
+            parameter = names[number]
+            refuse_other_shapes(entries, parameter, number)
             if isinstance(parameter, DTensor):
                 state["state"][number] = {
                     k: distribute_tensor(v.to(parameter.device), parameter.device_mesh, parameter.placements)
@@ -233,8 +256,55 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                     for k, v in entries.items()
                 }
         optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: {error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: {reason}") from None
+    for group, own in zip(optimizer.param_groups, before, strict=True):
+        if lost := [name for name in own if name not in group]:
+            raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: it has no {lost[0]}")
+
+
+def refuse_other_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Raise ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's.
+
+    Args:
+        state: to be loaded.
+        groups: of the optimizer.
+        count: of its parameters.
+    """
+    saved = state["param_groups"]
+    numbers = [number for group in saved for number in group["params"]]
+    if len(saved) != len(groups) or numbers != list(range(count)):
+        raise ValueError(
+            f"{len(saved)} groups of {len(numbers)} parameters, not {len(groups)} of {count} in their order"
+        )
+    strange = [number for number in state["state"] if type(number) is not int or not 0 <= number < count]
+    if strange:
+        raise ValueError(f"it has a state of a parameter {strange[0]!r}, of {count}")
+    for number, (group, own) in enumerate(zip(saved, groups, strict=True)):
+        for name, value in own.items():
+            if name in group and not alike(value, group[name]) and name != "params":
+                raise ValueError(f"group {number}: {name} is {str(group[name])[:40]!r}, not a value like {value!r}")
+
+
+def alike(value: Any, saved: Any) -> bool:
+    """Whether a saved option of an optimizer is of the kind that its own is."""
+    if isinstance(value, bool | str):
+        return type(saved) is type(value)
+    if isinstance(value, int | float):
+        return isinstance(saved, Tensor) or (type(saved) in (int, float) and math.isfinite(saved))
+    if isinstance(value, tuple | list):
+        same = isinstance(saved, tuple | list) and len(saved) == len(value)
+        return same and all(map(alike, value, saved))
+    return True
+
+
+def refuse_other_shapes(entries: Mapping[str, Any], parameter: Tensor, number: int) -> None:
+    """Raise ValueError if a parameter's saved moments are not of its shape."""
+    for name in MOMENTS:
+        value = entries.get(name)
+        if isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise ValueError(f"{name} of parameter {number} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
 
 
 def _write(file: Path, values: Any) -> None:
@@ -243,11 +313,7 @@ def _write(file: Path, values: Any) -> None:
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _remove(folder: Path) -> None:

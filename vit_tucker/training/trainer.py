@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.errors import DivergedError, SaveError, StoppedError
+from vit_tucker.digests import save_model
+from vit_tucker.errors import DivergedError, FailedError, SaveError, StoppedError
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import flatten, save_checkpoint, write_description, write_state
+from vit_tucker.training.state import flatten, save_checkpoint, write_state
 from vit_tucker.weights import full_state, save_weights
 
 
@@ -44,7 +45,7 @@ class Trainer:
         seed: of the run.
         run_dir: where results go.
         metadata: strings for the header of saved weights.
-        description: config.json beside saved weights, see ``vit_tucker.training.state.write_description``; None for none.
+        description: config.json beside saved weights, see ``vit_tucker.digests``; None for none.
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.
@@ -132,9 +133,13 @@ class Trainer:
         state = full_state(self.ema.module if self.ema is not None else self.bare)
         header = {**self.metadata, "epoch": str(best["epoch"]), "top1": f"{best['top1']:.4f}", "best": json.dumps(best)}
 
+        file, config = self.run_dir.best, self.description
+
         def write() -> None:
-            write_description(self.run_dir.best.parent, self.description)
-            save_weights(self.run_dir.best, state, header)
+            if config is None:
+                save_weights(file, state, header)
+            else:
+                save_model(file.parent, file.name, state, header, config)
 
         self._write(write, "the best weights")
 
@@ -198,12 +203,16 @@ class Trainer:
             "loss_scale": scaler and scaler.get("scale"),
         }
         weights, optimizer = {"model": full_state(t.bare)}, t._optimizer_state()
-        t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
+        kept = f"the state after step {step} is in {folder}"
+        try:
+            t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
+        except FailedError as error:  # is for looking at, and must not hide why the run ends
+            kept = str(error).partition(";")[0]
         t.peers.agreed = True
         scale = "" if scaler is None else f", loss scale {scaler.get('scale'):g}"
         raise DivergedError(
             f"{what} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
-            f"{scale}); the state after step {step} is in {folder}; lower train.lr, or set train.clip_grad or "
+            f"{scale}); {kept}; lower train.lr, or set train.clip_grad or "
             "train.mixed_precision"
         )
 

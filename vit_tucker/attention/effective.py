@@ -1,0 +1,273 @@
+"""The weights that modules compute with, whatever stands around them: adapters of PEFT, parametrizations, hooks.
+
+Every reader of weights goes through here. A plain module is given back as it is; what can be merged exactly is merged in a copy;
+anything else is refused, since its weights would not be what it computes with.
+"""
+
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from vit_tucker.errors import WeightsError
+
+Layer = TypeVar("Layer", bound=nn.Module)
+PROJECTIONS = (nn.Linear, nn.Conv2d)
+SILENT = (nn.Dropout, nn.Softmax, nn.Identity)
+"""Classes of parts that hold no weights: their hooks can't change any, and go with the module."""
+CALL_HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
+"""Attributes of a module with hooks that may change what it computes."""
+HOOKS = {**CALL_HOOKS, "_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
+"""Attributes of a module with hooks of users."""
+FUNCTIONAL = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+"""Pre-hooks of torch's own that compute a tensor of their module."""
+TOLERANCE = 1e-9
+"""Largest relative difference, in float64, between an adapted module and what its adapters were merged into."""
+
+
+def full_name(module: nn.Module) -> str:
+    """'peft.tuners.lora.layer.Linear'"""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def peft_class(place: str, name: str) -> tuple[type, ...]:
+    """A class of PEFT for ``isinstance``; none unless PEFT is imported: without it there are no such modules."""
+    found = getattr(sys.modules.get(place), name, None)
+    return (found,) if isinstance(found, type) else ()
+
+
+def is_tuner(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's layers with adapters around another."""
+    return isinstance(module, peft_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
+    return is_tuner(module) or isinstance(module, peft_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
+
+
+def functional_hooks(module: nn.Module) -> list[Any]:
+    """The module's pre-hooks of old weight norm, spectral norm and pruning."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FUNCTIONAL)]
+
+
+def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iterator[str]:
+    """The kind of each hook on the module itself, torch's own apart."""
+    for kind in kinds:
+        for hook in getattr(module, kind).values():
+            if not isinstance(hook, FUNCTIONAL):
+                yield HOOKS[kind]
+
+
+def refuse_altered(module: nn.Module) -> None:
+    """Raise WeightsError for a module with hooks that may change its output, or with another forward than its class."""
+    for kind in user_hooks(module, tuple(CALL_HOOKS)):
+        raise WeightsError(f"has a {kind}, which may change what it computes: remove it first (handle.remove())")
+    if "forward" in vars(module):
+        raise WeightsError(
+            f"has a forward of its own in place of that of {full_name(module)}: its weights don't say what it does"
+        )
+
+
+def plain_part(part: nn.Module) -> nn.Module:
+    """The module itself if it is plain, else a plain one that computes the same in eval mode, with adapters and parametrizations
+    merged.
+
+    Args:
+        part: a projection, norm or gate, or what a user put around one. It is not changed, and no hooks of it are called.
+
+    Raises:
+        WeightsError: it computes something else than its weights say; the message lacks its name.
+    """
+    refuse_altered(part)
+    if is_adapter(part):
+        return plain_part(merged(part))
+    if parametrize.is_parametrized(part) or functional_hooks(part):
+        return plain_part(settled(part))
+    return with_plain_parts(part)
+
+
+def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn.Module:
+    """The module itself if all of its parts are plain, else a shallow copy whose parts are.
+
+    Args:
+        module: it is not changed.
+        projections: names of parts whose weights are to be read: Linears or convolutions.
+
+    Raises:
+        WeightsError: see ``plain_part``; the message names the part.
+    """
+    parts: dict[str, nn.Module | None] = {}
+    for name, part in module._modules.items():
+        try:
+            parts[name] = part if part is None else plain_child(part, name in projections)
+        except WeightsError as error:
+            raise WeightsError(f"its {name} {error}") from None
+    if all(parts[name] is part for name, part in module._modules.items()):
+        return module
+    new = copy.copy(module)
+    new._modules = parts
+    return without_hooks(new)
+
+
+def readable(part: nn.Module) -> Any:
+    """A Linear or convolution, plain, whose ``weight`` and ``bias`` say what it computes; see ``plain_part``.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    plain = plain_part(part)
+    refuse_unreadable(plain)
+    return plain
+
+
+def plain_layer(layer: Layer) -> Layer:
+    """A layer of ours whose own weights say what it computes: itself, or a copy with adapters and parametrizations merged.
+
+    Raises:
+        WeightsError: see ``with_plain_parts``.
+    """
+    if "forward" in vars(layer):
+        refuse_altered(layer)
+    linears = [name for name, part in layer.named_children() if hasattr(part, "in_features")]
+    return cast(Layer, with_plain_parts(layer, linears))
+
+
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of a module does, such as those of its adapters: what takes its place does as a whole then."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def plain_child(part: nn.Module, is_projection: bool) -> nn.Module:
+    """A part of a module, plain; see ``with_plain_parts``."""
+    if type(part) in SILENT:
+        if "forward" in vars(part):
+            refuse_altered(part)
+        return part
+    plain: nn.Module = readable(part) if is_projection else plain_part(part)
+    if any(user_hooks(plain)):  # of gradients: they stay where they are
+        return without_hooks(copy.copy(plain))
+    return plain
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module, which must be a copy, free of the hooks that it shares with the one it was copied from."""
+    for kind in HOOKS:
+        setattr(module, kind, OrderedDict())
+    return module
+
+
+def refuse_unreadable(part: nn.Module) -> None:
+    """Raise WeightsError for anything but a Linear or a convolution with weights of its own."""
+    cls = next((cls for cls in PROJECTIONS if type(part).forward is cls.forward), None)
+    if cls is None or type(part).__call__ is not nn.Module.__call__:
+        raise WeightsError(f"is a {full_name(part)}, which computes something else than its weights alone say")
+    for tensor in part.parameters():
+        if is_traceable_wrapper_subclass(tensor) or is_traceable_wrapper_subclass(tensor.data):
+            raise WeightsError(
+                f"has weights that are a {type(tensor).__name__}, not a plain tensor: quantised or sharded"
+            )
+
+
+def settled(part: nn.Module) -> nn.Module:
+    """A copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
+    new = free_copy(part).eval()  # eval: spectral norms change their vectors in training
+    try:
+        if parametrize.is_parametrized(new):
+            values = {name: getattr(new, name).detach() for name in new.parametrizations}  # type: ignore[union-attr]
+            new.__class__ = parametrize.type_before_parametrizations(
+                new
+            )  # torch's own removal would change its class for all
+            del new.parametrizations
+            for name, value in values.items():
+                new.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        for hook in functional_hooks(new):
+            if isinstance(hook, WeightNorm):
+                remove_weight_norm(new, hook.name)
+            elif isinstance(hook, SpectralNorm):
+                remove_spectral_norm(new, hook.name)
+            else:
+                prune.remove(new, hook._tensor_name)
+    except Exception as error:  # a parametrization may be any module of a user's
+        raise WeightsError(f"is parametrized, and has no value ({' '.join(str(error).split())})") from None
+    return new
+
+
+def free_copy(module: nn.Module) -> nn.Module:
+    """A deep copy, also of modules that hold tensors with a graph, as old weight norms do."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def merged(layer: Any) -> nn.Module:
+    """What a module of PEFT's computes at present, as one module of the kind that it is around.
+
+    PEFT's own layers merge themselves, in float64; adapters that are switched off don't count. The result is compared with the
+    adapted module on random inputs.
+    """
+    if not is_tuner(layer):
+        return trained_copy(layer)
+    for part in layer.modules():
+        refuse_altered(part)
+    base = layer.base_layer
+    if not isinstance(base, nn.Module):
+        raise WeightsError(f"is a {full_name(layer)}, which can't be merged")
+    dtype = next((p.dtype for p in base.parameters()), torch.float32)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            new: Any = free_copy(layer).double().eval()
+            x = inputs_of(plain_part(base))
+            expected = None if x is None else new(x)
+            if new.disable_adapters and new.merged:
+                new.unmerge()
+            elif not new.disable_adapters and not new.merged:
+                new.merge()
+            plain = plain_part(new.base_layer)
+            got = None if x is None else plain(x)
+    except WeightsError:
+        raise
+    except Exception as error:  # adapters of many kinds: each has its own words for what it can't merge
+        raise WeightsError(
+            f"is a {full_name(layer)}, which can't be merged: {' '.join(str(error).split())[:150]}"
+        ) from None
+    if (
+        got is not None
+        and expected is not None
+        and (got - expected).abs().max() > TOLERANCE * (1 + expected.abs().max())
+    ):
+        raise WeightsError(f"is a {full_name(layer)}, whose merged weights don't compute what it computes")
+    return plain.to(dtype)
+
+
+def trained_copy(wrapper: Any) -> nn.Module:
+    """The module that PEFT's ``modules_to_save`` puts in place of another; the other where it is switched off."""
+    copies = getattr(wrapper, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        raise WeightsError(f"is a {full_name(wrapper)}, which can't be merged")
+    active = [name for name in wrapper.active_adapters if name in copies]
+    chosen: nn.Module = wrapper.original_module if wrapper.disable_adapters or not active else copies[active[0]]
+    return chosen
+
+
+def inputs_of(part: nn.Module) -> Tensor | None:
+    """Random inputs of a Linear, convolution or norm, float64; None without values. No random generator of torch's is used."""
+    like = getattr(part, "weight", None)
+    if not isinstance(like, Tensor) or like.is_meta:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    shape = (8, part.in_channels, *part.kernel_size) if isinstance(part, nn.Conv2d) else (8, like.shape[-1])
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)

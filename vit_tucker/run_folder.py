@@ -1,0 +1,190 @@
+"""A run's folder around its training: whose it is, which config it goes on with, what is written first, and what if it fails."""
+
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vit_tucker.build import BuiltModel
+from vit_tucker.config.load import config_difference, dump_config, everywhere, load_config, plain_values, validate
+from vit_tucker.config.places import STARTED_FILE, as_stored
+from vit_tucker.config.schema import RunConfig
+from vit_tucker.config.source import Source, read_yaml
+from vit_tucker.data.loaders import Loaders
+from vit_tucker.errors import CheckpointError, ConfigError, FailedError, SaveError, VitTuckerError
+from vit_tucker.harmless import HARMLESS
+from vit_tucker.paths import refuse_unwritable
+from vit_tucker.trainer_setup import weights_header
+from vit_tucker.training.lock import RunLock
+from vit_tucker.training.peers import Peers, one_line
+from vit_tucker.training.run_dir import LOGGER, RunDir
+from vit_tucker.training.state import intact_checkpoint
+from vit_tucker.weights import full_state, replace_text, save_weights
+
+STREAMS = ("wds", "hfids", "tfds")
+"""Data sets whose batches depend on the number of loader workers."""
+
+
+@dataclass
+class Claim:
+    """What the processes of one run may do with its folder; only the first one holds the lock.
+
+    Attributes:
+        run_dir: the folder.
+        lock: of it.
+        taken: the folder was there, and is this run's now.
+        begun: this run has written into it.
+    """
+
+    run_dir: RunDir
+    lock: RunLock = field(init=False)
+    taken: bool = False
+    begun: bool = False
+
+    def __post_init__(self) -> None:
+        self.lock = RunLock(self.run_dir.path)
+
+    def take(self, peers: Peers, dry_run: bool) -> None:
+        """Make a folder that is there this run's own, on the first process for all; a dry run only asks.
+
+        Raises:
+            ConfigError: another run is being trained there; nothing has changed.
+        """
+
+        def ask() -> bool:
+            if not self.run_dir.path.is_dir():
+                return False
+            if dry_run:
+                self.lock.refuse_held()
+            else:
+                self.lock.take()
+            return not dry_run
+
+        self.taken = peers.on_main(ask)
+
+    def kept_config(self, config: RunConfig) -> tuple[RunConfig, str]:
+        """The config as config.yaml and results.json are to have it, and the text of started.json, see ``as_stored``."""
+        run_dir = self.run_dir
+        stored = read_yaml(run_dir.config).values if run_dir.begun and run_dir.config.is_file() else {}
+        values, started = as_stored(plain_values(config), stored, run_dir.path)
+        return validate(Source(values)), started
+
+    def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:
+        """Write what a run starts with; on the first process.
+
+        Args:
+            config, started: see ``kept_config``.
+            built, loaders: of the run.
+
+        Raises:
+            ConfigError: another run has begun in the folder since this one looked. SaveError: it can't be written to.
+        """
+        run_dir = self.run_dir
+        if not self.lock.held:
+            self.lock.take()
+            if run_dir.config.is_file():
+                raise ConfigError(
+                    f"output_dir: a run has begun in {run_dir.path} while this one was set up: start it again to go on with "
+                    "that one, or choose another output_dir="
+                )
+        if self.lock.note is not None:
+            LOGGER.info(self.lock.note)
+        keep_teacher = run_dir.begun and run_dir.teacher.is_file()
+        try:
+            run_dir.start(dump_config(config), built.patch, built.data, loaders.label_names)
+            replace_text(run_dir.path / STARTED_FILE, started)
+            if built.teacher is not None and not keep_teacher:
+                save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
+        except OSError as error:
+            raise unwritable(run_dir.path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> SaveError:
+    """The error of a run that can't write what it can't do without."""
+    reason = error.strerror or str(error)
+    return SaveError(f"{path} can't be written to: {reason}; free some space there, then the same command goes on")
+
+
+def record_failure(claim: Claim, peers: Peers, error: Exception) -> None:
+    """Have a failure in train.log: the traceback of what is no user's mistake; of several processes, whose it was.
+
+    Where the first process does not say it, a line goes to standard error too.
+    """
+    expected = isinstance(error, VitTuckerError | FailedError)
+    alone = peers.num_processes > 1 and not peers.agreed
+    line = f"process {peers.rank} failed: {one_line(error)}" if alone else f"error: {one_line(error)}"
+    if claim.begun or (claim.taken and not expected):
+        if not expected:
+            claim.run_dir.log_failure("".join(traceback.format_exception(error)).rstrip())
+        if alone or (peers.rank == 0 and expected):
+            claim.run_dir.log_failure(line)
+    if alone and peers.rank != 0:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
+    """Refuse a folder that holds a run of another config, or that can't be made.
+
+    A run that left no weights is none to go on with: its folder takes any config.
+
+    Returns:
+        The config, with the ranks that a rank rule chose when the run began; and what has changed since then that matters.
+
+    Raises:
+        ConfigError: with the differences, or what is in the way.
+    """
+    if not run_dir.config.is_file():
+        refuse_unwritable("output_dir", run_dir.path, folder=True)
+        return config, []
+    if not run_dir.begun:
+        return config, []
+    stored = load_config(run_dir.config)
+    elsewhere = {line.partition(":")[0] for line in changes_of_run(everywhere(stored), everywhere(config))}
+    changes = [line for line in changes_of_run(stored, config) if line.partition(":")[0] in elsewhere]
+    if changes and not allow_changes:
+        raise ConfigError(
+            f"{run_dir.path} holds a run with another config: {'; '.join(changes)}; choose another output_dir=, remove that "
+            "folder, or continue it with this config by --allow-changes"
+        )
+    if config.attention is not None and any(line.startswith("attention.") for line in changes):
+        return config, changes
+    return config.model_copy(update={"attention": stored.attention}), changes
+
+
+def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
+    """What differs between the config of a run that began and another, and matters: not the ranks that a rule chose.
+
+    Returns:
+        Lines 'train.lr: 0.001 -> 0.002'.
+    """
+    chosen, given = stored.attention, config.attention
+    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
+        stored = stored.model_copy(update={"attention": chosen.without_choices()})
+    streamed = config.data.dataset.partition("/")[0] in STREAMS
+    harmless = HARMLESS - ({"data.num_workers"} if streamed else set())
+    return [line for line in config_difference(stored, config) if line.partition(":")[0] not in harmless]
+
+
+def weights_to_evaluate(run_dir: RunDir) -> Path | None:
+    """The best weights of a run, else those of its last intact checkpoint (of the EMA if there is one), which is said.
+
+    Returns:
+        None for a run that has not got so far: it is at its start.
+
+    Raises:
+        CheckpointError: the run was trained, and its weights are gone or damaged.
+    """
+    if run_dir.best.is_file():
+        return run_dir.best
+    checkpoint, damaged = intact_checkpoint(run_dir.checkpoints)
+    if checkpoint is None:
+        if run_dir.results.is_file():
+            raise CheckpointError(
+                f"{run_dir.path}: the run is finished, but it has neither {run_dir.best.parent.relative_to(run_dir.path)} nor "
+                "another checkpoint any more: there is nothing to evaluate; remove the folder to train anew"
+            )
+        return None
+    for line in [*damaged, f"{run_dir.path}: no best weights, so those of {checkpoint.name} are evaluated"]:
+        LOGGER.warning(line)
+    averaged = checkpoint / "ema.safetensors"
+    return averaged if averaged.is_file() else checkpoint / "model.safetensors"

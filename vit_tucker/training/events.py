@@ -1,0 +1,58 @@
+"""TensorBoard's events of a run, which may get lost (a full disk, a quota) at the price of one warning."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from vit_tucker.training.run_dir import warn_of_loss
+
+
+class Events:
+    """A SummaryWriter that gives up at the first fault of the file system.
+
+    Args:
+        folder: where its file goes.
+        first_step: TensorBoard drops what an earlier try wrote from this step on.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._hook = threading.excepthook
+        threading.excepthook = self._quiet_writer
+        self._writer: SummaryWriter | None = None
+        self._guarded(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=first_step)))
+
+    def scalar(self, name: str, value: float | None, step: int) -> None:
+        """Write a number."""
+        self._write(lambda writer: writer.add_scalar(name, value, step))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Write Markdown."""
+        self._write(lambda writer: writer.add_text(name, text, step))
+
+    def image(self, name: str, pixels: Any, step: int) -> None:
+        """Write a picture (channels, height, width)."""
+        self._write(lambda writer: writer.add_image(name, pixels, step))
+
+    def close(self) -> None:
+        """Write what is still held."""
+        self._write(lambda writer: writer.close())
+        threading.excepthook = self._hook
+
+    def _write(self, write: Callable[[SummaryWriter], Any]) -> None:
+        if (writer := self._writer) is not None:
+            self._guarded(lambda: write(writer))
+
+    def _guarded(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except OSError as error:
+            self._writer = None
+            warn_of_loss("TensorBoard's events", error)
+
+    def _quiet_writer(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread of its own: its fault comes back with the next call, and needs no traceback too."""
+        if not (type(args.thread).__module__.startswith("tensorboard") and issubclass(args.exc_type, OSError)):
+            self._hook(args)

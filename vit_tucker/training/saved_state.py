@@ -1,0 +1,165 @@
+"""What state.json of a checkpoint must hold, and that it is of the files beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vit_tucker.errors import CheckpointError
+from vit_tucker.json_files import Strict, checked, kind_of, read_object, shown
+from vit_tucker.training.progress import Progress
+
+Steps = Annotated[int, Field(ge=0, le=1 << 48)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Score = Annotated[float, Field(allow_inf_nan=True)]
+COLUMNS = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
+"""What each row of summary.csv has."""
+OPENERS = ("dict", "tensor", "tuple", "dtype")
+"""Keys by which ``flatten`` marks what JSON does not have."""
+
+
+class Best(Strict):
+    """Scores of the best weights so far."""
+
+    epoch: Annotated[int, Field(ge=1, le=1 << 48)]
+    top1: Percent
+    top5: Percent
+    loss: Score
+
+
+class Scaler(Strict):
+    """State of torch's GradScaler."""
+
+    scale: Annotated[float, Field(gt=0)]
+    growth_factor: Annotated[float, Field(gt=1)]
+    backoff_factor: Annotated[float, Field(gt=0, lt=1)]
+    growth_interval: Annotated[int, Field(ge=1)]
+    growth_tracker: Annotated[int, Field(ge=0, alias="_growth_tracker")]
+
+
+class SavedProgress(Strict):
+    """``Progress`` as it is saved, and the scaler's state."""
+
+    epoch: Steps
+    step: Steps
+    global_step: Steps
+    loss_sum: float
+    seconds: Annotated[float, Field(ge=0)]
+    rows: list[dict[str, Score | None]]
+    best: Best | None
+    processes: Annotated[int, Field(ge=1, le=1 << 24)]
+    steps_per_epoch: Steps
+    faults: list[str]
+    scaler: Scaler | None = None
+
+
+def read_progress(values: Any, checkpoint: Path) -> tuple[Progress, dict[str, Any] | None]:
+    """Returns where a run stood, and the scaler's state, as a checkpoint has them.
+
+    Args:
+        values: the entry ``progress`` of state.json.
+        checkpoint: its folder, whose name has the number of steps.
+
+    Raises:
+        CheckpointError: something else is there (written by another version?), or numbers that contradict each other.
+    """
+    where = f"{checkpoint}: state.json: progress"
+    checked(SavedProgress, values, where)
+    progress = Progress(**{key: value for key, value in values.items() if key != "scaler"})
+    for number, row in enumerate(progress.rows, start=1):
+        if missing := [name for name in COLUMNS if name not in row]:
+            raise CheckpointError(f"{where}.rows.{number - 1}: has no {missing[0]}")
+        if row["epoch"] != number:
+            raise CheckpointError(f"{where}.rows.{number - 1}: epoch {row['epoch']} in the place of epoch {number}")
+    for wrong in contradictions(progress, checkpoint):
+        raise CheckpointError(f"{where}: {wrong}")
+    return progress, values.get("scaler")
+
+
+def contradictions(progress: Progress, checkpoint: Path) -> list[str]:
+    """Returns what can't be true at once of where a run stood, a line each."""
+    p, found = progress, []
+    if f"step-{p.global_step:08d}" != checkpoint.resolve().name:
+        found.append(f"global_step is {p.global_step}, in the folder {checkpoint.resolve().name}")
+    if p.steps_per_epoch and (p.step > p.steps_per_epoch or p.global_step != p.epoch * p.steps_per_epoch + p.step):
+        found.append(
+            f"{p.epoch} epochs of {p.steps_per_epoch} steps and {p.step} steps are not the {p.global_step} of global_step"
+        )
+    if len(p.rows) != p.epoch:
+        found.append(f"{len(p.rows)} rows for {p.epoch} epochs")
+    if p.best is not None and p.best["epoch"] > p.epoch + 1:
+        found.append(f"the best epoch is {p.best['epoch']}, after {p.epoch} epochs")
+    return found
+
+
+def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the entry ``progress`` of a checkpoint's state.json, and the optimizer's state dict.
+
+    Args:
+        checkpoint: its folder.
+        tensors: of optimizer.safetensors, each of which must have its place.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    state = read_object(checkpoint / "state.json", all_finite=False)
+    for key in ("progress", "optimizer"):
+        if not isinstance(state.get(key), dict):
+            raise CheckpointError(f"{key}: an object is needed, a {kind_of(state.get(key))} found")
+    try:
+        optimizer = unflatten(state["optimizer"], tensors, "optimizer")
+    except RecursionError:
+        raise CheckpointError("optimizer: is nested too deep") from None
+    lost = sorted(tensors.keys() - set(names_in(state["optimizer"])))
+    if lost:
+        raise CheckpointError(f"optimizer: {lost[0]} of optimizer.safetensors has no place in it")
+    return state["progress"], optimizer
+
+
+def unflatten(value: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
+    """Inverse of ``vit_tucker.training.state.flatten``.
+
+    Args:
+        value: JSON values.
+        tensors: by name.
+        place: the name that a tensor here has.
+
+    Raises:
+        CheckpointError: something that ``flatten`` does not make.
+    """
+    if isinstance(value, list):
+        return [unflatten(v, tensors, f"{place}.{i}") for i, v in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or (kind := next(iter(value))) not in OPENERS:
+        raise CheckpointError(f"{place}: {shown(list(value))} where one of {', '.join(OPENERS)} is needed")
+    inner = value[kind]
+    if kind == "tensor":
+        if inner != place or place not in tensors:
+            raise CheckpointError(f"{place}: has no such tensor in optimizer.safetensors, or names another")
+        return tensors[place]
+    if kind == "dtype":
+        found = getattr(torch, inner, None) if isinstance(inner, str) else None
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"{place}: {shown(inner)} is no dtype")
+        return found
+    if not isinstance(inner, list):
+        raise CheckpointError(f"{place}: a {kind_of(inner)} found, a list needed")
+    if kind == "tuple":
+        return tuple(unflatten(v, tensors, f"{place}.{i}") for i, v in enumerate(inner))
+    pairs = {}
+    for pair in inner:
+        if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) not in (str, int) or pair[0] in pairs:
+            raise CheckpointError(f"{place}: {shown(pair)} found, a pair of a new name and a value needed")
+        pairs[pair[0]] = unflatten(pair[1], tensors, f"{place}.{pair[0]}")
+    return pairs
+
+
+def names_in(value: Any) -> list[str]:
+    """Returns the names of all tensors in what ``flatten`` has made."""
+    if isinstance(value, dict):
+        return [value["tensor"]] if "tensor" in value else [n for part in value.values() for n in names_in(part)]
+    return [name for part in value for name in names_in(part)] if isinstance(value, list) else []
