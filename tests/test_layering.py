@@ -23,7 +23,7 @@ ALLOWED = {
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
     "config": {"errors", "attention", "paths", "validation"},
-    "patching": {"errors", "tensor", "attention"},
+    "patching": {"errors", "tensor", "attention", "validation"},
     "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
     "data": {"channels", "errors", "config"},
     "training": {"errors", "config", "data", "digests", "json_files", "live_bytes", "run_files", "weights"},
