@@ -127,7 +127,9 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         "dense_total": dense_total,
         "dense_attention": dense_attention,
     }
-    patch_values = run_dir.read_patch() if started else (patched.to_dict() if patched is not None else None)
+    patch_values = None
+    if patched is not None:
+        patch_values = (run_dir.read_patch() if started else None) or patched.to_dict()
     shown = None if started else patched
     return BuiltModel(
         model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)

@@ -184,7 +184,8 @@ def refuse_altered_weights(model: nn.Module) -> None:
         names = [name for name, module in model.named_modules() if is_altered(module)]
         if names:
             first = f"{names[0]}: a {full_name(model.get_submodule(names[0]))}"
-            raise CheckpointError(f"{len(names)} modules have {what} ({first}); {advice}")
+            count = "1 module has" if len(names) == 1 else f"{len(names)} modules have"
+            raise CheckpointError(f"{count} {what} ({first}); {advice}")
 
 
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:

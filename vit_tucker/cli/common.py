@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -130,12 +129,9 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
     Raises:
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
-    if not args.plugins and not args.trust_plugins:
-        return command(args)
-    from vit_tucker.config.plugins import load_plugins, trust_plugins
+    from vit_tucker.config.plugins import command_plugins
 
-    load_plugins(args.plugins)
-    with trust_plugins() if args.trust_plugins else nullcontext():
+    with command_plugins(args.plugins, args.trust_plugins):
         return command(args)
 
 

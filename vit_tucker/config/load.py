@@ -49,7 +49,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     written = read_with_bases(path, stored=stored)
     written.values = seen_from_here(written.values, path.parent)
     source = merge(written, read_overrides(overrides))
-    load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
+    load_config_plugins(source, path.parent if stored is None else Path())
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"

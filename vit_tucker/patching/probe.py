@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vit_tucker.attention.call import to_sequences
-from vit_tucker.attention.effective import CALL_HOOKS, HOOKS
+from vit_tucker.attention.effective import CALL_HOOKS, HOOKS, functional_hooks
 from vit_tucker.errors import ConfigError
 
 SQUARES = range(32, 1025, 16)
@@ -75,7 +75,9 @@ def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[obje
     for module in model.modules():
         memo |= {id(value): OrderedDict() for name, value in vars(module).items() if name in HOOKS}
         for value in vars(module).values():
-            if isinstance(value, Tensor):  # no parameter: old weight norms keep one with a graph
+            if isinstance(value, Tensor) and (
+                not value.is_leaf or functional_hooks(module)
+            ):  # old weight norms keep one
                 memo[id(value)] = torch.empty_like(value, device=device, requires_grad=False)
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device=device, requires_grad=False)
