@@ -54,7 +54,7 @@ def test_kernels_in_the_interpreter(tmp_path):
     if numbers(triton.__version__) < (3, 7) and numbers(np.__version__) >= (2, 4):
         pytest.skip("the interpreter before Triton 3.7 makes integers of arrays in a way that numpy 2.4 refuses")
     counts, output = run_cases(tmp_path, TRITON_INTERPRET="1")
-    assert counts["tests"] > 50, output
+    assert counts["tests"] > 35, output
     assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
 
 
