@@ -56,7 +56,7 @@ ALLOWED = {
         "weights",
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
-    "inference": {"errors", "config", "data", "checkpoint"},
+    "inference": {"errors", "config", "data", "checkpoint", "patching"},
     "explain": {
         "channels",
         "errors",
