@@ -42,7 +42,6 @@ class AttentionModule(nn.Module):
         self.num_heads = spec.num_heads
         self.head_dim = spec.head_dim
         self.attn_dim = spec.attn_dim
-        self.scale = spec.scale
         self.fused_attn = spec.fused_attn
         self.backend = AUTO
         self.attn_drop = nn.Dropout(spec.attn_drop)
@@ -96,6 +95,11 @@ class AttentionModule(nn.Module):
         """softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
                       attn_mask=attn_mask, is_causal=is_causal, backend=self.heads_backend)  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale. Made of an integer each time: torch.compile(dynamic=True) holds floats of a module for open numbers."""
+        return self.spec.scale
 
     @property
     def heads_backend(self) -> str:

@@ -56,7 +56,7 @@ def facts_of_call(call: TuckerCall) -> Facts:
     ranks = (p.shape[2], k.shape[2], post.shape[1], v.shape[2])
     more = keeps_more(ranks, pre.shape[0], call.scale) and many_tokens(p)
     return Facts(device_type(p), p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
-                 mask, mask_grad, call.dropout, grad, own_only(), ranks, angles_grad, more)  # fmt: skip
+                 mask, mask_grad, call.dropout != 0, grad, own_only(), ranks, angles_grad, more)  # fmt: skip
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:
