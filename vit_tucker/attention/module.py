@@ -98,7 +98,7 @@ class AttentionModule(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The softmax scale. Made of an integer each time: torch.compile(dynamic=True) holds floats of a module for open numbers."""
+        """The softmax scale, made of an integer: torch.compile(dynamic=True) holds a module's floats for open numbers."""
         return self.spec.scale
 
     @property

@@ -77,8 +77,8 @@ def _cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
         return attn_mask
     if not attn_mask.is_floating_point():
         raise PatchError(
-            f"attn_mask is {str(attn_mask.dtype).removeprefix('torch.')}; it must be bool (True: attend), as mask.bool() makes it,"
-            f" or floating point, added to the scores"
+            f"attn_mask is {str(attn_mask.dtype).removeprefix('torch.')}; it must be bool (True: attend), as mask.bool() makes"
+            f" it, or floating point, added to the scores"
         )
     return attn_mask.to(x.dtype)
 
