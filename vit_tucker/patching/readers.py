@@ -90,6 +90,7 @@ def make_host(
     projections: Projections,
     position_bias: PositionBias | None = None,
     heads_last: bool = False,
+    fused_attn: bool = True,
     **options: Any,
 ) -> Host:
     """Host of a module from its projections; norms, gate and rates are asked of the module: older classes lack some.
@@ -99,6 +100,7 @@ def make_host(
         projections: of the heads.
         position_bias: additive bias of its scores.
         heads_last: the output projection takes its inputs ordered (D, head) instead of (head, D).
+        fused_attn: of a module without a switch of that name.
         options: of HostSpec, ``layout`` and ``rope``.
 
     Raises:
@@ -136,7 +138,7 @@ def make_host(
         proj_bias=m.proj.bias is not None,
         attn_drop=getattr(getattr(m, "attn_drop", None), "p", 0.0),
         proj_drop=getattr(getattr(m, "proj_drop", None), "p", 0.0),
-        fused_attn=getattr(m, "fused_attn", True),
+        fused_attn=getattr(m, "fused_attn", fused_attn),
         extras=extras,
         **options,
     )
