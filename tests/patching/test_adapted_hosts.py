@@ -99,6 +99,17 @@ def test_a_peft_model_is_patched_inside():
     assert torch.equal(wrapped(x), expected)
 
 
+def test_every_model_of_pefts_is_entered():
+    model = host()
+    config = peft.LoraConfig(target_modules=["fc1"], r=2)
+    mixed = peft.get_peft_model(model, config, mixed=True)
+    for outer in (mixed, mixed.base_model):
+        assert [layer.name for layer in vt.patch(outer, SMALL_TUCKER).layers] == ["blocks.0.attn", "blocks.1.attn"]
+        assert vt.patch_record(model) is not None
+        vt.unpatch(outer)
+        assert vt.patch_record(model) is None
+
+
 def test_adapters_that_are_off_count_for_nothing():
     model, wrapped = adapted()
     x = images()
