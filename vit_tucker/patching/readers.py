@@ -31,6 +31,8 @@ class Host:
     merged: Mapping[str, str] = field(default_factory=dict)
 
 
+SILENT = (nn.Dropout.forward, nn.Softmax.forward, nn.Identity.forward)
+"""What the parts of a host that no method takes over may do."""
 Projections = dict[str, Tensor | None]
 """Weights (heads, C, D) and biases (heads, D) of query, key and value under the names of ``MHAWeights``: views of parameters.
 Keys and values may have fewer heads than queries."""
@@ -114,8 +116,9 @@ def make_host(
         raise PatchError(f"its queries have width {head_dim}, its values {value.shape[-1]}")
     if abs(m.scale - head_dim**-0.5) > 1e-9:
         raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {head_dim**-0.5}")
-    for name in ("attn_drop", "proj_drop"):
-        if not isinstance(part := getattr(m, name, nn.Identity()), nn.Dropout | nn.Identity):
+    for name in ("attn_drop", "proj_drop", "softmax"):
+        part = getattr(m, name, None)
+        if part is not None and type(part).forward not in SILENT:
             raise PatchError(f"its {name} is a {full_name(part)}, which no method carries")
     extras: dict[str, dict[str, nn.Module]] = {}
     if not all(isinstance(getattr(m, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
