@@ -46,14 +46,14 @@ def command_plugins(given: Sequence[str], trusted: bool) -> Iterator[None]:
     Raises:
         ConfigError: one can't be imported.
     """
-    tokens = [(_NAMED, _NAMED.set({})), (_GIVEN, _GIVEN.set(tuple(given)))]
+    named, before = _NAMED.set({}), _GIVEN.set(tuple(given))
     try:
         load_plugins(given)
         with trust_plugins(trusted):
             yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        _NAMED.reset(named)
+        _GIVEN.reset(before)
 
 
 def plugin_arguments(plugins: Sequence[str]) -> list[str]:
