@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_tucker.config.source import Source, package_configs
 from vit_tucker.config.stored import stored_folder
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, shorten
 
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
@@ -174,7 +174,8 @@ def run_plugin(plugin: str, folder: Path) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(f"plugins: {shorten(plugin)}: {reason}") from error
 
 
 def _import_file(file: Path) -> None:
