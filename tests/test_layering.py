@@ -31,13 +31,13 @@ ALLOWED = {
     "checkpoint": {
         *("channels", "digests", "errors", "json_files", "run_files", "version", "weights", "attention", "patching"),
     },
-    "models": {"errors", "config", "patching", "checkpoint", "weights"},
+    "models": {"digests", "errors", "config", "patching", "checkpoint", "weights"},
     "harmless": set(),
     "report": {"errors", "harmless", "json_files", "paths", "run_files"},
     "build": {"errors", "attention", "config", "patching", "checkpoint", "data", "training", "models"},
     "trainer_setup": {
         *("errors", "attention", "config", "data", "patching", "training", "analysis", "build"),
-        *("checkpoint", "weights"),
+        *("checkpoint", "digests", "weights"),
     },
     "announce": {"config", "data", "models", "training", "analysis", "build", "weights"},
     "run_folder": {

@@ -19,6 +19,7 @@ from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
 from vit_tucker.config.schema import DistillConfig, ModelConfig
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
@@ -159,6 +160,7 @@ def create_teacher(
     """
     bare, key = config.untrained(), "train.distill.teacher"
     if kept is not None and kept.is_file():
+        verify_beside(kept)
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)
         return teacher, None

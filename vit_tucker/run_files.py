@@ -7,7 +7,8 @@ from pydantic import Field, field_validator
 from vit_tucker.json_files import Lenient
 
 Size = Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=2)]
+"""crop_pct: above 1 timm pads; some of its models have 1.15."""
 Means = Annotated[list[float], Field(min_length=1, max_length=1 << 12)]
 Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=1 << 12)]
 Score = Annotated[float, Field(allow_inf_nan=True)]

@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 import vit_tucker as vt
+from vit_tucker.attention import registry
 from vit_tucker.cli import main, train_main
 from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.config.load import load_config
@@ -165,6 +166,14 @@ def test_a_file_of_the_users_own_stands_for_the_folders(run, capfd):
     assert not (run / "evil.ran").exists()
 
 
+@pytest.fixture
+def own_method() -> Iterator[None]:
+    """Takes the method 'trusted' out of the registry again."""
+    yield
+    registry._METHODS.pop("trusted", None)
+
+
+@pytest.mark.usefixtures("own_method")
 def test_ones_own_run_goes_on_without_a_word(in_tmp, capfd):
     """Trained, continued and evaluated by the config that names the plug-in; by the folder alone it needs the user's word."""
     Path("method.py").write_text(

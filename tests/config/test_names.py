@@ -115,3 +115,23 @@ def test_of_tables():
         assert Path(stem_of(option)).name == stem_of(option)
         assert stem_of(option).isprintable()
         assert len(stem_of(option)) <= 200
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate {0}",
+        "predict {0} x.png",
+        "explain {0} x.png",
+        "export {0}",
+        "compare {0}",
+        "tables {0}",
+        "train --cfg {0}",
+    ],
+)
+def test_arguments_longer_than_names_are_a_line_too(command, capfd):
+    Path("x.png").touch()
+    assert main(command.format("x" * 300).split()) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

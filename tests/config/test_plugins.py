@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
+from vit_tucker.cli import main
 from vit_tucker.config.load import load_config
 from vit_tucker.config.plugins import command_plugins, load_plugins, plugin_arguments, trust_plugins
 from vit_tucker.config.stored import stored_folder
@@ -184,3 +185,13 @@ def test_a_plug_in_that_fails_is_run_again(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(vt.ConfigError, match="plugins: half.py: OSError: no disk"):
             load_plugins(["half.py"])
+
+
+@pytest.mark.parametrize("command", ["plan vit_tiny_patch16_224 --method half", "cost vit_tiny_patch16_224"])
+def test_overrides_name_them_without_a_config_too(folder, command, capfd):
+    """By ``plugins=`` or by -p, before the method's name is looked up."""
+    Path("evil.py").write_text(MARKER)
+    for words in (["plugins=[evil.py]"], ["-p", "evil.py"]):
+        main([*command.split(), *words, "model.depth=x"])
+        assert "model.depth" in capfd.readouterr().err
+        assert ran(folder) == ["mine/evil.ran"]

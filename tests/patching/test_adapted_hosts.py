@@ -99,6 +99,17 @@ def test_a_peft_model_is_patched_inside():
     assert torch.equal(wrapped(x), expected)
 
 
+def test_every_model_of_pefts_is_entered():
+    model = host()
+    config = peft.LoraConfig(target_modules=["fc1"], r=2)
+    mixed = peft.get_peft_model(model, config, mixed=True)
+    for outer in (mixed, mixed.base_model):
+        assert [layer.name for layer in vt.patch(outer, SMALL_TUCKER).layers] == ["blocks.0.attn", "blocks.1.attn"]
+        assert vt.patch_record(model) is not None
+        vt.unpatch(outer)
+        assert vt.patch_record(model) is None
+
+
 def test_adapters_that_are_off_count_for_nothing():
     model, wrapped = adapted()
     x = images()
@@ -150,6 +161,13 @@ class Other(timm.models.vision_transformer.Attention):
         return x
 
 
+class Doubled(nn.Dropout):
+    """A dropout in name only."""
+
+    def forward(self, x):
+        return 2 * x
+
+
 ALTERED = {
     "its qkv has a forward hook": lambda m: m.qkv.register_forward_hook(lambda module, args, y: 2 * y),
     "its proj has a forward pre-hook": lambda m: m.proj.register_forward_pre_hook(lambda module, args: None),
@@ -160,6 +178,7 @@ ALTERED = {
     "unknown attention class": lambda m: set_(m, "__class__", Other),
     "its qkv is a torch.ao.nn.quantized": lambda m: set_(m, "qkv", torch.ao.nn.quantized.dynamic.Linear(24, 72)),
     "its proj_drop is a torch.nn.modules.container.Sequential": lambda m: set_(m, "proj_drop", nn.Sequential()),
+    "its attn_drop is a tests.patching.test_adapted_hosts.Doubled": lambda m: set_(m, "attn_drop", Doubled()),
     "parameters of its own are pruned": lambda m: prune_own(m),
     "its weights hold NaN or infinite values (query)": lambda m: m.qkv.weight.data[0].fill_(float("nan")),
     "its weights hold NaN or infinite values (out bias)": lambda m: m.proj.bias.data[0].fill_(float("inf")),

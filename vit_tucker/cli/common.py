@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest
+from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,9 @@ def guarded(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: {shorten(error.filename)}: a longer name than file systems take", file=sys.stderr)
+            return 2
         if error.errno not in FULL:
             raise
         print(f"error: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)

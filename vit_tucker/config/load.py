@@ -60,6 +60,17 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
+def config_of(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """A config without a file: values, and overrides on top, whose plug-ins are the user's.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    source = merge(Source(values), read_overrides(overrides))
+    load_config_plugins(source, Path())
+    return validate(source)
+
+
 def _default_name(path: Path) -> str:
     """'digits/tucker_r16.yaml' below the configs becomes 'digits-tucker_r16'."""
     root = package_configs()

@@ -16,7 +16,7 @@ from typing import Any
 
 from vit_tucker.config.source import Source, package_configs
 from vit_tucker.config.stored import stored_folder
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, shorten
 
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
@@ -46,14 +46,14 @@ def command_plugins(given: Sequence[str], trusted: bool) -> Iterator[None]:
     Raises:
         ConfigError: one can't be imported.
     """
-    tokens = [(_NAMED, _NAMED.set({})), (_GIVEN, _GIVEN.set(tuple(given)))]
+    named, before = _NAMED.set({}), _GIVEN.set(tuple(given))
     try:
         load_plugins(given)
         with trust_plugins(trusted):
             yield
     finally:
-        for variable, token in tokens:
-            variable.reset(token)
+        _NAMED.reset(named)
+        _GIVEN.reset(before)
 
 
 def plugin_arguments(plugins: Sequence[str]) -> list[str]:
@@ -174,7 +174,8 @@ def run_plugin(plugin: str, folder: Path) -> None:
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(f"plugins: {shorten(plugin)}: {reason}") from error
 
 
 def _import_file(file: Path) -> None:
