@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import yaml
 from PIL import Image
 
 import vit_tucker as vt
+from tests.conftest import process_environment
 from vit_tucker.attention import registry
 from vit_tucker.cli import main, train_main
 from vit_tucker.cli.sweep import sweep_main
@@ -193,3 +196,17 @@ def test_ones_own_run_goes_on_without_a_word(in_tmp, capfd):
     assert train_main(["--cfg", "runs/mine-0/mine.yaml"]) == 2
     load_plugins(["method.py"])
     open_model("runs/mine-0")
+
+
+def test_python_m_imports_nothing_from_a_folder_that_is_read(in_tmp):
+    """``python -m`` has the current folder on its path; where that is a run, a module in it stands for no other."""
+    Path("argparse.py").write_text("raise SystemExit('from the current folder')\n")
+    command = [sys.executable, "-m", "vit_tucker", "--version"]
+    environment = process_environment(Path(vt.__file__).parents[1])
+    said = []
+    for files in ((), ("config.yaml", "train.log")):
+        for name in files:
+            Path(name).touch()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        said.append(done.stdout + done.stderr)
+    assert said == ["from the current folder\n", f"vit_tucker {vt.__version__}\n"]
