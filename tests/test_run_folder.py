@@ -14,7 +14,7 @@ from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.run import run
 from vit_tucker.training import engine
-from vit_tucker.training.run_dir import LOGGER, setup_console
+from vit_tucker.training.run_dir import LOGGER, log_lines
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 SHORT = ["train.epochs=1", "train.global_batch_size=256", "data.num_workers=0", "train.cpu=true"]
@@ -108,8 +108,8 @@ def test_what_a_run_needs_is_one_line_and_the_same_command_goes_on(name, capsys)
 def test_output_that_can_not_be_written_is_one_line(monkeypatch, capsys):
     with FULL.open("w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        setup_console(True)
-        LOGGER.info("a line of a run")  # is lost without a word: what the run writes counts
+        with log_lines(True):
+            LOGGER.info("a line of a run")  # is lost without a word: what the run writes counts
         assert main(["methods"]) == 1
     assert capsys.readouterr().err == "error: the output can't be written: No space left on device\n"
 
