@@ -161,3 +161,11 @@ def test_missing_pretrained_weights_are_one_line():
 def test_count_parameters(source):
     attention = sum(p.numel() for b in source.blocks for p in b.attn.parameters())
     assert count_parameters(source) == (sum(p.numel() for p in source.parameters()), attention)
+
+
+def test_images_smaller_than_a_patch_are_refused():
+    with pytest.raises(
+        vt.ConfigError, match="^model.img_size: images of 2x2 pixels are smaller than one patch of 4x4$"
+    ):
+        create_host(host_config(img_size=2))
+    assert create_host(host_config(img_size=4)).patch_embed.num_patches == 1

@@ -63,7 +63,7 @@ def test_mistakes_exit_with_2(in_tmp, capfd, arguments, message):
 
 
 def test_failures_of_the_training_exit_with_1_and_interrupts_with_130(in_tmp, capfd, monkeypatch):
-    diverging = ["train.lr=1e18", "train.opt=sgd", "train.clip_grad=null"]
+    diverging = ["train.lr=1000", "train.weight_decay=1000", "train.opt=sgd", "train.clip_grad=null"]
     assert train_main(["--cfg", "tucker_r16.yaml", *TINY, *diverging]) == 1
     assert "error: the loss is" in capfd.readouterr().err
 

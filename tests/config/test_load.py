@@ -86,6 +86,18 @@ def test_resolved_config_reads_back_equal(write, tmp_path):
             [],
             "attention.method: unknown method 'tuker', known: .*; did you mean 'tucker'?",
         ),
+        (
+            "attention:\n  init: random\n  # the line below\n  method: tuker\n",
+            [],
+            "^x.yaml:5: attention.method: unknown method 'tuker', known: gqa, mha, mla, tucker; did you mean 'tucker'?",
+        ),
+        ("", ["attention={method: tuker}"], "^command line: attention.method: unknown method 'tuker'"),
+        ("train: {sched: cosin}\n", [], "x.yaml:2: train.sched: .*, not 'cosin'; did you mean 'cosine'?$"),
+        (
+            "attention: {method: gqa, num_kv_heads: 1, backend: spda}\n",
+            [],
+            "attention.backend: .*; did you mean 'sdpa'?$",
+        ),
         ("attention: tucker\n", [], "x.yaml:2: attention: "),
         ("attention: tucker\ntrian: {}\n", [], "x.yaml:3: trian: unknown key; did you mean 'train'?"),
         ("attention: {ranks: [1, 2, 3]}\n", [], "x.yaml:2: attention.method: missing, known: gqa, mha, mla, tucker"),

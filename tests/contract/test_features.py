@@ -15,7 +15,7 @@ from vit_tucker.patching.hosts import has_mixed_rope, read_host
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 4}
 HOSTS = {
-    "rope": ("vit_small_patch16_rope_224", VIT),
+    "rope": ("eva02_tiny_patch14_224", {**VIT, "patch_size": 16}),
     "qk_norm": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True}),
     "scale_norm": ("vit_tiny_patch16_224", {**VIT, "scale_attn_norm": True}),
     "gate": ("vit_tiny_patch16_224", VIT),

@@ -11,7 +11,7 @@ from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_transforms
-from vit_tucker.data.transforms import eval_transform, resolve_data
+from vit_tucker.data.transforms import eval_transform, resolve_data, train_transform
 from vit_tucker.errors import ConfigError
 
 RESOLVED = {
@@ -171,3 +171,18 @@ def test_policies_run_at_every_magnitude(policy):
     assert posterize(image, 8) is image
     assert np.array_equal(np.asarray(posterize(image, 0)), np.asarray(posterize(image, 1)))
     assert not np.array_equal(np.asarray(posterize(image, 1)), np.asarray(posterize(image, 2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aa": "ran-m9"}, "data.aa: timm has no policy 'ran-m9', known: .*; did you mean 'rand'"),
+        ({"aa": "originall"}, "data.aa: .*; did you mean 'original'"),
+        ({"aa": "rand-m9-x1"}, "data.aa: timm has no policy 'rand-m9-x1', known: rand-m9-mstd0.5-inc1"),
+    ],
+)
+def test_policies_that_timm_does_not_know_are_refused(options, message):
+    resolved = {"input_size": (3, 8, 8), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(ConfigError, match=message):
+        train_transform(DataConfig(**options), resolved)
+    assert train_transform(DataConfig(aa="rand-m9-mstd0.5-inc1"), resolved)

@@ -86,7 +86,7 @@ def test_impossible_recipes_are_refused(make_vit):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="train.warmup_epochs=5 is more than train.epochs=2"):
         create_scheduler(optimizer, RECIPE.model_copy(update={"epochs": 2, "warmup_epochs": 5.0}), 10)
-    with pytest.raises(ConfigError, match="train.opt=adamm: .*(no such|not found)"):
+    with pytest.raises(ConfigError, match="train.opt=adamm: .* no such optimizer; did you mean 'adam'?"):
         create_optimizer(make_vit(), RECIPE.model_copy(update={"opt": "adamm"}))
 
 
