@@ -23,7 +23,7 @@ ALLOWED = {
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
     "config": {"errors", "attention", "paths", "validation"},
-    "patching": {"errors", "tensor", "attention"},
+    "patching": {"errors", "tensor", "attention", "validation"},
     "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
     "data": {"channels", "errors", "config"},
     "training": {"errors", "config", "data", "digests", "json_files", "live_bytes", "run_files", "weights"},
@@ -56,7 +56,7 @@ ALLOWED = {
         "weights",
     },
     "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
-    "inference": {"errors", "config", "data", "checkpoint"},
+    "inference": {"errors", "config", "data", "checkpoint", "patching"},
     "explain": {
         "channels",
         "errors",
@@ -88,7 +88,7 @@ ALLOWED = {
         *("errors", "validation", "config", "data", "patching", "training", "analysis", "report"),
         *("build", "costs", "paths", "run_folder", "cli"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "config"},
     "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
 }
 

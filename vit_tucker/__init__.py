@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same t
     from vit_tucker.checkpoint.save import push_to_hub, save
     from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
     from vit_tucker.export.dense import dense_model
+    from vit_tucker.patching.freeze import freeze_except_attention
     from vit_tucker.patching.full_rank import full_rank_config
     from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
     from vit_tucker.patching.report import LayerReport, PatchReport
@@ -77,6 +78,7 @@ _WHERE = {
         "VitTuckerError",
     ),
     "export.dense": ("dense_model",),
+    "patching.freeze": ("freeze_except_attention",),
     "patching.full_rank": ("full_rank_config",),
     "patching.patch": (
         "PatchRecord",
@@ -119,6 +121,7 @@ __all__ = [
     "VitTuckerError",
     "__version__",
     "dense_model",
+    "freeze_except_attention",
     "full_rank_config",
     "get_method",
     "list_methods",

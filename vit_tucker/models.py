@@ -74,11 +74,21 @@ def load_host(
         if config.pretrained:
             raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
+    refuse_no_tokens(model)
     if "_model_args" not in vars(model):  # which newer timm records itself
         model._model_args = arguments  # type: ignore[assignment]
     if report is not None and "fc_norm.weight" in report.new:
         shrink_classifier(model)
     return model, report
+
+
+def refuse_no_tokens(model: nn.Module) -> None:
+    """Raise ConfigError for images that are smaller than one patch: timm builds such a model, which then fails on any image."""
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "num_patches", None) == 0:
+        sizes = [getattr(embed, name, None) for name in ("img_size", "patch_size")]
+        image, patch = ("x".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in sizes)
+        raise ConfigError(f"model.img_size: images of {image} pixels are smaller than one patch of {patch}")
 
 
 def check_pretrained(

@@ -17,6 +17,7 @@ from vit_tucker.analysis.spectra import rank_scalars
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.build import BuiltModel
 from vit_tucker.checkpoint.describe import describe, header, set_image_options
+from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.schema import RunConfig, TrainConfig
 from vit_tucker.data.classes import padded
 from vit_tucker.data.image_files import ImageOptions
@@ -24,6 +25,7 @@ from vit_tucker.data.loaders import Loaders
 from vit_tucker.digests import save_model
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.freeze import freeze_except
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
 from vit_tucker.training.peers import Peers
@@ -77,6 +79,8 @@ def build_trainer(
     model, recipe, steps_per_epoch = built.model, config.train, loaders.train.steps_per_epoch
     if recipe.grad_checkpointing:
         checkpoint_activations(model, config.model.name)
+    if recipe.only is not None:
+        freeze_others(model, recipe.only, built.loads)
     optimizer = create_optimizer(model, recipe)
     scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)
     groups = describe_groups(model, optimizer)
@@ -133,6 +137,25 @@ def build_trainer(
         distiller=distiller,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+
+
+def freeze_others(model: nn.Module, only: str | Sequence[str], loads: Sequence[LoadReport]) -> None:
+    """Freeze what ``train.only`` does not name; two lines in the log say how much is trained, and what stays random.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    trained = freeze_except(model, only, "train.only")
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters(remove_duplicate=False)}
+    LOGGER.info(
+        f"train.only: {sum(sizes[name] for name in trained):,} of {sum(sizes.values()):,} parameters are trained"
+    )
+    random = [name for load in loads[:1] for name in load.new if name in sizes and name not in trained]
+    if random:
+        LOGGER.warning(
+            f"train.only: {', '.join(random)} did not come from the weights and stay as initialised; name their module to train "
+            "them, as in train.only=[attention,head]"
+        )
 
 
 def refuse_other_numbers(teacher: nn.Module, names: Sequence[str] | None) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 
+import peft
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ def by_mode(rows, layer="blocks.0.attn", whitened=False):
 
 def test_spectra_are_those_of_the_hosts_tensors(make_vit):
     model = make_vit()
-    rows, shapes = analyse(model)
+    rows, shapes, _ = analyse(model)
     assert len(rows) == 3 * 6
     assert shapes[0] == Shape("blocks.0.attn", 24, 4, 6)
     weights = read_host(model.blocks[1].attn).weights
@@ -46,7 +47,7 @@ def test_ranks_of_patched_models_are_their_methods(make_vit):
 
 def test_whitened_spectra_count_what_the_tokens_fill(make_vit):
     """Images of 10 degrees of freedom: weights of full rank, of which the tokens of the first layer see few directions."""
-    rows, _ = analyse(make_vit(), [pictures(64)])
+    rows, *_ = analyse(make_vit(), [pictures(64)])
     plain, whitened = by_mode(rows), by_mode(rows, whitened=True)
     for mode in (("pre", "query"), ("pre", "key"), ("post", "value")):
         assert whitened[mode].summary()["rank_99"] < plain[mode].summary()["rank_99"]
@@ -54,7 +55,7 @@ def test_whitened_spectra_count_what_the_tokens_fill(make_vit):
 
 
 def test_rows_in_numbers(make_vit):
-    rows, _ = analyse(make_vit())
+    rows, *_ = analyse(make_vit())
     for row in rows:
         numbers = row.summary()
         assert 1 <= numbers["stable_rank"] <= numbers["effective_rank"] <= numbers["numerical_rank"] <= row.size
@@ -82,7 +83,7 @@ def test_models_without_attention_are_refused():
 
 
 def test_files_and_figure(make_vit, tmp_path):
-    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)]))
+    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)])[:2])
     with (tmp_path / "singular_values.csv").open() as stream:
         lines = list(csv.DictReader(stream))
     assert len(lines) == 2 * 3 * (4 + 24 + 24 + 4 + 24 + 24)
@@ -98,3 +99,41 @@ def test_files_and_figure(make_vit, tmp_path):
         assert file.stat().st_size > 20_000
         assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_adapters_count_and_what_can_not_be_read_is_named(make_vit, patched):
+    model, other = make_vit(), make_vit()
+    for one in (model, other) if patched else ():
+        vt.patch(one, vt.GQAConfig(num_kv_heads=4))
+    target = "q_proj" if patched else "qkv"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target], r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    values = {key: row.values for key, row in by_mode(analyse(wrapped).rows).items()}
+    raw = {key: row.values for key, row in by_mode(analyse(other).rows).items()}
+    assert not torch.allclose(values["pre", "query"], raw["pre", "query"], rtol=1e-3)
+    merged = {key: row.values for key, row in by_mode(analyse(wrapped.merge_and_unload()).rows).items()}
+    for key, expected in merged.items():
+        torch.testing.assert_close(values[key], expected, rtol=1e-8, atol=1e-8)
+    other.blocks[1].attn.proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its weights hold NaN or infinite values"):
+        analyse(other)
+    model.blocks[1].attn.proj.register_forward_hook(lambda module, args, y: y)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its proj has a forward hook"):
+        analyse(model)
+
+
+def test_an_artificial_cliff_is_noted(make_vit):
+    """Of spectra whitened by fewer tokens than columns: they end there."""
+    found = analyse(make_vit(), [pictures(1)])
+    (note,) = found.notes
+    assert "17 tokens of 1 image for 24 columns" in note
+    (values,) = (
+        row.values for row in found.rows if (row.layer, row.mode, row.whitened) == ("blocks.0.attn", "query", True)
+    )
+    assert values[17] < 0.05 * values[16]
+    assert not analyse(make_vit(), [pictures(16)]).notes
+    assert not analyse(make_vit()).notes

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 
+import peft
 import pytest
 import timm
 import torch
@@ -185,6 +186,35 @@ def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
     assert vt.load(tmp_path).blocks[0].mlp.fc1.out_features == 96
 
 
+def test_adapters_are_to_be_merged_first(model, x, tmp_path):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc1"], r=2))
+    randomise(model).eval()
+    for saved in (wrapped, model):
+        with pytest.raises(vt.CheckpointError) as caught:
+            vt.save(saved, tmp_path / "new")
+        assert str(caught.value) == (
+            "5 modules have adapters (blocks.0.mlp.fc1: a peft.tuners.lora.layer.Linear); merge them first "
+            "(model = model.merge_and_unload()), or save them by PEFT"
+        )
+    assert not (tmp_path / "new").exists()
+    y, merged = wrapped(x), wrapped.merge_and_unload()
+    vt.save(merged, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+    torch.nn.utils.parametrizations.weight_norm(merged.blocks[1].attn.proj)
+    with pytest.raises(vt.CheckpointError, match=r"^1 module has parametrizations \(blocks\.1\.attn\.proj: a torch"):
+        vt.save(merged, tmp_path / "new")
+
+
+def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    randomise(model).eval()
+    vt.patch(wrapped, vt.GQAConfig(num_kv_heads=4))
+    y = wrapped(x)
+    vt.save(wrapped, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+
+
 def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(vt.CheckpointError, match="num_heads is 4, not 3"):
@@ -286,6 +316,25 @@ def test_a_patched_folder_is_no_start_for_a_dense_model(model, tmp_path):
         start = ModelConfig(name="vit_tiny_patch16_224", checkpoint=str(tmp_path), **size)
         with pytest.raises(vt.CheckpointError, match="patched with tucker, a dense host is needed"):
             create_host(start, num_classes=3)
+
+
+@pytest.mark.parametrize("indices", [(0, 1), (1,)])
+@pytest.mark.parametrize("attention", [True, False])
+def test_models_of_features_come_back(tmp_path, indices, attention):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=indices, **sizes).eval()
+    if attention:
+        vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8)))
+    vt.save(model, tmp_path)
+    x = torch.randn(2, 3, 32, 32)
+    loaded = [vt.load(tmp_path)]
+    if attention and hasattr(timm.models, "save_for_hf"):  # timm itself wraps a dense one only after it has loaded it
+        loaded.append(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval())
+    for again in loaded:
+        maps = again(x)
+        assert len(maps) == len(indices)
+        for found, expected in zip(maps, model(x), strict=True):
+            assert torch.equal(found, expected)
 
 
 class TestVerification:

@@ -207,6 +207,85 @@ def test_bad_images_are_refused(make_vit, batches, message):
     refused(make_vit(), EXAMPLES["tucker"], batches, message)
 
 
+@pytest.mark.parametrize(("shape", "given"), [((3, 24, 16), "3x24x16"), ((1, 16, 16), "1x16x16"), ((3, 2, 2), "3x2x2")])
+@pytest.mark.parametrize("objective", ["features", "layer"])
+def test_images_of_another_size_are_refused(make_vit, shape, given, objective):
+    config = EXAMPLES["tucker"].model_copy(update={"calibration": vt.Calibration(objective=objective)})
+    batches = [pictures(4), torch.randn(4, *shape).double()]
+    refused(
+        make_vit(),
+        config,
+        batches,
+        f"^calibration: batch 1: VisionTransformer takes no images of {given}, its own are 3x16x16: .",
+    )
+    if shape[0] == 3 and shape[1] > 4:  # where the model takes any size, so does the calibration
+        vt.patch(make_vit(dynamic_img_size=True), config, calibration=batches)
+
+
+def test_models_without_gradients_are_refused(make_vit):
+    class Frozen(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.model(x)
+
+    with torch.inference_mode():
+        model = make_vit()
+    config = EXAMPLES["tucker"]
+    refused(
+        model, config, [pictures()], "^calibration: the model's weights are inference tensors, .* objective='layer'"
+    )
+    refused(Frozen(make_vit()), config, [pictures()], "^calibration: the model's features have no gradients")
+    config = config.model_copy(update={"calibration": vt.Calibration(objective="layer")})
+    for each in (model, Frozen(make_vit())):
+        assert max(layer.output_error for layer in vt.patch(each, config, calibration=[pictures()]).layers) < 1
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_works_in_inference_mode_and_on_its_tensors(make_vit, images, calibrated):
+    """And the layers can be trained afterwards."""
+    inside, outside = make_vit(), make_vit()
+    vt.patch(outside, EXAMPLES["tucker"], calibration=[pictures()] if calibrated else None)
+    with torch.inference_mode():
+        batches = [pictures()]
+        assert batches[0].is_inference()
+        vt.patch(inside, EXAMPLES["tucker"], calibration=batches if calibrated else None)
+    torch.testing.assert_close(inside(images), outside(images), rtol=0, atol=0)
+    inside(images).sum().backward()
+    assert inside.blocks[0].attn.pre_core.grad.abs().max() > 0
+    again = make_vit()
+    vt.patch(again, EXAMPLES["tucker"], calibration=batches if calibrated else None)
+    torch.testing.assert_close(again(images), outside(images), rtol=0, atol=0)
+
+
+def test_few_tokens_are_noted(make_vit):
+    """17 tokens for 24 columns; one image; enough."""
+    config = EXAMPLES["tucker"]
+    (few,) = vt.patch(make_vit(), config, calibration=[pictures(1)]).notes
+    assert few == (
+        "calibration: blocks.0.attn (and 2 more): 17 tokens of 1 image for 24 columns: whitened spectra end there, whatever the "
+        "weights are; 25 tokens are needed (2 images)"
+    )
+    (one,) = vt.patch(make_vit(patch_size=2), config, calibration=[pictures(1)]).notes
+    assert one.startswith("calibration: one image")
+    assert not vt.patch(make_vit(), config, calibration=[pictures(2)]).notes
+
+
+def test_all_maps_of_a_model_of_features_count(make_vit):
+    """Layers behind the first map too; with one map alone they have no influence."""
+    model = make_vit(features_only=True, out_indices=(0, 2))
+    report = vt.patch(model, EXAMPLES["tucker"], calibration=[pictures()])
+    assert len(report.layers) == 3
+    assert all(0 < layer.output_error < 1 for layer in report.layers)
+    first = make_vit(features_only=True, out_indices=(0, 2))
+    forward = first.forward
+    first.forward = lambda x: forward(x)[:1]
+    refused(first, EXAMPLES["tucker"], [pictures()], "model.blocks.1.attn: calibration: .*no influence")
+
+
 def test_too_few_tokens_are_refused(make_vit):
     config = vt.TuckerConfig(ranks=(4, 20, 20))
     refused(

@@ -119,7 +119,7 @@ def test_patched_models_rebuild_from_their_state_with_the_chosen_rotations(name)
 @pytest.mark.parametrize("name", ROPE)
 def test_spectra_of_models_with_rope(name):
     model = small_model(name)
-    rows, _ = analyse(model, batch(name, model))
+    rows, *_ = analyse(model, batch(name, model))
     keys = [row for row in rows if row.mode == "key"]
     assert len(keys) == 4  # 2 layers, plain and whitened
     for row in keys:

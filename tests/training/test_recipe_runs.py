@@ -54,6 +54,23 @@ def test_a_patched_model_learns_from_its_dense_host(dense, monkeypatch):
     assert not same(weights("a"), weights("c"))
 
 
+def test_attention_alone_is_trained(dense, capsys):
+    """The rest keeps the weights that it came with; a classifier that is new and not named has its line in the log."""
+    with pytest.raises(vt.ConfigError, match="train.only: 'atention' .* did you mean 'attention'"):
+        run(config("output_dir=a", dense, LOW, "train.only=atention"), dry_run=True)
+    assert not Path("a").exists()
+    run(config("output_dir=a", dense, LOW, "train.only=attention", "train.layer_decay=0.9", "train.epochs=1"))
+    start, end = weights("dense"), weights("a")
+    assert {name for name in end if name not in start or not torch.equal(start[name], end[name])} == {
+        name for name in end if ".attn." in name
+    }
+    told = "".join(capsys.readouterr())
+    assert "train.only: 628 of 6,398 parameters are trained" in told
+    assert "stay as initialised" not in told
+    run(config("output_dir=b", dense, LOW, "train.only=attention", "model.num_classes=11"), dry_run=True)
+    assert "train.only: head.weight, head.bias did not come from the weights and stay" in "".join(capsys.readouterr())
+
+
 def test_a_teacher_needs_weights(dense):
     with pytest.raises(
         vt.ConfigError, match=r"train.distill.teacher: the host starts without trained weights; set model"

@@ -8,7 +8,7 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.patching import find, hosts
 from vit_tucker.patching.calibrate import collect_moments
+from vit_tucker.patching.notes import token_notes
 from vit_tucker.patching.plain import refuse_infinite, refuse_not_finite
 from vit_tucker.patching.watch import WatchedLayer
 from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
@@ -122,9 +123,21 @@ def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool 
     return rows
 
 
-def analyse(
-    model: nn.Module, batches: Iterable[Any] | None = None, options: Calibration | None = None
-) -> tuple[list[ModeSpectrum], list[Shape]]:
+class Analysis(NamedTuple):
+    """What ``analyse`` finds.
+
+    Attributes:
+        rows: spectra, in the order of the layers.
+        shapes: of the layers.
+        notes: what else a reader should know.
+    """
+
+    rows: list[ModeSpectrum]
+    shapes: list[Shape]
+    notes: tuple[str, ...]
+
+
+def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Calibration | None = None) -> Analysis:
     """Spectra of all attention layers of a model, plain and, with images, whitened.
 
     Args:
@@ -133,7 +146,7 @@ def analyse(
         options: of the pass over the images.
 
     Returns:
-        Spectra in the order of the layers, and the layers' shapes. Layers that we can't read are left out.
+        Spectra, shapes and notes. Layers that we can't read are left out.
 
     Raises:
         PatchError: no attention layer that we can read, or bad images.
@@ -168,14 +181,14 @@ def analyse(
             spec = layer.host.spec
             pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
-    return rows, shapes
+    return Analysis(rows, shapes, token_notes(readable))
 
 
 @torch.no_grad()
 def rank_scalars(model: nn.Module) -> dict[str, float]:
     """Effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
     scalars = {}
-    for row in analyse(model)[0]:
+    for row in analyse(model).rows:
         if row.values[0] > 0:
             scalars[f"ranks/{row.tensor}_{row.mode}/{row.layer}"] = effective_rank(row.values)
     return scalars

@@ -321,7 +321,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
         load_pretrained(
             model,
             pretrained_cfg={**cfg, "state_dict": state, "source": None, "custom_load": False},
-            num_classes=model.num_classes,
+            num_classes=getattr(model, "num_classes", 0),  # which models of features don't have
             in_chans=input_channels(model) or cfg["input_size"][0],
             filter_fn=None if fits else checkpoint_filter(model),
         )

@@ -27,7 +27,7 @@ def save(
     """Write a model, patched or dense, as ``model.safetensors`` and ``config.json``: timm's hub layout.
 
     ``vit_tucker.load(folder)`` rebuilds it from these alone, and so does ``timm.create_model("local-dir:" + folder,
-    pretrained=True)``, for a patched model once vit_tucker is imported.
+    pretrained=True)``, for a patched model once vit_tucker is imported (but timm reads no dense model of ``features_only``).
 
     config.json holds the SHA-256 of both, and dtype and shape of each tensor: ``load`` refuses what has changed since.
 

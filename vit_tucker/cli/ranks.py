@@ -55,8 +55,9 @@ def ranks(args: argparse.Namespace) -> int:
     model, batches, report = analysed_model(
         args.model, args.checkpoint, args.random, args.data, options, args.overrides
     )
-    save_spectra(folder, *analyse(model, batches, options))
-    print_notes([] if report is None else [str(report)])
+    found = analyse(model, batches, options)
+    save_spectra(folder, found.rows, found.shapes)
+    print_notes([*([] if report is None else [str(report)]), *found.notes])
     files = [
         draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])
     ]

@@ -7,7 +7,7 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, InstanceOf, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
@@ -122,6 +122,11 @@ class TrainConfig(Checked):
         default=1, ge=1, le=MAX_EPOCHS, description="Evaluate every n epochs, and after the last."
     )
 
+    only: str | tuple[str, ...] | None = Field(
+        default=None,
+        description="What is trained, with the rest frozen: attention (all self-attention layers), a name or pattern of modules "
+        "or parameters, or a list of these, [attention, head]; null: all.",
+    )
     opt: str = Field(default="adamw", description="Any optimizer of timm.optim.")
     lr: float = Field(
         default=1e-3, gt=0, le=MAX_RATE, description="Learning rate at its peak, for the global batch as it is."
@@ -224,7 +229,7 @@ class RunConfig(Checked):
         "config in a run folder names run only with -p FILE or --trust-plugins.",
     )
     model: ModelConfig = Field(description="The timm model.")
-    attention: AttentionConfig | None = Field(
+    attention: InstanceOf[AttentionConfig] | None = Field(
         default=None, description="Attention to patch in; null keeps the dense host."
     )
     data: DataConfig = Field(default=DataConfig(), description="Data set and transforms.")

@@ -59,7 +59,8 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
         batches: image tensors (B, channels, height, width) as the model takes them, or tuples that start with one.
 
     Raises:
-        PatchError: no images, bad images, too few tokens, constant tokens, values that are not finite.
+        PatchError: no images, images that the model does not take, weights without gradients, too few tokens, constant tokens,
+            values that are not finite.
     """
     images = collect_images(model, batches, options.images)
     with evaluating(model):
@@ -86,6 +87,8 @@ def sum_moments(
             sums[layer.name].add(call)
 
     run_with_probes(model, layers, images, options, see)
+    for layer in layers:
+        layer.images, layer.tokens = sum(map(len, images)), sums[layer.name].tokens
     return sums, weights
 
 

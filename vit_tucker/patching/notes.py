@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.patching.readers import Host
+from vit_tucker.patching.watch import WatchedLayer
 
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
 
@@ -31,6 +32,34 @@ def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, AttentionModu
     if any(width is not None for width in widths.values()):
         return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
     return ()
+
+
+def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
+    """What too few images do to moments, and so to whitened spectra, ranks and conversions.
+
+    Args:
+        layers: with moments.
+    """
+    short = [layer for layer in layers if layer.tokens <= layer.host.spec.embed_dim]
+    if short:
+        worst = max(short, key=lambda layer: layer.host.spec.embed_dim / max(layer.tokens, 1))
+        columns = worst.host.spec.embed_dim
+        images = -(-(columns + 1) * worst.images // max(worst.tokens, 1))
+        seen = f"{worst.name}{f' (and {len(short) - 1} more)' if short[1:] else ''}"
+        given = f"{worst.tokens} tokens of {_count(worst.images, 'image')} for {columns} columns"
+        return (
+            f"calibration: {seen}: {given}: whitened spectra end there, whatever the weights are; {columns + 1} tokens "
+            f"are needed ({_count(images, 'image')})",
+        )
+    if any(layer.images == 1 for layer in layers):
+        return (
+            "calibration: one image: its tokens are alike, so what is fitted to them may fit no other; give a hundred or more",
+        )
+    return ()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 def weight_notes(hosts: Mapping[str, Host], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
-from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, weight_notes
+from vit_tucker.patching.method import Method, method_config
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
 from vit_tucker.patching.plain import refuse_not_finite
 from vit_tucker.patching.probe import count_tokens
 from vit_tucker.patching.ranks import resolve_ranks
@@ -67,13 +68,14 @@ class Prepared(NamedTuple):
 
 def patch(
     model: nn.Module,
-    config: AttentionConfig,
+    config: Method,
     *,
     layers: Selection | None = None,
     exclude: Selection | None = None,
     calibration: Iterable[Any] | None = None,
     keep_originals: bool = True,
     img_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> PatchReport:
     """Replace attention modules of a timm model, in place.
 
@@ -87,7 +89,8 @@ def patch(
     Args:
         model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile. PEFT's
             adapters on attention are merged into the new layers; inside its ``get_peft_model`` the timm model is patched.
-        config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
+        config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``; or the method's name, with its options as keywords:
+            ``patch(model, "tucker", ranks=(8, 16, 16))``; or a mapping as in a YAML's attention section.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
         calibration: batches of images as the model takes them, (B, channels, height, width) tensors or tuples that start with
@@ -95,20 +98,23 @@ def patch(
             options of ``config.calibration``. No labels are used.
         keep_originals: keep the replaced modules, so that ``unpatch`` can restore them; costs their memory.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        options: of the method, beside its name.
 
     Returns:
         The report; print it for a table.
 
     Raises:
+        ConfigError: no such method or option; names the nearest one.
         PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
     """
+    config = method_config(model, config, options)
     model = find.inner(model)
     config = _placed(config, layers, exclude)
     if calibration is not None and config.calibration is None:
         config = config.model_copy(update={"calibration": Calibration()})
     if config.calibration is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
-    with _restoring_generators(model):
+    with _undisturbed(model):
         config, replacements, report = _prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
@@ -122,11 +128,12 @@ def patch(
 
 def plan(
     model: nn.Module,
-    config: AttentionConfig,
+    config: Method,
     *,
     layers: Selection | None = None,
     exclude: Selection | None = None,
     img_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> PatchReport:
     """The report, and the errors, that ``patch`` would give.
 
@@ -134,19 +141,22 @@ def plan(
 
     Args:
         model: as for ``patch``; on the meta device the report has no errors of weights.
-        config: method and options; with a ``calibration``, for which there are no images here, it has none either.
+        config: as for ``patch``; with a ``calibration``, for which there are no images here, it has none either.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        options: of the method, beside its name.
 
     Returns:
         The report, with ``applied`` False.
 
     Raises:
+        ConfigError: no such method or option; names the nearest one.
         PatchError: the model can't be patched as asked; see ``patch``.
     """
+    config = method_config(model, config, options)
     model = find.inner(model)
-    with _restoring_generators(model):
+    with _undisturbed(model):
         return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 
@@ -202,10 +212,16 @@ def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selectio
     return config.model_copy(update=update) if update else config
 
 
-def _restoring_generators(model: nn.Module) -> AbstractContextManager[None]:
-    """Draws of torch inside start from the generators' state, which is restored afterwards, as if nothing had been drawn."""
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Draws of torch inside start from its generators' state, which is restored afterwards, as if nothing had been drawn; tensors
+    made inside can be trained, also where the caller is in torch.inference_mode."""
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=[index for index in cuda if index is not None])
+    with torch.random.fork_rng(devices=[index for index in cuda if index is not None]), ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
 
 
 def _prepare(
@@ -252,6 +268,7 @@ def _prepare(
     left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
     replacements = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
+    notes += token_notes([layer for layer in built.values() if layer.images])
     report = PatchReport(rows, left, applied, notes)
     return Prepared(config, replacements, report)
 
@@ -264,7 +281,7 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
         if config.init == "pretrained":
             refuse_not_finite(host)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     return host
 
 

@@ -2,18 +2,21 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
+from vit_tucker.patching.probe import input_shape
 from vit_tucker.patching.readers import Host
 
 MOMENT_BYTES = 4 * 2**30
@@ -29,12 +32,15 @@ class WatchedLayer:
         module: the host's module, in the model.
         host: read from it.
         seconds: time spent on it, passes through the model apart.
+        images, tokens: how many its moments come from.
     """
 
     name: str
     module: nn.Module
     host: Host
     seconds: float = 0.0
+    images: int = 0
+    tokens: int = 0
 
 
 Layer = TypeVar("Layer", bound=WatchedLayer)
@@ -44,7 +50,7 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
     """The first ``limit`` images, in batches, on the model's device and in its dtype.
 
     Raises:
-        PatchError: nothing there, no image tensors, or values that are not finite.
+        PatchError: nothing there, no image tensors, values that are not finite, or images that the model does not take.
     """
     like = next(p for p in model.parameters() if p.is_floating_point())
     images: list[Tensor] = []
@@ -56,13 +62,36 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
             raise PatchError(f"calibration: batch {number} is {shape}, not a float tensor (B, channels, height, width)")
         if not torch.isfinite(tensor).all():
             raise PatchError(f"calibration: batch {number} holds values that are not finite")
+        if tensor.is_inference():  # which no gradient can pass
+            tensor = tensor.clone()
         images.append(tensor[: limit - count].to(like.device, like.dtype))
+        if all(images[-1].shape[1:] != other.shape[1:] for other in images[:-1]):
+            refuse_misfit(model, images[-1], number)
         count += len(images[-1])
         if count >= limit:
             break
     if count == 0:
         raise PatchError("calibration: no images")
     return images
+
+
+@torch.no_grad()
+def refuse_misfit(model: nn.Module, images: Tensor, number: int) -> None:
+    """Raise PatchError for images of a size or number of channels that the model does not take: by one of them."""
+    if len(images) == 0:
+        return
+    try:
+        with evaluating(model):
+            final_features(model, images[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models complain in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        expected = "x".join(map(str, input_shape(model)))
+        given = "x".join(map(str, images.shape[1:]))
+        raise PatchError(
+            f"calibration: batch {number}: {type(model).__name__} takes no images of {given}, its own are {expected}: {reason}"
+        ) from None
 
 
 @contextmanager
@@ -147,6 +176,11 @@ def run_with_probes(
     """Show each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
     generator = torch.Generator().manual_seed(options.seed)
     backward = options.objective == "features"
+    if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise PatchError(
+            "calibration: the model's weights are inference tensors, which have no gradients: make the model outside of "
+            "torch.inference_mode, or calibrate with objective='layer'"
+        )
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
@@ -160,8 +194,8 @@ def run_with_probes(
             calls.append((layer, detached(call), y))
 
         with torch.set_grad_enabled(backward), watching(layers, note):
-            features = final_features(model, batch).float()
-            target = (features * noise(features)).sum() if backward else None
+            features = final_features(model, batch)
+            target = random_combination(features, noise) if backward else None
         outputs = [y for *_, y in calls]
         if target is not None:
             grads = torch.autograd.grad(target, outputs, allow_unused=True)
@@ -174,12 +208,23 @@ def run_with_probes(
                 see(layer, LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:]))
 
 
-def final_features(model: Any, images: Tensor) -> Tensor:
-    """The model's features before its head (timm's forward_features), else its output."""
+def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """A scalar whose gradient is random in the space of the features.
+
+    Raises:
+        PatchError: no feature has gradients.
+    """
+    parts = [part.float() for part in features if part.requires_grad]
+    if not parts:
+        raise PatchError(
+            "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "
+            "objective='layer', which needs none"
+        )
+    return torch.stack([(part * noise(part)).sum() for part in parts]).sum()
+
+
+def final_features(model: Any, images: Tensor) -> list[Tensor]:
+    """The model's features before its head (timm's forward_features), else its outputs: all maps of a model of features."""
     forward = getattr(model, "forward_features", model)
-    features = forward(images)
-    while isinstance(features, tuple | list):
-        features = features[0]
-    if isinstance(features, Mapping):
-        features = next(value for value in features.values() if isinstance(value, Tensor))
-    return features
+    parts = tree_leaves(forward(images))
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -200,17 +200,26 @@ def warn_of_loss(what: str, error: OSError) -> None:
         LOGGER.warning(f"{what} can't be written, the run goes on: {error.strerror or error}")
 
 
-def setup_console(main_process: bool) -> None:
-    """Plain log lines on standard output, from the main process only."""
+@contextlib.contextmanager
+def log_lines(main_process: bool) -> Iterator[None]:
+    """Context with plain log lines on standard output, from the main process only; afterwards the logger is what it was.
+
+    Files that ``RunDir.start`` adds within are closed at the end: what runs in this process later is not this run's.
+    """
     _lost.clear()
+    before = LOGGER.level, LOGGER.propagate, LOGGER.handlers[:]
     LOGGER.setLevel(logging.INFO if main_process else logging.ERROR)
     LOGGER.propagate = False
-    for handler in LOGGER.handlers[:]:
-        LOGGER.removeHandler(handler)
-        handler.close()
     console = Console(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.addHandler(console)
+    LOGGER.handlers[:] = [console]
+    try:
+        yield
+    finally:
+        for handler in LOGGER.handlers:
+            handler.close()
+        level, LOGGER.propagate, LOGGER.handlers[:] = before
+        LOGGER.setLevel(level)
 
 
 def environment() -> dict[str, Any]:

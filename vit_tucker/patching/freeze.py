@@ -1,0 +1,86 @@
+"""Which parameters are trained: the attention layers alone, or what patterns name."""
+
+import fnmatch
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.patching.find import find_attention
+
+ATTENTION = "attention"
+"""Means all self-attention layers of a model, replaced or not."""
+
+
+def freeze_except_attention(model: nn.Module, *, keep: str | Sequence[str] = ()) -> tuple[str, ...]:
+    """Set ``requires_grad`` so that only the model's self-attention layers are trained; call it before making the optimizer.
+
+    Args:
+        model: patched or dense.
+        keep: what else is trained: names or patterns, see ``freeze_except``; ``"head"`` for timm's usual classifier.
+
+    Returns:
+        Names of the parameters that are trained.
+
+    Raises:
+        ConfigError: there is no attention layer, or a pattern matches nothing; nothing has changed.
+    """
+    return freeze_except(model, (ATTENTION, *([keep] if isinstance(keep, str) else keep)), "keep")
+
+
+def freeze_except(model: nn.Module, only: str | Sequence[str], what: str) -> tuple[str, ...]:
+    """Set ``requires_grad`` of all parameters: True for those that are named, False for the others.
+
+    Args:
+        model: patched or dense.
+        only: "attention", full names of modules or parameters with the wildcards * ? [], or 're:' and a regular expression for
+            the full name; a module means all parameters in it.
+        what: names the selection, for messages.
+
+    Returns:
+        Names of the parameters that are trained.
+
+    Raises:
+        ConfigError: there is no attention layer, or a pattern matches nothing; nothing has changed.
+    """
+    items = [only] if isinstance(only, str) else list(only)
+    if not items:
+        raise ConfigError(f"{what}: an empty list would train nothing")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    chosen = set().union(*(_matching(item, model, [*modules, *parameters], what) for item in items))
+    names = tuple(name for name in parameters if not chosen.isdisjoint(_and_parents(name)))
+    if not names:
+        raise ConfigError(f"{what}: {', '.join(items)}: no parameter in there")
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    for name in names:
+        parameters[name].requires_grad_(True)
+    return names
+
+
+def _matching(item: str, model: nn.Module, names: Collection[str], what: str) -> set[str]:
+    """Names of modules and parameters that one item means."""
+    if item == ATTENTION:
+        found = set(find_attention(model))
+        if not found:
+            raise ConfigError(f"{what}: {type(model).__name__} has no self-attention layer")
+        return found
+    if item.startswith("re:"):
+        try:
+            found = {name for name in names if re.fullmatch(item[3:], name)}
+        except re.error as error:
+            raise ConfigError(f"{what}: '{item}' is no regular expression: {error}") from None
+    else:
+        found = {name for name in names if fnmatch.fnmatchcase(name, item)}
+    if not found:
+        hint = nearest(item, [ATTENTION, *names])
+        raise ConfigError(f"{what}: '{item}' matches no module or parameter of {type(model).__name__}{hint}")
+    return found
+
+
+def _and_parents(name: str) -> list[str]:
+    """'a.b.c' -> 'a.b.c', 'a.b', 'a'"""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
