@@ -2,7 +2,7 @@
 # The front door. Every command sets the project up first (a virtual environment in .venv; quick when nothing changed).
 #
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
-#   ./run.sh test [pytest args]       all tests
+#   ./run.sh test [pytest args]       all tests; -p mymethod.py tests/contract: those that a method of yours must pass
 #   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
 #   ./run.sh sweep --cfg sweeps/X     methods x options x seeds, from one dense model per seed
 #   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
@@ -15,6 +15,7 @@
 #
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 find_python() {
@@ -47,6 +48,22 @@ setup() {
   fi
 }
 
+# run_tests ARGS: pytest; -p takes a module, or a .py file, of the folder where this script was called.
+run_tests() {
+  local path=$called_from arguments=() before="" argument file
+  for argument in "$@"; do
+    if [ "$before" = -p ] && [[ $argument == *.py ]]; then
+      file=$argument
+      [[ $file == /* ]] || file=$called_from/$file
+      path="$(cd "$(dirname "$file")" && pwd):$path"
+      argument=$(basename "$file" .py)
+    fi
+    arguments+=("$argument")
+    before=$argument
+  done
+  PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" exec .venv/bin/python -m pytest -n 2 --dist loadfile "${arguments[@]}"
+}
+
 train() {
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
@@ -71,7 +88,7 @@ command=${1:-main}
 case "$command" in
   main) setup "" && main_job ;;
   setup) setup "" ;;
-  test) setup test && exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@" ;;
+  test) setup test && run_tests "$@" ;;
   docs) setup docs && NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;

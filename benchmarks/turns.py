@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.analysis.turns import peak_bytes, times_in_turns
+from vit_tucker.analysis.turns import compare_turns, peak_bytes, times_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -20,7 +19,7 @@ class Timing:
     """What turns said of one of the things compared.
 
     Attributes:
-        ms: milliseconds per call, median over turns.
+        ms: milliseconds per call: the first's median over turns by ``speedup``.
         speedup: time of the first of them over its own in the same turn, median over turns; above 1: faster.
         low, high: quartiles of that ratio.
     """
@@ -46,8 +45,8 @@ def in_turns(
     first = times[next(iter(calls))]
     results = {}
     for name, own in times.items():
-        low, middle, high = statistics.quantiles((a / b for a, b in zip(first, own, strict=True)), method="inclusive")
-        results[name] = Timing(statistics.median(own) * 1e3, middle, low, high)
+        paired = compare_turns(first, own)
+        results[name] = Timing(1e3 * paired.seconds, 1 / paired.ratio, 1 / paired.ratio_high, 1 / paired.ratio_low)
     return results
 
 

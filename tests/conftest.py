@@ -158,7 +158,12 @@ def dense_attention(
     return out if weights.out_bias is None else out + weights.out_bias
 
 
+def carries(name: str, spec: HostSpec) -> bool:
+    """Whether a method says that it keeps all that the host does beyond plain attention."""
+    return vit_tucker.get_method(name).carries.issuperset(spec.features)
+
+
 def all_configs(spec: HostSpec) -> list[vit_tucker.AttentionConfig]:
-    """An exact and a compressing config of every registered method."""
-    methods = [vit_tucker.get_method(name) for name in vit_tucker.list_methods()]
+    """An exact and a compressing config of every registered method that carries what the host does."""
+    methods = [vit_tucker.get_method(name) for name in vit_tucker.list_methods() if carries(name, spec)]
     return [config for method in methods for config in (method.full_rank(spec), method.example(spec))]

@@ -7,7 +7,7 @@ import pytest
 
 from vit_tucker.cli import main, train_main
 from vit_tucker.errors import ConfigError
-from vit_tucker.paths import refuse_unwritable
+from vit_tucker.paths import checked_name, checked_path, refuse_unwritable
 
 RUN = Path(__file__).parents[1] / "experiments" / "results" / "digits" / "digits-dense-0"
 
@@ -74,3 +74,46 @@ def test_every_command_asks_first(tree, capfd, command, arguments):
     assert error.count("\n") == 1
     assert (tree / "file").read_text() == "kept"
     assert sorted(found.name for found in tree.rglob("*")) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("text", ["a", "digits-dense", "a/b", "Ünïcode name", "a..b", "x" * 255])
+def test_names_of_folders_inside(text):
+    assert checked_name(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ".",
+        "..",
+        "a/../../x",
+        "../x",
+        "/etc/x",
+        "a/",
+        "a//b",
+        "a/./b",
+        "a\0b",
+        "a\nb",
+        "a\u2028b",
+        "a\x1b[2J",
+        "x" * 256,
+        "ü" * 128,
+    ],
+)
+def test_names_that_lead_elsewhere_or_nowhere(text):
+    with pytest.raises(ValueError, match=r"names no folder|can't have the character|file systems take") as caught:
+        checked_name(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["../x", "/abs/x", "~/x", "a b", "\u3000", "caf\udce9", "x/" * 2000])
+def test_paths_may_lead_anywhere(text):
+    assert checked_path(text) == text
+
+
+@pytest.mark.parametrize("option", ["a\nb", "x" * 300, "y/" * 3000])
+def test_options_are_paths(tree, option):
+    with pytest.raises(ConfigError, match=r"^--out: a (path|name)"):
+        refuse_unwritable("--out", Path(option))
+    assert main(["convert", "vit_tiny_patch16_224", "--method", "gqa num_kv_heads=1", "--out", option]) == 2

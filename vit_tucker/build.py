@@ -11,9 +11,8 @@ from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
 from vit_tucker.checkpoint.load_report import LoadReport
-from vit_tucker.config.load import validate
+from vit_tucker.config.load import config_of
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.config.source import Source, merge, read_overrides
 from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.splits import inferred_classes
@@ -127,7 +126,9 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         "dense_total": dense_total,
         "dense_attention": dense_attention,
     }
-    patch_values = run_dir.read_patch() if started else (patched.to_dict() if patched is not None else None)
+    patch_values = None
+    if patched is not None:
+        patch_values = (run_dir.read_patch() if started else None) or patched.to_dict()
     shown = None if started else patched
     return BuiltModel(
         model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)
@@ -179,7 +180,7 @@ def analysed_model(
         given["model"]["checkpoint"] = checkpoint
     if dataset is not None:
         given["data"] = {"dataset": dataset}
-    config = validate(merge(Source(given), read_overrides(overrides)))
+    config = config_of(given, overrides)
     info = dataset_info(config.data.dataset)
     channels = config.model.in_chans or (3 if config.model.pretrained or dataset is None else info.in_chans)
     model, report = load_host(config.model, 0, channels)

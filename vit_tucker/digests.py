@@ -75,7 +75,7 @@ def tensors_of(file: Path) -> dict[str, str]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
             return {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:
@@ -196,7 +196,8 @@ def verify_file(file: Path, stored: StoredFile, where: str) -> None:
     try:
         tensors = tensors_of(file)
     except CheckpointError as error:
-        raise CheckpointError(f"{where}: {file.name} is damaged: {error}") from None
+        reason = str(error).removeprefix(f"{file}: ")
+        raise CheckpointError(f"{where}: {file.name} is not what was saved, and {reason}") from None
     names = [name for name in {**stored.tensors, **tensors} if tensors.get(name) != stored.tensors.get(name)]
     detail = ""
     if names:
@@ -216,7 +217,13 @@ def verify_beside(file: Path, siblings: bool = True) -> bool:
     """
     if not (file.parent / CONFIG).is_file():
         return False
-    return verify(read_object(file.parent / CONFIG), file, str(file.parent), siblings)
+    try:
+        config = read_object(file.parent / CONFIG, all_finite=False)
+    except CheckpointError:
+        if file.suffix == ".safetensors":
+            raise
+        return False
+    return verify(config, file, str(file.parent), siblings)
 
 
 def _differ(saved: str, found: str) -> str:

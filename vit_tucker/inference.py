@@ -22,6 +22,7 @@ from vit_tucker.data.labels import imagenet_names, synset_names
 from vit_tucker.data.splits import choose_classes
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import CheckpointError, DataError
+from vit_tucker.patching.probe import input_shape
 
 LOGGER = logging.getLogger("vit_tucker")
 
@@ -190,7 +191,9 @@ def predict(
     """
     model = model.to(device).eval()
     names = class_names(model)
-    dataset = ImageFiles(files, resolve_data_config({}, model=model), image_options(model))
+    dataset = ImageFiles(
+        files, resolve_data_config({"input_size": input_shape(model)}, model=model), image_options(model)
+    )
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=list)
     for batch in loader:
         good = [(index, image) for index, image in batch if not isinstance(image, str)]

@@ -19,6 +19,7 @@ from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import one_line, weights_only
 from vit_tucker.config.schema import DistillConfig, ModelConfig
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
@@ -73,11 +74,21 @@ def load_host(
         if config.pretrained:
             raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
+    refuse_no_tokens(model)
     if "_model_args" not in vars(model):  # which newer timm records itself
         model._model_args = arguments  # type: ignore[assignment]
     if report is not None and "fc_norm.weight" in report.new:
         shrink_classifier(model)
     return model, report
+
+
+def refuse_no_tokens(model: nn.Module) -> None:
+    """Raise ConfigError for images that are smaller than one patch: timm builds such a model, which then fails on any image."""
+    embed = getattr(model, "patch_embed", None)
+    if getattr(embed, "num_patches", None) == 0:
+        sizes = [getattr(embed, name, None) for name in ("img_size", "patch_size")]
+        image, patch = ("x".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in sizes)
+        raise ConfigError(f"model.img_size: images of {image} pixels are smaller than one patch of {patch}")
 
 
 def check_pretrained(
@@ -149,6 +160,7 @@ def create_teacher(
     """
     bare, key = config.untrained(), "train.distill.teacher"
     if kept is not None and kept.is_file():
+        verify_beside(kept)
         teacher = create_host(bare, num_classes, in_chans)
         load_weights(kept, teacher)
         return teacher, None

@@ -25,7 +25,7 @@ from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor
 from vit_tucker.training.peers import Peers
-from vit_tucker.training.run_dir import LOGGER, RunDir, setup_console
+from vit_tucker.training.run_dir import LOGGER, RunDir, log_lines
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
 from vit_tucker.weights import load_weights
@@ -58,10 +58,10 @@ def _run(config: RunConfig, evaluate_only: bool, allow_changes: bool, dry_run: b
     """``run``, whose failures are told to the other processes and to train.log."""
     claim = Claim(RunDir(Path(str(config.output_dir))))
     accelerator = create_accelerator(config.train, str(config.output_dir))
-    setup_console(accelerator.is_main_process)
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
-    with catch_signals(signals, SIGUSR1):  # whose default is death; the set-up is worth finishing
+    # SIGUSR1's default is death; the set-up is worth finishing
+    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1):
         try:
             return run_together(config, claim, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
         except StoppedError:

@@ -14,12 +14,12 @@ from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError, FailedError, SaveError, VitTuckerError
 from vit_tucker.harmless import HARMLESS
 from vit_tucker.paths import refuse_unwritable
-from vit_tucker.trainer_setup import weights_header
+from vit_tucker.trainer_setup import save_teacher
 from vit_tucker.training.lock import RunLock
 from vit_tucker.training.peers import Peers, one_line
 from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import intact_checkpoint
-from vit_tucker.weights import full_state, replace_text, save_weights
+from vit_tucker.weights import replace_text
 
 STREAMS = ("wds", "hfids", "tfds")
 """Data sets whose batches depend on the number of loader workers."""
@@ -94,7 +94,7 @@ class Claim:
             run_dir.start(dump_config(config), built.patch, built.data, loaders.label_names)
             replace_text(run_dir.path / STARTED_FILE, started)
             if built.teacher is not None and not keep_teacher:
-                save_weights(run_dir.teacher, full_state(built.teacher), weights_header(config.model.name, None))
+                save_teacher(run_dir, built.teacher, config.model.name)
         except OSError as error:
             raise unwritable(run_dir.path, error) from error
 

@@ -22,6 +22,7 @@ from vit_tucker.config.schema import RunConfig, TrainConfig
 from vit_tucker.data.classes import padded
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.loaders import Loaders
+from vit_tucker.digests import save_model
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.freeze import freeze_except
@@ -33,7 +34,7 @@ from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import load_optimizer
 from vit_tucker.training.trackers import check_trackers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.weights import is_sharded
+from vit_tucker.weights import full_state, is_sharded, save_weights
 
 
 def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
@@ -178,6 +179,23 @@ def describe_weights(built: BuiltModel, loaders: Loaders) -> dict[str, Any] | No
     except CheckpointError as error:
         LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
         return None
+
+
+def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
+    """Keep the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it.
+
+    Args:
+        run_dir: of the run.
+        teacher: dense.
+        name: timm's, of the model.
+    """
+    file, header_entries = run_dir.teacher, weights_header(name, None)
+    try:
+        config = describe(teacher)
+    except CheckpointError:
+        save_weights(file, full_state(teacher), header_entries)
+    else:
+        save_model(file.parent, file.name, full_state(teacher), header_entries, config)
 
 
 def name_blocks(model: nn.Module) -> None:

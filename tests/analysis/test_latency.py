@@ -10,40 +10,42 @@ import vit_tucker as vt
 from vit_tucker.analysis.cost import count_cost, latency_to_dense
 from vit_tucker.analysis.flops import count_model_flops
 from vit_tucker.analysis.latency import measure_latency
+from vit_tucker.analysis.turns import WARM_UP
 from vit_tucker.errors import ConfigError
 
 SIZE = (3, 16, 16)
 
 
-class Sleeper(nn.Module):
-    """A forward pass of a given time."""
+class Timed(nn.Module):
+    """A forward pass of a given time, on a clock that nothing else moves."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, clock: list[float], seconds: float):
         super().__init__()
-        self.seconds, self.calls = seconds, []
+        self.clock, self.seconds, self.calls = clock, seconds, []
         self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, images):
-        time.sleep(self.seconds)
+        self.clock[0] += self.seconds
         self.calls.append((self.training, torch.is_grad_enabled(), images.dtype))
         return images * self.weight
 
 
-def test_ratios_of_known_times():
-    """Sleeping 4 and 20 ms: a ratio of 5, or less where a loaded machine wakes both late; it wakes none early."""
-    fast, slow = Sleeper(0.004).train(), Sleeper(0.02)
+def test_ratios_of_known_times(monkeypatch):
+    """4 and 20 ms: a ratio of 5, and turns of 20 ms of each."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    fast, slow = Timed(clock, 0.004).train(), Timed(clock, 0.02)
     found = measure_latency({"fast": fast, "slow": slow}, SIZE, 4, "cpu", turns=4, seconds=0.02)
     assert found["fast"].ratio == found["fast"].ratio_low == found["fast"].ratio_high == 1.0
-    slow_row = found["slow"]
-    assert 2.0 < slow_row.ratio_low <= slow_row.ratio <= slow_row.ratio_high < 10.0
-    assert 20.0 <= slow_row.ms < 40.0
-    assert (slow_row.device, slow_row.precision, slow_row.batch_size, slow_row.turns) == ("cpu", "no", 4, 4)
-    assert slow_row.threads == torch.get_num_threads()
+    row = found["slow"]
+    assert (row.ratio_low, row.ratio, row.ratio_high) == pytest.approx((5.0, 5.0, 5.0))
+    assert (found["fast"].ms, row.ms) == pytest.approx((4.0, 20.0))
+    assert (row.device, row.precision, row.batch_size, row.turns) == ("cpu", "no", 4, 4)
+    assert row.threads == torch.get_num_threads()
     assert fast.training  # as before
     assert set(fast.calls) == {(False, False, torch.float32)}
-    assert len(fast.calls) > len(
-        slow.calls
-    )  # each turn lasts as long; on a loaded machine not five times as many calls
+    before, after = WARM_UP + 1, 1
+    assert (len(fast.calls), len(slow.calls)) == (before + 4 * 5 + after, before + 4 + after)
 
 
 def test_the_order_alternates():

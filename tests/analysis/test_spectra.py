@@ -2,6 +2,7 @@
 
 import csv
 
+import peft
 import pytest
 import torch
 
@@ -98,6 +99,31 @@ def test_files_and_figure(make_vit, tmp_path):
         assert file.stat().st_size > 20_000
         assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
     assert files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_adapters_count_and_what_can_not_be_read_is_named(make_vit, patched):
+    model, other = make_vit(), make_vit()
+    for one in (model, other) if patched else ():
+        vt.patch(one, vt.GQAConfig(num_kv_heads=4))
+    target = "q_proj" if patched else "qkv"
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=[target], r=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.3)
+    values = {key: row.values for key, row in by_mode(analyse(wrapped).rows).items()}
+    raw = {key: row.values for key, row in by_mode(analyse(other).rows).items()}
+    assert not torch.allclose(values["pre", "query"], raw["pre", "query"], rtol=1e-3)
+    merged = {key: row.values for key, row in by_mode(analyse(wrapped.merge_and_unload()).rows).items()}
+    for key, expected in merged.items():
+        torch.testing.assert_close(values[key], expected, rtol=1e-8, atol=1e-8)
+    other.blocks[1].attn.proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its weights hold NaN or infinite values"):
+        analyse(other)
+    model.blocks[1].attn.proj.register_forward_hook(lambda module, args, y: y)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its proj has a forward hook"):
+        analyse(model)
 
 
 def test_an_artificial_cliff_is_noted(make_vit):

@@ -151,7 +151,7 @@ def of_two_tensors(linear):
         (lambda: with_hook(nn.Linear(24, 72), "register_forward_hook"), "its qkv has a forward hook"),
         (lambda: with_hook(nn.Linear(24, 72), "register_forward_pre_hook"), "its qkv has a forward pre-hook"),
         (lambda: with_forward(nn.Linear(24, 72)), "its qkv has a forward of its own"),
-        (lambda: Scaled(24, 72), r"its qkv is a .*Scaled, which computes something else"),
+        (lambda: Scaled(24, 72), r"its qkv is a .*Scaled, not a Linear or"),
         (lambda: torch.ao.nn.quantized.dynamic.Linear(24, 72), r"its qkv is a torch\.ao\.nn\.quantized.*Linear"),
         (lambda: of_two_tensors(nn.Linear(24, 72)), "its qkv has weights that are a TwoTensor"),
     ],
@@ -161,6 +161,15 @@ def test_what_alters_a_projection_is_refused(make, reason):
     model.qkv = make()
     with pytest.raises(WeightsError, match=reason):
         with_plain_parts(model, ["qkv"])
+
+
+def test_a_part_inside_a_part_is_named_in_full():
+    model = Parts()
+    model.other = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(2, 2)))
+    with_plain_parts(model)
+    model.other[1][0].register_forward_hook(lambda module, args, y: y)
+    with pytest.raises(WeightsError, match=r"^its other\.1\.0 has a forward hook"):
+        with_plain_parts(model)
 
 
 def test_a_plain_module_is_given_back_as_it_is():

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 
+import peft
 import pytest
 import timm
 import torch
@@ -184,6 +186,35 @@ def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
     assert vt.load(tmp_path).blocks[0].mlp.fc1.out_features == 96
 
 
+def test_adapters_are_to_be_merged_first(model, x, tmp_path):
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc1"], r=2))
+    randomise(model).eval()
+    for saved in (wrapped, model):
+        with pytest.raises(vt.CheckpointError) as caught:
+            vt.save(saved, tmp_path / "new")
+        assert str(caught.value) == (
+            "5 modules have adapters (blocks.0.mlp.fc1: a peft.tuners.lora.layer.Linear); merge them first "
+            "(model = model.merge_and_unload()), or save them by PEFT"
+        )
+    assert not (tmp_path / "new").exists()
+    y, merged = wrapped(x), wrapped.merge_and_unload()
+    vt.save(merged, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+    torch.nn.utils.parametrizations.weight_norm(merged.blocks[1].attn.proj)
+    with pytest.raises(vt.CheckpointError, match=r"^1 module has parametrizations \(blocks\.1\.attn\.proj: a torch"):
+        vt.save(merged, tmp_path / "new")
+
+
+def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_path):
+    model = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
+    randomise(model).eval()
+    vt.patch(wrapped, vt.GQAConfig(num_kv_heads=4))
+    y = wrapped(x)
+    vt.save(wrapped, tmp_path)
+    torch.testing.assert_close(vt.load(tmp_path)(x), y)
+
+
 def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(vt.CheckpointError, match="num_heads is 4, not 3"):
@@ -304,3 +335,133 @@ def test_models_of_features_come_back(tmp_path, indices, attention):
         assert len(maps) == len(indices)
         for found, expected in zip(maps, model(x), strict=True):
             assert torch.equal(found, expected)
+
+
+class TestVerification:
+    """What has changed since a model was saved is refused, by us and by timm's own function; each is another model otherwise."""
+
+    @staticmethod
+    def rewrite(folder, change):
+        """Changes the tensors of a folder's weights."""
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda s: s["head.bias"].neg_(), "SHA-256 differs"),
+            (lambda s: s["pos_embed"].fill_(float("nan")), "SHA-256 differs"),
+            (lambda s: s.update({"cls_token": s["cls_token"].half()}), r"'cls_token' was F32 \[1, 1, 48\] and is F16"),
+            (lambda s: s.update({"blocks.0.attn.proj.weight": s["blocks.0.attn.proj.weight"].T}), "SHA-256 differs"),
+            (lambda s: s.pop("head.bias"), r"'head.bias' was F32 \[5\] and is not there"),
+            (lambda s: s.update({"more": torch.ones(2)}), r"'more' was not there and is F32 \[2\]"),
+        ],
+        ids=["bits", "NaN", "dtype", "transposed", "missing", "more"],
+    )
+    def test_changed_weights(self, model, tmp_path, change, message):
+        vt.save(model, tmp_path)
+        self.rewrite(tmp_path, change)
+        for load in (vt.load, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True)):
+            if load is vt.load or TIMM_TELLS:
+                with pytest.raises(
+                    vt.CheckpointError, match=f"is not what was saved.*{message}.*verify=False loads it"
+                ):
+                    load(tmp_path)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"num_classes": 7, "pretrained_cfg__num_classes": 7, "model_args__num_classes": 7},
+            {"model_args__num_heads": 8},
+            {"model_args__patch__init": "random"},
+            {"vit_tucker__layers": {}},
+            {"pretrained_cfg__mean": [0.5, 0.5, 0.4]},
+        ],
+        ids=lambda change: next(iter(change)),
+    )
+    def test_changed_configs(self, model, tmp_path, change):
+        vt.save(model, tmp_path, model_args=SMALL)
+        edit(tmp_path, **change)
+        for load in (vt.load, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True)):
+            if load is vt.load or TIMM_TELLS:
+                with pytest.raises(vt.CheckpointError, match="config.json is not what was saved: SHA-256 differs"):
+                    load(tmp_path)
+
+    def test_another_number_of_classes_never_means_a_random_head(self, model, tmp_path):
+        vt.save(model, tmp_path, model_args=SMALL)
+        edit(tmp_path, num_classes=7, pretrained_cfg__num_classes=7, model_args__num_classes=7)
+        with pytest.raises(
+            vt.CheckpointError, match=r"head.weight is \(5, 48\) in the weights, \(7, 48\) by config.json"
+        ):
+            vt.load(tmp_path, verify=False)
+        edit(tmp_path, num_classes=5)
+        with pytest.raises(vt.CheckpointError, match="one number of classes in model_args.num_classes, num_classes"):
+            vt.load(tmp_path, verify=False)
+
+    def test_files_of_other_runs_and_folders_without_digests(self, model, x, tmp_path, caplog):
+        vt.save(model, tmp_path / "a")
+        vt.save(randomise(copy.deepcopy(model), 1), tmp_path / "b")
+        assert not caplog.records
+        (tmp_path / "a" / "model.safetensors").replace(tmp_path / "b" / "model.safetensors")
+        with pytest.raises(vt.CheckpointError, match="b: model.safetensors is not what was saved"):
+            vt.load(tmp_path / "b")
+        edit(tmp_path / "b", vit_tucker__stored=None)
+        assert torch.equal(vt.load(tmp_path / "b")(x), model(x))
+        assert "note: " in caplog.text
+        assert "has no digests" in caplog.text
+
+    def test_a_save_that_dies_between_its_files(self, model, x, tmp_path, monkeypatch):
+        """The model before is still there; one of another description is refused, instead of half of each."""
+        vt.save(model, tmp_path)
+        replace = os.replace
+
+        def dying(source, target):
+            if str(target).endswith(".safetensors"):
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        other = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL), 1)
+        vt.patch(other, vt.TuckerConfig(ranks=(2, 8, 8)))
+        monkeypatch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            vt.save(randomise(copy.deepcopy(model), 1), tmp_path)
+        assert torch.equal(vt.load(tmp_path)(x), model(x))
+        with pytest.raises(KeyboardInterrupt):
+            vt.save(other, tmp_path)
+        with pytest.raises(vt.CheckpointError, match="is not what was saved"):
+            vt.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("key", "message"),
+        [
+            ("embed_dim", "no model of timm's has such a size"),
+            ("depth", "the weights are .* tensors"),
+            ("img_size", "no model of timm's has such a size"),
+        ],
+    )
+    def test_sizes_are_refused_before_memory_is_given(self, model, tmp_path, key, message):
+        vt.save(model, tmp_path, model_args=SMALL)
+        edit(tmp_path, **{f"model_args__{key}": 10**9})
+        with pytest.raises(vt.CheckpointError, match=f"model_args.{key}: 1000000000: {message}"):
+            vt.load(tmp_path, verify=False)
+        edit(tmp_path, **{f"model_args__{key}": 60_000 if key != "depth" else 40})
+        with pytest.raises(vt.CheckpointError):
+            vt.load(tmp_path, verify=False)
+
+    @pytest.mark.parametrize("wrong", [-1, 8, 2**40])
+    def test_index_buffers_point_into_their_table(self, tmp_path, wrong):
+        """On a GPU an index beyond its table ends the process."""
+        made = timm.create_model("vit_small_patch16_rope_224", **{**SMALL, "embed_dim": 64, "num_heads": 1, "depth": 1})
+        vt.patch(made, vt.TuckerConfig(ranks=(1, 8, 8)))
+        table = made.blocks[0].attn.head_dim // 2
+        vt.save(made, tmp_path)
+
+        def change(state):
+            state["blocks.0.attn.pair_rotations"][1] = wrong if wrong != 8 else table
+
+        self.rewrite(tmp_path, change)
+        with pytest.raises(vt.CheckpointError, match=rf"pair_rotations holds .*, allowed are 0 to {table - 1}"):
+            vt.load(tmp_path, verify=False)
+        self.rewrite(tmp_path, lambda state: state["blocks.0.attn.pair_rotations"].fill_(table - 1))
+        assert vt.load(tmp_path, verify=False).blocks[0].attn.pair_rotations.max() == table - 1

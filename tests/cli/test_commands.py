@@ -15,18 +15,10 @@ from timm.data import create_transform, resolve_data_config
 import vit_tucker as vt
 from vit_tucker.cli import build_parser, main
 from vit_tucker.data.datasets import load_digits
-from vit_tucker.training.run_dir import LOGGER
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 TINY = ["model.depth=1", "model.img_size=32", "model.embed_dim=48", "model.num_heads=4"]
 METHOD = ["--method", "tucker ranks=[2,8,8]"]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """No console of a run that was trained in this process before."""
-    for handler in LOGGER.handlers[:]:
-        LOGGER.removeHandler(handler)
 
 
 @pytest.fixture
@@ -158,7 +150,6 @@ class TestPlanAndConvert:
     def test_conversion_sees_images_and_weights(self, command, run_folder):
         dense = ["digits/dense", "model.depth=1", "model.embed_dim=32", "train.epochs=1", "train.warmup_epochs=0"]
         assert command("train", "--cfg", *dense, "output_dir=dense")
-        LOGGER.handlers.clear()
         start = ["--cfg", "dense", "model.checkpoint=dense", *METHOD]
         plain = json.loads(command("convert", *start, "--out", "a", "--json"))
         assert list(vt.load("a").pretrained_cfg["label_names"]) == list("0123456789")  # of the run that it started from

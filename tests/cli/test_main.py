@@ -117,7 +117,7 @@ def test_third_party_method_trains_from_yaml(in_tmp):
     assert done.returncode == 0, done.stderr
     results = json.loads((in_tmp / "runs" / "mine-0" / "results.json").read_text())
     assert results["patch"]["layers"][0]["method"] == "mine"
-    again = script("--cfg", "runs/mine-0", cwd=in_tmp)
+    again = script("--cfg", "runs/mine-0", "-p", "mine.py", cwd=in_tmp)
     assert again.returncode == 0, again.stderr
 
 

@@ -77,6 +77,22 @@ def set_scalar(values: Any, path: tuple[Any, ...], rng: random.Random) -> None:
     holder(values, path)[path[-1]] = rng.choice(SCALARS)
 
 
+def retype_nothing(values: Any, path: tuple[Any, ...], rng: random.Random) -> None:
+    """Another value of the same type: what the schema lets pass, and what comes after it must bear."""
+    parent, key = holder(values, path), path[-1]
+    value = parent[key]
+    if isinstance(value, bool):
+        parent[key] = not value
+    elif isinstance(value, int):
+        parent[key] = rng.choice([0, 1, 2, 3, 5, 8, 17, 64, 100])
+    elif isinstance(value, float):
+        parent[key] = rng.choice([0.0, 1e-12, 0.1, 0.5, 0.999, 1.0, 3.5, 50.0])
+    elif isinstance(value, list):
+        rng.shuffle(value)
+    else:
+        set_scalar(values, path, rng)
+
+
 def scale_number(values: Any, path: tuple[Any, ...], rng: random.Random) -> None:
     """A number that is too large or too small, or another type of it."""
     parent, key = holder(values, path), path[-1]
@@ -127,7 +143,7 @@ def move(values: Any, path: tuple[Any, ...], rng: random.Random) -> None:
     values[str(path[-1])] = parent.pop(path[-1])
 
 
-CHANGES = (set_scalar, set_scalar, scale_number, delete, rename, misspell, nest, move)
+CHANGES = (set_scalar, retype_nothing, scale_number, delete, rename, misspell, nest, move)
 
 
 def change_values(values: dict[str, Any], rng: random.Random, most: int = 3) -> None:

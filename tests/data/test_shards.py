@@ -260,3 +260,30 @@ def test_sixteen_bit_images_of_a_stream_are_scaled(tmp_path):
     Image.fromarray(torch.full((4, 4), 32768, dtype=torch.int32).numpy().astype("uint16")).save(file, "PNG")
     ((image, _),) = opened(write(tmp_path, [{"png": file.getvalue(), "cls": 0}]))
     assert image.getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    "root",
+    ["pipe:touch {0}; cat /dev/null #", "https://x/'; touch {0}; '", "https://x/$(touch {0})", "hf:x/`touch {0}`"],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_no_shard_is_a_command(tmp_path, monkeypatch, root, listed):
+    """webdataset runs what follows "pipe:", and some versions hand addresses to a shell: a data set's or config's are refused."""
+    monkeypatch.chdir(tmp_path)
+    marker = tmp_path / "marker"
+    root = root.format(marker)
+    if listed:  # by the data set itself
+        (tmp_path / "_info.json").write_text(
+            json.dumps({"splits": {"a": {"filenames": [f"{root}.tar"], "num_samples": 1}}})
+        )
+        config = DataConfig(dataset="wds/x", root="", val_split="a", train_split="a")
+        with pytest.raises(DataError):
+            open_split(config, "a", False, 3)
+    else:
+        config = DataConfig(dataset="wds/x", root=root, val_split="a.tar|5", train_split="a.tar|5")
+        with pytest.raises(
+            DataError, match="no shard: a path or plain address is needed, and no command is run"
+        ) as caught:
+            open_split(config, "a.tar|5", False, 3)
+        assert "\n" not in str(caught.value)
+    assert not marker.exists()

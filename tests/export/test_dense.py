@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import timm
 import torch
@@ -14,7 +15,9 @@ from tests.patching.trios import refusal, small_config
 from vit_tucker.attention.base import MHAWeights
 from vit_tucker.attention.heads_form import fit_biases
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.dense import merge_dense as merge
+from vit_tucker.export.export import export_model
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import read_host
 
@@ -171,3 +174,46 @@ def test_biases_move_to_where_there_is_a_place():
         fit_biases(weights, MHAWeights(**{**vars(weights), "query_bias": None}))
     with pytest.raises(vt.PatchError, match="output bias has no place"):
         fit_biases(without_value, MHAWeights(**{**vars(weights), **none, "query_bias": weights.query_bias}))
+
+
+def with_adapters(model: nn.Module, *targets: str) -> nn.Module:
+    """The model with random LoRA on some modules, in eval mode."""
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=list(targets), r=2), model)
+    return randomise(model).eval()
+
+
+def test_adapters_on_patched_layers_and_elsewhere_are_merged(make_vit, images):
+    dense = make_vit()
+    expected, bare = dense(images), copy.deepcopy(dense)
+    vt.patch(dense, vt.GQAConfig(num_kv_heads=2), keep_originals=False)
+    model = with_adapters(dense, "q_proj", "proj", "fc1")
+    y = model(images)
+    assert not torch.allclose(y, expected, rtol=1e-2)
+    merged = vt.dense_model(model, bare)
+    torch.testing.assert_close(merged(images), y, rtol=1e-9, atol=1e-9)
+    assert merged.state_dict().keys() == bare.state_dict().keys()
+    model.blocks[1].attn.k_proj.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its k_proj has a forward hook"):
+        vt.dense_model(model, bare)
+
+
+def test_originals_with_adapters_come_back_plain(make_vit, images):
+    model = with_adapters(make_vit(), "qkv")
+    y = model(images)
+    vt.patch(model, vt.full_rank_config(model, "mha"))
+    merged = vt.dense_model(model)
+    torch.testing.assert_close(merged(images), y, rtol=1e-9, atol=1e-9)
+    assert not any("lora" in name for name in merged.state_dict())
+
+
+def test_exports_compute_with_adapters(make_vit, images, tmp_path):
+    """Inside PEFT's model too: its forward takes anything, which no recording does."""
+    model = make_vit(depth=1, dtype=torch.float32)
+    vt.patch(model, vt.GQAConfig(num_kv_heads=2))
+    wrapped = randomise(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))).eval()
+    written = export_model(wrapped, tmp_path / "model.pt2", ExportOptions("torch_export"))
+    got = torch.export.load(written.path).module()(images.float())
+    expected = wrapped(images.float())
+    torch.testing.assert_close(got, expected)
+    with wrapped.disable_adapter():
+        assert not torch.allclose(wrapped(images.float()), expected, rtol=1e-3)

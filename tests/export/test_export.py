@@ -12,13 +12,14 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from tests.patching.test_families import small_model
+from tests.patching.test_families import FAMILIES, small_model
 from tests.patching.trios import make_patchwork
 from vit_tucker.errors import ExportError, MismatchError
 from vit_tucker.export import compare as compare_module
 from vit_tucker.export.capture import capture, served
 from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.export import export_model
+from vit_tucker.export.metadata import describe
 from vit_tucker.export.torch_file import read_metadata, torch_export_runner
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4, "num_classes": 7}
@@ -290,6 +291,18 @@ def test_recorded_for_any_size_and_number():
     program = capture(served(small(TUCKER, dynamic_img_size=True), False), dynamic_img_size=True)
     for count, size in ((1, (40, 40)), (4, (16, 16)), (3, (72, 40))):
         assert program.module()(torch.randn(count, 3, *size)).shape == (count, 7)
+
+
+@pytest.mark.parametrize("name", ["tnt_s_patch16_224", "coatnet_nano_rw_224", "volo.VOLO", "visformer_tiny"])
+def test_models_built_at_another_size_are_recorded_at_theirs(name):
+    """Their patch embeddings name no size; timm's own one, which pretrained_cfg has, does not run."""
+    model = small_model(name).float()
+    size = FAMILIES[name]["img_size"]
+    images = torch.randn(3, 3, size, size)
+    assert_close(capture(served(model, False)).module()(images), model(images))
+    assert json.loads(describe(model, False, "0")["input_size"]) == [3, size, size]
+    with pytest.raises((RuntimeError, AssertionError)):
+        model(torch.randn(1, 3, 224, 224))
 
 
 def test_comparisons():

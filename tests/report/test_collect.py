@@ -60,8 +60,8 @@ def test_the_newest_of_one_config_and_seed_counts(tmp_path, first):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "results.json: not valid JSON"),
-        ("[1]", "results.json: not the results of a run: no 'name'"),
+        ("{", "results.json: can.t be read as JSON"),
+        ("[1]", "results.json: holds a list and no object"),
         ('{"name": "a", "config": {}}', "not the results of a run: no 'environment'"),
     ],
 )

@@ -7,20 +7,20 @@ from pathlib import Path
 
 from tests.training.processes import fork
 from vit_tucker.training.events import Events
-from vit_tucker.training.run_dir import setup_console
+from vit_tucker.training.run_dir import log_lines
 
 
 def write(folder: str, output: str, limit: int) -> None:
     """Write scalars until well after the file may not grow any more."""
     with open(output, "w", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        setup_console(True)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        events = Events(Path(folder), 1)
-        for step in range(3000):
-            events.scalar("loss", 0.5, step)
-        events.text("text", "text", 1)
-        events.close()
+        with log_lines(True):
+            events = Events(Path(folder), 1)
+            for step in range(3000):
+                events.scalar("loss", 0.5, step)
+            events.text("text", "text", 1)
+            events.close()
 
 
 def written(folder: Path, limit: int) -> tuple[int | None, str, int]:

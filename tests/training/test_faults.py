@@ -57,6 +57,12 @@ def test_divergence_stops_with_step_rate_and_a_state_to_look_at():
     assert not all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
     assert not Path("a/results.json").exists()
     assert not list(Path("a/checkpoints").glob("*"))  # nothing bad to continue from
+    Path("b").mkdir()
+    Path("b", folder.name).write_text("in the way, as a full disk would be")
+    with pytest.raises(
+        DivergedError, match=rf"^the loss is .*; the diverged state at step {step} can't be written: File ex.*; lower"
+    ):
+        run(config("output_dir=b", *WILD))
 
 
 def test_a_loss_scale_is_told(monkeypatch):

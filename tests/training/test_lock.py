@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.processes import finish, start_all
 from vit_tucker.cli import main, train_main
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.lock import RunLock
@@ -77,6 +78,13 @@ def test_the_command_says_so_in_one_line_and_changes_nothing(holder, capfd, opti
     assert said.startswith(f"error: output_dir: a is being written by process {holder[0].pid} on ")
     assert len(said.splitlines()) == 1
     assert contents() == before
+
+
+def test_all_processes_of_a_run_are_refused_at_once(holder, tmp_path):
+    before = time.monotonic()
+    assert finish(start_all(2, [*RUN[:-1], f"output_dir={tmp_path}/a"], tmp_path / "log")) == [2, 2]
+    assert (tmp_path / "log").read_text().count("error: ") == 1
+    assert time.monotonic() - before < 60
 
 
 def test_a_conversion_does_not_write_into_a_run(holder, capfd):

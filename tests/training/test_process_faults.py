@@ -47,6 +47,7 @@ def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, 
     assert time.monotonic() - before < 60
     assert said in (folder / "train.log").read_text()
     if "kill" not in action:
+        assert "Traceback (most recent call last):" in (folder / "train.log").read_text()  # of the second process
         assert (
             "error: process 1: RuntimeError: out of tokens" in log.read_text()
         )  # the first process says whose fault it was

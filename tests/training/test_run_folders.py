@@ -16,7 +16,6 @@ from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.explain.images import data_images
 from vit_tucker.inference import classes_for, image_options, open_model
 from vit_tucker.run import run
-from vit_tucker.training.run_dir import LOGGER
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 SMALL = [
@@ -57,8 +56,6 @@ def command(capfd):
     """Run a command; returns what it printed on standard output and standard error."""
 
     def run_command(*arguments, status=0):
-        for handler in LOGGER.handlers[:]:
-            LOGGER.removeHandler(handler)
         capfd.readouterr()
         assert main([str(text) for text in arguments]) == status
         return capfd.readouterr()

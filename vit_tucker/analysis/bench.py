@@ -1,6 +1,5 @@
 """Throughput of models side by side, in turns, under the column names of timm's benchmark script."""
 
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from vit_tucker.analysis.flops import known_flops
 from vit_tucker.analysis.latency import Latency, measure_latency
-from vit_tucker.analysis.turns import PRECISIONS, times_in_turns
+from vit_tucker.analysis.turns import PRECISIONS, compare_turns, times_in_turns
 from vit_tucker.errors import ConfigError
 from vit_tucker.patching.find import find_attention
 
@@ -37,7 +36,8 @@ def bench_models(
     Returns:
         A row per model under timm's names: infer_samples_per_sec, infer_step_time (milliseconds), infer_batch_size,
         infer_img_size, infer_gmacs, param_count, train_samples_per_sec, train_step_time, ...; and attention_params, infer_speedup
-        (the first model's time over this one's in the same turn: median and quartiles), train_speedup.
+        (the first model's time over this one's in the same turn: median and quartiles), train_speedup. Times and images per
+        second of the other models are the first's median by these ratios, see ``turns.Paired``.
 
     Raises:
         ConfigError: see ``measure_latency``; a model without classes can't be trained.
@@ -84,16 +84,15 @@ def training_columns(
     first: list[float], own: list[float], input_size: tuple[int, int, int], batch_size: int
 ) -> dict[str, Any]:
     """What a row says of the training steps, from seconds in each turn of the first model and of this one."""
-    low, middle, high = statistics.quantiles((a / b for a, b in zip(first, own, strict=True)), method="inclusive")
-    step = statistics.median(own)
+    paired = compare_turns(first, own)
     return {
-        "train_samples_per_sec": round(batch_size / step, 2),
-        "train_step_time": round(1e3 * step, 3),
+        "train_samples_per_sec": round(batch_size / paired.seconds, 2),
+        "train_step_time": round(1e3 * paired.seconds, 3),
         "train_batch_size": batch_size,
         "train_img_size": input_size[-1],
-        "train_speedup": round(middle, 3),
-        "train_speedup_low": round(low, 3),
-        "train_speedup_high": round(high, 3),
+        "train_speedup": round(1 / paired.ratio, 3),
+        "train_speedup_low": round(1 / paired.ratio_high, 3),
+        "train_speedup_high": round(1 / paired.ratio_low, 3),
     }
 
 

@@ -1,7 +1,6 @@
 """Latency of models side by side: in turns in one process, so that what else the machine does hits all of them alike."""
 
 import copy
-import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.analysis.turns import PRECISIONS, peak_bytes, times_in_turns
+from vit_tucker.analysis.turns import PRECISIONS, compare_turns, peak_bytes, times_in_turns
 from vit_tucker.errors import ConfigError
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.watch import evaluating
@@ -25,7 +24,7 @@ class Latency:
         threads: of torch on the CPU.
         batch_size: images per forward pass.
         turns: how often each model had its turn.
-        ms: milliseconds per batch, median over turns.
+        ms: milliseconds per batch: the first model's median over turns times ``ratio``.
         ratio: of the model's time to the first model's in the same turn, median over turns.
         ratio_low, ratio_high: quartiles of that ratio.
         peak_bytes: most bytes that a forward pass has alive at once, model and images apart. On CUDA what the allocator handed
@@ -94,9 +93,9 @@ def measure_latency(
     }
     results = {}
     for name, own in times.items():
-        low, middle, high = statistics.quantiles((b / a for a, b in zip(first, own, strict=True)), method="inclusive")
-        ms = statistics.median(own) * 1e3
-        results[name] = Latency(**where, ms=ms, ratio=middle, ratio_low=low, ratio_high=high, peak_bytes=peaks[name])  # type: ignore[arg-type]
+        paired = compare_turns(first, own)
+        ratios = {"ratio": paired.ratio, "ratio_low": paired.ratio_low, "ratio_high": paired.ratio_high}
+        results[name] = Latency(**where, ms=1e3 * paired.seconds, **ratios, peak_bytes=peaks[name])  # type: ignore[arg-type]
     return results
 
 

@@ -1,8 +1,10 @@
 """Timing in turns: everything that is compared runs in one process, one after the other, several times, in alternating order, so
 that what else the machine does hits all of it alike."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +38,29 @@ def times_in_turns(
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(clock(calls[name], repeats[name], device))
     return times
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Times of something against the first that it was measured with.
+
+    Attributes:
+        seconds: per call: the first's median over turns times ``ratio``, so that quotients of times are the ratios beside them.
+            Medians of each alone would contradict these when the machine's speed changes between turns.
+        ratio: of its time to the first's in the same turn, median over turns.
+        ratio_low, ratio_high: quartiles of that ratio.
+    """
+
+    seconds: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+
+
+def compare_turns(first: Sequence[float], own: Sequence[float]) -> Paired:
+    """Compares the seconds of something in each turn with those of the first in the same turn; two turns at least."""
+    low, middle, high = statistics.quantiles((b / a for a, b in zip(first, own, strict=True)), method="inclusive")
+    return Paired(statistics.median(first) * middle, middle, low, high)
 
 
 def clock(call: Callable[[], Any], repeats: int, device: torch.device) -> float:

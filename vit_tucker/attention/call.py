@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends.eager import add_mask
+from vit_tucker.attention.backends.masks import add_mask, cast_mask
 
 
 class Call(NamedTuple):
@@ -134,6 +134,8 @@ def read_call(
         shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
     """
     tokens = to_sequences(x, layout)
+    if attn_mask is not None:
+        attn_mask = cast_mask(attn_mask, tokens)
     shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
     own = None if position_bias is None else position_bias()
     if own is not None or mask is not None or shared is not None:

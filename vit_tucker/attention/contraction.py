@@ -53,9 +53,7 @@ def is_plain(*linears: nn.Linear) -> bool:
         and not linear._backward_hooks
         and not linear._backward_pre_hooks
         and "forward" not in linear.__dict__
-        and not hasattr(
-            linear._parameters["weight"], "__tensor_flatten__"
-        )  # torchao and others: tensors of their own kind
+        and not hasattr(linear._parameters.get("weight"), "__tensor_flatten__")  # torchao's, DTensors
         for linear in linears
     )
 

@@ -111,7 +111,8 @@ def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn
         try:
             parts[name] = part if part is None else plain_child(part, name in projections)
         except WeightsError as error:
-            raise WeightsError(f"its {name} {error}") from None
+            inside = str(error).removeprefix("its ")
+            raise WeightsError(f"its {name}{' ' if inside == str(error) else '.'}{inside}") from None
     if all(parts[name] is part for name, part in module._modules.items()):
         return module
     new = copy.copy(module)
@@ -170,7 +171,9 @@ def refuse_unreadable(part: nn.Module) -> None:
     """Raise WeightsError for anything but a Linear or a convolution with weights of its own."""
     cls = next((cls for cls in PROJECTIONS if type(part).forward is cls.forward), None)
     if cls is None or type(part).__call__ is not nn.Module.__call__:
-        raise WeightsError(f"is a {full_name(part)}, which computes something else than its weights alone say")
+        raise WeightsError(
+            f"is a {full_name(part)}, not a Linear or a convolution whose weights say all that it computes"
+        )
     for tensor in part.parameters():
         if is_traceable_wrapper_subclass(tensor) or is_traceable_wrapper_subclass(tensor.data):
             raise WeightsError(
@@ -184,9 +187,7 @@ def settled(part: nn.Module) -> nn.Module:
     try:
         if parametrize.is_parametrized(new):
             values = {name: getattr(new, name).detach() for name in new.parametrizations}  # type: ignore[union-attr]
-            new.__class__ = parametrize.type_before_parametrizations(
-                new
-            )  # torch's own removal would change its class for all
+            new.__class__ = parametrize.type_before_parametrizations(new)  # torch's removal changes it for all of them
             del new.parametrizations
             for name, value in values.items():
                 new.register_parameter(name, nn.Parameter(value, requires_grad=False))

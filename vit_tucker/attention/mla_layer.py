@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_tucker.attention.backends.heads import expand_heads
+from vit_tucker.attention.backends.masks import for_blind_rows, zero_blind_rows
 from vit_tucker.attention.base import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import is_plain, joint_linear, open_shape
@@ -133,10 +134,14 @@ class MLA(PerHeadModule):
         y = self.attend(q, k, v, call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)  # (B, N, H*cKV)
         v_up, out = by_heads(self.v_up.weight, heads).mT, by_heads(self.proj.weight.mT, heads)  # (H, cKV, D), (H, D, O)
         weight = (v_up @ out).flatten(0, 1)  # WUV_i WO_i, (H*cKV, O)
-        bias = self.proj.bias
-        if self.v_up.bias is not None:  # weights of the softmax sum to 1
-            bias = F.linear(self.v_up.bias, self.proj.weight, bias)
-        return F.linear(y, weight.mT, bias)
+        if self.v_up.bias is None:
+            return F.linear(y, weight.mT, self.proj.bias)
+        bias = F.linear(self.v_up.bias, self.proj.weight, self.proj.bias)  # weights of the softmax sum to 1, or to 0
+        y = F.linear(y, weight.mT, bias)
+        if call.attn_mask is None:
+            return y
+        each = (by_heads(self.v_up.bias, heads).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
+        return y - for_blind_rows(call.attn_mask, call.is_causal, each, B, N)
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
@@ -176,8 +181,11 @@ class MLA(PerHeadModule):
             key = expand_heads(key, self.num_heads)
             return self.attend(q, key, values, attn_mask, is_causal).transpose(1, 2).flatten(2)
         y = self.attend(q, key, v.unsqueeze(1), attn_mask, is_causal)  # (B, H, N, cKV)
-        y = (y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT).transpose(1, 2).flatten(2)  # (B, N, H*D)
-        return y if self.v_up.bias is None else y + self.v_up.bias
+        y = y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT  # (B, H, N, D)
+        if self.v_up.bias is not None:
+            y = y + by_heads(self.v_up.bias, self.num_heads).unsqueeze(1)
+            y = y if attn_mask is None else zero_blind_rows(y, attn_mask, is_causal)
+        return y.transpose(1, 2).flatten(2)  # (B, N, H*D)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""

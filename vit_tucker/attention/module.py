@@ -43,7 +43,6 @@ class AttentionModule(nn.Module):
         self.num_heads = spec.num_heads
         self.head_dim = spec.head_dim
         self.attn_dim = spec.attn_dim
-        self.scale = spec.scale
         self.fused_attn = spec.fused_attn
         self.backend = AUTO
         self.attn_drop = nn.Dropout(spec.attn_drop)
@@ -97,6 +96,11 @@ class AttentionModule(nn.Module):
         """softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
                       attn_mask=attn_mask, is_causal=is_causal, backend=self.heads_backend)  # fmt: skip
+
+    @property
+    def scale(self) -> float:
+        """The softmax scale, made of an integer: torch.compile(dynamic=True) holds a module's floats for open numbers."""
+        return self.spec.scale
 
     @property
     def heads_backend(self) -> str:

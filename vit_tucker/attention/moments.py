@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.eager import add_mask
+from vit_tucker.attention.backends.masks import masked_softmax
 from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.rope import angle_kernel, rotate_heads
 from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
@@ -265,8 +265,7 @@ def attention_maps(
         q, k = norms["q_norm"](q.to(dtype)).to(q.dtype), norms["k_norm"](k.to(dtype)).to(k.dtype)
     if spec.rope is not None:
         q, k = rotate_heads(q, rope, spec.rope), rotate_heads(k, rope, spec.rope)
-    scores = add_mask(q * spec.scale @ k.mT, attn_mask, is_causal)
-    return scores.softmax(-1), q, k
+    return masked_softmax(q * spec.scale @ k.mT, attn_mask, is_causal), q, k
 
 
 def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

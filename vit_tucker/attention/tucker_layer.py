@@ -117,10 +117,16 @@ class TuckerAttention(AttentionModule):
 
     def folds(self, x: Tensor) -> bool:
         """Whether a core costs less as a part of the projection beside it, for these tokens."""
-        (_, r2, r3), (_, r2t, r3t) = self.pre_core.shape, self.post_core.shape
+        r2, r3, r2t, r3t = self.widths
         heads, spec = self.num_heads, self.spec
         less = folds(x, spec.embed_dim, r2, heads * r3) or folds(x, heads * r3t, r2t, spec.out_dim)
         return less and is_plain(*self.input_projections(), self.proj)
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """r2, r3, r2t and r3t as plain numbers: while torch.fx traces, a parameter's shape is none."""
+        values = self.k_proj if self.v_proj is None else self.v_proj
+        return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values.out_features
 
     def attend_whole(self, call: Call) -> Tensor:
         """sum_i Y_i S_i^T. -> (B, N, r2t)"""

@@ -52,7 +52,7 @@ def plausible(name: str, value: Any) -> bool:
         finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
         return bool(numbers) and finite and (name == "mean" or min(numbers) > 0)
     if name == "crop_pct":
-        return isinstance(value, int | float) and 0 < value <= 1
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 2  # timm has 1.15
     return isinstance(value, str)
 
 

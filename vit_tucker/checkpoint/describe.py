@@ -25,7 +25,7 @@ from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS, choose_layers, layer_configs
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import input_channels, input_shape, without_weights
+from vit_tucker.patching.probe import built_size, input_channels, input_shape, without_weights
 from vit_tucker.version import __version__
 
 OPTIONS = "_image_options"
@@ -135,6 +135,8 @@ def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
         plain_model = without_weights(lambda: timm.create_model(architecture, **recorded))
         usual = visible_arguments(plain_model)
         recorded |= {k: v for k, v in visible_arguments(model).items() if k in usual and usual[k] != v}
+        if (size := built_size(model)) not in (None, input_shape(plain_model)[1:]):
+            recorded["img_size"] = size
     return {k: v for k, v in recorded.items() if k not in DROPOUTS and not k.endswith("_drop_rate")}
 
 
@@ -143,10 +145,8 @@ def visible_arguments(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {"in_chans": input_channels(model)}
     for name in ("num_classes", "global_pool", "embed_dim"):
         found[name] = getattr(model, name, None)
-    embed = getattr(model, "patch_embed", None)
-    for name in ("img_size", "patch_size"):
-        size = getattr(embed, name, None)
-        found[name] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
+    size = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    found["patch_size"] = size[0] if isinstance(size, tuple) and len(set(size)) == 1 else size
     blocks = getattr(model, "blocks", None)
     if isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
         found |= {"depth": len(blocks), "num_heads": getattr(getattr(blocks[0], "attn", None), "num_heads", None)}
@@ -184,7 +184,8 @@ def refuse_altered_weights(model: nn.Module) -> None:
         names = [name for name, module in model.named_modules() if is_altered(module)]
         if names:
             first = f"{names[0]}: a {full_name(model.get_submodule(names[0]))}"
-            raise CheckpointError(f"{len(names)} modules have {what} ({first}); {advice}")
+            count = "1 module has" if len(names) == 1 else f"{len(names)} modules have"
+            raise CheckpointError(f"{count} {what} ({first}); {advice}")
 
 
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:

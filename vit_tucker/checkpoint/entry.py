@@ -269,7 +269,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         KeyError,
         AttributeError,
     ) as error:  # the last two for kinds of numbers unknown here
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -282,7 +282,7 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(str(file), framework="np") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:

@@ -87,7 +87,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the mapping that a JSON file holds; an empty one if there is no such file or it holds something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -17,6 +17,7 @@ from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model, names_of
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
+from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.probe import without_weights
 from vit_tucker.weights import weights_metadata
@@ -107,6 +108,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
             else ""
         )
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
+    refuse_changed(file, what)
     weights = weights_of_state(state, name)
     where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
     source = ", ".join(part for part in (weights.source, *where) if part)
@@ -116,6 +118,14 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     return replace(
         weights, origin=file, source=source, data_config=data_config, size=size_beside(file), label_names=names
     )
+
+
+def refuse_changed(file: Path, what: str) -> None:
+    """Raises CheckpointError if weights are not those that the config.json beside them tells of, see ``vit_tucker.digests``."""
+    try:
+        verify_beside(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from None
 
 
 def weights_of_state(state: Mapping[str, Tensor], name: str) -> HostWeights:

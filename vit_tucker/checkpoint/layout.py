@@ -6,42 +6,20 @@ Entries that timm or a hub adds and nobody here reads are let through; ours are 
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vit_tucker.digests import Stored
 from vit_tucker.json_files import Lenient, Strict, checked
+from vit_tucker.run_files import DataEntries, Share, Size
 
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$", max_length=200)]
 Text = Annotated[str, Field(max_length=100_000)]
 Count = Annotated[int, Field(ge=0, le=1 << 24)]
-Size = Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3)]
 Sides = Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=1, max_length=3)]
 Modules = (
     Annotated[str, Field(max_length=200)] | Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=9)]
 )
-Share = Annotated[float, Field(gt=0, le=1)]
-INTERPOLATIONS = ("", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos", "random")
-CROP_MODES = ("center", "squash", "border")
-
-
-class DataEntries(Lenient):
-    """How images are prepared, in timm's words."""
-
-    input_size: Size | None = None
-    mean: Annotated[list[float], Field(min_length=1, max_length=1 << 12)] | None = None
-    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=1 << 12)] | None = None
-    interpolation: str | None = None
-    crop_pct: Share | None = None
-    crop_mode: str | None = None
-
-    @field_validator("interpolation", "crop_mode")
-    @classmethod
-    def _known_word(cls, value: str | None, info: Any) -> str | None:
-        known = INTERPOLATIONS if info.field_name == "interpolation" else CROP_MODES
-        if value is not None and value not in known:
-            raise ValueError(f"one of {', '.join(filter(None, known))}")
-        return value
 
 
 class PretrainedEntries(DataEntries):
@@ -86,12 +64,13 @@ class Layout(Lenient):
 
     @model_validator(mode="after")
     def _one_number_of_classes(self) -> Self:
-        told = {
+        told: dict[str, Any] = {
             "model_args.num_classes": (self.model_args or {}).get("num_classes"),
             "num_classes": self.num_classes,
             "pretrained_cfg.num_classes": self.pretrained_cfg and self.pretrained_cfg.num_classes,
         }
-        if self.vit_tucker is not None and len({count for count in told.values() if count is not None}) > 1:
+        counts = [count for count in told.values() if count is not None]
+        if self.vit_tucker is not None and any(type(c) is not int or c != counts[0] for c in counts):
             raise ValueError("one number of classes in " + ", ".join(k for k, v in told.items() if v is not None))
         return self
 

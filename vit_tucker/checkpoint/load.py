@@ -64,6 +64,8 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
     if not verified:
         check_sizes(config, file, place)
     model = build(lambda: create(config, **overrides), origin)
+    if verified and not overrides:
+        refuse_misfit(model, stored_shapes(file), config, place, file.stat().st_size)
     fill(model, read_safetensors(file), origin)
     check_layers(model, config, origin)
     set_image_options(model, stored_options(config, origin))

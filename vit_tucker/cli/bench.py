@@ -71,7 +71,7 @@ def bench(args: argparse.Namespace) -> int:
         precision, first = {"no": "float32"}.get(args.precision, args.precision), rows[0]["model"]
         print(
             f"{describe_device(device)}, {precision}, batch size {args.batch_size}; speed against {first} in the same "
-            f"turn, median of {args.turns} turns (quartiles)"
+            f"turn, median of {args.turns} turns (quartiles); the other times are the first model's by this speed"
         )
     return 0
 

@@ -7,11 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest
+from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +58,9 @@ def guarded(command: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"error: {shorten(error.filename)}: a longer name than file systems take", file=sys.stderr)
+            return 2
         if error.errno not in FULL:
             raise
         print(f"error: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)
@@ -130,12 +132,9 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
     Raises:
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
-    if not args.plugins and not args.trust_plugins:
-        return command(args)
-    from vit_tucker.config.plugins import load_plugins, trust_plugins
+    from vit_tucker.config.plugins import command_plugins
 
-    load_plugins(args.plugins)
-    with trust_plugins() if args.trust_plugins else nullcontext():
+    with command_plugins(args.plugins, args.trust_plugins):
         return command(args)
 
 

@@ -128,8 +128,7 @@ def published(number: int) -> "Table":
 
 
 def _model(args: argparse.Namespace) -> "Table":
-    from vit_tucker.config.load import load_config, validate
-    from vit_tucker.config.source import Source, merge, read_overrides
+    from vit_tucker.config.load import config_of, load_config
     from vit_tucker.costs import HostFactory, model_costs
 
     names = [text for text in args.overrides if "=" not in text]
@@ -147,7 +146,7 @@ def _model(args: argparse.Namespace) -> "Table":
         if config.attention is not None:
             methods.append((str(config.name), config.attention))
     else:
-        config = validate(merge(Source({"model": {"name": names[0]}}), read_overrides(overrides)))
+        config = config_of({"model": {"name": names[0]}}, overrides)
         host = HostFactory(config.model)
     methods += [(text, read_method(text, config.model)) for text in dict.fromkeys(args.method)]
     device = choose_device(args.device) if args.measure else None

@@ -69,7 +69,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--int8", action="store_true", help="quantise the products with weights (onnx), and tell what that costs"
     )
-    parser.add_argument("--reduce-range", action="store_true", help="of int8: 7-bit weights, for x86 CPUs without VNNI")
+    parser.add_argument(
+        "--reduce-range",
+        action=argparse.BooleanOptionalAction,
+        help="of int8: 7-bit weights, for x86 CPUs without VNNI; where this machine needs them if left out",
+    )
     parser.add_argument(
         "--data",
         metavar="WHAT",
@@ -144,7 +148,7 @@ def read_options(args: argparse.Namespace) -> "ExportOptions":
         raise ExportError("--approximate is an option of --dense and of --format dense")
     file_only = ("dynamic_img_size", "with_preprocessing", "opset", "int8", "reduce_range")
     if args.format == "dense":
-        given = [name for name in ("dense", *file_only) if getattr(args, name)]
+        given = [name for name in ("dense", *file_only) if getattr(args, name) not in (None, False)]
         if given:
             raise ExportError(f"--{given[0].replace('_', '-')} is no option of --format dense")
         return ExportOptions("torch_export", tolerance=args.tolerance)

@@ -65,8 +65,7 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
         ConfigError: not exactly one model, or no method.
     """
     from vit_tucker.cli.cost import read_method
-    from vit_tucker.config.load import load_config, validate
-    from vit_tucker.config.source import Source, merge, read_overrides
+    from vit_tucker.config.load import config_of, load_config
 
     names = [text for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
@@ -78,7 +77,7 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
         if attention is None:
             raise ConfigError(f"{args.cfg}: attention: the config patches nothing; name a method by --method")
         return config, attention
-    config = validate(merge(Source({"model": {"name": names[0]}}), read_overrides(overrides)))
+    config = config_of({"model": {"name": names[0]}}, overrides)
     if args.method is None:
         raise ConfigError(f'{args.command} {names[0]}: name a method, e.g. --method "tucker ranks=[8,16,16]"')
     return config, read_method(args.method, config.model)

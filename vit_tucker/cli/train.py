@@ -59,14 +59,14 @@ def train(args: argparse.Namespace) -> int:
     try:
         run(config, args.evaluate, args.allow_changes, args.dry_run)
     except StoppedError as stop:
-        command = resume_command(str(config.output_dir))
+        command = resume_command(str(config.output_dir), config.plugins)
         raise StoppedError(f"{stop}; the same command continues{f', or: {command}' if command else ''}") from None
     return 0
 
 
-def resume_command(folder: str) -> str | None:
+def resume_command(folder: str, plugins: Sequence[str] = ()) -> str | None:
     """The command that continues a run here, on as many processes as now and with its plug-ins; None on several machines."""
-    from vit_tucker.config.plugins import named_plugins
+    from vit_tucker.config.plugins import plugin_arguments
 
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if processes != here:
@@ -75,5 +75,6 @@ def resume_command(folder: str) -> str | None:
     own = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py"
     script = [sys.argv[0]] if own else ["-m", "vit_tucker", "train"]
     launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    plugins = [text for plugin in named_plugins() for text in ("-p", plugin)]
-    return shlex.join([*(launcher if processes > 1 else [python]), *script, "--cfg", folder, *plugins])
+    return shlex.join(
+        [*(launcher if processes > 1 else [python]), *script, "--cfg", folder, *plugin_arguments(plugins)]
+    )

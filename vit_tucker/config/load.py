@@ -49,7 +49,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     written = read_with_bases(path, stored=stored)
     written.values = seen_from_here(written.values, path.parent)
     source = merge(written, read_overrides(overrides))
-    load_config_plugins(source, source.stored or (path.parent if stored is None else Path()))
+    load_config_plugins(source, path.parent if stored is None else Path())
     config = validate(source)
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
@@ -58,6 +58,17 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except ValueError as error:
         raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
+
+
+def config_of(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    """A config without a file: values, and overrides on top, whose plug-ins are the user's.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    source = merge(Source(values), read_overrides(overrides))
+    load_config_plugins(source, Path())
+    return validate(source)
 
 
 def _default_name(path: Path) -> str:

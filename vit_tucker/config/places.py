@@ -134,6 +134,8 @@ def bases_of(run: Path) -> tuple[list[Path], tuple[Path, Path] | None]:
         now, copied = run.resolve(), os.path.exists(before)
     except (OSError, ValueError, KeyError, TypeError):
         return [], None
+    if not (started.is_absolute() and before.is_absolute()):
+        return [], None
     if now == before or copied:
         return [started], None
     pairs = zip(reversed(now.parts), reversed(before.parts), strict=False)

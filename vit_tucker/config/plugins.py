@@ -16,27 +16,55 @@ from typing import Any
 
 from vit_tucker.config.source import Source, package_configs
 from vit_tucker.config.stored import stored_folder
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, shorten
 
-COMMAND_LINE = "command line"
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
-_named: dict[str, None] = {}
-"""What the user has named so far, in order: modules by name, files by absolute path."""
+_GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
+_in_this_process: dict[str, None] = {}
+_NAMED: ContextVar[dict[str, None]] = ContextVar("named", default=_in_this_process)
+"""What the user has named in this command, or in this process, in order: modules by name, files by absolute path."""
 
 
 @contextmanager
-def trust_plugins() -> Iterator[None]:
+def trust_plugins(trusted: bool = True) -> Iterator[None]:
     """Context in which the plug-ins run that a stored folder's config names, as by ``--trust-plugins``."""
-    token = _TRUSTED.set(True)
+    token = _TRUSTED.set(trusted)
     try:
         yield
     finally:
         _TRUSTED.reset(token)
 
 
-def named_plugins() -> tuple[str, ...]:
-    """Returns the plug-ins that ran in this process, as ``-p`` takes them: modules by name, files by absolute path."""
-    return tuple(_named)
+@contextmanager
+def command_plugins(given: Sequence[str], trusted: bool) -> Iterator[None]:
+    """Context of one command.
+
+    Args:
+        given: plug-ins by ``-p``; they are imported first.
+        trusted: see ``trust_plugins``.
+
+    Raises:
+        ConfigError: one can't be imported.
+    """
+    named, before = _NAMED.set({}), _GIVEN.set(tuple(given))
+    try:
+        load_plugins(given)
+        with trust_plugins(trusted):
+            yield
+    finally:
+        _NAMED.reset(named)
+        _GIVEN.reset(before)
+
+
+def plugin_arguments(plugins: Sequence[str]) -> list[str]:
+    """Returns the arguments by which another command has the plug-ins of this one.
+
+    Args:
+        plugins: those that the config names; they have been imported.
+    """
+    full = {Path(name).name: name for name in _NAMED.get()}
+    names = [full.get(Path(plugin).name, plugin) for plugin in (*_GIVEN.get(), *plugins)]
+    return [text for name in dict.fromkeys(names) for text in ("-p", name)]
 
 
 def load_plugins(plugins: Any, folder: Path = Path()) -> None:
@@ -59,12 +87,13 @@ def load_config_plugins(source: Source, folder: Path) -> None:
 
     Args:
         source: with all of its bases and overrides.
-        folder: of the config file.
+        folder: of the user's config file; a stored folder's files are looked for in it.
 
     Raises:
         ConfigError: one can't be imported; or a stored folder names it, and the user has not.
     """
     plugins, stored = listed(source.values.get("plugins", [])), source.stored
+    folder = stored or folder
     for plugin in plugins:
         if stored is not None and not _TRUSTED.get():
             if is_named(plugin):
@@ -104,7 +133,7 @@ def is_named(plugin: str) -> bool:
     """Returns whether the user has named a plug-in in this process: a module of that name, a file of that file name."""
     if not plugin.endswith(".py"):
         return plugin in sys.modules
-    return Path(plugin).name in {Path(name).name for name in _named}
+    return Path(plugin).name in {Path(name).name for name in _NAMED.get()}
 
 
 def shipped_file(plugin: str) -> Path | None:
@@ -133,7 +162,7 @@ def run_plugin(plugin: str, folder: Path) -> None:
     try:
         if not plugin.endswith(".py"):
             importlib.import_module(plugin)
-            _named[plugin] = None
+            _NAMED.get()[plugin] = None
             return
         file = find_file(plugin, folder)
         if file is None and is_named(plugin):
@@ -141,11 +170,12 @@ def run_plugin(plugin: str, folder: Path) -> None:
         if file is None:
             raise ConfigError(f"plugins: {plugin}: no such file in {folder} or the current folder")
         _import_file(file.resolve())
-        _named[str(file.resolve())] = None
+        _NAMED.get()[str(file.resolve())] = None
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}") from error
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        raise ConfigError(f"plugins: {shorten(plugin)}: {reason}") from error
 
 
 def _import_file(file: Path) -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, InstanceOf, create_model, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
@@ -229,7 +229,7 @@ class RunConfig(Checked):
         "config in a run folder names run only with -p FILE or --trust-plugins.",
     )
     model: ModelConfig = Field(description="The timm model.")
-    attention: AttentionConfig | None = Field(
+    attention: InstanceOf[AttentionConfig] | None = Field(
         default=None, description="Attention to patch in; null keeps the dense host."
     )
     data: DataConfig = Field(default=DataConfig(), description="Data set and transforms.")

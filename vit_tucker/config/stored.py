@@ -5,8 +5,8 @@ from pathlib import Path
 
 SIGNS = {
     "config.yaml": (
-        *("checkpoints", "results.json", "data_config.json", "patch.json", "classes.json", "train.log"),
-        *("summary.csv", "teacher", "config.json"),
+        *("checkpoints", "results.json", "data_config.json", "patch.json", "classes.json", "train.log", "started.json"),
+        *("summary.csv", "teacher", "config.json", "run.lock"),
     ),
     "config.json": ("model.safetensors", "ema.safetensors", "pytorch_model.bin", "state.json"),
     "sweep.yaml": ("results.jsonl", "tables.md"),

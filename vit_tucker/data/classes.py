@@ -50,7 +50,7 @@ def read_class_map(given: Mapping[str, int] | str, folders: Sequence[Path]) -> d
     try:
         text = file.read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=list) if file.suffix.lower() == ".json" else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{where}: can't be read: {' '.join(str(error).split())[:120]}") from None
     if content is None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -10,7 +10,10 @@ from torch import nn
 from vit_tucker.channels import fit_channels
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import DatasetInfo
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, nearest
+
+AA_POLICIES = ("original", "originalr", "v0", "v0r", "3a")
+"""timm's fixed policies of AutoAugment and 3-Augment."""
 
 
 def resolve_data(
@@ -81,26 +84,39 @@ def describe_data(config: DataConfig, info: DatasetInfo, resolved: Mapping[str, 
 
 
 def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
-    """timm's training transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
-    transform = create_transform(
-        resolved["input_size"],
-        is_training=True,
-        no_aug=config.no_aug,
-        train_crop_mode=config.train_crop_mode,
-        scale=config.scale,
-        ratio=config.ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.aa,
-        interpolation=config.interpolation or "random",
-        mean=resolved["mean"],
-        std=resolved["std"],
-        re_prob=config.reprob,
-        re_mode=config.remode,
-        re_count=config.recount,
-        normalize=normalize,
-    )
+    """timm's training transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``.
+
+    Raises:
+        ConfigError: a policy that timm does not know, or options that it can't combine.
+    """
+    try:
+        transform = create_transform(
+            resolved["input_size"],
+            is_training=True,
+            no_aug=config.no_aug,
+            train_crop_mode=config.train_crop_mode,
+            scale=config.scale,
+            ratio=config.ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.aa,
+            interpolation=config.interpolation or "random",
+            mean=resolved["mean"],
+            std=resolved["std"],
+            re_prob=config.reprob,
+            re_mode=config.remode,
+            re_count=config.recount,
+            normalize=normalize,
+        )
+    except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+        if config.aa:
+            policy = config.aa.partition("-")[0]
+            raise ConfigError(
+                f"data.aa: timm has no policy '{config.aa}', known: rand-m9-mstd0.5-inc1, augmix-m3-w3 (and other numbers), "
+                f"{', '.join(AA_POLICIES)}{nearest(policy, ['rand', 'augmix', *AA_POLICIES])}"
+            ) from None
+        raise ConfigError(f"data: timm can't make the training transform: {type(error).__name__}: {error}") from None
     for op in augment_ops(transform):
         if op.name.startswith("Posterize"):
             op.aug_fn = posterize

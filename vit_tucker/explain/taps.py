@@ -80,12 +80,13 @@ def layout_of(module: nn.Module) -> str:
 
 
 def check_rows(name: str, attn: Tensor) -> None:
-    """Raise ExplainError unless every row of a map is a distribution.
+    """Raise ExplainError unless every row of a map is a distribution, or zeros where a query may attend to nothing.
 
     A softmax row of N numbers is off by the rounding of its sum, at most N units, and of its own divisions.
     """
     tolerance = torch.finfo(attn.dtype).eps * (attn.shape[-1] + 4)
-    error = (attn.sum(-1, dtype=torch.float64) - 1).abs().max().item()
+    sums = attn.sum(-1, dtype=torch.float64)
+    error = (sums - 1).abs().where(sums != 0, sums).max().item()
     if not error <= tolerance or attn.min() < 0:
         raise ExplainError(
             f"{name}: rows of its map don't sum to 1 (off by {error:.2g}): no softmax is the last step before its values"

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from vit_tucker.errors import ExportError, nearest
 from vit_tucker.export.capture import normalisation
 from vit_tucker.export.compare import TOLERANCE, Comparison, Runner, compare, random_batches, require
+from vit_tucker.export.onnx_file import OLDEST_OPSET, require_packages
 from vit_tucker.export.sizes import check_sizes
 from vit_tucker.patching.probe import input_shape
 
 FORMATS = ("onnx", "torch_export")
 """Of single files."""
-OLDEST_OPSET = 18
-"""Of torch's exporter; for an older one it would write this one and say nothing."""
 Batches = Iterable[tuple[Tensor, Tensor | None]]
 """Images (B, channels, H, W), normalised as the model takes them, and labels (B,) or None."""
 
@@ -32,7 +31,7 @@ class ExportOptions:
         with_preprocessing: take images in [0, 1] and normalise them inside.
         opset: of ONNX; the exporter's own if None.
         int8: quantise the ONNX file, see ``vit_tucker.export.int8``; the float32 file must pass first.
-        reduce_range: of int8: weights of 7 bits, for CPUs without VNNI.
+        reduce_range: of int8: weights of 7 bits, for x86 CPUs without VNNI; None: where this machine needs it.
         tolerance: largest error of a logit over the largest logit, see ``compare.TOLERANCE``.
     """
 
@@ -41,7 +40,7 @@ class ExportOptions:
     with_preprocessing: bool = False
     opset: int | None = None
     int8: bool = False
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     tolerance: float = TOLERANCE
 
     def check(self) -> None:
@@ -54,11 +53,9 @@ class ExportOptions:
             raise ExportError(f"{'int8' if self.int8 else 'opset'} is an option of onnx, not of {self.format}")
         if self.opset is not None and self.opset < OLDEST_OPSET:
             raise ExportError(f"opset {self.opset}: torch's exporter writes {OLDEST_OPSET} and later")
-        if self.reduce_range and not self.int8:
+        if self.reduce_range is not None and not self.int8:
             raise ExportError("reduce_range is an option of int8")
         if self.format == "onnx":
-            from vit_tucker.export.onnx_file import require_packages
-
             require_packages()
 
 

@@ -25,12 +25,14 @@ class Exported:
         parameter_bytes: of the recorded model's parameters in float32.
         stages: the float32 file, then the int8 file if that was asked for; the last one is at ``path``.
         int8_products: how many products of tokens with weights are in int8; None for float32.
+        weight_bits: of their weights, 8 or 7; None for float32.
     """
 
     path: Path
     parameter_bytes: int
     stages: tuple[Written, ...]
     int8_products: int | None = None
+    weight_bits: int | None = None
 
 
 def export_model(
@@ -70,13 +72,13 @@ def export_model(
     check = Check(expected, model, options, batches, strict)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
-        first, products = Path(folder) / file.name, None
+        first, products, bits = Path(folder) / file.name, None, None
         runners = {"float32": _write(program, first, metadata, options)}
         check.noise(runners, "float32")
         sizes = {"float32": folder_bytes(first.parent)}
         if options.int8:
             last = first.parent / "int8" / file.name
-            products, runners["int8"] = _quantise(first, last, options.reduce_range)
+            products, bits, runners["int8"] = _quantise(first, last, options.reduce_range)
             check.noise(runners, "int8")
             sizes["int8"] = folder_bytes(last.parent)
             first = last
@@ -85,7 +87,7 @@ def export_model(
             if part.is_file():
                 part.replace(file.parent / part.name)
     stages = tuple(Written(name, sizes[name], *check.results(name)) for name in runners)
-    return Exported(file, 4 * sum(p.numel() for p in plain.parameters()), stages, products)
+    return Exported(file, 4 * sum(p.numel() for p in plain.parameters()), stages, products, bits)
 
 
 def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOptions) -> Runner:
@@ -101,13 +103,14 @@ def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOp
     return torch_export_runner(file)
 
 
-def _quantise(file: Path, out: Path, reduce_range: bool) -> tuple[int, Runner]:
-    """Write the int8 file; how many products it has in int8, and what runs it."""
-    from vit_tucker.export.int8 import quantise
+def _quantise(file: Path, out: Path, reduce_range: bool | None) -> tuple[int, int, Runner]:
+    """Write the int8 file; how many products it has in int8, the bits of their weights, and what runs it."""
+    from vit_tucker.export.int8 import products_saturate, quantise
     from vit_tucker.export.onnx_file import onnx_runner
 
     out.parent.mkdir()
-    return quantise(file, out, reduce_range=reduce_range), onnx_runner(out)
+    reduced = products_saturate() if reduce_range is None else reduce_range
+    return quantise(file, out, reduce_range=reduced), 7 if reduced else 8, onnx_runner(out)
 
 
 def folder_bytes(folder: Path) -> int:

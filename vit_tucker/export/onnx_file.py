@@ -19,6 +19,8 @@ from vit_tucker.export.compare import Runner
 INPUT, OUTPUT = "image", "logits"
 EXTERNAL_BYTES = 2 * 10**9
 """Weights of more bytes lie in a file of their own: a protobuf message holds 2 GiB at most."""
+OLDEST_OPSET = 18
+"""Of torch's exporter; for an older one it would write this one and say nothing."""
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -119,8 +121,8 @@ def onnx_runner(file: Path, threads: int | None = None) -> Runner:
     return run
 
 
-def onnx_session(file: Path, threads: int | None = None) -> Any:
-    """A session of onnxruntime's CPU provider.
+def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
+    """A session of onnxruntime's CPU provider, of a file or of what is in one.
 
     Raises:
         ExportError: onnxruntime can't load the file.
@@ -133,7 +135,9 @@ def onnx_session(file: Path, threads: int | None = None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # its errors are raised as well, its warnings are about its own optimisations
     try:
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise ExportError(f"onnxruntime can't load the file: {first_line(error)}") from None
 

@@ -61,13 +61,19 @@ WRAPPERS = {
 }
 
 
+PEFT_MODELS = {
+    ("peft.peft_model", "PeftModel"): "base_model",
+    ("peft.mixed_model", "PeftMixedModel"): "base_model",
+    ("peft.tuners.tuners_utils", "BaseTuner"): "model",
+}
+"""What PEFT puts around a model whose own modules hold the adapters, and where the model stands in it."""
+
+
 def inner(model: nn.Module) -> nn.Module:
     """The model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
-    while isinstance(model, peft_class("peft.peft_model", "PeftModel")):
-        base: nn.Module = model.get_base_model()  # type: ignore[operator]
-        if base is model:
-            return model
-        model = base
+    for place, attribute in PEFT_MODELS.items():
+        if isinstance(model, peft_class(*place)):
+            return inner(getattr(model, attribute))
     return model
 
 

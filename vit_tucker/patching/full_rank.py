@@ -33,7 +33,7 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
             configs[name].refuse_features(spec)
             configs[name].check(spec)
         except PatchError as error:
-            raise PatchError(f"{name}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
     if not configs:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
     first = next(iter(configs.values()))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.layers import use_fused_attn
 from torch import nn
 
 from vit_tucker.attention.call import PositionBias
@@ -87,13 +88,13 @@ READERS: dict[str, Callable[[Any], Host]] = {
     "timm.models.davit.WindowAttention": lambda m: make_host(m, read_fused(m)),
     "timm.models.nest.Attention": lambda m: make_host(m, read_fused(m), heads_last=True),
     "timm.models.metaformer.Attention": lambda m: make_host(m, read_fused(m)),
-    "timm.models.convit.MHSA": lambda m: make_host(m, read_fused(m)),
-    "timm.models.tnt.Attention": lambda m: make_host(m, read_split(m)),
+    "timm.models.convit.MHSA": lambda m: make_host(m, read_fused(m), fused_attn=use_fused_attn()),
+    "timm.models.tnt.Attention": lambda m: make_host(m, read_split(m), fused_attn=use_fused_attn()),
     "timm.models.volo.Attention": lambda m: make_host(m, read_fused(m), layout="grid"),
     "timm.models.fastvit.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
     "timm.models.visformer.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
 }
-"""Readers by the class's place in timm."""
+"""Readers by the class's place in timm. Classes without ``fused_attn`` get what timm's others ask for when they are built."""
 ROTARY = ("timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention")
 
 COSINE = "cosine attention: the scores of normalised queries and keys, scaled head by head"

@@ -101,7 +101,7 @@ def _form(name: str, layer: AttentionModule, approximate: bool) -> HeadsForm:
     try:
         return heads_form(layer, approximate)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Module:
@@ -124,7 +124,7 @@ def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsFo
     try:
         new = copy.deepcopy(plain_host(module)[0])
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
         raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
     new = new.to(like.device, like.dtype)

@@ -20,6 +20,7 @@ from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
+from vit_tucker.patching.method import Method, method_config
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
 from vit_tucker.patching.plain import refuse_not_finite
 from vit_tucker.patching.probe import count_tokens
@@ -67,13 +68,14 @@ class Prepared(NamedTuple):
 
 def patch(
     model: nn.Module,
-    config: AttentionConfig,
+    config: Method,
     *,
     layers: Selection | None = None,
     exclude: Selection | None = None,
     calibration: Iterable[Any] | None = None,
     keep_originals: bool = True,
     img_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> PatchReport:
     """Replace attention modules of a timm model, in place.
 
@@ -87,7 +89,8 @@ def patch(
     Args:
         model: a timm model (or any module that contains attention of timm), not wrapped by DDP, FSDP or torch.compile. PEFT's
             adapters on attention are merged into the new layers; inside its ``get_peft_model`` the timm model is patched.
-        config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``.
+        config: method and options, e.g. ``TuckerConfig(ranks=(8, 16, 16))``; or the method's name, with its options as keywords:
+            ``patch(model, "tucker", ranks=(8, 16, 16))``; or a mapping as in a YAML's attention section.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
         calibration: batches of images as the model takes them, (B, channels, height, width) tensors or tuples that start with
@@ -95,13 +98,16 @@ def patch(
             options of ``config.calibration``. No labels are used.
         keep_originals: keep the replaced modules, so that ``unpatch`` can restore them; costs their memory.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        options: of the method, beside its name.
 
     Returns:
         The report; print it for a table.
 
     Raises:
+        ConfigError: no such method or option; names the nearest one.
         PatchError: the model can't be patched as asked; the message names the module and the reason, nothing has changed.
     """
+    config = method_config(model, config, options)
     model = find.inner(model)
     config = _placed(config, layers, exclude)
     if calibration is not None and config.calibration is None:
@@ -122,11 +128,12 @@ def patch(
 
 def plan(
     model: nn.Module,
-    config: AttentionConfig,
+    config: Method,
     *,
     layers: Selection | None = None,
     exclude: Selection | None = None,
     img_size: int | tuple[int, int] | None = None,
+    **options: Any,
 ) -> PatchReport:
     """The report, and the errors, that ``patch`` would give.
 
@@ -134,17 +141,20 @@ def plan(
 
     Args:
         model: as for ``patch``; on the meta device the report has no errors of weights.
-        config: method and options; with a ``calibration``, for which there are no images here, it has none either.
+        config: as for ``patch``; with a ``calibration``, for which there are no images here, it has none either.
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        options: of the method, beside its name.
 
     Returns:
         The report, with ``applied`` False.
 
     Raises:
+        ConfigError: no such method or option; names the nearest one.
         PatchError: the model can't be patched as asked; see ``patch``.
     """
+    config = method_config(model, config, options)
     model = find.inner(model)
     with _undisturbed(model):
         return _prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
@@ -271,7 +281,7 @@ def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: boo
         if config.init == "pretrained":
             refuse_not_finite(host)
     except PatchError as error:
-        raise PatchError(f"{name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
     return host
 
 

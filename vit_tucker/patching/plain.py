@@ -1,6 +1,5 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 from vit_tucker.attention.effective import full_name, functional_hooks, with_plain_parts
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import WeightsError
 from vit_tucker.patching.readers import Host
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
@@ -22,17 +21,17 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
         module: of a known class; it is not changed.
 
     Raises:
-        PatchError: the module or a part computes something else than its weights say.
+        WeightsError: the module or a part computes something else than its weights say.
     """
     refuse_other_forward(module)
     if functional_hooks(module):
-        raise PatchError("parameters of its own are pruned or normalised by hooks: make them permanent first")
+        raise WeightsError("parameters of its own are pruned or normalised by hooks: make them permanent first")
     plain = with_plain_parts(module, PROJECTIONS)
     parts = dict(module.named_children())
     merged = {name: full_name(part) for name, part in parts.items() if not is_same(getattr(plain, name), part)}
     qkv: Any = parts.get("qkv")
     if "qkv" in merged and reads_weight(module) and differ(qkv.weight, plain.qkv.weight):  # type: ignore[union-attr, arg-type]
-        raise PatchError(
+        raise WeightsError(
             f"its qkv is a {full_name(qkv)}, whose weight it reads without calling it: the adapter has no effect; "
             "merge_and_unload() or unload() it first"
         )
@@ -40,10 +39,10 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def refuse_other_forward(module: nn.Module) -> None:
-    """Raise PatchError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
-    written = getattr(inspect.unwrap(type(module).forward), "__globals__", {}).get("__name__", "timm.")
-    if "forward" in vars(module) or not written.startswith("timm."):
-        raise PatchError(f"its forward is not that of {full_name(module)}: another has been put in its place")
+    """Raise WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
+    written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
+        raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
 
 
 def reads_weight(module: Any) -> bool:
@@ -62,7 +61,7 @@ def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def refuse_not_finite(host: Host) -> None:
-    """Raise PatchError for weights, norms or biases that are NaN or infinite; names the first."""
+    """Raise WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
     tensors = dict(vars(host.own))
     for parts in host.spec.extras.values():
         for name, part in parts.items():
@@ -75,4 +74,4 @@ def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
     """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
     for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise PatchError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")
+            raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

@@ -31,6 +31,8 @@ class Host:
     merged: Mapping[str, str] = field(default_factory=dict)
 
 
+SILENT = (nn.Dropout.forward, nn.Softmax.forward, nn.Identity.forward)
+"""What the parts of a host that no method takes over may do."""
 Projections = dict[str, Tensor | None]
 """Weights (heads, C, D) and biases (heads, D) of query, key and value under the names of ``MHAWeights``: views of parameters.
 Keys and values may have fewer heads than queries."""
@@ -90,6 +92,7 @@ def make_host(
     projections: Projections,
     position_bias: PositionBias | None = None,
     heads_last: bool = False,
+    fused_attn: bool = True,
     **options: Any,
 ) -> Host:
     """Host of a module from its projections; norms, gate and rates are asked of the module: older classes lack some.
@@ -99,6 +102,7 @@ def make_host(
         projections: of the heads.
         position_bias: additive bias of its scores.
         heads_last: the output projection takes its inputs ordered (D, head) instead of (head, D).
+        fused_attn: of a module without a switch of that name.
         options: of HostSpec, ``layout`` and ``rope``.
 
     Raises:
@@ -112,8 +116,9 @@ def make_host(
         raise PatchError(f"its queries have width {head_dim}, its values {value.shape[-1]}")
     if abs(m.scale - head_dim**-0.5) > 1e-9:
         raise PatchError(f"softmax scale {m.scale} is not 1/sqrt(head_dim) = {head_dim**-0.5}")
-    for name in ("attn_drop", "proj_drop"):
-        if not isinstance(part := getattr(m, name, nn.Identity()), nn.Dropout | nn.Identity):
+    for name in ("attn_drop", "proj_drop", "softmax"):
+        part = getattr(m, name, None)
+        if part is not None and type(part).forward not in SILENT:
             raise PatchError(f"its {name} is a {full_name(part)}, which no method carries")
     extras: dict[str, dict[str, nn.Module]] = {}
     if not all(isinstance(getattr(m, name, nn.Identity()), nn.Identity) for name in ("q_norm", "k_norm")):
@@ -136,7 +141,7 @@ def make_host(
         proj_bias=m.proj.bias is not None,
         attn_drop=getattr(getattr(m, "attn_drop", None), "p", 0.0),
         proj_drop=getattr(getattr(m, "proj_drop", None), "p", 0.0),
-        fused_attn=getattr(m, "fused_attn", True),
+        fused_attn=getattr(m, "fused_attn", fused_attn),
         extras=extras,
         **options,
     )

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vit_tucker import json_files
 from vit_tucker.errors import ConfigError
 from vit_tucker.harmless import HARMLESS
+from vit_tucker.json_files import parse_object
+from vit_tucker.run_files import RunResults
 
 Results = dict[str, Any]
 
@@ -91,16 +94,15 @@ def read_file(file: Path) -> list[Results]:
     Raises:
         ConfigError: the file is no such thing.
     """
-    text = file.read_text()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
     parts = text.splitlines() if file.suffix == ".jsonl" else [text]
     entries = []
     for number, part in enumerate(parts, start=1):
         where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        try:
-            entry = json.loads(part)
-        except ValueError as error:
-            raise ConfigError(f"{where}: not valid JSON: {error}") from None
-        entries.append(checked(entry, where))
+        entries.append(checked(parse_object(part, where, ConfigError, all_finite=False), where))
     return entries
 
 
@@ -119,6 +121,7 @@ def checked(entry: Any, where: str) -> Results:
             value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"{where}: not the results of a run: '{key}' is {value!r}, not a number")
+    json_files.checked(RunResults, entry, f"{where}: not the results of a run", ConfigError)
     return entry
 
 

@@ -1,11 +1,11 @@
 """Runs side by side, and their small files kept for the record."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.json_files import read_object
 from vit_tucker.paths import checked_name
 from vit_tucker.report.collect import checked
 from vit_tucker.report.formats import decimal, markdown
@@ -35,11 +35,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     file = folder / "results.json" if folder.is_dir() else folder
     if not file.is_file():
         raise ConfigError(f"{folder}: no results.json; the run is not finished, or this is no run folder")
-    try:
-        results = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file}: not valid JSON: {error}") from None
-    return checked(results, str(file))
+    return checked(read_object(file, ConfigError, all_finite=False), str(file))
 
 
 def describe_attention(results: dict[str, Any]) -> str:

@@ -16,13 +16,18 @@ HEADER = (
     "top-1",
 )
 IN_FLOAT32 = "float32: attention's own products, softmax, norms, convolutions"
+WEIGHTS = {
+    7: "weights of 7 bits, exact on every CPU",
+    8: "weights of 8 bits: on x86 CPUs without VNNI sums of these saturate, --reduce-range writes a file for them",
+}
 
 
 def export_text(values: Mapping[str, Any]) -> str:
     """The outcome of the export command, from what it prints as JSON.
 
     Args:
-        values: file, parameter_bytes, stages (label, bytes, random, real), int8_products, layers (name, pre_error, post_error).
+        values: file, parameter_bytes, stages (label, bytes, random, real), int8_products, weight_bits, layers (name, pre_error,
+            post_error).
     """
     stages, layers = values["stages"], values["layers"]
     size = f"{stages[-1]['bytes'] / 1e6:.2f} MB ({values['parameter_bytes'] / 1e6:.2f} MB of parameters in float32)"
@@ -32,6 +37,7 @@ def export_text(values: Mapping[str, Any]) -> str:
     if values.get("int8_products") is not None:
         before = f"the float32 file had {stages[0]['bytes'] / 1e6:.2f} MB"
         lines.append(f"int8: {values['int8_products']} products of tokens with weights; {IN_FLOAT32}; {before}")
+        lines.append(WEIGHTS[values["weight_bits"]])
     cut = [layer for layer in layers if layer["pre_error"] or layer["post_error"]]
     if layers and not cut:
         lines.append(f"plain attention in {len(layers)} layers, equal to the model's")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from vit_tucker.config.load import dump_config
-from vit_tucker.config.plugins import named_plugins
+from vit_tucker.config.plugins import plugin_arguments
 from vit_tucker.errors import ConfigError
 from vit_tucker.sweep.plan import Job
 
@@ -99,7 +99,7 @@ def start_run(job: Job, threads: int, gpu: str | None, launcher: str | None) -> 
         config.write_text(dump_config(job.config))
         said = log.tell()
         environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        arguments = ["--cfg", str(config), *(text for plugin in named_plugins() for text in ("-p", plugin))]
+        arguments = ["--cfg", str(config), *plugin_arguments(job.config.plugins)]
         if launcher is not None:
             return RunProcess(job, log_file(job), _launch(arguments, log, launcher, environment), said)
         context = fork_server()

@@ -1,7 +1,6 @@
 """Where each run of a sweep stands, from its folder."""
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -12,6 +11,7 @@ from vit_tucker.config.load import validate
 from vit_tucker.config.source import Source
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import collect
+from vit_tucker.report.compare import read_results
 from vit_tucker.run_folder import changes_of_run, check_folder
 from vit_tucker.sweep.plan import Job
 from vit_tucker.training.run_dir import RunDir
@@ -64,7 +64,7 @@ def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) ->
     run_dir = RunDir(job.folder)
     check_folder(run_dir, job.config)
     if run_dir.results.is_file():
-        return finished(json.loads(run_dir.results.read_text()))
+        return finished(read_results(run_dir.results))
     if (results := recorded.get(job.key)) is not None:
         refuse_other(job, results)
         return finished(results)

@@ -28,7 +28,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, nearest
 
 try:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -117,7 +117,10 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
             groups, opt=config.opt, lr=config.lr, weight_decay=0.0, momentum=config.momentum, **options
         )
     except (ValueError, TypeError, AssertionError, AttributeError, ImportError) as error:
-        reason = str(error) or f"timm {timm.__version__} has no such optimizer"  # older timm's assert says nothing
+        reason = str(error)
+        if not reason or "not found in registry" in reason:  # older timm's assert says nothing
+            hint = nearest(config.opt.rpartition("_")[2], optimizer_names())
+            reason = f"timm {timm.__version__} has no such optimizer{hint}"
         raise ConfigError(f"train.opt={config.opt}: {reason}") from None
     inner = getattr(optimizer, "_base_optimizer", optimizer)  # within lookahead
     if getattr(inner, "is_second_order", False):
@@ -128,6 +131,20 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
     if hasattr(inner, "deterministic"):  # Kron: noise from a generator of its own, alike on all processes, and saved
         inner.deterministic = True
     return optimizer
+
+
+def optimizer_names() -> list[str]:
+    """Names of timm's optimizers; before timm 1.0.12, which lists them, those of its and torch's classes."""
+    listed = getattr(timm.optim, "list_optimizers", None)
+    if listed is not None:
+        return list(listed())
+    classes = {**vars(torch.optim), **vars(timm.optim)}
+    return sorted({"momentum", *(name.lower() for name, value in classes.items() if is_optimizer_class(value))})
+
+
+def is_optimizer_class(value: Any) -> bool:
+    """Whether it is a class of optimizers."""
+    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Group]:

@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +19,8 @@ import timm
 import torch
 
 from vit_tucker.data.classes import CLASSES_FILE, classes_text, stored_classes
+from vit_tucker.json_files import checked, read_object
+from vit_tucker.run_files import DataEntries, Patch, RunData
 from vit_tucker.training.state import list_checkpoints
 from vit_tucker.weights import replace_text
 
@@ -109,17 +111,33 @@ class RunDir:
         LOGGER.addHandler(handler)
 
     def read_patch(self) -> dict[str, Any] | None:
-        """The patch report of the run's start; None for a dense run."""
+        """The patch report of the run's start; None for a dense run.
+
+        Raises:
+            CheckpointError: something else is there.
+        """
         file = self.path / "patch.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        values = read_object(file, all_finite=False)
+        checked(Patch, values, str(file))
+        return values
 
     def read_data_config(self) -> dict[str, Any] | None:
-        """Returns the run's data config: data_config.json, else (older versions) a checkpoint's config.json; None without."""
+        """Returns the run's data config: data_config.json, else (older versions) a checkpoint's config.json; None without.
+
+        Raises:
+            CheckpointError: something else is there, or only a part of it.
+        """
         if self.data_config.is_file():
-            return json.loads(self.data_config.read_text())
+            values = read_object(self.data_config)
+            checked(RunData, values, str(self.data_config))
+            return values
         for name in ("last", "best"):
             if (file := self.checkpoints / name / "config.json").is_file():
-                return json.loads(file.read_text()).get("pretrained_cfg")
+                values = read_object(file).get("pretrained_cfg") or {}
+                checked(DataEntries, values, f"{file}: pretrained_cfg")
+                return values
         return None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
@@ -182,17 +200,26 @@ def warn_of_loss(what: str, error: OSError) -> None:
         LOGGER.warning(f"{what} can't be written, the run goes on: {error.strerror or error}")
 
 
-def setup_console(main_process: bool) -> None:
-    """Plain log lines on standard output, from the main process only."""
+@contextlib.contextmanager
+def log_lines(main_process: bool) -> Iterator[None]:
+    """Context with plain log lines on standard output, from the main process only; afterwards the logger is what it was.
+
+    Files that ``RunDir.start`` adds within are closed at the end: what runs in this process later is not this run's.
+    """
     _lost.clear()
+    before = LOGGER.level, LOGGER.propagate, LOGGER.handlers[:]
     LOGGER.setLevel(logging.INFO if main_process else logging.ERROR)
     LOGGER.propagate = False
-    for handler in LOGGER.handlers[:]:
-        LOGGER.removeHandler(handler)
-        handler.close()
     console = Console(sys.stdout)
     console.setFormatter(logging.Formatter("%(message)s"))
-    LOGGER.addHandler(console)
+    LOGGER.handlers[:] = [console]
+    try:
+        yield
+    finally:
+        for handler in LOGGER.handlers:
+            handler.close()
+        level, LOGGER.propagate, LOGGER.handlers[:] = before
+        LOGGER.setLevel(level)
 
 
 def environment() -> dict[str, Any]:

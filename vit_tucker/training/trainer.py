@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.digests import save_model
-from vit_tucker.errors import DivergedError, SaveError, StoppedError
+from vit_tucker.errors import DivergedError, FailedError, SaveError, StoppedError
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
 from vit_tucker.training.optim import Group, learning_rate
@@ -203,12 +203,16 @@ class Trainer:
             "loss_scale": scaler and scaler.get("scale"),
         }
         weights, optimizer = {"model": full_state(t.bare)}, t._optimizer_state()
-        t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
+        kept = f"the state after step {step} is in {folder}"
+        try:
+            t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
+        except FailedError as error:  # is for looking at, and must not hide why the run ends
+            kept = str(error).partition(";")[0]
         t.peers.agreed = True
         scale = "" if scaler is None else f", loss scale {scaler.get('scale'):g}"
         raise DivergedError(
             f"{what} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
-            f"{scale}); the state after step {step} is in {folder}; lower train.lr, or set train.clip_grad or "
+            f"{scale}); {kept}; lower train.lr, or set train.clip_grad or "
             "train.mixed_precision"
         )
 

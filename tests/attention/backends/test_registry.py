@@ -31,17 +31,17 @@ from vit_tucker.errors import ConfigError, PatchError
         ("blocked", CUDA, "for CPUs"),
         ("blocked", CPU._replace(mask="boolean"), "no boolean mask"),
         ("blocked", CPU._replace(mask="causal"), "no causal mask"),
-        ("blocked", CPU._replace(dropout=0.1), "no dropout"),
+        ("blocked", CPU._replace(dropout=True), "no dropout"),
         ("blocked", CPU._replace(own_only=True), "torch's own operations"),
         ("flex", CPU, "for CUDA"),
-        ("flex", CUDA._replace(dropout=0.1), "no dropout"),
+        ("flex", CUDA._replace(dropout=True), "no dropout"),
         ("flex", CUDA._replace(mask="additive", mask_grad=True), "not trained"),
         ("flex", CUDA._replace(key_width=8), "width 8 is below 16"),
         ("triton", CPU, "Tucker Attention as a whole"),
         ("latent", CPU, "Tucker Attention as a whole"),
         ("latent", WHOLE._replace(device="cuda"), "for CPUs"),
         ("latent", WHOLE._replace(mask="causal"), "no causal mask"),
-        ("latent", WHOLE._replace(dropout=0.1), "no dropout"),
+        ("latent", WHOLE._replace(dropout=True), "no dropout"),
         ("latent", WHOLE._replace(angles_grad=True), "angles are not trained"),
         ("latent", WHOLE._replace(own_only=True), "torch's own operations"),
     ],
@@ -57,7 +57,7 @@ def test_flex_takes_masks_and_groups_on_cuda():
 
 class TestAuto:
     def test_float32_on_the_cpu_runs_on_sdpa(self):
-        assert choose(CPU).name == choose(CPU._replace(grad=True, mask="additive", dropout=0.1)).name == "sdpa"
+        assert choose(CPU).name == choose(CPU._replace(grad=True, mask="additive", dropout=True)).name == "sdpa"
 
     def test_bfloat16_on_the_cpu_by_what_the_cpu_can(self, monkeypatch):
         low = CPU._replace(dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ class TestAuto:
             ({"mask": "boolean"}, True),
             ({"mask": "additive"}, True),
             ({"mask": "causal"}, True),
-            ({"dropout": 0.1}, False),
+            ({"dropout": True}, False),
             ({"mask": "additive", "mask_grad": True}, False),
         ],
     )
@@ -95,7 +95,7 @@ class TestAuto:
         q = torch.randn(2, 4, 7, 8, requires_grad=True)
         mask = {"boolean": BOOLEAN, "additive": torch.zeros(4, 7, 7).unsqueeze(0)}.get(facts.mask)
         mask = mask.requires_grad_() if facts.mask_grad else mask
-        chosen = torch._fused_sdp_choice(q, q, q, mask, facts.dropout, facts.mask == "causal")
+        chosen = torch._fused_sdp_choice(q, q, q, mask, 0.1 * facts.dropout, facts.mask == "causal")
         assert chosen == fused
         assert registry.decide(facts, AUTO).reason.startswith("fused" if fused else "in parts")
         assert registry.decide(facts, "sdpa").reason.startswith(f"asked for; {'fused' if fused else 'in parts'}")
@@ -145,7 +145,7 @@ def test_facts_of_a_call():
     q, k, v = tensors(2, dtype=torch.float32)
     bias = torch.zeros(4, 7, 7, requires_grad=True)
     facts = facts_of(q.requires_grad_(), k, v, bias, False, 0.1)
-    assert facts == Facts("cpu", torch.float32, 4, 2, 16, 24, "additive", True, 0.1, True)
+    assert facts == Facts("cpu", torch.float32, 4, 2, 16, 24, "additive", True, True, True)
     with torch.no_grad():
         assert facts_of(q, k, v, bias, True, 0.0) == Facts("cpu", torch.float32, 4, 2, 16, 24, "causal")
 

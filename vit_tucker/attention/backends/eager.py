@@ -1,11 +1,11 @@
 """Plain matrix products, with the attention maps (B, H, N, N) in memory: for whoever wants to see them, and for any case."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.heads import expand_heads
+from vit_tucker.attention.backends.masks import masked_softmax
 from vit_tucker.attention.backends.registry import register_backend
 
 
@@ -25,20 +25,7 @@ def attend(
 def attention_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """softmax(scale * Q K^T + mask), (B, H, N, N); works on fx proxies."""
     scores = (q * scale) @ expand_heads(k, q.shape[1]).transpose(-2, -1)
-    return add_mask(scores, attn_mask, is_causal).softmax(dim=-1)
-
-
-@torch.fx.wrap
-def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores (B, H, N, N) with a boolean, additive or causal mask, as scaled_dot_product_attention reads it."""
-    if is_causal:
-        tokens = scores.shape[-1]
-        return scores + scores.new_full((tokens, tokens), float("-inf")).triu(1)
-    if attn_mask is None:
-        return scores
-    if attn_mask.dtype == torch.bool:
-        return scores.masked_fill(~attn_mask, float("-inf"))
-    return scores + attn_mask
+    return masked_softmax(scores, attn_mask, is_causal)
 
 
 register_backend(Backend("eager", refuses, attend))

@@ -23,6 +23,8 @@ OLDEST = (2, 1)
 NEWEST_MAJOR = 2
 ALIGNMENT, LARGEST_WIDTH = 8, 256
 OLDEST_CAPABILITY = (8, 0)
+flash_attn_func: Any = None
+"""The package's function, once ``missing`` has found it: an import within a call would break the graphs of torch.compile."""
 
 
 def refuses(facts: Facts) -> str | None:
@@ -53,8 +55,9 @@ def missing() -> str | None:
     numbers = version_numbers(version)
     if numbers < OLDEST or numbers[0] > NEWEST_MAJOR:
         return f"flash-attn {version} is installed, {OLDEST[0]}.{OLDEST[1]} or later and below {NEWEST_MAJOR + 1} is needed"
+    global flash_attn_func
     try:
-        importlib.import_module("flash_attn")
+        flash_attn_func = importlib.import_module("flash_attn").flash_attn_func
     except Exception as error:  # built for another torch or CUDA
         return f"flash-attn {version} can't be imported: {' '.join(str(error).split())[:200]}"
     return None
@@ -76,13 +79,8 @@ def attend(
 ) -> Tensor:
     """See ``Backend.attend``."""
     by_tokens = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
-    y: Tensor = flash_attn_func()(*by_tokens, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
+    y: Tensor = flash_attn_func(*by_tokens, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
     return y.transpose(1, 2)
-
-
-def flash_attn_func() -> Any:
-    """The package's function."""
-    return importlib.import_module("flash_attn").flash_attn_func
 
 
 register_backend(Backend("flash_attn", refuses, attend, widths=widths))

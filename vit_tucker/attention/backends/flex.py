@@ -35,7 +35,8 @@ def attend(
 ) -> Tensor:
     """See ``Backend.attend``."""
     score_mod = mask_of_scores(attn_mask, is_causal, q)
-    y: Tensor = kernel(q.is_cuda)(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
+    attention = kernel(q.is_cuda and not torch.compiler.is_compiling())
+    y: Tensor = attention(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
     return y
 
 
@@ -52,12 +53,17 @@ def mask_of_scores(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Any:
     return lambda score, b, h, m, n: score + mask[b, h, m, n]
 
 
-@functools.cache
 def kernel(compiled: bool) -> Any:
-    """flex_attention, compiled once; inside a compiled model it is compiled with that."""
+    """flex_attention, as it is or compiled; inside a compiled model it is compiled with that."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    return compiled_kernel() if compiled else flex_attention
+
+
+@functools.cache
+def compiled_kernel() -> Any:
+    """flex_attention, compiled once."""
+    return torch.compile(kernel(False), dynamic=False)
 
 
 register_backend(Backend("flex", refuses, attend))

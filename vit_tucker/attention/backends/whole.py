@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, mask_facts
+from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, drops, mask_facts
 from vit_tucker.attention.backends.padding import cpu_width, pad_call
 from vit_tucker.attention.backends.registry import choose, get_backend
 from vit_tucker.attention.recording import own_only
@@ -56,7 +56,7 @@ def facts_of_call(call: TuckerCall) -> Facts:
     ranks = (p.shape[2], k.shape[2], post.shape[1], v.shape[2])
     more = keeps_more(ranks, pre.shape[0], call.scale) and many_tokens(p)
     return Facts(device_type(p), p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
-                 mask, mask_grad, call.dropout, grad, own_only(), ranks, angles_grad, more)  # fmt: skip
+                 mask, mask_grad, drops(call.dropout), grad, own_only(), ranks, angles_grad, more)  # fmt: skip
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:

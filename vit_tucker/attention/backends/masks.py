@@ -1,0 +1,109 @@
+"""Masks of the scores, as scaled_dot_product_attention reads them: boolean (True: attend), additive, or causal order.
+
+A query that may attend to nothing gets zeros and passes no gradient on, in every backend: its softmax is over an empty set.
+"""
+
+import torch
+from torch import Tensor
+
+from vit_tucker.errors import PatchError
+
+
+@torch.fx.wrap
+def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Scores (B, H, N, N) with a boolean, additive or causal mask."""
+    if is_causal:
+        tokens = scores.shape[-1]
+        return scores + scores.new_full((tokens, tokens), float("-inf")).triu(1)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, float("-inf"))
+    return scores + attn_mask
+
+
+def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Returns softmax(scores + mask), (B, H, N, N), with rows of zeros where nothing may be attended to; works on fx proxies."""
+    if attn_mask is None:
+        return add_mask(scores, attn_mask, is_causal).softmax(dim=-1)
+    blind = _blind_rows(attn_mask, is_causal)
+    maps = add_mask(scores, _open_rows(attn_mask, blind), is_causal).softmax(dim=-1)
+    return _zero_rows(maps, blind)
+
+
+def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Returns the mask in the layer's dtype, as kernels read it: torch's kernel for CPUs misreads others. Boolean ones stay.
+
+    Args:
+        attn_mask: boolean (True: attend), additive, or None.
+        x: tokens.
+
+    Raises:
+        PatchError: the mask holds integers.
+    """
+    return _cast_mask(attn_mask, x)
+
+
+def zero_blind_rows(y: Tensor, attn_mask: Tensor, is_causal: bool) -> Tensor:
+    """Returns heads' outputs (B, H, N, D) with zeros for tokens that may attend to nothing."""
+    return _zero_rows(y, _blind_rows(attn_mask, is_causal))
+
+
+def for_blind_rows(attn_mask: Tensor, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
+    """Returns the sum of what the heads add to tokens that may attend to nothing, zeros for other tokens: (B, N, O)
+
+    Args:
+        attn_mask, is_causal: of the call.
+        each: a row for each head, (H, O).
+        images, num_tokens: B, N.
+    """
+    return _for_blind_rows(attn_mask, is_causal, each, images, num_tokens)
+
+
+@torch.fx.wrap
+def _for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
+    blind = _blind_rows(attn_mask, is_causal)
+    if blind is None:
+        return each.new_zeros(images, num_tokens, each.shape[1])
+    heads = blind.expand(images, each.shape[0], num_tokens, 1).squeeze(-1)
+    return heads.transpose(1, 2).to(each.dtype) @ each
+
+
+@torch.fx.wrap
+def _cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A leaf in fx graphs, which torch.fx finds by its name in this module only. Where a graph has a place for a mask, it may be
+    None in a call."""
+    if attn_mask is None or attn_mask.dtype == x.dtype or attn_mask.dtype == torch.bool:
+        return attn_mask
+    if not attn_mask.is_floating_point():
+        raise PatchError(
+            f"attn_mask is {str(attn_mask.dtype).removeprefix('torch.')}; it must be bool (True: attend), as mask.bool() makes"
+            f" it, or floating point, added to the scores"
+        )
+    return attn_mask.to(x.dtype)
+
+
+@torch.fx.wrap
+def _blind_rows(attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Which rows of a mask (..., N) allow nothing, (..., 1); None where the mask has no say."""
+    if attn_mask is None or is_causal:
+        return None
+    if attn_mask.dtype == torch.bool:
+        return ~attn_mask.any(-1, keepdim=True)
+    return attn_mask.detach().amax(-1, keepdim=True) == float("-inf")
+
+
+@torch.fx.wrap
+def _open_rows(attn_mask: Tensor, blind: Tensor | None) -> Tensor:
+    """The mask with these rows open, so that their softmax and its gradients are finite."""
+    if blind is None:
+        return attn_mask
+    if attn_mask.dtype == torch.bool:
+        return attn_mask | blind
+    return attn_mask.masked_fill(blind, 0.0)
+
+
+@torch.fx.wrap
+def _zero_rows(maps: Tensor, blind: Tensor | None) -> Tensor:
+    """Maps (B, H, N, N) with zeros in these rows."""
+    return maps if blind is None else maps.masked_fill(blind, 0.0)

@@ -1,0 +1,57 @@
+"""Which method a call of ``patch`` or ``plan`` means, and with which options."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.registry import get_method
+from vit_tucker.errors import ConfigError, nearest, nearest_match
+from vit_tucker.validation import shown
+
+Method = AttentionConfig | str | Mapping[str, Any]
+"""A config; a method's name; or a mapping with ``method`` and options, as in a YAML's attention section."""
+ARGUMENTS = ("layers", "exclude", "calibration", "keep_originals", "img_size")
+"""Arguments of ``patch`` beside the method's options."""
+
+
+def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> AttentionConfig:
+    """The config that a call means.
+
+    Args:
+        model: what is to be patched, for its type alone.
+        method: a config, a method's name, or a mapping of ``method`` and options.
+        options: of the method, beside its name.
+
+    Returns:
+        The config; the same object if one is given.
+
+    Raises:
+        ConfigError: of another type; an unknown method or option, with the nearest name; options beside a whole config.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model must be a torch.nn.Module, not {shown(model)}")
+    if isinstance(method, str):
+        config = get_method(method)
+        for name in set(options) - set(config.model_fields):
+            if (argument := nearest_match(name, [*config.model_fields, *ARGUMENTS])) in ARGUMENTS:
+                raise ConfigError(f"{name}: neither an argument nor an option of {method}; did you mean '{argument}'?")
+        return config(**options)
+    if not isinstance(method, AttentionConfig | Mapping):
+        written = "TuckerConfig(ranks=(8, 16, 16)), 'tucker' with its options as keywords, or {'method': 'tucker', ...}"
+        if isinstance(method, type) and issubclass(method, AttentionConfig):
+            raise ConfigError(f"the method is the class {method.__name__}; give a config: {method.__name__}(...)")
+        raise ConfigError(f"the method must be a config or a name, not {shown(method)}; write {written}")
+    if options:
+        name = next(iter(options))
+        hint = nearest(name, ARGUMENTS) or "; options go into the config, or beside a method's name"
+        raise ConfigError(f"{name}: no argument beside a whole config{hint}")
+    if isinstance(method, AttentionConfig):
+        return method
+    given = {str(key): value for key, value in method.items()}
+    named = given.get("method")
+    if not isinstance(named, str):
+        what = "missing" if named is None else f"must be a name, not {shown(named)}"
+        raise ConfigError(f"method: {what}; write {{'method': 'tucker', ...}}")
+    return get_method(named)(**given)
