@@ -1,11 +1,11 @@
-"""A pytest plugin that runs timm's own tests of models on patched ones: `pytest -p timm_suite tests/test_models.py` in timm's sources.
+"""A pytest plugin that runs timm's own tests of models on patched ones: `pytest -p timm_suite tests/test_models.py` in timm.
 
 Each selected test runs once for each method of ours, with models that timm makes and `vit_tucker.patch` changes: of the method's
 example ranks, with random weights. What timm can't do with such a model unpatched is timm's matter: such tests are not selected.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,34 +17,22 @@ import vit_tucker
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import has_mixed_rope, read_host
 
-MODELS = (
-    "test_vit",
-    "test_vit2",
-    "test_vit3",
-    "test_vit4",
-    "test_mambaout",
-    "vit_tiny_patch16_224",
-    "deit_tiny_distilled_patch16_224",
-    "vit_wee_patch16_reg1_gap_256",
-    "eva02_tiny_patch14_224",
-    "beit_base_patch16_224",
-    "vit_relpos_small_patch16_224",
-    "vit_small_patch16_rope_mixed_224",
-    "vit_small_patch16_dinov3",
-    "swin_tiny_patch4_window7_224",
-    "coatnet_pico_rw_224",
-    "maxvit_rmlp_pico_rw_256",
-    "davit_tiny",
-    "tnt_s_patch16_224",
-    "visformer_tiny",
-    "fastvit_sa12",
-    "mobilevit_xxs",
-    "convit_tiny",
-    "volo_d1_224",
-    "nest_tiny",
-    "naflexvit_base_patch16_gap",
-    "crossvit_tiny_240",
-)
+PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "vit_tiny_patch16_224": PLAIN,
+    "deit_tiny_distilled_patch16_224": PLAIN,
+    "eva02_tiny_patch14_224": PLAIN,
+    "beit_base_patch16_224": PLAIN,
+    "vit_relpos_small_patch16_224": PLAIN,
+    "vit_small_patch16_rope_mixed_224": PLAIN,
+    "vit_small_patch16_dinov3": PLAIN,
+    "naflexvit_base_patch16_gap": PLAIN,
+    "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
+    "davit_tiny": {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
+    "tnt_s_patch16_224": {"embed_dim": 48, "inner_dim": 16, "depth": 3},
+    "visformer_tiny": {"embed_dim": 48, "depth": (1, 1, 1)},
+}
+"""Architectures, with arguments that make them small; what a test asks for goes over them."""
 TESTS = (
     "test_model_forward",
     "test_model_backward",
@@ -54,11 +42,15 @@ TESTS = (
     "test_model_forward_intermediates",
     "test_model_forward_intermediates_features",
     "test_prune_intermediate_layers_contract",
-    "test_model_forward_fx",
-    "test_model_backward_fx",
 )
+FX = ("test_model_forward_fx", "test_model_backward_fx")
+"""Symbolic traces."""
+LEFT_OUT = {
+    "test_model_forward_torchscript": "no layer of ours can be scripted, as torch.jit.script is no longer developed",
+    "test_model_forward_fx_torchscript": "likewise",
+}
+"""What is not run of the tests over all architectures."""
 METHODS = vit_tucker.list_methods()
-"""Not selected: the tests of TorchScript, which torch has given up; no layer of ours can be scripted."""
 
 
 def only_ours(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
@@ -103,13 +95,14 @@ def example(model: nn.Module, method: str) -> vit_tucker.AttentionConfig:
 
 
 @pytest.fixture(params=METHODS, autouse=True)
-def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Has the tests' ``create_model`` make patched models."""
     make = request.module.create_model
 
     @functools.wraps(make)
     def create_patched(*args: Any, **options: Any) -> nn.Module:
-        model: nn.Module = make(*args, **options)
+        small = MODELS[args[0].partition(".")[0]]
+        model: nn.Module = make(*args, **{**small, **options})
         try:
             vit_tucker.patch(model, example(model, request.param))
         except vit_tucker.PatchError as error:
@@ -119,11 +112,11 @@ def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
     monkeypatch.setattr(request.module, "create_model", create_patched)
     torch.manual_seed(0)
-    yield request.param
+    return str(request.param)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep the selected tests."""
-    chosen = [item for item in items if getattr(item, "originalname", "") in TESTS]
+    chosen = [item for item in items if getattr(item, "originalname", "") in (*TESTS, *FX)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
