@@ -55,7 +55,7 @@ def test_open_numbers_give_one_graph_for_all_batch_sizes(spec):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("change", ["backend", "fused_attn", "mask"])
+@pytest.mark.parametrize("change", ["backend", "fused_attn"])
 def test_what_changes_the_choice_of_a_backend_compiles_anew(change):
     torch._dynamo.reset()
     layer, counter = vt.TuckerConfig(ranks=(2, 16, 16)).build(make_spec(), dtype=torch.float64).eval(), CompileCounter()
@@ -63,13 +63,9 @@ def test_what_changes_the_choice_of_a_backend_compiles_anew(change):
     expected = compiled(images(2))
     compiled(images(3))
     assert counter.frame_count == 1
-    given = {"attn_mask": MASK} if change == "mask" else {}
-    if change != "mask":
-        setattr(layer, change, {"backend": "eager", "fused_attn": False}[change])
-    y = compiled(images(2), **given)
+    setattr(layer, change, {"backend": "eager", "fused_attn": False}[change])
+    torch.testing.assert_close(compiled(images(2)), expected)
     assert counter.frame_count == 2
-    torch.testing.assert_close(y, layer(images(2), **given))
-    assert torch.allclose(y, expected, atol=1e-9) == (change != "mask")
 
 
 def test_flash_attn_is_imported_once_outside_of_graphs(tmp_path, monkeypatch):

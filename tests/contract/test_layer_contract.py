@@ -207,6 +207,61 @@ def test_masked_tokens_do_not_matter(config, spec):
     assert not torch.allclose(module(X, **given)[:, :-2], module(changed, **given)[:, :-2])
 
 
+def without_keys(spec):
+    """Masks under which some queries may attend to nothing: padding, a row, and causal order with padding on the left."""
+    n, heads = X.shape[1], SPECS[spec].num_heads
+    padding = torch.ones(2, 1, 1, n, dtype=torch.bool)
+    padding[0] = False
+    row = torch.ones(1, heads, n, n, dtype=torch.bool)
+    row[:, :, 4] = False
+    return padding, row, torch.ones(n, n, dtype=torch.bool).tril() & (torch.arange(n) > 2)
+
+
+MASKED = ("timm", "other output width", "rope", "rope mixed half")
+
+
+@pytest.mark.parametrize(("name", "spec"), [(name, spec) for name, spec in METHODS if spec in MASKED])
+def test_queries_that_may_attend_to_nothing_get_the_output_bias_alone(name, spec):
+    module = built(vit_tucker.get_method(name).example(SPECS[spec]), SPECS[spec])
+    bias = module.readout(torch.zeros_like(module.mix(X, **rope_of(SPECS[spec]))))[0, 0]
+    for allowed in without_keys(spec):
+        blind = ~allowed.expand(2, module.num_heads, 9, 9).any(-1).any(1)
+        additive = torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+        outputs = []
+        for mask in (allowed, additive, additive.bfloat16()):
+            for module.fused_attn in (True, False):
+                x = X.clone().requires_grad_()
+                y = module(x, attn_mask=mask, **rope_of(SPECS[spec]))
+                torch.testing.assert_close(y[blind], bias.expand_as(y[blind]))
+                assert (y[~blind] - bias).abs().amax(-1).min() > 1e-6
+                module.zero_grad()
+                y.square().sum().backward()
+                assert all(t.grad.isfinite().all() for t in (x, *module.parameters()))
+                outputs.append((y, x.grad))
+        for y, grad in outputs[1:]:
+            torch.testing.assert_close(y, outputs[0][0])
+            torch.testing.assert_close(grad, outputs[0][1])
+
+
+@pytest.mark.parametrize("name", vit_tucker.list_methods())
+@pytest.mark.parametrize("fused", [True, False])
+def test_additive_masks_of_another_dtype(name, fused):
+    module = built(vit_tucker.get_method(name).example(SPECS["timm"]), SPECS["timm"])
+    module.fused_attn = fused
+    mask = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    for given, layer in (
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float64, torch.float32),
+    ):
+        module, x = module.to(layer), X.to(layer)
+        y = module(x, mask.to(given))
+        assert torch.equal(y, module(x, mask.to(given).to(layer)))
+        assert not torch.allclose(y, module(x))
+    with pytest.raises(vit_tucker.PatchError, match="attn_mask is int64; it must be bool"):
+        module(x, mask.long())
+
+
 @pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
 def test_every_parameter_gets_a_gradient(config, spec):
     module = built(config, SPECS[spec]).train()

@@ -1,12 +1,16 @@
 """Which modules count as attention, and what is refused by name."""
 
+import copy
+
 import pytest
 import timm
 import torch
+from timm.layers import set_fused_attn, use_fused_attn
 from timm.models.vision_transformer import Attention
 from torch import nn
 
 import vit_tucker as vt
+from tests.patching.test_families import FAMILIES, image
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.hosts import read_host
 
@@ -42,6 +46,39 @@ def test_unknown_attention_is_refused_by_name_unless_excluded(stranger):
     report = vt.patch(model, config, exclude="layers.1")
     assert report.left_alone == ("layers.1",)
     assert model.layers[1] is stranger
+
+
+CONVIT = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "num_heads": 4, "depth": 2, "local_up_to_layer": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tnt_s_patch16_224", FAMILIES["tnt_s_patch16_224"]),
+        ("convit_tiny", CONVIT),
+        ("vit_tiny_patch16_224", {"depth": 1}),
+    ],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_timms_switch_for_fused_attention_is_followed(name, options, fused):
+    """As timm's own layers do when they are built: TNT's and ConViT's, which have no switch, when they are replaced."""
+    before = use_fused_attn()
+    try:
+        set_fused_attn(fused)
+        model = timm.create_model(name, **options).eval()
+        dense = copy.deepcopy(model)
+        vt.patch(model, vt.MHAConfig())
+        set_fused_attn(not fused)
+        layers = find_attention(model).values()
+        assert {layer.fused_attn for layer in layers} == {fused}
+    finally:
+        set_fused_attn(before)
+    seen = []
+    for layer in layers:
+        layer.attn_drop.register_forward_hook(lambda module, args, y: seen.append(y.shape[-1] == y.shape[-2]))
+    x = image(dense, options.get("img_size")).float()
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+    assert seen == ([] if fused else [True] * len(layers))
 
 
 def test_models_without_attention_say_so():

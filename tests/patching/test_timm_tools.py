@@ -8,8 +8,9 @@ import shutil
 import pytest
 import timm
 import torch
-from timm.models import _manipulate
+from timm.models import _features_fx, _manipulate
 from timm.utils import AttentionExtract, ModelEmaV2, ModelEmaV3
+from torchvision.models import feature_extraction
 
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES
@@ -64,6 +65,23 @@ def test_attention_maps_by_fx(host):
     hooked = maps(copy.deepcopy(trio.dense), trio.x, "hook")
     assert list(traced) == [name.replace("attn_drop", "softmax") for name in hooked]
     assert_equal(list(traced.values()), list(hooked.values()))
+
+
+@pytest.mark.parametrize("host", TRACED)
+def test_traced_by_fx(host):
+    """As timm makes the models, fused, by torch, torchvision and timm; the graph takes any number of images."""
+    trio = make_patchwork(host)
+    more = torch.cat([trio.x, -trio.x, trio.x])
+    with torch.no_grad():
+        expected, other = trio.dense(more), trio.small(more)
+    assert distance(other, expected) > 1e-3
+    model = copy.deepcopy(trio.exact)
+    node = feature_extraction.get_graph_node_names(model)[1][-1]
+    assert_equal([torch.fx.symbolic_trace(model)(more)], [expected])
+    assert_equal([feature_extraction.create_feature_extractor(model, [node])(more)[node]], [expected])
+    if model.feature_info:
+        dense = _features_fx.FeatureGraphNet(copy.deepcopy(trio.dense), (0, 1)).eval()(more)
+        assert_equal(_features_fx.FeatureGraphNet(model, (0, 1)).eval()(more), dense)
 
 
 @pytest.mark.parametrize("host", COMPILED)
