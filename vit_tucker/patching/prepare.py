@@ -1,0 +1,179 @@
+"""What a patch installs: hosts are read, their replacements built and converted, while the model stays as it is."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.effective import trains
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.variants.gqa import GQAConfig
+from vit_tucker.attention.variants.mha import MHAConfig
+from vit_tucker.errors import PatchError
+from vit_tucker.patching import find, hosts
+from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
+from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
+from vit_tucker.patching.plain import refuse_not_finite
+from vit_tucker.patching.probe import count_tokens
+from vit_tucker.patching.ranks import resolve_ranks
+from vit_tucker.patching.readers import Host
+from vit_tucker.patching.report import LayerReport, PatchReport
+from vit_tucker.patching.watch import collect_images, timed
+from vit_tucker.tensor.rotary import tensor_distance
+from vit_tucker.tensor.tucker import relative_distance
+
+
+class Prepared(NamedTuple):
+    """Everything that a patch installs.
+
+    Attributes:
+        config: with the ranks that rank rules chose.
+        replacements: by full module name.
+        report: of the patch.
+    """
+
+    config: AttentionConfig
+    replacements: dict[str, AttentionModule]
+    report: PatchReport
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Draws of torch inside start from its generators' state, which is restored afterwards, as if nothing had been drawn; tensors
+    made inside can be trained, also where the caller is in torch.inference_mode."""
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[index for index in cuda if index is not None]), ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+        yield
+
+
+def prepare(
+    model: nn.Module,
+    config: AttentionConfig,
+    img_size: int | tuple[int, int] | None,
+    batches: Iterable[Any] | None,
+    applied: bool,
+) -> Prepared:
+    """Reads, checks, builds and converts all that a patch installs; nothing in the model changes.
+
+    Args:
+        model: not patched.
+        config: method and options, with the layers.
+        img_size: see ``patch``.
+        batches: of images to calibrate with; None for a plan, or without calibration.
+        applied: what the report is to say.
+
+    Raises:
+        PatchError: the model can't be patched as asked.
+    """
+    if config.calibration is not None and config.init != "pretrained":
+        raise PatchError(f"calibration converts pretrained weights, but init is '{config.init}'")
+    found = find.find_attention(model)
+    if not found:
+        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
+    chosen = choose_layers(config, list(found))
+    config = without_stale_choices(config, list(found), chosen)
+    configs = layer_configs(config, list(found), chosen)
+    notes = optimizer_notes(found[name] for name in chosen)
+    mixed_rope = hosts.has_mixed_rope(model)
+    read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
+    tokens = count_tokens(model, {name: host.spec.layout for name, host in read.items()}, img_size)
+    images = None
+    if config.calibration is not None and batches is not None:
+        images = collect_images(model, batches, config.calibration.images)
+    if any(layer.rank_rule is not None for layer in configs.values()):
+        config = resolve_ranks(model, config, configs, read, tokens, images)
+        configs = layer_configs(config, list(found), chosen)
+        if config.calibration is not None and images is None:
+            notes += (CHOSEN_BY_WEIGHTS,)
+    built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
+    for name in chosen:
+        layer = built.get(id(found[name]))
+        if layer is None:
+            built[id(found[name])] = _build(name, found[name], read[name], configs[name])
+        elif configs[layer.name] != configs[name]:
+            raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
+    converted = _convert(model, config, list(built.values()), images)
+    layers = {name: built[id(found[name])] for name in chosen}
+    rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
+    left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
+    replacements = {name: layer.replacement for name, layer in layers.items()}
+    notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
+    notes += token_notes([layer for layer in built.values() if layer.images])
+    report = PatchReport(rows, left, applied, notes)
+    return Prepared(config, replacements, report)
+
+
+def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> Host:
+    try:
+        host = hosts.read_host(module, mixed_rope)
+        config.refuse_features(host.spec)
+        config.check(host.spec)
+        if config.init == "pretrained":
+            refuse_not_finite(host)
+    except PatchError as error:
+        raise type(error)(f"{name}: {error}") from None
+    return host
+
+
+def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) -> CalibratedLayer:
+    """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
+    like = host.weights.query
+    replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
+    config.settle(replacement)
+    replacement.requires_grad_(trains(module))
+    return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
+
+
+def _convert(
+    model: nn.Module, config: AttentionConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
+) -> bool:
+    """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
+    if config.init != "pretrained" or any(layer.host.weights.query.is_meta for layer in layers):
+        return False
+    if config.calibration is not None:
+        if images is None:  # a plan: its images are not at hand
+            return False
+        calibrate(model, layers, config.calibration, images)
+        return True
+    for layer in layers:
+        with timed(layer), torch.no_grad():
+            layer.replacement.convert_from(layer.host.weights.double())
+    return True
+
+
+def _row(
+    name: str, layer: CalibratedLayer, config: AttentionConfig, tokens: tuple[int, int] | None, converted: bool
+) -> LayerReport:
+    host, replacement = layer.host, layer.replacement
+    pre_error = post_error = None
+    if converted:
+        weights = host.weights.double()
+        pre_error = tensor_distance(weights.pre_tensor(host.spec.rope), replacement.pre_tensor()).item()
+        post_error = relative_distance(weights.post_pairs(), replacement.post_pairs()).item()
+
+    def flops(method: AttentionConfig, spec: HostSpec) -> int | None:
+        return None if tokens is None else tokens[0] * method.count_flops(spec, tokens[1])
+
+    groups = host.spec.num_kv_heads
+    dense: AttentionConfig = MHAConfig() if groups is None else GQAConfig(num_kv_heads=groups)
+    return LayerReport(
+        name=name,
+        method=config.method,
+        options=describe_options(config),
+        params_before=host.parameters,
+        params_after=config.count_parameters(host.spec),
+        pre_error=pre_error,
+        post_error=post_error,
+        output_error=layer.output_error if converted and config.calibration is not None else None,
+        seconds=layer.seconds if converted else None,
+        flops_before=flops(dense, host.spec),
+        flops_after=flops(config, host.spec),
+        shared_with=None if name == layer.name else layer.name,
+    )
