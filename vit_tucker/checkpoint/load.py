@@ -8,17 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.describe import creation_arguments, layer_options, set_image_options
-from vit_tucker.checkpoint.entry import (
-    WEIGHTS,
-    create,
-    download,
-    fill,
-    forget_source,
-    read_safetensors,
-    stored_shapes,
-)
+from vit_tucker.checkpoint.entry import create, forget_source
+from vit_tucker.checkpoint.fill import fill
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
 from vit_tucker.checkpoint.layout import check_layout
+from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
 from vit_tucker.digests import CONFIG
 from vit_tucker.digests import verify as verify_files

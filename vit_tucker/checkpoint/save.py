@@ -8,7 +8,7 @@ from timm.models import push_to_hf_hub
 from torch import nn
 
 from vit_tucker.checkpoint.describe import describe, header
-from vit_tucker.checkpoint.entry import WEIGHTS
+from vit_tucker.checkpoint.tensor_files import WEIGHTS
 from vit_tucker.digests import save_model
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching import find

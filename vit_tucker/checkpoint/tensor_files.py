@@ -1,0 +1,125 @@
+"""The tensors of a saved model: in memory, in a folder, or in a repository of the hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.models._hub import download_from_hf
+from torch import Tensor
+
+from vit_tucker.checkpoint.read import read_state
+from vit_tucker.digests import verify_beside
+from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.identity import PATCHED
+
+WEIGHTS = "model.safetensors"
+"""Name of the weights in a folder or repository."""
+PICKLED = "pytorch_model.bin"
+"""Name of weights that ``timm.models.save_for_hf`` writes unless it is asked for safetensors."""
+
+
+def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file that timm
+    writes. Of pickled ones only tensors and plain values are read, nothing is executed.
+
+    Raises:
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
+    """
+    if state := cfg.get("state_dict"):
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+        return dict(state)
+    if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
+        file, local = download_weights(cfg["hf_hub_id"]), False
+    elif cfg.get("file"):
+        file, local = weights_in(Path(cfg["file"])), True
+    else:
+        raise CheckpointError(
+            f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')"
+        )
+    if file.is_file():
+        verify_beside(file, siblings=local)
+    return read_tensors(file)
+
+
+def weights_in(path: Path) -> Path:
+    """The weights of a folder that timm has written, safetensors before others; a file as it is."""
+    if not path.is_dir():
+        return path
+    return next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), path / WEIGHTS)
+
+
+def download_weights(hub_id: str) -> Path:
+    """The weights of a repository, in the hub's cache; safetensors before others.
+
+    Raises:
+        CheckpointError: see ``download``.
+    """
+    try:
+        return download(hub_id, WEIGHTS)
+    except CheckpointError as error:
+        try:
+            return download(hub_id, PICKLED)
+        except CheckpointError:
+            raise error from None
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, safetensors or written by torch.save, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_safetensors(file)
+    return read_state(file, "the weights")[0]
+
+
+def download(hub_id: str, name: str) -> Path:
+    """A file of a repository, in the hub's cache.
+
+    Raises:
+        CheckpointError: no such repository or file, or no connection.
+    """
+    try:
+        return Path(download_from_hf(hub_id, name))
+    except Exception as error:  # the hub's errors derive from several bases, and differ from version to version
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be had: {reason}") from None
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU.
+
+    Raises:
+        CheckpointError: missing, or something else.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file}: only safetensors are read here, nothing is unpickled")
+    try:
+        return load_file(str(file))
+    except (
+        OSError,
+        SafetensorError,
+        KeyError,
+        AttributeError,
+    ) as error:  # the last two for kinds of numbers unknown here
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
