@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.heads import expand_heads
-from vit_tucker.attention.backends.masks import masked_softmax
+from vit_tucker.attention.backends.masks import masked_softmax, open_softmax, zero_rows
 from vit_tucker.attention.backends.registry import register_backend
 
 
@@ -18,14 +18,18 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
     """See ``Backend.attend``."""
-    attn = attention_maps(q, k, attn_mask, is_causal, scale)
-    return F.dropout(attn, dropout) @ expand_heads(v, q.shape[1])
+    attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
+    return zero_rows(F.dropout(attn, dropout) @ expand_heads(v, q.shape[1]), blind)  # outputs are smaller than maps
 
 
 def attention_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """softmax(scale * Q K^T + mask), (B, H, N, N); works on fx proxies."""
-    scores = (q * scale) @ expand_heads(k, q.shape[1]).transpose(-2, -1)
-    return masked_softmax(scores, attn_mask, is_causal)
+    return masked_softmax(scores_of(q, k, scale), attn_mask, is_causal)
+
+
+def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale * Q K^T, (B, H, N, N)"""
+    return (q * scale) @ expand_heads(k, q.shape[1]).transpose(-2, -1)
 
 
 register_backend(Backend("eager", refuses, attend))

@@ -24,11 +24,16 @@ def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
 
 def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Returns softmax(scores + mask), (B, H, N, N), with rows of zeros where nothing may be attended to; works on fx proxies."""
+    maps, blind = open_softmax(scores, attn_mask, is_causal)
+    return maps if blind is None else _zero_rows(maps, blind)
+
+
+def open_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
+    """Returns softmax(scores + mask), finite everywhere, and the rows that are to be zeros, (..., 1), for outputs as well."""
     if attn_mask is None:
-        return add_mask(scores, attn_mask, is_causal).softmax(dim=-1)
+        return add_mask(scores, attn_mask, is_causal).softmax(dim=-1), None
     blind = _blind_rows(attn_mask, is_causal)
-    maps = add_mask(scores, _open_rows(attn_mask, blind), is_causal).softmax(dim=-1)
-    return _zero_rows(maps, blind)
+    return add_mask(scores, _open_rows(attn_mask, blind), is_causal).softmax(dim=-1), blind
 
 
 def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -46,7 +51,12 @@ def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def zero_blind_rows(y: Tensor, attn_mask: Tensor, is_causal: bool) -> Tensor:
     """Returns heads' outputs (B, H, N, D) with zeros for tokens that may attend to nothing."""
-    return _zero_rows(y, _blind_rows(attn_mask, is_causal))
+    return zero_rows(y, _blind_rows(attn_mask, is_causal))
+
+
+def zero_rows(y: Tensor, blind: Tensor | None) -> Tensor:
+    """Returns maps or heads' outputs (B, H, N, ...) with zeros in these rows (..., 1), if there are any."""
+    return _zero_rows(y, blind)
 
 
 def for_blind_rows(attn_mask: Tensor, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
@@ -104,6 +114,5 @@ def _open_rows(attn_mask: Tensor, blind: Tensor | None) -> Tensor:
 
 
 @torch.fx.wrap
-def _zero_rows(maps: Tensor, blind: Tensor | None) -> Tensor:
-    """Maps (B, H, N, N) with zeros in these rows."""
-    return maps if blind is None else maps.masked_fill(blind, 0.0)
+def _zero_rows(y: Tensor, blind: Tensor | None) -> Tensor:
+    return y if blind is None else y.masked_fill(blind, 0.0)
