@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 from timm.data import Mixup
+from timm.models import _manipulate
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vit_tucker.analysis.spectra import rank_scalars
 from vit_tucker.attention.base import AttentionConfig
@@ -80,6 +83,11 @@ def build_trainer(
     if recipe.grad_checkpointing:
         checkpoint_activations(model, config.model.name)
     if recipe.only is not None:
+        if recipe.grad_checkpointing and _manipulate.checkpoint is checkpoint:
+            raise ConfigError(
+                f"train.only: timm {timm.__version__} loses gradients behind frozen layers with train.grad_checkpointing: turn "
+                "it off, or take a newer timm"
+            )
         freeze_others(model, recipe.only, built.loads)
     optimizer = create_optimizer(model, recipe)
     scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)

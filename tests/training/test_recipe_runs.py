@@ -10,6 +10,7 @@ import torch
 from accelerate import tracking
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.models import _manipulate
 
 import vit_tucker as vt
 from tests.training.test_run import config, same, weights
@@ -69,6 +70,24 @@ def test_attention_alone_is_trained(dense, capsys):
     assert "stay as initialised" not in told
     run(config("output_dir=b", dense, LOW, "train.only=attention", "model.num_classes=11"), dry_run=True)
     assert "train.only: head.weight, head.bias did not come from the weights and stay" in "".join(capsys.readouterr())
+
+
+def test_checkpointing_behind_frozen_layers():
+    """Gradients arrive, or are refused where timm's checkpointing loses them."""
+    given = config(
+        "output_dir=a", LOW, "train.only=[attention,head]", "train.grad_checkpointing=true", "train.epochs=1"
+    )
+    if _manipulate.checkpoint is torch.utils.checkpoint.checkpoint:
+        with pytest.raises(vt.ConfigError, match="train.only: timm .* loses gradients behind frozen layers"):
+            run(given, dry_run=True)
+        return
+    run(given)
+    plain = given.model_copy(
+        update={"output_dir": "b", "train": given.train.model_copy(update={"grad_checkpointing": False})}
+    )
+    run(plain)
+    for name, value in weights("a").items():
+        torch.testing.assert_close(value, weights("b")[name])
 
 
 def test_a_teacher_needs_weights(dense):
