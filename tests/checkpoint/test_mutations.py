@@ -42,7 +42,7 @@ def plain_vit(**more) -> nn.Module:
 
 
 def rope_vit() -> nn.Module:
-    return timm.create_model("vit_small_patch16_rope_224", **SIZES, embed_dim=32)
+    return timm.create_model("eva02_tiny_patch14_224", **SIZES, embed_dim=32)
 
 
 CASES = {
@@ -69,7 +69,7 @@ def saved(case: str) -> tuple[Path, torch.Tensor]:
         images = [torch.randn(4, 3, 16, 16)] if config.calibration is not None else None
         vt.patch(model, config, calibration=images)
     folder = Path(mkdtemp())
-    vt.save(model, folder / case)
+    vt.save(model, folder / case, model_args={**SIZES, "embed_dim": model.embed_dim})
     with torch.no_grad():
         return folder / case, vt.load(folder / case)(IMAGE)
 

@@ -46,7 +46,7 @@ class Section(Strict):
     host: Name | None = None
     method: Name | None = None
     layers: dict[str, dict[str, Any]] | None = None
-    images: dict[str, Any] | None = None
+    images: Any = None
     stored: Stored | None = None
 
 
