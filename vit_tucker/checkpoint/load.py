@@ -110,13 +110,20 @@ def build(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
     """
     try:
         return create_it()
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise CheckpointError(in_one_line(error)) from None
     except VitTuckerError as error:
-        raise CheckpointError(f"{origin}: the model can't be built: {error}") from None
+        raise CheckpointError(f"{origin}: the model can't be built: {in_one_line(error)}") from None
     except Exception as error:  # timm's constructors raise many kinds for arguments that they do not expect
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{origin}: the model can't be built: {reason}") from None
+
+
+def in_one_line(error: Exception) -> str:
+    """Returns what an error says, without line breaks and endless names that a config.json may have put into it."""
+    text = " ".join(str(error).split())
+    text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
+    return text if len(text) <= 600 else f"{text[:597]}..."
 
 
 def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
