@@ -322,10 +322,11 @@ def test_a_patched_folder_is_no_start_for_a_dense_model(model, tmp_path):
 @pytest.mark.parametrize("attention", [True, False])
 def test_models_of_features_come_back(tmp_path, indices, attention):
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
-    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=indices, **sizes).eval()
+    options = {"features_only": True, "out_indices": indices, **sizes}
+    model = timm.create_model("vit_tiny_patch16_224", **options).eval()
     if attention:
         vt.patch(model, vt.TuckerConfig(ranks=(2, 8, 8)))
-    vt.save(model, tmp_path)
+    vt.save(model, tmp_path, model_args=None if hasattr(timm.models, "get_model_args") else options)
     x = torch.randn(2, 3, 32, 32)
     loaded = [vt.load(tmp_path)]
     if attention and hasattr(timm.models, "save_for_hf"):  # timm itself wraps a dense one only after it has loaded it
