@@ -16,9 +16,9 @@ ALLOWED = {
     "channels": set(),
     "registration": {"checkpoint"},
     "weights": {"errors"},
-    "json_files": {"errors"},
+    "json_files": {"errors", "validation"},
     "digests": {"errors", "json_files", "weights"},
-    "run_files": {"json_files"},
+    "run_files": {"json_files", "validation"},
     "validation": {"errors"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
@@ -26,7 +26,9 @@ ALLOWED = {
     "patching": {"errors", "tensor", "attention", "validation"},
     "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
     "data": {"channels", "errors", "config"},
-    "training": {"errors", "config", "data", "digests", "json_files", "live_bytes", "run_files", "weights"},
+    "training": {
+        *("errors", "config", "data", "digests", "json_files", "live_bytes", "run_files", "validation", "weights"),
+    },
     "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
     "checkpoint": {
         *("channels", "digests", "errors", "json_files", "run_files", "version", "weights", "attention", "patching"),

@@ -81,11 +81,11 @@ def test_a_damaged_file_is_one_line(run_folder, tmp_path_factory, data):
     ("name", "key", "value", "message"),
     [
         ("data_config.json", "mean", [float("nan")], "NaN is no finite number"),
-        ("data_config.json", "mean", [True], "mean.0: True found, a valid number needed"),
-        ("data_config.json", "std", [0.0], "std.0: 0.0 found, greater than 0 needed"),
-        ("data_config.json", "crop_mode", "centre", "crop_mode: 'centre' found, one of center, squash, border needed"),
+        ("data_config.json", "mean", [True], "mean.0: Input should be a valid number, not True"),
+        ("data_config.json", "std", [0.0], "std.0: Input should be greater than 0, not 0.0"),
+        ("data_config.json", "crop_mode", "centre", "crop_mode: must be one of center, squash, border, not 'centre'"),
         ("data_config.json", "mean", None, "mean: missing"),
-        ("patch.json", "layers", [], "layers: a list of 0 found"),
+        ("patch.json", "layers", [], "layers: List should have at least 1 item after validation, not 0"),
     ],
 )
 def test_what_is_wrong_is_named(run_folder, tmp_path, name, key, value, message):

@@ -1,13 +1,14 @@
 """JSON files from elsewhere: read strictly, and checked against a model of what they hold; each fault is one line."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vit_tucker.errors import CheckpointError, VitTuckerError, nearest
+from vit_tucker.errors import CheckpointError, VitTuckerError
+from vit_tucker.validation import describe_mistake
 
 MAX_BYTES = 1 << 26
 """Longer files are no JSON of ours or of timm's: the names and descriptions of 22,000 classes take 2 MB."""
@@ -120,45 +121,7 @@ def checked(kind: type[M], values: Any, where: str, error: type[VitTuckerError] 
     try:
         return kind.model_validate(values)
     except ValidationError as fault:
-        raise error(f"{where}: {explain(fault, kind)}") from None
+        unknown = any(mistake["type"] == "extra_forbidden" for mistake in fault.errors(include_url=False))
+        raise error(describe_mistake(fault, kind, values, lambda path: where) + (NEWER if unknown else "")) from None
     except RecursionError:
         raise error(f"{where}: is nested too deep") from None
-
-
-def explain(fault: ValidationError, kind: type[BaseModel]) -> str:
-    """Returns the first fault that pydantic found, in one line: 'pretrained_cfg.mean.0: a number is needed, not "x"'."""
-    first = fault.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
-    key = printable(".".join(path)) or "the file"
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown{nearest(path[-1], names_at(kind, path[:-1]))}{NEWER}"
-    if first["type"] == "missing":
-        return f"{key}: missing"
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping | BaseModel):
-        return f"{key}: {first['msg'].removeprefix('Value error, ')} needed"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{key}: {shown(first['input'])} found, {message} needed"
-
-
-def shown(value: Any) -> str:
-    """Returns a value in a few characters of one line."""
-    if isinstance(value, Mapping | list | tuple):
-        return f"a {kind_of(value)} of {len(value)}"
-    text = printable(repr(value))
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def printable(text: str) -> str:
-    """Returns a text without line breaks and control characters."""
-    return "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)[:200]
-
-
-def names_at(kind: Any, path: Sequence[str]) -> list[str]:
-    """Returns the names that a pydantic model has at a place inside it; none if it says none there."""
-    for name in path:
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            field = kind.model_fields.get(name)
-            kind = field.annotation if field is not None else None
-        models = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, BaseModel)]
-        kind = models[0] if models else None
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []

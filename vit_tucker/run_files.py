@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from vit_tucker.json_files import Lenient
+from vit_tucker.validation import shown
 
 Size = Annotated[list[Annotated[int, Field(ge=1, le=1 << 16)]], Field(min_length=3, max_length=3)]
 Share = Annotated[float, Field(gt=0, le=2)]
@@ -31,7 +32,7 @@ class DataEntries(Lenient):
     def _known_word(cls, value: str | None, info: Any) -> str | None:
         known = INTERPOLATIONS if info.field_name == "interpolation" else CROP_MODES
         if value is not None and value not in known:
-            raise ValueError(f"one of {', '.join(filter(None, known))}")
+            raise ValueError(f"must be one of {', '.join(filter(None, known))}, not {shown(value)}")
         return value
 
 

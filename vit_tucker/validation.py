@@ -93,7 +93,8 @@ def describe_mistake(
         short = first["loc"] and isinstance(first["loc"][-1], int)  # an entry of a list of fixed length
         return f"{place}: {key}: {'has too few entries' if short else 'missing, and it has no default'}"
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    given = "" if kind == "value_error" else f", not {shown(first['input'])}"
+    told = kind in ("value_error", "too_short", "too_long")  # by the message itself
+    given = "" if told else f", not {shown(first['input'])}"
     hint = nearest(str(first["input"]), quoted(context["expected"])) if kind == "literal_error" else ""
     return f"{place}: {key}: {first['msg'].removeprefix('Value error, ')}{given}{hint}{more}"
 

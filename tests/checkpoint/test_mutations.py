@@ -236,10 +236,10 @@ def test_weights_of_a_checkpoint_are_those_that_were_written_together(tmp_path):
         ({"global_step": 0}, "global_step is 0, in the folder step-00000003"),
         ({"step": 0}, "1 epochs of 2 steps and 0 steps are not the 3 of global_step"),
         ({"rows": []}, "0 rows for 1 epochs"),
-        ({"epoch": True}, "progress: epoch: True found, a valid integer needed"),
+        ({"epoch": True}, "progress: epoch: Input should be a valid integer, not True"),
         ({"best": {"epoch": 9, "top1": 1.0, "top5": 1.0, "loss": 1.0}}, "the best epoch is 9, after 1 epochs"),
-        ({"seconds": "1"}, "progress: seconds: '1' found, a valid number needed"),
-        ({"epochs": 1}, "progress: epochs: unknown; did you mean 'epoch'"),
+        ({"seconds": "1"}, "progress: seconds: Input should be a valid number, not '1'"),
+        ({"epochs": 1}, "progress: epochs: unknown key; did you mean 'epoch'"),
     ],
 )
 def test_progress_that_contradicts_itself_is_refused(changes, message):

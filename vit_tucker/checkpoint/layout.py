@@ -71,7 +71,9 @@ class Layout(Lenient):
         }
         counts = [count for count in told.values() if count is not None]
         if self.vit_tucker is not None and any(type(c) is not int or c != counts[0] for c in counts):
-            raise ValueError("one number of classes in " + ", ".join(k for k, v in told.items() if v is not None))
+            raise ValueError(
+                "must be one number of classes in " + ", ".join(k for k, v in told.items() if v is not None)
+            )
         return self
 
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import Shapes, names_of
 from vit_tucker.digests import SECTION
-from vit_tucker.errors import CheckpointError
-from vit_tucker.json_files import printable
+from vit_tucker.errors import CheckpointError, shorten
 from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.patching.probe import input_shape
@@ -41,7 +40,7 @@ def refuse_sizes(config: Mapping[str, Any], shapes: Shapes, where: str, largest:
         limit = len(shapes) if repeats else largest
         if not -1 <= value <= limit:
             why = f"the weights are {len(shapes)} tensors" if repeats else "no model of timm's has such a size"
-            raise CheckpointError(f"{where}: config.json: model_args.{printable(key)}: {value:.10g}: {why}")
+            raise CheckpointError(f"{where}: config.json: model_args.{shorten(key)}: {value:.10g}: {why}")
 
 
 def numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
