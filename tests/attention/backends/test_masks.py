@@ -5,7 +5,8 @@ import torch
 
 from tests.attention.backends.test_backends import run, tensors
 from vit_tucker.attention.backends.masks import cast_mask, masked_softmax
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import ExplainError, PatchError
+from vit_tucker.explain.taps import check_rows
 
 NEGATIVE = float("-inf")
 TOKENS = 7
@@ -81,3 +82,10 @@ def test_integers_are_no_mask(dtype):
     name = str(dtype).removeprefix("torch.")
     with pytest.raises(PatchError, match=rf"attn_mask is {name}; it must be bool \(True: attend\), as mask.bool\(\)"):
         cast_mask(CAUSAL.to(dtype), torch.zeros(1))
+
+
+def test_explained_maps_may_have_rows_of_zeros():
+    scores = torch.randn(2, 4, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0))
+    check_rows("attn", masked_softmax(scores, ROW, False))
+    with pytest.raises(ExplainError, match="rows of its map don't sum to 1"):
+        check_rows("attn", 0.5 * masked_softmax(scores, ROW, False))
