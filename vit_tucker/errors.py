@@ -10,8 +10,8 @@ MAX_MESSAGE = 2000
 class VitTuckerError(ValueError):
     """Base of all errors about what the user gave us. The message is one line of printable characters, whatever was given."""
 
-    def __init__(self, message: object = "") -> None:
-        super().__init__(shorten(message, MAX_MESSAGE))
+    def __str__(self) -> str:
+        return shorten(super().__str__(), MAX_MESSAGE)
 
 
 class PatchError(VitTuckerError):

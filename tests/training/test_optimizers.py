@@ -13,7 +13,8 @@ import vit_tucker as vt
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.optim import create_optimizer
-from vit_tucker.training.state import flatten, unflatten
+from vit_tucker.training.saved_state import unflatten
+from vit_tucker.training.state import flatten
 
 BEFORE_LISTS = [
     "sgd",
@@ -59,7 +60,7 @@ def as_on_disk(state):
     """What ``save_checkpoint`` writes of an optimizer, read back."""
     tensors = {}
     values = flatten(state, "optimizer", tensors)
-    return unflatten(json.loads(json.dumps(values)), load(save(tensors)))
+    return unflatten(json.loads(json.dumps(values)), load(save(tensors)), "optimizer")
 
 
 def continued(config, through):

@@ -29,7 +29,7 @@ def test_chosen_ranks_are_in_config_results_and_weights(monkeypatch):
     stored = vt.TuckerConfig.model_validate_json(header["attention_config"])
     assert stored.model_dump(mode="json") == results["config"]["attention"]
     assert "tucker budget=0.4 multiple_of=4" in comparison([Path("a")])
-    monkeypatch.setattr("vit_tucker.patching.patch.resolve_ranks", None)  # nothing is chosen again
+    monkeypatch.setattr("vit_tucker.patching.prepare.resolve_ranks", None)  # nothing is chosen again
     Path("a/results.json").unlink()
     again = run(config("output_dir=a", BUDGET, "model.depth=2"))
     assert again["config"] == results["config"]

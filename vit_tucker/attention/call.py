@@ -18,12 +18,14 @@ class Call(NamedTuple):
         attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N); position biases are in it.
         is_causal: attend to earlier tokens and the token itself only.
         rope: table of sines and cosines, see ``vit_tucker.attention.rope``.
+        may_be_blind: the caller gave a mask, by which a token may have nothing to attend to; position biases leave all open.
     """
 
     x: Tensor
     attn_mask: Tensor | None = None
     is_causal: bool = False
     rope: Tensor | None = None
+    may_be_blind: bool = False
 
 
 class PositionBias(nn.Module):
@@ -138,6 +140,7 @@ def read_call(
         attn_mask = cast_mask(attn_mask, tokens)
     shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
     own = None if position_bias is None else position_bias()
+    masked = attn_mask is not None
     if own is not None or mask is not None or shared is not None:
         attn_mask, is_causal = _score_mask(attn_mask, is_causal, mask, shared, own, tokens)
-    return Call(tokens, attn_mask, is_causal, rope)
+    return Call(tokens, attn_mask, is_causal, rope, masked)

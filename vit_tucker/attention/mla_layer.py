@@ -138,7 +138,7 @@ class MLA(PerHeadModule):
             return F.linear(y, weight.mT, self.proj.bias)
         bias = F.linear(self.v_up.bias, self.proj.weight, self.proj.bias)  # weights of the softmax sum to 1, or to 0
         y = F.linear(y, weight.mT, bias)
-        if call.attn_mask is None:
+        if call.attn_mask is None or not call.may_be_blind:
             return y
         each = (by_heads(self.v_up.bias, heads).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
         return y - for_blind_rows(call.attn_mask, call.is_causal, each, B, N)

@@ -157,7 +157,7 @@ def checked_batches(loader: Iterable[Any], faults: FaultLog, normalise: Normalis
         end_workers(loader)
         if not isinstance(error, DataError):
             raise  # torch puts a worker's whole traceback into the message, which is right for what is not the data's fault
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in str(error.args[0]).splitlines() if line.strip()]
         if len(lines) < 2:
             raise
         raise DataError(lines[-1].partition("Error: ")[2] or lines[-1]) from None

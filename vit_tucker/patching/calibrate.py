@@ -147,7 +147,7 @@ def fit_readouts(
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         with timed(layer):
             y = to_sequences(y, layer.host.spec.layout)
-            mixed = layer.replacement.mix(*call)
+            mixed = layer.replacement.mix(*call[:4])
             errors[layer.name].add(layer.replacement.readout(mixed), y)
             if layer.name not in sums:
                 sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
@@ -178,7 +178,7 @@ def refine_layer(
 
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
-        calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:]))
+        calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
 
     with watching([layer], see):
         for batch in images:

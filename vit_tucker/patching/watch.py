@@ -163,7 +163,7 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
 def detached(call: Call) -> Call:
     """The call without the graph that made it."""
     mask, rope = (None if value is None else value.detach() for value in (call.attn_mask, call.rope))
-    return Call(call.x.detach(), mask, call.is_causal, rope)
+    return call._replace(x=call.x.detach(), attn_mask=mask, rope=rope)
 
 
 def run_with_probes(
@@ -205,7 +205,7 @@ def run_with_probes(
         with torch.no_grad():
             for (layer, call, y), probe in zip(calls, probes, strict=True):
                 layout = layer.host.spec.layout
-                see(layer, LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:]))
+                see(layer, LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:4]))
 
 
 def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]) -> Tensor:
