@@ -67,6 +67,7 @@ def test_attention_maps_by_fx(host):
     assert_equal(list(traced.values()), list(hooked.values()))
 
 
+@pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing the model in eval mode")
 @pytest.mark.parametrize("host", TRACED)
 def test_traced_by_fx(host):
     """As timm makes the models, fused, by torch, torchvision and timm; the graph takes any number of images."""
