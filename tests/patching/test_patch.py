@@ -257,6 +257,19 @@ def test_nothing_is_drawn_from_global_generators(make_vit, images, config, calib
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.parametrize("name", vt.list_methods())
+def test_random_layers_are_those_that_their_constructors_draw(make_vit, name):
+    """In the order of the layers, and nothing else is drawn: a seed means the same model in every version."""
+    model, config = make_vit(), vt.get_method(name).example(SPEC).model_copy(update={"init": "random"})
+    torch.manual_seed(3)
+    vt.patch(model, config)
+    torch.manual_seed(3)
+    expected = [config.build(SPEC, dtype=torch.float64).state_dict() for _ in model.blocks]
+    for block, state in zip(model.blocks, expected, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in block.attn.state_dict().items())
+    assert any(not torch.equal(value, expected[0][key]) for key, value in expected[1].items())  # twin
+
+
 @pytest.mark.parametrize("act", [vt.patch, vt.plan])
 def test_optimizers_from_before_the_patch_are_noted(make_vit, act):
     """If they hold what is replaced, and only as long as they live."""

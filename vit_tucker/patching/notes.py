@@ -117,7 +117,7 @@ def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
 
 def _is_held_elsewhere(module: nn.Module) -> bool:
     """Whether anything but the module refers to a parameter of it, by its count of references: a cheap first look."""
-    usual, *_ = _reference_counts(nn.Linear(1, 1, bias=False))
+    usual, *_ = _reference_counts(nn.LayerNorm(1))  # which draws no random numbers
     return any(count > usual for count in _reference_counts(module))
 
 
