@@ -31,10 +31,10 @@ from vit_tucker.patching.find import find_attention
 from vit_tucker.patching.freeze import freeze_except
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
+from vit_tucker.training.optimizer_state import load_optimizer
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.resume import resume
 from vit_tucker.training.run_dir import LOGGER, RunDir
-from vit_tucker.training.state import load_optimizer
 from vit_tucker.training.trackers import check_trackers
 from vit_tucker.training.trainer import Trainer
 from vit_tucker.weights import full_state, is_sharded, save_weights

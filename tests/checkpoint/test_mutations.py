@@ -22,9 +22,10 @@ from tests.checkpoint.mutations import damage_model, rewrite_json, rewrite_tenso
 from tests.conftest import randomise
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.probe import input_shape
+from vit_tucker.training.optimizer_state import load_optimizer
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.saved_state import read_progress
-from vit_tucker.training.state import _fingerprint, damage, flatten, load_checkpoint, load_optimizer, save_checkpoint
+from vit_tucker.training.state import _fingerprint, damage, flatten, load_checkpoint, save_checkpoint
 
 EXAMPLES = int(os.environ.get("VIT_TUCKER_EXAMPLES", "0"))
 SIZES = {"img_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
