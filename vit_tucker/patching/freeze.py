@@ -1,13 +1,12 @@
 """Which parameters are trained: the attention layers alone, or what patterns name."""
 
-import fnmatch
-import re
 from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.patching.find import find_attention
+from vit_tucker.patching.selection import by_pattern
 
 ATTENTION = "attention"
 """Means all self-attention layers of a model, replaced or not."""
@@ -67,13 +66,10 @@ def _matching(item: str, model: nn.Module, names: Collection[str], what: str) ->
         if not found:
             raise ConfigError(f"{what}: {type(model).__name__} has no self-attention layer")
         return found
-    if item.startswith("re:"):
-        try:
-            found = {name for name in names if re.fullmatch(item[3:], name)}
-        except re.error as error:
-            raise ConfigError(f"{what}: '{item}' is no regular expression: {error}") from None
-    else:
-        found = {name for name in names if fnmatch.fnmatchcase(name, item)}
+    try:
+        found = by_pattern(item, names)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
     if not found:
         hint = nearest(item, [ATTENTION, *names])
         raise ConfigError(f"{what}: '{item}' matches no module or parameter of {type(model).__name__}{hint}")

@@ -36,13 +36,10 @@ def matches(item: Item, names: Sequence[str]) -> set[str]:
         if not first <= last < len(names):
             raise PatchError(f"layer range '{text}' is outside 0..{len(names) - 1} ({len(names)} attention modules)")
         return set(names[first : last + 1])
-    if text.startswith("re:"):
-        try:
-            found = {name for name in names if re.fullmatch(text[3:], name)}
-        except re.error as error:
-            raise PatchError(f"layer pattern '{text}' is no regular expression: {error}") from None
-    else:
-        found = {name for name in names if fnmatch.fnmatchcase(name, text)}
+    try:
+        found = by_pattern(text, names)
+    except ValueError as error:
+        raise PatchError(f"layer pattern {error}") from None
     if not found:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise PatchError(
@@ -50,6 +47,24 @@ def matches(item: Item, names: Sequence[str]) -> set[str]:
             f"{nearest(text, names)}"
         )
     return found
+
+
+def by_pattern(pattern: str, names: Iterable[str]) -> set[str]:
+    """Returns the names that a pattern means; perhaps none.
+
+    Args:
+        pattern: a name with the wildcards * ? [], or 're:' and a regular expression for the full name.
+        names: to choose from.
+
+    Raises:
+        ValueError: it is no regular expression; one line.
+    """
+    if not pattern.startswith("re:"):
+        return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+    try:
+        return {name for name in names if re.fullmatch(pattern[3:], name)}
+    except re.error as error:
+        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
 
 
 def select(selection: Selection | None, names: Sequence[str]) -> list[str]:
