@@ -1,4 +1,4 @@
-"""Where results go: asked before the work whose results they are."""
+"""Paths that users name: how messages show them, which are allowed, and whether results can be written there."""
 
 import os
 import unicodedata
@@ -8,6 +8,12 @@ from vit_tucker.errors import ConfigError
 
 MAX_NAME, MAX_PATH = 255, 4095
 """Bytes that Linux and other systems take for a file's name, and for a whole path."""
+
+
+def displayed(path: Path) -> Path:
+    """Returns a path as messages name it: relative to the current folder where it lies below it."""
+    place = Path(os.path.abspath(path))
+    return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else path
 
 
 def checked_path(text: str) -> str:

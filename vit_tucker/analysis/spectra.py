@@ -124,7 +124,7 @@ def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool 
 
 
 class Analysis(NamedTuple):
-    """What ``analyse`` finds.
+    """The spectra of a model's attention tensors, as ``analyse`` returns them.
 
     Attributes:
         rows: spectra, in the order of the layers.

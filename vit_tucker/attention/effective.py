@@ -35,7 +35,7 @@ TOLERANCE = 1e-9
 
 
 def full_name(module: nn.Module) -> str:
-    """'peft.tuners.lora.layer.Linear'"""
+    """Returns module and name of a module's class: 'peft.tuners.lora.layer.Linear'."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 

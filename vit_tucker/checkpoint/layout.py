@@ -40,7 +40,7 @@ class PretrainedEntries(DataEntries):
 
 
 class Section(Strict):
-    """The entry ``vit_tucker``."""
+    """What vit_tucker adds to timm's config.json, under the key ``vit_tucker``."""
 
     version: Annotated[str, Field(max_length=50)] | None = None
     host: Name | None = None

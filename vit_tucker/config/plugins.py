@@ -6,7 +6,6 @@ elsewhere. What it names runs only if the user has named it too, in this process
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from vit_tucker.config.source import Source, package_configs
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, shorten
+from vit_tucker.paths import displayed
 
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
@@ -106,16 +106,11 @@ def load_config_plugins(source: Source, folder: Path) -> None:
 
 def refusal(plugin: str, folder: Path, stored: Path, where: str) -> str:
     """Returns the line for a plug-in that only a stored folder names."""
-    file = plugin if (found := find_file(plugin, folder)) is None else shown(found)
+    file: str | Path = plugin if (found := find_file(plugin, folder)) is None else displayed(found)
     return (
-        f"{where}: plugins: {file} is not run: {shown(stored)} is data, and what its config names runs only if you say so: "
+        f"{where}: plugins: {file} is not run: {displayed(stored)} is data, and what its config names runs only if you say so: "
         "--trust-plugins, or -p FILE for your own copy"
     )
-
-
-def shown(path: Path) -> str:
-    """Returns a path as a user reads it: relative to the current folder where it lies below it."""
-    return os.path.relpath(path) if Path(os.path.abspath(path)).is_relative_to(Path.cwd()) else str(path)
 
 
 def listed(plugins: Any) -> Sequence[str]:

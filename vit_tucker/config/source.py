@@ -14,6 +14,7 @@ from typing import Any
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, nearest, shorten
+from vit_tucker.paths import displayed
 
 CONFIG_ROOT = Path("experiments/configs")
 CONFIG_FILE = "config.yaml"
@@ -124,7 +125,7 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
     """See ``read_with_bases``; ``above`` are the files that lead here, ``read`` those that need not be read again."""
     stored = stored or stored_folder(path)
     path = path.resolve()
-    shown = _shown(path)
+    shown = displayed(path)
     if path in above:
         chain = " -> ".join(p.name for p in (*above, path))
         raise ConfigError(f"{shown}: base: includes itself through {chain}")
@@ -150,11 +151,6 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
         result = merge(result, _with_bases(file, (*above, path), read, by))
     read[path] = merge(result, source)
     return read[path]
-
-
-def _shown(path: Path) -> Path:
-    """The path as a user reads it: relative to the current folder where it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def read_overrides(overrides: Sequence[str]) -> Source:
