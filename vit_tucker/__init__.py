@@ -10,21 +10,22 @@ Names are imported when they are first used: torch and timm take seconds, which 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.registration import register_with_timm
+from vit_tucker.checkpoint.registration import register_with_timm
 from vit_tucker.version import __version__
 
 if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same to Python
     from vit_tucker import attention as attention
     from vit_tucker import explain as explain
-    from vit_tucker.attention.base import AttentionConfig, HostSpec, MHAWeights, ParameterCount
+    from vit_tucker.attention.base import AttentionConfig, ParameterCount
+    from vit_tucker.attention.host import HostSpec, MHAWeights
     from vit_tucker.attention.module import AttentionModule
     from vit_tucker.attention.options import Calibration, RankRule, Rule
     from vit_tucker.attention.registry import get_method, list_methods, register_method
     from vit_tucker.attention.special_cases import DenseTensors, to_dense, to_mha, to_tucker
     from vit_tucker.attention.variants.gqa import GQAConfig
     from vit_tucker.attention.variants.mha import MHAConfig
-    from vit_tucker.attention.variants.mla import MLAConfig
-    from vit_tucker.attention.variants.tucker import TuckerConfig
+    from vit_tucker.attention.variants.mla.config import MLAConfig
+    from vit_tucker.attention.variants.tucker.config import TuckerConfig
     from vit_tucker.checkpoint.load import load, load_dense
     from vit_tucker.checkpoint.save import push_to_hub, save
     from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
@@ -37,9 +38,11 @@ if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same t
 _WHERE = {
     "attention.base": (
         "AttentionConfig",
+        "ParameterCount",
+    ),
+    "attention.host": (
         "HostSpec",
         "MHAWeights",
-        "ParameterCount",
     ),
     "attention.module": ("AttentionModule",),
     "attention.options": (
@@ -60,8 +63,8 @@ _WHERE = {
     ),
     "attention.variants.gqa": ("GQAConfig",),
     "attention.variants.mha": ("MHAConfig",),
-    "attention.variants.mla": ("MLAConfig",),
-    "attention.variants.tucker": ("TuckerConfig",),
+    "attention.variants.mla.config": ("MLAConfig",),
+    "attention.variants.tucker.config": ("TuckerConfig",),
     "checkpoint.load": (
         "load",
         "load_dense",

@@ -19,12 +19,10 @@ def add_parser(commands: Any) -> None:
 
 
 def completion(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Prints the script for the parser that ``args.build`` makes: of all commands, this one among them."""
     import shtab
 
-    from vit_tucker.cli.main import build_parser
-
-    print(shtab.complete(with_files(build_parser()), args.shell))
+    print(shtab.complete(with_files(args.build()), args.shell))
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from vit_tucker.config.source import Source, package_configs
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, shorten
-from vit_tucker.paths import displayed
+from vit_tucker.storage.paths import displayed
 
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())

@@ -14,7 +14,7 @@ from typing import Any
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, nearest, shorten
-from vit_tucker.paths import displayed
+from vit_tucker.storage.paths import displayed
 
 CONFIG_ROOT = Path("experiments/configs")
 CONFIG_FILE = "config.yaml"
