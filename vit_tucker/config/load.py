@@ -60,7 +60,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
-def config_of(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """A config without a file: values, and overrides on top, whose plug-ins are the user's.
 
     Raises:
