@@ -64,7 +64,7 @@ def test_growth_is_exact_and_undone_exactly(name, spec):
 
 @pytest.mark.parametrize(("name", "spec"), RANKED)
 def test_truncation_keeps_what_a_conversion_keeps(name, spec):
-    """From the exact layer, to the error of the HOSVD or SVD at the same ranks; with RoPE, where whole pairs are chosen, to more."""
+    """The error is that of a HOSVD or SVD at the same ranks; with RoPE whole pairs are chosen, which keeps less."""
     spec, cls = SPECS[spec], vit_tucker.get_method(name)
     weights, given = make_weights(spec), rope_of(spec)
     layer, direct = converted(cls.full_rank(spec), spec, weights), converted(cls.example(spec), spec, weights)
