@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.config.source import Source, package_configs
+from vit_tucker.config.find import package_configs
+from vit_tucker.config.source import Source
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, shorten
 from vit_tucker.paths import displayed
