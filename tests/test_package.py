@@ -1,6 +1,7 @@
 """The package's front: public names on demand, and timm's registry in either order of imports."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import pytest
 
 import vit_tucker
 from tests.conftest import process_environment
+from vit_tucker.config.find import package_configs
+
+ROOT = Path(__file__).parents[1]
 
 SCRIPT = """
 import sys
@@ -41,6 +45,17 @@ def test_every_public_name_is_there_and_where_type_checkers_think_it_is():
     assert vit_tucker.export.export_model
     with pytest.raises(AttributeError, match="no attribute 'ptach'"):
         vit_tucker.ptach  # noqa: B018
+
+
+def test_all_configs_are_package_data():
+    """A wheel has them: setup.cfg names the endings."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = [pattern.strip() for pattern in setup["options.package_data"]["*"].split(",")]
+    files = [file for file in package_configs().rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert len(files) > 30
+    assert [file for file in files if file.suffix != ".py" and not any(map(file.match, patterns))] == []
+    assert package_configs().parent == Path(vit_tucker.__file__).parent
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed_and_timm_may_come_last():

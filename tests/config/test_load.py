@@ -8,11 +8,11 @@ import yaml
 from pydantic import ValidationError
 
 import vit_tucker as vt
-from vit_tucker.config.find import config_names, find_config
+from vit_tucker.config.find import config_names, find_config, package_configs
 from vit_tucker.config.load import config_difference, dump_config, load_config
 from vit_tucker.config.schema import json_schema
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
+CONFIGS = package_configs()
 MODEL = "model: {name: vit_tiny_patch16_224}\n"
 
 

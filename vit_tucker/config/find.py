@@ -6,8 +6,8 @@
 
 import itertools
 import os
-import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 from vit_tucker.config.stored import stored_folder
@@ -20,8 +20,7 @@ METHODS, SWEEPS = "methods", "sweeps"
 
 def package_configs() -> Path:
     """Returns the folder of the shipped configs, so that names work from any folder."""
-    checkout = Path(__file__).resolve().parents[2] / CONFIG_ROOT
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "vit_tucker" / CONFIG_ROOT
+    return Path(str(resources.files("vit_tucker"))).resolve() / "configs"
 
 
 def find_config(name: str | Path, beside: Path | None = None) -> Path:
