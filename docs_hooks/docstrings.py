@@ -1,6 +1,7 @@
 """How docstrings become pages: the package writes plain text in them, and names that share a description on one line."""
 
 import ast
+import inspect
 import re
 from typing import Any
 
@@ -79,7 +80,12 @@ class PlainDocstrings(griffe.Extension):
         import vit_tucker.export
 
         packages = vit_tucker.explain, vit_tucker.export, vit_tucker
-        self.references = {name: f"{package.__name__}.{name}" for package in packages for name in package.__all__}
+        names = [(package, name) for package in packages for name in package.__all__]
+        self.references = {
+            name: f"{package.__name__}.{name}"
+            for package, name in names
+            if not inspect.ismodule(getattr(package, name))
+        }
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Rewrite the docstring of a module, class, function or attribute."""

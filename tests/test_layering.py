@@ -92,7 +92,7 @@ ALLOWED = {
         *("build", "costs", "paths", "run_folder", "cli"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "registration", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"registration"},
 }
 
 

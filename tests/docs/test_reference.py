@@ -20,7 +20,7 @@ PUBLIC = [
     f"{package.__name__}.{name}"
     for package in (vit_tucker, vit_tucker.explain, vit_tucker.export)
     for name in package.__all__
-    if not name.startswith("__")
+    if not name.startswith("__") and not inspect.ismodule(getattr(package, name))
 ]
 NAMES = [name for page in PAGES for name in SHOWN.findall(page.read_text())]
 
