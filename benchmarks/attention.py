@@ -24,7 +24,7 @@ from turns import Timing, in_turns, inference, peak_megabytes, training
 
 import vit_tucker as vt
 from vit_tucker.errors import VitTuckerError
-from vit_tucker.report.formats import markdown
+from vit_tucker.show.tables import markdown
 
 SHAPES = ("8x197x768x12", "8x65x384x6", "8x197x1024x16")
 RANKS = (16, 32, 64, 128)

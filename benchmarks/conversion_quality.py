@@ -26,9 +26,8 @@ from torch.utils.data import DataLoader
 
 import vit_tucker as vt
 from vit_tucker.attention.rope import spread_columns
-from vit_tucker.attention.tucker_layer import TuckerAttention
-from vit_tucker.build import classes_and_channels
-from vit_tucker.cli import guarded
+from vit_tucker.attention.variants.tucker.layer import TuckerAttention
+from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.batches import Collate, SeededDataset
@@ -36,9 +35,10 @@ from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.splits import open_split
 from vit_tucker.data.transforms import eval_transform, resolve_data
-from vit_tucker.models import create_host
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.run.model import classes_and_channels
+from vit_tucker.run.status import guarded
 from vit_tucker.tensor.tucker import hosvd
 
 FEATURES = vt.Calibration()

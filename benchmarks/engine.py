@@ -31,7 +31,7 @@ from engine_sides import ROOT, commands, our_points, run, timm_points
 
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.paths import refuse_unwritable
+from vit_tucker.storage.paths import refuse_unwritable
 
 SIDES = ("ours", "timm")
 COLUMNS = ("case", "side", "turn", "model", "train_samples_per_sec", "train_step_time", "train_batch_size", "train_img_size",

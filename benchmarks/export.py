@@ -28,9 +28,9 @@ from vit_tucker.export.compare import compare, random_batches
 from vit_tucker.export.export import export_model
 from vit_tucker.export.int8 import quantise
 from vit_tucker.export.onnx_file import onnx_runner, require_packages
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.hosts import read_host
-from vit_tucker.report.formats import markdown
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.timm_classes import read_host
+from vit_tucker.show.tables import markdown
 
 COLUMNS = (
     *("model", "attention", "runtime", "precision", "param_count", "file_mb", "infer_batch_size", "infer_img_size"),

@@ -26,7 +26,7 @@ import torch
 
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.errors import VitTuckerError
-from vit_tucker.paths import refuse_unwritable
+from vit_tucker.storage.paths import refuse_unwritable
 
 HERE = Path(__file__).resolve().parent
 TOKENS = (197, 577, 1024, 4096)
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 def parts(folder: Path, rehearse: bool) -> list[Part]:
     """The commands, the most important first."""
     python, device = sys.executable, "cpu" if rehearse else "cuda"
-    tests = ["tests/attention/test_triton_tucker.py", "tests/attention/backends/test_triton.py"]
+    tests = ["tests/attention/test_triton_tucker.py", "tests/attention/backends/test_tucker_triton.py"]
     found = [Part("kernels", [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests])]
     common = ["--device", device, "--precision", "bf16"]
     quick = ["--turns", "2", "--seconds", "0.001"] if rehearse else ["--turns", "7", "--seconds", "0.05"]

@@ -19,8 +19,8 @@ from turns import DTYPES
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.attention.backends import AUTO, get_backend, registry
 from vit_tucker.errors import ConfigError
-from vit_tucker.paths import refuse_unwritable
-from vit_tucker.report.formats import csv_text
+from vit_tucker.show.tables import csv_text
+from vit_tucker.storage.paths import refuse_unwritable
 
 
 def device_parser(description: str | None) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_tucker.attention.tucker_layer import TuckerAttention
+from vit_tucker.attention.variants.tucker.layer import TuckerAttention
 
 Attention: Any = vision_transformer.Attention
 """timm's, from where all its versions have it."""

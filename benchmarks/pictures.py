@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.report import style
+from vit_tucker.show import figures
 
 
 def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
@@ -16,9 +16,9 @@ def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
         file: PNG.
     """
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    with style.plt.rc_context(style.FONTS):
+    with figures.plt.rc_context(figures.FONTS):
         size = (2.4 * len(shapes) + 0.3, 2.5)
-        figure, axes = style.plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
+        figure, axes = figures.plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
         for axis, shape in zip(axes[0], shapes, strict=True):
             mine = [
                 row for row in rows if row["shape"] == shape and row["layer"].startswith("Tucker") and "promise" in row
@@ -28,7 +28,7 @@ def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
         axes[0][0].set_ylabel("time: dense / own")
         axes[0][-1].legend(frameon=False)
         figure.savefig(file, dpi=200)
-        style.plt.close(figure)
+        figures.plt.close(figure)
 
 
 def draw_shape(axis: Any, rows: list[dict[str, Any]]) -> None:
@@ -46,8 +46,8 @@ def draw_shape(axis: Any, rows: list[dict[str, Any]]) -> None:
                 [row["promise"] for row in points],
                 middle,
                 yerr=bars,
-                marker=style.SHAPES[i],
-                color=style.PALETTE[i],
+                marker=figures.SHAPES[i],
+                color=figures.PALETTE[i],
                 fillstyle=fill,
                 linestyle=line,
                 markersize=4,
@@ -59,7 +59,7 @@ def draw_shape(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.axhline(1, color="0.8", linewidth=0.6, zorder=0)
     axis.set(xscale="log", yscale="log")
     for side in (axis.xaxis, axis.yaxis):
-        side.set_major_locator(style.LogLocator(subs=(1, 2, 5)))
-        side.set_major_formatter(style.FuncFormatter(lambda value, _: f"{value:g}"))
-        side.set_minor_locator(style.NullLocator())
-    style.grid(axis)
+        side.set_major_locator(figures.LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(figures.FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_locator(figures.NullLocator())
+    figures.grid(axis)

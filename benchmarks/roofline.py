@@ -8,7 +8,8 @@ import torch
 from turns import DTYPES
 
 from vit_tucker.analysis.turns import clock
-from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.host import HostSpec
 
 BACKWARD = 2
 """Products of a backward pass per product of the forward pass."""

@@ -23,7 +23,7 @@ from turns import in_turns, inference, training
 
 from vit_tucker.attention.backends.padding import cpu_width, pad
 from vit_tucker.errors import VitTuckerError
-from vit_tucker.report.formats import markdown
+from vit_tucker.show.tables import markdown
 
 WIDTHS = (4, 8, 10, 12, 15, 16, 17, 18, 20, 22, 23, 24, 28, 30, 31, 32, 40, 48, 60, 62, 63, 64, 96, 126, 127, 128)
 KINDS = ("forward", "step")

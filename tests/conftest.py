@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import nn
 
 import vit_tucker
-from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.rope import RopeSpec
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

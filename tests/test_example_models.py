@@ -4,12 +4,12 @@ import pytest
 import torch
 
 import vit_tucker as vt
-from vit_tucker.build import classes_and_channels
+from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import load_config
 from vit_tucker.errors import ConfigError
-from vit_tucker.models import create_host
+from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import patch
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.run.model import classes_and_channels
 
 
 def make(*overrides):

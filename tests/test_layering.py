@@ -1,6 +1,7 @@
-"""Imports go one way: tensor <- attention <- config, patching <- data <- training; report reads files; run and cli on top."""
+"""Imports go one way: no circle, neither between rooms nor between files; and each room imports only those below it."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -8,130 +9,195 @@ import pytest
 import vit_tucker
 
 PACKAGE = Path(vit_tucker.__file__).parent
-MODULES = sorted(file for file in PACKAGE.rglob("*.py") if not file.is_relative_to(PACKAGE / "configs"))
 ALLOWED = {
     "errors": set(),
-    "paths": {"errors"},
-    "live_bytes": set(),
     "version": set(),
-    "channels": set(),
-    "registration": {"checkpoint"},
-    "weights": {"errors"},
-    "json_files": {"errors", "validation"},
-    "digests": {"errors", "json_files", "weights"},
-    "run_files": {"json_files", "validation"},
     "validation": {"errors"},
+    "storage": {"errors", "validation"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
-    "config": {"errors", "attention", "paths", "validation"},
-    "patching": {"errors", "tensor", "attention", "validation"},
-    "export": {"channels", "errors", "attention", "patching", "checkpoint", "version"},
-    "data": {"channels", "errors", "config"},
-    "training": {
-        *("errors", "config", "data", "digests", "json_files", "live_bytes", "run_files", "validation", "weights"),
-    },
-    "analysis": {"errors", "tensor", "attention", "patching", "live_bytes"},
-    "checkpoint": {
-        *("channels", "digests", "errors", "json_files", "run_files", "version", "weights", "attention", "patching"),
-    },
-    "models": {"digests", "errors", "config", "patching", "checkpoint", "weights"},
-    "harmless": set(),
-    "report": {"errors", "harmless", "json_files", "paths", "run_files"},
-    "build": {"errors", "attention", "config", "patching", "checkpoint", "data", "training", "models"},
-    "trainer_setup": {
-        *("errors", "attention", "config", "data", "patching", "training", "analysis", "build"),
-        *("checkpoint", "digests", "weights"),
-    },
-    "announce": {"config", "data", "models", "training", "analysis", "build", "weights"},
-    "run_folder": {
-        *("errors", "config", "data", "training", "build", "trainer_setup", "paths", "harmless", "weights"),
-    },
-    "run": {
-        "digests",
+    "config": {"errors", "attention", "storage", "validation"},
+    "hosts": {"errors", "attention"},
+    "conversion": {"errors", "tensor", "attention", "hosts"},
+    "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion"},
+    "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
+    "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
+    "data": {"errors", "storage", "config", "hosts"},
+    "training": {"errors", "validation", "storage", "config", "data"},
+    "analysis": {
         "errors",
-        "config",
-        "data",
-        "training",
-        "build",
-        "trainer_setup",
-        "announce",
-        "run_folder",
-        "weights",
-    },
-    "costs": {"errors", "attention", "config", "patching", "training", "models", "analysis"},
-    "inference": {"errors", "config", "data", "checkpoint", "patching"},
-    "explain": {
-        "channels",
-        "errors",
+        "tensor",
         "attention",
+        "config",
+        "hosts",
+        "conversion",
         "patching",
         "checkpoint",
-        "config",
-        "data",
-        "models",
-        "report",
-        "inference",
+        "training",
     },
-    "cli": {
+    "inference": {"errors", "config", "hosts", "checkpoint", "data"},
+    "show": set(),
+    "report": {"errors", "storage", "show"},
+    "explain": {
         *(
             "errors",
-            "version",
             "attention",
             "config",
+            "hosts",
+            "conversion",
+            "patching",
+            "checkpoint",
+            "data",
+            "inference",
+            "show",
+        ),
+    },
+    "run": {
+        *(
+            "errors",
+            "storage",
+            "attention",
+            "config",
+            "hosts",
             "patching",
             "checkpoint",
             "data",
             "training",
-            "models",
             "analysis",
         ),
-        *("report", "run", "build", "paths", "costs", "trainer_setup", "inference", "explain", "sweep", "export"),
     },
     "sweep": {
-        *("errors", "validation", "config", "data", "patching", "training", "analysis", "report"),
-        *("build", "costs", "paths", "run_folder", "cli"),
+        *(
+            "errors",
+            "validation",
+            "storage",
+            "config",
+            "hosts",
+            "patching",
+            "data",
+            "training",
+            "analysis",
+            "report",
+            "run",
+        ),
+    },
+    "cli": {
+        *("errors", "version", "storage", "attention", "config", "hosts", "patching", "checkpoint", "export", "data"),
+        *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"registration"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
 }
+"""What each room may import, from the bottom up."""
+PARTS = {
+    "recording": "common",
+    "rope": "common",
+    "options": "common",
+    "host": "common",
+    "effective": "weights",
+    "linear": "weights",
+    "contraction": "common",
+    "triton_tucker": "kernels",
+    "backends": "backends",
+    "attend": "backends",
+    "call": "layers",
+    "moments": "layers",
+    "module": "layers",
+    "heads": "layers",
+    "latent_rope": "layers",
+    "base": "methods",
+    "registry": "methods",
+    "variants": "methods",
+    "special_cases": "forms",
+    "heads_form": "forms",
+}
+"""The part of ``attention`` that each of its files and folders belongs to."""
+ALLOWED_IN_ATTENTION = {
+    "common": set(),
+    "weights": {"common"},
+    "kernels": {"common"},
+    "backends": {"common", "kernels"},
+    "layers": {"common", "weights", "backends"},
+    "methods": {"common", "weights", "backends", "layers"},
+    "forms": {"common", "weights", "backends", "layers", "methods"},
+}
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if not file.is_relative_to(PACKAGE / "configs"))
 
 
-def imported_parts(file: Path) -> set[str]:
-    """First-level parts of vit_tucker that a file imports ('' for the package itself)."""
-    parts = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{a.name}" if node.module == "vit_tucker" else node.module for a in node.names]
-        known = set(ALLOWED)
+def module_of(file: Path) -> str:
+    """'vit_tucker/data/sampler.py' -> 'data.sampler'; a folder's __init__ is the folder."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def imports_of(text: str, modules: set[str] | dict[str, Path] = MODULES) -> set[str]:
+    """Modules of vit_tucker, by their names below it, that a source imports anywhere; '__init__' for the package itself."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
         for name in names:
             head, _, rest = name.partition(".")
-            if head == "vit_tucker":
-                part = rest.partition(".")[0]
-                parts.add(part if part in known else "")
-    return parts
+            if head != "vit_tucker":
+                continue
+            found.add(next((n for n in (rest, rest.rpartition(".")[0]) if n in modules), "__init__"))
+    return found
 
 
-def part_of(file: Path) -> str:
-    relative = file.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+IMPORTS = {module: imports_of(file.read_text()) for module, file in MODULES.items()}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_go_one_way(file):
-    part = part_of(file)
-    assert imported_parts(file) - {part} <= ALLOWED[part]
+def refuse_circles(graph: dict[str, set[str]]) -> None:
+    """Raises AssertionError with the circle, if there is one."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        raise AssertionError(f"a circle: {' -> '.join(error.args[1])}") from None
 
 
-def test_wrong_arrows_are_seen(tmp_path):
-    file = tmp_path / "wrong.py"
-    file.write_text(
-        "from vit_tucker.training.engine import fit\nimport vit_tucker.patching.patch\nfrom vit_tucker import plan\n"
-    )
-    assert imported_parts(file) == {"training", "patching", ""}
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_one_way(module):
+    room = module.partition(".")[0]
+    assert {name.partition(".")[0] for name in IMPORTS[module]} - {room} <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("attention.")))
+def test_parts_of_attention_import_one_way(module):
+    part = PARTS[module.split(".")[1]]
+    found = {PARTS[name.split(".")[1]] for name in IMPORTS[module] if name.startswith("attention.")}
+    assert found - {part} <= ALLOWED_IN_ATTENTION[part]
+
+
+def test_there_is_no_circle():
+    for graph in (ALLOWED, ALLOWED_IN_ATTENTION, {m: n - {m, "__init__"} for m, n in IMPORTS.items()}):
+        refuse_circles(graph)
+
+
+def test_every_room_and_part_exists():
+    assert {module.partition(".")[0] for module in MODULES} == set(ALLOWED)
+    assert {module.split(".")[1] for module in MODULES if module.startswith("attention.")} == set(PARTS)
+
+
+def test_the_root_keeps_four_files():
+    assert {file.name for file in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "version.py"}
+
+
+def test_wrong_arrows_and_circles_are_seen():
+    text = "from vit_tucker.training.engine import fit\nimport vit_tucker.patching.patch\nfrom vit_tucker import plan\n"
+    assert imports_of(text) == {"training.engine", "patching.patch", "__init__"}
+    assert imports_of("def f():\n    from vit_tucker.hosts import find\n") == {"hosts.find"}
+    with pytest.raises(AssertionError, match="a -> b -> a|b -> a -> b"):
+        refuse_circles({"a": {"b"}, "b": {"a"}})
 
 
 def test_only_hosts_knows_timms_attention_classes():
-    users = [f.name for f in MODULES if "vision_transformer" in f.read_text() or "timm.layers" in f.read_text()]
-    allowed = {"hosts.py"}
-    assert set(users) <= allowed
+    words = ("vision_transformer", "timm.layers")
+    users = {module for module, file in MODULES.items() if any(word in file.read_text() for word in words)}
+    assert users <= {"hosts.timm_classes"}

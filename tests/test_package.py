@@ -24,7 +24,7 @@ build_parser().format_help()
 assert "torch" not in sys.modules, "--help imports torch"
 import timm
 assert timm.is_model("vit_tucker_patched"), "timm was imported last, and does not know patched models"
-assert "vit_tucker.checkpoint" not in sys.modules
+assert "vit_tucker.checkpoint.entry" not in sys.modules
 vit_tucker.patch
 """
 

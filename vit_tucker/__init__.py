@@ -9,7 +9,7 @@ Names are imported when they are first used: torch and timm take seconds, which 
 
 import lazy_loader
 
-from vit_tucker.registration import register_with_timm
+from vit_tucker.checkpoint.registration import register_with_timm
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)  # the names are in __init__.pyi
 

@@ -4,9 +4,9 @@ from . import attention as attention
 from . import explain as explain
 from . import export as export
 from .attention.base import AttentionConfig as AttentionConfig
-from .attention.base import HostSpec as HostSpec
-from .attention.base import MHAWeights as MHAWeights
 from .attention.base import ParameterCount as ParameterCount
+from .attention.host import HostSpec as HostSpec
+from .attention.host import MHAWeights as MHAWeights
 from .attention.module import AttentionModule as AttentionModule
 from .attention.options import Calibration as Calibration
 from .attention.options import RankRule as RankRule
@@ -20,8 +20,8 @@ from .attention.special_cases import to_mha as to_mha
 from .attention.special_cases import to_tucker as to_tucker
 from .attention.variants.gqa import GQAConfig as GQAConfig
 from .attention.variants.mha import MHAConfig as MHAConfig
-from .attention.variants.mla import MLAConfig as MLAConfig
-from .attention.variants.tucker import TuckerConfig as TuckerConfig
+from .attention.variants.mla.config import MLAConfig as MLAConfig
+from .attention.variants.tucker.config import TuckerConfig as TuckerConfig
 from .checkpoint.load import load as load
 from .checkpoint.load import load_dense as load_dense
 from .checkpoint.save import push_to_hub as push_to_hub

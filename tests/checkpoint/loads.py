@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from tests.checkpoint.sources import CLASSES, MODEL
+from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError
-from vit_tucker.models import load_host
 
 
 def loaded(

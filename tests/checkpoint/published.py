@@ -8,8 +8,8 @@ import torch
 
 from tests.checkpoint import sources
 from tests.checkpoint.sources import vit
+from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.config.schema import ModelConfig
-from vit_tucker.models import load_host
 
 SIZES = {"img_size": 224, "patch_size": 16, "embed_dim": 24, "depth": 12, "num_heads": 4}
 HUGGING_FACE = {"num_hidden_layers": 12, "image_size": 224, "patch_size": 16, "num_labels": 1000}

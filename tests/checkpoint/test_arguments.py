@@ -10,9 +10,9 @@ from torch import nn
 
 import vit_tucker as vt
 from vit_tucker.checkpoint.arguments import allowed_names, own_arguments
+from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.schema import ModelConfig
-from vit_tucker.digests import digest_of
-from vit_tucker.models import create_host
+from vit_tucker.storage.digests import digest_of
 
 HOST = "vit_tiny_patch16_224"
 SMALL = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2, "num_classes": 3}

@@ -11,8 +11,8 @@ import vit_tucker as vt
 from tests.checkpoint import sources
 from tests.checkpoint.loads import loaded, message_of
 from tests.checkpoint.sources import ARGUMENTS, CLASSES, MODEL, vit
+from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.config.schema import ModelConfig
-from vit_tucker.models import load_host
 
 
 class TestNothingIsRandomWithoutAWord:

@@ -21,11 +21,12 @@ import vit_tucker as vt
 from tests.checkpoint.mutations import damage_model, rewrite_json, rewrite_tensors, rewrite_text
 from tests.conftest import randomise
 from vit_tucker.errors import CheckpointError
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.storage.checkpoints import damage, fingerprint
 from vit_tucker.training.optimizer_state import load_optimizer
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.saved_state import read_progress
-from vit_tucker.training.state import _fingerprint, damage, flatten, load_checkpoint, save_checkpoint
+from vit_tucker.training.state import flatten, load_checkpoint, save_checkpoint
 
 EXAMPLES = int(os.environ.get("VIT_TUCKER_EXAMPLES", "0"))
 SIZES = {"img_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -195,7 +196,7 @@ def test_a_damaged_state_is_refused_in_one_line_or_goes_on_the_same(tmp_path_fac
     if file.read_bytes() != (start() / "state.json").read_bytes():
         assert damage(folder) == "state.json is not what was written (SHA-256)" or "bytes of" in str(damage(folder))
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, file.name: _fingerprint(file)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, file.name: fingerprint(file)}))
     assert damage(folder) is None
     model, optimizer = trained()
     try:
@@ -226,7 +227,7 @@ def test_weights_of_a_checkpoint_are_those_that_were_written_together(tmp_path):
         assert damage(folder) is None
         damage_it(folder / name)
         written = json.loads((folder / "manifest.json").read_text())
-        written = {file: _fingerprint(folder / file) for file in written if (folder / file).is_file()}
+        written = {file: fingerprint(folder / file) for file in written if (folder / file).is_file()}
         (folder / "manifest.json").write_text(json.dumps(written))
         assert message in str(damage(folder))
 

@@ -304,8 +304,8 @@ def test_missing_and_strange_files_are_one_clear_line(model, tmp_path, monkeypat
 
 def test_a_patched_folder_is_no_start_for_a_dense_model(model, tmp_path):
     """Whoever wrote it: ours says so in the header, timm's own in the config beside the weights."""
+    from vit_tucker.checkpoint.host_model import create_host
     from vit_tucker.config.schema import ModelConfig
-    from vit_tucker.models import create_host
 
     vt.save(model, tmp_path)
     size = {k: v for k, v in SMALL.items() if k != "num_classes"}

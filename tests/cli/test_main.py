@@ -70,7 +70,7 @@ def test_failures_of_the_training_exit_with_1_and_interrupts_with_130(in_tmp, ca
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vit_tucker.run.fit", interrupt)
+    monkeypatch.setattr("vit_tucker.run.run.fit", interrupt)
     assert train_main(["--cfg", "tucker_r16.yaml", *TINY, "output_dir=b"]) == 130
     assert "the same command continues" in capfd.readouterr().err
 

@@ -16,7 +16,7 @@ from vit_tucker.config.load import validate_as
 from vit_tucker.config.schema import DistillConfig, ModelConfig, RunConfig, TrainConfig
 from vit_tucker.config.source import Source
 from vit_tucker.sweep.schema import CellConfig, SweepConfig
-from vit_tucker.validation import models_in
+from vit_tucker.validation.mistakes import models_in
 
 METHODS = [vt.get_method(name) for name in vt.list_methods()]
 MODELS = (

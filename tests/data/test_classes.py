@@ -8,10 +8,11 @@ import pytest
 from timm.utils.misc import natural_key as timms_key
 
 from tests.data.trees import classes_of, folder_config, opened, tree
-from vit_tucker.data.classes import classes_text, padded, read_class_map, refuse_changed, stored_classes, unpadded
+from vit_tucker.data.classes import padded, read_class_map, refuse_changed, stored_classes, unpadded
 from vit_tucker.data.naming import in_order, natural_key
 from vit_tucker.data.splits import choose_classes, inferred_classes, open_split, open_splits
 from vit_tucker.errors import DataError
+from vit_tucker.storage.run_files import classes_text
 
 
 def test_the_order_is_a_function_of_the_names_alone():

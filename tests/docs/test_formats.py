@@ -13,11 +13,11 @@ import torch
 from docs_hooks import ROOT
 from tests.checkpoint import sources
 from tests.checkpoint.published import load_lines
+from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.config.schema import DataConfig, ModelConfig
 from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.data.transforms import describe_data, resolve_data
 from vit_tucker.errors import CheckpointError
-from vit_tucker.models import load_host
 
 PAGE = ROOT / "docs/formats.md"
 NAMED = re.compile(r"`(?P<file>tests/[\w/]+\.py)?(?:::(?P<name>[\w:]+)(?:\[[^\]]*\])?)?`")

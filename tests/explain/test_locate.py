@@ -8,7 +8,7 @@ from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.explain.capture import record_attention
 from vit_tucker.explain.grid import PADDING, numbers
 from vit_tucker.explain.locate import proportional
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 
 BLOCKS = {"swin_tiny_patch4_window7_224": "_attn", "maxvit_rmlp_pico_rw_256": "_partition_attn"}
 """Methods of timm's blocks that cut an image into sequences for the attention and put it together again."""

@@ -12,7 +12,7 @@ import vit_tucker as vt
 from tests.explain.runs import LABELS, MODEL, host, make_pair, make_run
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.explain.sources import host_of, open_dense, open_subject, seen_from_run
-from vit_tucker.inference import run_config
+from vit_tucker.inference.predict import run_config
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import vit_tucker as vt
 from tests.conftest import make_spec, make_weights, randomise
 from tests.patching.test_families import FAMILIES, image, small_model
 from tests.patching.trios import refusal, small_config
-from vit_tucker.attention.base import MHAWeights
 from vit_tucker.attention.heads_form import fit_biases
+from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.dense import merge_dense as merge
 from vit_tucker.export.export import export_model
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.hosts import read_host
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.timm_classes import read_host
 
 READERS = (  # a family for each way in which timm keeps its weights
     "vit_tiny_patch16_224",

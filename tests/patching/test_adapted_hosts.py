@@ -13,8 +13,8 @@ from torch import nn
 import vit_tucker as vt
 from tests.conftest import randomise
 from vit_tucker.errors import WeightsError
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.probe import count_tokens
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.tokens import count_tokens
 
 SMALL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "patch_size": 4}
 HOSTS = {

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import vit_tucker as vt
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.freeze import freeze_except
 
 TUCKER = vt.TuckerConfig(ranks=(3, 6, 6), exclude=0)

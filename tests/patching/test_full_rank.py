@@ -5,7 +5,7 @@ import torch
 
 import vit_tucker as vt
 from tests.patching.test_families import small_model
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 
 
 @pytest.mark.parametrize("method", vt.list_methods())

@@ -11,7 +11,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from vit_tucker.attention.base import HostSpec
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.data.seeding import seed_everything
 
 SPEC = HostSpec(embed_dim=24, num_heads=4, head_dim=6, out_dim=24)

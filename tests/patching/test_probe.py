@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from vit_tucker.checkpoint.entry import create_structure
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.hosts import read_host
-from vit_tucker.patching.probe import built_size, count_tokens, input_shape, without_weights
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import built_size, input_shape
+from vit_tucker.hosts.structure import without_weights
+from vit_tucker.hosts.timm_classes import read_host
+from vit_tucker.hosts.tokens import count_tokens
 
 SHALLOW = {"depths": (1, 1, 1, 1)}
 BUILT: dict[str, dict] = {

@@ -6,7 +6,7 @@ import torch
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.analysis.spectra import analyse
-from vit_tucker.patching.hosts import has_mixed_rope
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 ROPE = ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]
 BIASED = ["beit_base_patch16_224", "vit_srelpos_small_patch16_224", "swin_tiny_patch4_window7_224"]

@@ -27,7 +27,7 @@ from tests.patching.trios import (
     run_copy,
     skip_checkpointing,
 )
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 
 COMPILED = ("eva02_1", "mixed_1", "beit", "swin")
 TRACED = ("vit_1", *COMPILED, "dinov3_5", "relpos")

@@ -12,7 +12,7 @@ from vit_tucker.report.ablations import ablation_table, check_options, draw_abla
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.report.style import COLOURS, accuracy_axis, log_axis
+from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 

@@ -19,7 +19,7 @@ import torch
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(
     [
-        "vit_tucker.run",
+        "vit_tucker.run.run",
         "vit_tucker.config.load",
         "sklearn.datasets",
         "sklearn.model_selection",

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 from tests.training.processes import fork
+from vit_tucker.storage.run_dir import log_lines
 from vit_tucker.training.events import Events
-from vit_tucker.training.run_dir import log_lines
 
 
 def write(folder: str, output: str, limit: int) -> None:

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import vit_tucker as vt
+from tests.run.test_run import config, same, weights
 from tests.training.processes import fork
-from tests.training.test_run import config, same, weights
-from vit_tucker import run as run_module
 from vit_tucker.config.load import load_config
 from vit_tucker.errors import DivergedError, SaveError
-from vit_tucker.run import run
+from vit_tucker.run import run as run_module
+from vit_tucker.run.run import run
+from vit_tucker.storage.checkpoints import fingerprint
 from vit_tucker.training import engine, state
-from vit_tucker.training.state import _fingerprint
 from vit_tucker.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -234,7 +234,7 @@ def test_nothing_of_a_foreign_checkpoint_is_unpickled(monkeypatch, name):
     folder = Path("a/checkpoints/step-00000022")
     (folder / name).write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, name: _fingerprint(folder / name)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, name: fingerprint(folder / name)}))
     refused = r"step-00000022.*(is not what config.json tells|can't be resumed from)"
     with pytest.raises(vt.CheckpointError, match=refused) as caught:
         run(config("output_dir=a"))

@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(
 
 PLUGIN = """
 import os, signal
-import vit_tucker.run as run
+import vit_tucker.run.run as run
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from vit_tucker import weights
+from vit_tucker.storage import weights
 from vit_tucker.training import engine
 
 create = run.create_accelerator

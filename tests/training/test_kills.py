@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.processes import fork, saved_steps, start
+from vit_tucker.storage.checkpoints import damage, newest_intact
 from vit_tucker.training import state as state_module
-from vit_tucker.training.state import damage, newest_intact, save_checkpoint
+from vit_tucker.training.state import save_checkpoint
 
 RECIPE = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "attention.ranks=[3, 8, 8]", "train.lr=2e-3"]
 RECIPE += ["model.drop_path_rate=0.1", "model.proj_drop_rate=0.1", "data.reprob=0.2", "data.num_workers=1"]

@@ -20,8 +20,8 @@ from torch import nn
 from tests.conftest import process_environment
 from tests.training.test_distributed import RECIPE, ROOT, data_root  # noqa: F401  # a fixture
 from vit_tucker.cli import train_main
-from vit_tucker.patching.find import find_attention
-from vit_tucker.trainer_setup import name_blocks
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.run.trainer import name_blocks
 
 CONFIGS = ROOT / "experiments" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu2": 2, "gpu1": 1, "gpu8": 8, "nodes2x8": 16, "fsdp2": 8}

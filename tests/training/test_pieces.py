@@ -11,12 +11,13 @@ from torch import nn
 import vit_tucker as vt
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import CheckpointError, ConfigError
+from vit_tucker.storage.checkpoints import list_checkpoints
+from vit_tucker.storage.weights import full_state, load_weights, save_weights, weights_metadata
 from vit_tucker.training.metrics import batch_sums, scores_from_sums
 from vit_tucker.training.optim import create_optimizer, create_scheduler, learning_rate
 from vit_tucker.training.optimizer_state import load_optimizer
-from vit_tucker.training.state import flatten, list_checkpoints, load_checkpoint
+from vit_tucker.training.state import flatten, load_checkpoint
 from vit_tucker.training.state import save_checkpoint as save_states
-from vit_tucker.weights import full_state, load_weights, save_weights, weights_metadata
 
 RECIPE = TrainConfig(epochs=10, warmup_epochs=2, lr=1.0, warmup_lr=0.0, min_lr=0.0)
 

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import process_environment
 from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.test_kills import RECIPE, outcome
-from vit_tucker.cli import resume_command
+from vit_tucker.run.main import resume_command
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.peers import Peers, Verdict
 

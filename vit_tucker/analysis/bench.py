@@ -11,7 +11,7 @@ from vit_tucker.analysis.flops import known_flops
 from vit_tucker.analysis.latency import Latency, measure_latency
 from vit_tucker.analysis.turns import PRECISIONS, compare_turns, times_in_turns
 from vit_tucker.errors import ConfigError
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 
 
 def bench_models(

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from vit_tucker.hosts.structure import structure_copy
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import structure_copy
 
 
 def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
-from vit_tucker.attention.variants.mla import MLAConfig
-from vit_tucker.attention.variants.tucker import TuckerConfig
+from vit_tucker.attention.variants.mla.config import MLAConfig
+from vit_tucker.attention.variants.tucker.config import TuckerConfig
 from vit_tucker.errors import ConfigError, PatchError, nearest
 
 

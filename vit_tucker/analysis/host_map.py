@@ -19,11 +19,11 @@ from torch import nn
 from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
-from vit_tucker.patching.find import find_attention, find_other_attention
-from vit_tucker.patching.hosts import EXCLUDE, has_mixed_rope, read_host
+from vit_tucker.hosts.find import find_attention, find_other_attention
+from vit_tucker.hosts.readers import Host
+from vit_tucker.hosts.structure import without_weights
+from vit_tucker.hosts.timm_classes import EXCLUDE, has_mixed_rope, read_host
 from vit_tucker.patching.identity import PATCHED
-from vit_tucker.patching.probe import without_weights
-from vit_tucker.patching.readers import Host
 
 EXACT = "exact"
 LATENT = "exact (latent RoPE)"

@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from vit_tucker.attention.base import HostSpec
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
-from vit_tucker.patching.find import find_attention
-from vit_tucker.patching.hosts import has_mixed_rope, read_host
-from vit_tucker.patching.probe import count_tokens
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.tokens import count_tokens
 
 
 def count_kv_entries(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_tucker.live_bytes import LiveBytes
+from vit_tucker.analysis.live_bytes import LiveBytes
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of autocast; "no" leaves it off."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vit_tucker.attention.backends.heads import expand_heads
-from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import rotate_heads

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from vit_tucker.attention.base import MHAWeights
 from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.heads import PerHeadModule
+from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import refuse_nonlinear
 from vit_tucker.errors import PatchError

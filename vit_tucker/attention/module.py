@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
-from vit_tucker.attention.base import HostSpec, MHAWeights
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
 from vit_tucker.attention.effective import is_adapter
+from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
 from vit_tucker.errors import PatchError

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.attention.backends.masks import masked_softmax
-from vit_tucker.attention.base import HostSpec, MHAWeights
+from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.rope import angle_kernel, rotate_heads
 from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
 from vit_tucker.tensor.rotary import RotaryPairs, pair_shares, whiten_rotary

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from vit_tucker.validation import MAX_INTEGER, Checked, refuse_unusable
+from vit_tucker.validation.checked import MAX_INTEGER, Checked, refuse_unusable
 
 MAX_RANK = 2**20
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]

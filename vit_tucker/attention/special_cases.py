@@ -20,8 +20,8 @@ from torch import Tensor
 from vit_tucker.attention.backends import AUTO, is_whole
 from vit_tucker.attention.effective import plain_layer, trains
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.tucker_layer import TuckerAttention
 from vit_tucker.attention.variants.mha import MHA, MHAConfig
+from vit_tucker.attention.variants.tucker.layer import TuckerAttention
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.split import split_width
 from vit_tucker.tensor.tucker import Pairs, Tucker

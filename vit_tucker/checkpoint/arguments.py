@@ -12,8 +12,8 @@ from timm.models import build_model_with_cfg, model_entrypoint
 from torch import nn
 
 from vit_tucker.errors import CheckpointError, nearest
+from vit_tucker.hosts.structure import without_weights
 from vit_tucker.patching.identity import PATCHED
-from vit_tucker.patching.probe import without_weights
 
 OF_PATCHED = frozenset({"host", "patch"})
 """Arguments of our own architecture beside those of its host."""

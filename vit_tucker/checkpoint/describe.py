@@ -15,17 +15,18 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
-from vit_tucker.channels import fit_channels
 from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.channels import fit_channels
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import built_size, input_channels, input_shape
+from vit_tucker.hosts.structure import without_weights
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS, choose_layers, layer_configs
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import built_size, input_channels, input_shape, without_weights
 from vit_tucker.version import __version__
 
 OPTIONS = "_image_options"

@@ -22,9 +22,9 @@ from vit_tucker.checkpoint.fill import fill
 from vit_tucker.checkpoint.read import weights_only
 from vit_tucker.checkpoint.tensor_files import read_weights
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
+from vit_tucker.hosts.structure import without_weights
 from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
 from vit_tucker.patching.patch import patch, patch_record
-from vit_tucker.patching.probe import without_weights
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""

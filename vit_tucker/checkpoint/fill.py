@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vit_tucker.checkpoint.loading import refuse_integers
 from vit_tucker.checkpoint.trial import refuse_indices
 from vit_tucker.errors import CheckpointError
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import input_channels
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import input_channels
 
 NAFLEX = "timm.models.naflexvit"
 

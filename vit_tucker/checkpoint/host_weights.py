@@ -17,10 +17,10 @@ from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model, names_of
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
-from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError
-from vit_tucker.patching.probe import without_weights
-from vit_tucker.weights import weights_metadata
+from vit_tucker.hosts.structure import without_weights
+from vit_tucker.storage.digests import verify_beside
+from vit_tucker.storage.weights import weights_metadata
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
 
 
 def refuse_changed(file: Path, what: str) -> None:
-    """Raises CheckpointError if weights are not those that the config.json beside them tells of, see ``vit_tucker.digests``."""
+    """Raises CheckpointError if weights are not those that the config.json beside them tells of, see
+    ``vit_tucker.storage.digests``."""
     try:
         verify_beside(file)
     except CheckpointError as error:

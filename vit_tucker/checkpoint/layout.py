@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from vit_tucker.digests import Stored
-from vit_tucker.json_files import Lenient, Strict, checked
-from vit_tucker.run_files import DataEntries, Share, Size
+from vit_tucker.storage.digests import Stored
+from vit_tucker.storage.json_files import Lenient, Strict, checked
+from vit_tucker.storage.run_files import DataEntries, Share, Size
 
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$", max_length=200)]
 Text = Annotated[str, Field(max_length=100_000)]

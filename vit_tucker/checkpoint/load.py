@@ -14,12 +14,12 @@ from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weig
 from vit_tucker.checkpoint.layout import check_layout
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
-from vit_tucker.digests import CONFIG
-from vit_tucker.digests import verify as verify_files
 from vit_tucker.errors import CheckpointError, VitTuckerError
-from vit_tucker.json_files import read_object
+from vit_tucker.hosts.structure import on_meta
 from vit_tucker.patching.patch import patch, patch_record
-from vit_tucker.patching.probe import on_meta
+from vit_tucker.storage.digests import CONFIG
+from vit_tucker.storage.digests import verify as verify_files
+from vit_tucker.storage.json_files import read_object
 
 LOGGER = logging.getLogger("vit_tucker.checkpoint")
 PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")

@@ -10,9 +10,9 @@ from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from vit_tucker.checkpoint.read import read_state
-from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError
 from vit_tucker.patching.identity import PATCHED
+from vit_tucker.storage.digests import verify_beside
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""

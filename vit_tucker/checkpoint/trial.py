@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import Shapes, names_of
-from vit_tucker.digests import SECTION
 from vit_tucker.errors import CheckpointError, shorten
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.storage.digests import SECTION
 
 LARGEST = 1 << 16
 """Numbers in the arguments of a model: none of timm's is larger."""

@@ -3,8 +3,8 @@
 Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted.
 """
 
-from vit_tucker.cli.common import guarded, parse_with_overrides
+from vit_tucker.cli.common import parse_with_overrides
 from vit_tucker.cli.main import build_parser, main
-from vit_tucker.cli.train import resume_command, train_main
+from vit_tucker.cli.train import train_main
 
-__all__ = ["build_parser", "guarded", "main", "parse_with_overrides", "resume_command", "train_main"]
+__all__ = ["build_parser", "main", "parse_with_overrides", "train_main"]

@@ -47,8 +47,8 @@ def bench(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.analysis.bench import bench_models
     from vit_tucker.analysis.latency import describe_device
-    from vit_tucker.patching.probe import input_shape
-    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.hosts.images import input_shape
+    from vit_tucker.storage.paths import refuse_unwritable
 
     if args.turns < 2:
         raise ConfigError(f"--turns {args.turns}: must be at least 2")
@@ -78,11 +78,11 @@ def bench(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> dict[str, "nn.Module"]:
     """The models by name: as stored, or made by timm, dense and with each method."""
+    from vit_tucker.analysis.costs import patched
+    from vit_tucker.checkpoint.host_model import create_host
     from vit_tucker.cli.cost import read_method
     from vit_tucker.config.schema import ModelConfig
-    from vit_tucker.costs import patched
-    from vit_tucker.inference import open_model
-    from vit_tucker.models import create_host
+    from vit_tucker.inference.predict import open_model
 
     found: dict[str, nn.Module] = {}
     for name in dict.fromkeys(args.models):
@@ -111,7 +111,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The main columns, in Markdown."""
-    from vit_tucker.report.formats import markdown
+    from vit_tucker.show.tables import markdown
 
     kinds = [kind for kind in ("infer", "train") if f"{kind}_step_time" in rows[0]]
     header = ["model", "params M", "attention params", "GMACs"]

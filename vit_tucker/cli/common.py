@@ -1,24 +1,20 @@
 """What all commands share: exit statuses, the flags that several have, and how results are printed."""
 
 import argparse
-import errno
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, FailedError, StoppedError, VitTuckerError, nearest, shorten
+from vit_tucker.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 PRECISIONS = ("no", "bf16", "fp16")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""Faults of a disk that a user can mend."""
 MODEL_HELP = (
     "run folder (its best weights), one of its checkpoints, a folder of vit_tucker.save, or owner/name on the hub"
 )
@@ -37,40 +33,6 @@ class Parser(argparse.ArgumentParser):
             valid += map(str, wanted)
         hint = nearest(word[1] or word[2].partition("=")[0], valid) if word else ""
         self.exit(2, f"error: {message}{hint} (see {self.prog} --help)\n")
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """Exit status of a command; user errors become one line on standard error, from the first process only."""
-    first = os.environ.get("RANK", "0") == "0"
-    try:
-        status = command()
-        sys.stdout.flush()
-        return status
-    except (VitTuckerError, FailedError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, VitTuckerError) else 1
-    except StoppedError as stop:
-        if first:
-            print(stop, file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader, head or less, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            print(f"error: {shorten(error.filename)}: a longer name than file systems take", file=sys.stderr)
-            return 2
-        if error.errno not in FULL:
-            raise
-        print(f"error: {error.filename or 'the output'} can't be written: {error.strerror}", file=sys.stderr)
-        if error.filename is None:  # what is left of it would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        if first:
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

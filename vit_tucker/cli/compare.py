@@ -20,8 +20,8 @@ def add_parser(commands: Any) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """The command itself."""
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.compare import compared_rows, comparison, save_comparison
+    from vit_tucker.storage.paths import refuse_unwritable
 
     if args.save is not None:
         refuse_unwritable("--save", args.save, folder=True)

@@ -23,13 +23,11 @@ def add_parser(commands: Any) -> None:
 
 
 def completion(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Prints the script for the parser that ``args.build`` makes: of all commands, this one among them."""
     import shtab
 
-    from vit_tucker.cli.main import build_parser
-
     functions = "".join(config_completer(args.shell, sweeps) for sweeps in (False, True))
-    print(shtab.complete(with_files(build_parser()), args.shell, preamble=functions))
+    print(shtab.complete(with_files(args.build()), args.shell, preamble=functions))
     return 0
 
 

@@ -47,9 +47,9 @@ def convert(args: argparse.Namespace) -> int:
     from vit_tucker.data.datasets import dataset_info
     from vit_tucker.data.image_files import ImageOptions
     from vit_tucker.data.transforms import resolve_data
+    from vit_tucker.hosts.images import input_shape
     from vit_tucker.patching.patch import patch
-    from vit_tucker.patching.probe import input_shape
-    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.training.lock import RunLock
 
     if args.data is not None:

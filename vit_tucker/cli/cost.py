@@ -11,9 +11,9 @@ from vit_tucker.cli.common import PRECISIONS, add_device, add_json, add_method, 
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vit_tucker.analysis.costs import HostFactory, ModelCost
     from vit_tucker.attention.base import AttentionConfig
     from vit_tucker.config.schema import ModelConfig
-    from vit_tucker.costs import HostFactory, ModelCost
     from vit_tucker.report.cost import Table
 
 EXAMPLES = """examples:
@@ -64,8 +64,8 @@ def add_parser(commands: Any) -> None:
 
 def cost(args: argparse.Namespace) -> int:
     """The command itself."""
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.cost import FORMATS
+    from vit_tucker.storage.paths import refuse_unwritable
 
     by_ending = {ending: name for name, ending in FORMATS.items()}
     style = ("json" if args.json else args.format) or by_ending.get(
@@ -128,8 +128,8 @@ def published(number: int) -> "Table":
 
 
 def _model(args: argparse.Namespace) -> "Table":
+    from vit_tucker.analysis.costs import HostFactory, model_costs
     from vit_tucker.config.load import config_of, load_config
-    from vit_tucker.costs import HostFactory, model_costs
 
     names = [text for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
@@ -139,7 +139,7 @@ def _model(args: argparse.Namespace) -> "Table":
         raise ConfigError(f"--turns {args.turns}: must be at least 2")
     methods: list[tuple[str, AttentionConfig]] = []
     if args.cfg is not None:
-        from vit_tucker.build import classes_and_channels
+        from vit_tucker.run.model import classes_and_channels
 
         config = load_config(args.cfg, overrides)
         host = HostFactory(config.model, *classes_and_channels(config))

@@ -45,9 +45,9 @@ def evaluate(args: argparse.Namespace) -> int:
     from vit_tucker.data.datasets import dataset_info
     from vit_tucker.data.loaders import build_loaders
     from vit_tucker.data.transforms import resolve_data
-    from vit_tucker.inference import classes_for, open_classifier
-    from vit_tucker.patching.probe import input_shape
-    from vit_tucker.trainer_setup import create_accelerator
+    from vit_tucker.hosts.images import input_shape
+    from vit_tucker.inference.predict import classes_for, open_classifier
+    from vit_tucker.run.trainer import create_accelerator
     from vit_tucker.training.engine import evaluate as score
     from vit_tucker.training.peers import Peers
 
@@ -109,7 +109,7 @@ def refuse_other_classes(where: str, model: "nn.Module", dataset: str) -> None:
 
 def with_image_options(data: "DataConfig", model: "nn.Module", args: argparse.Namespace) -> "DataConfig":
     """Returns the data section with the stored model's way to read images, where the command line names no other."""
-    from vit_tucker.inference import image_options
+    from vit_tucker.inference.predict import image_options
 
     given = {text.partition("=")[0] for text in args.overrides}
     stored = {f"data.{name}": value for name, value in image_options(model).plain().items()}
@@ -125,7 +125,7 @@ def data_config(args: argparse.Namespace) -> "RunConfig":
     """
     from vit_tucker.config.load import validate
     from vit_tucker.config.source import Source, merge, read_overrides
-    from vit_tucker.inference import run_config
+    from vit_tucker.inference.predict import run_config
 
     for text in args.overrides:
         if not text.startswith("data.") or "=" not in text:

@@ -83,7 +83,7 @@ def explain(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vit_tucker.explain.report import explain_images
-    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.storage.paths import refuse_unwritable
 
     folder, log_folder = places(args)
     refuse_unwritable("--out", folder, folder=True)
@@ -135,8 +135,8 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     """
     from vit_tucker.explain.images import data_images, file_images, named_apart
     from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
-    from vit_tucker.inference import classes_for, image_options, run_config
-    from vit_tucker.patching.find import find_attention
+    from vit_tucker.hosts.find import find_attention
+    from vit_tucker.inference.predict import classes_for, image_options, run_config
     from vit_tucker.patching.selection import select
 
     if not args.images and args.data is None:

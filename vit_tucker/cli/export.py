@@ -104,7 +104,7 @@ def export(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vit_tucker.export import export_dense, export_model, merge_dense
-    from vit_tucker.inference import open_model
+    from vit_tucker.inference.predict import open_model
     from vit_tucker.patching.merge import Merged
     from vit_tucker.report.export import export_text
 
@@ -163,7 +163,7 @@ def destination(args: argparse.Namespace) -> Path:
     Raises:
         ConfigError: nothing can be written there.
     """
-    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.storage.paths import refuse_unwritable
 
     folder = Path(args.model).expanduser()
     name = FORMATS[args.format]
@@ -191,8 +191,8 @@ def images_to_compare(args: argparse.Namespace, model: "nn.Module") -> "Iterator
     from vit_tucker.data.datasets import INFO, dataset_info
     from vit_tucker.data.folders import is_folder_set
     from vit_tucker.data.samples import evaluation_images, file_images
-    from vit_tucker.inference import classes_for, image_options, run_config
-    from vit_tucker.patching.probe import input_shape
+    from vit_tucker.hosts.images import input_shape
+    from vit_tucker.inference.predict import classes_for, image_options, run_config
 
     if args.data == "none":
         if args.overrides:

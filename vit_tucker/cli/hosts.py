@@ -32,8 +32,8 @@ def hosts(args: argparse.Namespace) -> int:
 
     from vit_tucker.analysis.host_map import model_names, survey
     from vit_tucker.errors import ConfigError
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.host_map import document, summary, terminal_map
+    from vit_tucker.storage.paths import refuse_unwritable
 
     names = model_names(args.filter)
     if args.out is not None:

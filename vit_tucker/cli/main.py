@@ -24,7 +24,8 @@ from vit_tucker.cli import (
     tables,
     train,
 )
-from vit_tucker.cli.common import Parser, add_plugins, guarded, parse_with_overrides, run_command
+from vit_tucker.cli.common import Parser, add_plugins, parse_with_overrides, run_command
+from vit_tucker.run.status import guarded
 from vit_tucker.version import __version__
 
 COMMANDS = (
@@ -50,6 +51,7 @@ def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
     for name, command_parser in commands.choices.items():
         if name not in WITHOUT_PLUGINS:
             add_plugins(command_parser)
+    commands.choices["completion"].set_defaults(build=build_parser)
     return parser
 
 

@@ -90,8 +90,8 @@ def create(config: "RunConfig") -> tuple["nn.Module", list[str]]:
         The model, with the classes of its data set where it has a config file, else those of its weights, or timm's; and lines
         for the user about its weights.
     """
-    from vit_tucker.build import classes_and_channels
-    from vit_tucker.models import load_host
+    from vit_tucker.checkpoint.host_model import load_host
+    from vit_tucker.run.model import classes_and_channels
 
     sizes = () if config.name is None else classes_and_channels(config)
     start = config.model.checkpoint

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, to_json
 
 if TYPE_CHECKING:
-    from vit_tucker.inference import Guess
+    from vit_tucker.inference.predict import Guess
 
 MANY = 64
 """Images from which worker processes pay."""
@@ -41,9 +41,9 @@ def predict(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from vit_tucker.data.image_files import list_images
-    from vit_tucker.inference import open_classifier
-    from vit_tucker.inference import predict as predict_files
-    from vit_tucker.paths import refuse_unwritable
+    from vit_tucker.inference.predict import open_classifier
+    from vit_tucker.inference.predict import predict as predict_files
+    from vit_tucker.storage.paths import refuse_unwritable
 
     files = list_images(args.images)
     device = choose_device(args.device)

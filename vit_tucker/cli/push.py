@@ -26,7 +26,7 @@ def push(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.checkpoint.save import push_to_hub
     from vit_tucker.errors import ConfigError, FailedError
-    from vit_tucker.inference import open_model
+    from vit_tucker.inference.predict import open_model
 
     owner, _, name = args.repo.partition("/")
     if not owner or not name or "/" in name:

@@ -45,9 +45,9 @@ def ranks(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.analysis.spectra import analyse, save_spectra
     from vit_tucker.attention.options import Calibration
-    from vit_tucker.build import analysed_model
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.spectra import draw_spectra, rank_rows, rank_table
+    from vit_tucker.run.model import analysed_model
+    from vit_tucker.storage.paths import refuse_unwritable
 
     folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
     refuse_unwritable("--out", folder, folder=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import Parser, add_plugins, guarded, parse_with_overrides, positive, run_command
+from vit_tucker.cli.common import Parser, add_plugins, parse_with_overrides, positive, run_command
+from vit_tucker.run.status import guarded
 
 DESCRIPTION = (
     "Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on where it was stopped: "
@@ -57,8 +58,8 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     """The command itself."""
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.collect import SWEEP
+    from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.sweep.board import Display
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
     from vit_tucker.sweep.plan import load_sweep, select

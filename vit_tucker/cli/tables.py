@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import Parser, add_json, emit, guarded, to_json
+from vit_tucker.cli.common import Parser, add_json, emit, to_json
+from vit_tucker.run.status import guarded
 
 TABLES = (
     "Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF) of finished runs, and results.jsonl, which keeps their results: "
@@ -85,8 +86,8 @@ def report_main(argv: Sequence[str] | None = None) -> int:
 def tables(args: argparse.Namespace) -> int:
     """Write the tables and say where."""
     from vit_tucker.errors import ConfigError
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.study import write_study
+    from vit_tucker.storage.paths import refuse_unwritable
 
     if missing := [path for path in args.runs if not path.exists()]:
         raise ConfigError(f"{missing[0]}: no such file or folder")
@@ -108,8 +109,8 @@ def tables(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Write the report and say where."""
-    from vit_tucker.paths import refuse_unwritable
     from vit_tucker.report.report import write_report
+    from vit_tucker.storage.paths import refuse_unwritable
 
     refuse_unwritable("FOLDER", args.folder, folder=True)
     print(write_report(args.folder))

@@ -1,16 +1,11 @@
 """``train`` and ``experiments/train_vit.py``: train, continue or evaluate one run."""
 
 import argparse
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import OVERRIDES_HELP, Parser, add_plugins, guarded, parse_with_overrides, run_command
-from vit_tucker.errors import StoppedError
+from vit_tucker.cli.common import OVERRIDES_HELP, Parser, add_plugins, parse_with_overrides, run_command
+from vit_tucker.run.status import guarded
 
 DESCRIPTION = (
     "Train a timm ViT, dense or with another attention. The same command on the same folder continues the run."
@@ -49,32 +44,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """The command itself."""
-    from vit_tucker.config.load import load_config
-    from vit_tucker.run import run
+    """Runs ``vit_tucker.run.main.train`` on the arguments."""
+    from vit_tucker.run import main
 
-    config = load_config(args.cfg, args.overrides)
-    if Path(args.cfg).is_dir():
-        config = config.model_copy(update={"output_dir": str(Path(args.cfg))})
-    try:
-        run(config, args.evaluate, args.allow_changes, args.dry_run)
-    except StoppedError as stop:
-        command = resume_command(str(config.output_dir), config.plugins)
-        raise StoppedError(f"{stop}; the same command continues{f', or: {command}' if command else ''}") from None
-    return 0
-
-
-def resume_command(folder: str, plugins: Sequence[str] = ()) -> str | None:
-    """The command that continues a run here, on as many processes as now and with its plug-ins; None on several machines."""
-    from vit_tucker.config.plugins import plugin_arguments
-
-    processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if processes != here:
-        return None
-    python = "python" if shutil.which("python") == sys.executable else sys.executable
-    own = sys.argv[0].endswith(".py") and Path(sys.argv[0]).name != "__main__.py"
-    script = [sys.argv[0]] if own else ["-m", "vit_tucker", "train"]
-    launcher = [python, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    return shlex.join(
-        [*(launcher if processes > 1 else [python]), *script, "--cfg", folder, *plugin_arguments(plugins)]
-    )
+    return main.train(args.cfg, args.overrides, args.evaluate, args.allow_changes, args.dry_run)

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from vit_tucker.paths import checked_name, checked_path
-from vit_tucker.validation import Checked
+from vit_tucker.storage.paths import checked_name, checked_path
+from vit_tucker.validation.checked import Checked
 
 MAX_IMAGES = 2**40
 Number = Annotated[int, Field(ge=0, lt=10_000_000)]

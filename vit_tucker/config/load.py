@@ -21,8 +21,8 @@ from vit_tucker.config.source import (
 )
 from vit_tucker.config.yaml_text import Dumper
 from vit_tucker.errors import ConfigError
-from vit_tucker.paths import checked_name, checked_path
-from vit_tucker.validation import describe_mistake
+from vit_tucker.storage.paths import checked_name, checked_path
+from vit_tucker.validation.mistakes import describe_mistake
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 

@@ -17,7 +17,7 @@ from vit_tucker.config.find import package_configs
 from vit_tucker.config.source import Source
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, shorten
-from vit_tucker.paths import displayed
+from vit_tucker.storage.paths import displayed
 
 MODELS = Path("experiments/models")
 """What the models are called that this package ships beside its configs."""

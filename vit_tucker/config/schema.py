@@ -12,7 +12,7 @@ from pydantic import Field, InstanceOf, create_model, model_validator
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.config.data_section import DataConfig, FolderName, PathText
-from vit_tucker.validation import MAX_INTEGER, Checked
+from vit_tucker.validation.checked import MAX_INTEGER, Checked
 
 MAX_WIDTH = 2**16
 MAX_CLASSES = 10_000_000

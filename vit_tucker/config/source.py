@@ -13,7 +13,7 @@ from vit_tucker.config.find import find_config, parts_of, stored_by_name
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, shorten
-from vit_tucker.paths import displayed
+from vit_tucker.storage.paths import displayed
 
 
 @dataclass

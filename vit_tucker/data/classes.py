@@ -7,9 +7,8 @@ from typing import NoReturn
 
 from vit_tucker.data.naming import listed
 from vit_tucker.errors import DataError, nearest
+from vit_tucker.storage.run_files import CLASSES_FILE
 
-CLASSES_FILE = "classes.json"
-"""The class map in a run folder: a JSON object of names and numbers."""
 ENDINGS = (".txt", ".json")
 
 
@@ -106,11 +105,6 @@ def find_file(given: str, folders: Sequence[Path], key: str) -> Path:
             return place / path
     searched = "" if path.is_absolute() else f"; searched {listed(list(dict.fromkeys([Path().resolve(), *folders])))}"
     raise DataError(f"{key}: {given}: no such file{searched}")
-
-
-def classes_text(names: Sequence[str]) -> str:
-    """Returns the text of classes.json for names in the order of their numbers."""
-    return json.dumps(numbers_of(names), indent=2, ensure_ascii=False) + "\n"
 
 
 def stored_classes(folder: Path | None) -> tuple[str, ...] | None:

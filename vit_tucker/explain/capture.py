@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.save import unwrapped
+from vit_tucker.conversion.watch import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.grid import TokenGrid
 from vit_tucker.explain.locate import Place, Shape, locate
 from vit_tucker.explain.mixers import find_mixers, is_pool
 from vit_tucker.explain.taps import Tap, check_rows, choose_taps, eager, heads_apart, layout_of, unfused
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection
-from vit_tucker.patching.watch import evaluating
 
 Reduce = Callable[[str, Tensor, TokenGrid | None], Any]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.save import unwrapped
+from vit_tucker.conversion.watch import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import record_attention
 from vit_tucker.explain.flow import Flow, roll_out
@@ -14,9 +15,8 @@ from vit_tucker.explain.gradient import class_relevance
 from vit_tucker.explain.grid import TokenGrid
 from vit_tucker.explain.readout import Queries, ReadOut, read_out
 from vit_tucker.explain.rollout import Fusion, RolloutError, fuse_heads
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection, select
-from vit_tucker.patching.watch import evaluating
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_tucker.report.style import COLUMN, FONTS, plt
+from vit_tucker.show.figures import COLUMN, FONTS, plt
 
 COLOURS = "viridis"
 """Even lightness steps, and readable by colour-blind readers."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vit_tucker.patching.find import find_attention, find_other_attention
+from vit_tucker.hosts.find import find_attention, find_other_attention
 
 
 def is_pool(module: nn.Module) -> bool:

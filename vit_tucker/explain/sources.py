@@ -10,16 +10,16 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.channels import fit_channels
+from vit_tucker.checkpoint.host_model import create_host, create_teacher, load_host
 from vit_tucker.checkpoint.host_weights import open_weights
 from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
-from vit_tucker.inference import class_names, open_model
-from vit_tucker.models import create_host, create_teacher, load_host
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.channels import fit_channels
+from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import input_channels, input_shape
+from vit_tucker.inference.predict import class_names, open_model
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import input_channels, input_shape
 
 HOST, PRETRAINED, NONE = "host", "pretrained", "none"
 
@@ -51,7 +51,7 @@ class Subject:
 
 
 def open_subject(where: str) -> Subject:
-    """The model that is stored at a place, see ``vit_tucker.inference.open_model``.
+    """The model that is stored at a place, see ``vit_tucker.inference.predict.open_model``.
 
     Raises:
         CheckpointError: nothing is there.

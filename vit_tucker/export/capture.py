@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.channels import fit_channels
 from vit_tucker.errors import ExportError
 from vit_tucker.export.sizes import check_sizes, other_size, size_step
-from vit_tucker.patching.find import inner, refuse_wrapped
+from vit_tucker.hosts.channels import fit_channels
+from vit_tucker.hosts.find import inner, refuse_wrapped
+from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.patching.probe import input_shape
 
 TRACED_BATCH = 2
 """Images that the model is recorded with: torch takes a size of 1 for a constant."""

@@ -13,7 +13,7 @@ from vit_tucker.export.capture import normalisation
 from vit_tucker.export.compare import TOLERANCE, Comparison, Runner, compare, random_batches, require
 from vit_tucker.export.onnx_file import OLDEST_OPSET, require_packages
 from vit_tucker.export.sizes import check_sizes
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.hosts.images import input_shape
 
 FORMATS = ("onnx", "torch_export")
 """Of single files."""

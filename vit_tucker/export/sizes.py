@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from vit_tucker.errors import ExportError
-from vit_tucker.patching.probe import input_shape, structure_copy
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.hosts.structure import structure_copy
 
 
 def size_step(model: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.patching.find import find_attention
+from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import by_pattern
 
 ATTENTION = "attention"

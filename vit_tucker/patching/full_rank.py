@@ -6,8 +6,8 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Rule
 from vit_tucker.attention.registry import get_method
 from vit_tucker.errors import PatchError
-from vit_tucker.patching.find import find_attention, inner
-from vit_tucker.patching.hosts import has_mixed_rope, read_host
+from vit_tucker.hosts.find import find_attention, inner
+from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
 
 

@@ -9,11 +9,11 @@ from vit_tucker.attention.effective import is_adapter, plain_part, trains
 from vit_tucker.attention.heads_form import HeadsForm, heads_form
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
-from vit_tucker.patching import find, hosts
+from vit_tucker.hosts import find, timm_classes
+from vit_tucker.hosts.plain import plain_host
+from vit_tucker.hosts.writers import write_layer
 from vit_tucker.patching.identity import unmark
 from vit_tucker.patching.patch import RECORD, patch_record
-from vit_tucker.patching.plain import plain_host
-from vit_tucker.patching.writers import write_layer
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
     find.refuse_wrapped(model)
     layers = {name: m for name, m in find.find_attention(model).items() if isinstance(m, AttentionModule)}
     forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
-    mixed_rope = hosts.has_mixed_rope(model)
+    mixed_rope = timm_classes.has_mixed_rope(model)
     modules: dict[int, nn.Module] = {}  # a layer that stands at several places gets one module
     for name, layer in layers.items():
         if id(layer) not in modules:

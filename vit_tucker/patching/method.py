@@ -8,7 +8,7 @@ from torch import nn
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method
 from vit_tucker.errors import ConfigError, nearest, nearest_match
-from vit_tucker.validation import shown
+from vit_tucker.validation.mistakes import shown
 
 Method = AttentionConfig | str | Mapping[str, Any]
 """A config; a method's name; or a mapping with ``method`` and options, as in a YAML's attention section."""

@@ -9,8 +9,8 @@ from torch.optim import Optimizer
 
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.patching.readers import Host
-from vit_tucker.patching.watch import WatchedLayer
+from vit_tucker.conversion.watch import WatchedLayer
+from vit_tucker.hosts.readers import Host
 
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
 

@@ -10,7 +10,7 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
-from vit_tucker.patching import find, hosts
+from vit_tucker.hosts import find, timm_classes
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.method import Method, method_config
@@ -159,7 +159,7 @@ def unpatch(model: nn.Module) -> None:
         refuse_lost(name, original, current)
     for original, current in pairs.values():
         if isinstance(current, AttentionModule) and current.position_bias is not None:
-            hosts.follow_window_size(original, current.position_bias)
+            timm_classes.follow_window_size(original, current.position_bias)
     follow(pairs.values())
     for name, (original, _) in pairs.items():
         _set_module(model, name, original)

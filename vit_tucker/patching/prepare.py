@@ -7,22 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig, HostSpec
+from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.effective import trains
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
+from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
+from vit_tucker.conversion.choose_ranks import resolve_ranks
+from vit_tucker.conversion.watch import collect_images, timed
 from vit_tucker.errors import PatchError
-from vit_tucker.patching import find, hosts
-from vit_tucker.patching.calibrate import CalibratedLayer, calibrate
+from vit_tucker.hosts import find, timm_classes
+from vit_tucker.hosts.plain import refuse_not_finite
+from vit_tucker.hosts.readers import Host
+from vit_tucker.hosts.tokens import count_tokens
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
-from vit_tucker.patching.plain import refuse_not_finite
-from vit_tucker.patching.probe import count_tokens
-from vit_tucker.patching.ranks import resolve_ranks
-from vit_tucker.patching.readers import Host
 from vit_tucker.patching.report import LayerReport, PatchReport
-from vit_tucker.patching.watch import collect_images, timed
 from vit_tucker.tensor.rotary import tensor_distance
 from vit_tucker.tensor.tucker import relative_distance
 
@@ -81,7 +82,7 @@ def prepare(
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)
     notes = optimizer_notes(found[name] for name in chosen)
-    mixed_rope = hosts.has_mixed_rope(model)
+    mixed_rope = timm_classes.has_mixed_rope(model)
     read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
     tokens = count_tokens(model, {name: host.spec.layout for name, host in read.items()}, img_size)
     images = None
@@ -112,7 +113,7 @@ def prepare(
 
 def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> Host:
     try:
-        host = hosts.read_host(module, mixed_rope)
+        host = timm_classes.read_host(module, mixed_rope)
         config.refuse_features(host.spec)
         config.check(host.spec)
         if config.init == "pretrained":

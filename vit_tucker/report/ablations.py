@@ -11,10 +11,10 @@ from matplotlib import pyplot as plt
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
-from vit_tucker.report.formats import Table, spread
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
 from vit_tucker.report.settings import DENSE, Setting, method_name
-from vit_tucker.report.style import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
+from vit_tucker.show.figures import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
+from vit_tucker.show.tables import Table, spread
 
 INIT = "init"
 """How the attention starts, as one option; it stands for the keys below."""

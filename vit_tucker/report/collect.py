@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_tucker import json_files
 from vit_tucker.errors import ConfigError
-from vit_tucker.harmless import HARMLESS
-from vit_tucker.json_files import parse_object
-from vit_tucker.run_files import RunResults
+from vit_tucker.storage import json_files
+from vit_tucker.storage.json_files import parse_object
+from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
 
 Results = dict[str, Any]
 
@@ -29,7 +28,7 @@ NUMBERS = (
 )
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""
-UNTOLD = HARMLESS | {"train.cpu"}
+UNTOLD = IGNORED_KEYS | {"train.cpu"}
 """Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
 
 

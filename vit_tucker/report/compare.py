@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.json_files import read_object
-from vit_tucker.paths import checked_name
 from vit_tucker.report.collect import checked
-from vit_tucker.report.formats import decimal, markdown
+from vit_tucker.show.tables import decimal, markdown
+from vit_tucker.storage.json_files import read_object
+from vit_tucker.storage.paths import checked_name
 
 COLUMNS = (
     "run",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vit_tucker.report.formats import count, csv_text, decimal, latex, markdown
+from vit_tucker.show.tables import count, csv_text, decimal, latex, markdown
 
 FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "json": ".json"}
 """Formats, and the endings of their files."""

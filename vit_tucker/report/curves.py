@@ -10,11 +10,11 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.report.formats import Table, count
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting, method_name
 from vit_tucker.report.stats import Floats
-from vit_tucker.report.style import FONTS, grid, save, sizes_bar, sizes_scale
+from vit_tucker.show.figures import FONTS, grid, save, sizes_bar, sizes_scale
+from vit_tucker.show.tables import Table, count
 
 POINTS = (5.0, 2.0, 1.0)
 """Percentage points below dense at which a setting counts as recovered, a column each."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vit_tucker.report.formats import markdown
+from vit_tucker.show.tables import markdown
 
 HEADER = (
     "file",

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import Setting, method_name
 from vit_tucker.report.stats import pareto_front
-from vit_tucker.report.style import COLUMN, FILLS, FONTS, LINES, accuracy_axis, colour, grid, log_axis, marker, save
+from vit_tucker.show.figures import COLUMN, FILLS, FONTS, LINES, accuracy_axis, colour, grid, log_axis, marker, save
 
 Cost = Callable[[Setting], float | None]
 

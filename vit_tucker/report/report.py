@@ -7,13 +7,13 @@ from pathlib import Path
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.ablations import ablation_table, lines_of, name_of, usual_options
 from vit_tucker.report.collect import KEPT, SWEEP, collect
-from vit_tucker.report.formats import markdown
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
 from vit_tucker.report.settings import method_name
 from vit_tucker.report.study import Sweep, facts, read_sweep, write_study
 from vit_tucker.report.tables import BOOTSTRAP_NOTE, BOUNDS_NOTE, DENSE_NOTE, headline_table
 from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
+from vit_tucker.show.tables import markdown
 
 FIGURE = "accuracy_params.png"
 SUMMARY = (

@@ -21,10 +21,10 @@ from vit_tucker.report.ablations import (
 from vit_tucker.report.collect import KEPT, SWEEP, collect, write_results
 from vit_tucker.report.curves import check_patterns, draw_curves, has_course, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
-from vit_tucker.report.formats import Table
 from vit_tucker.report.matched import Comparison, compare_methods
 from vit_tucker.report.sections import Section, sections
 from vit_tucker.report.tables import headline_table, matched_table, seed_list, settings_table
+from vit_tucker.show.tables import Table
 
 RECIPE_SHOWN = ("epochs", "opt", "lr", "global_batch_size", "sched", "warmup_epochs", "weight_decay", "smoothing")
 

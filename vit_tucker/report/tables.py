@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.formats import Table, count, decimal, short_count, spread
 from vit_tucker.report.matched import Comparison, Factor, Headline
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting, method_name
 from vit_tucker.report.stats import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, mean, sample_std
+from vit_tucker.show.tables import Table, count, decimal, short_count, spread
 
 BOUNDS_NOTE = (
     "`>x`: the other method stays below this accuracy, x is its largest setting. `<x`: its smallest setting already exceeds it, "

@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from vit_tucker.analysis.costs import HostFactory
 from vit_tucker.analysis.flops import known_flops
-from vit_tucker.build import classes_and_channels
-from vit_tucker.costs import HostFactory
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.errors import PatchError
+from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import plan
-from vit_tucker.patching.probe import input_shape
+from vit_tucker.run.model import classes_and_channels
 from vit_tucker.sweep.plan import Job
 
 TRAINING = 3

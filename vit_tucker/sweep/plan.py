@@ -20,7 +20,7 @@ from vit_tucker.config.source import (
     read_yaml,
 )
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.paths import MAX_NAME
+from vit_tucker.storage.paths import MAX_NAME
 from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")

@@ -24,8 +24,8 @@ from vit_tucker.sweep.plan import Job
 
 SCRIPT = Path("experiments/train_vit.py")
 PRELOADED = [
-    "vit_tucker.run",
-    "vit_tucker.cli",
+    "vit_tucker.run.run",
+    "vit_tucker.run.main",
     "torch.utils.tensorboard",
     "sklearn.datasets",
     "sklearn.model_selection",
@@ -99,11 +99,13 @@ def start_run(job: Job, threads: int, gpu: str | None, launcher: str | None) -> 
         config.write_text(dump_config(job.config))
         said = log.tell()
         environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        arguments = ["--cfg", str(config), *plugin_arguments(job.config.plugins)]
         if launcher is not None:
+            arguments = ["--cfg", str(config), *plugin_arguments(job.config.plugins)]
             return RunProcess(job, log_file(job), _launch(arguments, log, launcher, environment), said)
         context = fork_server()
-        process = context.Process(target=_train, args=(arguments, str(log_file(job)), threads, environment))
+        process = context.Process(
+            target=_train, args=(str(config), job.config.plugins, str(log_file(job)), threads, environment)
+        )
         fcntl.flock(log, fcntl.LOCK_UN)  # the process takes it over
         process.start()
         return RunProcess(job, log_file(job), process, said)
@@ -148,8 +150,8 @@ def script() -> Path:
     raise ConfigError(f"--launch: {SCRIPT} is neither here nor in the package's checkout")
 
 
-def _train(arguments: Sequence[str], log: str, threads: int, environment: dict[str, str]) -> None:
-    """In the forked process: ``train_vit.py`` with these arguments."""
+def _train(config: str, plugins: Sequence[str], log: str, threads: int, environment: dict[str, str]) -> None:
+    """In the forked process: the run of a config file."""
     os.setsid()
     os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -162,19 +164,26 @@ def _train(arguments: Sequence[str], log: str, threads: int, environment: dict[s
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-        sys.exit(_call(arguments, threads))
+        sys.exit(_call(config, plugins, threads))
 
 
-def _call(arguments: Sequence[str], threads: int) -> int:
+def _call(config: str, plugins: Sequence[str], threads: int) -> int:
     import torch
 
-    from vit_tucker.cli import train_main
+    from vit_tucker.config.plugins import command_plugins
+    from vit_tucker.run.main import train
+    from vit_tucker.run.status import guarded
 
     torch.set_num_threads(threads)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by hand
-    sys.argv = [str(SCRIPT), *arguments]
+    sys.argv = [str(SCRIPT), "--cfg", config, *plugin_arguments(plugins)]
+
+    def command() -> int:
+        with command_plugins(plugins, trusted=False):
+            return train(config)
+
     try:
-        return train_main(arguments)
+        return guarded(command)
     except Exception:
         traceback.print_exc()
         return 1

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from vit_tucker.errors import ConfigError
+from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import RunProcess, start_run
@@ -18,7 +19,6 @@ from vit_tucker.sweep.schema import START
 from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.lock import RunLock
-from vit_tucker.training.run_dir import RunDir
 
 POLL_SECONDS = 0.2
 DRAW_SECONDS = 1.0

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from vit_tucker.config.data_section import PathText
-from vit_tucker.validation import MAX_INTEGER, Checked
+from vit_tucker.validation.checked import MAX_INTEGER, Checked
 
 Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 START = "start"

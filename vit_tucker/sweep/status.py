@@ -12,9 +12,9 @@ from vit_tucker.config.source import Source
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import collect
 from vit_tucker.report.compare import read_results
-from vit_tucker.run_folder import changes_of_run, check_folder
+from vit_tucker.run.same_run import changes_of_run, check_folder
+from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
-from vit_tucker.training.run_dir import RunDir
 
 PLACES = frozenset({"model.checkpoint", "name"})
 """Keys that may differ between a sweep's run and its record: where things lay, and what they were called."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
+from vit_tucker.storage.weights import is_sharded, whole
 from vit_tucker.training.interrupt import catch_signals
 from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
 from vit_tucker.training.monitor import Monitor
 from vit_tucker.training.optim import gradient_norm, learning_rate
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.trainer import Trainer
-from vit_tucker.weights import is_sharded, whole
 
 
 def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:

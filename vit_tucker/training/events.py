@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from vit_tucker.training.run_dir import warn_of_loss
+from vit_tucker.storage.run_dir import warn_of_loss
 
 
 class Events:

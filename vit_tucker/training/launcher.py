@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from vit_tucker.training.run_dir import LOGGER
+from vit_tucker.storage.run_dir import LOGGER
 
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 30.0

@@ -11,11 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit_tucker.config.schema import TrainConfig
+from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.training.events import Events
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
-from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.trackers import Trackers
 
 T = TypeVar("T")

@@ -7,15 +7,16 @@ from typing import Any
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from vit_tucker.digests import verify_beside
 from vit_tucker.errors import CheckpointError
-from vit_tucker.json_files import checked, parse_object
+from vit_tucker.storage.checkpoints import newest_intact
+from vit_tucker.storage.digests import verify_beside
+from vit_tucker.storage.json_files import checked, parse_object
+from vit_tucker.storage.run_dir import LOGGER, RunDir
+from vit_tucker.storage.weights import weights_metadata
 from vit_tucker.training.peers import Peers
 from vit_tucker.training.progress import Progress
-from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.saved_state import Best, read_progress
-from vit_tucker.training.state import load_checkpoint, newest_intact
-from vit_tucker.weights import weights_metadata
+from vit_tucker.training.state import load_checkpoint
 
 
 @dataclass

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from vit_tucker.errors import CheckpointError
-from vit_tucker.json_files import Strict, checked, kind_of, read_object
+from vit_tucker.storage.json_files import Strict, checked, kind_of, read_object
 from vit_tucker.training.progress import Progress
-from vit_tucker.validation import shown
+from vit_tucker.validation.mistakes import shown
 
 Steps = Annotated[int, Field(ge=0, le=1 << 48)]
 Percent = Annotated[float, Field(ge=0, le=100)]

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate import tracking as registry
 
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.training.run_dir import LOGGER
+from vit_tucker.storage.run_dir import LOGGER
 
 PROJECT = "vit_tucker"
 RUN_NAME = {

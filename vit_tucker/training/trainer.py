@@ -16,21 +16,21 @@ from torch import Tensor, nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.digests import save_model
 from vit_tucker.errors import DivergedError, FailedError, SaveError, StoppedError
+from vit_tucker.storage.digests import save_model
+from vit_tucker.storage.run_dir import LOGGER, RunDir
+from vit_tucker.storage.weights import full_state, save_weights
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
-from vit_tucker.training.run_dir import LOGGER, RunDir
 from vit_tucker.training.state import flatten, save_checkpoint, write_state
-from vit_tucker.weights import full_state, save_weights
 
 
 @dataclass
 class Trainer:
-    """All that the loop works on; built by vit_tucker.trainer_setup.
+    """All that the loop works on; built by vit_tucker.run.trainer.
 
     Attributes:
         accelerator: device, processes, precision.
@@ -45,7 +45,7 @@ class Trainer:
         seed: of the run.
         run_dir: where results go.
         metadata: strings for the header of saved weights.
-        description: config.json beside saved weights, see ``vit_tucker.digests``; None for none.
+        description: config.json beside saved weights, see ``vit_tucker.storage.digests``; None for none.
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.

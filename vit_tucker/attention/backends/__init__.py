@@ -12,7 +12,7 @@
 once per kind of call, with the reason. A new one is a file with two functions and ``register_backend(Backend(...))``.
 """
 
-from vit_tucker.attention.backends import blocked, eager, flash, flex, flops, latent, sdpa, triton
+from vit_tucker.attention.backends import blocked, eager, flash, flex, flops, sdpa, tucker_cpu, tucker_triton
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.registry import (
     AUTO,
@@ -37,4 +37,4 @@ __all__ = [
     "list_backends",
     "register_backend",
 ]
-_ = (blocked, eager, flash, flex, flops, latent, sdpa, triton)
+_ = (blocked, eager, flash, flex, flops, sdpa, tucker_cpu, tucker_triton)

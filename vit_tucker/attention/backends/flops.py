@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from vit_tucker.attention.backends import blocked_products, latent
+from vit_tucker.attention.backends import blocked_products, tucker_cpu
 from vit_tucker.attention.triton_tucker import op as triton
 
 Shape = tuple[int, ...]
 _ops = torch.ops.vit_tucker
-_ = (blocked_products, latent, triton)  # they register the operations
+_ = (blocked_products, tucker_cpu, triton)  # they register the operations
 
 
 def scores(q: Shape, k: Shape, v: Shape) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""One file per attention method. Every module in this folder is imported, so that it registers itself."""
+"""A file or folder per attention method. Every module in here is imported, so that methods register themselves."""
 
 import importlib
 import pkgutil
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

@@ -10,16 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import (
-    CALL_FEATURES,
-    DENSE_INIT_STD,
-    HostSpec,
-    MHAWeights,
-    ParameterCount,
-    PerHeadConfig,
-    count_extras,
-)
+from vit_tucker.attention.base import ParameterCount, PerHeadConfig
 from vit_tucker.attention.heads import PerHeadModule
+from vit_tucker.attention.host import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights, count_extras
 from vit_tucker.attention.linear import (
     head_bias,
     init_linear,

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import DENSE_INIT_STD, HostSpec, MHAWeights, ParameterCount, PerHeadConfig, count_extras
+from vit_tucker.attention.base import ParameterCount, PerHeadConfig
 from vit_tucker.attention.heads import PerHeadModule
+from vit_tucker.attention.host import DENSE_INIT_STD, HostSpec, MHAWeights, count_extras
 from vit_tucker.attention.linear import (
     head_bias,
     init_linear,

@@ -1,0 +1,96 @@
+"""The latent key of hosts with RoPE: one key for all heads, whose pairs keep the rotations of the heads' pairs they stand for.
+
+A head's pair with rotation k is a complex combination of the latent pairs with rotation k. Which pairs, and how many for each
+rotation, is decided by energy (``tensor.rotary``); with H*D columns every head finds its own pairs, and nothing is lost.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vit_tucker.attention.host import MHAWeights
+from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.rope import RopeSpec, spread_columns
+from vit_tucker.tensor.metric import Root, mean_metric, metric_root
+from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
+from vit_tucker.tensor.tucker import Tucker
+from vit_tucker.tensor.weighted import head_weights
+
+
+class LatentKeys(NamedTuple):
+    """A latent key of some width, and what the heads make of it.
+
+    Attributes:
+        lifted: the pre-softmax tensor in the latent's coordinates; its left mode in the norm of the query metric, its heads
+            weighted, its right mode and basis as they are.
+        query: root of the query metric, or None.
+        weights: of the heads, (H,), or None.
+    """
+
+    lifted: Lifted
+    query: Root | None
+    weights: Tensor | None
+
+    @property
+    def basis(self) -> Tensor:
+        """Projection from tokens to the latent, (C, R), with a last row for the key bias if the host has one."""
+        return self.lifted.basis
+
+    @property
+    def columns(self) -> Tensor:
+        """Numbers of the latent pairs' rotations, (R/2,)."""
+        return self.lifted.columns
+
+    def tucker(self, ranks: tuple[int, int, int]) -> Tucker:
+        """The pre-softmax tensor as a Tucker decomposition on this latent: its right factor is the basis."""
+        core, head, left, right = rotary_tucker(self.lifted, ranks)
+        if self.weights is not None:
+            head = head / self.weights[:, None]
+        return Tucker(core, head, left if self.query is None else self.query.inverse @ left, right)
+
+
+def latent_keys(
+    weights: MHAWeights,
+    rope: RopeSpec,
+    width: int,
+    moments: Moments | None = None,
+    damping: float = 0.0,
+    values: Tensor | None = None,
+    value_root: Root | None = None,
+) -> LatentKeys:
+    """The best latent key of a given width.
+
+    Args:
+        weights: of the host, float64.
+        rope: of the host.
+        width: R, even, at most H*D for keys alone.
+        moments: of the layer's tokens, for the error on them; None for the error in the weights.
+        damping: of the moments' metrics.
+        values: columns that values read from the same latent, (C, V), where keys and values share one; weighted.
+        value_root: root of the metric (C, C) of these columns; None for the identity.
+    """
+    tensor, query, key, scale = weights.rotary_pairs(rope), None, None, None
+    if moments is not None:
+        rows = tensor.left.shape[1]
+        columns = tensor.right.shape[1]
+        query = metric_root(moments.query[:rows, :rows], damping)
+        key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
+        scale = head_weights(moments.key)
+        tensor = whiten_rotary(tensor, query.root, key.root, scale)
+    lifted = lift(tensor)
+    if key is not None:
+        lifted = lifted._replace(basis=key.inverse @ lifted.basis)
+    if values is None:
+        pairs = lifted.pairs._replace(right=lifted.pairs.right[:, :width])
+        lifted = Lifted(pairs, lifted.basis[:, :width], lifted.columns[: width // 2])
+    else:
+        heads, _, head_dim = weights.key.shape
+        lifted = leave_room(lifted, values, width, spread_columns(width, heads, head_dim), value_root)
+    return LatentKeys(lifted, query, scale)
+
+
+def value_columns(out: Tensor, value: Tensor) -> Tensor:
+    """The heads' values weighted by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
+    small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
+    return (value @ small.mT).transpose(0, 1).flatten(1)

@@ -1,0 +1,150 @@
+"""Tucker Attention as a method: its options, what they allow, and what they cost. ``tucker_layer`` has the layer itself.
+
+    parameters per layer: 2 (H r1 + r1 r2 r3 + d r2 + d r3), minus d r3 with shared_kv
+Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1; Table 1 for the counts.
+"""
+
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from vit_tucker.attention.attend import attend_flops
+from vit_tucker.attention.base import AttentionConfig, ParameterCount
+from vit_tucker.attention.host import CALL_FEATURES, HostSpec, count_extras
+from vit_tucker.attention.options import Rank, RankRule
+from vit_tucker.attention.registry import register_method
+from vit_tucker.attention.variants.tucker.layer import TuckerAttention
+from vit_tucker.attention.variants.tucker.ranks import (
+    even_rank,
+    full_ranks,
+    has_out_bias,
+    refuse_odd,
+    tensor_macs,
+    tensor_weights,
+)
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.allocation import Ranks
+
+PositiveRanks = tuple[Rank, Rank, Rank]
+MODES = ("head", "query/output", "key/value")
+
+
+@register_method("tucker")
+class TuckerConfig(AttentionConfig):
+    """Tucker Attention. Ranks in the paper's order [head, query/output, key/value]."""
+
+    carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
+    latent_rope: ClassVar[bool] = True
+    whole_kernels: ClassVar[bool] = True
+
+    method: Literal["tucker"] = "tucker"
+
+    ranks: Annotated[
+        Annotated[PositiveRanks, Tag("triple")] | Annotated[RankRule, Tag("rule")],
+        Discriminator(lambda given: "rule" if isinstance(given, dict | RankRule) else "triple"),
+    ] = Field(
+        description="Ranks [head, query, key] of the pre-softmax tensor; or a rule by which those of both tensors are chosen: "
+        "{budget: 0.15}, {flops: 0.2} or {energy: 0.95}."
+    )
+    post_ranks: PositiveRanks | None = Field(
+        default=None, description="Ranks [head, output, value] of the post-softmax tensor; null: the same as ranks."
+    )
+    conversion: Literal["hosvd", "hooi"] = Field(
+        default="hosvd",
+        description="From pretrained heads without calibration: HOSVD (the paper's), or HOOI, which refines it.",
+    )
+    shared_kv: bool = Field(default=False, description="One latent basis for keys and values (U3 of both tensors).")
+    query_bias: bool = Field(
+        default=True, description="Keep the host's query bias, exactly; false drops it: the paper's form has none."
+    )
+
+    @property
+    def rank_rule(self) -> RankRule | None:
+        """See base class."""
+        return self.ranks if isinstance(self.ranks, RankRule) else None
+
+    @property
+    def pre(self) -> Ranks:
+        """Ranks of the pre-softmax tensor."""
+        if isinstance(self.ranks, RankRule):
+            raise PatchError(f"ranks {self.ranks}: they are chosen when a model is patched")
+        return self.ranks
+
+    @property
+    def post(self) -> Ranks:
+        """Ranks of the post-softmax tensor."""
+        return self.post_ranks or self.pre
+
+    def check(self, spec: HostSpec) -> None:
+        """See base class."""
+        if self.rank_rule is not None:
+            if self.post_ranks is not None:
+                raise PatchError(
+                    f"post_ranks={list(self.post_ranks)}: ranks {self.rank_rule} choose those of both tensors"
+                )
+            for name in ("shared_kv", "query_bias"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise PatchError(
+                        f"ranks {self.rank_rule} have no form for {name}={getattr(self, name)}; give the ranks"
+                    )
+            return
+        full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and self.query_bias))
+        for name, ranks, limits in (("ranks", self.pre, full[0]), ("post_ranks", self.post, full[1])):
+            for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
+                if rank > limit:
+                    raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+        refuse_odd(spec, f"ranks={list(self.pre)}: key rank", self.pre[2])
+        if spec.rope is not None and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' has no form for hosts with RoPE; use 'hosvd'")
+        if self.calibration is not None and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' goes by the weights alone; leave it out with calibration")
+        if self.shared_kv and self.conversion == "hooi":
+            raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
+        if self.shared_kv and self.pre[2] != self.post[2]:
+            raise PatchError(f"shared_kv needs equal key and value ranks, not {self.pre[2]} and {self.post[2]}")
+
+    @classmethod
+    def full_rank(cls, spec: HostSpec) -> "TuckerConfig":
+        """The full ranks of both tensors."""
+        pre, post = full_ranks(spec)
+        return cls(ranks=pre, post_ranks=post)
+
+    @classmethod
+    def example(cls, spec: HostSpec) -> "TuckerConfig":
+        """Ranks of an eighth of the width, head rank below the number of heads."""
+        rank = max(1, spec.embed_dim // 8) if spec.rope is None else even_rank(spec.embed_dim // 8)
+        return cls(ranks=(max(1, 2 * spec.num_heads // 3), rank, rank))
+
+    def build(self, spec: HostSpec, **factory: Any) -> TuckerAttention:
+        """See base class."""
+        return TuckerAttention(
+            spec,
+            self.pre,
+            self.post,
+            shared_kv=self.shared_kv,
+            conversion=self.conversion,
+            query_bias=self.query_bias,
+            **factory,
+        )
+
+    def count_parameters(self, spec: HostSpec) -> ParameterCount:
+        """H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
+        heads, width = spec.num_heads, spec.embed_dim
+        weights = tensor_weights(*self.pre, heads, width, width) + tensor_weights(
+            *self.post, heads, spec.out_dim, width
+        )
+        if self.shared_kv:
+            weights -= width * self.post[2]
+        query_bias = self.pre[1] * (spec.qkv_bias and self.query_bias)
+        biases = query_bias + self.pre[2] * spec.latent_key_bias + spec.out_dim * has_out_bias(spec)
+        return ParameterCount(weights, biases + count_extras(spec))
+
+    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
+        """See base class. Includes folding the head factors into the cores, which a batch does once."""
+        heads, width = spec.num_heads, spec.embed_dim
+        macs = tensor_macs(*self.pre, heads, width, width, num_tokens)
+        macs += tensor_macs(*self.post, heads, spec.out_dim, width, num_tokens)
+        if self.shared_kv:
+            macs -= num_tokens * width * self.post[2]
+        return 2 * macs + attend_flops(heads, num_tokens, self.pre[2], self.post[2])

@@ -1,0 +1,141 @@
+"""Ranks of Tucker layers: what they cost, and rules that choose them for many layers at once.
+
+A rule looks at all its layers together: a parameter goes where it lowers the error most, whether in a first or a last layer, in
+heads, queries or values. Errors are those of truncated HOSVDs, of the weights or, whitened, of what the tokens make of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vit_tucker.attention.attend import attend_flops
+from vit_tucker.attention.contraction import chain_macs
+from vit_tucker.attention.host import HostSpec, count_extras
+from vit_tucker.attention.options import RankRule
+from vit_tucker.errors import PatchError
+from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
+from vit_tucker.tensor.tucker import Pairs
+
+
+def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
+    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2).
+
+    With RoPE each head's pairs keep their rotations, so that the latent key must hold all H*D columns.
+    """
+    query = min(spec.embed_dim + spec.qkv_bias, spec.attn_dim)
+    value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
+    key = value if spec.rope is None else spec.attn_dim
+    return (spec.num_heads, query, key), (spec.num_heads, output, value)
+
+
+def even_rank(rank: int) -> int:
+    """The next lower even number, 2 at least: what latent RoPE, which rotates pairs, makes of a rank."""
+    return max(2, rank - rank % 2)
+
+
+def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
+    """Raise PatchError for a latent key of odd width on a host with RoPE."""
+    if spec.rotates_latent and rank % 2:
+        lower = f"{rank - 1} or " if rank > 1 else ""
+        raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
+
+
+def has_out_bias(spec: HostSpec) -> bool:
+    """The output bias also holds the host's value biases."""
+    return spec.proj_bias or spec.qkv_bias
+
+
+def tensor_weights(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int) -> Any:
+    """H r1 + r1 r2 r3 + I r2 + J r3 (Table 1), of numbers or of tensors that broadcast.
+
+    Args:
+        r1, r2, r3: ranks.
+        heads, left, right: the tensor's size H, I, J.
+    """
+    return heads * r1 + r1 * r2 * r3 + left * r2 + right * r3
+
+
+def tensor_macs(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int, tokens: int) -> Any:
+    """Multiply-adds for N tokens: both projections, the core per head in the order that costs least, and what a batch does once:
+    folding the head factor into the core, and, where that pays, the core into the projection."""
+    return heads * r1 * r2 * r3 + chain_macs(tokens, left, r2, heads * r3) + tokens * right * r3
+
+
+@dataclass(frozen=True)
+class LayerTables:
+    """What a rule knows of one layer.
+
+    Attributes:
+        pre, post: tables of both tensors.
+        fixed: cost that no rank changes.
+        dense: cost of the dense layer.
+    """
+
+    pre: RankTable
+    post: RankTable
+    fixed: float
+    dense: float
+
+
+def layer_tables(
+    rule: RankRule,
+    spec: HostSpec,
+    pre: Pairs,
+    post: Pairs,
+    dense: float,
+    calls: int,
+    num_tokens: int,
+) -> LayerTables:
+    """Tables of one layer, in the costs of the rule.
+
+    Args:
+        rule: flops counts operations, budget and energy count parameters.
+        spec: the host.
+        pre, post: its tensors, plain or whitened, in units that compare across layers; with RoPE the lifted pre-softmax tensor.
+        dense: cost of the dense layer.
+        calls, num_tokens: sequences per image, and tokens of each: for flops.
+    """
+    heads, width = spec.num_heads, spec.embed_dim
+
+    def parameters(left: int, bias: int, key_bias: int = 0) -> Any:
+        return lambda r1, r2, r3: tensor_weights(r1, r2, r3, heads, left, width) + bias * r2 + key_bias * r3
+
+    def flops(left: int) -> Any:
+        return lambda r1, r2, r3: (
+            calls
+            * (2 * tensor_macs(r1, r2, r3, heads, left, width, num_tokens) + attend_flops(heads, num_tokens, r3, 0))
+        )
+
+    counts_flops = rule.flops is not None
+    costs = (flops(width), flops(spec.out_dim)) if counts_flops else (
+        parameters(width, int(spec.qkv_bias), int(spec.latent_key_bias)), parameters(spec.out_dim, 0))  # fmt: skip
+    rotary = spec.rope is not None
+    tables = [
+        rank_table(pairs, full, cost, rule.multiple_of, rotary=rotary and pairs is pre)
+        for pairs, full, cost in zip((pre, post), full_ranks(spec), costs, strict=True)
+    ]
+    fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec) + count_extras(spec)
+    return LayerTables(tables[0], tables[1], fixed, dense)
+
+
+def choose_ranks(rule: RankRule, layers: Sequence[LayerTables]) -> list[tuple[Ranks, Ranks]]:
+    """Ranks of the pre- and post-softmax tensor of each layer.
+
+    Raises:
+        ValueError: the budget is too small; names the smallest possible one.
+    """
+    tables = [table for layer in layers for table in (layer.pre, layer.post)]
+    share = rule.budget if rule.budget is not None else rule.flops
+    if share is None:
+        assert rule.energy is not None
+        chosen = least_cost(tables, rule.energy)
+    else:
+        dense, fixed = sum(layer.dense for layer in layers), sum(layer.fixed for layer in layers)
+        smallest = (fixed + sum(table.cost.min().item() for table in tables)) / dense
+        if smallest > share:
+            raise ValueError(f"too small, the smallest ranks need {math.ceil(smallest * 1e4) / 1e4:.4f}")
+        chosen = least_error(tables, share * dense - fixed)
+    return list(zip(chosen[::2], chosen[1::2], strict=True))

@@ -1,0 +1,1 @@
+"""Weights to factors: calibration, ranks, read-outs, refinement."""

@@ -1,0 +1,228 @@
+"""Activation-aware conversion: run calibration images through the dense model, convert each layer for the tokens it sees.
+
+Two passes over the images, of which only sums are kept: from the first, ``Moments``, follow each layer's bases; from the second,
+moments of the converted layer's features and of the host's outputs, follows its linear read-out by regression, which also
+corrects what the new scores get wrong. No labels are needed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.call import Call, to_sequences
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
+from vit_tucker.attention.options import Calibration
+from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
+from vit_tucker.conversion.refine import refine
+from vit_tucker.conversion.watch import (
+    Layer,
+    WatchedLayer,
+    collect_images,
+    evaluating,
+    final_features,
+    located,
+    memory_groups,
+    run_with_probes,
+    timed,
+    watching,
+)
+from vit_tucker.tensor.metric import metric_root
+
+EXACT = 1e-10
+"""Relative squared output error below which a conversion counts as exact and its read-out is left alone."""
+
+
+@dataclass
+class CalibratedLayer(WatchedLayer):
+    """A layer on its way through the calibration.
+
+    Attributes:
+        replacement: the module to convert.
+        output_error: ||y^ - y|| / ||y - mean y|| over the calibration tokens.
+    """
+
+    replacement: AttentionModule = field(kw_only=True)
+    output_error: float = float("nan")
+
+
+def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibration, batches: Iterable[Any]) -> None:
+    """Convert the layers' replacements; fills in their seconds and output errors. The model is not changed.
+
+    Args:
+        model: dense, on its device.
+        layers: distinct modules of the model.
+        options: images, objective, damping, refinement.
+        batches: image tensors (B, channels, height, width) as the model takes them, or tuples that start with one.
+
+    Raises:
+        PatchError: no images, images that the model does not take, weights without gradients, too few tokens, constant tokens,
+            values that are not finite.
+    """
+    images = collect_images(model, batches, options.images)
+    with evaluating(model):
+        for group in memory_groups(layers):
+            sums, weights = sum_moments(model, group, images, options)
+            metrics = {layer.name: convert(layer, sums.pop(layer.name), options.damping) for layer in group}
+            fit_readouts(model, group, images, weights, metrics, options.damping)
+            for layer in group if options.refine_steps else []:
+                with timed(layer):
+                    refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options)
+        measure(model, layers, images)
+
+
+def sum_moments(
+    model: nn.Module, layers: list[Layer], images: list[Tensor], options: Calibration
+) -> tuple[dict[str, MomentSums], dict[str, list[Tensor]]]:
+    """First pass: by layer's name the sums behind its moments, and the token weights of each of its calls."""
+    sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in layers}
+    weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
+
+    def see(layer: Layer, call: LayerCall) -> None:
+        weights[layer.name].append(call.token_weights().float())
+        with timed(layer):
+            sums[layer.name].add(call)
+
+    run_with_probes(model, layers, images, options, see)
+    for layer in layers:
+        layer.images, layer.tokens = sum(map(len, images)), sums[layer.name].tokens
+    return sums, weights
+
+
+def collect_moments(
+    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
+) -> Iterator[tuple[Layer, Moments]]:
+    """The moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
+    images = collect_images(model, batches, options.images)
+    with evaluating(model):
+        for group in memory_groups(layers):
+            sums, _ = sum_moments(model, group, images, options)
+            for layer in group:
+                with located(layer.name):
+                    moments = sums.pop(layer.name).moments()
+                yield layer, moments
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is kept of a layer's moments after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
+
+    tokens: Tensor
+    output: Tensor
+
+
+def convert(layer: CalibratedLayer, sums: MomentSums, damping: float) -> Metrics:
+    """Convert one layer from its moments.
+
+    Raises:
+        PatchError: too few tokens, or moments that are constant or not finite.
+    """
+    with timed(layer), located(layer.name), torch.no_grad():
+        moments = sums.moments()
+        widths = [linear.out_features for linear in layer.replacement.input_projections()]
+        needed = min(layer.host.spec.embed_dim, max(widths, default=1))
+        if moments.tokens < needed:
+            raise ValueError(f"{moments.tokens} tokens are too few for rank {needed}; give more images")
+        layer.replacement.convert_calibrated(layer.host.weights.double(), moments, damping)
+    return Metrics(moments.query[:-1, :-1], moments.output)
+
+
+@torch.no_grad()
+def fit_readouts(
+    model: nn.Module,
+    layers: list[CalibratedLayer],
+    images: list[Tensor],
+    weights: Mapping[str, list[Tensor]],
+    metrics: Mapping[str, Metrics],
+    damping: float,
+) -> None:
+    """Second pass: fit each replacement's read-out to the host's outputs on the host's inputs; an exact one is left alone."""
+    sums: dict[str, HeldOut] = {}
+    errors = {layer.name: ErrorSums() for layer in layers}
+    remaining = {name: iter(values) for name, values in weights.items()}
+
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
+        with timed(layer):
+            y = to_sequences(y, layer.host.spec.layout)
+            mixed = layer.replacement.mix(*call[:4])
+            errors[layer.name].add(layer.replacement.readout(mixed), y)
+            if layer.name not in sums:
+                sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
+            sums[layer.name].add(mixed, y, next(remaining[layer.name]))
+
+    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
+        for batch in images:
+            final_features(model, batch)
+    for layer in layers:
+        if errors[layer.name].relative() ** 2 > EXACT:
+            with timed(layer), located(layer.name), evaluating(layer.replacement):
+                root = metric_root(metrics[layer.name].output, damping)
+                fit_readout(layer.replacement, sums.pop(layer.name), root, damping)
+
+
+@torch.no_grad()
+def refine_layer(
+    model: nn.Module,
+    layer: CalibratedLayer,
+    images: list[Tensor],
+    weights: list[Tensor],
+    metrics: Metrics,
+    options: Calibration,
+) -> None:
+    """Refine one converted layer on its calls; these are kept in memory while it lasts."""
+    calls: list[LayerCall] = []
+    remaining = iter(weights)
+
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
+        probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
+        calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
+
+    with watching([layer], see):
+        for batch in images:
+            final_features(model, batch)
+    with evaluating(layer.replacement), located(layer.name):
+        roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
+        refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
+
+
+@torch.no_grad()
+def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor]) -> None:
+    """Fill in each layer's output error, on the tokens of the dense model."""
+    errors = {layer.name: ErrorSums() for layer in layers}
+
+    def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
+        errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
+
+    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
+        for batch in images:
+            final_features(model, batch)
+    for layer in layers:
+        layer.output_error = errors[layer.name].relative()
+
+
+@dataclass
+class ErrorSums:
+    """Running sums for ||y^ - y|| / ||y - mean y||."""
+
+    squares: float = 0.0
+    total: float = 0.0
+    count: int = 0
+    mean_sum: Tensor | None = None
+
+    def add(self, output: Tensor, y: Tensor) -> None:
+        """Add outputs and targets, both (..., O)."""
+        y = y.double().flatten(0, -2)
+        self.squares += (output.double().flatten(0, -2) - y).square().sum().item()
+        self.total += y.square().sum().item()
+        self.count += len(y)
+        self.mean_sum = y.sum(0) if self.mean_sum is None else self.mean_sum + y.sum(0)
+
+    def relative(self) -> float:
+        """The error; of a constant y against its norm."""
+        if self.mean_sum is None:
+            return 0.0
+        variance = self.total - self.mean_sum.square().sum().item() / self.count
+        return (self.squares / max(variance, 1e-12 * self.total, 1e-300)) ** 0.5

@@ -1,0 +1,1 @@
+"""What the models look like whose modules are replaced."""

@@ -1,0 +1,97 @@
+"""Which modules of a model are self-attention, and which models can't be patched at all."""
+
+from torch import nn
+
+from vit_tucker.attention.effective import full_name, is_tuner, peft_class
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.errors import PatchError, WeightsError
+from vit_tucker.hosts.timm_classes import LEFT_ALONE_BY_CLASS, SELF_ATTENTION
+
+
+def looks_like_attention(module: nn.Module) -> bool:
+    """By the class's name and a number of heads: what a user may take for attention, known to us or not."""
+    name = type(module).__name__.lower()
+    return ("attention" in name or name.endswith("attn")) and hasattr(module, "num_heads")
+
+
+def is_self_attention(module: nn.Module) -> bool:
+    """Whether tokens attend to each other in it: a known class, or a name like one.
+
+    Attention pooling (timm's AttentionPool...) reads tokens out with a learned query, cross-attention takes its queries from
+    elsewhere, other modules of that name let channels or one token attend: no weights of ours fit them.
+    """
+    if isinstance(module, (AttentionModule, *SELF_ATTENTION)):
+        return True
+    if not looks_like_attention(module) or type(module) in LEFT_ALONE_BY_CLASS:
+        return False
+    name = type(module).__name__
+    return not name.startswith("AttentionPool") and "Cross" not in name
+
+
+def own_parts(model: nn.Module) -> set[int]:
+    """Modules inside layers of ours: copies of a host's position bias may be of a class that looks like attention."""
+    layers = [module for module in model.modules() if isinstance(module, AttentionModule)]
+    return {id(part) for layer in layers for part in layer.modules() if part is not layer}
+
+
+def find_attention(model: nn.Module) -> dict[str, nn.Module]:
+    """All self-attention modules of a model by full name, in the model's order; a shared module under each of its names."""
+    inside = own_parts(model)
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if is_self_attention(module) and id(module) not in inside}
+
+
+def find_other_attention(model: nn.Module) -> list[str]:
+    """Full names of attention that no method replaces: pooling, cross-attention, attention of channels or of one token."""
+    inside = own_parts(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if (looks_like_attention(module) or type(module) in LEFT_ALONE_BY_CLASS)
+        and not is_self_attention(module)
+        and id(module) not in inside
+    ]
+
+
+WRAPPERS = {
+    "DistributedDataParallel": "patch the model before it is wrapped (before accelerator.prepare)",
+    "DataParallel": "patch the model before it is wrapped",
+    "FullyShardedDataParallel": "patch the model before it is wrapped (before accelerator.prepare)",
+    "OptimizedModule": "patch the model before torch.compile",
+}
+
+
+PEFT_MODELS = {
+    ("peft.peft_model", "PeftModel"): "base_model",
+    ("peft.mixed_model", "PeftMixedModel"): "base_model",
+    ("peft.tuners.tuners_utils", "BaseTuner"): "model",
+}
+"""What PEFT puts around a model whose own modules hold the adapters, and where the model stands in it."""
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
+    for place, attribute in PEFT_MODELS.items():
+        if isinstance(model, peft_class(*place)):
+            return inner(getattr(model, attribute))
+    return model
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
+    for name, module in model.named_modules():
+        advice = WRAPPERS.get(type(module).__name__)
+        if advice is not None:
+            where = f"module '{name}'" if name else "the model"
+            raise PatchError(f"{where} is a {type(module).__name__}: {advice}")
+    refuse_adapted(model)
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise WeightsError for a model of PEFT's with adapters on the own parameters of an attention module."""
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None) if is_tuner(module) else None
+        if base is not None and is_self_attention(base):
+            raise WeightsError(
+                f"{name} is a {full_name(module)} around attention as a whole: merge_and_unload() it first"
+            )

@@ -1,0 +1,77 @@
+"""Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vit_tucker.attention.effective import full_name, functional_hooks, with_plain_parts
+from vit_tucker.errors import WeightsError
+from vit_tucker.hosts.readers import Host
+
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
+"""Names of the parts of hosts whose weights the readers read."""
+
+
+def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
+    """A module of timm's with plain parts, see ``with_plain_parts``, and the classes of those that were not, by name.
+
+    Args:
+        module: of a known class; it is not changed.
+
+    Raises:
+        WeightsError: the module or a part computes something else than its weights say.
+    """
+    refuse_other_forward(module)
+    if functional_hooks(module):
+        raise WeightsError("parameters of its own are pruned or normalised by hooks: make them permanent first")
+    plain = with_plain_parts(module, PROJECTIONS)
+    parts = dict(module.named_children())
+    merged = {name: full_name(part) for name, part in parts.items() if not is_same(getattr(plain, name), part)}
+    qkv: Any = parts.get("qkv")
+    if "qkv" in merged and reads_weight(module) and differ(qkv.weight, plain.qkv.weight):  # type: ignore[union-attr, arg-type]
+        raise WeightsError(
+            f"its qkv is a {full_name(qkv)}, whose weight it reads without calling it: the adapter has no effect; "
+            "merge_and_unload() or unload() it first"
+        )
+    return plain, merged
+
+
+def refuse_other_forward(module: nn.Module) -> None:
+    """Raise WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
+    written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
+    if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
+        raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
+
+
+def reads_weight(module: Any) -> bool:
+    """Whether a module multiplies by the weight of its ``qkv`` instead of calling it: BEiT's and EVA's with biases apart."""
+    return getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False)
+
+
+def is_same(plain: nn.Module, part: nn.Module) -> bool:
+    """Whether a plain part is what stood there, hooks of gradients apart."""
+    return type(plain) is type(part) and not functional_hooks(part)
+
+
+def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold other values; on the meta device there are none."""
+    return not one.is_meta and not torch.equal(one, other)
+
+
+def refuse_not_finite(host: Host) -> None:
+    """Raise WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
+    tensors = dict(vars(host.own))
+    for parts in host.spec.extras.values():
+        for name, part in parts.items():
+            tensors |= dict(part.named_parameters(prefix=name))
+    refuse_infinite(tensors.items())
+
+
+@torch.no_grad()
+def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
+    """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
+    for name, tensor in tensors:
+        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

@@ -1,0 +1,217 @@
+"""The only file that knows timm's attention classes: finds them in a model and reads shape, options and weights.
+
+A host is recognised by its exact class; a subclass may compute something else. A new host is one reader here.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import use_fused_attn
+from torch import nn
+
+from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.effective import full_name, without_hooks
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.rope import RopeSpec
+from vit_tucker.errors import PatchError
+from vit_tucker.hosts.plain import plain_host
+from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, read_unfused
+
+
+def rope_of(m: Any, per_head: bool) -> RopeSpec:
+    """How a module of EVA's kind rotates its queries and keys."""
+    return RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
+
+
+def read_rotary(m: Any, per_head: bool) -> Host:
+    """AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
+        raise PatchError("fused projections with fewer key/value heads")
+    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope_of(m, per_head))
+
+
+def bias_table(m: Any, *kept: str) -> PositionBias | None:
+    """The bias of BEiT and Swin, a table in the attention module itself: a copy of the module with nothing else in it."""
+    if m.relative_position_bias_table is None:
+        return None
+    source = copy.copy(m)
+    for group in ("_parameters", "_buffers", "_modules"):
+        setattr(source, group, {name: value if name in kept else None for name, value in getattr(m, group).items()})
+    without_hooks(source)
+    return PositionBias(source, "_get_rel_pos_bias")
+
+
+def read_table(m: Any) -> Host:
+    """BEiT's Attention and Swin's WindowAttention."""
+    bias = bias_table(m, "relative_position_bias_table", "relative_position_index")
+    return make_host(m, read_fused(m), bias)
+
+
+def bias_module(m: Any) -> PositionBias | None:
+    """The bias of a ``rel_pos`` module."""
+    return None if m.rel_pos is None else PositionBias(m.rel_pos, "get_bias")
+
+
+def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
+    """Resize a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+    source: Any = getattr(module, "rel_pos", module)
+    like: Any = bias.source
+    if tuple(source.window_size) != tuple(like.window_size):
+        source.set_window_size(like.window_size)
+
+
+def read_sam(m: Any) -> Host:
+    """SAM's ViT without relative positions."""
+    if m.use_rel_pos:
+        raise PatchError(BY_QUERIES)
+    if m.rope is not None:
+        raise PatchError("it holds its own table of rotations")
+    return make_host(m, read_fused(m), layout="grid")
+
+
+READERS: dict[str, Callable[[Any], Host]] = {
+    "timm.models.vision_transformer.Attention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.beit.Attention": read_table,
+    "timm.models.swin_transformer.WindowAttention": read_table,
+    "timm.models.vision_transformer_relpos.RelPosAttention": lambda m: make_host(m, read_fused(m), bias_module(m)),
+    "timm.models.maxxvit.AttentionCl": lambda m: make_host(
+        m, read_fused(m, m.head_first), bias_module(m), layout="grid"
+    ),
+    "timm.models.maxxvit.Attention2d": lambda m: make_host(
+        m, read_fused(m, m.head_first), bias_module(m), layout="channels_first"
+    ),
+    "timm.models.vision_transformer_sam.Attention": read_sam,
+    "timm.models.davit.WindowAttention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.nest.Attention": lambda m: make_host(m, read_fused(m), heads_last=True),
+    "timm.models.metaformer.Attention": lambda m: make_host(m, read_fused(m)),
+    "timm.models.convit.MHSA": lambda m: make_host(m, read_fused(m), fused_attn=use_fused_attn()),
+    "timm.models.tnt.Attention": lambda m: make_host(m, read_split(m), fused_attn=use_fused_attn()),
+    "timm.models.volo.Attention": lambda m: make_host(m, read_fused(m), layout="grid"),
+    "timm.models.fastvit.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
+    "timm.models.visformer.Attention": lambda m: make_host(m, read_fused(m), layout="channels_first"),
+}
+"""Readers by the class's place in timm. Classes without ``fused_attn`` get what timm's others ask for when they are built."""
+ROTARY = ("timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention")
+
+COSINE = "cosine attention: the scores of normalised queries and keys, scaled head by head"
+COARSER = "its keys and values come from a coarser grid"
+POOLED = "its queries are pooled"
+MERGED = "attention and MLP share their projections in one block"
+BY_QUERIES = "its relative position bias depends on the queries: no additive mask carries it"
+CONVOLUTIONS = "its projections are strided or spatial convolutions"
+CHANNELS = "channels attend, not tokens"
+REFUSED = {
+    "timm.models.convit.GPSA": "positional attention is mixed in after the softmax",
+    "timm.models.cait.TalkingHeadAttn": "its heads are mixed before and after the softmax",
+    "timm.models.swin_transformer_v2.WindowAttention": COSINE,
+    "timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention": COSINE,
+    "timm.models.levit.Attention": "its values are wider than its queries, and batch norms follow its projections",
+    "timm.models.levit.AttentionDownsample": "its queries come from a coarser grid than its keys",
+    "timm.models.efficientformer.Attention": "its values are wider than its queries",
+    "timm.models.efficientformer_v2.Attention2d": "its heads are mixed before and after the softmax",
+    "timm.models.efficientformer_v2.Attention2dDownsample": "its queries come from a coarser grid than its keys",
+    "timm.models.tiny_vit.Attention": "it normalises its own input",
+    "timm.models.mvitv2.MultiScaleAttention": "its queries, keys and values are pooled",
+    "timm.models.mvitv2.MultiScaleAttentionPoolFirst": "its queries, keys and values are pooled",
+    "timm.models.hieradet_sam2.MultiScaleAttention": POOLED,
+    "timm.models.hiera.MaskUnitAttention": "its queries are pooled within mask units",
+    "timm.models.pvt_v2.Attention": COARSER,
+    "timm.models.twins.GlobalSubSampleAttn": COARSER,
+    "timm.models.twins.LocallyGroupedAttn": "it cuts its input into windows itself",
+    "timm.models.nextvit.EfficientAttention": COARSER,
+    "timm.models.gcvit.WindowAttentionGlobal": "its queries may come from outside",
+    "timm.models.coat.FactorAttnConvRelPosEnc": "factorised attention: there are no scores between tokens",
+    "timm.models.efficientvit_msra.CascadedGroupAttention": "each head's input is the output of the one before",
+    "timm.models.efficientvit_msra.LocalWindowAttention": "its heads follow one another",
+    "timm.models.cpubone.ConvAttention": CONVOLUTIONS,
+    "timm.models.lowformer.ConvAttention": CONVOLUTIONS,
+    "timm.layers.attention2d.MultiQueryAttention2d": CONVOLUTIONS,
+    "timm.models.gemma4_vit.Gemma4Attention": "its values are normalised, and its scores are not scaled",
+    "timm.layers.diff_attention.DiffAttention": "its weights are the difference of two softmaxes",
+    "timm.layers.halo_attn.HaloAttn": BY_QUERIES,
+    "timm.layers.bottleneck_attn.BottleneckAttn": BY_QUERIES,
+    "timm.models.vision_transformer.ParallelScalingBlock": MERGED,
+    "timm.models.vision_transformer.DiffParallelScalingBlock": MERGED,
+}
+"""Why no method of ours can take such a layer's place."""
+LEFT_ALONE = {
+    "timm.models.cait.ClassAttn": "only the class token attends",
+    "timm.models.volo.ClassAttention": "only the class token attends",
+    "timm.models.volo.OutlookAttention": "its weights come from a projection, not from queries and keys",
+    "timm.models.xcit.XCA": CHANNELS,
+    "timm.models.edgenext.CrossCovarianceAttn": CHANNELS,
+    "timm.models.davit.ChannelAttention": CHANNELS,
+    "timm.models.davit.ChannelAttentionV2": CHANNELS,
+}
+"""What stands beside self-attention and stays as it is."""
+
+
+EXCLUDE = "; leave it alone with exclude="
+"""What a user can do about a layer that is refused."""
+MIXED_ROPE = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
+"""The embedding whose tables differ from head to head."""
+MIXED_FLAGS = ("rope_mixed", "rope_is_mixed")
+"""How timm's models with RoPE (Eva, NaFlexVit) say that theirs do."""
+
+
+def class_at(place: str) -> type[nn.Module] | None:
+    """The class at a place 'module.Class'; None where this timm has none."""
+    module, _, name = place.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else None
+
+
+def classes_at(places: Iterable[str]) -> dict[type[nn.Module], str]:
+    """The classes that this timm has, with their places."""
+    found = {class_at(place): place for place in places}
+    return {cls: place for cls, place in found.items() if cls is not None}
+
+
+READERS_BY_CLASS = {cls: READERS[place] for cls, place in classes_at(READERS).items()}
+ROTARY_CLASSES = tuple(classes_at(ROTARY))
+REASONS_BY_CLASS = {cls: REFUSED[place] for cls, place in classes_at(REFUSED).items()}
+LEFT_ALONE_BY_CLASS = {cls: LEFT_ALONE[place] for cls, place in classes_at(LEFT_ALONE).items()}
+SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
+"""Classes in which tokens attend to each other, whether a method of ours can take their place or not."""
+
+
+def has_mixed_rope(model: nn.Module) -> bool:
+    """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
+    embeddings = tuple(classes_at([MIXED_ROPE]))
+    return any(
+        isinstance(module, embeddings) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
+        for module in model.modules()
+    )
+
+
+def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True) -> Host:
+    """Read an attention module.
+
+    Args:
+        module: of a model.
+        mixed_rope: the model makes its tables of rotations head by head.
+        plain: merge what stands around its weights, or refuse it; False: only its shape counts.
+
+    Raises:
+        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message
+            lacks the module's name.
+    """
+    if isinstance(module, AttentionModule):
+        raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
+    cls = type(module)
+    reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
+    if reason is not None:
+        raise PatchError(f"{full_name(module)} can't be replaced: {reason}{EXCLUDE}")
+    with torch.no_grad():
+        if cls in (*ROTARY_CLASSES, *READERS_BY_CLASS):
+            part, merged = plain_host(module) if plain else (module, {})
+            host = read_rotary(part, mixed_rope) if cls in ROTARY_CLASSES else READERS_BY_CLASS[cls](part)
+            return replace(host, merged=merged)
+    raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")

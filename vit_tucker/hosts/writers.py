@@ -1,0 +1,76 @@
+"""Writes weights back into attention modules of timm's, through the views of their parameters that the readers give.
+
+So that the order of heads and projections in each class of timm is told once, by its reader.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.effective import full_name
+from vit_tucker.attention.heads import PerHeadModule
+from vit_tucker.attention.heads_form import fit_biases
+from vit_tucker.attention.host import MHAWeights
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.errors import PatchError
+from vit_tucker.hosts import timm_classes
+
+
+def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, mixed_rope: bool = False) -> None:
+    """Give a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
+
+    Args:
+        module: of the class, and with the shape, of the module that the layer replaced.
+        layer: of ours.
+        weights: of the layer's heads, see ``heads_form``; H heads.
+        mixed_rope: the model makes its tables of rotations head by head.
+
+    Raises:
+        PatchError: the module can't hold the layer's attention; it may be half written then.
+    """
+    if layer.position_bias is not None:
+        timm_classes.follow_window_size(module, layer.position_bias)
+    host = timm_classes.read_host(module, mixed_rope)
+    weights = fit_biases(weights, host.own)
+    with torch.no_grad():
+        for name, place in vars(host.own).items():
+            if place is not None:
+                write_heads(place, getattr(weights, name))
+    for name, part in carried_parts(host.spec.extras).items():
+        part.load_state_dict(own_part(layer, name).state_dict())
+    written = timm_classes.read_host(module, mixed_rope).weights
+    for name, wanted in vars(weights).items():
+        got = getattr(written, name)
+        if wanted is not None and not torch.equal(got, wanted.to(got)):
+            raise PatchError(f"{full_name(module)}: its reader gives no view of its {name}, nothing can be written")
+
+
+def write_heads(place: Tensor, value: Tensor | None) -> None:
+    """Copy weights or biases of H heads into a place for as many, or for G key/value heads.
+
+    Raises:
+        PatchError: heads that share a key or a value have different ones.
+    """
+    if value is None:
+        place.zero_()
+        return
+    if len(value) != len(place):
+        groups = value.unflatten(0, (len(place), -1))
+        if not torch.equal(groups, groups[:, :1].expand_as(groups)):
+            raise PatchError(f"its heads have keys and values of their own, the host has {len(place)} key/value heads")
+        value = groups[:, 0]
+    place.copy_(value)
+
+
+def carried_parts(extras: Any) -> dict[str, nn.Module]:
+    """The host's own norms, gate and position bias by name."""
+    return {name: part for group in extras.values() for name, part in group.items()}
+
+
+def own_part(layer: AttentionModule, name: str) -> nn.Module:
+    """The layer's copy of one of these."""
+    if name != "position_bias" and not isinstance(layer, PerHeadModule):
+        raise PatchError(f"{type(layer).__name__} has no {name}, the host has one")
+    part: nn.Module = getattr(layer, name)
+    return part

@@ -1,0 +1,1 @@
+"""Evaluation and predictions of trained models."""

@@ -1,0 +1,111 @@
+"""What is said of a run before it trains: in results.json, on the console, and by --dry-run."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from vit_tucker.analysis.cost import count_cost, latency_to_dense
+from vit_tucker.analysis.latency import describe_device
+from vit_tucker.analysis.training_memory import estimate_memory
+from vit_tucker.analysis.turns import PRECISIONS
+from vit_tucker.checkpoint.host_model import create_host
+from vit_tucker.config.load import plain_config
+from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.loaders import Loaders
+from vit_tucker.data.transforms import describe_data
+from vit_tucker.run.model import BuiltModel
+from vit_tucker.storage.run_dir import LOGGER, environment
+from vit_tucker.storage.weights import is_sharded
+from vit_tucker.training.optim import group_table
+from vit_tucker.training.trainer import Trainer
+
+
+def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
+    """What results.json says of a run before it is trained."""
+    return {
+        "name": config.name,
+        "config": plain_config(config),
+        "environment": {**environment(), "device": describe_device(accelerator.device)},
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "params": built.params,
+        "patch": built.patch,
+        "data": {**built.data, "num_eval": loaders.num_eval},
+        "cost": count_cost(built.model, built.host, built.data["input_size"]),
+        "num_train": loaders.train.num_samples if loaders.train is not None else None,
+    }
+
+
+def measure_latency(
+    config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
+) -> dict[str, Any] | None:
+    """The latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
+    size, batch_size = built.data["input_size"], config.train.latency_batch_size
+    if batch_size is None or is_sharded(model):
+        return None
+    host = create_host(config.model.untrained(), built.num_classes, size[0]).to(accelerator.device)
+    precision = str(accelerator.mixed_precision)
+    return latency_to_dense(
+        model, host, size, batch_size, accelerator.device, precision if precision in PRECISIONS else "no"
+    )
+
+
+def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:
+    """What --dry-run prints beside ``announce``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
+    recipe = config.train
+    micro_batch = recipe.global_batch_size // (accelerator.num_processes * recipe.grad_accum_steps)
+    memory = estimate_memory(
+        trainer.bare,
+        recipe,
+        built.data["input_size"],
+        micro_batch,
+        str(accelerator.mixed_precision),
+        built.teacher,
+        accelerator.num_processes,
+    )
+    todo = recipe.epochs * steps - trainer.progress.global_step
+    return "\n".join(
+        [
+            f"steps: {steps} per epoch, {recipe.epochs * steps:,} in all, {todo:,} to do; {recipe.global_batch_size} images = "
+            f"{accelerator.num_processes} process(es) x {recipe.grad_accum_steps} micro-batch(es) x {micro_batch}",
+            f"schedule: {recipe.sched}, lr {recipe.lr:g} to {recipe.min_lr:g}, warm-up {recipe.warmup_epochs:g} epoch(s)",
+            f"checkpoints: {config.output_dir}, every {recipe.checkpoint_epochs} epoch(s)"
+            + (f" and {recipe.checkpoint_steps} steps" if recipe.checkpoint_steps else "")
+            + f", the last {recipe.checkpoint_hist} kept",
+            f"memory: {memory}",
+            "dry run: nothing was trained or written",
+        ]
+    )
+
+
+def announce(
+    config: RunConfig,
+    results: dict[str, Any],
+    accelerator: Accelerator,
+    built: BuiltModel,
+    loaders: Loaders,
+    trainer: Trainer,
+) -> None:
+    """What is about to run: weights, patch, parameter groups, sizes."""
+    for load in built.loads:
+        LOGGER.info(str(load))
+    info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
+    LOGGER.info(describe_data(config.data, info, built.data, weights))
+    if built.report is not None:
+        LOGGER.info(str(built.report))
+    params = results["params"]
+    LOGGER.info(f"{config.model.name}: {params['total']:,} parameters, {params['attention']:,} of them in attention")
+    images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"
+    LOGGER.info(
+        f"{config.data.dataset}: {images}; {config.train.epochs} epochs, global batch {config.train.global_batch_size}"
+    )
+    LOGGER.info(loaders.describe())
+    for note in loaders.notes:
+        LOGGER.info(note)
+    LOGGER.info(group_table(trainer.groups))
+    LOGGER.info(
+        f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "
+        f"{accelerator.mixed_precision}; folder {config.output_dir}"
+    )

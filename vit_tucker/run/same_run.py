@@ -1,0 +1,54 @@
+"""Whether a folder holds the same run: what its config may change, and what may not."""
+
+from vit_tucker.config.load import config_difference, everywhere, load_config
+from vit_tucker.config.schema import RunConfig
+from vit_tucker.errors import ConfigError
+from vit_tucker.storage.paths import refuse_unwritable
+from vit_tucker.storage.run_dir import RunDir
+from vit_tucker.storage.run_files import IGNORED_KEYS
+
+STREAMS = ("wds", "hfids", "tfds")
+"""Data sets whose batches depend on the number of loader workers."""
+
+
+def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
+    """Refuse a folder that holds a run of another config, or that can't be made.
+
+    A run that left no weights is none to go on with: its folder takes any config.
+
+    Returns:
+        The config, with the ranks that a rank rule chose when the run began; and what has changed since then that matters.
+
+    Raises:
+        ConfigError: with the differences, or what is in the way.
+    """
+    if not run_dir.config.is_file():
+        refuse_unwritable("output_dir", run_dir.path, folder=True)
+        return config, []
+    if not run_dir.begun:
+        return config, []
+    stored = load_config(run_dir.config)
+    elsewhere = {line.partition(":")[0] for line in changes_of_run(everywhere(stored), everywhere(config))}
+    changes = [line for line in changes_of_run(stored, config) if line.partition(":")[0] in elsewhere]
+    if changes and not allow_changes:
+        raise ConfigError(
+            f"{run_dir.path} holds a run with another config: {'; '.join(changes)}; choose another output_dir=, remove that "
+            "folder, or continue it with this config by --allow-changes"
+        )
+    if config.attention is not None and any(line.startswith("attention.") for line in changes):
+        return config, changes
+    return config.model_copy(update={"attention": stored.attention}), changes
+
+
+def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
+    """What differs between the config of a run that began and another, and matters: not the ranks that a rule chose.
+
+    Returns:
+        Lines 'train.lr: 0.001 -> 0.002'.
+    """
+    chosen, given = stored.attention, config.attention
+    if chosen is not None and (given is None or given == given.without_choices()):  # it names no chosen ranks
+        stored = stored.model_copy(update={"attention": chosen.without_choices()})
+    streamed = config.data.dataset.partition("/")[0] in STREAMS
+    ignored = IGNORED_KEYS - ({"data.num_workers"} if streamed else set())
+    return [line for line in config_difference(stored, config) if line.partition(":")[0] not in ignored]

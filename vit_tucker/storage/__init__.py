@@ -1,0 +1,1 @@
+"""Run folders, weights and their digests on disk."""

@@ -1,0 +1,1 @@
+"""What a user wrote, checked; and what is said of a mistake."""
