@@ -19,6 +19,7 @@ from vit_tucker.config.load import load_config
 from vit_tucker.errors import DivergedError, SaveError
 from vit_tucker.run import run as run_module
 from vit_tucker.run.run import run
+from vit_tucker.storage import checkpoints
 from vit_tucker.storage.checkpoints import fingerprint
 from vit_tucker.training import engine, state
 from vit_tucker.training.trainer import Trainer
@@ -158,7 +159,7 @@ def test_a_write_that_the_system_refuses_leaves_no_half(tmp_path):
     process.join()
     assert "OSError" in (tmp_path / "log").read_text()
     assert sorted(p.name for p in Path("checkpoints").iterdir()) == ["last", "step-00000001"]
-    assert state.newest_intact(Path("checkpoints")) == (Path("checkpoints/step-00000001"), [])
+    assert checkpoints.newest_intact(Path("checkpoints")) == (Path("checkpoints/step-00000001"), [])
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_end(monkeypatch, capsys):
@@ -174,7 +175,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_end(
     assert "going back to step-00000022" in said
     assert same(weights("a"), weights("whole"))
     assert Path("a/summary.csv").read_text() == Path("whole/summary.csv").read_text()
-    assert state.damage(Path("a/checkpoints/last")) is None
+    assert checkpoints.damage(Path("a/checkpoints/last")) is None
     assert not last.exists()  # replaced when its step came again, and dropped in its turn
 
 

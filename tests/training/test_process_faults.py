@@ -73,7 +73,7 @@ def test_a_mistake_that_one_process_meets_in_its_set_up_is_everyones(tmp_path):
     """The data are missing on one machine: all end with status 2, and the first says which process it was."""
     log = tmp_path / "log"
     (tmp_path / "plugin.py").write_text(
-        "import os\nfrom vit_tucker import build, errors\nfrom vit_tucker import run\noriginal = run.build_loaders\n"
+        "import os\nfrom vit_tucker import errors\nfrom vit_tucker.run import run\noriginal = run.build_loaders\n"
         "def missing(*a, **k):\n    if os.environ.get('RANK') == '1': raise errors.DataError('no such folder')\n"
         "    return original(*a, **k)\nrun.build_loaders = missing\n"
     )
