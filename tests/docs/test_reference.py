@@ -11,7 +11,7 @@ from torch import Tensor
 import vit_tucker
 import vit_tucker.explain
 import vit_tucker.export
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 from tests.docs.docstrings import problems, sections
 
 SHOWN = re.compile(r"^::: (?P<name>[\w.]+)$", re.MULTILINE)

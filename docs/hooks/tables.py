@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 
 SLIP = 10_000
 """Larger bounds guard against slips; they tell a reader nothing."""

@@ -8,13 +8,13 @@ from typing import Any
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # mkdocs takes it away again after the import
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mkdocs takes it away again after the import
 
-from docs_hooks import ROOT
-from docs_hooks.commands import command_reference
-from docs_hooks.equations import EquationError, render_equations
-from docs_hooks.repository import LISTING, linked_files, rewrite_links, site_path, text_of
-from docs_hooks.tables import GENERATED
+from docs.hooks import ROOT
+from docs.hooks.commands import command_reference
+from docs.hooks.equations import EquationError, render_equations
+from docs.hooks.repository import LISTING, linked_files, rewrite_links, site_path, text_of
+from docs.hooks.tables import GENERATED
 
 MARKER = re.compile(r"^<!-- generated: (?P<name>[\w-]+) -->$", re.MULTILINE)
 WIDE_TABLE = re.compile(r"^\|(?:[^|\n]*\|){8,}$", re.MULTILINE)

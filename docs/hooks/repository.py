@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 
 DOCS = "docs"
 PREFIX = "repository"

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator
 
-from docs_hooks.tables import markdown_table, plain
+from docs.hooks.tables import markdown_table, plain
 
 PROG = "vit-tucker"
 
