@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-
 from vit_tucker.show import figures
 
 
@@ -18,8 +16,7 @@ def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
         file: PNG.
     """
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    with rc_context(figures.FONTS):
-        figure, axes = figures.subplots(2.4 * len(shapes) + 0.3, 2.5, 1, len(shapes), squeeze=False)
+    with figures.subplots(2.4 * len(shapes) + 0.3, 2.5, 1, len(shapes), squeeze=False) as (figure, axes):
         for axis, shape in zip(axes[0], shapes, strict=True):
             mine = [
                 row for row in rows if row["shape"] == shape and row["layer"].startswith("Tucker") and "promise" in row

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
@@ -11,7 +12,7 @@ from vit_tucker.report.ablations import ablation_table, check_options, draw_abla
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis, subplots
+from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 
@@ -61,7 +62,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])
 def test_a_log_axis_has_ticks_to_read_its_values_by(low, high):
-    _, axis = subplots(6.4, 4.8)
+    axis = Figure().subplots()
     axis.plot([low, high], [1, 2])
     log_axis(axis, low, high)
     inside = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
@@ -86,7 +87,7 @@ def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high", "scale"), [(92.0, 95.0, "linear"), (40.0, 99.0, "function")])
 def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
-    _, axis = subplots(6.4, 4.8)
+    axis = Figure().subplots()
     axis.plot([1, 2], [low, high])
     accuracy_axis(axis, low, high)
     assert axis.get_yscale() == scale

@@ -83,7 +83,7 @@ def config_names(sweeps: bool = False) -> list[str]:
 
 
 def _all_names() -> list[str]:
-    return sorted({name for folder in (CONFIG_ROOT, package_configs()) for name in _names_in(folder)})
+    return sorted({*_names_in(CONFIG_ROOT), *_names_in(package_configs())})
 
 
 def _names_in(folder: Path) -> Iterator[str]:

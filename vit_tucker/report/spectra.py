@@ -8,8 +8,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-
-from vit_tucker.show.figures import subplots
+from matplotlib.figure import Figure
 
 PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
 NUMBERS = ("effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "numerical_rank")
@@ -87,7 +86,8 @@ def draw_spectra(
     heads, width, dim = (int(layers[0][name]) for name in ("num_heads", "head_dim", "embed_dim"))
     gqa = tuple(dict.fromkeys((max(1, heads // 2), 1))) if gqa is None else gqa
     mla = (max(1, dim // 4),) if mla is None else mla
-    figure, axes = subplots(7.2, 4.2, 2, 3, sharey=True)
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
     colours = colormaps["viridis"]
     last = max(1, len(layers) - 1)
     for axis, (tensor, mode) in zip(axes.flat, PANELS, strict=True):

@@ -1,11 +1,12 @@
 """How the figures look: colours that colour-blind readers can tell apart, markers, sizes, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -44,16 +45,20 @@ FONTS: dict[Any, Any] = {
 }
 
 
-def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    """Returns a figure and its axes, none of pyplot's: no backend is chosen for the process, and there is nothing to close.
+@contextmanager
+def subplots(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Context with a figure in our style, and its axes. It is none of pyplot's, which chooses a backend for the process.
 
     Args:
         width, height: inches.
         rows, columns: of axes.
         options: of ``Figure.subplots``.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    with rc_context(FONTS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(rows, columns, **options)
 
 
 def colour(method: str, methods: list[str]) -> str:
