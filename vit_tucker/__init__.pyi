@@ -35,6 +35,7 @@ from .export.dense import dense_model as dense_model
 from .patching.freeze import freeze_except_attention as freeze_except_attention
 from .patching.full_rank import full_rank_config as full_rank_config
 from .patching.patch import PatchRecord as PatchRecord
+from .patching.patch import config_of as config_of
 from .patching.patch import patch as patch
 from .patching.patch import patch_record as patch_record
 from .patching.patch import plan as plan
