@@ -34,6 +34,8 @@ if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same t
     from vit_tucker.patching.full_rank import full_rank_config
     from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
     from vit_tucker.patching.report import LayerReport, PatchReport
+    from vit_tucker.training.objective import register_penalty
+    from vit_tucker.training.step import register_step_rule
 
 _WHERE = {
     "attention.base": (
@@ -94,6 +96,8 @@ _WHERE = {
         "LayerReport",
         "PatchReport",
     ),
+    "training.objective": ("register_penalty",),
+    "training.step": ("register_step_rule",),
 }
 """The module of each public name, below vit_tucker."""
 _MODULE_OF = {name: f"vit_tucker.{module}" for module, names in _WHERE.items() for name in names}
@@ -135,6 +139,8 @@ __all__ = [
     "plan",
     "push_to_hub",
     "register_method",
+    "register_penalty",
+    "register_step_rule",
     "save",
     "to_dense",
     "to_mha",

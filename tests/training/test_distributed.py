@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.test_datasets import idx
 from tests.training.processes import finish, saved_steps, start_all
+from tests.training.rules import plugin
 
 ROOT = Path(__file__).parents[2]
 RECIPE = [
@@ -77,22 +78,19 @@ def test_the_tolerance_tells_runs_apart(tmp_path, data_root, one):
 def test_other_processes_go_on_where_some_stopped(tmp_path, data_root, one):
     """Two processes until step 7, in mid-epoch, then four: the same curve as one."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    plugin = tmp_path / "plugin.py"
-    plugin.write_text(
-        "import os, signal\nfrom vit_tucker.training import engine\noriginal = engine.train_step\n"
-        "def stopping(trainer, *a, **k):\n    if trainer.progress.global_step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(trainer, *a, **k)\nengine.train_step = stopping\n"
-    )
+    file = tmp_path / "plugin.py"
+    file.write_text(plugin("if trainer.progress.global_step == 6: os.kill(os.getpid(), signal.SIGTERM)"))
     command = [
         *RECIPE,
         f"data.root={data_root}",
         f"output_dir={folder}",
-        f"plugins=[{plugin}]",
+        f"plugins=[{file}]",
+        "train.step_rule=faulty",
         "train.grad_accum_steps=1",
     ]
     assert finish(start_all(2, command, log)) == [130, 130], log.read_text()
     assert 7 <= saved_steps(folder) <= 8  # all heard of it by the next step
-    plugin.write_text("")
+    file.write_text(plugin("pass"))
     assert finish(start_all(4, command, log)) == [0] * 4, log.read_text()
     assert "on 4 process(es), before on 2: the same images and batches" in log.read_text()
     with (folder / "summary.csv").open() as opened:
