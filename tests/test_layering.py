@@ -86,7 +86,7 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "training"},
 }
 """What each room may import, from the bottom up."""
 PARTS = {

@@ -42,4 +42,6 @@ from .patching.patch import plan as plan
 from .patching.patch import unpatch as unpatch
 from .patching.report import LayerReport as LayerReport
 from .patching.report import PatchReport as PatchReport
+from .training.objective import register_penalty as register_penalty
+from .training.step import register_step_rule as register_step_rule
 from .version import __version__ as __version__
