@@ -13,9 +13,10 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "validation": {"errors"},
-    "storage": {"errors", "validation"},
+    "show": {"errors", "validation"},
+    "storage": {"errors", "validation", "show"},
     "tensor": {"errors"},
-    "attention": {"errors", "tensor", "validation"},
+    "attention": {"errors", "tensor", "validation", "show"},
     "config": {"errors", "attention", "storage", "validation"},
     "hosts": {"errors", "attention"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
@@ -36,7 +37,6 @@ ALLOWED = {
         "training",
     },
     "inference": {"errors", "config", "hosts", "checkpoint", "data"},
-    "show": set(),
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
@@ -64,6 +64,7 @@ ALLOWED = {
             "data",
             "training",
             "analysis",
+            "show",
         ),
     },
     "sweep": {
@@ -86,7 +87,7 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "show"},
 }
 """What each room may import, from the bottom up."""
 PARTS = {

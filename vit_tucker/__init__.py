@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same t
     from vit_tucker.patching.full_rank import full_rank_config
     from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
     from vit_tucker.patching.report import LayerReport, PatchReport
+    from vit_tucker.show.methods import MethodDisplay
 
 _WHERE = {
     "attention.base": (
@@ -94,6 +95,7 @@ _WHERE = {
         "LayerReport",
         "PatchReport",
     ),
+    "show.methods": ("MethodDisplay",),
 }
 """The module of each public name, below vit_tucker."""
 _MODULE_OF = {name: f"vit_tucker.{module}" for module, names in _WHERE.items() for name in names}
@@ -114,6 +116,7 @@ __all__ = [
     "MHAConfig",
     "MHAWeights",
     "MLAConfig",
+    "MethodDisplay",
     "ParameterCount",
     "PatchError",
     "PatchRecord",

@@ -12,7 +12,8 @@ from vit_tucker.report.ablations import ablation_table, check_options, draw_abla
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis
+from vit_tucker.show.figures import accuracy_axis, log_axis
+from vit_tucker.show.methods import GQA
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 
@@ -52,7 +53,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["Tucker, HOSVD"].get_ydata()) == means
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
-    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == COLOURS["gqa"]
+    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == GQA.colour
     assert len({line.get_marker() for line in lines.values()}) == 4
     bars = [container for container in axis.containers if container.has_yerr]
     segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]

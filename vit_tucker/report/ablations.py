@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
-from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.settings import DENSE, Setting
 from vit_tucker.show.figures import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
 from vit_tucker.show.tables import Table, spread
 
@@ -116,7 +116,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
         values = ["_" if covers(f"attention.{name}.{i}", option) else v for i, v in enumerate(value.split(","))]
         if not covers(f"attention.{name}", option):
             parts.append(f"{name}{equals}{','.join(values)}")
-    words = [" ".join([method_name(setting.method), *parts])]
+    words = [" ".join([setting.display.name, *parts])]
     if option != INIT:
         words.append(setting.init)
     recipe = sorted({key for rest in rests for key in rest if is_below(key, RECIPE_KEYS) and rest[key] != own.get(key)})

@@ -78,7 +78,7 @@ class Headline:
     """All Tucker settings of the Pareto front against one method.
 
     Attributes:
-        method: the other one.
+        method, name: the other one, and as tables name it.
         largest, median: of the factors at each setting's accuracy, where the other method has no smaller setting that exceeds it.
         at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None if neither has
             any.
@@ -87,6 +87,7 @@ class Headline:
     """
 
     method: str
+    name: str
     largest: Factor
     median: Factor
     at_dense: Factor | None
@@ -196,7 +197,8 @@ class Comparison:
             )
             at_dense, ours, theirs = self.at_dense(method)
             why_not = "" if at_dense is not None else self.why_no_dense_accuracy()
-            lines.append(Headline(method, largest, median, at_dense, ours, theirs, why_not))
+            name = self.section.displays[method].name
+            lines.append(Headline(method, name, largest, median, at_dense, ours, theirs, why_not))
         return lines
 
     def why_no_dense_accuracy(self) -> str:

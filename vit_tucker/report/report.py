@@ -9,7 +9,6 @@ from vit_tucker.report.ablations import ablation_table, lines_of, name_of, usual
 from vit_tucker.report.collect import KEPT, SWEEP, collect
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
-from vit_tucker.report.settings import method_name
 from vit_tucker.report.study import Sweep, facts, read_sweep, write_study
 from vit_tucker.report.tables import BOOTSTRAP_NOTE, BOUNDS_NOTE, DENSE_NOTE, headline_table
 from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
@@ -86,7 +85,7 @@ def section_lines(section: Section, study: str, rows: list[list[str]], root: Pat
         return ablation_lines(section, root, folder)
     for headline in comparison.headlines:
         dense = "-" if headline.at_dense is None else str(headline.at_dense)
-        rows.append([study, section.title, method_name(headline.method), str(headline.median), word(headline.median), dense,
+        rows.append([study, section.title, headline.name, str(headline.median), word(headline.median), dense,
                      word(headline.at_dense)])  # fmt: skip
     table = headline_table(comparison)
     sentences = [f"- {sentence}" for sentence in verdicts(comparison)]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.report.collect import Results, flatten, identity, is_below, written_config
-from vit_tucker.report.settings import DENSE, Setting, method_order
+from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.show.methods import MethodDisplay, fill_in
 
 DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
 START_KEYS = ("model.checkpoint", "model.pretrained")
@@ -70,6 +71,11 @@ class Section:
     def methods(self) -> list[str]:
         """Of the comparable settings, in the order of tables."""
         return list(dict.fromkeys(s.method for s in self.comparable))
+
+    @cached_property
+    def displays(self) -> dict[str, MethodDisplay]:
+        """How each method is shown here, also in its colour."""
+        return fill_in({setting.method: setting.display for setting in self.settings})
 
     @property
     def runs(self) -> list[Results]:
@@ -155,4 +161,4 @@ def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
 
 def table_order(setting: Setting) -> tuple[Any, ...]:
     """Dense first, then by method, start and size."""
-    return method_order(setting.method), not setting.is_start, setting.init, setting.params, setting.name
+    return setting.display.place(setting.method), not setting.is_start, setting.init, setting.params, setting.name

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.storage.json_files import Lenient
 from vit_tucker.validation.mistakes import shown
 
@@ -126,6 +127,7 @@ class RunResults(Lenient):
     """results.json of a finished run, as far as it is read again."""
 
     name: str
+    display: MethodDisplay | None = None
     config: RunEntries
     environment: dict[str, Any]
     params: Sizes

@@ -25,6 +25,8 @@ from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.variants.mla.layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
 from vit_tucker.attention.variants.tucker.ranks import even_rank, refuse_odd
 from vit_tucker.errors import PatchError
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 
 
 @register_method("mla")
@@ -32,6 +34,8 @@ class MLAConfig(PerHeadConfig):
     """Multi-head latent attention with a query latent and a key/value latent."""
 
     latent_rope: ClassVar[bool] = True
+
+    display: ClassVar[MethodDisplay] = methods.MLA
 
     method: Literal["mla"] = "mla"
 
