@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vit_tucker.attention.backends import Choices, recorded_choices
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.check import unreadable
@@ -18,7 +19,7 @@ from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError, StoppedError
 from vit_tucker.run.describe import announce, describe_plan, describe_run, measure_latency
 from vit_tucker.run.folder import Claim, record_failure, unwritable, weights_to_evaluate
-from vit_tucker.run.model import BuiltModel, attention_backends, build_model, classes_and_channels
+from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
 from vit_tucker.run.same_run import check_folder
 from vit_tucker.run.trainer import build_trainer, create_accelerator
 from vit_tucker.storage.digests import verify_beside
@@ -63,9 +64,9 @@ def _run(config: RunConfig, evaluate_only: bool, allow_changes: bool, dry_run: b
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
     # SIGUSR1's default is death; the set-up is worth finishing
-    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1):
+    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
         try:
-            return run_together(config, claim, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
+            return run_together(config, claim, accelerator, peers, signals, used, evaluate_only, allow_changes, dry_run)
         except StoppedError:
             raise
         except Exception as error:
@@ -86,11 +87,12 @@ def run_together(
     accelerator: Accelerator,
     peers: Peers,
     signals: Signals,
+    used: Choices,
     evaluate_only: bool,
     allow_changes: bool,
     dry_run: bool,
 ) -> dict[str, Any]:
-    """The run itself, from its folder to its results; see ``run``."""
+    """The run itself, from its folder to its results; see ``run``. ``used``: the attention backends that take its calls."""
     run_dir = claim.run_dir
     if not evaluate_only and not peers.on_main(run_dir.results.is_file):
         claim.take(peers, dry_run)
@@ -148,7 +150,7 @@ def run_together(
     finally:
         monitor.close()
         loaders.close()
-    results |= {**summarise(trainer), "attention_backends": attention_backends()}
+    results |= {**summarise(trainer), "attention_backends": used.lines()}
     if accelerator.is_main_process:
         results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
         try:
