@@ -110,7 +110,6 @@ PARTS = {
     "registry": "methods",
     "variants": "methods",
     "special_cases": "forms",
-    "heads_form": "forms",
 }
 """The part of ``attention`` that each of its files and folders belongs to."""
 ALLOWED_IN_ATTENTION = {
