@@ -91,7 +91,7 @@ ALLOWED = {
 }
 """What each room may import, from the bottom up."""
 PARTS = {
-    "recording": "common",
+    "tracing": "common",
     "rope": "common",
     "options": "common",
     "host": "common",

@@ -8,7 +8,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import make_spec, randomise
-from vit_tucker.tensor.ranks import mode_ranks
+from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.tucker import hosvd
 
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

@@ -15,7 +15,7 @@ from vit_tucker.attention import registry
 from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.config.load import load_config
 from vit_tucker.report import figures
-from vit_tucker.report.collect import checked
+from vit_tucker.report.collect import checked_results
 from vit_tucker.report.sections import sections
 from vit_tucker.report.tables import settings_table
 from vit_tucker.run.describe import stored_display
@@ -81,7 +81,7 @@ def test_a_plug_in_is_shown_as_it_says_from_its_results_alone(tmp_path, monkeypa
         section = {"method": method, "num_kv_heads": 1, "conversion": "mean"}
         for seed in range(2):
             runs.append(run_results(method, section, params, 93.0, seed, display=stored[method]))
-    (section,) = sections([checked(json.loads(json.dumps(entry)), "r") for entry in runs])
+    (section,) = sections([checked_results(json.loads(json.dumps(entry)), "r") for entry in runs])
     assert section.methods == ["tucker", "halved", "gqa", "mla", "plain"]
     table = settings_table(section)
     rows = {row[0]: row[1:4] for row in table.rows}
@@ -109,7 +109,7 @@ def test_more_methods_than_colours_are_all_drawn():
 )
 def test_wrong_displays_are_one_line_in_python_and_in_results(key, value):
     entry = run_results("a", {"method": "halved"}, 9, 90.0, display={key: value})
-    for read in (lambda: MethodDisplay(**{key: value}), lambda: checked(entry, "results.json")):
+    for read in (lambda: MethodDisplay(**{key: value}), lambda: checked_results(entry, "results.json")):
         with pytest.raises(vt.ConfigError, match=key) as caught:
             read()
         assert "\n" not in str(caught.value)

@@ -108,7 +108,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
             else ""
         )
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
-    refuse_changed(file, what)
+    refuse_changed_weights(file, what)
     weights = weights_of_state(state, name)
     where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
     source = ", ".join(part for part in (weights.source, *where) if part)
@@ -120,7 +120,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     )
 
 
-def refuse_changed(file: Path, what: str) -> None:
+def refuse_changed_weights(file: Path, what: str) -> None:
     """Raises CheckpointError if weights are not those that the config.json beside them tells of, see
     ``vit_tucker.storage.digests``."""
     try:

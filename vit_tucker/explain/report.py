@@ -15,7 +15,7 @@ from vit_tucker.data.transforms import eval_transform
 from vit_tucker.explain.agreement import HeadAgreement, compare_attention
 from vit_tucker.explain.explanation import Explanation, explain_image
 from vit_tucker.explain.images import NamedImage, normalise, to_picture, to_pixels
-from vit_tucker.explain.sources import Subject, model_names
+from vit_tucker.explain.sources import Subject, subject_names
 
 AGREEMENT = "agreement.csv"
 COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
@@ -106,7 +106,7 @@ def explain_one(
 
     inputs = [normalise(seen, one.data["mean"], one.data["std"]).to(one.device) for one in subjects]
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
-    names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
+    names, kind = subject_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]
     finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p}, kind)
     if len(subjects) == 2:

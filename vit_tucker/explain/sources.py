@@ -71,10 +71,10 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
     resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
     resolved = {**resolved, **{name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}}
     classifies = classifies and bool(getattr(model, "num_classes", 0))
-    return Subject(kind_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
+    return Subject(method_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
 
 
-def kind_of(model: nn.Module) -> str:
+def method_of(model: nn.Module) -> str:
     """'dense', or the method that a patched model has."""
     record = patch_record(model)
     if record is not None:
@@ -198,7 +198,7 @@ def channels(run: Subject) -> int:
     return input_channels(run.model) or int(run.data["input_size"][0])
 
 
-def model_names(subjects: Sequence[Subject]) -> list[str]:
+def subject_names(subjects: Sequence[Subject]) -> list[str]:
     """'dense' and the method's name; numbered if they are the same."""
     kinds = [one.kind for one in subjects]
     return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
@@ -206,7 +206,7 @@ def model_names(subjects: Sequence[Subject]) -> list[str]:
 
 def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
     """Raise ExplainError unless all models have a trained classifier with that class."""
-    for name, one in zip(model_names(subjects), subjects, strict=True):
+    for name, one in zip(subject_names(subjects), subjects, strict=True):
         classes = int(getattr(one.model, "num_classes", 0))
         if not one.classifies:
             raise ExplainError(

@@ -56,21 +56,21 @@ class Line(NamedTuple):
     settings: list[Setting]
 
 
-def replaced(section: Section) -> list[Setting]:
+def replaced_settings(section: Section) -> list[Setting]:
     """Settings whose attention is not the host's, of any recipe."""
     return [s for s in section.settings if s.method != DENSE]
 
 
 def usual_options(section: Section) -> list[str]:
     """Those of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
-    options = [option for option in USUAL if lines_of(section, option)]
+    options = [option for option in USUAL if option_lines(section, option)]
     alone = {o for o in options if "," not in o}
     return [o for o in options if o in alone or not alone.intersection(o.split(","))]
 
 
 def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
     """Raise ConfigError for an option that no setting of any section has."""
-    known = {key for section in parts for s in replaced(section) for key in s.config} | {INIT}
+    known = {key for section in parts for s in replaced_settings(section) for key in s.config} | {INIT}
     for option in options:
         for key in option.split(","):
             if key not in known:
@@ -89,9 +89,9 @@ def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
-def lines_of(section: Section, option: str) -> list[Line]:
+def option_lines(section: Section, option: str) -> list[Line]:
     """Groups of at least two settings that differ in the option alone, by size of the option."""
-    settings = replaced(section)
+    settings = replaced_settings(section)
     groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
     for setting in settings:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}

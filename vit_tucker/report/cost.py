@@ -27,7 +27,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class CostTable:
     """Values, and how they are shown.
 
     Attributes:
@@ -110,29 +110,29 @@ LATENCY_COLUMNS = (
 )
 
 
-def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> Table:
+def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> CostTable:
     """Table 1: formulas, what they give, and what layers that were built have."""
     notes = (
         "parameters: of one attention layer, without biases",
         "letters: d embed_dim, H heads of width D = d / H, G key/value heads, c latent width, r1 r2 r3 ranks, N tokens",
         "of our layer: counted on the layer as built; KV: the numbers per token that later tokens need of it, times N",
     )
-    return Table(
+    return CostTable(
         f"Table 1: attention parameters and KV cache entries per layer, {sizes}", FORMULA_COLUMNS, rows, 4, notes
     )
 
 
-def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
     """Table 2 or 3: formulas beside the printed numbers."""
     legend = (
         "published: as the paper prints it; - where we do not know it",
         "deviation: equal: the formula's value rounds to the published one; cut: its further digits are dropped there; a number: "
         "published minus rounded value, for reasons that we do not know where no note says them",
     )
-    return Table(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
+    return CostTable(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
 
 
-def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
     """A model with several methods; rows with latency are longer."""
     columns = MODEL_COLUMNS + (LATENCY_COLUMNS if len(rows[0]) > len(MODEL_COLUMNS) else ())
-    return Table(title, columns, rows, 1, notes)
+    return CostTable(title, columns, rows, 1, notes)

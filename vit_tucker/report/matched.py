@@ -96,7 +96,7 @@ class Headline:
     why_not: str
 
 
-class Comparison:
+class MethodComparison:
     """The settings of a section, their means, and the same resampled over seeds.
 
     The runs of a seed share their dense start, so each resample draws the same seeds for all settings.
@@ -108,7 +108,7 @@ class Comparison:
         self.settings = [*section.comparable, *([] if self.dense is None else [self.dense])]
         self.params = np.array([s.params for s in self.settings])
         self.means = np.array([s.top1_mean for s in self.settings])
-        self.boot = resampled_means(scores(self.settings)) if self.settings else np.zeros((0, 0))
+        self.boot = resampled_means(top1_scores(self.settings)) if self.settings else np.zeros((0, 0))
         self.ours = self._members(OURS)
         self.rivals = [method for method in section.methods if method not in REFERENCES]
         self._factors: dict[str, tuple[list[Bounds], list[list[Bounds]] | None]] = {}
@@ -210,7 +210,7 @@ class Comparison:
         return "no setting of either is within the seeds' noise of dense"
 
 
-def scores(settings: Sequence[Setting]) -> Floats:
+def top1_scores(settings: Sequence[Setting]) -> Floats:
     """Top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
     seeds = sorted({seed for setting in settings for seed in setting.seeds})
     table = np.full((len(settings), len(seeds)), np.nan)
@@ -233,7 +233,7 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
     return Bounds(lows[middle], highs[middle]) if measured else UNKNOWN
 
 
-def compare_methods(section: Section) -> Comparison | None:
+def compare_methods(section: Section) -> MethodComparison | None:
     """The comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
-    comparison = Comparison(section)
+    comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

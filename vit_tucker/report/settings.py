@@ -26,7 +26,7 @@ def describe_init(attention: dict[str, Any] | None, display: MethodDisplay) -> s
     return f"{start}, refined" if calibration is not None and calibration.get("refine_steps") else start
 
 
-def describe_options(results: Results) -> str:
+def options_text(results: Results) -> str:
     """The method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
     attention = results["config"]["attention"]
     if attention is None:
@@ -73,7 +73,7 @@ class Setting:
     @cached_property
     def options(self) -> str:
         """Of the method."""
-        return describe_options(self.runs[0])
+        return options_text(self.runs[0])
 
     @cached_property
     def init(self) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.matched import Comparison, Factor, Headline
+from vit_tucker.report.matched import Factor, Headline, MethodComparison
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting
 from vit_tucker.report.stats import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, mean, sample_std
@@ -118,7 +118,7 @@ def latency_conditions(section: Section) -> str:
     return f"{turns} ({'; or '.join(conditions)})" if conditions else ""
 
 
-def matched_table(comparison: Comparison) -> Table:
+def matched_table(comparison: MethodComparison) -> Table:
     """A row for each Tucker setting: the attention parameters that other methods need to reach its mean accuracy."""
     rivals = comparison.rivals
     needs = [f"{name} needs" for name in (*(comparison.section.displays[method].name for method in rivals), DENSE)]
@@ -156,7 +156,7 @@ def raw_factor(factor: Factor) -> tuple[float | None, ...]:
     return (*factor.value, *ends)
 
 
-def headline_table(comparison: Comparison) -> Table:
+def headline_table(comparison: MethodComparison) -> Table:
     """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
     headlines = comparison.headlines
     header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.matched import OURS, Comparison, Factor, Headline, Match
+from vit_tucker.report.matched import OURS, Factor, Headline, Match, MethodComparison
 from vit_tucker.report.settings import Setting
 from vit_tucker.report.stats import CONFIDENCE
 from vit_tucker.report.tables import brief
@@ -29,7 +29,7 @@ def word(factor: Factor | None, threshold: float = 1.0) -> str:
     return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
 
 
-def verdicts(comparison: Comparison) -> list[str]:
+def verdicts(comparison: MethodComparison) -> list[str]:
     """Sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
     matches = [match for match in comparison.matches if match.on_front]
     return [

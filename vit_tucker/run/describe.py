@@ -6,9 +6,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_tucker.analysis.cost import count_cost, latency_to_dense
+from vit_tucker.analysis.interleaved import PRECISIONS
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.analysis.training_memory import estimate_memory
-from vit_tucker.analysis.turns import PRECISIONS
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import plain_config

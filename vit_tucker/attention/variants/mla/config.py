@@ -48,7 +48,7 @@ class MLAConfig(PerHeadConfig):
     def check(self, spec: HostSpec) -> None:
         """See base class."""
         refuse_odd(spec, "kv_lora_rank", self.kv_lora_rank)
-        for name, limit in zip(("q_lora_rank", "kv_lora_rank"), full_ranks(spec, self.shared_kv), strict=True):
+        for name, limit in zip(("q_lora_rank", "kv_lora_rank"), full_latents(spec, self.shared_kv), strict=True):
             if getattr(self, name) > limit:
                 raise PatchError(f"{name}={getattr(self, name)} is above its full rank {limit}")
 
@@ -56,7 +56,7 @@ class MLAConfig(PerHeadConfig):
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
         """Latents as wide as the projections' ranks."""
         shared = not spec.rotates_latent
-        query, key_value = full_ranks(spec, shared)
+        query, key_value = full_latents(spec, shared)
         return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod
@@ -93,7 +93,7 @@ class MLAConfig(PerHeadConfig):
         return flops - attend_flops(heads, num_tokens, width, width) + latent if spec.rotates_latent else flops
 
 
-def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
+def full_latents(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
     """The largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
     key_value = spec.attn_dim * (2 if shared_kv else 1)
     return min(spec.embed_dim, spec.attn_dim), key_value if spec.rotates_latent else min(spec.embed_dim, key_value)
