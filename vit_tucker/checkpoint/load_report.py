@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, name_list, names_of
+from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, module_names, name_list
 from vit_tucker.checkpoint.tensor_names import BUFFERS
 from vit_tucker.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def check_load(
     """
     model = load.model
     own, cfg = set(model.state_dict()), vars(model).get("pretrained_cfg") or {}
-    classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
+    classifier = [f"{name}.{kind}" for name in module_names(cfg.get("classifier")) for kind in ("weight", "bias")]
     may_be_new = names_that_may_be_new(load, own, classifier)
     if set(load.missing) - may_be_new:
         may_be_new |= set(added())

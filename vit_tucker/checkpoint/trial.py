@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.loading import Shapes, names_of
+from vit_tucker.checkpoint.loading import Shapes, module_names
 from vit_tucker.errors import CheckpointError, shorten
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
@@ -75,7 +75,7 @@ def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any
         )
     own = {name: tuple(value.shape) for name, value in structure.state_dict().items()}
     cfg = config.get("pretrained_cfg") or {}
-    heads = tuple(f"{name}." for name in names_of(cfg.get("classifier") or ()))
+    heads = tuple(f"{name}." for name in module_names(cfg.get("classifier") or ()))
     ours = SECTION in config
     attention = tuple(f"{name}." for name in find_attention(structure))
     missing = [key for key in own if key not in shapes and (ours or key.startswith(attention))]

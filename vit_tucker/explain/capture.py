@@ -12,7 +12,7 @@ from vit_tucker.checkpoint.save import unwrapped
 from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.grid import TokenGrid
-from vit_tucker.explain.locate import LayerCall, Shape, locate
+from vit_tucker.explain.locate import CallSite, Shape, locate
 from vit_tucker.explain.map_modules import (
     MapModule,
     check_rows,
@@ -191,10 +191,10 @@ class Watch:
         self.recording.grids[name] = grid
         self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
 
-    def place(self, name: str, module: nn.Module, attn: Tensor) -> LayerCall:
+    def place(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
         """What is known of the call."""
         declared = getattr(self.model, "num_prefix_tokens", None)
-        return LayerCall(
+        return CallSite(
             name=name,
             sequences=attn.shape[0] // self.images.shape[0],
             tokens=attn.shape[-1],

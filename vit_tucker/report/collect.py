@@ -61,7 +61,7 @@ def collect(paths: Sequence[Path]) -> Collection:
         found, open_runs = find_results(path)
         files |= dict.fromkeys(found)
         unfinished |= dict.fromkeys(open_runs)
-    results, notes = newest([entry for file in files for entry in read_results(file)])
+    results, notes = newest([entry for file in files for entry in results_in(file)])
     if unfinished:
         notes.append(f"not finished, left out: {', '.join(map(str, unfinished))}")
     if not results:
@@ -87,7 +87,7 @@ def find_results(path: Path) -> tuple[list[Path], list[Path]]:
     return files + kept, unfinished
 
 
-def read_results(file: Path) -> list[Results]:
+def results_in(file: Path) -> list[Results]:
     """Results in a results.json, or in a results.jsonl, one per line.
 
     Raises:

@@ -65,7 +65,7 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def scaled(unit: float, digits: int) -> Callable[[Any], str]:
+def in_units(unit: float, digits: int) -> Callable[[Any], str]:
     """Writes numbers in a unit: 1_500_000 in 1e6 is '1.5'."""
     return lambda value: "-" if value is None else f"{value / unit:,.{digits}f}"
 
@@ -96,17 +96,17 @@ MODEL_COLUMNS = (
     Column("attention_params", "attention params", count),
     Column("of_dense", "of dense", share),
     Column("params", "all params", count),
-    Column("attention_flops", "attention MFLOPs", scaled(1e6, 1)),
-    Column("flops", "all MFLOPs", scaled(1e6, 1)),
-    Column("activation_bytes", "activations MB", scaled(1e6, 2)),
-    Column("kv_bytes", "KV kB", scaled(1e3, 1)),
+    Column("attention_flops", "attention MFLOPs", in_units(1e6, 1)),
+    Column("flops", "all MFLOPs", in_units(1e6, 1)),
+    Column("activation_bytes", "activations MB", in_units(1e6, 2)),
+    Column("kv_bytes", "KV kB", in_units(1e3, 1)),
 )
 LATENCY_COLUMNS = (
     Column("ms", "ms/batch", lambda value: decimal(value, 1)),
     Column("ratio", "time of dense", lambda value: decimal(value, 3)),
     Column("ratio_low", "25%", lambda value: decimal(value, 3)),
     Column("ratio_high", "75%", lambda value: decimal(value, 3)),
-    Column("peak_bytes", "forward peak MB", scaled(1e6, 2)),
+    Column("peak_bytes", "forward peak MB", in_units(1e6, 2)),
 )
 
 
