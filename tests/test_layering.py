@@ -121,7 +121,7 @@ ALLOWED_IN_ATTENTION = {
     "methods": {"common", "weights", "backends", "layers"},
     "forms": {"common", "weights", "backends", "layers", "methods"},
 }
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if not file.is_relative_to(PACKAGE / "configs"))
 
 
 def module_of(file: Path) -> str:

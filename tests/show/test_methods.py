@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
 import vit_tucker as vt
@@ -95,7 +94,6 @@ def test_a_plug_in_is_shown_as_it_says_from_its_results_alone(tmp_path, monkeypa
     assert looks["Halved heads, halved"] == (OWN["colour"], "X")
     assert looks["plain, mean-pool"] == (FREE_COLOURS[1], "v")  # the first free one
     assert looks["GQA, mean-pool"] == (SHIPPED["gqa"].colour, "s")
-    plt.close("all")
 
 
 def test_more_methods_than_colours_are_all_drawn():

@@ -11,7 +11,7 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
 from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, load_host
 from vit_tucker.checkpoint.load_report import LoadReport
-from vit_tucker.config.load import config_of
+from vit_tucker.config.load import config_from
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.classes import stored_classes
@@ -23,6 +23,7 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.report import PatchReport
+from vit_tucker.run.same_run import stated_attention
 from vit_tucker.storage.checkpoints import list_checkpoints
 from vit_tucker.storage.run_dir import RunDir
 
@@ -112,8 +113,9 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     model.to(device)
     patched, attention = None, config.attention
     if attention is not None:
-        if started:  # its ranks are those of its config: without conversion there is nothing to choose
-            patched = patch_model(model, attention.unconverted(), config, data)
+        if started:
+            stated = stated_attention(config, run_dir, training) or attention
+            patched = patch_model(model, stated.unconverted(), config, data)
         else:
             patched = patch_model(model, attention, config, data)
             record = patch_record(model)
@@ -180,7 +182,7 @@ def analysed_model(
         given["model"]["checkpoint"] = checkpoint
     if dataset is not None:
         given["data"] = {"dataset": dataset}
-    config = config_of(given, overrides)
+    config = config_from(given, overrides)
     info = dataset_info(config.data.dataset)
     channels = config.model.in_chans or (3 if config.model.pretrained or dataset is None else info.in_chans)
     model, report = load_host(config.model, 0, channels)

@@ -104,9 +104,9 @@ def build_trainer(
     if recipe.compile:
         model.compile()  # in place: no prefix gets into the keys
     name_blocks(model)
-    # newer torch has another word for it, which Accelerate doesn't pass on
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():  # newer torch has another word for it, which Accelerate doesn't pass on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared)
     bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
     for key in ("model_ema", "log_ranks"):
