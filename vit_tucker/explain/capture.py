@@ -90,18 +90,18 @@ def record_attention(
     """
     model = unwrapped(model)
     found = find_attention(model)
-    map_modules = choose_map_modules(found, layers)
+    seen = choose_map_modules(found, layers)
     recording = Recording()
-    watch = Watch(model, images, map_modules, recording, reduce)
+    watch = Watch(model, images, seen, recording, reduce)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(unfused(module for module, _ in map_modules.values()))
+        stack.enter_context(unfused(module for module, _ in seen.values()))
         stack.enter_context(eager())
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.callback(watch.remove)
         watch.start()
         recording.output = model(images)
-    missing = [name for name in map_modules if name not in recording.maps]
+    missing = [name for name in seen if name not in recording.maps]
     if missing:
         kind = type(found[missing[0]]).__name__
         raise ExplainError(f"{missing[0]}: {kind} formed no attention map in the forward pass")
@@ -113,44 +113,33 @@ class Watch:
 
     Args:
         model, images: of the pass.
-        map_modules: by full name of the layer.
+        seen: by full name of the layer.
         recording: filled.
         reduce: see ``record_attention``.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        map_modules: dict[str, MapModule],
-        recording: Recording,
-        reduce: Reduce | None,
+        self, model: nn.Module, images: Tensor, seen: dict[str, MapModule], recording: Recording, reduce: Reduce | None
     ) -> None:
-        self.model, self.images, self.map_modules, self.recording, self.reduce = (
-            model,
-            images,
-            map_modules,
-            recording,
-            reduce,
-        )
+        self.model, self.images, self.seen, self.recording, self.reduce = model, images, seen, recording, reduce
         self.handles: list[Any] = []
         self.shapes: dict[nn.Module, Shape] = {}
         self.names: dict[nn.Module, list[str]] = {}
-        for name, (module, _) in map_modules.items():
+        for name, (module, _) in seen.items():
             self.names.setdefault(module, []).append(name)
         self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def start(self) -> None:
         """Register all hooks."""
         for module, names in self.names.items():
-            place = self.map_modules[names[0]][1]
+            place = self.seen[names[0]][1]
             if place is getattr(module, "attn_drop", None):
                 hook = lambda _, args, module=module: self.see(module, args[0])  # noqa: E731
                 self.handles.append(place.register_forward_pre_hook(hook))
             else:
                 after = lambda _, args, output, module=module: self.see(module, output)  # noqa: E731
                 self.handles.append(place.register_forward_hook(after))
-        around = {part for name in self.map_modules for part in (*self.around(name), self.modules[name])}
+        around = {part for name in self.seen for part in (*self.around(name), self.modules[name])}
         for part in around:
             self.handles.append(part.register_forward_pre_hook(self.note_shape, with_kwargs=True))
         for name, mixer in find_token_mixers(self.model, self.names).items():

@@ -182,10 +182,5 @@ def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
 def sort_key(results: Results) -> tuple[Any, ...]:
     """By data set, host, name and seed."""
     config = results["config"]
-    return (
-        config["data"]["dataset"],
-        config["model"]["name"],
-        str(results["name"]),
-        setting_key(results),
-        config["seed"],
-    )
+    data, model = config["data"]["dataset"], config["model"]["name"]
+    return data, model, str(results["name"]), setting_key(results), config["seed"]
