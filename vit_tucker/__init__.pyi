@@ -42,6 +42,7 @@ from .patching.patch import plan as plan
 from .patching.patch import unpatch as unpatch
 from .patching.report import LayerReport as LayerReport
 from .patching.report import PatchReport as PatchReport
+from .show.methods import MethodDisplay as MethodDisplay
 from .training.objective import register_penalty as register_penalty
 from .training.step import register_step_rule as register_step_rule
 from .version import __version__ as __version__
