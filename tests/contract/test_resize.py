@@ -108,6 +108,11 @@ def test_dtype_mode_and_gradients_follow():
         ("tucker", "timm", {"post_ranks": (1, 99, 8)}, "query/output rank 99 is above its full rank 24"),
         ("tucker", "rope", {"ranks": (2, 8, 7)}, "key rank 7 is odd"),
         ("mla", "timm", {"q_lora_rank": 99}, "q_lora_rank=99 is above its full rank 24"),
+        ("tucker", "timm", {"ranks": (2, 4)}, r"ranks=\(2, 4\): must be 3 whole numbers above 0"),
+        ("tucker", "timm", {"ranks": (True, 4, 4)}, "must be 3 whole numbers above 0"),
+        ("tucker", "timm", {"post_ranks": (0, 4, 4)}, "must be 3 whole numbers above 0"),
+        ("tucker", "timm", {"ranks": None}, "ranks=None: must be 3 whole numbers above 0"),
+        ("mla", "timm", {"kv_lora_rank": 2.5}, "kv_lora_rank=2.5: must be a whole number above 0"),
         ("gqa", "timm", {"num_kv_heads": 1}, "can't resize 'num_kv_heads', it has no ranks"),
         ("mha", "timm", {"ranks": (1, 1, 1)}, "can't resize 'ranks', it has no ranks"),
     ],
@@ -118,6 +123,17 @@ def test_impossible_ranks_change_nothing(name, spec, options, message):
     with pytest.raises(PatchError, match=message):
         layer.resize(**options)
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+
+
+def test_equal_bases_that_are_not_shared_stay_apart():
+    layer = example("tucker", "timm")
+    with torch.no_grad():
+        layer.v_proj.weight.copy_(layer.k_proj.weight)
+    key = layer.k_proj.weight
+    layer.resize(post_ranks=(1, 3, 2))
+    assert layer.k_proj.weight is key
+    assert layer.v_proj.weight.shape == (2, 24)
+    assert torch.isfinite(layer(X)).all()
 
 
 def test_adapters_are_to_be_merged_first():

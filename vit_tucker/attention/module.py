@@ -153,6 +153,13 @@ class AttentionModule(nn.Module):
             if option not in current:
                 known = f"what can be resized: {', '.join(current)}" if current else "it has no ranks"
                 raise PatchError(f"{name} can't resize '{option}', {known}{nearest(option, list(current))}")
+            given, kind = options[option], current[option]
+            entries = given if isinstance(kind, tuple) and isinstance(given, tuple | list) else (given,)
+            length = len(kind) if isinstance(kind, tuple) else 1
+            if len(entries) != length or not all(type(rank) is int and rank >= 1 for rank in entries):
+                raise PatchError(
+                    f"{option}={given!r}: must be {'a whole number' if length == 1 else f'{length} whole numbers'} above 0"
+                )
         parts: Any = [part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part)]
         if not is_plain(*parts):
             raise PatchError(

@@ -254,7 +254,9 @@ class TuckerAttention(AttentionModule):
         ranks, post_ranks = tuple(options["ranks"]), tuple(options["post_ranks"])
         refuse_ranks(self.spec, ranks, post_ranks, self.v_proj is None, self.q_proj.bias is not None)
         out_bias = self.folded_out_bias()
-        (pre, post), rotations = resize_tensors(self.tucker_form(), (ranks, post_ranks), self.pair_rotations, self.spec)
+        (pre, post), rotations = resize_tensors(
+            self.tucker_form(), (ranks, post_ranks), self.pair_rotations, self.spec, self.v_proj is None
+        )
         width = self.k_proj.in_features
         resize_linear(self.q_proj, width, ranks[1])
         resize_linear(self.k_proj, width, ranks[2])
