@@ -87,7 +87,7 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "show"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "training", "show"},
 }
 """What each room may import, from the bottom up."""
 PARTS = {
