@@ -15,7 +15,7 @@ from vit_tucker.data.loaders import Loaders
 from vit_tucker.patching.patch import patch_record
 from vit_tucker.run.describe import measure_latency
 from vit_tucker.run.folder import unwritable
-from vit_tucker.run.model import BuiltModel, attention_backends
+from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.run_dir import LOGGER
 from vit_tucker.storage.weights import load_weights
@@ -24,8 +24,15 @@ from vit_tucker.training.peers import Peers
 from vit_tucker.training.trainer import Trainer
 
 
-def finish_run(config: RunConfig, trainer: Trainer, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
+def finish_run(
+    config: RunConfig, trainer: Trainer, built: BuiltModel, results: dict[str, Any], backends: list[str]
+) -> dict[str, Any]:
     """Write the results of a run that has been trained, on the first process.
+
+    Args:
+        config, trainer, built: of the run.
+        results: see ``describe_run``.
+        backends: what computed the attention, and why.
 
     Returns:
         ``results`` with what the training gave.
@@ -34,11 +41,7 @@ def finish_run(config: RunConfig, trainer: Trainer, built: BuiltModel, results: 
         SaveError: they can't be written.
     """
     run_dir, accelerator = trainer.run_dir, trainer.accelerator
-    results |= {
-        **summarise(trainer),
-        **resized(trainer.bare, built, results),
-        "attention_backends": attention_backends(),
-    }
+    results |= {**summarise(trainer), **resized(trainer.bare, built, results), "attention_backends": backends}
     if accelerator.is_main_process:
         results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from vit_tucker.attention.backends import Choices, recorded_choices
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.check import unreadable
@@ -81,9 +82,9 @@ def _run(config: RunConfig, request: Request) -> dict[str, Any]:
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
     # SIGUSR1's default is death; the set-up is worth finishing
-    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1):
+    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
         try:
-            return run_together(config, claim, accelerator, peers, signals, request)
+            return run_together(config, claim, accelerator, peers, signals, request, used)
         except StoppedError:
             raise
         except Exception as error:
@@ -99,9 +100,15 @@ def _run(config: RunConfig, request: Request) -> dict[str, Any]:
 
 
 def run_together(
-    config: RunConfig, claim: Claim, accelerator: Accelerator, peers: Peers, signals: Signals, request: Request
+    config: RunConfig,
+    claim: Claim,
+    accelerator: Accelerator,
+    peers: Peers,
+    signals: Signals,
+    request: Request,
+    used: Choices,
 ) -> dict[str, Any]:
-    """The run itself, from its folder to its results; see ``run``."""
+    """The run itself, from its folder to its results; see ``run``. ``used``: the attention backends that take its calls."""
     run_dir = claim.run_dir
     config, changes, with_train = enter_folder(config, claim, peers, request)
     weights = None if with_train else peers.on_main(lambda: weights_to_evaluate(run_dir))
@@ -136,7 +143,7 @@ def run_together(
     finally:
         monitor.close()
         loaders.close()
-    return finish_run(config, trainer, built, results)
+    return finish_run(config, trainer, built, results, used.lines())
 
 
 def enter_folder(config: RunConfig, claim: Claim, peers: Peers, request: Request) -> tuple[RunConfig, list[str], bool]:
