@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import nn
 
+from vit_tucker.analysis.cost import count_cost
+from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
+from vit_tucker.patching.patch import patch_record
 from vit_tucker.run.describe import measure_latency
 from vit_tucker.run.folder import unwritable
 from vit_tucker.run.model import BuiltModel
@@ -37,7 +41,7 @@ def finish_run(
         SaveError: they can't be written.
     """
     run_dir, accelerator = trainer.run_dir, trainer.accelerator
-    results |= {**summarise(trainer), "attention_backends": backends}
+    results |= {**summarise(trainer), **resized(trainer.bare, built, results), "attention_backends": backends}
     if accelerator.is_main_process:
         results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
         try:
@@ -51,6 +55,31 @@ def finish_run(
         f"{results['train_seconds']:.0f} s; results in {run_dir.path}"
     )
     return results
+
+
+def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says otherwise of a model whose step rule has changed its ranks; empty where it has not.
+
+    Args:
+        model: as trained.
+        built: before the training.
+        results: before the training; layers of their old size keep their row, with the errors of their conversion.
+    """
+    record, stated = patch_record(model), results["patch"]
+    if record is None or stated is None:
+        return {}
+    now = record.report.to_dict()
+    rows = {row["name"]: row for row in stated["layers"]}
+    sizes = ("params_after", "flops_after")
+    kept = [rows[row["name"]] if all(row[k] == rows[row["name"]][k] for k in sizes) else row for row in now["layers"]]
+    if kept == stated["layers"]:
+        return {}
+    total, attention = count_parameters(model)
+    return {
+        "patch": {**now, "layers": kept},
+        "params": {**results["params"], "total": total, "attention": attention},
+        "cost": count_cost(model, built.host, built.data["input_size"]),
+    }
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.classes import padded
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.patch import patch_record
 from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
@@ -26,7 +27,8 @@ def describe_weights(
         description = describe(model, label_names=labels, data=built.data)
     except CheckpointError as error:
         LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
-        return weights_header(config.model.name, config.attention), None
+        record = patch_record(model)
+        return weights_header(config.model.name, None if record is None else record.config), None
     return header(description), description
 
 
