@@ -11,9 +11,9 @@ from PIL import Image
 
 from tests.conftest import process_environment
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.loaders import build_loaders
+from vit_tucker.data.samples import calibration_images
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}

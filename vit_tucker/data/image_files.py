@@ -49,6 +49,11 @@ class ImageOptions:
 AS_STORED = ImageOptions()
 
 
+def image_mode(channels: int) -> str:
+    """Returns Pillow's mode of the images of a model with so many channels: "L" for 1, else "RGB"."""
+    return "L" if channels == 1 else "RGB"
+
+
 def to_mode(image: Image.Image, mode: str, options: ImageOptions = AS_STORED) -> Image.Image:
     """Returns an opened image in 8 bits, its pixels decoded.
 
