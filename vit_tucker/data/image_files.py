@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vit_tucker.data.walk import walk
+from vit_tucker.data.find_images import walk
 from vit_tucker.errors import DataError
 
 NO_PICTURES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "FITS", "GRIB", "BUFR", "WMF", "IPTC"})
