@@ -35,10 +35,14 @@ from .export.dense import dense_model as dense_model
 from .patching.freeze import freeze_except_attention as freeze_except_attention
 from .patching.full_rank import full_rank_config as full_rank_config
 from .patching.patch import PatchRecord as PatchRecord
+from .patching.patch import config_of as config_of
 from .patching.patch import patch as patch
 from .patching.patch import patch_record as patch_record
 from .patching.patch import plan as plan
 from .patching.patch import unpatch as unpatch
 from .patching.report import LayerReport as LayerReport
 from .patching.report import PatchReport as PatchReport
+from .show.methods import MethodDisplay as MethodDisplay
+from .training.objective import register_penalty as register_penalty
+from .training.step import register_step_rule as register_step_rule
 from .version import __version__ as __version__

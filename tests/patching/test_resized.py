@@ -6,7 +6,6 @@ import torch
 
 import vit_tucker as vt
 from vit_tucker.errors import PatchError
-from vit_tucker.patching.patch import config_of
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -21,7 +20,7 @@ def test_a_model_as_patched_keeps_the_very_config_and_report():
     model = patched(ranks=(2, 16, 16), rules=[{"layers": "blocks.1.*", "ranks": (1, 8, 8)}])
     record = vars(model)["_vit_tucker_patch"]
     config, report = record.config, record.report
-    assert config_of(model) is config
+    assert vt.config_of(model) is config
     assert vt.patch_record(model).report is report
 
 
@@ -29,7 +28,7 @@ def test_ranks_are_those_of_the_layers():
     model = patched()
     before = vt.patch_record(model).report
     model.blocks[1].attn.resize(ranks=(1, 8, 8), post_ranks=(1, 8, 4))
-    config = config_of(model)
+    config = vt.config_of(model)
     assert [rule.model_dump() for rule in config.rules] == [
         {"layers": "blocks.1.attn", "ranks": (1, 8, 8), "post_ranks": (1, 8, 4)}
     ]
@@ -45,8 +44,8 @@ def test_ranks_are_those_of_the_layers():
     assert [layer.flops_after for layer in report.layers] == [layer.flops_after for layer in expected.layers]
     assert [layer.params_after for layer in report.layers] == [layer.params_after for layer in expected.layers]
     model.blocks[1].attn.resize(ranks=(2, 16, 16), post_ranks=(2, 16, 16))  # a later change takes the rule's place
-    assert len(config_of(model).rules) == 1
-    assert config_of(model).rules[0].options["ranks"] == (2, 16, 16)
+    assert len(vt.config_of(model).rules) == 1
+    assert vt.config_of(model).rules[0].options["ranks"] == (2, 16, 16)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,7 @@ def test_saved_and_loaded_with_its_ranks(tmp_path, method, options, resize):
     vt.save(model, tmp_path / "saved")
     loaded = vt.load(tmp_path / "saved").eval()
     assert loaded.blocks[2].attn.rank_options() == model.blocks[2].attn.rank_options()
-    assert config_of(loaded).model_dump(mode="json") == config_of(model).model_dump(mode="json")
+    assert vt.config_of(loaded).model_dump(mode="json") == vt.config_of(model).model_dump(mode="json")
     assert torch.equal(loaded(X), model(X))
     timm.models.save_for_hf(
         model, tmp_path / "timms", safe_serialization=True
@@ -75,7 +74,7 @@ def test_chosen_ranks_and_shared_modules_count_too():
     model.blocks[2].attn = model.blocks[0].attn
     vt.patch(model, "tucker", ranks={"budget": 0.2})
     model.blocks[0].attn.resize(ranks=(1, 8, 8))
-    rules = {rule.layers: rule for rule in config_of(model).rules if rule.chosen_by is None}
+    rules = {rule.layers: rule for rule in vt.config_of(model).rules if rule.chosen_by is None}
     assert set(rules) == {"blocks.0.attn", "blocks.2.attn"}
     assert vt.patch_record(model).report.params_after == sum(
         layer.params_after.total for layer in vt.patch_record(model).report.modules
@@ -92,4 +91,4 @@ def test_unpatch_brings_the_host_back():
     assert torch.equal(host(X), expected)
     vt.unpatch(model)
     with pytest.raises(PatchError, match="not patched"):
-        config_of(model)
+        vt.config_of(model)

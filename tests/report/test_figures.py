@@ -8,11 +8,12 @@ from matplotlib.figure import Figure
 from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
 from vit_tucker.report import ablations, curves, figures
-from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
+from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, option_lines, usual_options
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis
+from vit_tucker.show.figures import accuracy_axis, log_axis
+from vit_tucker.show.methods import GQA
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 
@@ -51,7 +52,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["Tucker, HOSVD"].get_ydata()) == means
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
-    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == COLOURS["gqa"]
+    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == GQA.colour
     assert len({line.get_marker() for line in lines.values()}) == 4
     bars = [container for container in axis.containers if container.has_yerr]
     segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]
@@ -140,14 +141,14 @@ def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
     random = {**HOSVD, "ranks": [4, 8, 8], "init": "random"}
     runs += [run_results("random", random, 20_000, 80.0, seed) for seed in (0, 1)]
     (section,) = sections(runs)
-    (line,) = lines_of(section, "attention.ranks.0")
+    (line,) = option_lines(section, "attention.ranks.0")
     assert line.values == ["2", "4", "16"]
     assert [s.top1_mean for s in line.settings] == [90, 92, 93]
     assert line.label == "Tucker ranks=_,8,8, HOSVD"
-    (start,) = lines_of(section, "init")
+    (start,) = option_lines(section, "init")
     assert dict(zip(start.values, (s.top1_mean for s in start.settings), strict=True)) == {"HOSVD": 92, "random": 80}
-    assert lines_of(section, "attention.ranks.1") == []
-    (both,) = lines_of(section, "attention.ranks.1,attention.ranks.2")
+    assert option_lines(section, "attention.ranks.1") == []
+    (both,) = option_lines(section, "attention.ranks.1,attention.ranks.2")
     assert both.values == ["8, 8", "16, 16"]
     assert usual_options(section) == ["init", "attention.ranks.0", "attention.ranks.1,attention.ranks.2"]
     table = ablation_table("attention.ranks.0", [line])

@@ -17,6 +17,7 @@ from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_back
 from vit_tucker.attention.host import CALL_FEATURES, REASONS, HostSpec
 from vit_tucker.attention.options import Calibration, RankRule, Rule, Selection
 from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.validation.checked import Checked
 
@@ -56,6 +57,9 @@ class AttentionConfig(Checked):
 
     latent_rope: ClassVar[bool] = False
     """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""
+
+    display: ClassVar[MethodDisplay] = MethodDisplay()
+    """How tables and figures show the method: its name, place, colour and marker, and what its conversions are called."""
 
     method: str
     init: Literal["pretrained", "random"] = Field(

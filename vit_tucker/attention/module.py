@@ -18,7 +18,7 @@ from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
 from vit_tucker.errors import PatchError, nearest
 from vit_tucker.tensor.metric import Root
-from vit_tucker.tensor.ranks import mode_ranks
+from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd

@@ -187,7 +187,10 @@ def patch_record(model: nn.Module) -> PatchRecord | None:
 
 
 def config_of(model: nn.Module) -> AttentionConfig:
-    """The config of a patched model, with the ranks that its layers have by now: rules name those that were resized.
+    """Returns the config of a patched model, with the ranks that its layers have by now: rules name those that were resized.
+
+    Args:
+        model: any module.
 
     Raises:
         PatchError: the model is not patched.

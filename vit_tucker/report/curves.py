@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.sections import Section
-from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.settings import DENSE, Setting
 from vit_tucker.report.stats import Floats
 from vit_tucker.show.figures import grid, save, sizes_bar, sizes_scale, subplots
 from vit_tucker.show.tables import Table, count
@@ -55,7 +55,7 @@ def recovery_table(section: Section) -> Table | None:
     rows, raw = [], []
     for setting in settings:
         reached = [epochs_to_reach(setting, dense.top1_mean - points) for points in POINTS]
-        own = [setting.name, method_name(setting.method), setting.options, setting.init]
+        own = [setting.name, setting.display.name, setting.options, setting.init]
         rows.append([*own, count(setting.params), *(f">{setting.epochs}" if e is None else str(e) for e in reached)])
         raw.append([*own, setting.params, *reached])
     notes = [
@@ -108,7 +108,7 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
                 draw_panel(axis, section, [s for s in drawn if s.series == one], key, scale)
                 axis.tick_params(labelbottom=True)
                 if row == 0:
-                    axis.set_title(f"{method_name(one[0])}, {one[1]}")
+                    axis.set_title(f"{section.displays[one[0]].name}, {one[1]}")
                 else:
                     axis.set_xlabel("epoch")
             for axis in panels:

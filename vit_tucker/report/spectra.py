@@ -40,7 +40,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def rank_table(folder: Path) -> str:
+def rank_summary(folder: Path) -> str:
     """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
 
     Args:

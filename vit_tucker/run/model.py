@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
 from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, load_host
@@ -94,7 +93,6 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     Raises:
         VitTuckerError: see ``create_host`` and ``patch``.
     """
-    forget()
     num_classes, in_chans = classes_and_channels(config, stored_classes(run_dir.path_if_begun))
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
@@ -194,8 +192,3 @@ def analysed_model(
     size = input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.is_trained, size)
     return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed), report
-
-
-def attention_backends() -> list[str]:
-    """What computed the attention of the run's layers, and why, since ``build_model``."""
-    return choices()

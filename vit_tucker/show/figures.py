@@ -16,13 +16,8 @@ from vit_tucker.show.tables import short_count
 
 COLUMN = 3.4
 """Width of a column of a paper, inches."""
-COLOURS = {"tucker": "#0072B2", "gqa": "#D55E00", "mla": "#009E73", "mha": "#000000", "dense": "#000000"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, for lines of any kind."""
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
-"""For methods of others."""
-MARKERS = {"tucker": "o", "gqa": "s", "mla": "^", "mha": "D", "dense": "*"}
-OTHER_MARKERS = ("v", "P", "X", "d")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "d")
 TICK_DIGITS = ((2.5, ()), (6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (float("inf"), (1,)))
 """First digits of a log axis' ticks, by the ratio of its ends; none: ticks at equal distances, whatever their digits."""
@@ -59,18 +54,6 @@ def subplots(
     with rc_context(FONTS):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **options)
-
-
-def colour(method: str, methods: list[str]) -> str:
-    """Of a method; ``methods`` are all of the figure."""
-    others = [m for m in methods if m not in COLOURS]
-    return COLOURS.get(method) or OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
-
-
-def marker(method: str, methods: list[str]) -> str:
-    """Of a method; ``methods`` are all of the figure."""
-    others = [m for m in methods if m not in MARKERS]
-    return MARKERS.get(method) or OTHER_MARKERS[others.index(method) % len(OTHER_MARKERS)]
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:

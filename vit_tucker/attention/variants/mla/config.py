@@ -23,8 +23,10 @@ from vit_tucker.attention.host import HostSpec, count_extras
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.variants.mla.layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
-from vit_tucker.attention.variants.mla.ranks import full_ranks, refuse_ranks
+from vit_tucker.attention.variants.mla.ranks import full_latents, refuse_ranks
 from vit_tucker.attention.variants.tucker.ranks import even_rank
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 
 
 @register_method("mla")
@@ -32,6 +34,8 @@ class MLAConfig(PerHeadConfig):
     """Multi-head latent attention with a query latent and a key/value latent."""
 
     latent_rope: ClassVar[bool] = True
+
+    display: ClassVar[MethodDisplay] = methods.MLA
 
     method: Literal["mla"] = "mla"
 
@@ -53,7 +57,7 @@ class MLAConfig(PerHeadConfig):
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
         """Latents as wide as the projections' ranks."""
         shared = not spec.rotates_latent
-        query, key_value = full_ranks(spec, shared)
+        query, key_value = full_latents(spec, shared)
         return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod

@@ -27,7 +27,7 @@ from vit_tucker.attention.linear import (
 )
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import rotate_latent, spread_columns
-from vit_tucker.attention.variants.mla.conversion import Latents, Target, decompose
+from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents
 from vit_tucker.attention.variants.mla.ranks import refuse_ranks
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
@@ -192,16 +192,16 @@ class MLA(PerHeadModule):
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        self._take_over(weights, decompose(weights, self._target()))
+        self._take_over(weights, fit_latents(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
         the other; query and value biases take up the tokens' mean."""
-        self._take_over(weights, decompose(weights, self._target(), moments, damping))
+        self._take_over(weights, fit_latents(weights, self._target(), moments, damping))
 
-    def _target(self) -> Target:
+    def _target(self) -> MLATarget:
         rope = None if self.pair_rotations is None else self.spec.rope
-        return Target(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
+        return MLATarget(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
 
     def _take_over(self, weights: MHAWeights, latents: Latents) -> None:
         parts = latents.key_value

@@ -23,6 +23,8 @@ from vit_tucker.attention.variants.tucker.ranks import (
     tensor_weights,
 )
 from vit_tucker.errors import PatchError
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.allocation import Ranks
 
 PositiveRanks = tuple[Rank, Rank, Rank]
@@ -35,6 +37,8 @@ class TuckerConfig(AttentionConfig):
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
     latent_rope: ClassVar[bool] = True
     whole_kernels: ClassVar[bool] = True
+
+    display: ClassVar[MethodDisplay] = methods.TUCKER
 
     method: Literal["tucker"] = "tucker"
 

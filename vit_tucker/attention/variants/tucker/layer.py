@@ -24,7 +24,7 @@ from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_we
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import rotate_key, rotate_latent, spread_columns
-from vit_tucker.attention.variants.tucker.conversion import Target, decompose, decompose_calibrated, refit_post
+from vit_tucker.attention.variants.tucker.conversion import TuckerTarget, decompose, decompose_calibrated, refit_post
 from vit_tucker.attention.variants.tucker.ranks import has_out_bias, refuse_ranks
 from vit_tucker.attention.variants.tucker.resize import resize_tensors
 from vit_tucker.errors import PatchError
@@ -200,8 +200,8 @@ class TuckerAttention(AttentionModule):
         """The host's weights, without a query bias that the layer has no place for."""
         return weights if self.q_proj.bias is not None else replace(weights, query_bias=None)
 
-    def _target(self) -> Target:
-        return Target(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
+    def _target(self) -> TuckerTarget:
+        return TuckerTarget(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
         """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""

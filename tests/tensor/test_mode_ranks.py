@@ -7,8 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vit_tucker.tensor.mode_ranks import (
+    effective_rank,
+    energy_rank,
+    mode_ranks,
+    mode_spectra,
+    numerical_rank,
+    stable_rank,
+)
 from vit_tucker.tensor.modes import unfold
-from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_ranks, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.tucker import Pairs
 
 

@@ -12,7 +12,7 @@ def is_pool(module: nn.Module) -> bool:
     return type(module).__name__.startswith("AttentionPool")
 
 
-def find_mixers(model: nn.Module, attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
+def find_token_mixers(model: nn.Module, attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
     """What moves information between tokens besides the given layers, by full name: convolutions and pooling over places, and
     other attention."""
     known = set(attention)

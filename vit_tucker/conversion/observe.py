@@ -66,7 +66,7 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
             tensor = tensor.clone()
         images.append(tensor[: limit - count].to(like.device, like.dtype))
         if all(images[-1].shape[1:] != other.shape[1:] for other in images[:-1]):
-            refuse_misfit(model, images[-1], number)
+            refuse_unfit_images(model, images[-1], number)
         count += len(images[-1])
         if count >= limit:
             break
@@ -76,7 +76,7 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
 
 
 @torch.no_grad()
-def refuse_misfit(model: nn.Module, images: Tensor, number: int) -> None:
+def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
     """Raise PatchError for images of a size or number of channels that the model does not take: by one of them."""
     if len(images) == 0:
         return
@@ -124,7 +124,7 @@ def located(name: str) -> Iterator[None]:
         raise PatchError(f"{name}: calibration: {error}") from None
 
 
-def memory_groups(layers: list[Layer]) -> Iterator[list[Layer]]:
+def layers_per_pass(layers: list[Layer]) -> Iterator[list[Layer]]:
     """The layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
     group: list[Layer] = []
     used = 0

@@ -31,12 +31,12 @@ def times_in_turns(
     """
     repeats = {}
     for name, call in calls.items():
-        clock(call, WARM_UP, device)
-        repeats[name] = max(1, round(seconds / clock(call, 1, device)))
+        seconds_per_call(call, WARM_UP, device)
+        repeats[name] = max(1, round(seconds / seconds_per_call(call, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(turns):
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
-            times[name].append(clock(calls[name], repeats[name], device))
+            times[name].append(seconds_per_call(calls[name], repeats[name], device))
     return times
 
 
@@ -63,7 +63,7 @@ def compare_turns(first: Sequence[float], own: Sequence[float]) -> Paired:
     return Paired(statistics.median(first) * middle, middle, low, high)
 
 
-def clock(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
     """Seconds per call."""
     synchronise(device)
     start = time.perf_counter()

@@ -12,11 +12,11 @@ from vit_tucker.errors import ExplainError, PatchError
 from vit_tucker.hosts.timm_classes import read_host
 from vit_tucker.patching.selection import Selection, select
 
-Tap = tuple[nn.Module, nn.Module]
+MapModule = tuple[nn.Module, nn.Module]
 """An attention layer, and the module inside it that sees the map: its dropout before, else its softmax after."""
 
 
-def choose_taps(found: dict[str, nn.Module], layers: Selection | None) -> dict[str, Tap]:
+def choose_map_modules(found: dict[str, nn.Module], layers: Selection | None) -> dict[str, MapModule]:
     """The layers to record, with the places where their maps show.
 
     Raises:
@@ -24,7 +24,7 @@ def choose_taps(found: dict[str, nn.Module], layers: Selection | None) -> dict[s
     """
     if not found:
         raise ExplainError("the model has no attention layer that vit_tucker knows")
-    places = {name: tap_of(found[name]) for name in select(layers, list(found))}
+    places = {name: map_module_of(found[name]) for name in select(layers, list(found))}
     blind = [name for name, place in places.items() if place is None]
     if blind and (layers is not None or len(blind) == len(places)):
         kind = type(found[blind[0]]).__name__
@@ -32,7 +32,7 @@ def choose_taps(found: dict[str, nn.Module], layers: Selection | None) -> dict[s
     return {name: (found[name], place) for name, place in places.items() if place is not None}
 
 
-def tap_of(module: nn.Module) -> nn.Module | None:
+def map_module_of(module: nn.Module) -> nn.Module | None:
     """Where a layer's map passes through a module; None if nowhere."""
     for name in ("attn_drop", "softmax"):
         place = getattr(module, name, None)

@@ -13,6 +13,6 @@ def own_only() -> bool:
     return torch.jit.is_tracing() or _is_transformed()
 
 
-def is_recorded() -> bool:
+def is_traced() -> bool:
     """Whether anything looks on: see the module."""
     return torch.compiler.is_compiling() or own_only()

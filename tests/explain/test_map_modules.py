@@ -8,7 +8,7 @@ from torch import nn
 
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import attention_maps
-from vit_tucker.explain.taps import check_rows
+from vit_tucker.explain.map_modules import check_rows
 
 
 class Blind(nn.Module):
