@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_tucker.data.batches import Normalise
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.explain.agreement import HeadAgreement, compare_attention
 from vit_tucker.explain.explanation import Explanation, explain_image
-from vit_tucker.explain.images import NamedImage, normalise, to_picture, to_pixels
+from vit_tucker.explain.images import NamedImage, to_picture, to_pixels
 from vit_tucker.explain.sources import Subject, subject_names
 
 AGREEMENT = "agreement.csv"
@@ -104,7 +105,7 @@ def explain_one(
     """One image by all models: what was found, and its figures by name, rollout and heads."""
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
-    inputs = [normalise(seen, one.data["mean"], one.data["std"]).to(one.device) for one in subjects]
+    inputs = [Normalise(one.data["mean"], one.data["std"], one.device)(seen) for one in subjects]
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
     names, kind = subject_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]

@@ -13,9 +13,9 @@ from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, l
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.load import config_from
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, DataError, PatchError
