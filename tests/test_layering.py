@@ -17,7 +17,8 @@ ALLOWED = {
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation"},
     "config": {"errors", "attention", "storage", "validation"},
-    "hosts": {"errors", "attention"},
+    "linear": {"errors", "attention"},
+    "hosts": {"errors", "tensor", "attention", "linear"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
@@ -86,7 +87,7 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"errors", "version", "attention", "linear", "patching", "checkpoint", "explain", "export"},
 }
 """What each room may import, from the bottom up."""
 PARTS = {

@@ -30,9 +30,11 @@ if TYPE_CHECKING:  # for type checkers and editors; _WHERE below says the same t
     from vit_tucker.checkpoint.save import push_to_hub, save
     from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError, VitTuckerError
     from vit_tucker.export.dense import dense_model
+    from vit_tucker.linear.base import LinearConfig, LinearModule, LinearSpec, LinearWeights, register_linear_method
     from vit_tucker.patching.freeze import freeze_except_attention
     from vit_tucker.patching.full_rank import full_rank_config
-    from vit_tucker.patching.patch import PatchRecord, patch, patch_record, plan, unpatch
+    from vit_tucker.patching.patch import patch, plan, unpatch
+    from vit_tucker.patching.record import PatchRecord, patch_record
     from vit_tucker.patching.report import LayerReport, PatchReport
 
 _WHERE = {
@@ -81,14 +83,23 @@ _WHERE = {
         "VitTuckerError",
     ),
     "export.dense": ("dense_model",),
+    "linear.base": (
+        "LinearConfig",
+        "LinearModule",
+        "LinearSpec",
+        "LinearWeights",
+        "register_linear_method",
+    ),
     "patching.freeze": ("freeze_except_attention",),
     "patching.full_rank": ("full_rank_config",),
     "patching.patch": (
-        "PatchRecord",
         "patch",
-        "patch_record",
         "plan",
         "unpatch",
+    ),
+    "patching.record": (
+        "PatchRecord",
+        "patch_record",
     ),
     "patching.report": (
         "LayerReport",
@@ -111,6 +122,10 @@ __all__ = [
     "GQAConfig",
     "HostSpec",
     "LayerReport",
+    "LinearConfig",
+    "LinearModule",
+    "LinearSpec",
+    "LinearWeights",
     "MHAConfig",
     "MHAWeights",
     "MLAConfig",
@@ -134,6 +149,7 @@ __all__ = [
     "patch_record",
     "plan",
     "push_to_hub",
+    "register_linear_method",
     "register_method",
     "save",
     "to_dense",

@@ -22,7 +22,8 @@ from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, DataError, PatchError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy
-from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.patch import patch
+from vit_tucker.patching.record import patch_record
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.storage.checkpoints import list_checkpoints
 from vit_tucker.storage.run_dir import RunDir
