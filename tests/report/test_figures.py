@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
@@ -28,8 +28,7 @@ def drawn(monkeypatch):
 
     for module in (figures, curves, ablations):
         monkeypatch.setattr(module, "save", keep)
-    yield kept
-    plt.close("all")
+    return kept
 
 
 def labelled(axis):
@@ -63,14 +62,13 @@ def test_accuracy_over_parameters(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])
 def test_a_log_axis_has_ticks_to_read_its_values_by(low, high):
-    figure, axis = plt.subplots()
+    axis = Figure().subplots()
     axis.plot([low, high], [1, 2])
     log_axis(axis, low, high)
     inside = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     assert 3 <= len(inside) <= 8
     labels = [axis.xaxis.get_major_formatter()(tick) for tick in inside]
     assert len(set(labels)) == len(labels)
-    plt.close(figure)
 
 
 def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
@@ -89,7 +87,7 @@ def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high", "scale"), [(92.0, 95.0, "linear"), (40.0, 99.0, "function")])
 def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
-    figure, axis = plt.subplots()
+    axis = Figure().subplots()
     axis.plot([1, 2], [low, high])
     accuracy_axis(axis, low, high)
     assert axis.get_yscale() == scale
@@ -100,7 +98,6 @@ def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
         points = axis.transData.transform([(1, 90.0), (1, 99.0)])[:, 1]
         middle = axis.transData.transform((1, 100 - np.sqrt(10.0)))[1]
         assert middle == pytest.approx(points.mean())  # the error's geometric mean
-    plt.close(figure)
 
 
 def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):

@@ -17,6 +17,7 @@ from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_back
 from vit_tucker.attention.host import CALL_FEATURES, REASONS, HostSpec
 from vit_tucker.attention.options import Calibration, MethodConfig
 from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.tensor.allocation import Ranks
 
 if TYPE_CHECKING:
     from vit_tucker.attention.module import AttentionModule
@@ -86,6 +87,18 @@ class AttentionConfig(MethodConfig):
     def fitted_to(self) -> Calibration | None:
         """See base class."""
         return self.calibration
+
+    def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
+        """The config with other ranks [head, query/output, key/value] of the pre- and the post-softmax tensor.
+
+        Args:
+            pre: of the pre-softmax tensor.
+            post: of the post-softmax tensor; None: the same.
+
+        Raises:
+            PatchError: the method has no such ranks.
+        """
+        raise PatchError(f"{self.method} has no ranks of two tensors")
 
     def unconverted(self) -> Self:
         """See base class."""

@@ -146,6 +146,10 @@ class MethodConfig(Checked):
         """The images that the conversion looks at; None for a conversion by weights alone."""
         return None
 
+    def rank_options(self) -> dict[str, Any]:
+        """The options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
+        return {}
+
     def without_choices(self) -> Self:
         """The config as its author wrote it: without the ranks that rank rules chose."""
         return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})

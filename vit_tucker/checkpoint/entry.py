@@ -21,7 +21,7 @@ from vit_tucker.checkpoint.fill import fill
 from vit_tucker.checkpoint.read import weights_only
 from vit_tucker.checkpoint.tensor_files import read_weights
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
-from vit_tucker.hosts.slot import SLOTS, Slot, slot_of
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot, slot_of
 from vit_tucker.hosts.structure import without_weights
 from vit_tucker.patching.identity import OWN_ARGUMENTS, PATCHED, mark, set_pretrained_cfg
 from vit_tucker.patching.patch import patch
@@ -96,7 +96,7 @@ def known_entries(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in known}
 
 
-def read_patch(values: Mapping[str, Any], slot: Slot) -> MethodConfig:
+def read_patch(values: Mapping[str, Any], slot: Slot = ATTENTION) -> MethodConfig:
     """The config of a patch of a slot from JSON values.
 
     Raises:

@@ -129,7 +129,7 @@ def published(number: int) -> "Table":
 
 def _model(args: argparse.Namespace) -> "Table":
     from vit_tucker.analysis.costs import HostFactory, model_costs
-    from vit_tucker.config.load import config_of, load_config
+    from vit_tucker.config.load import config_from, load_config
 
     names = [text for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
@@ -146,7 +146,7 @@ def _model(args: argparse.Namespace) -> "Table":
         if config.attention is not None:
             methods.append((str(config.name), config.attention))
     else:
-        config = config_of({"model": {"name": names[0]}}, overrides)
+        config = config_from({"model": {"name": names[0]}}, overrides)
         host = HostFactory(config.model)
     methods += [(text, read_method(text, config.model)) for text in dict.fromkeys(args.method)]
     device = choose_device(args.device) if args.measure else None

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.checkpoint import describe
 from vit_tucker.checkpoint.load import find, load
+from vit_tucker.config.find import CONFIG_FILE
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import DataConfig, RunConfig
-from vit_tucker.config.source import CONFIG_FILE
 from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.image_files import AS_STORED, ImageOptions, read_image_file
 from vit_tucker.data.labels import imagenet_names, synset_names

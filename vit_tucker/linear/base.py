@@ -50,6 +50,10 @@ class LinearModule(nn.Module):
         self.spec = spec
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
+    def rank_options(self) -> dict[str, Any]:
+        """The options of the config that say the layer's present ranks, where they can change. Here: none."""
+        return {}
+
     @abstractmethod
     def convert_from(self, weights: LinearWeights) -> None:
         """Take over the host's weights, float64, as well as the layer can; called under no_grad."""

@@ -8,7 +8,7 @@ from torch import nn
 from vit_tucker.attention.options import Calibration, MethodConfig
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts import find
-from vit_tucker.hosts.slot import SLOTS, Slot, get_slot, slot_of
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot, get_slot, slot_of
 from vit_tucker.patching.follow import follow, refuse_lost
 from vit_tucker.patching.identity import identity_of, mark
 from vit_tucker.patching.method import Method, method_config
@@ -160,6 +160,22 @@ def unpatch(model: nn.Module, slot: str | None = None) -> None:
     kept = {key: record for key, record in records.items() if key not in undone}
     mark(model, configs_of(kept), identity)
     set_records(model, kept)
+
+
+def config_of(model: nn.Module, slot: str = ATTENTION.name) -> Any:
+    """The config of a patched model, with the ranks that its layers have by now: rules name those that were resized.
+
+    Args:
+        model: patched.
+        slot: 'attention' or 'linear'.
+
+    Raises:
+        PatchError: the model is not patched there.
+    """
+    record = patch_record(model, slot)
+    if record is None:
+        raise PatchError("the model is not patched")
+    return record.config
 
 
 def _placed(config: MethodConfig, layers: Selection | None, exclude: Selection | None) -> MethodConfig:

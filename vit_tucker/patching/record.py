@@ -8,8 +8,9 @@ from torch import nn
 from vit_tucker.attention.options import MethodConfig
 from vit_tucker.hosts.find import inner
 from vit_tucker.hosts.slot import ATTENTION, get_slot
-from vit_tucker.patching.identity import Identity
+from vit_tucker.patching.identity import Identity, mark
 from vit_tucker.patching.report import PatchReport
+from vit_tucker.patching.resized import current_config, current_report
 
 RECORDS = "_vit_tucker_patches"
 
@@ -48,8 +49,15 @@ def patch_record(model: nn.Module, slot: str = ATTENTION.name) -> PatchRecord | 
 
 
 def patch_records(model: nn.Module) -> dict[str, PatchRecord]:
-    """The records of a model by slot; empty if it is not patched."""
-    return dict(vars(inner(model)).get(RECORDS, {}))
+    """The records of a model by slot, with the ranks that its layers have by now; empty if it is not patched."""
+    model = inner(model)
+    records: dict[str, PatchRecord] = dict(vars(model).get(RECORDS, {}))
+    for record in records.values():
+        if (config := current_config(model, record.config)) is not record.config:
+            record.report = current_report(model, record.report, record.config, config, records.values())
+            record.config = config
+            mark(model, configs_of(records), record.identity)
+    return records
 
 
 def set_records(model: nn.Module, records: dict[str, PatchRecord]) -> None:

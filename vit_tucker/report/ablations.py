@@ -7,13 +7,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from matplotlib import pyplot as plt
-
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
 from vit_tucker.report.settings import DENSE, Setting, method_name
-from vit_tucker.show.figures import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
+from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save, subplots
 from vit_tucker.show.tables import Table, spread
 
 INIT = "init"
@@ -157,8 +155,7 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
     ticks = [float(number if number is not None and None not in numbers else i) for i, number in enumerate(numbers)]
     places = dict(zip(values, ticks, strict=True))
     width = max(COLUMN, TICK * len(values)) if None in numbers else COLUMN
-    with plt.rc_context(FONTS):
-        figure, axis = plt.subplots(figsize=(width, HEIGHT + ROW * len(lines)), layout="constrained")
+    with subplots(width, HEIGHT + ROW * len(lines)) as (figure, axis):
         for i, line in enumerate(lines):
             style: dict[str, Any] = {
                 "color": PALETTE[i % len(PALETTE)],

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting, method_name
 from vit_tucker.report.stats import Floats
-from vit_tucker.show.figures import FONTS, grid, save, sizes_bar, sizes_scale
+from vit_tucker.show.figures import grid, save, sizes_bar, sizes_scale, subplots
 from vit_tucker.show.tables import Table, count
 
 POINTS = (5.0, 2.0, 1.0)
@@ -100,9 +99,8 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
     series = list(dict.fromkeys(s.series for s in drawn))
     width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
     scale = sizes_scale([s.params for s in drawn])
-    with plt.rc_context(FONTS):
-        figure, axes = plt.subplots(len(ROWS) * blocks, width, figsize=(1.1 + 1.65 * width, 3.2 * blocks), squeeze=False,
-                                    sharex=True, layout="constrained")  # fmt: skip
+    size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(ROWS) * blocks, width)
+    with subplots(*size, *grid_of, squeeze=False, sharex=True) as (figure, axes):
         for row, (key, label) in enumerate(ROWS):
             panels = [axes[len(ROWS) * (i // COLUMNS) + row, i % COLUMNS] for i in range(blocks * width)]
             for axis, one in zip(panels, series, strict=False):

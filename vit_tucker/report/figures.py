@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import Setting, method_name
 from vit_tucker.report.stats import pareto_front
-from vit_tucker.show.figures import COLUMN, FILLS, FONTS, LINES, accuracy_axis, colour, grid, log_axis, marker, save
+from vit_tucker.show.figures import COLUMN, FILLS, LINES, accuracy_axis, colour, grid, log_axis, marker, save, subplots
 
 Cost = Callable[[Setting], float | None]
 
@@ -41,8 +40,7 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
     if not drawn:
         return None, [f"No figure over {label}: no results have it."] if missing else []
     notes = [f"Not in the figure over {label}, which their results lack: {', '.join(missing)}."] if missing else []
-    with plt.rc_context(FONTS):
-        figure, axis = plt.subplots(figsize=(COLUMN, 2.7), layout="constrained")
+    with subplots(COLUMN, 2.7) as (figure, axis):
         series = list(dict.fromkeys(s.series for s in drawn))
         for one in series:
             draw_series(axis, [s for s in drawn if s.series == one], of, section.methods, series)

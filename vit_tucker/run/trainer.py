@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_tucker.analysis.spectra import rank_scalars
-from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.checkpoint.describe import describe, header, set_image_options
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.schema import RunConfig, TrainConfig
@@ -26,6 +26,7 @@ from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.slot import slot_of
 from vit_tucker.patching.freeze import freeze_except
 from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import save_model
@@ -104,9 +105,9 @@ def build_trainer(
     if recipe.compile:
         model.compile()  # in place: no prefix gets into the keys
     name_blocks(model)
-    # newer torch has another word for it, which Accelerate doesn't pass on
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():  # newer torch has another word for it, which Accelerate doesn't pass on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     bare = accelerator.unwrap_model(prepared)
     bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
     for key in ("model_ema", "log_ranks"):
@@ -136,7 +137,9 @@ def build_trainer(
         config=recipe,
         seed=config.seed,
         run_dir=run_dir,
-        metadata=weights_header(config.model.name, config.attention) if description is None else header(description),
+        metadata=weights_header(config.model.name, config.attention, config.linear)
+        if description is None
+        else header(description),
         progress=progress,
         input_size=built.data["input_size"],
         groups=groups,
@@ -197,7 +200,7 @@ def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
         teacher: dense.
         name: timm's, of the model.
     """
-    file, header_entries = run_dir.teacher, weights_header(name, None)
+    file, header_entries = run_dir.teacher, weights_header(name)
     try:
         config = describe(teacher)
     except CheckpointError:
@@ -225,15 +228,14 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
         raise ConfigError(f"train.grad_checkpointing: timm's {name} has none") from None
 
 
-def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
-    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
-    if attention is None:
-        return {"architecture": architecture, "attention": ""}
-    return {
-        "architecture": architecture,
-        "attention": attention.method,
-        "attention_config": attention.model_dump_json(),
-    }
+def weights_header(architecture: str, *methods: MethodConfig | None) -> dict[str, str]:
+    """What the header of a weights file says of its model: timm name, methods and, as JSON, all options and ranks."""
+    entries = {"architecture": architecture, "attention": ""}
+    for method in methods:
+        if method is not None:
+            name = slot_of(method).name
+            entries |= {name: method.method, f"{name}_config": method.model_dump_json()}
+    return entries
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

@@ -1,14 +1,12 @@
 """How the figures look: colours that colour-blind readers can tell apart, markers, sizes, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -45,6 +43,22 @@ FONTS: dict[Any, Any] = {
     "axes.spines.right": False,
     "pdf.fonttype": 42,
 }
+
+
+@contextmanager
+def subplots(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Context with a figure in our style, and its axes. It is none of pyplot's, which chooses a backend for the process.
+
+    Args:
+        width, height: inches.
+        rows, columns: of axes.
+        options: of ``Figure.subplots``.
+    """
+    with rc_context(FONTS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(rows, columns, **options)
 
 
 def colour(method: str, methods: list[str]) -> str:
@@ -93,7 +107,7 @@ def accuracy_axis(axis: Any, low: float, high: float) -> None:
 
 def sizes_scale(sizes: Sequence[float]) -> Any:
     """Colours by size, on a log scale, without the yellow that white paper swallows."""
-    colours = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, 256))
+    colours = colormaps["viridis_r"](np.linspace(0.12, 1.0, 256))
     return ScalarMappable(LogNorm(min(sizes) * 0.98, max(sizes) * 1.02), ListedColormap(colours))
 
 
@@ -125,5 +139,4 @@ def save(figure: Figure, folder: Path, stem: str) -> str:
     """Write PNG and PDF, the same bytes for the same data; the name of the PNG file."""
     figure.savefig(folder / f"{stem}.png", dpi=300)
     figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})
-    plt.close(figure)
     return f"{stem}.png"
