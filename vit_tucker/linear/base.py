@@ -17,7 +17,12 @@ from vit_tucker.attention.registry import MethodRegistry, Own
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """Shape of a linear layer: (..., in_features) -> (..., out_features)."""
+    """Shape of a linear layer: (..., in_features) -> (..., out_features).
+
+    Attributes:
+        in_features, out_features: widths.
+        bias: whether there is one.
+    """
 
     in_features: int
     out_features: int
