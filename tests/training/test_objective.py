@@ -97,9 +97,15 @@ def test_the_gradient_of_a_penalty_is_that_of_one_step_however_many_micro_batche
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{normed_core: 1}", r"train.penalties: unknown penalty 'normed_core', known: .*; did you mean 'normed_cores'\?"),
+        (
+            "{normed_core: 1}",
+            r"train.penalties: unknown penalty 'normed_core', known: .*; did you mean 'normed_cores'\?",
+        ),
         ("{normed_cores: -1}", "train.penalties.normed_cores: Input should be greater than or equal to 0, not -1"),
-        ("{normed_cores: .inf}", "train.penalties.normed_cores: Input should be less than or equal to 1000000000, not inf"),
+        (
+            "{normed_cores: .inf}",
+            "train.penalties.normed_cores: Input should be less than or equal to 1000000000, not inf",
+        ),
         ("{normed_cores: '1'}", "train.penalties.normed_cores: Input should be a valid number, not '1'"),
         ("[normed_cores]", "train.penalties: Input should be an object"),
     ],
