@@ -56,8 +56,13 @@ METHODS = MethodRegistry("attention method", AttentionConfig)  # type: ignore[ty
 
 
 def register_method(name: str) -> Callable[[type[Own]], type[Own]]:
-    """Class decorator that makes an attention method available by name, see ``MethodRegistry.register``; the class's ``display``
-    says how tables show it.
+    """Makes an attention method available by name, as a class decorator: in Python and in the YAML's ``attention.method``.
+
+    Args:
+        name: the method's name; the class must say ``method: Literal[name] = name``; its ``display`` says how tables show it.
+
+    Returns:
+        The decorator; it gives the class back as it is.
 
     Raises:
         ConfigError: see ``MethodRegistry.register``; or the display is none.

@@ -14,23 +14,26 @@ class Registry(Generic[Entry]):
     Args:
         kind: what they are, for messages: 'attention method'.
         reserved: names that none may have.
+        identifiers: names must be letters, digits and _: they become columns of tables.
 
     Attributes:
         entries: what is registered, by name.
     """
 
-    def __init__(self, kind: str, reserved: tuple[str, ...] = ()) -> None:
-        self.kind, self.reserved = kind, reserved
+    def __init__(self, kind: str, reserved: tuple[str, ...] = (), identifiers: bool = False) -> None:
+        self.kind, self.reserved, self.identifiers = kind, reserved, identifiers
         self.entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
         """Make an entry available by its name; the same one again, from a file that was imported anew, replaces itself.
 
         Raises:
-            ConfigError: the name is reserved, or is taken by another entry.
+            ConfigError: the name is reserved, no identifier where it must be, or taken by another entry.
         """
         if name in self.reserved:
             raise ConfigError(f"a {self.kind} can't be named '{name}': {', '.join(self.reserved)} are reserved")
+        if self.identifiers and not name.isidentifier():
+            raise ConfigError(f"a {self.kind} can't be named '{name}': letters, digits and _ alone")
         known = self.entries.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (entry.__module__, entry.__qualname__):
             raise ConfigError(f"{self.kind} '{name}' is already registered by {known.__module__}.{known.__qualname__}")
