@@ -7,6 +7,7 @@ import torch
 import vit_tucker as vt
 from tests.checkpoint.test_timm_files import save_for_hf
 from vit_tucker.errors import PatchError
+from vit_tucker.patching.record import RECORDS
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -19,7 +20,7 @@ def patched(method="tucker", **options):
 
 def test_a_model_as_patched_keeps_the_very_config_and_report():
     model = patched(ranks=(2, 16, 16), rules=[{"layers": "blocks.1.*", "ranks": (1, 8, 8)}])
-    record = vars(model)["_vit_tucker_patch"]
+    record = vars(model)[RECORDS]["attention"]
     config, report = record.config, record.report
     assert vt.config_of(model) is config
     assert vt.patch_record(model).report is report

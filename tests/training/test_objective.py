@@ -126,7 +126,7 @@ def test_mistakes_in_the_yaml_are_one_line(given, message):
     ],
 )
 def test_a_penalty_that_fails_is_known_before_any_training(value, message):
-    PENALTIES._entries.pop("failing", None)
+    PENALTIES.entries.pop("failing", None)
     vt.register_penalty("failing")(value)
     with pytest.raises(vt.ConfigError, match=f"^train.penalties.failing: {message}"):
         run(config("output_dir=a", "train.penalties={failing: 1}"))
