@@ -60,9 +60,9 @@ def sweep(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
-    from vit_tucker.sweep.board import Display
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
-    from vit_tucker.sweep.plan import load_sweep, select
+    from vit_tucker.sweep.plan import load_sweep, select_jobs
+    from vit_tucker.sweep.progress_table import Display
     from vit_tucker.sweep.runner import Runner, read_statuses, share_machine, visible_gpus
     from vit_tucker.sweep.status import State, read_records
 
@@ -70,7 +70,7 @@ def sweep(args: argparse.Namespace) -> int:
         args.overrides += [text for text in values if "=" in text]
         values[:] = [text for text in values if "=" not in text]
     planned = load_sweep(args.cfg, args.overrides)
-    jobs = select(planned, args.only, args.seeds)
+    jobs = select_jobs(planned, args.only, args.seeds)
     refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
     statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
