@@ -23,7 +23,7 @@ from vit_tucker.config.source import (
 )
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.storage.paths import MAX_NAME
-from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
+from vit_tucker.sweep.schema import START, CellConfig, ExecutorConfig, SweepConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
@@ -65,6 +65,7 @@ class Sweep:
         seeds: all seeds.
         jobs: all runs, in the order in which they are started; starts before the cells that need them.
         keep_checkpoints: whether cells that are done keep theirs.
+        executor: where they are trained.
     """
 
     file: Path
@@ -72,6 +73,7 @@ class Sweep:
     seeds: tuple[int, ...]
     jobs: tuple[Job, ...]
     keep_checkpoints: bool = True
+    executor: ExecutorConfig = ExecutorConfig()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             start = _job(START, seed, merge(common, part(source, "start")), output_dir, file)
             jobs.append(start)
         jobs += [_job(cell, seed, merge(finetune, given), output_dir, file, start) for cell, given in settings]
-    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints)
+    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints, config.executor)
 
 
 def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:
