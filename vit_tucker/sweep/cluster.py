@@ -35,7 +35,8 @@ def refuse_missing_cluster() -> None:
         raise ConfigError("executor: slurm needs submitit: pip install 'vit_tucker[slurm]'")
     if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
         raise ConfigError(
-            f"executor: slurm: there is no {missing[0]} here: start the sweep on a login node of the cluster, or use --executor local"
+            f"executor: slurm: there is no {missing[0]} here: start the sweep on a login node of the cluster, "
+            "or use --executor local"
         )
 
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Sweep:
     seeds: tuple[int, ...]
     jobs: tuple[Job, ...]
     keep_checkpoints: bool = True
-    executor: ExecutorConfig = ExecutorConfig()
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     @property
     def names(self) -> tuple[str, ...]:

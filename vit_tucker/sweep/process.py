@@ -1,6 +1,7 @@
 """The runs of a sweep on this machine: forked from a server that has imported everything, or started by accelerate launch.
 
-submitit's local executor would do this too, but imports everything anew for each run. A run holds a lock
+submitit's local executor would do this too, but imports everything anew for each run: 8 tiny digits runs,
+2 at a time, took 117 s with it and 27 s with the fork server (one pair of sweeps on a busy machine). A run holds a lock
 on its log file as long as it lives, so that two sweeps on one folder don't train the same run twice.
 """
 
