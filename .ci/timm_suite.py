@@ -12,9 +12,9 @@ import pytest
 import timm
 import torch
 from torch import nn
-from vit_tucker.patching.find import find_attention
 
 import vit_tucker
+from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
 
 PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 4}

@@ -31,8 +31,8 @@ from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import dump_config, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.batches import Collate, SeededDataset
-from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.splits import open_split
 from vit_tucker.data.transforms import eval_transform, resolve_data
 from vit_tucker.hosts.find import find_attention

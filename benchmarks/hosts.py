@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from vit_tucker.analysis.host_map import build_structure, describe, model_names
+from vit_tucker.analysis.host_map import build_structure, model_entry, model_names
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.timm_classes import read_host
@@ -90,7 +90,7 @@ def compressed(model: nn.Module, method: str) -> vt.AttentionConfig:
 @torch.no_grad()
 def check(name: str) -> list[dict[str, Any]]:
     """Rows of one model; none if no method takes it."""
-    entry = describe(name, build_structure(name))
+    entry = model_entry(name, build_structure(name))
     methods = [method for method in entry.methods if entry.patchable(method)]
     if not methods:
         return []

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from roofline import Machine, measure_machine
 from turns import DTYPES
 
 from vit_tucker.analysis.latency import describe_device
-from vit_tucker.attention.backends import AUTO, get_backend, registry
+from vit_tucker.attention.backends import AUTO, get_backend, recorded_choices
 from vit_tucker.errors import ConfigError
 from vit_tucker.show.tables import csv_text
 from vit_tucker.storage.paths import refuse_unwritable
@@ -36,7 +37,7 @@ def device_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def start(args: argparse.Namespace, backends: Iterable[str]) -> Machine:
-    """Check the arguments, then measure the machine.
+    """Check the arguments, record from now on which backends run (``args.choices``), and measure the machine.
 
     Raises:
         ConfigError: an argument that can't be used.
@@ -55,6 +56,8 @@ def start(args: argparse.Namespace, backends: Iterable[str]) -> Machine:
         raise ConfigError(f"--device {args.device}: {str(error).splitlines()[0]}") from None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    args.recording = ExitStack()  # until the process ends
+    args.choices = args.recording.enter_context(recorded_choices())
     return measure_machine(device, args.precision)
 
 
@@ -70,7 +73,7 @@ def describe(args: argparse.Namespace, machine: Machine) -> str:
         f"- measured rates: {machine.flops / 1e9:.0f} GFLOP/s of products, {machine.exps / 1e9:.2f} G exponentials/s, "
         f"{machine.bandwidth / 1e9:.1f} GB/s of copying",
         f"- command: `python benchmarks/{command}`",
-        *(f"- backend {line}" for line in registry.choices()),
+        *(f"- backend {line}" for line in args.choices.lines()),
     ])  # fmt: skip
 
 

@@ -16,9 +16,7 @@ def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
         file: PNG.
     """
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    with figures.plt.rc_context(figures.FONTS):
-        size = (2.4 * len(shapes) + 0.3, 2.5)
-        figure, axes = figures.plt.subplots(1, len(shapes), figsize=size, squeeze=False, layout="constrained")
+    with figures.subplots(2.4 * len(shapes) + 0.3, 2.5, 1, len(shapes), squeeze=False) as (figure, axes):
         for axis, shape in zip(axes[0], shapes, strict=True):
             mine = [
                 row for row in rows if row["shape"] == shape and row["layer"].startswith("Tucker") and "promise" in row
@@ -28,7 +26,6 @@ def draw_promise(rows: list[dict[str, Any]], file: Path) -> None:
         axes[0][0].set_ylabel("time: dense / own")
         axes[0][-1].legend(frameon=False)
         figure.savefig(file, dpi=200)
-        figures.plt.close(figure)
 
 
 def draw_shape(axis: Any, rows: list[dict[str, Any]]) -> None:

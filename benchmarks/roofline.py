@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from turns import DTYPES
 
-from vit_tucker.analysis.turns import clock
+from vit_tucker.analysis.interleaved import seconds_per_call
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.host import HostSpec
 
@@ -41,7 +41,7 @@ def measure_machine(device: torch.device, precision: str) -> Machine:
     copy = torch.empty_like(large)
     with torch.inference_mode():
         best = {
-            name: min(clock(call, repeats, device) for _ in range(7))
+            name: min(seconds_per_call(call, repeats, device) for _ in range(7))
             for name, call, repeats in (
                 ("product", lambda: a @ b, 3),
                 ("exp", lambda: torch.exp(some, out=out), 50),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.analysis.turns import compare_turns, peak_bytes, times_in_turns
+from vit_tucker.analysis.interleaved import compare_turns, peak_bytes, times_in_turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

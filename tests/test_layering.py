@@ -13,9 +13,10 @@ ALLOWED = {
     "errors": set(),
     "version": set(),
     "validation": {"errors"},
-    "storage": {"errors", "validation"},
+    "show": {"errors", "validation"},
+    "storage": {"errors", "validation", "show"},
     "tensor": {"errors"},
-    "attention": {"errors", "tensor", "validation"},
+    "attention": {"errors", "tensor", "validation", "show"},
     "config": {"errors", "attention", "storage", "validation"},
     "hosts": {"errors", "attention"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
@@ -36,7 +37,6 @@ ALLOWED = {
         "training",
     },
     "inference": {"errors", "config", "hosts", "checkpoint", "data"},
-    "show": set(),
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
@@ -64,6 +64,7 @@ ALLOWED = {
             "data",
             "training",
             "analysis",
+            "show",
         ),
     },
     "sweep": {
@@ -86,11 +87,11 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export"},
+    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "show", "training"},
 }
 """What each room may import, from the bottom up."""
 PARTS = {
-    "recording": "common",
+    "tracing": "common",
     "rope": "common",
     "options": "common",
     "host": "common",
@@ -109,7 +110,6 @@ PARTS = {
     "registry": "methods",
     "variants": "methods",
     "special_cases": "forms",
-    "heads_form": "forms",
 }
 """The part of ``attention`` that each of its files and folders belongs to."""
 ALLOWED_IN_ATTENTION = {
@@ -121,7 +121,7 @@ ALLOWED_IN_ATTENTION = {
     "methods": {"common", "weights", "backends", "layers"},
     "forms": {"common", "weights", "backends", "layers", "methods"},
 }
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if not file.is_relative_to(PACKAGE / "configs"))
 
 
 def module_of(file: Path) -> str:

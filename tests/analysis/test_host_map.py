@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 
-from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, describe, model_names, survey
+from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, model_entry, model_names, survey
 from vit_tucker.cli import main
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.host_map import Notes, document, markdown_table, summary, terminal_map
@@ -25,7 +25,7 @@ SAMPLE = (
 
 
 def entry_of(name):
-    return describe(name, build_structure(name))
+    return model_entry(name, build_structure(name))
 
 
 @pytest.mark.parametrize("name", SAMPLE)

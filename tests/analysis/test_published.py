@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from vit_tucker.analysis.formulas import FORMULAS, measure_layer
-from vit_tucker.analysis.published import PUBLISHED, Comparison, compare_row
+from vit_tucker.analysis.published import PUBLISHED, PrintedValue, compare_row
 
 
 def verdicts(number):
@@ -48,7 +48,7 @@ def test_table_3_to_the_printed_digit_or_with_its_deviation():
     ],
 )
 def test_verdicts_by_hand(value, printed, verdict):
-    assert Comparison(Decimal(value), printed).verdict == verdict
+    assert PrintedValue(Decimal(value), printed).verdict == verdict
 
 
 def test_the_papers_words():

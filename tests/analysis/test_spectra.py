@@ -10,7 +10,7 @@ import vit_tucker as vt
 from tests.conversion.test_calibrate import pictures
 from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spectra
 from vit_tucker.hosts.timm_classes import read_host
-from vit_tucker.report.spectra import draw_spectra, rank_table
+from vit_tucker.report.spectra import draw_spectra, rank_summary
 from vit_tucker.tensor.modes import unfold
 
 
@@ -91,7 +91,7 @@ def test_files_and_figure(make_vit, tmp_path):
         float(x["value"]) for x in lines if (x["layer"], x["mode"], x["whitened"]) == ("blocks.2.attn", "key", "True")
     ]
     assert values == sorted(values, reverse=True)
-    table = rank_table(tmp_path)
+    table = rank_summary(tmp_path)
     assert "| pre | key | 24 |" in table
     assert "| post, whitened | value | 24 |" in table
     files = [draw_spectra(tmp_path, whitened, gqa=(2,), mla=(6, 3)) for whitened in (False, True)]

@@ -8,7 +8,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import make_spec, randomise
-from vit_tucker.tensor.ranks import mode_ranks
+from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.tucker import hosvd
 
 X = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -118,8 +118,29 @@ def test_to_mha_is_exact_where_heads_have_rank_head_dim(name):
     assert not torch.allclose(mha(X), layer(X), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "spec"),
+    [
+        (m, {f"{s}_bias": False})
+        for m in ("gqa", "mla", "tucker")
+        for s in ("key", "qkv", "proj")
+        if (m, s) != ("tucker", "proj")
+    ],
+)
+def test_to_mha_finds_a_place_for_each_bias(method, spec):
+    """Also where keys have none, as in EVA: queries and values have theirs beside the joint projection."""
+    layer = build(
+        {"gqa": vt.GQAConfig(num_kv_heads=2), "mla": MLA_NARROW, "tucker": vt.TuckerConfig(ranks=(3, 6, 6))}[method],
+        **spec,
+    )
+    mha = vt.to_mha(layer)
+    torch.testing.assert_close(mha(X), layer(X), rtol=1e-10, atol=1e-10)
+    assert mha.state_dict().keys() == vt.MHAConfig().build(layer.spec).state_dict().keys()
+    torch.testing.assert_close(vt.to_mha(mha)(X), mha(X), rtol=1e-12, atol=1e-12)
+
+
 def test_to_mha_refuses_heads_of_larger_rank():
-    with pytest.raises(vt.PatchError, match="pre-softmax matrix of head 0 has rank 8, MHA holds rank 6"):
+    with pytest.raises(vt.PatchError, match="pre-softmax matrix of head 0 has rank 8, a dense head holds rank 6"):
         vt.to_mha(build(LAYERS["tucker"][0]))
 
 

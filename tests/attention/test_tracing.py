@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 import vit_tucker as vt
 from tests.attention.backends.test_backends import CUDA, tensors
 from tests.conftest import all_configs, make_spec, randomise, rope_of
-from vit_tucker.attention.backends import choose, flash, get_backend, registry
+from vit_tucker.attention.backends import choose, flash, get_backend, recorded_choices
 from vit_tucker.attention.rope import RopeSpec
 
 TOKENS = 9
@@ -85,15 +85,15 @@ def test_flash_attn_is_imported_once_outside_of_graphs(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     flash.missing.cache_clear()
     try:
-        assert choose(CUDA, "flash_attn").name == "flash_attn"
-        q, k, v = tensors(1, widths=(16, 16), dtype=torch.float32)
-        options = (None, True, 0.3, 0.0)
-        torch._dynamo.reset()
-        compiled = torch.compile(get_backend("flash_attn").attend, backend="eager", dynamic=True, fullgraph=True)
-        torch.testing.assert_close(compiled(q, k, v, *options), get_backend("sdpa").attend(q, k, v, *options))
+        with recorded_choices():
+            assert choose(CUDA, "flash_attn").name == "flash_attn"
+            q, k, v = tensors(1, widths=(16, 16), dtype=torch.float32)
+            options = (None, True, 0.3, 0.0)
+            torch._dynamo.reset()
+            compiled = torch.compile(get_backend("flash_attn").attend, backend="eager", dynamic=True, fullgraph=True)
+            torch.testing.assert_close(compiled(q, k, v, *options), get_backend("sdpa").attend(q, k, v, *options))
     finally:
         flash.missing.cache_clear()
-        registry._CHOICES.clear()
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -27,6 +27,7 @@ from vit_tucker.training.optimizer_state import load_optimizer
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.saved_state import read_progress
 from vit_tucker.training.state import flatten, load_checkpoint, save_checkpoint
+from vit_tucker.training.step import OrdinaryStep, restore_rule
 
 EXAMPLES = int(os.environ.get("VIT_TUCKER_EXAMPLES", "0"))
 SIZES = {"img_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
@@ -168,6 +169,17 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
+class RememberingStep(OrdinaryStep):
+    """A rule with a state."""
+
+    def state_dict(self):
+        return {"seen": torch.ones(2), "when": (1, None)}
+
+    def load_state_dict(self, state):
+        if not isinstance(state["seen"], torch.Tensor) or len(state["when"]) != 2:
+            raise ValueError("of another rule")
+
+
 @cache
 def start() -> Path:
     """A checkpoint of a run."""
@@ -176,7 +188,8 @@ def start() -> Path:
     state = flatten(optimizer.state_dict(), "optimizer", tensors)
     weights = {"model": model.state_dict(), "ema": model.state_dict()}
     config = {"architecture": "linear", "vit_tucker": {}}
-    return save_checkpoint(Path(mkdtemp()), weights, (state, tensors), vars(PROGRESS), {}, 1, config)
+    rule = flatten({"name": "remembering", "state": RememberingStep().state_dict()}, "step_rule", tensors)
+    return save_checkpoint(Path(mkdtemp()), weights, (state, tensors), vars(PROGRESS), {}, 1, config, rule)
 
 
 @settings(max_examples=EXAMPLES or 100, **SETTINGS)
@@ -191,7 +204,7 @@ def test_a_damaged_state_is_refused_in_one_line_or_goes_on_the_same(tmp_path_fac
     def pick(options):
         return data.draw(st.sampled_from(list(options)))
 
-    kind = pick(["progress", "progress", "optimizer", "optimizer", "all", "text"])
+    kind = pick(["progress", "progress", "optimizer", "optimizer", "step_rule", "all", "text"])
     what = rewrite_text(file, pick) if kind == "text" else rewrite_json(file, pick, () if kind == "all" else (kind,))
     if file.read_bytes() != (start() / "state.json").read_bytes():
         assert damage(folder) == "state.json is not what was written (SHA-256)" or "bytes of" in str(damage(folder))
@@ -200,9 +213,10 @@ def test_a_damaged_state_is_refused_in_one_line_or_goes_on_the_same(tmp_path_fac
     assert damage(folder) is None
     model, optimizer = trained()
     try:
-        values, state = load_checkpoint(folder, model, None)
+        values, state, rule = load_checkpoint(folder, model, None)
         progress, _ = read_progress(values, folder)
         load_optimizer(optimizer, state)
+        restore_rule(RememberingStep(), {"name": "remembering"}, rule)
     except CheckpointError as error:
         is_one_line(error)
         return

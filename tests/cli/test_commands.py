@@ -112,16 +112,24 @@ class TestAll:
         assert command("--version") == f"vit_tucker {vt.__version__}\n"
 
     def test_a_completion_script_knows_commands_and_flags(self, command):
+        Path("experiments/configs").mkdir(parents=True)
+        Path("experiments/configs/$(touch x).yaml").touch()
         Path("complete.sh").write_text(command("completion", "bash"))
         done = subprocess.run(
             ["bash", "-c", "source ./complete.sh; complete -p vit-tucker; COMP_WORDS=(vit-tucker eval); COMP_CWORD=1; "
              "_shtab_vit_tucker; echo ${COMPREPLY[@]}; COMP_WORDS=(vit-tucker evaluate --pre); COMP_CWORD=2; COMPREPLY=(); "
+             "_shtab_vit_tucker; echo ${COMPREPLY[@]}; COMP_WORDS=(vit-tucker plan --cfg digits/m); COMP_CWORD=3; COMPREPLY=(); "
+             "_shtab_vit_tucker; echo ${COMPREPLY[@]}; COMP_WORDS=(vit-tucker sweep --cfg sweeps/a); COMPREPLY=(); "
              "_shtab_vit_tucker; echo ${COMPREPLY[@]}"],
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[1:] == ["evaluate", "--precision"]
-        assert "#compdef vit-tucker" in command("completion", "zsh")
+        names = ["digits/mla16 digits/mqa", "sweeps/ablations_digits"]
+        assert done.stdout.splitlines()[1:] == ["evaluate", "--precision", *names]
+        assert not Path("x").exists()
+        zsh = command("completion", "zsh")
+        assert "#compdef vit-tucker" in zsh
+        assert " cifar10/mqa_in21k " in zsh
 
     def test_a_shell_without_a_script_is_refused(self, refusal):
         assert "did you mean 'bash'?" in refusal("completion", "bsh")

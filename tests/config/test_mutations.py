@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 import vit_tucker as vt
 from tests.config.mutations import HOSTILE, holder, mutated, places, retype_nothing, scale_number, set_scalar
 from vit_tucker.cli.main import main
+from vit_tucker.config.find import config_names, find_config, package_configs
 from vit_tucker.config.load import dump_config, load_config, plain_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.config.source import package_configs, read_with_bases, read_yaml
+from vit_tucker.config.source import read_with_bases, read_yaml
 from vit_tucker.errors import MAX_MESSAGE
 from vit_tucker.sweep.plan import load_sweep
 
 COUNT = int(os.environ.get("VIT_TUCKER_MUTATIONS", "0"))
-SHIPPED = sorted(package_configs().rglob("*.yaml"))
-RUNS = [file for file in SHIPPED if file.parent.name != "sweeps"]
-SWEEPS = [file for file in SHIPPED if file.parent.name == "sweeps"]
+RUNS = [find_config(name).resolve() for name in config_names()]
+SWEEPS = [find_config(name).resolve() for name in config_names(sweeps=True)]
 RANDOMS = st.randoms(use_true_random=False)
 
 

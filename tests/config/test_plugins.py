@@ -176,6 +176,12 @@ def test_the_models_of_this_package_need_no_word(folder):
     (folder / "experiments" / "models" / "vit_c.py").write_text(MARKER)
     with command_plugins([], False):
         load_config(folder)
+        for other in ("experiments/models/../models/vit_c.py", "experiments/vit_c.py", "models/vit_c.py", "vit_c.py"):
+            (folder / other).parent.mkdir(parents=True, exist_ok=True)
+            (folder / other).write_text(MARKER)
+            write(folder, other)
+            with command_plugins([], False), pytest.raises(vt.ConfigError, match=REFUSED):
+                load_config(folder)
     assert ran(folder) == []
 
 

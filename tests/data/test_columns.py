@@ -11,8 +11,7 @@ from PIL import Image
 
 from tests.data.test_streams import build
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.calibration import calibration_images
-from vit_tucker.data.samples import evaluation_images
+from vit_tucker.data.samples import calibration_images, evaluation_images
 from vit_tucker.data.splits import class_names, open_split, open_splits, split_notes
 from vit_tucker.errors import DataError
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from tests.conftest import process_environment
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.loaders import build_loaders
+from vit_tucker.data.samples import calibration_images, evaluation_images
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -153,6 +153,14 @@ def test_calibration_skips_bad_images_up_to_the_limit(tmp_path):
     assert sorted(found) == [i for i in range(COUNT) if i != BAD]
     with pytest.raises(DataError, match=rf"allows 0: .*{BAD}.png of split 'train'"):
         list(calibration_images(config.model_copy(update={"max_bad_images": 0}), RESOLVED, 8, 4, 0))
+
+
+def test_a_sample_of_the_evaluation_split_names_that_split(tmp_path):
+    damage(write_images(tmp_path) / "val" / "a" / f"{BAD}.png", "text")
+    config = DataConfig(dataset="folder", root=str(tmp_path), max_bad_images=1)
+    assert sum(len(images) for images, _ in evaluation_images(config, RESOLVED, COUNT, 4)) == COUNT - 1
+    with pytest.raises(DataError, match=rf"allows 0: .*{BAD}.png of split 'validation'"):
+        list(evaluation_images(config.model_copy(update={"max_bad_images": 0}), RESOLVED, COUNT, 4))
 
 
 def test_a_process_whose_worker_meets_a_bad_image_ends(tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import timm
 
-from docs_hooks import ROOT
-from docs_hooks.commands import command_parsers
+from docs.hooks import ROOT
+from docs.hooks.commands import command_parsers
 from vit_tucker.cli.cost import read_method
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 from tests.docs.blocks import Block, check_page, code_blocks
 from vit_tucker.attention import registry
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from docs_hooks import ROOT
-from docs_hooks.equations import EquationError, render_equations, to_mathml
+from docs.hooks import ROOT
+from docs.hooks.equations import EquationError, render_equations, to_mathml
 
 pytest.importorskip("latex2mathml")
 DOLLARS = re.compile(r"(?<!\$)\$(?!\$)([^$\n]+)\$")

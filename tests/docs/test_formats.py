@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 from tests.checkpoint import sources
 from tests.checkpoint.published import load_lines
 from vit_tucker.checkpoint.host_model import load_host

@@ -11,7 +11,7 @@ from torch import Tensor
 import vit_tucker
 import vit_tucker.explain
 import vit_tucker.export
-from docs_hooks import ROOT
+from docs.hooks import ROOT
 from tests.docs.docstrings import problems, sections
 
 SHOWN = re.compile(r"^::: (?P<name>[\w.]+)$", re.MULTILINE)
@@ -20,7 +20,7 @@ PUBLIC = [
     f"{package.__name__}.{name}"
     for package in (vit_tucker, vit_tucker.explain, vit_tucker.export)
     for name in package.__all__
-    if not name.startswith("__")
+    if not name.startswith("__") and not inspect.ismodule(getattr(package, name))
 ]
 NAMES = [name for page in PAGES for name in SHOWN.findall(page.read_text())]
 

@@ -1,6 +1,8 @@
 """Generated parts of the site: links into the repository, tables, commands; docstrings as Markdown."""
 
 import argparse
+import re
+import textwrap
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -8,10 +10,10 @@ import pytest
 from pydantic import BaseModel, Field
 
 import vit_tucker
-from docs_hooks import ROOT
-from docs_hooks.commands import arguments_table, command_parsers, command_reference
-from docs_hooks.repository import linked_files, links, repository_path, rewrite_links, site_path, text_of
-from docs_hooks.tables import config_reference, fields_table, layering, layering_table, sweep_reference
+from docs.hooks import ROOT
+from docs.hooks.commands import arguments_table, command_parsers, command_reference
+from docs.hooks.repository import linked_files, links, repository_path, rewrite_links, site_path, text_of
+from docs.hooks.tables import config_reference, fields_table, layering, layering_table, sweep_reference
 from tests.test_layering import ALLOWED
 from vit_tucker.config.schema import RunConfig, TrainConfig
 
@@ -27,6 +29,17 @@ def test_links_out_of_docs_point_into_the_site():
     )
     assert rewrite_links("repository/benchmarks/README.md", "[a](../docs/cost.md)") == "[a](../../cost.md)"
     assert rewrite_links("api/index.md", "[a](../../missing.md)") == "[a](../../missing.md)"  # mkdocs reports it
+
+
+def test_the_hooks_are_no_part_of_the_site():
+    mkdocs = pytest.importorskip("mkdocs.config.defaults").MkDocsConfig(config_file_path=str(ROOT / "mkdocs.yml"))
+    words = re.search(r"^exclude_docs: \|\n((?:  .*\n)+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert words is not None
+    mkdocs.load_dict({"site_name": "x", "exclude_docs": textwrap.dedent(words[1])})
+    assert mkdocs.validate()[0] == []
+    published = [path for path in (ROOT / "docs").rglob("*") if path.is_file() and path.suffix in (".py", ".pyc")]
+    assert all(mkdocs.exclude_docs.match_file(path.relative_to(ROOT / "docs").as_posix()) for path in published)
+    assert not mkdocs.exclude_docs.match_file("api/index.md")
 
 
 def test_paths_go_both_ways():
@@ -113,7 +126,7 @@ def test_arguments_of_a_parser():
 
 
 def test_docstrings_become_markdown():
-    docstrings = pytest.importorskip("docs_hooks.docstrings")
+    docstrings = pytest.importorskip("docs.hooks.docstrings")
     text = (
         "H*D of ``plan`` and ``x*y``, [a] [b].\n\n    x * y\n\nArgs:\n    a_b, c: (H*D,)\n        more.\n    _d: <e>\n"
     )

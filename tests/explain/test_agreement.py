@@ -8,7 +8,7 @@ import torch
 import vit_tucker as vt
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain import agreement
-from vit_tucker.explain.agreement import compare_attention, cosine, memory_groups, total_variation
+from vit_tucker.explain.agreement import compare_attention, cosine, layers_within_memory, total_variation
 from vit_tucker.explain.capture import attention_maps
 
 SAME = torch.tensor([[1.0, 0], [0.5, 0.5]])
@@ -40,7 +40,7 @@ def test_a_patched_model_beside_its_host(make_vit, images):
 
 def test_groups_within_the_memory(monkeypatch):
     monkeypatch.setattr(agreement, "MAP_BYTES", 100)
-    assert list(memory_groups("abcde", {"a": 20, "b": 30, "c": 1, "d": 500, "e": 1})) == [
+    assert list(layers_within_memory("abcde", {"a": 20, "b": 30, "c": 1, "d": 500, "e": 1})) == [
         ["a", "b"],
         ["c"],
         ["d"],

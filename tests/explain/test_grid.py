@@ -4,12 +4,12 @@ import pytest
 import torch
 from timm.models import maxxvit, swin_transformer
 
-from vit_tucker.explain.grid import PADDING, numbers, strided_grid, whole_grid, window_grid
+from vit_tucker.explain.grid import PADDING, patch_numbers, strided_grid, whole_grid, window_grid
 
 
 def picture(height, width):
     """(1, H, W, 1): each place holds its number + 1, so that padding, 0, can be told."""
-    return (numbers(height, width) + 1).double().view(1, height, width, 1)
+    return (patch_numbers(height, width) + 1).double().view(1, height, width, 1)
 
 
 def partitioned(x, window):

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 
 from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.batches import Normalise
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import DataError
-from vit_tucker.explain.images import data_images, file_images, normalise, to_picture, to_pixels
+from vit_tucker.explain.images import data_images, file_images, to_picture, to_pixels
 
 
 def save(file, value=0, size=(6, 5)):
@@ -67,7 +68,7 @@ def test_what_the_model_sees_is_what_timms_transform_gives():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8))
     pixels = to_pixels(image, eval_transform(data, normalize=False))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 8, 8))
-    seen = normalise(pixels, data["mean"], data["std"])
+    seen = Normalise(data["mean"], data["std"])(pixels)
     torch.testing.assert_close(
         seen, eval_transform(data)(image), rtol=0, atol=1e-5
     )  # timm divides by 255 first, float32

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.explain.capture import record_attention
-from vit_tucker.explain.grid import PADDING, numbers
+from vit_tucker.explain.grid import PADDING, patch_numbers
 from vit_tucker.explain.locate import proportional
 from vit_tucker.hosts.find import find_attention
 
@@ -31,7 +31,7 @@ def test_places_are_those_that_timms_blocks_make(name):
     for layer, grid in grids.items():
         block = model.get_submodule(layer.rpartition(".")[0])
         block.attn = seen = Seen()
-        coordinates = (numbers(grid.height, grid.width) + 1).double()[None, ..., None]
+        coordinates = (patch_numbers(grid.height, grid.width) + 1).double()[None, ..., None]
         getattr(block, BLOCKS[name])(coordinates)
         assert torch.equal(seen.x.reshape(grid.index.shape).long() - 1, grid.index)
         kinds.add((grid.height, tuple(grid.index.flatten()[:3].tolist())))

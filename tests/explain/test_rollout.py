@@ -5,7 +5,7 @@ import torch
 
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.grid import whole_grid, window_grid
-from vit_tucker.explain.rollout import attention_rollout, discard, fuse_heads, refine, roll_back, with_residual
+from vit_tucker.explain.rollout import attention_rollout, discard, fuse_heads, roll_back, spread_rows, with_residual
 
 A1 = torch.tensor([[[1.0, 0, 0], [0.5, 0.5, 0], [0, 0, 1]], [[0, 1.0, 0], [0.5, 0, 0.5], [1, 0, 0]]]).double()[None]
 A2 = torch.tensor([[[0, 0, 1.0], [0, 1, 0], [0.5, 0.5, 0]], [[0, 0, 1.0], [0, 1, 0], [0.5, 0.5, 0]]]).double()[None]
@@ -71,17 +71,19 @@ def test_windows_are_blocks_of_the_map_of_the_whole_image(grid):
 
 def test_merged_patches_share_alike():
     rows = torch.tensor([[[0.4, 0.6]]]).double()
-    fine = refine(rows, whole_grid(1, 2), whole_grid(2, 3))  # the second patch has merged a column of two and padding
+    fine = spread_rows(
+        rows, whole_grid(1, 2), whole_grid(2, 3)
+    )  # the second patch has merged a column of two and padding
     assert fine[0, 0].tolist() == pytest.approx([0.1, 0.1, 0.3, 0.1, 0.1, 0.3])
-    assert refine(rows, whole_grid(1, 2), whole_grid(1, 2)) is rows
-    assert refine(torch.arange(5.0)[None, None], whole_grid(2, 2, 1), whole_grid(2, 2)).flatten().tolist() == [
+    assert spread_rows(rows, whole_grid(1, 2), whole_grid(1, 2)) is rows
+    assert spread_rows(torch.arange(5.0)[None, None], whole_grid(2, 2, 1), whole_grid(2, 2)).flatten().tolist() == [
         1,
         2,
         3,
         4,
     ]
     with pytest.raises(ExplainError, match="2x3 tokens can't be merged into 2x2"):
-        refine(torch.ones(1, 1, 4), whole_grid(2, 2), whole_grid(2, 3, 1))
+        spread_rows(torch.ones(1, 1, 4), whole_grid(2, 2), whole_grid(2, 3, 1))
 
 
 @pytest.mark.parametrize(

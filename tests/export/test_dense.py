@@ -12,9 +12,9 @@ import vit_tucker as vt
 from tests.conftest import make_spec, make_weights, randomise
 from tests.patching.test_families import FAMILIES, image, small_model
 from tests.patching.trios import refusal, small_config
-from vit_tucker.attention.heads_form import fit_biases
 from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.special_cases import fit_biases
 from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.dense import merge_dense as merge
 from vit_tucker.export.export import export_model

@@ -19,7 +19,7 @@ from vit_tucker.export import compare as compare_module
 from vit_tucker.export.capture import capture, served
 from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.export import export_model
-from vit_tucker.export.metadata import describe
+from vit_tucker.export.metadata import file_metadata
 from vit_tucker.export.torch_file import read_metadata, torch_export_runner
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4, "num_classes": 7}
@@ -300,7 +300,7 @@ def test_models_built_at_another_size_are_recorded_at_theirs(name):
     size = FAMILIES[name]["img_size"]
     images = torch.randn(3, 3, size, size)
     assert_close(capture(served(model, False)).module()(images), model(images))
-    assert json.loads(describe(model, False, "0")["input_size"]) == [3, size, size]
+    assert json.loads(file_metadata(model, False, "0")["input_size"]) == [3, size, size]
     with pytest.raises((RuntimeError, AssertionError)):
         model(torch.randn(1, 3, 224, 224))
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from vit_tucker.analysis.host_map import describe
+from vit_tucker.analysis.host_map import model_entry
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.timm_classes import read_host
@@ -103,7 +103,7 @@ def test_every_method_is_exact_where_the_map_says_so(name):
     model = small_model(name)
     x = image(model, FAMILIES[name].get("img_size"))
     expected = model(x)
-    entry = describe(name, model)
+    entry = model_entry(name, model)
     assert entry.patchable("gqa"), entry
     assert entry.patchable("mha"), entry
     for method, status in entry.methods.items():

@@ -6,7 +6,7 @@ import pytest
 
 from tests.report.synthetic import run_results, study, write_runs
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.collect import collect, identity, write_results, written_config
+from vit_tucker.report.collect import collect, setting_key, write_results, written_config
 
 TUCKER = {"method": "tucker", "ranks": [8, 16, 16], "rules": []}
 
@@ -91,7 +91,7 @@ def test_seeds_of_a_config_agree_and_other_configs_do_not():
         small(**{"config.attention.rules": [other]}),
         small(**{"config.attention.post_ranks": None}),
     ]
-    assert {identity(run) for run in same} == {identity(small())}
+    assert {setting_key(run) for run in same} == {setting_key(small())}
     different = [
         small(**{"config.train.lr": 2e-3}),
         small(**{"config.attention.ranks": [8, 16, 32]}),
@@ -100,5 +100,5 @@ def test_seeds_of_a_config_agree_and_other_configs_do_not():
         small(**{"config.model.checkpoint": "runs/fig3/start/seed7"}),  # the start of another seed
         small(**{"data.num_eval": 10_000}),
     ]
-    assert len({identity(run) for run in [small(), *different]}) == len(different) + 1
+    assert len({setting_key(run) for run in [small(), *different]}) == len(different) + 1
     assert written_config(small())["attention.ranks.1"] == 16

@@ -2,17 +2,18 @@
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
 from vit_tucker.report import ablations, curves, figures
-from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, lines_of, usual_options
+from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, option_lines, usual_options
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
-from vit_tucker.show.figures import COLOURS, accuracy_axis, log_axis
+from vit_tucker.show.figures import accuracy_axis, log_axis
+from vit_tucker.show.methods import GQA
 
 HOSVD = {"method": "tucker", "conversion": "hosvd", "init": "pretrained"}
 
@@ -28,8 +29,7 @@ def drawn(monkeypatch):
 
     for module in (figures, curves, ablations):
         monkeypatch.setattr(module, "save", keep)
-    yield kept
-    plt.close("all")
+    return kept
 
 
 def labelled(axis):
@@ -52,7 +52,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["Tucker, HOSVD"].get_ydata()) == means
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
-    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == COLOURS["gqa"]
+    assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == GQA.colour
     assert len({line.get_marker() for line in lines.values()}) == 4
     bars = [container for container in axis.containers if container.has_yerr]
     segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]
@@ -63,14 +63,13 @@ def test_accuracy_over_parameters(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])
 def test_a_log_axis_has_ticks_to_read_its_values_by(low, high):
-    figure, axis = plt.subplots()
+    axis = Figure().subplots()
     axis.plot([low, high], [1, 2])
     log_axis(axis, low, high)
     inside = [tick for tick in axis.get_xticks() if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
     assert 3 <= len(inside) <= 8
     labels = [axis.xaxis.get_major_formatter()(tick) for tick in inside]
     assert len(set(labels)) == len(labels)
-    plt.close(figure)
 
 
 def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
@@ -89,7 +88,7 @@ def test_missing_costs_are_left_out_and_said(drawn, tmp_path):
 
 @pytest.mark.parametrize(("low", "high", "scale"), [(92.0, 95.0, "linear"), (40.0, 99.0, "function")])
 def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
-    figure, axis = plt.subplots()
+    axis = Figure().subplots()
     axis.plot([1, 2], [low, high])
     accuracy_axis(axis, low, high)
     assert axis.get_yscale() == scale
@@ -100,7 +99,6 @@ def test_errors_that_differ_much_are_on_a_log_scale(low, high, scale):
         points = axis.transData.transform([(1, 90.0), (1, 99.0)])[:, 1]
         middle = axis.transData.transform((1, 100 - np.sqrt(10.0)))[1]
         assert middle == pytest.approx(points.mean())  # the error's geometric mean
-    plt.close(figure)
 
 
 def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
@@ -143,14 +141,14 @@ def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
     random = {**HOSVD, "ranks": [4, 8, 8], "init": "random"}
     runs += [run_results("random", random, 20_000, 80.0, seed) for seed in (0, 1)]
     (section,) = sections(runs)
-    (line,) = lines_of(section, "attention.ranks.0")
+    (line,) = option_lines(section, "attention.ranks.0")
     assert line.values == ["2", "4", "16"]
     assert [s.top1_mean for s in line.settings] == [90, 92, 93]
     assert line.label == "Tucker ranks=_,8,8, HOSVD"
-    (start,) = lines_of(section, "init")
+    (start,) = option_lines(section, "init")
     assert dict(zip(start.values, (s.top1_mean for s in start.settings), strict=True)) == {"HOSVD": 92, "random": 80}
-    assert lines_of(section, "attention.ranks.1") == []
-    (both,) = lines_of(section, "attention.ranks.1,attention.ranks.2")
+    assert option_lines(section, "attention.ranks.1") == []
+    (both,) = option_lines(section, "attention.ranks.1,attention.ranks.2")
     assert both.values == ["8, 8", "16, 16"]
     assert usual_options(section) == ["init", "attention.ranks.0", "attention.ranks.1,attention.ranks.2"]
     table = ablation_table("attention.ranks.0", [line])

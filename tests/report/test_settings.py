@@ -7,6 +7,7 @@ from tests.report.synthetic import CEILING, run_results, study
 from vit_tucker.report.sections import sections
 from vit_tucker.report.settings import describe_init
 from vit_tucker.report.tables import latency_conditions, seed_list, settings_table
+from vit_tucker.show.methods import SHIPPED, MethodDisplay
 
 TUCKER = {"method": "tucker", "ranks": [8, 16, 16], "conversion": "hosvd"}
 
@@ -29,7 +30,8 @@ TUCKER = {"method": "tucker", "ranks": [8, 16, 16], "conversion": "hosvd"}
     ],
 )
 def test_starts_are_named(attention, init):
-    assert describe_init(attention) == init
+    display = SHIPPED.get((attention or {}).get("method"), MethodDisplay())
+    assert describe_init(attention, display) == init
 
 
 def test_seeds_make_a_setting_and_the_dense_reference_is_of_the_common_recipe():

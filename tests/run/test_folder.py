@@ -9,12 +9,12 @@ import pytest
 
 import vit_tucker as vt
 from tests.run.test_run import config, same, weights
+from tests.training.rules import StopAt
 from vit_tucker.cli import main, train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.run.run import run
 from vit_tucker.storage.run_dir import LOGGER, log_lines
-from vit_tucker.training import engine
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 SHORT = ["train.epochs=1", "train.global_batch_size=256", "data.num_workers=0", "train.cpu=true"]
@@ -26,20 +26,14 @@ def short(*overrides: str, base: str = "digits/tucker_r16"):
     return config(*SHORT, *overrides, base=base)
 
 
-def fail(monkeypatch, error: Exception, *overrides: str) -> None:
+def fail(error: Exception, *overrides: str) -> None:
     """A run whose first step raises."""
-
-    def failing(*arguments, **options):
-        raise error
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "train_step", failing)
-        with pytest.raises(type(error)):
-            run(short(*overrides))
+    with pytest.raises(type(error)):
+        run(short(*overrides), step_rule=StopAt(0, error))
 
 
-def test_a_crash_before_the_first_checkpoint_leaves_its_traceback_and_takes_the_corrected_config(monkeypatch, capsys):
-    fail(monkeypatch, RuntimeError("out of tokens"), "output_dir=a")
+def test_a_crash_before_the_first_checkpoint_leaves_its_traceback_and_takes_the_corrected_config(capsys):
+    fail(RuntimeError("out of tokens"), "output_dir=a")
     log = Path("a/train.log").read_text()
     assert "Traceback (most recent call last):" in log
     assert log.rstrip().splitlines()[-1] == "RuntimeError: out of tokens"
@@ -59,8 +53,8 @@ def test_a_crash_before_the_first_checkpoint_leaves_its_traceback_and_takes_the_
         run(short("output_dir=a", "train.lr=0.1", base="digits/dense"))
 
 
-def test_mistakes_are_a_line_in_the_log_once_the_run_has_begun(monkeypatch):
-    fail(monkeypatch, vt.DataError("no more images"), "output_dir=a")
+def test_mistakes_are_a_line_in_the_log_once_the_run_has_begun():
+    fail(vt.DataError("no more images"), "output_dir=a")
     log = Path("a/train.log").read_text()
     assert log.rstrip().splitlines()[-1].endswith(" error: no more images")
     assert "Traceback" not in log

@@ -14,11 +14,11 @@ from timm.models import _manipulate
 
 import vit_tucker as vt
 from tests.run.test_run import config, same, weights
+from tests.training.rules import StopAt
 from vit_tucker.cli import train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.run.run import run
 from vit_tucker.run.trainer import checkpoint_activations
-from vit_tucker.training import engine
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 LOW = "attention={method: tucker, ranks: [2, 4, 4]}"
@@ -30,24 +30,15 @@ def dense():
     return "model.checkpoint=dense"
 
 
-def test_a_patched_model_learns_from_its_dense_host(dense, monkeypatch):
+def test_a_patched_model_learns_from_its_dense_host(dense):
     """Stopped, and continued without the dense run: the run keeps its teacher, and its weights are not those without one."""
     distill = ["train.distill={alpha: 0.9, temperature: 2.0, features: 0.1}", dense, LOW]
     given = config("output_dir=a", *distill, "train.checkpoint_steps=10", base="digits/dense")
     whole = run(given)
     run(config("output_dir=c", dense, LOW, base="digits/dense"))
-    original = engine.train_step
-
-    def stopping(trainer, *args, **options):
-        if trainer.progress.global_step == 13:
-            raise KeyboardInterrupt
-        return original(trainer, *args, **options)
-
     parts = given.model_copy(update={"output_dir": "b"})
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "train_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(parts)
+    with pytest.raises(KeyboardInterrupt):
+        run(parts, step_rule=StopAt(13))
     shutil.rmtree("dense")
     assert run(parts)["last"] == whole["last"]
     assert same(weights("a"), weights("b"))
@@ -213,7 +204,7 @@ def test_the_plan_of_a_run_writes_nothing(capsys):
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "3a"])
-def test_a_whole_recipe_is_exact_over_a_stop(monkeypatch, policy):
+def test_a_whole_recipe_is_exact_over_a_stop(policy):
     """What DeiT and DeiT III train with, all at once on RGB images: it learns, and a stop in it changes nothing."""
     recipe = [
         "model.in_chans=3",
@@ -233,17 +224,8 @@ def test_a_whole_recipe_is_exact_over_a_stop(monkeypatch, policy):
     recipe += ["data.num_samples=320", "train.log_interval=3", "data.num_workers=1"]  # 5 steps per epoch
     whole = run(config("output_dir=a", *recipe))
     assert whole["last"]["train_loss"] < 2.5
-    original = engine.train_step
-
-    def stopping(trainer, *args, **options):
-        if trainer.progress.global_step == 7:
-            raise KeyboardInterrupt
-        return original(trainer, *args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "train_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(config("output_dir=b", *recipe))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("output_dir=b", *recipe), step_rule=StopAt(7))
     run(config("output_dir=b", *recipe))
     assert same(weights("a"), weights("b"))
     assert Path("a/summary.csv").read_text() == Path("b/summary.csv").read_text()

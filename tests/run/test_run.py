@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 import vit_tucker as vt
+from tests.training.rules import StopAt
 from vit_tucker.analysis.cost import latency_to_dense
 from vit_tucker.config.load import load_config
 from vit_tucker.data.datasets import load_digits
@@ -21,7 +22,6 @@ from vit_tucker.data.loaders import TrainLoader
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run.run import run
-from vit_tucker.training import engine
 
 TINY = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "train.epochs=2", "train.warmup_epochs=0.5"]
 TINY += ["train.global_batch_size=64", "train.lr=2e-3"]  # 22 steps per epoch
@@ -114,21 +114,12 @@ def test_tensorboard_holds_the_curves():
 @pytest.mark.parametrize(
     "extra", [[], ["train.model_ema=true", "train.mixup=0.4", "train.opt=lamb"]], ids=["plain", "ema"]
 )
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(monkeypatch, extra):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(extra):
     """Stopped at step 30 (epoch 2, step 8), saved at step 25: the same command gives the same weights, bit for bit."""
     extra = [*extra, "train.checkpoint_steps=5", "model.drop_path_rate=0.1", "model.proj_drop_rate=0.1"]
     run(config("output_dir=whole", *extra))
-    original = engine.train_step
-
-    def stop_at_30(trainer, micro_batches, measure=False):
-        if trainer.progress.global_step == 28:
-            raise KeyboardInterrupt
-        return original(trainer, micro_batches, measure)
-
-    monkeypatch.setattr(engine, "train_step", stop_at_30)
     with pytest.raises(KeyboardInterrupt):
-        run(config("output_dir=parts", *extra))
-    monkeypatch.setattr(engine, "train_step", original)
+        run(config("output_dir=parts", *extra), step_rule=StopAt(28))
     assert not Path("parts/results.json").exists()
     assert json.loads(Path("parts/checkpoints/last/state.json").read_text())["progress"]["global_step"] == 25
     run(load_config("parts"))

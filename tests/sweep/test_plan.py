@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vit_tucker.config.find import package_configs
 from vit_tucker.config.load import load_config
-from vit_tucker.config.source import package_configs
 from vit_tucker.errors import VitTuckerError
 from vit_tucker.sweep.check import plan_cells
 from vit_tucker.sweep.plan import describe, load_sweep, select

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from tests.data.test_datasets import write_cifar, write_folder
+from vit_tucker.config.find import package_configs
 from vit_tucker.config.load import load_config
-from vit_tucker.config.source import package_configs
 from vit_tucker.run.run import run
 from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
 from vit_tucker.sweep.plan import load_sweep

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tensor.test_ranks import random_pairs
+from tests.tensor.test_mode_ranks import random_pairs
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.modes import tucker_to_tensor
 from vit_tucker.tensor.tucker import hosvd

@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
 import traceback
@@ -28,25 +27,14 @@ fork.set_forkserver_preload(
 )
 
 
-def train(arguments: Sequence[str], output: str, environment: dict[str, str], kill_in: str = "") -> None:
-    """`train_vit.py` with these arguments; ``kill_in`` names a function of the engine in whose second call it kills itself."""
+def train(arguments: Sequence[str], output: str, environment: dict[str, str]) -> None:
+    """`train_vit.py` with these arguments."""
     from vit_tucker.cli import train_main
-    from vit_tucker.training import engine
 
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by hand
     os.environ.update(environment)
     sys.argv = ["experiments/train_vit.py", *arguments]
-    if kill_in:
-        original, calls = getattr(engine, kill_in), []
-
-        def killing(*args, **options):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **options)
-
-        setattr(engine, kill_in, killing)
     with open(output, "a", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
             status = train_main(arguments)
@@ -56,9 +44,9 @@ def train(arguments: Sequence[str], output: str, environment: dict[str, str], ki
     sys.exit(status)
 
 
-def start(arguments: Sequence[str], output: Path, kill_in: str = "", **environment: str) -> multiprocessing.Process:
+def start(arguments: Sequence[str], output: Path, **environment: str) -> multiprocessing.Process:
     """Start one process; what it says is added to the file ``output``."""
-    process = fork.Process(target=train, args=(list(arguments), str(output), environment, kill_in))
+    process = fork.Process(target=train, args=(list(arguments), str(output), environment))
     process.start()
     return process
 

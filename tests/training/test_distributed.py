@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.test_datasets import idx
 from tests.training.processes import finish, saved_steps, start_all
+from tests.training.rules import plugin
 
 ROOT = Path(__file__).parents[2]
 RECIPE = [
@@ -29,6 +30,10 @@ RECIPE = [
 ]
 
 
+PENALTY = [f"plugins=[{Path(__file__).with_name('norm_penalty.py')}]", "train.penalties={unit_cores: 0.5}"]
+"""Each process computes it: it must count once, as everything else does."""
+
+
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
     """Fashion-MNIST files with 72 training and 17 test images: an odd number, so that two processes share unevenly."""
@@ -46,7 +51,8 @@ def data_root(tmp_path_factory):
 def train(processes: int, folder: Path, data_root: Path, *extra: str) -> tuple[dict, list[dict[str, str]]]:
     """A run on that many processes, with the environment that torchrun gives them."""
     log = folder.with_suffix(".log")
-    statuses = finish(start_all(processes, [*RECIPE, f"data.root={data_root}", f"output_dir={folder}", *extra], log))
+    command = [*RECIPE, *PENALTY, f"data.root={data_root}", f"output_dir={folder}", *extra]
+    statuses = finish(start_all(processes, command, log))
     assert statuses == [0] * processes, log.read_text()
     with (folder / "summary.csv").open() as opened:
         return json.loads((folder / "results.json").read_text()), list(csv.DictReader(opened))
@@ -64,7 +70,7 @@ def test_any_number_of_processes_trains_alike(tmp_path, data_root, one, processe
     assert (reference["processes"], results["processes"]) == (1, processes)
     assert reference["data"]["num_eval"] == results["data"]["num_eval"] == 17  # no multiple of 2 or 4: all once
     for a, b in zip(expected_rows, rows, strict=True):
-        for key in ("train_loss", "eval_loss", "eval_top1", "eval_top5"):
+        for key in ("train_loss", "train_loss_unit_cores", "eval_loss", "eval_top1", "eval_top5"):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key  # float32, other orders of summation
         assert a["lr"] == b["lr"]  # the schedule counts optimizer steps, not processes
 
@@ -77,22 +83,20 @@ def test_the_tolerance_tells_runs_apart(tmp_path, data_root, one):
 def test_other_processes_go_on_where_some_stopped(tmp_path, data_root, one):
     """Two processes until step 7, in mid-epoch, then four: the same curve as one."""
     folder, log = tmp_path / "run", tmp_path / "log"
-    plugin = tmp_path / "plugin.py"
-    plugin.write_text(
-        "import os, signal\nfrom vit_tucker.training import engine\noriginal = engine.train_step\n"
-        "def stopping(trainer, *a, **k):\n    if trainer.progress.global_step == 6: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return original(trainer, *a, **k)\nengine.train_step = stopping\n"
-    )
+    file = tmp_path / "plugin.py"
+    file.write_text(plugin("if trainer.progress.global_step == 6: os.kill(os.getpid(), signal.SIGTERM)"))
     command = [
         *RECIPE,
         f"data.root={data_root}",
         f"output_dir={folder}",
-        f"plugins=[{plugin}]",
+        f"plugins=[{file}, {Path(__file__).with_name('norm_penalty.py')}]",
+        PENALTY[1],
+        "train.step_rule=faulty",
         "train.grad_accum_steps=1",
     ]
     assert finish(start_all(2, command, log)) == [130, 130], log.read_text()
     assert 7 <= saved_steps(folder) <= 8  # all heard of it by the next step
-    plugin.write_text("")
+    file.write_text(plugin("pass"))
     assert finish(start_all(4, command, log)) == [0] * 4, log.read_text()
     assert "on 4 process(es), before on 2: the same images and batches" in log.read_text()
     with (folder / "summary.csv").open() as opened:

@@ -7,40 +7,42 @@ import pickle
 import resource
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import vit_tucker as vt
 from tests.run.test_run import config, same, weights
 from tests.training.processes import fork
+from tests.training.rules import AfterStep, RuinGradients, StopAt, with_scale
 from vit_tucker.config.load import load_config
+from vit_tucker.config.schema import TrainConfig
+from vit_tucker.data.faults import FaultLog
 from vit_tucker.errors import DivergedError, SaveError
-from vit_tucker.run import run as run_module
 from vit_tucker.run.run import run
+from vit_tucker.run.trainer import go_on
 from vit_tucker.storage import checkpoints
 from vit_tucker.storage.checkpoints import fingerprint
-from vit_tucker.training import engine, state
-from vit_tucker.training.trainer import Trainer
+from vit_tucker.training import state
+from vit_tucker.training.monitor import NullMonitor
+from vit_tucker.training.optim import create_scheduler
+from vit_tucker.training.peers import Peers
+from vit_tucker.training.progress import Progress
+from vit_tucker.training.resume import Saved
+from vit_tucker.training.saved_state import read_progress
+from vit_tucker.training.step import OrdinaryStep
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 WILD = ["train.lr=1000", "train.weight_decay=1000", "train.opt=sgd", "train.clip_grad=null", "train.warmup_epochs=0"]
 
 
-def run_to(step: int, monkeypatch, given) -> None:
+def run_to(step: int, given) -> None:
     """A run that is interrupted after this step, without a chance to save."""
-    original = engine.train_step
-
-    def stopping(trainer, micro_batches, measure=False):
-        if trainer.progress.global_step == step:
-            raise KeyboardInterrupt
-        return original(trainer, micro_batches, measure)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine, "train_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(given)
+    with pytest.raises(KeyboardInterrupt):
+        run(given, step_rule=StopAt(step))
 
 
 def test_divergence_stops_with_step_rate_and_a_state_to_look_at():
@@ -66,53 +68,51 @@ def test_divergence_stops_with_step_rate_and_a_state_to_look_at():
         run(config("output_dir=b", *WILD))
 
 
-def test_a_loss_scale_is_told(monkeypatch):
-    """As on a GPU with fp16, here with a scaler that is only asked for its state."""
-    original = Trainer.fail_diverged
-
-    def with_scaler(self, losses):
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
-        original(self, losses)
-
-    monkeypatch.setattr(Trainer, "fail_diverged", with_scaler)
+def test_a_loss_scale_is_told():
     with pytest.raises(DivergedError, match=r"the loss is .* lr .*, loss scale 512\); the state after step"):
-        run(config("output_dir=a", *WILD))
+        run(config("output_dir=a", *WILD), step_rule=AfterStep(with_scale(512.0)))
     assert json.loads(next(Path("a").glob("diverged-*/state.json")).read_text())["loss_scale"] == 512.0
 
 
-def test_weights_ruined_by_a_gradient_are_not_saved(monkeypatch):
+def test_weights_ruined_by_a_gradient_are_not_saved():
     """The loss of the step is finite, its gradient is not, and a checkpoint is due: the one before it stays the last."""
-    original = engine.gradient_norm
-
-    def ruining(model):
-        next(model.parameters()).grad.fill_(float("nan"))
-        return original(model)
-
-    monkeypatch.setattr(engine, "gradient_norm", ruining)
     with pytest.raises(DivergedError, match="the gradient is not finite at step 5"):
-        run(config("output_dir=a", "train.clip_grad=null", "train.checkpoint_steps=5"))
+        run(config("output_dir=a", "train.clip_grad=null", "train.checkpoint_steps=5"), step_rule=RuinGradients(4))
     assert not list(Path("a/checkpoints").glob("step-*"))
 
 
-def test_the_scaler_is_restored(monkeypatch):
-    states = []
-    original = Trainer._scaler_state
-    monkeypatch.setattr(
-        Trainer, "_scaler_state", lambda self: {**torch.amp.GradScaler("cpu").state_dict(), "scale": 8.0}
-    )
+def test_a_run_that_nobody_watches_trains_and_diverges_alike():
+    """What is shown decides nothing: without a monitor the same files, and the same end of a run that diverges."""
     run(config("output_dir=a", "train.epochs=1"))
-    monkeypatch.setattr(Trainer, "_scaler_state", original)
-    create = run_module.create_accelerator
+    results = run(config("output_dir=b", "train.epochs=1"), monitor=NullMonitor())
+    assert same(weights("a"), weights("b"))
+    assert Path("a/summary.csv").read_bytes() == Path("b/summary.csv").read_bytes()
+    assert results["train_seconds"] > 0
+    assert list(Path("a").glob("events.*"))
+    assert not list(Path("b").glob("events.*"))
+    said = []
+    for monitor in (None, NullMonitor()):
+        with pytest.raises(DivergedError) as caught:
+            run(config("output_dir=c", *WILD), monitor=monitor)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
 
-    def with_scaler(train, folder):
-        accelerator = create(train, folder)
-        accelerator.scaler = torch.amp.GradScaler("cpu")
-        states.append(accelerator.scaler)
-        return accelerator
 
-    monkeypatch.setattr(run_module, "create_accelerator", with_scaler)
-    run(config("output_dir=a"), allow_changes=True)
-    assert states[0].get_scale() == 8.0
+def test_the_scaler_is_restored():
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    run(config("output_dir=a", "train.epochs=1"), step_rule=AfterStep(with_scale(8.0)))
+    model, step = torch.nn.Linear(1, 1), int(Path("a/checkpoints/last").resolve().name.partition("-")[2])
+    state = json.loads(Path("a/checkpoints/last/state.json").read_text())["progress"]
+    progress, scaler = read_progress(state, Path("a/checkpoints/last"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    trainer = SimpleNamespace(
+        accelerator=accelerator, progress=progress, rule=OrdinaryStep(), config=TrainConfig(), faults=FaultLog(0),
+        peers=Peers(), scheduler=create_scheduler(optimizer, TrainConfig(), 22),
+    )  # fmt: skip
+    go_on(trainer, Saved(progress, None, scaler), optimizer, 22)
+    assert accelerator.scaler.get_scale() == 8.0
+    assert progress.global_step == step
 
 
 @pytest.mark.parametrize("at", ["model.safetensors", "optimizer.safetensors"])
@@ -162,9 +162,9 @@ def test_a_write_that_the_system_refuses_leaves_no_half(tmp_path):
     assert checkpoints.newest_intact(Path("checkpoints")) == (Path("checkpoints/step-00000001"), [])
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_end(monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_end(capsys):
     run(config("output_dir=whole", "train.checkpoint_steps=5"))
-    run_to(28, monkeypatch, config("output_dir=a", "train.checkpoint_steps=5"))
+    run_to(28, config("output_dir=a", "train.checkpoint_steps=5"))
     last = Path("a/checkpoints/step-00000025")
     with (last / "optimizer.safetensors").open("r+b") as torn:
         torn.truncate(1000)
@@ -179,20 +179,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_end(
     assert not last.exists()  # replaced when its step came again, and dropped in its turn
 
 
-def test_best_weights_ahead_of_the_checkpoint_keep_their_score(monkeypatch):
+def test_best_weights_ahead_of_the_checkpoint_keep_their_score():
     """Killed after the best weights were written and before the checkpoint of their epoch."""
     run(config("output_dir=whole"))
-    original = Trainer.save
-
-    def killed(self):
-        if self.progress.epoch == 2:
-            raise KeyboardInterrupt
-        original(self)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(config("output_dir=a"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("output_dir=a"), monitor=StopAfter(2))
     results = run(config("output_dir=a"))
     assert results["best"] == json.loads(Path("whole/results.json").read_text())["best"]
     assert same(weights("a", "best"), weights("whole", "best"))
@@ -202,19 +193,13 @@ def test_best_weights_ahead_of_the_checkpoint_keep_their_score(monkeypatch):
         run(config("output_dir=a"))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_from_its_host_again(monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_host_again():
     """Its best weights are there already, and are none to go on from."""
     run(config("output_dir=dense", base="digits/dense"))
     given = ["model.checkpoint=dense", "attention={method: tucker, ranks: [2, 8, 8]}"]
     whole = run(config("output_dir=whole", *given, base="digits/dense"))
-
-    def killed(self):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(config("output_dir=a", *given, base="digits/dense"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("output_dir=a", *given, base="digits/dense"), monitor=StopAfter(1))
     assert Path("a/checkpoints/best/model.safetensors").is_file()
     results = run(config("output_dir=a", *given, base="digits/dense"))
     assert same(weights("a"), weights("whole"))
@@ -223,15 +208,26 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_host_again(mon
     assert errors[0] == errors[1] > 0
 
 
+class StopAfter(NullMonitor):
+    """Interrupts a run when an epoch is evaluated and its best weights are written, before its checkpoint is."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def end_epoch(self, progress: Progress) -> None:
+        if progress.epoch == self.epoch:
+            raise KeyboardInterrupt
+
+
 class Evil:
     def __reduce__(self):
         return (os.mkdir, ("executed",))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_nothing_of_a_foreign_checkpoint_is_unpickled(monkeypatch, name):
+def test_nothing_of_a_foreign_checkpoint_is_unpickled(name):
     """A pickle in place of a file, with a manifest that knows it: refused in one line, and never executed."""
-    run_to(28, monkeypatch, config("output_dir=a"))
+    run_to(28, config("output_dir=a"))
     folder = Path("a/checkpoints/step-00000022")
     (folder / name).write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -245,8 +241,8 @@ def test_nothing_of_a_foreign_checkpoint_is_unpickled(monkeypatch, name):
     assert Path("executed").exists()  # it would have been
 
 
-def test_a_changed_config_goes_on_only_by_the_flag(monkeypatch, capsys):
-    run_to(28, monkeypatch, config("output_dir=a", "train.checkpoint_steps=5"))
+def test_a_changed_config_goes_on_only_by_the_flag(capsys):
+    run_to(28, config("output_dir=a", "train.checkpoint_steps=5"))
     changed = config("output_dir=a", "train.checkpoint_steps=5", "train.lr=1e-3", "train.global_batch_size=32")
     refused = (
         "a holds a run with another config: train.global_batch_size: 64 -> 32; train.lr: 0.002 -> 0.001; choose another"
@@ -270,8 +266,8 @@ def test_a_changed_config_goes_on_only_by_the_flag(monkeypatch, capsys):
     assert load_config("a").attention.ranks == (3, 8, 8)
 
 
-def test_what_changes_nothing_may_change(monkeypatch):
-    run_to(28, monkeypatch, config("output_dir=a"))
+def test_what_changes_nothing_may_change():
+    run_to(28, config("output_dir=a"))
     run(config("output_dir=a", "data.num_workers=0", "train.log_interval=7", "train.checkpoint_hist=1"))
     run(config("output_dir=b"))
     assert same(weights("a"), weights("b"))

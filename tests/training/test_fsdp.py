@@ -22,12 +22,13 @@ pytestmark = pytest.mark.skipif(
 
 PLUGIN = """
 import os, signal
+import vit_tucker
 import vit_tucker.run.run as run
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from vit_tucker.storage import weights
-from vit_tucker.training import engine
+from vit_tucker.training.step import OrdinaryStep
 
 create = run.create_accelerator
 def sharding(*args):
@@ -41,20 +42,27 @@ def sharding(*args):
     return accelerator
 run.create_accelerator = sharding
 
-original = engine.train_step
-def watched(trainer, *args, **options):
-    shards = [m for m in trainer.bare.modules() if type(m).__name__ == "FSDPBlock"]
-    assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1) == (len(shards) == 1)
-    if {stop} and trainer.progress.global_step == {stop}: os.kill(os.getpid(), signal.SIGTERM)
-    return original(trainer, *args, **options)
-engine.train_step = watched
+@vit_tucker.register_step_rule("watched")
+class Watched(OrdinaryStep):
+    def step(self, closure, trainer):
+        shards = [m for m in trainer.bare.modules() if type(m).__name__ == "FSDPBlock"]
+        assert weights.is_sharded(trainer.bare) == (trainer.accelerator.num_processes > 1) == (len(shards) == 1)
+        if {stop} and trainer.progress.global_step == {stop}: os.kill(os.getpid(), signal.SIGTERM)
+        return super().step(closure, trainer)
 """
 
 
 def train(processes: int, folder: Path, data_root: Path, *extra: str, stop: int = 0) -> list[int | None]:
     plugin, log = folder.with_suffix(".py"), folder.with_suffix(".log")
     plugin.write_text(PLUGIN.format(stop=stop))
-    arguments = [*RECIPE, f"data.root={data_root}", f"output_dir={folder}", f"plugins=[{plugin}]", *extra]
+    arguments = [
+        *RECIPE,
+        f"data.root={data_root}",
+        f"output_dir={folder}",
+        f"plugins=[{plugin}]",
+        "train.step_rule=watched",
+        *extra,
+    ]
     return finish(start_all(processes, arguments, log))
 
 

@@ -26,9 +26,29 @@ KILLS, EPOCHS = 20, 12
 STEPS = EPOCHS * 11
 
 
-def started(folder: Path, kill_in: str = "", *extra: str) -> multiprocessing.Process:
+MORTAL = """
+import os
+import vit_tucker
+from vit_tucker.training.step import OrdinaryStep
+
+@vit_tucker.register_step_rule("mortal")
+class Mortal(OrdinaryStep):
+    "Kills the process when the model named by KILL is evaluated in its second epoch."
+    def __init__(self, options):
+        super().__init__(options)
+        self.left = {"model": lambda t: t.bare, "average": lambda t: t.ema.module}.get(os.environ.get("KILL"))
+
+    def step(self, closure, trainer):
+        if self.left is not None and trainer.progress.epoch == 1:
+            self.left(trainer).register_forward_pre_hook(lambda m, _: None if m.training else os.kill(os.getpid(), 9))
+            self.left = None
+        return super().step(closure, trainer)
+"""
+
+
+def started(folder: Path, *extra: str, **environment: str) -> multiprocessing.Process:
     arguments = ["--cfg", "digits/tucker_r16", *RECIPE, *extra, f"output_dir={folder}"]
-    return start(arguments, folder.with_suffix(".log"), kill_in)
+    return start(arguments, folder.with_suffix(".log"), **environment)
 
 
 def outcome(folder: Path) -> dict:
@@ -84,12 +104,14 @@ def test_a_run_killed_at_twenty_random_moments_ends_like_an_uninterrupted_one(wh
     assert outcome(folder) != expected  # the EMA's weights are not the model's: the comparison sees a difference
 
 
-@pytest.mark.parametrize("moment", ["evaluate", "finish_epoch"])
-def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(tmp_path, moment):
-    for folder, kill_in in (("whole", ""), ("run", moment), ("run", "")):
-        process = started(tmp_path / folder, kill_in, "train.epochs=3")
+@pytest.mark.parametrize("evaluated", ["model", "average"])
+def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(tmp_path, evaluated):
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    extra = ["train.epochs=3", f"plugins=[{tmp_path}/mortal.py]", "train.step_rule=mortal"]
+    for folder, kill in (("whole", ""), ("run", evaluated), ("run", "")):
+        process = started(tmp_path / folder, *extra, KILL=kill)
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if kill_in else 0)
+        assert process.exitcode == (-signal.SIGKILL if kill else 0), (tmp_path / f"{folder}.log").read_text()
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

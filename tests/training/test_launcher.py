@@ -9,18 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.training.processes import finish, fork, saved_steps, start_all, train, worker_environments
+from tests.training.rules import plugin
 from tests.training.test_kills import RECIPE, outcome
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 
-SLOW = """
-import os, time
-from vit_tucker.training import engine
-original = engine.train_step
-def slow(*arguments, **options):
-    time.sleep(0.3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)
-    return original(*arguments, **options)
-engine.train_step = slow
-"""
+SLOW = plugin('time.sleep(0.3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)')
 
 
 def launch(arguments: list[str], output: str, pids: str) -> None:
@@ -47,7 +40,7 @@ def test_workers_of_a_killed_launcher_stop_and_the_run_goes_on_to_the_same_end(t
     folder, whole, log = tmp_path / "run", tmp_path / "whole", tmp_path / "log"
     (tmp_path / "slow.py").write_text(SLOW)
     command = ["--cfg", "digits/tucker_r16", *RECIPE, "train.epochs=1", "train.warmup_epochs=0", "train.cpu=true"]
-    command += [f"plugins=[{tmp_path}/slow.py]", "data.num_workers=0"]
+    command += [f"plugins=[{tmp_path}/slow.py]", "train.step_rule=faulty", "data.num_workers=0"]
     launcher = fork.Process(target=launch, args=([*command, f"output_dir={folder}"], str(log), str(tmp_path / "pids")))
     launcher.start()
     undisturbed = start_all(2, [*command, f"output_dir={whole}"], tmp_path / "whole.log")

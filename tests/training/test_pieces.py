@@ -124,7 +124,7 @@ def test_checkpoints_restore_model_and_optimizer_exactly(tmp_path, opt):
     save_checkpoint(tmp_path, model, ema, optimizer, progress, {}, keep=2)
     other, other_optimizer = trained(opt, seed=1)
     other_ema, _ = trained(opt, seed=2)
-    loaded, state = load_checkpoint(list_checkpoints(tmp_path)[-1], other, other_ema)
+    loaded, state, _ = load_checkpoint(list_checkpoints(tmp_path)[-1], other, other_ema)
     load_optimizer(other_optimizer, state)
     assert loaded == progress
     for a, b in ((model, other), (ema, other_ema)):

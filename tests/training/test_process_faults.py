@@ -8,18 +8,15 @@ import pytest
 from PIL import Image
 
 from tests.training.processes import finish, saved_steps, start, start_all
+from tests.training.rules import plugin
 from tests.training.test_faults import WILD
 
-PLUGIN = """
-import os
-from vit_tucker.training import engine
-original = engine.train_step
-def failing(trainer, *rest, **options):
-    if os.environ.get("RANK") == "1" and trainer.progress.global_step == 3:
-        {action}
-    return original(trainer, *rest, **options)
-engine.train_step = failing
-"""
+FAULTY = "train.step_rule=faulty"
+
+
+def failing(action: str) -> str:
+    """Text of a plug-in in which the second process does something before its fourth step."""
+    return plugin(f"if os.environ.get('RANK') == '1' and trainer.progress.global_step == 3: {action}")
 
 
 @pytest.mark.parametrize(
@@ -32,11 +29,12 @@ engine.train_step = failing
 )
 def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, said):
     folder, log = tmp_path / "run", tmp_path / "log"
-    (tmp_path / "plugin.py").write_text(PLUGIN.format(action=action))
+    (tmp_path / "plugin.py").write_text(failing(action))
     arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "model.embed_dim=32", "attention.ranks=[3, 8, 8]"]
     arguments += [
         "train.cpu=true",
         f"plugins=[{tmp_path}/plugin.py]",
+        FAULTY,
         f"output_dir={folder}",
         "train.timeout_minutes=0.5",
     ]
@@ -56,9 +54,9 @@ def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, 
 
 def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path):
     log = tmp_path / "log"
-    (tmp_path / "plugin.py").write_text(PLUGIN.format(action="os.kill(os.getpid(), 19)"))  # SIGSTOP
+    (tmp_path / "plugin.py").write_text(failing("os.kill(os.getpid(), 19)"))  # SIGSTOP
     arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "train.cpu=true", "train.timeout_minutes=0.15"]
-    arguments += [f"plugins=[{tmp_path}/plugin.py]", f"output_dir={tmp_path}/run"]
+    arguments += [f"plugins=[{tmp_path}/plugin.py]", FAULTY, f"output_dir={tmp_path}/run"]
     processes = start_all(2, arguments, log)
     (first,) = finish(processes[:1], seconds=60)
     assert first == 1, log.read_text()
@@ -70,22 +68,22 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path):
 
 
 def test_a_mistake_that_one_process_meets_in_its_set_up_is_everyones(tmp_path):
-    """The data are missing on one machine: all end with status 2, and the first says which process it was."""
+    """A penalty fails on one machine: all end with status 2, and the first says which process it was."""
     log = tmp_path / "log"
     (tmp_path / "plugin.py").write_text(
-        "import os\nfrom vit_tucker import errors\nfrom vit_tucker.run import run\noriginal = run.build_loaders\n"
-        "def missing(*a, **k):\n    if os.environ.get('RANK') == '1': raise errors.DataError('no such folder')\n"
-        "    return original(*a, **k)\nrun.build_loaders = missing\n"
+        "import os\nimport torch\nimport vit_tucker\n@vit_tucker.register_penalty('missing')\ndef missing(model):\n"
+        "    if os.environ.get('RANK') == '1': raise FileNotFoundError('no such folder')\n    return torch.zeros(())\n"
     )
     arguments = [
         "--cfg",
         "digits/dense",
         "train.cpu=true",
         f"plugins=[{tmp_path}/plugin.py]",
+        "train.penalties={missing: 1}",
         f"output_dir={tmp_path}/run",
     ]
     assert finish(start_all(2, arguments, log)) == [2, 2], log.read_text()
-    assert log.read_text().count("error: process 1: no such folder") == 1
+    assert log.read_text().count("error: process 1: train.penalties.missing: FileNotFoundError: no such folder") == 1
     assert not (tmp_path / "run").exists()
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_tucker.analysis.flops import known_flops
+from vit_tucker.analysis.interleaved import PRECISIONS, compare_turns, times_in_turns
 from vit_tucker.analysis.latency import Latency, measure_latency
-from vit_tucker.analysis.turns import PRECISIONS, compare_turns, times_in_turns
 from vit_tucker.errors import ConfigError
 from vit_tucker.hosts.find import find_attention
 

@@ -9,10 +9,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vit_tucker.analysis.flops import count_model_flops
+from vit_tucker.analysis.interleaved import PRECISIONS
 from vit_tucker.analysis.kv_cache import count_kv_entries
 from vit_tucker.analysis.latency import Latency, measure_latency
 from vit_tucker.analysis.training_memory import own_activation_bytes
-from vit_tucker.analysis.turns import PRECISIONS
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.checkpoint.host_model import count_parameters, create_host

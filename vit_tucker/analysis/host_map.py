@@ -87,7 +87,7 @@ def nearest_pattern(pattern: str) -> str:
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
     """The entries of all models that have attention."""
     for name in names:
-        entry = describe(name, build_structure(name))
+        entry = model_entry(name, build_structure(name))
         if entry.layers or entry.left_alone:
             yield entry
 
@@ -99,7 +99,7 @@ def build_structure(name: str) -> nn.Module:
         return without_weights(lambda: timm.create_model(name, pretrained=False))
 
 
-def describe(name: str, model: nn.Module) -> ModelEntry:
+def model_entry(name: str, model: nn.Module) -> ModelEntry:
     """The entry of one model, dense, on any device."""
     found = find_attention(model)
     hosts: list[Host] = []

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.analysis.turns import PRECISIONS, compare_turns, peak_bytes, times_in_turns
-from vit_tucker.conversion.watch import evaluating
+from vit_tucker.analysis.interleaved import PRECISIONS, compare_turns, peak_bytes, times_in_turns
+from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ConfigError
 from vit_tucker.patching.patch import patch_record
 

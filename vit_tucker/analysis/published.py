@@ -106,7 +106,7 @@ PUBLISHED = {2: TABLE_2, 3: TABLE_3}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PrintedValue:
     """A formula's value beside the printed one.
 
     Attributes:
@@ -136,9 +136,9 @@ class Comparison:
         return self.value.quantize(Decimal(self.printed or "0.01"), ROUND_HALF_UP)
 
 
-def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[Comparison, Comparison]:
+def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[PrintedValue, PrintedValue]:
     """Attention parameters and KV cache of a row, by formula and as printed."""
     formula, sizes = FORMULAS[row.method], replace(table.sizes, **row.options)
     attention = formula.count_weights(sizes) * table.layers * table.attention_bytes
     kv = formula.count_entries(sizes) * table.layers * KV_BYTES
-    return Comparison(Decimal(attention) / 10**6, row.attention), Comparison(Decimal(kv) / 10**6, row.kv)
+    return PrintedValue(Decimal(attention) / 10**6, row.attention), PrintedValue(Decimal(kv) / 10**6, row.kv)

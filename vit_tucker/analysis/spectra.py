@@ -19,12 +19,12 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.watch import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts import find, timm_classes
 from vit_tucker.hosts.plain import refuse_infinite, refuse_not_finite
 from vit_tucker.patching.notes import token_notes
-from vit_tucker.tensor.ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
+from vit_tucker.tensor.mode_ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
 from vit_tucker.tensor.tucker import Pairs
 
@@ -81,7 +81,7 @@ class Shape:
     head_dim: int
 
 
-def tensors_of(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
+def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
     """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
 
     Args:
@@ -164,7 +164,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
             continue
         seen.add(id(module))
         try:
-            spec, pre, post = tensors_of(module, mixed_rope)
+            spec, pre, post = attention_tensors(module, mixed_rope)
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
         except PatchError:

@@ -17,6 +17,8 @@ from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_back
 from vit_tucker.attention.host import CALL_FEATURES, REASONS, HostSpec
 from vit_tucker.attention.options import Calibration, RankRule, Rule, Selection
 from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.show.methods import MethodDisplay
+from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.validation.checked import Checked
 
 if TYPE_CHECKING:
@@ -55,6 +57,9 @@ class AttentionConfig(Checked):
 
     latent_rope: ClassVar[bool] = False
     """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""
+
+    display: ClassVar[MethodDisplay] = MethodDisplay()
+    """How tables and figures show the method: its name, place, colour and marker, and what its conversions are called."""
 
     method: str
     init: Literal["pretrained", "random"] = Field(
@@ -103,6 +108,22 @@ class AttentionConfig(Checked):
     def rank_rule(self) -> RankRule | None:
         """The rule by which the ranks are yet to be chosen; None where they are given."""
         return None
+
+    def rank_options(self) -> dict[str, Any]:
+        """The options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
+        return {}
+
+    def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
+        """The config with other ranks [head, query/output, key/value] of the pre- and the post-softmax tensor.
+
+        Args:
+            pre: of the pre-softmax tensor.
+            post: of the post-softmax tensor; None: the same.
+
+        Raises:
+            PatchError: the method has no such ranks.
+        """
+        raise PatchError(f"{self.method} has no ranks of two tensors")
 
     def without_choices(self) -> Self:
         """The config as its author wrote it: without the ranks that rank rules chose."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_tucker.attention.recording import is_recorded
+from vit_tucker.attention.tracing import is_traced
 
 CACHE_BYTES = 2 << 20
 """What a core's second-level cache holds, about."""
@@ -31,7 +31,7 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
 
 def open_shape(x: Tensor) -> bool:
     """Whether the number of tokens may be open: in what is recorded."""
-    return not isinstance(x, Tensor) or is_recorded()
+    return not isinstance(x, Tensor) or is_traced()
 
 
 def folds(x: Tensor, left: int, inner: int, right: int) -> bool:

@@ -92,7 +92,7 @@ def plain_part(part: nn.Module) -> nn.Module:
     if is_adapter(part):
         return plain_part(merged(part))
     if parametrize.is_parametrized(part) or functional_hooks(part):
-        return plain_part(settled(part))
+        return plain_part(without_parametrizations(part))
     return with_plain_parts(part)
 
 
@@ -181,7 +181,7 @@ def refuse_unreadable(part: nn.Module) -> None:
             )
 
 
-def settled(part: nn.Module) -> nn.Module:
+def without_parametrizations(part: nn.Module) -> nn.Module:
     """A copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
     new = free_copy(part).eval()  # eval: spectral norms change their vectors in training
     try:

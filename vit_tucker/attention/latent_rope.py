@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.host import MHAWeights
+from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, spread_columns
 from vit_tucker.tensor.metric import Root, mean_metric, metric_root
+from vit_tucker.tensor.resize import Resized, grow, keep_pairs, resize_factor
 from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
 from vit_tucker.tensor.tucker import Tucker
 from vit_tucker.tensor.weighted import head_weights
@@ -94,3 +95,27 @@ def value_columns(out: Tensor, value: Tensor) -> Tensor:
     """The heads' values weighted by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
     small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
     return (value @ small.mT).transpose(0, 1).flatten(1)
+
+
+def resize_keys(
+    factor: Tensor, gram: Tensor, rank: int, rotations: Tensor | None, spec: HostSpec
+) -> tuple[Resized, Tensor | None]:
+    """Gives the latent key another rank, see ``resize_factor``; where its pairs rotate, they stay whole.
+
+    Args:
+        factor: (C, r) or, with the key bias as last row, (C + 1, r), float64.
+        gram: (r, r).
+        rank: even with rotations.
+        rotations: numbers of the pairs' rotations, (r/2,), or None.
+        spec: of the layer.
+
+    Returns:
+        The new factor; the rotations of the pairs that stay, then of new ones.
+    """
+    if rotations is None or rank == factor.shape[1]:
+        return resize_factor(factor, gram, rank, spec.embed_dim), rotations
+    if rank < factor.shape[1]:
+        new, pairs = keep_pairs(factor, gram, rank)
+        return new, rotations[pairs]
+    added = spread_columns(rank - factor.shape[1], spec.num_heads, spec.head_dim).to(rotations)
+    return grow(factor, rank, spec.embed_dim), torch.cat([rotations, added])

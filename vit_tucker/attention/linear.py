@@ -43,6 +43,23 @@ def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) ->
             linear.bias.copy_(bias)
 
 
+def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:
+    """Give a Linear of another size new parameters, without values; one of this size already stays as it is."""
+    if (linear.in_features, linear.out_features) == (in_features, out_features):
+        return
+    linear.weight = resized(linear.weight, (out_features, in_features))
+    if linear.bias is not None and linear.out_features != out_features:
+        linear.bias = resized(linear.bias, (out_features,))
+    linear.in_features, linear.out_features = in_features, out_features
+
+
+def resized(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    """A parameter of another shape, without values, with the dtype, device and requires_grad of the old one; or the old one."""
+    if isinstance(parameter, nn.Parameter) and parameter.shape == torch.Size(shape):
+        return parameter
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+
+
 def init_linear(linear: nn.Linear, std: float) -> None:
     """Normal weights with standard deviation ``std``, zero bias."""
     nn.init.normal_(linear.weight, std=std)

@@ -5,18 +5,20 @@ from abc import abstractmethod
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
 from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, nearest
 from vit_tucker.tensor.metric import Root
-from vit_tucker.tensor.ranks import mode_ranks
+from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
@@ -122,6 +124,55 @@ class AttentionModule(nn.Module):
         """Width of the one key that rotates for all heads (latent RoPE); None without one."""
         columns: Tensor | None = getattr(self, "pair_rotations", None)
         return None if columns is None else 2 * len(columns)
+
+    def factors(self) -> dict[str, Tensor]:
+        """The live weights by role, shared ones as the same object. Here: those of the layer's own Linears, by their names;
+        Tucker layers name core, head, left and right of both tensors."""
+        return {name: part.weight for name, part in self.named_children() if isinstance(part, nn.Linear)}
+
+    def rank_options(self) -> dict[str, Any]:
+        """The options of the method that ``resize`` can change, as the layer's parameters have them now. Here: none."""
+        return {}
+
+    def resize(self, **options: Any) -> dict[Tensor, Tensor]:
+        """Gives the layer other ranks, in place. Growth leaves the layer's function as it is; truncation keeps what a HOSVD of
+        the layer's own tensors keeps.
+
+        Args:
+            options: those of ``rank_options`` that change.
+
+        Returns:
+            New parameters by the old ones that they replace; optimizers hold the old ones. Nothing that keeps its shape changes
+            its identity.
+
+        Raises:
+            PatchError: the method has no such option, or the ranks are impossible; nothing has changed.
+        """
+        current, name = self.rank_options(), type(self).__name__
+        for option in options:
+            if option not in current:
+                known = f"what can be resized: {', '.join(current)}" if current else "it has no ranks"
+                raise PatchError(f"{name} can't resize '{option}', {known}{nearest(option, list(current))}")
+            given, kind = options[option], current[option]
+            entries = given if isinstance(kind, tuple) and isinstance(given, tuple | list) else (given,)
+            length = len(kind) if isinstance(kind, tuple) else 1
+            if len(entries) != length or not all(type(rank) is int and rank >= 1 for rank in entries):
+                raise PatchError(
+                    f"{option}={given!r}: must be {'a whole number' if length == 1 else f'{length} whole numbers'} above 0"
+                )
+        parts: Any = [part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part)]
+        if not is_plain(*parts):
+            raise PatchError(
+                f"{name} can't be resized with adapters, hooks or parametrizations on its Linears: merge them"
+            )
+        before = dict(self.named_parameters())
+        with torch.no_grad():
+            self._resize(**{**current, **options})
+        after = dict(self.named_parameters())
+        return {old: after[key] for key, old in before.items() if after[key] is not old}
+
+    def _resize(self, **options: Any) -> None:
+        """Takes these ranks over; called under no_grad, only of methods with ``rank_options``."""
 
     def index_limits(self) -> dict[str, int]:
         """How many things each index buffer chooses from, by name: stored numbers must lie below. Here: columns of the table."""

@@ -136,7 +136,7 @@ class MomentSums:
         if self.shift is None:
             self.shift = x.mean((0, 1))  # sums of squares of shifted tokens: large means don't eat the digits
         centred = x - self.shift
-        p, q, k = attention_maps(x, w, spec, call.attn_mask, call.is_causal, call.rope)
+        p, q, k = host_attention(x, w, spec, call.attn_mask, call.is_causal, call.rope)
         v = heads_of(centred, w.value)  # (B, H, N, D); the shift passes through the softmax unchanged
         probe_v = torch.einsum("bno,hdo->bhnd", probe, w.out)  # gradient of the head's averaged value
         s = probe_v @ v.mT
@@ -248,7 +248,7 @@ def whiten(
     return Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right), whitened_post
 
 
-def attention_maps(
+def host_attention(
     x: Tensor,
     weights: MHAWeights,
     spec: HostSpec,

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.show.methods import MethodDisplay
 
 _METHODS: dict[str, type[AttentionConfig]] = {}
 _Config = TypeVar("_Config", bound=AttentionConfig)
@@ -14,7 +15,8 @@ def register_method(name: str) -> Callable[[type[_Config]], type[_Config]]:
     """Class decorator that makes a method available by name, in Python and in the YAML's ``attention.method``.
 
     Args:
-        name: the method's name; the class must say ``method: Literal[name] = name``.
+        name: the method's name; the class must say ``method: Literal[name] = name``;
+            ``display`` says how tables show it.
 
     Returns:
         The decorator; it gives the class back as it is.
@@ -28,9 +30,14 @@ def register_method(name: str) -> Callable[[type[_Config]], type[_Config]]:
             raise ConfigError(f"{config.__name__} must derive from vit_tucker.AttentionConfig to be registered")
         if config.model_fields["method"].default != name:
             raise ConfigError(f'{config.__name__} must say method: Literal["{name}"] = "{name}"')
+        if not isinstance(config.display, MethodDisplay):
+            raise ConfigError(f"{config.__name__}.display must be a vit_tucker.MethodDisplay")
         known = _METHODS.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
             raise ConfigError(f"method '{name}' is already registered by {known.__module__}.{known.__qualname__}")
+        if "display" not in vars(config):  # a subclass of another method is shown as itself
+            own = {key: MethodDisplay.model_fields[key].default for key in ("name", "order", "colour", "marker")}
+            config.display = config.display.model_copy(update=own)
         _METHODS[name] = config
         return config
 

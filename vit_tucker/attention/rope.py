@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_tucker.attention.recording import is_recorded
+from vit_tucker.attention.tracing import is_traced
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     As complex numbers: one product that reads x once, where their parts take six operations and a copy. What is recorded gets the
     parts: neither compilers nor ONNX know complex numbers well.
     """
-    if is_recorded() or not (x.is_cpu or x.is_cuda):
+    if is_traced() or not (x.is_cpu or x.is_cuda):
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
         return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2).to(x.dtype)
     wide = torch.promote_types(torch.promote_types(x.dtype, sin.dtype), torch.float32)

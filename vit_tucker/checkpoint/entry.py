@@ -60,7 +60,7 @@ def patched_model(
             f"'{PATCHED}' needs model_args.host and model_args.patch, which config.json lacks: an older timm's own "
             "function wrote it; use vit_tucker.save"
         )
-    refuse_unknown(host, "the checkpoint's host")
+    refuse_unknown_model(host, "the checkpoint's host")
     cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
     config = read_patch(patch)
     refuse_arguments(host, kwargs, PATCHED)
@@ -76,7 +76,7 @@ def patched_model(
     return model
 
 
-def refuse_unknown(name: str, what: str) -> None:
+def refuse_unknown_model(name: str, what: str) -> None:
     """Raise CheckpointError for a name that is not in timm's registry."""
     if not is_model(name):
         hint = nearest(name, list_models())
@@ -140,7 +140,7 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
         CheckpointError: an architecture that timm doesn't have, or a patch that can't be made.
     """
     architecture = config["architecture"]
-    refuse_unknown(architecture, "the checkpoint's model")
+    refuse_unknown_model(architecture, "the checkpoint's model")
     cfg = known_entries(config.get("pretrained_cfg") or {})
     cfg = {name: value for name, value in cfg.items() if name not in (*SOURCES, "custom_load")}
     arguments = config.get("model_args") or {}
@@ -162,7 +162,7 @@ def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "co
     """
     if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
         host = arguments["host"]
-        refuse_unknown(host, "the checkpoint's host")
+        refuse_unknown_model(host, "the checkpoint's host")
         arguments = {name: value for name, value in arguments.items() if name not in OF_PATCHED}
         architecture = host
     refuse_arguments(architecture, arguments, origin)

@@ -70,7 +70,7 @@ def load_host(
     except VitTuckerError:
         raise
     except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = reason_of(error)
+        reason = timm_reason(error)
         if config.pretrained:
             raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
@@ -220,7 +220,7 @@ def refuse_stored(name: str) -> None:
         refuse_stored_arguments(config["architecture"], config.get("model_args") or {}, f"{name}: config.json")
 
 
-def reason_of(error: Exception) -> str:
+def timm_reason(error: Exception) -> str:
     """What timm says of a model that it can't build, in one line."""
     reason = one_line(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:

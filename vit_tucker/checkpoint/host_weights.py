@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vit_tucker.checkpoint.data_config import data_config_beside, label_names_beside, size_beside
 from vit_tucker.checkpoint.files import MODEL_KEY, checkpoint_file, config_beside, method_beside
 from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
-from vit_tucker.checkpoint.loading import ObservedLoad, create_model, names_of
+from vit_tucker.checkpoint.loading import ObservedLoad, create_model, module_names
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
 from vit_tucker.errors import CheckpointError
@@ -73,7 +73,7 @@ class HostWeights:
         """Returns channels, height and width of the weights' images: the architecture's, with the channels of their stem."""
         cfg = architecture_cfg(name)
         channels, *size = getattr(cfg, "input_size", None) or (3, 224, 224)
-        for conv in names_of(getattr(cfg, "first_conv", None) or "patch_embed.proj"):
+        for conv in module_names(getattr(cfg, "first_conv", None) or "patch_embed.proj"):
             stem = (self.state or {}).get(f"{conv}.weight")
             channels = stem.shape[1] if stem is not None and stem.ndim == 4 else channels
         return channels, size[0], size[1]
@@ -108,7 +108,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
             else ""
         )
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
-    refuse_changed(file, what)
+    refuse_changed_weights(file, what)
     weights = weights_of_state(state, name)
     where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
     source = ", ".join(part for part in (weights.source, *where) if part)
@@ -120,7 +120,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     )
 
 
-def refuse_changed(file: Path, what: str) -> None:
+def refuse_changed_weights(file: Path, what: str) -> None:
     """Raises CheckpointError if weights are not those that the config.json beside them tells of, see
     ``vit_tucker.storage.digests``."""
     try:
@@ -137,7 +137,7 @@ def weights_of_state(state: Mapping[str, Tensor], name: str) -> HostWeights:
         name: timm's, of the model that they are for.
     """
     renamed = to_timm_names(state, structure_keys(name.partition(".")[0]))
-    heads = names_of(getattr(architecture_cfg(name), "classifier", None) or "head")
+    heads = module_names(getattr(architecture_cfg(name), "classifier", None) or "head")
     weights = [renamed.state[f"{head}.weight"] for head in heads if f"{head}.weight" in renamed.state]
     clip = renamed.state.get("visual.proj")  # which timm's filter turns into a classifier
     classes = len(weights[0]) if weights else (clip.shape[1] if clip is not None else 0)

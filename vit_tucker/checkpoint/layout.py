@@ -39,7 +39,7 @@ class PretrainedEntries(DataEntries):
     classifier: Modules | None = None
 
 
-class Section(Strict):
+class PatchedEntries(Strict):
     """What vit_tucker adds to timm's config.json, under the key ``vit_tucker``."""
 
     version: Annotated[str, Field(max_length=50)] | None = None
@@ -60,7 +60,7 @@ class Layout(Lenient):
     label_descriptions: dict[Text, Text] | list[Text] | None = None
     model_args: dict[str, Any] | None = None
     pretrained_cfg: PretrainedEntries | None = None
-    vit_tucker: Section | None = None
+    vit_tucker: PatchedEntries | None = None
 
     @model_validator(mode="after")
     def _one_number_of_classes(self) -> Self:

@@ -57,7 +57,7 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
     tell_classes(config)
     if not verified:
         check_sizes(config, file, place)
-    model = build(lambda: create(config, **overrides), origin)
+    model = rebuild_model(lambda: create(config, **overrides), origin)
     if verified and not overrides:
         refuse_misfit(model, stored_shapes(file), config, place, file.stat().st_size)
     fill(model, read_safetensors(file), origin)
@@ -98,11 +98,11 @@ def check_sizes(config: Mapping[str, Any], file: Path, place: str) -> None:
         structure = on_meta(lambda: create(config))
     except Exception:  # some models compute with values while they are built; others can't be built at all
         refuse_sizes(config, shapes, place, largest=MODEST)
-        structure = build(lambda: create(config), place)
+        structure = rebuild_model(lambda: create(config), place)
     refuse_misfit(structure, shapes, config, place, file.stat().st_size)
 
 
-def build(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
+def rebuild_model(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
     """What a function makes of a config.json; its faults in one line.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, name_list, names_of
+from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, module_names, name_list
 from vit_tucker.checkpoint.tensor_names import BUFFERS
 from vit_tucker.errors import CheckpointError
 
@@ -79,7 +79,7 @@ def check_load(
     """
     model = load.model
     own, cfg = set(model.state_dict()), vars(model).get("pretrained_cfg") or {}
-    classifier = [f"{name}.{kind}" for name in names_of(cfg.get("classifier")) for kind in ("weight", "bias")]
+    classifier = [f"{name}.{kind}" for name in module_names(cfg.get("classifier")) for kind in ("weight", "bias")]
     may_be_new = names_that_may_be_new(load, own, classifier)
     if set(load.missing) - may_be_new:
         may_be_new |= set(added())
@@ -146,10 +146,10 @@ def resampled(load: ObservedLoad, model: nn.Module) -> Iterator[str]:
         if before is None or before == shape or len(before) != len(shape) or kind in seen:
             continue
         seen.add(kind)
-        if name == "pos_embed" and grid(before) == grid(shape):
+        if name == "pos_embed" and grid_text(before) == grid_text(shape):
             continue  # only the class token's position went elsewhere
         if name == "pos_embed":
-            yield f"{name} {grid(before)} -> {grid(shape)}"
+            yield f"{name} {grid_text(before)} -> {grid_text(shape)}"
         elif len(shape) == 4 and before[1] != shape[1]:
             yield f"{name} {before[1]} -> {shape[1]} channels"
         elif len(shape) == 4:
@@ -158,7 +158,7 @@ def resampled(load: ObservedLoad, model: nn.Module) -> Iterator[str]:
             yield f"{kind} {tuple(before)} -> {tuple(shape)}"
 
 
-def grid(shape: tuple[int, ...]) -> str:
+def grid_text(shape: tuple[int, ...]) -> str:
     """Returns '16x16' for position embeddings (1, 257, C) or (1, 256, C); the number of tokens where they are no square."""
     if len(shape) == 4:
         return f"{shape[1]}x{shape[2]}"

@@ -158,15 +158,15 @@ def describe_source(cfg: dict[str, Any], state: Shapes) -> None:
     """
     if not cfg.get("state_dict"):
         return
-    heads = [state[f"{name}.weight"] for name in names_of(cfg.get("classifier")) if f"{name}.weight" in state]
+    heads = [state[f"{name}.weight"] for name in module_names(cfg.get("classifier")) if f"{name}.weight" in state]
     cfg["num_classes"] = heads[0][0] if heads else 0
-    stems = [state[f"{name}.weight"] for name in names_of(cfg.get("first_conv")) if f"{name}.weight" in state]
+    stems = [state[f"{name}.weight"] for name in module_names(cfg.get("first_conv")) if f"{name}.weight" in state]
     if stems and len(stems[0]) == 4:
         _, *size = cfg.get("input_size") or (3, 224, 224)
         cfg["input_size"] = (stems[0][1], *size)
 
 
-def names_of(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def module_names(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns module names as timm's pretrained_cfg has them: none, one or several."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 

@@ -1,6 +1,5 @@
 """Patched models in timm's registry as soon as both packages are imported, in whichever order, at no cost."""
 
-import importlib.abc
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -30,8 +29,8 @@ def _register() -> None:
     register_model(vit_tucker_patched)
 
 
-class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Waits for the import of timm, once."""
+class _AfterTimm:
+    """A finder of modules that waits for the import of timm, once; without importlib.abc, which takes half of our import."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -71,11 +71,11 @@ def to_timm_names(state: Mapping[str, Tensor], known: Collection[str]) -> Rename
         if found is not None and anchor not in known:
             renamed = rename(clean, found.removesuffix(anchor))
             renamed.layout = layout
-            return finished(renamed, known)
+            return without_pretraining(renamed, known)
     prefix = best_prefix(clean, known)
     inside = {key.removeprefix(prefix): value for key, value in clean.items() if key.startswith(prefix)}
     outside = [key for key in clean if not key.startswith(prefix)]
-    return finished(Renamed(inside, "", prefix, outside), known)
+    return without_pretraining(Renamed(inside, "", prefix, outside), known)
 
 
 def without_wrappers(key: str) -> str:
@@ -105,7 +105,7 @@ def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
     return best if matches(best) else ""
 
 
-def finished(renamed: Renamed, known: Collection[str]) -> Renamed:
+def without_pretraining(renamed: Renamed, known: Collection[str]) -> Renamed:
     """Takes out what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
     state = renamed.state
     for key in [key for key in state if key not in known and (PRETRAINING.search(key) or BUFFERS.search(key))]:
@@ -185,7 +185,7 @@ def renamed_by(rules: Rules, key: str) -> str:
     return key
 
 
-def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def joined_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Joins queries, keys and values, ``attn.query.weight`` and so on, to ``attn.qkv.weight``.
 
     Where keys have no bias (BEiT), those of queries and values become ``attn.q_bias`` and ``attn.v_bias``.
@@ -210,7 +210,9 @@ def from_hugging_face(state: Mapping[str, Tensor], prefix: str) -> Renamed:
     """Renames ViT, DeiT, DINOv2, BEiT and MAE of Hugging Face's transformers, with the classifier beside the model."""
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     left_out = [f"{prefix}{key}" for key in inside if key.startswith("pooler.dense.")]
-    result = joined({renamed_by(HUGGING_FACE, k): v for k, v in inside.items() if not k.startswith("pooler.dense.")})
+    result = joined_projections(
+        {renamed_by(HUGGING_FACE, k): v for k, v in inside.items() if not k.startswith("pooler.dense.")}
+    )
     width = result["patch_embed.proj.weight"].shape[0]
     heads = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
     for key, value in state.items():
@@ -229,7 +231,7 @@ def from_hugging_face(state: Mapping[str, Tensor], prefix: str) -> Renamed:
 def from_hugging_face_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
     """Renames the vision tower of Hugging Face's CLIP; its projection becomes the classifier, as in timm's own CLIP weights."""
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    result = joined({renamed_by(HUGGING_FACE_CLIP, key): value for key, value in inside.items()})
+    result = joined_projections({renamed_by(HUGGING_FACE_CLIP, key): value for key, value in inside.items()})
     result["cls_token"] = result["cls_token"].reshape(1, 1, -1)
     result["pos_embed"] = result["pos_embed"].unsqueeze(0)
     projection = state.get("visual_projection.weight")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.checkpoint.loading import Shapes, names_of
+from vit_tucker.checkpoint.loading import Shapes, module_names
 from vit_tucker.errors import CheckpointError, shorten
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
@@ -35,7 +35,7 @@ def refuse_sizes(config: Mapping[str, Any], shapes: Shapes, where: str, largest:
         largest: allowed number, or the largest side of the weights.
     """
     largest = max((largest, *(side for shape in shapes.values() for side in shape)))
-    for key, value in numbers(config.get("model_args") or {}):
+    for key, value in nested_numbers(config.get("model_args") or {}):
         repeats = any(part in key.lower() for part in REPEATS)
         limit = len(shapes) if repeats else largest
         if not -1 <= value <= limit:
@@ -43,7 +43,7 @@ def refuse_sizes(config: Mapping[str, Any], shapes: Shapes, where: str, largest:
             raise CheckpointError(f"{where}: config.json: model_args.{shorten(key)}: {value:.10g}: {why}")
 
 
-def numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
+def nested_numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     """Yields the numbers in nested values, with their dotted names; those of a patch that set no sizes are left out."""
     if isinstance(values, bool):
         return
@@ -52,9 +52,9 @@ def numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
     for name, value in values.items() if isinstance(values, Mapping) else ():
         inner = f"{key}.{name}" if key else name
         if not (key == "patch" and name in TOLD):
-            yield from numbers(value, inner)
+            yield from nested_numbers(value, inner)
     for value in values if isinstance(values, list | tuple) else ():
-        yield from numbers(value, key)
+        yield from nested_numbers(value, key)
 
 
 def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any], where: str, size: int) -> None:
@@ -75,7 +75,7 @@ def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any
         )
     own = {name: tuple(value.shape) for name, value in structure.state_dict().items()}
     cfg = config.get("pretrained_cfg") or {}
-    heads = tuple(f"{name}." for name in names_of(cfg.get("classifier") or ()))
+    heads = tuple(f"{name}." for name in module_names(cfg.get("classifier") or ()))
     ours = SECTION in config
     attention = tuple(f"{name}." for name in find_attention(structure))
     missing = [key for key in own if key not in shapes and (ours or key.startswith(attention))]

@@ -43,9 +43,9 @@ def convert(args: argparse.Namespace) -> int:
     from vit_tucker.checkpoint.describe import set_image_options
     from vit_tucker.checkpoint.save import save
     from vit_tucker.cli.plan import create, read_target
-    from vit_tucker.data.calibration import calibration_images
     from vit_tucker.data.datasets import dataset_info
     from vit_tucker.data.image_files import ImageOptions
+    from vit_tucker.data.samples import calibration_images
     from vit_tucker.data.transforms import resolve_data
     from vit_tucker.hosts.images import input_shape
     from vit_tucker.patching.patch import patch

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vit_tucker.analysis.costs import HostFactory, ModelCost
     from vit_tucker.attention.base import AttentionConfig
     from vit_tucker.config.schema import ModelConfig
-    from vit_tucker.report.cost import Table
+    from vit_tucker.report.cost import CostTable
 
 EXAMPLES = """examples:
   cost vit_base_patch16_224 --method "tucker ranks=[8,16,16]" --method "gqa num_kv_heads=1"
@@ -78,7 +78,7 @@ def cost(args: argparse.Namespace) -> int:
     return 0
 
 
-def _paper(args: argparse.Namespace) -> "Table":
+def _paper(args: argparse.Namespace) -> "CostTable":
     if args.method or args.cfg or args.measure:
         raise ConfigError("--table takes no --method, --cfg or --measure: its rows are the paper's")
     if args.table == 1:
@@ -91,7 +91,7 @@ def _paper(args: argparse.Namespace) -> "Table":
     return published(args.table)
 
 
-def formulas(sizes: Any) -> "Table":
+def formulas(sizes: Any) -> "CostTable":
     """Table 1 for some sizes, beside layers that are built."""
     from vit_tucker.analysis.formulas import TABLE_1, measure_layer
     from vit_tucker.report.cost import formula_table
@@ -110,7 +110,7 @@ def shown(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def published(number: int) -> "Table":
+def published(number: int) -> "CostTable":
     """Table 2 or 3."""
     from vit_tucker.analysis.published import PUBLISHED, compare_row
     from vit_tucker.report.cost import published_table
@@ -127,9 +127,9 @@ def published(number: int) -> "Table":
     return published_table(title, rows, [*notes, *(f"{row.label}: {row.note}" for row in table.rows if row.note)])
 
 
-def _model(args: argparse.Namespace) -> "Table":
+def _model(args: argparse.Namespace) -> "CostTable":
     from vit_tucker.analysis.costs import HostFactory, model_costs
-    from vit_tucker.config.load import config_of, load_config
+    from vit_tucker.config.load import config_from, load_config
 
     names = [text for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
@@ -146,7 +146,7 @@ def _model(args: argparse.Namespace) -> "Table":
         if config.attention is not None:
             methods.append((str(config.name), config.attention))
     else:
-        config = config_of({"model": {"name": names[0]}}, overrides)
+        config = config_from({"model": {"name": names[0]}}, overrides)
         host = HostFactory(config.model)
     methods += [(text, read_method(text, config.model)) for text in dict.fromkeys(args.method)]
     device = choose_device(args.device) if args.measure else None
@@ -174,7 +174,7 @@ def read_method(text: str, model: "ModelConfig") -> "AttentionConfig":
     return attention
 
 
-def cost_table(host: "HostFactory", costs: Sequence["ModelCost"], args: argparse.Namespace) -> "Table":
+def cost_table(host: "HostFactory", costs: Sequence["ModelCost"], args: argparse.Namespace) -> "CostTable":
     """The table of one model."""
     from vit_tucker.report.cost import LATENCY_COLUMNS, MODEL_COLUMNS, model_table
 

@@ -47,7 +47,7 @@ def evaluate(args: argparse.Namespace) -> int:
     from vit_tucker.data.transforms import resolve_data
     from vit_tucker.hosts.images import input_shape
     from vit_tucker.inference.predict import classes_for, open_classifier
-    from vit_tucker.run.trainer import create_accelerator
+    from vit_tucker.run.accelerator import create_accelerator
     from vit_tucker.training.engine import evaluate as score
     from vit_tucker.training.peers import Peers
 

@@ -133,6 +133,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     Raises:
         VitTuckerError: see ``open_subject``, ``open_dense``, ``file_images`` and ``data_images``.
     """
+    from vit_tucker.data.image_files import image_mode
     from vit_tucker.explain.images import data_images, file_images, named_apart
     from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
     from vit_tucker.hosts.find import find_attention
@@ -148,7 +149,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
         raise ConfigError(f"--data: {args.where} is no run, so that its data set is not known; name image files")
     run = open_subject(args.where)
     select(read_layers(args.layers), list(find_attention(run.model)))
-    mode = "L" if run.data["input_size"][0] == 1 else "RGB"
+    mode = image_mode(run.data["input_size"][0])
     images = file_images(args.images, mode, image_options(run.model))
     if args.data is not None and config is not None:
         classes, notes = classes_for(run.model, args.where, config.data)

@@ -1,4 +1,4 @@
-"""``methods`` and ``schema``: what there is to choose from, and a config's JSON schema."""
+"""``methods``, ``configs`` and ``schema``: what there is to choose from, and a config's JSON schema."""
 
 import argparse
 from typing import Any
@@ -7,10 +7,14 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add both commands to the subparsers of ``vit-tucker``."""
+    """Add the commands to the subparsers of ``vit-tucker``."""
     methods = commands.add_parser("methods", help="names of the registered attention methods")
     add_json(methods)
     methods.set_defaults(run=list_methods)
+    configs = commands.add_parser("configs", help="names of the configs for --cfg and base:")
+    configs.add_argument("--sweep", action="store_true", help="of the sweeps")
+    add_json(configs)
+    configs.set_defaults(run=list_configs)
     schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
     schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
     schema.set_defaults(run=print_schema)
@@ -21,6 +25,15 @@ def list_methods(args: argparse.Namespace) -> int:
     from vit_tucker.attention.registry import list_methods
 
     names = list_methods()
+    emit(to_json(names) if args.json else "\n".join(names))
+    return 0
+
+
+def list_configs(args: argparse.Namespace) -> int:
+    """The command ``configs``."""
+    from vit_tucker.config.find import config_names
+
+    names = config_names(sweeps=args.sweep)
     emit(to_json(names) if args.json else "\n".join(names))
     return 0
 

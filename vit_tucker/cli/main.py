@@ -33,7 +33,7 @@ COMMANDS = (
     *(compare, tables, ranks, hosts, cost, bench, lists, completion),
 )
 """Each adds its commands, in the order of the help."""
-WITHOUT_PLUGINS = ("compare", "tables", "report", "completion")
+WITHOUT_PLUGINS = ("compare", "tables", "report", "configs", "completion")
 """Commands that open no config and no model: they read results, or nothing."""
 
 

@@ -65,7 +65,7 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
         ConfigError: not exactly one model, or no method.
     """
     from vit_tucker.cli.cost import read_method
-    from vit_tucker.config.load import config_of, load_config
+    from vit_tucker.config.load import config_from, load_config
 
     names = [text for text in args.overrides if "=" not in text]
     overrides = [text for text in args.overrides if "=" in text]
@@ -77,7 +77,7 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
         if attention is None:
             raise ConfigError(f"{args.cfg}: attention: the config patches nothing; name a method by --method")
         return config, attention
-    config = config_of({"model": {"name": names[0]}}, overrides)
+    config = config_from({"model": {"name": names[0]}}, overrides)
     if args.method is None:
         raise ConfigError(f'{args.command} {names[0]}: name a method, e.g. --method "tucker ranks=[8,16,16]"')
     return config, read_method(args.method, config.model)

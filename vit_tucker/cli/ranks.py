@@ -45,7 +45,7 @@ def ranks(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.analysis.spectra import analyse, save_spectra
     from vit_tucker.attention.options import Calibration
-    from vit_tucker.report.spectra import draw_spectra, rank_rows, rank_table
+    from vit_tucker.report.spectra import draw_spectra, rank_rows, rank_summary
     from vit_tucker.run.model import analysed_model
     from vit_tucker.storage.paths import refuse_unwritable
 
@@ -64,7 +64,7 @@ def ranks(args: argparse.Namespace) -> int:
     if args.json:
         emit(to_json({"folder": folder, "figures": files, "ranks": rank_rows(folder)}))
         return 0
-    print(rank_table(folder))
+    print(rank_summary(folder))
     print(
         f"means over layers (smallest-largest); {folder}/ranks.csv, singular_values.csv, {', '.join(f.name for f in files)}"
     )

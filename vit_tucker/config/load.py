@@ -8,18 +8,16 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vit_tucker.config.find import find_config, package_configs, stored_by_name
 from vit_tucker.config.places import absolute, map_paths, seen_from_here
 from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
-    find_config,
     merge,
-    package_configs,
     read_overrides,
     read_with_bases,
     read_yaml,
-    stored_by_name,
 )
 from vit_tucker.config.yaml_text import Dumper
 from vit_tucker.errors import ConfigError
@@ -60,7 +58,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
-def config_of(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """A config without a file: values, and overrides on top, whose plug-ins are the user's.
 
     Raises:

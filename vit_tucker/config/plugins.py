@@ -13,11 +13,14 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.config.source import Source, package_configs
+from vit_tucker.config.find import package_configs
+from vit_tucker.config.source import Source
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.errors import ConfigError, shorten
 from vit_tucker.storage.paths import displayed
 
+MODELS = Path("experiments/models")
+"""What the models are called that this package ships beside its configs."""
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar("given", default=())
 _in_this_process: dict[str, None] = {}
@@ -71,8 +74,8 @@ def load_plugins(plugins: Any, folder: Path = Path()) -> None:
     """Import modules and .py files that the user names, so that their methods are registered.
 
     Args:
-        plugins: module names ('my_package.attention') or .py files, relative to ``folder``, to the current folder or to a source
-            checkout of this package.
+        plugins: module names ('my_package.attention') or .py files, relative to ``folder`` or to the current folder, or
+            'experiments/models/NAME.py', a model of this package.
         folder: of the config file that names them.
 
     Raises:
@@ -133,19 +136,17 @@ def is_named(plugin: str) -> bool:
 
 def shipped_file(plugin: str) -> Path | None:
     """Returns the model file of this package that a plug-in's name means; None if it is none."""
-    models = package_configs().parents[1] / "experiments" / "models"
-    file = (package_configs().parents[1] / plugin).resolve()
-    return file if file.parent == models.resolve() and file.is_file() else None
+    file = package_configs() / "models" / Path(plugin).name
+    return file if Path(plugin).parent == MODELS and file.is_file() else None
 
 
 def find_file(plugin: str, folder: Path) -> Path | None:
-    """Returns the file of a plug-in: beside its config, here, or in a checkout of this package; None if there is none.
+    """Returns the file of a plug-in: beside its config, here, or a model of this package; None if there is none.
 
     A current folder that is itself a stored one is not searched: what lies there was put there by somebody else.
     """
     here = [] if stored_folder(Path.cwd() / plugin) is not None and not _TRUSTED.get() else [Path(plugin)]
-    places = (folder / plugin, *here, package_configs().parents[1] / plugin)
-    return next((file for file in places if file.is_file()), None)
+    return next((file for file in (folder / plugin, *here) if file.is_file()), shipped_file(plugin))
 
 
 def run_plugin(plugin: str, folder: Path) -> None:

@@ -7,11 +7,12 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, InstanceOf, create_model, model_validator
+from pydantic import Field, InstanceOf, WithJsonSchema, create_model, field_validator, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.config.data_section import DataConfig, FolderName, PathText
+from vit_tucker.config.registries import PENALTIES, step_options
 from vit_tucker.validation.checked import MAX_INTEGER, Checked
 
 MAX_WIDTH = 2**16
@@ -22,6 +23,19 @@ MAX_STEPS = 1_000_000_000
 MAX_RATE = 1000
 """Far beyond what anyone trains with: a number above is a slip, and would end in hours of waiting or in no memory."""
 Size = Annotated[int, Field(ge=1, le=2**14)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
+StepRuleEntry = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]},
+            ]
+        }
+    ),
+]
+"""``name``, and the rule's options; in YAML its name alone too."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -169,6 +183,16 @@ class TrainConfig(Checked):
     model_ema_warmup: bool = Field(default=True, description="Start with a smaller decay.")
 
     distill: DistillConfig | None = Field(default=None, description="Distillation from a dense teacher; null: none.")
+    penalties: dict[str, Weight] = Field(
+        default={},
+        description="Weights of penalties of the model that are added to the loss, by the names that plug-ins give them; 0 only "
+        "logs.",
+    )
+    step_rule: StepRuleEntry | None = Field(
+        default=None,
+        description="How an optimizer step is made: a plug-in's rule by its name, or {name: ..., options}; null: backward, clip, "
+        "optimizer step.",
+    )
 
     compile: bool = Field(default=False, description="torch.compile the model; checkpoints are the same as without.")
     grad_checkpointing: bool = Field(
@@ -206,6 +230,28 @@ class TrainConfig(Checked):
         "images, for results.json; null: don't.",
     )
     log_interval: int = Field(default=50, ge=1, le=MAX_STEPS, description="Optimizer steps between log points.")
+
+    @field_validator("penalties")
+    @classmethod
+    def _known_penalties(cls, value: dict[str, float]) -> dict[str, float]:
+        for name in value:
+            PENALTIES.get(name)
+        return value
+
+    @field_validator("step_rule", mode="before")
+    @classmethod
+    def _whole_step_rule(cls, value: Any) -> Any:
+        """Name and all options, so that configs of the same rule are equal."""
+        given = {"name": value} if isinstance(value, str) else value
+        if not isinstance(given, dict):
+            return given
+        if not isinstance(given.get("name"), str):
+            raise ValueError("name: missing, the name of a registered rule")
+        return {"name": given["name"], **step_options(given).model_dump(mode="json")}
+
+    def logs_after(self, global_step: int) -> bool:
+        """Whether losses are shown after that many optimizer steps."""
+        return global_step % self.log_interval == 0
 
     def saves_after(self, global_step: int) -> bool:
         """Whether a checkpoint is due after that many optimizer steps, wherever in the epoch."""

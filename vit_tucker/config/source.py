@@ -4,20 +4,16 @@
 replaced whole, since another method has other options.
 """
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vit_tucker.config.find import find_config, parts_of, stored_by_name
 from vit_tucker.config.stored import stored_folder
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
-from vit_tucker.errors import ConfigError, nearest, shorten
+from vit_tucker.errors import ConfigError, shorten
 from vit_tucker.storage.paths import displayed
-
-CONFIG_ROOT = Path("experiments/configs")
-CONFIG_FILE = "config.yaml"
 
 
 @dataclass
@@ -42,48 +38,14 @@ class Source:
         return next(iter(self.origin.values()), "config")
 
 
-def find_config(name: str | Path) -> Path:
-    """The file that ``--cfg`` means: a file, a run folder, or a name below experiments/configs (with or without .yaml).
-
-    Raises:
-        ConfigError: no such file; names the places and the nearest known config.
-    """
-    path, shown = Path(name), shorten(name)
-    candidates = [path / CONFIG_FILE if os.path.isdir(path) else path]
-    if not path.is_absolute():
-        candidates += [CONFIG_ROOT / path, package_configs() / path]
-    for candidate in candidates:
-        for file in (candidate, Path(f"{candidate}.yaml")):
-            if os.path.isfile(file):
-                return file
-    if os.path.isdir(path):
-        raise ConfigError(f"{shown}: not a run folder, it has no {CONFIG_FILE}")
-    known = [str(f.relative_to(package_configs())) for f in package_configs().rglob("*.yaml")]
-    raise ConfigError(f"{shown}: no such config, neither here nor in {CONFIG_ROOT}{nearest(str(name), known)}")
-
-
-def stored_by_name(name: str | Path, file: Path) -> Path | None:
-    """Returns the stored folder that a config's name means: a folder always, a file if it lies in one; None for a user's file.
-
-    Args:
-        name: as for ``find_config``.
-        file: what that returns.
-    """
-    return file.parent if Path(name).is_dir() else stored_folder(file)
-
-
-def package_configs() -> Path:
-    """The shipped configs, so that names work from any folder: of a source checkout, or of an installation."""
-    checkout = Path(__file__).resolve().parents[2] / CONFIG_ROOT
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "vit_tucker" / CONFIG_ROOT
-
-
 def read_yaml(path: Path) -> Source:
-    """Values and line numbers of one YAML file, without its bases.
+    """Values and line numbers of one YAML file, without its bases; a data set x method has nothing but these.
 
     Raises:
         ConfigError: it can't be read, is no YAML, has no mapping at the top, or a key twice.
     """
+    if parts := parts_of(path):
+        return Source({"base": [str(part) for part in parts]}, {(): str(path)})
     values, origin = read_file(path)
     if values is None:
         values = {}
@@ -143,14 +105,22 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
     result = Source()
     for base in bases:
         try:
-            beside = path.parent / base
-            file = beside if os.path.isfile(beside) else find_config(base)
+            file = find_config(base, path.parent)
         except ConfigError as error:
             raise ConfigError(f"{where}: base: {error}") from None
         by = stored or stored_by_name(base, file)
         result = merge(result, _with_bases(file, (*above, path), read, by))
+    if parts_of(path):
+        result = merge(_random_start(result.values), result)
     read[path] = merge(result, source)
     return read[path]
+
+
+def _random_start(values: dict[str, Any]) -> Source:
+    """Returns how a data set x method starts: at random where its model has no trained weights that could be converted."""
+    model, attention = values.get("model"), values.get("attention")
+    trained = isinstance(model, dict) and (model.get("pretrained") or model.get("checkpoint"))
+    return Source() if trained or not isinstance(attention, dict) else Source({"attention": {"init": "random"}})
 
 
 def read_overrides(overrides: Sequence[str]) -> Source:

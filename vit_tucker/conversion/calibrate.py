@@ -17,19 +17,19 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
-from vit_tucker.conversion.refine import refine
-from vit_tucker.conversion.watch import (
+from vit_tucker.conversion.observe import (
     Layer,
     WatchedLayer,
     collect_images,
     evaluating,
     final_features,
+    layers_per_pass,
     located,
-    memory_groups,
     run_with_probes,
     timed,
     watching,
 )
+from vit_tucker.conversion.refine import refine
 from vit_tucker.tensor.metric import metric_root
 
 EXACT = 1e-10
@@ -64,9 +64,9 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     """
     images = collect_images(model, batches, options.images)
     with evaluating(model):
-        for group in memory_groups(layers):
+        for group in layers_per_pass(layers):
             sums, weights = sum_moments(model, group, images, options)
-            metrics = {layer.name: convert(layer, sums.pop(layer.name), options.damping) for layer in group}
+            metrics = {layer.name: convert_layer(layer, sums.pop(layer.name), options.damping) for layer in group}
             fit_readouts(model, group, images, weights, metrics, options.damping)
             for layer in group if options.refine_steps else []:
                 with timed(layer):
@@ -98,7 +98,7 @@ def collect_moments(
     """The moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
     images = collect_images(model, batches, options.images)
     with evaluating(model):
-        for group in memory_groups(layers):
+        for group in layers_per_pass(layers):
             sums, _ = sum_moments(model, group, images, options)
             for layer in group:
                 with located(layer.name):
@@ -107,14 +107,14 @@ def collect_moments(
 
 
 @dataclass(frozen=True)
-class Metrics:
+class KeptMoments:
     """What is kept of a layer's moments after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
 
     tokens: Tensor
     output: Tensor
 
 
-def convert(layer: CalibratedLayer, sums: MomentSums, damping: float) -> Metrics:
+def convert_layer(layer: CalibratedLayer, sums: MomentSums, damping: float) -> KeptMoments:
     """Convert one layer from its moments.
 
     Raises:
@@ -127,7 +127,7 @@ def convert(layer: CalibratedLayer, sums: MomentSums, damping: float) -> Metrics
         if moments.tokens < needed:
             raise ValueError(f"{moments.tokens} tokens are too few for rank {needed}; give more images")
         layer.replacement.convert_calibrated(layer.host.weights.double(), moments, damping)
-    return Metrics(moments.query[:-1, :-1], moments.output)
+    return KeptMoments(moments.query[:-1, :-1], moments.output)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def fit_readouts(
     layers: list[CalibratedLayer],
     images: list[Tensor],
     weights: Mapping[str, list[Tensor]],
-    metrics: Mapping[str, Metrics],
+    metrics: Mapping[str, KeptMoments],
     damping: float,
 ) -> None:
     """Second pass: fit each replacement's read-out to the host's outputs on the host's inputs; an exact one is left alone."""
@@ -169,7 +169,7 @@ def refine_layer(
     layer: CalibratedLayer,
     images: list[Tensor],
     weights: list[Tensor],
-    metrics: Metrics,
+    metrics: KeptMoments,
     options: Calibration,
 ) -> None:
     """Refine one converted layer on its calls; these are kept in memory while it lasts."""

@@ -13,7 +13,7 @@ from vit_tucker.attention.options import Calibration, RankRule, Rule
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.watch import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
 from vit_tucker.tensor.rotary import ordinary

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vit_tucker.data.find_images import Found
 from vit_tucker.data.label_files import KAGGLE_FILE, TINY_FILE
 from vit_tucker.data.naming import in_order, listed
-from vit_tucker.data.walk import Found
 from vit_tucker.errors import DataError
 
 BARE_FOLDERS = frozenset({"images", "image", "imgs", "img"})

@@ -11,11 +11,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vit_tucker.data import columns
+from vit_tucker.data.class_numbers import Targets, label_numbers
 from vit_tucker.data.classes import missing_note
 from vit_tucker.data.image_files import to_mode
 from vit_tucker.data.naming import in_order, listed
 from vit_tucker.data.split_source import Raw, SplitSource
-from vit_tucker.data.targets import Targets, label_numbers
 from vit_tucker.errors import DataError
 
 MAP_OPTIONS = ("input_key", "target_key")

@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 
 from vit_tucker.data import columns
+from vit_tucker.data.class_numbers import Targets
 from vit_tucker.data.column_sets import MAP_OPTIONS, plain, read_stored, split_targets, stored_name, undecoded
 from vit_tucker.data.split_source import SplitSource
 from vit_tucker.data.stream_base import Record, Share, Stream
-from vit_tucker.data.targets import Targets
 from vit_tucker.errors import DataError
 
 STREAM_OPTIONS = (*MAP_OPTIONS, "num_samples", "shuffle_size")

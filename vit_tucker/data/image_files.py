@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vit_tucker.data.walk import walk
+from vit_tucker.data.find_images import walk
 from vit_tucker.errors import DataError
 
 NO_PICTURES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "FITS", "GRIB", "BUFR", "WMF", "IPTC"})
@@ -47,6 +47,11 @@ class ImageOptions:
 
 
 AS_STORED = ImageOptions()
+
+
+def image_mode(channels: int) -> str:
+    """Returns Pillow's mode of the images of a model with so many channels: "L" for 1, else "RGB"."""
+    return "L" if channels == 1 else "RGB"
 
 
 def to_mode(image: Image.Image, mode: str, options: ImageOptions = AS_STORED) -> Image.Image:

@@ -6,6 +6,7 @@ from pathlib import Path
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.class_trees import Scan, bare, by_folders
 from vit_tucker.data.classes import find_file
+from vit_tucker.data.find_images import Found, walk
 from vit_tucker.data.image_files import image_endings
 from vit_tucker.data.label_files import (
     KAGGLE_FILE,
@@ -18,7 +19,6 @@ from vit_tucker.data.label_files import (
 )
 from vit_tucker.data.listed_images import labelled
 from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
-from vit_tucker.data.walk import Found, walk
 from vit_tucker.errors import DataError, nearest
 
 SYNONYMS = (TRAIN_SPLITS, VALIDATION_SPLITS)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vit_tucker.data.class_trees import Scan
+from vit_tucker.data.find_images import Found
 from vit_tucker.data.naming import listed
-from vit_tucker.data.walk import Found
 from vit_tucker.errors import DataError
 
 NUMBER = re.compile(r"-?(0|[1-9][0-9]*)")

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.augmentation import Parameters, draw_parameters
-from vit_tucker.data.batches import BadImageError, Batch, read_image
+from vit_tucker.data.batches import BadImageError, Batch, Normalise, read_image
 from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.resample import crop_resize
@@ -180,7 +180,7 @@ class KeptBatches(Dataset):
         limit: int = 0,
     ) -> None:
         self.dataset, self.transform, self.split, self.replace, self.limit = dataset, transform, split, replace, limit
-        self.mean, self.std = (torch.tensor(resolved[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        self.normalise = Normalise(resolved["mean"], resolved["std"])
         self.pixels = torch.empty(
             len(dataset), *resolved["input_size"], dtype=torch.uint8
         )  # not touched, so not yet there
@@ -195,9 +195,7 @@ class KeptBatches(Dataset):
         faults: list[str] = []
         chosen = [self._choose(index, faults) for _, index, _ in keys]
         indices = torch.tensor([index for index in chosen if index is not None], dtype=torch.int64)
-        images = self.pixels[indices].to(torch.float32)
-        images.div_(255).sub_(self.mean).div_(self.std)  # torchvision's own steps
-        return Batch(images, self.labels[indices], tuple(faults))
+        return Batch(self.normalise(self.pixels[indices]), self.labels[indices], tuple(faults))
 
     def _choose(self, index: int, faults: list[str]) -> int | None:
         """The image to show for ``index``: itself, a replacement, or none."""

@@ -1,4 +1,4 @@
-"""Images to try a model on, as the evaluation sees them: some of a data set's evaluation split, or files and folders."""
+"""Some images of a data set as the evaluation sees them, for calibration, comparison and explanation; or files and folders."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.calibration import readable_images
-from vit_tucker.data.datasets import is_iterable
-from vit_tucker.data.image_files import AS_STORED, ImageOptions, list_images, read_image_file
+from vit_tucker.data.batches import BadImageError, read_image
+from vit_tucker.data.datasets import is_iterable, subset
+from vit_tucker.data.faults import FaultLog
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, image_mode, list_images, read_image_file
+from vit_tucker.data.seeding import derive_seed
 from vit_tucker.data.splits import open_split
 from vit_tucker.data.streams import StreamReader
 from vit_tucker.data.transforms import eval_transform
+from vit_tucker.errors import DataError
 
 Labelled = tuple[Tensor, Tensor | None]
 """Images (B, channels, height, width), float32, normalised; labels (B,) or None."""
@@ -37,14 +40,66 @@ def evaluation_images(
     """
     channels = resolved["input_size"][0]
     split = open_split(data, data.val_split, False, channels, classes=classes, batch_size=batch_size)
-    if is_iterable(split):
-        samples: Iterable[Any] = itertools.islice(
-            StreamReader(split, data.val_split, data.max_bad_images).read(), images
-        )
-    else:
-        order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0)).tolist()
-        samples = readable_images(split, order, min(images, len(order)), data)
+    samples = readable_images(split, data.val_split, images, 0, data.max_bad_images)
     return in_batches(samples, resolved, batch_size)
+
+
+def calibration_images(
+    data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, seed: int
+) -> Iterator[Tensor]:
+    """Yields batches of training images with the evaluation's transform; the same ones in every process.
+
+    Args:
+        data: config section; ``num_samples`` holds here too.
+        resolved: timm's data config, see ``resolve_data``.
+        images: how many, drawn without replacement by ``seed``; the first ones of a streamed set.
+        batch_size: images per batch.
+        seed: of the choice.
+
+    Yields:
+        (B, channels, height, width), float32.
+
+    Raises:
+        DataError: the split is missing, has fewer images, or more bad ones than ``data.max_bad_images``.
+    """
+    channels = resolved["input_size"][0]
+    split = subset(open_split(data, data.train_split, False, channels, batch_size=batch_size), data.num_samples)
+    if not is_iterable(split):
+        if images > len(split):
+            raise DataError(f"attention.calibration.images={images}: the training split has {len(split)} images")
+        seed = derive_seed(seed, len(split))
+    samples = readable_images(split, data.train_split, images, seed, data.max_bad_images)
+    for batch, _ in in_batches(samples, resolved, batch_size):
+        yield batch
+
+
+def readable_images(dataset: Any, split: str, count: int, seed: int, limit: int) -> Iterator[tuple[Any, int]]:
+    """Yields readable images, drawn without replacement; the first ones of a streamed set.
+
+    Args:
+        dataset: as ``open_split`` returns it.
+        split: its name.
+        count: how many, at most.
+        seed: of the order.
+        limit: bad images that may be passed over.
+
+    Raises:
+        DataError: more bad ones.
+    """
+    if is_iterable(dataset):
+        yield from itertools.islice(StreamReader(dataset, split, limit).read(), count)
+        return
+    faults = FaultLog(limit)
+    for index in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
+        if count == 0:
+            return
+        try:
+            sample = read_image(dataset, index, split)
+        except BadImageError as error:
+            faults.add([str(error)])
+            continue
+        count -= 1
+        yield sample
 
 
 def file_images(
@@ -68,7 +123,7 @@ def file_images(
     """
     files = list_images(paths)
     chosen = [files[i * len(files) // images] for i in range(images)] if len(files) > images else files
-    mode = "L" if resolved["input_size"][0] == 1 else "RGB"
+    mode = image_mode(resolved["input_size"][0])
     return in_batches(((read_image_file(file, mode, options), None) for file in chosen), resolved, batch_size)
 
 

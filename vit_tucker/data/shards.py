@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image
 
+from vit_tucker.data.class_numbers import Targets
 from vit_tucker.data.faults import fault_line
 from vit_tucker.data.image_files import to_mode
 from vit_tucker.data.sample_keys import image_key, label_of, look_at
 from vit_tucker.data.shard_lists import ShardList, list_shards
 from vit_tucker.data.split_source import SplitSource, reason
 from vit_tucker.data.stream_base import Record, Share, Stream
-from vit_tucker.data.targets import Targets
 from vit_tucker.errors import DataError
 
 OPTIONS = ("input_key", "target_key", "num_samples", "sample_shuffle_size", "sample_initial_size")

@@ -10,9 +10,9 @@ from torch.utils.data import Subset
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
 from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
-from vit_tucker.data.factory import has_opener, open_source
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
-from vit_tucker.data.image_files import ImageOptions
+from vit_tucker.data.format_openers import has_opener, open_source
+from vit_tucker.data.image_files import ImageOptions, image_mode
 from vit_tucker.data.labels import check_labels, label_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
@@ -134,7 +134,7 @@ def open_split(
     Raises:
         DataError: the split is missing or malformed, or has classes that ``classes`` lacks.
     """
-    mode = "L" if channels == 1 else "RGB"
+    mode = image_mode(channels)
     if is_folder_set(data.dataset):
         return open_folder(data, split, mode, classes)
     refuse_folder_keys(data)

@@ -67,7 +67,7 @@ def compare_attention(
         ExplainError: a layer is not in both models, or has other heads or tokens.
     """
     rows = []
-    for names in memory_groups(layers, map_bytes):
+    for names in layers_within_memory(layers, map_bytes):
         one, other = (record_attention(model, image[None], names) for model, image in (dense, patched))
         for name in names:
             a, b = (recording.maps[name].float() for recording in (one, other))
@@ -91,7 +91,7 @@ def shape(attn: Tensor) -> str:
     return f"{attn.shape[1]} heads and {attn.shape[-1]} tokens"
 
 
-def memory_groups(layers: Sequence[str], map_bytes: Mapping[str, int]) -> Iterator[list[str]]:
+def layers_within_memory(layers: Sequence[str], map_bytes: Mapping[str, int]) -> Iterator[list[str]]:
     """The layers in order, in groups whose maps, of two models, fit into ``MAP_BYTES``."""
     group: list[str] = []
     used = 0

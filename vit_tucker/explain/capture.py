@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.save import unwrapped
-from vit_tucker.conversion.watch import evaluating
+from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.grid import TokenGrid
-from vit_tucker.explain.locate import Place, Shape, locate
-from vit_tucker.explain.mixers import find_mixers, is_pool
-from vit_tucker.explain.taps import Tap, check_rows, choose_taps, eager, heads_apart, layout_of, unfused
+from vit_tucker.explain.locate import CallSite, Shape, locate
+from vit_tucker.explain.map_modules import (
+    MapModule,
+    check_rows,
+    choose_map_modules,
+    eager,
+    heads_apart,
+    layout_of,
+    unfused,
+)
+from vit_tucker.explain.token_mixing import find_token_mixers, is_pool
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection
 
@@ -82,18 +90,18 @@ def record_attention(
     """
     model = unwrapped(model)
     found = find_attention(model)
-    taps = choose_taps(found, layers)
+    seen = choose_map_modules(found, layers)
     recording = Recording()
-    watch = Watch(model, images, taps, recording, reduce)
+    watch = Watch(model, images, seen, recording, reduce)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(unfused(module for module, _ in taps.values()))
+        stack.enter_context(unfused(module for module, _ in seen.values()))
         stack.enter_context(eager())
         stack.enter_context(torch.set_grad_enabled(grad))
         stack.callback(watch.remove)
         watch.start()
         recording.output = model(images)
-    missing = [name for name in taps if name not in recording.maps]
+    missing = [name for name in seen if name not in recording.maps]
     if missing:
         kind = type(found[missing[0]]).__name__
         raise ExplainError(f"{missing[0]}: {kind} formed no attention map in the forward pass")
@@ -105,36 +113,36 @@ class Watch:
 
     Args:
         model, images: of the pass.
-        taps: by full name of the layer.
+        seen: by full name of the layer.
         recording: filled.
         reduce: see ``record_attention``.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, taps: dict[str, Tap], recording: Recording, reduce: Reduce | None
+        self, model: nn.Module, images: Tensor, seen: dict[str, MapModule], recording: Recording, reduce: Reduce | None
     ) -> None:
-        self.model, self.images, self.taps, self.recording, self.reduce = model, images, taps, recording, reduce
+        self.model, self.images, self.seen, self.recording, self.reduce = model, images, seen, recording, reduce
         self.handles: list[Any] = []
         self.shapes: dict[nn.Module, Shape] = {}
         self.names: dict[nn.Module, list[str]] = {}
-        for name, (module, _) in taps.items():
+        for name, (module, _) in seen.items():
             self.names.setdefault(module, []).append(name)
         self.modules = dict(model.named_modules(remove_duplicate=False))
 
     def start(self) -> None:
         """Register all hooks."""
         for module, names in self.names.items():
-            place = self.taps[names[0]][1]
+            place = self.seen[names[0]][1]
             if place is getattr(module, "attn_drop", None):
                 hook = lambda _, args, module=module: self.see(module, args[0])  # noqa: E731
                 self.handles.append(place.register_forward_pre_hook(hook))
             else:
                 after = lambda _, args, output, module=module: self.see(module, output)  # noqa: E731
                 self.handles.append(place.register_forward_hook(after))
-        around = {part for name in self.taps for part in (*self.around(name), self.modules[name])}
+        around = {part for name in self.seen for part in (*self.around(name), self.modules[name])}
         for part in around:
             self.handles.append(part.register_forward_pre_hook(self.note_shape, with_kwargs=True))
-        for name, mixer in find_mixers(self.model, self.names).items():
+        for name, mixer in find_token_mixers(self.model, self.names).items():
             hook = lambda _, args, name=name: self.note_mixer(name, args)  # noqa: E731
             self.handles.append(mixer.register_forward_pre_hook(hook))
 
@@ -172,10 +180,10 @@ class Watch:
         self.recording.grids[name] = grid
         self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
 
-    def place(self, name: str, module: nn.Module, attn: Tensor) -> Place:
+    def place(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
         """What is known of the call."""
         declared = getattr(self.model, "num_prefix_tokens", None)
-        return Place(
+        return CallSite(
             name=name,
             sequences=attn.shape[0] // self.images.shape[0],
             tokens=attn.shape[-1],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.save import unwrapped
-from vit_tucker.conversion.watch import evaluating
+from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import record_attention
 from vit_tucker.explain.flow import Flow, roll_out

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from vit_tucker.show.figures import COLUMN, FONTS, plt
+from vit_tucker.show.figures import COLUMN, FONTS
 
 COLOURS = "viridis"
 """Even lightness steps, and readable by colour-blind readers."""
@@ -52,7 +53,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: s
         kind: rollout or relevance, for the scale.
     """
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
-    with plt.rc_context(FONTS):
+    with rc_context(FONTS):
         width = COLUMN / 2 * (1 + len(panels)) + 0.55
         figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.4, "constrained")
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
@@ -87,7 +88,7 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
     left = 0.15 + 0.05 * max(len(line) for name in names for line in name.split("\n"))
     block, line = columns * cell + GAP, cell * ratio
     width, height = left + len(panels) * block, HEADING + len(layers) * line + 0.05
-    with plt.rc_context(FONTS):
+    with rc_context(FONTS):
         figure = new_figure(width, height)
         axis = figure.add_axes((0, 0, 1, 1))  # one for all: hundreds of axes take seconds
         axis.text(left, height - 0.12, title, ha="left", va="center", fontsize=7, parse_math=False)

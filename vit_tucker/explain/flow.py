@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.explain.capture import Recording
-from vit_tucker.explain.mixers import is_pool
 from vit_tucker.explain.readout import Queries, final_rows
-from vit_tucker.explain.rollout import RolloutError, refine, roll_back
+from vit_tucker.explain.rollout import RolloutError, roll_back, spread_rows
+from vit_tucker.explain.token_mixing import is_pool
 
 
 class Flow(NamedTuple):
@@ -56,7 +56,7 @@ def roll_out(
     for names in reversed(parallel_groups(name for name, _ in layers)):
         below = recording.grids[names[0]]
         assert below is not None
-        rows, own, grid = refine(rows, grid, below), refine(own, grid, below), below
+        rows, own, grid = spread_rows(rows, grid, below), spread_rows(own, grid, below), below
         together = torch.stack([fused[name] for name in names]).mean(0)
         rows = roll_back(rows, together, grid, discard_ratio, normalised=not weighted)
     shares = (rows - own if weighted else rows)[0, 0]

@@ -56,7 +56,7 @@ class TokenGrid:
         return values[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
 
 
-def numbers(height: int, width: int) -> Tensor:
+def patch_numbers(height: int, width: int) -> Tensor:
     """Patches counted row by row, (height, width)."""
     return torch.arange(height * width).view(height, width)
 
@@ -74,7 +74,7 @@ def window_grid(height: int, width: int, window: tuple[int, int], shift: tuple[i
         window: height and width of a window.
         shift: rows and columns of the cyclic shift (Swin's shifted windows).
     """
-    shifted = torch.roll(numbers(height, width), (-shift[0], -shift[1]), (0, 1))
+    shifted = torch.roll(patch_numbers(height, width), (-shift[0], -shift[1]), (0, 1))
     filled = F.pad(shifted, (0, -width % window[1], 0, -height % window[0]), value=PADDING)
     cut = filled.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0]))  # (rows, wh, columns, ww)
     return TokenGrid(height, width, 0, cut.transpose(1, 2).flatten(2).flatten(0, 1))
@@ -87,5 +87,7 @@ def strided_grid(height: int, width: int, size: tuple[int, int]) -> TokenGrid:
         height, width: of the grid of patches, multiples of ``size``.
         size: rows and columns of the tokens of one sequence.
     """
-    cut = numbers(height, width).unflatten(1, (size[1], -1)).unflatten(0, (size[0], -1))  # (gh, rows, gw, columns)
+    cut = (
+        patch_numbers(height, width).unflatten(1, (size[1], -1)).unflatten(0, (size[0], -1))
+    )  # (gh, rows, gw, columns)
     return TokenGrid(height, width, 0, cut.permute(1, 3, 0, 2).flatten(2).flatten(0, 1))

@@ -112,12 +112,6 @@ def to_pixels(image: Image.Image, transform: Callable[[Image.Image], object]) ->
     return pixels if pixels.ndim == 3 else pixels[None]
 
 
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 pixels as a model takes them, float32."""
-    shift, scale = (torch.tensor(list(values)).view(-1, 1, 1) for values in (mean, std))
-    return (pixels.float() / 255 - shift) / scale
-
-
 def to_picture(pixels: Tensor) -> np.ndarray:
     """(channels, height, width) as (height, width, 3) to look at; grey in three equal channels."""
     shown = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)

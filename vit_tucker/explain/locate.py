@@ -15,7 +15,7 @@ from vit_tucker.explain.grid import TokenGrid, strided_grid, whole_grid, window_
 Shape = tuple[int, ...]
 
 
-class Place(NamedTuple):
+class CallSite(NamedTuple):
     """What is known of one call of an attention layer.
 
     Attributes:
@@ -38,7 +38,7 @@ class Place(NamedTuple):
     image: tuple[int, int]
 
 
-def locate(place: Place) -> TokenGrid | None:
+def locate(place: CallSite) -> TokenGrid | None:
     """The grid of the layer's tokens; None if it can't be known."""
     for rule in RULES:
         grid = rule(place)
@@ -62,23 +62,23 @@ def sizes(shape: Shape, channels: int) -> list[tuple[int, int]]:
     return [readings[channels]] if channels in readings else []
 
 
-def input_channels(place: Place) -> int:
+def token_channels(place: CallSite) -> int:
     """Width of the tokens."""
     return place.shape[1] if place.layout == "channels_first" else place.shape[-1]
 
 
-def windows(place: Place) -> TokenGrid | None:
+def windows(place: CallSite) -> TokenGrid | None:
     """Swin, SAM, DaViT: the parent has a window size, and a shift if it shifts."""
     parent, shape = place.around[0]
     size = getattr(parent, "window_size", None)
     if not size or isinstance(size, nn.Module):
         return None
     window, shift = pair(size), pair(getattr(parent, "shift_size", 0))
-    grids = [window_grid(h, w, window, shift) for h, w in sizes(shape, input_channels(place))]
+    grids = [window_grid(h, w, window, shift) for h, w in sizes(shape, token_channels(place))]
     return next((grid for grid in grids if len(grid.index) == place.sequences), None)
 
 
-def partitions(place: Place) -> TokenGrid | None:
+def partitions(place: CallSite) -> TokenGrid | None:
     """MaxViT: the parent cuts blocks, or grids of tokens that lie far apart."""
     parent, shape = place.around[0]
     size = getattr(parent, "partition_size", None)
@@ -87,11 +87,11 @@ def partitions(place: Place) -> TokenGrid | None:
     own_name = place.name.rpartition(".")[2]
     blocks = getattr(parent, "partition_block", own_name != "attn_grid")
     cut: Callable[..., TokenGrid] = window_grid if blocks else strided_grid
-    found = sizes(shape, input_channels(place))
+    found = sizes(shape, token_channels(place))
     return cut(*found[0], pair(size)) if found else None
 
 
-def stacked_blocks(place: Place) -> TokenGrid | None:
+def stacked_blocks(place: CallSite) -> TokenGrid | None:
     """NesT: square blocks in a dimension of their own, (B, S, n, C)."""
     if place.layout != "sequence" or len(place.shape) != 4:
         return None
@@ -101,7 +101,7 @@ def stacked_blocks(place: Place) -> TokenGrid | None:
     return window_grid(across * side, across * side, (side, side))
 
 
-def interleaved_patches(place: Place) -> TokenGrid | None:
+def interleaved_patches(place: CallSite) -> TokenGrid | None:
     """MobileViT: a sequence for each position within the patches."""
     for module, shape in place.around:
         if getattr(module, "patch_area", None) == place.sequences and len(shape) == 4:
@@ -111,7 +111,7 @@ def interleaved_patches(place: Place) -> TokenGrid | None:
     return None
 
 
-def pixels_of_patches(place: Place) -> TokenGrid | None:
+def pixels_of_patches(place: CallSite) -> TokenGrid | None:
     """TNT's inner attention: a sequence for each patch, of its pixels."""
     side = math.isqrt(place.tokens)
     if not hasattr(place.around[0][0], "attn_in") or side**2 != place.tokens:
@@ -121,7 +121,7 @@ def pixels_of_patches(place: Place) -> TokenGrid | None:
     return TokenGrid(grid.height, grid.width, 0, grid.index, within_patch=True)
 
 
-def feature_map(place: Place) -> TokenGrid | None:
+def feature_map(place: CallSite) -> TokenGrid | None:
     """Tokens that come as (B, H, W, C) or (B, C, H, W)."""
     if place.sequences != 1 or place.layout == "sequence" or len(place.shape) != 4:
         return None
@@ -129,7 +129,7 @@ def feature_map(place: Place) -> TokenGrid | None:
     return whole_grid(height, width)
 
 
-def sequence(place: Place) -> TokenGrid | None:
+def sequence(place: CallSite) -> TokenGrid | None:
     """Tokens that come as (B, N, C), prefix tokens first, then patches in the proportions of the image."""
     if place.sequences != 1:
         return None

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 from vit_tucker.errors import ExplainError, nearest
 from vit_tucker.explain.grid import TokenGrid
-from vit_tucker.explain.taps import unfused
+from vit_tucker.explain.map_modules import unfused
 
 Queries = Literal["auto", "class", "patches"]
 QUERIES = ("auto", "class", "patches")

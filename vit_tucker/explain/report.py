@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit_tucker.data.batches import Normalise
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.explain.agreement import HeadAgreement, compare_attention
 from vit_tucker.explain.explanation import Explanation, explain_image
-from vit_tucker.explain.images import NamedImage, normalise, to_picture, to_pixels
-from vit_tucker.explain.sources import Subject, model_names
+from vit_tucker.explain.images import NamedImage, to_picture, to_pixels
+from vit_tucker.explain.sources import Subject, subject_names
 
 AGREEMENT = "agreement.csv"
 COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
@@ -104,9 +105,9 @@ def explain_one(
     """One image by all models: what was found, and its figures by name, rollout and heads."""
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
-    inputs = [normalise(seen, one.data["mean"], one.data["std"]).to(one.device) for one in subjects]
+    inputs = [Normalise(one.data["mean"], one.data["std"], one.device)(seen) for one in subjects]
     found = [explain_image(one.model, x, **options) for one, x in zip(subjects, inputs, strict=True)]
-    names, kind = model_names(subjects), KINDS[bool(options.get("weighted"))]
+    names, kind = subject_names(subjects), KINDS[bool(options.get("weighted"))]
     predictions = [prediction(one, explanation) for one, explanation in zip(subjects, found, strict=True)]
     finding = Finding(image.name, image.source, {n: p for n, p in zip(names, predictions, strict=True) if p}, kind)
     if len(subjects) == 2:
@@ -119,7 +120,7 @@ def explain_one(
         Panel(title, one.rollout, f"no {kind}: {one.obstacle}", one.heads)
         for title, one in zip(titles, found, strict=True)
     ]
-    true = "" if image.label is None else f" (true: {label_of(subjects[-1], image.label)})"
+    true = "" if image.label is None else f" (true: {class_label(subjects[-1], image.label)})"
     figures = {}
     if any(panel.rollout is not None for panel in panels):
         figures[kind] = draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)
@@ -151,12 +152,12 @@ def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
     probability, number = explanation.output.float().softmax(-1).max(-1)
     return {
         "class": int(number),
-        "label": label_of(one, int(number)),
+        "label": class_label(one, int(number)),
         "probability": round(float(probability), 6),
     }
 
 
-def label_of(one: Subject, number: int) -> str:
+def class_label(one: Subject, number: int) -> str:
     """Name of a class, its number where it has none."""
     names = one.label_names
     return str(number) if names is None or number >= len(names) else names[number].split(",")[0]

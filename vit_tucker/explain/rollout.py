@@ -135,7 +135,7 @@ def roll_back(
     return grid.scatter(parts) if normalised else rows + grid.scatter(parts)
 
 
-def refine(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
+def spread_rows(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
     """Shares of merged patches spread evenly over the patches that were merged. (B, R, T) -> (B, R, T')
 
     A class token that joins the patches between both layers (ConViT) keeps its share.

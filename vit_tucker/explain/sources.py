@@ -71,10 +71,10 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
     resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
     resolved = {**resolved, **{name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}}
     classifies = classifies and bool(getattr(model, "num_classes", 0))
-    return Subject(kind_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
+    return Subject(method_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
 
 
-def kind_of(model: nn.Module) -> str:
+def method_of(model: nn.Module) -> str:
     """'dense', or the method that a patched model has."""
     record = patch_record(model)
     if record is not None:
@@ -121,7 +121,7 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
     kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
     if config.train.distill is not None and kept.is_file():
         classes = int(getattr(run.model, "num_classes", 0))
-        teacher, _ = create_teacher(config.model, config.train.distill, kept, None, classes, channels(run))
+        teacher, _ = create_teacher(config.model, config.train.distill, kept, None, classes, subject_channels(run))
         return subject(teacher, run.data)
     if config.model.checkpoint is not None:
         start = seen_from_run(Path(config.model.checkpoint).expanduser(), Path(str(config.output_dir)))
@@ -130,7 +130,7 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
         )
     if config.model.pretrained:
         bare = config.model.model_copy(update={"num_classes": None})
-        return subject(create_host(bare, None, channels(run)), run.data)
+        return subject(create_host(bare, None, subject_channels(run)), run.data)
     return None
 
 
@@ -152,7 +152,7 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
         found = open_weights(Path(str(config.checkpoint)).expanduser(), config.name).num_classes
         same = found == classes and classes > 0
         bare = config.model_copy(update={"num_classes": None})
-        model, report = load_host(bare, classes if same else 0, channels(run))
+        model, report = load_host(bare, classes if same else 0, subject_channels(run))
     except CheckpointError as error:
         hint = "; --dense names another, --dense none leaves it out"
         raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
@@ -190,15 +190,15 @@ def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subje
     else:
         model_config = config.model
     bare = model_config.model_copy(update={"pretrained": True, "checkpoint": None, "num_classes": None})
-    return subject(create_host(bare, None, channels(run)))
+    return subject(create_host(bare, None, subject_channels(run)))
 
 
-def channels(run: Subject) -> int:
+def subject_channels(run: Subject) -> int:
     """Channels of the run's images."""
     return input_channels(run.model) or int(run.data["input_size"][0])
 
 
-def model_names(subjects: Sequence[Subject]) -> list[str]:
+def subject_names(subjects: Sequence[Subject]) -> list[str]:
     """'dense' and the method's name; numbered if they are the same."""
     kinds = [one.kind for one in subjects]
     return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
@@ -206,7 +206,7 @@ def model_names(subjects: Sequence[Subject]) -> list[str]:
 
 def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
     """Raise ExplainError unless all models have a trained classifier with that class."""
-    for name, one in zip(model_names(subjects), subjects, strict=True):
+    for name, one in zip(subject_names(subjects), subjects, strict=True):
         classes = int(getattr(one.model, "num_classes", 0))
         if not one.classifies:
             raise ExplainError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.errors import ExportError
-from vit_tucker.export.sizes import check_sizes, other_size, size_step
+from vit_tucker.export.sizes import other_size, size_step, sizes_to_compare
 from vit_tucker.hosts.channels import fit_channels
 from vit_tucker.hosts.find import inner, refuse_wrapped
 from vit_tucker.hosts.images import input_shape
@@ -109,7 +109,7 @@ def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.Ex
 
 def refuse_one_size(program: torch.export.ExportedProgram, model: nn.Module) -> None:
     """Raise ExportError where torch has recorded the model for the one size that it saw, and said nothing."""
-    count, height, width = check_sizes(model, True)[1]
+    count, height, width = sizes_to_compare(model, True)[1]
     try:
         with torch.no_grad():
             program.module()(torch.rand(count, input_shape(model)[0], height, width))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vit_tucker.errors import ExportError, nearest
 from vit_tucker.export.capture import normalisation
-from vit_tucker.export.compare import TOLERANCE, Comparison, Runner, compare, random_batches, require
+from vit_tucker.export.compare import TOLERANCE, Comparison, ImageFunction, compare, random_batches, require
 from vit_tucker.export.onnx_file import OLDEST_OPSET, require_packages
-from vit_tucker.export.sizes import check_sizes
+from vit_tucker.export.sizes import sizes_to_compare
 from vit_tucker.hosts.images import input_shape
 
 FORMATS = ("onnx", "torch_export")
@@ -96,20 +96,20 @@ class Check:
         strict: bool = True,
     ) -> None:
         self.expected, self.options, self.batches, self.strict = expected, options, batches, strict
-        shapes = check_sizes(model, options.dynamic_img_size)
+        shapes = sizes_to_compare(model, options.dynamic_img_size)
         self.shape = input_shape(model)
         self.random = random_batches(shapes, self.shape[0], unit=options.with_preprocessing)
         self.scale = normalisation(model) if options.with_preprocessing else None
         self.on_noise: dict[str, Comparison] = {}
         self.on_real: dict[str, Comparison] = {}
 
-    def noise(self, runners: dict[str, Runner], name: str) -> None:
+    def noise(self, runners: dict[str, ImageFunction], name: str) -> None:
         """Compare one of the files on noise; float32 must agree."""
         self.on_noise |= compare(self.run, {name: runners[name]}, self.random)
         if name == "float32" and self.strict:
             require(self.on_noise[name], self.options.tolerance, "random images")
 
-    def real(self, runners: dict[str, Runner]) -> None:
+    def real(self, runners: dict[str, ImageFunction]) -> None:
         """Compare all files on the real images, in one pass; float32 must agree."""
         if self.batches is not None:
             self.on_real = compare(self.run, runners, self.images())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vit_tucker.errors import MismatchError
 
-Runner = Callable[[Tensor], Tensor]
+ImageFunction = Callable[[Tensor], Tensor]
 """Images (B, channels, H, W) to logits (B, classes)."""
 TOLERANCE = 1e-4
 """Largest error of a logit allowed, as a share of the largest logit. Float32 keeps 1.2e-7; runtimes add up in other orders, whose
@@ -78,7 +78,7 @@ class Comparison:
 
 
 def compare(
-    model: Runner, files: Mapping[str, Runner], batches: Iterable[tuple[Tensor, Tensor | None]]
+    model: ImageFunction, files: Mapping[str, ImageFunction], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, Comparison]:
     """Run a model and files on batches of images, with labels or None; one pass.
 

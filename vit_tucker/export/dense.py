@@ -17,7 +17,7 @@ from vit_tucker.checkpoint.save import save
 from vit_tucker.errors import ExportError, PatchError
 from vit_tucker.export.capture import served
 from vit_tucker.export.check import Batches, Check, ExportOptions, Written
-from vit_tucker.export.compare import TOLERANCE, Runner
+from vit_tucker.export.compare import TOLERANCE, ImageFunction
 from vit_tucker.patching.merge import Merged, MergedLayer, merge
 from vit_tucker.patching.patch import patch_record
 
@@ -78,11 +78,11 @@ def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate:
     """
     record = patch_record(model)
     if host is None and record is not None and record.originals is None:
-        host = make_host(model)
+        host = recreate_host(model)
     return merge(model, host, approximate=approximate)
 
 
-def make_host(model: nn.Module) -> nn.Module:
+def recreate_host(model: nn.Module) -> nn.Module:
     """The timm model that a patched one was, newly made.
 
     Raises:
@@ -141,7 +141,7 @@ def export_dense(
     return DenseFolder(folder, parameters, (Written("float32", size, *check.results("float32")),), merged.layers)
 
 
-def folder_runner(folder: Path) -> Runner:
+def folder_runner(folder: Path) -> ImageFunction:
     """The model of a folder, loaded as a user of timm does; by ``vit_tucker.load`` where timm reads no folders yet."""
     try:
         parse_model_name(f"local-dir:{folder}")

@@ -11,8 +11,8 @@ from torch import nn
 
 from vit_tucker.export.capture import capture, served
 from vit_tucker.export.check import Batches, Check, ExportOptions, Written
-from vit_tucker.export.compare import Runner
-from vit_tucker.export.metadata import describe
+from vit_tucker.export.compare import ImageFunction
+from vit_tucker.export.metadata import file_metadata
 from vit_tucker.version import __version__
 
 
@@ -67,7 +67,7 @@ def export_model(
     options.check()
     plain = served(model, options.with_preprocessing)
     program = capture(plain, options.dynamic_img_size)
-    metadata = describe(model, options.with_preprocessing, __version__)
+    metadata = file_metadata(model, options.with_preprocessing, __version__)
     expected = plain if reference is None else served(reference, options.with_preprocessing)
     check = Check(expected, model, options, batches, strict)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def export_model(
     return Exported(file, 4 * sum(p.numel() for p in plain.parameters()), stages, products, bits)
 
 
-def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOptions) -> Runner:
+def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOptions) -> ImageFunction:
     """Write the file, and give what runs it."""
     if options.format == "onnx":
         from vit_tucker.export.onnx_file import onnx_runner, write_onnx
@@ -103,7 +103,7 @@ def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOp
     return torch_export_runner(file)
 
 
-def _quantise(file: Path, out: Path, reduce_range: bool | None) -> tuple[int, int, Runner]:
+def _quantise(file: Path, out: Path, reduce_range: bool | None) -> tuple[int, int, ImageFunction]:
     """Write the int8 file; how many products it has in int8, the bits of their weights, and what runs it."""
     from vit_tucker.export.int8 import products_saturate, quantise
     from vit_tucker.export.onnx_file import onnx_runner

@@ -18,7 +18,7 @@ FROM_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_name
 """Entries of timm's pretrained_cfg that are handed on, under timm's names, where the model has them."""
 
 
-def describe(model: nn.Module, normalised_inside: bool, version: str) -> dict[str, str]:
+def file_metadata(model: nn.Module, normalised_inside: bool, version: str) -> dict[str, str]:
     """Metadata of a model's export; values that are no strings as JSON.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vit_tucker.errors import ExportError
 from vit_tucker.export.capture import first_line
-from vit_tucker.export.compare import Runner
+from vit_tucker.export.compare import ImageFunction
 
 INPUT, OUTPUT = "image", "logits"
 EXTERNAL_BYTES = 2 * 10**9
@@ -105,7 +105,7 @@ def name_dimensions(proto: Any) -> None:
                 dimension.dim_param = names.get(dimension.dim_param, dimension.dim_param)
 
 
-def onnx_runner(file: Path, threads: int | None = None) -> Runner:
+def onnx_runner(file: Path, threads: int | None = None) -> ImageFunction:
     """The file in onnxruntime on the CPU.
 
     Args:

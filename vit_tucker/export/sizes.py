@@ -55,7 +55,7 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
     return other
 
 
-def check_sizes(model: nn.Module, dynamic_img_size: bool) -> list[tuple[int, int, int]]:
+def sizes_to_compare(model: nn.Module, dynamic_img_size: bool) -> list[tuple[int, int, int]]:
     """Numbers of images, heights and widths to compare an export with: other numbers than the one it was recorded with, and other
     sizes if it takes them."""
     _, height, width = input_shape(model)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vit_tucker.export.compare import Runner
+from vit_tucker.export.compare import ImageFunction
 
 METADATA = "metadata.json"
 """Name of the extra file in the archive."""
@@ -24,7 +24,7 @@ def write_torch_export(program: torch.export.ExportedProgram, file: Path, metada
     torch.export.save(program, file, extra_files={METADATA: json.dumps(dict(metadata), indent=1)})
 
 
-def torch_export_runner(file: Path) -> Runner:
+def torch_export_runner(file: Path) -> ImageFunction:
     """The file, loaded anew, on the CPU."""
     module = torch.export.load(file).module()
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.heads import PerHeadModule
-from vit_tucker.attention.heads_form import fit_biases
 from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.special_cases import fit_biases
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts import timm_classes
 

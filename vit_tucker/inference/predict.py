@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.checkpoint import describe
 from vit_tucker.checkpoint.load import find, load
+from vit_tucker.config.find import CONFIG_FILE
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import DataConfig, RunConfig
-from vit_tucker.config.source import CONFIG_FILE
 from vit_tucker.data.classes import stored_classes
-from vit_tucker.data.image_files import AS_STORED, ImageOptions, read_image_file
+from vit_tucker.data.image_files import AS_STORED, ImageOptions, image_mode, read_image_file
 from vit_tucker.data.labels import imagenet_names, synset_names
 from vit_tucker.data.splits import choose_classes
 from vit_tucker.data.transforms import eval_transform
@@ -156,7 +156,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, files: Sequence[Path], data: dict[str, Any], options: ImageOptions = AS_STORED) -> None:
         self.files, self.transform, self.options = files, eval_transform(data), options
-        self.mode = "L" if data["input_size"][0] == 1 else "RGB"
+        self.mode = image_mode(data["input_size"][0])
 
     def __len__(self) -> int:
         return len(self.files)

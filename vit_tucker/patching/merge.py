@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from vit_tucker.attention.effective import is_adapter, plain_part, trains
-from vit_tucker.attention.heads_form import HeadsForm, heads_form
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.special_cases import HeadsForm, heads_form
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts import find, timm_classes
 from vit_tucker.hosts.plain import plain_host

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.conversion.watch import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.hosts.readers import Host
 
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"

@@ -16,6 +16,7 @@ from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
 from vit_tucker.patching.method import Method, method_config
 from vit_tucker.patching.prepare import prepare, undisturbed
 from vit_tucker.patching.report import PatchReport
+from vit_tucker.patching.resized import current_config, current_report
 from vit_tucker.patching.selection import Selection
 
 RECORD = "_vit_tucker_patch"
@@ -168,7 +169,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def patch_record(model: nn.Module) -> PatchRecord | None:
-    """Config, report and originals of a patched model.
+    """Config, report and originals of a patched model, with the ranks that its layers have by now.
 
     Args:
         model: any module.
@@ -176,7 +177,28 @@ def patch_record(model: nn.Module) -> PatchRecord | None:
     Returns:
         The record of its patch; None if it is not patched.
     """
-    return getattr(find.inner(model), RECORD, None)
+    model = find.inner(model)
+    record: PatchRecord | None = getattr(model, RECORD, None)
+    if record is not None and (config := current_config(model, record.config)) is not record.config:
+        record.report = current_report(model, record.report, record.config, config)
+        record.config = config
+        mark(model, config, record.identity)
+    return record
+
+
+def config_of(model: nn.Module) -> AttentionConfig:
+    """Returns the config of a patched model, with the ranks that its layers have by now: rules name those that were resized.
+
+    Args:
+        model: any module.
+
+    Raises:
+        PatchError: the model is not patched.
+    """
+    record = patch_record(model)
+    if record is None:
+        raise PatchError("the model is not patched")
+    return record.config
 
 
 def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selection | None) -> AttentionConfig:

@@ -15,7 +15,7 @@ from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
-from vit_tucker.conversion.watch import collect_images, timed
+from vit_tucker.conversion.observe import collect_images, timed
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts import find, timm_classes
 from vit_tucker.hosts.plain import refuse_not_finite

@@ -7,13 +7,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
-from matplotlib import pyplot as plt
-
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
-from vit_tucker.report.settings import DENSE, Setting, method_name
-from vit_tucker.show.figures import COLUMN, FONTS, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save
+from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save, subplots
 from vit_tucker.show.tables import Table, spread
 
 INIT = "init"
@@ -56,21 +54,21 @@ class Line(NamedTuple):
     settings: list[Setting]
 
 
-def replaced(section: Section) -> list[Setting]:
+def replaced_settings(section: Section) -> list[Setting]:
     """Settings whose attention is not the host's, of any recipe."""
     return [s for s in section.settings if s.method != DENSE]
 
 
 def usual_options(section: Section) -> list[str]:
     """Those of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
-    options = [option for option in USUAL if lines_of(section, option)]
+    options = [option for option in USUAL if option_lines(section, option)]
     alone = {o for o in options if "," not in o}
     return [o for o in options if o in alone or not alone.intersection(o.split(","))]
 
 
 def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
     """Raise ConfigError for an option that no setting of any section has."""
-    known = {key for section in parts for s in replaced(section) for key in s.config} | {INIT}
+    known = {key for section in parts for s in replaced_settings(section) for key in s.config} | {INIT}
     for option in options:
         for key in option.split(","):
             if key not in known:
@@ -89,9 +87,9 @@ def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
-def lines_of(section: Section, option: str) -> list[Line]:
+def option_lines(section: Section, option: str) -> list[Line]:
     """Groups of at least two settings that differ in the option alone, by size of the option."""
-    settings = replaced(section)
+    settings = replaced_settings(section)
     groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
     for setting in settings:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
@@ -116,7 +114,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
         values = ["_" if covers(f"attention.{name}.{i}", option) else v for i, v in enumerate(value.split(","))]
         if not covers(f"attention.{name}", option):
             parts.append(f"{name}{equals}{','.join(values)}")
-    words = [" ".join([method_name(setting.method), *parts])]
+    words = [" ".join([setting.display.name, *parts])]
     if option != INIT:
         words.append(setting.init)
     recipe = sorted({key for rest in rests for key in rest if is_below(key, RECIPE_KEYS) and rest[key] != own.get(key)})
@@ -157,8 +155,7 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
     ticks = [float(number if number is not None and None not in numbers else i) for i, number in enumerate(numbers)]
     places = dict(zip(values, ticks, strict=True))
     width = max(COLUMN, TICK * len(values)) if None in numbers else COLUMN
-    with plt.rc_context(FONTS):
-        figure, axis = plt.subplots(figsize=(width, HEIGHT + ROW * len(lines)), layout="constrained")
+    with subplots(width, HEIGHT + ROW * len(lines)) as (figure, axis):
         for i, line in enumerate(lines):
             style: dict[str, Any] = {
                 "color": PALETTE[i % len(PALETTE)],

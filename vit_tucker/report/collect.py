@@ -28,7 +28,7 @@ NUMBERS = (
 )
 NAMING = ("name", "seed", "output_dir")
 """Keys that tell runs apart and decide nothing beyond the seed."""
-UNTOLD = IGNORED_KEYS | {"train.cpu"}
+NOT_COMPARED_KEYS = IGNORED_KEYS | {"train.cpu"}
 """Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
 
 
@@ -61,7 +61,7 @@ def collect(paths: Sequence[Path]) -> Collection:
         found, open_runs = find_results(path)
         files |= dict.fromkeys(found)
         unfinished |= dict.fromkeys(open_runs)
-    results, notes = newest([entry for file in files for entry in read_file(file)])
+    results, notes = newest([entry for file in files for entry in results_in(file)])
     if unfinished:
         notes.append(f"not finished, left out: {', '.join(map(str, unfinished))}")
     if not results:
@@ -87,7 +87,7 @@ def find_results(path: Path) -> tuple[list[Path], list[Path]]:
     return files + kept, unfinished
 
 
-def read_file(file: Path) -> list[Results]:
+def results_in(file: Path) -> list[Results]:
     """Results in a results.json, or in a results.jsonl, one per line.
 
     Raises:
@@ -101,11 +101,11 @@ def read_file(file: Path) -> list[Results]:
     entries = []
     for number, part in enumerate(parts, start=1):
         where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        entries.append(checked(parse_object(part, where, ConfigError, all_finite=False), where))
+        entries.append(checked_results(parse_object(part, where, ConfigError, all_finite=False), where))
     return entries
 
 
-def checked(entry: Any, where: str) -> Results:
+def checked_results(entry: Any, where: str) -> Results:
     """The results of a run, with all that tables need.
 
     Raises:
@@ -129,11 +129,11 @@ def write_results(file: Path, results: Iterable[Results]) -> None:
     file.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in results))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     """{'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key; nulls and empty ones are left out."""
     if isinstance(value, dict | list):
         items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
-        nested = (flatten(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in items)
+        nested = (dotted_leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in items)
         return {key: leaf for leaves in nested for key, leaf in leaves.items()}
     return {} if value is None else {prefix: value}
 
@@ -148,7 +148,7 @@ def written_config(results: Results) -> dict[str, Any]:
     if attention is not None:
         rules = [rule for rule in attention.get("rules") or [] if rule.get("chosen_by") is None]
         config["attention"] = {**attention, "rules": rules}
-    leaves = {key: leaf for key, leaf in flatten(config).items() if not is_below(key, UNTOLD)}
+    leaves = {key: leaf for key, leaf in dotted_leaves(config).items() if not is_below(key, NOT_COMPARED_KEYS)}
     seed = re.compile(rf"(seed|-){results['config']['seed']}(?=/|$)")
     return {key: seed.sub(r"\1*", leaf) if isinstance(leaf, str) else leaf for key, leaf in leaves.items()}
 
@@ -158,7 +158,7 @@ def is_below(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def identity(results: Results) -> tuple[str, str]:
+def setting_key(results: Results) -> tuple[str, str]:
     """Equal for the seeds of one setting: its config and what it was evaluated on."""
     return json.dumps(written_config(results), sort_keys=True), json.dumps(results["data"], sort_keys=True)
 
@@ -168,7 +168,7 @@ def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
     chosen: dict[tuple[Any, ...], Results] = {}
     notes = []
     for entry in entries:
-        key = (*identity(entry), entry["config"]["seed"])
+        key = (*setting_key(entry), entry["config"]["seed"])
         other = chosen.get(key)
         chosen[key] = entry if other is None else max(other, entry, key=lambda run: (run["finished"], run is entry))
         if other is not None and other != entry:
@@ -182,4 +182,5 @@ def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
 def sort_key(results: Results) -> tuple[Any, ...]:
     """By data set, host, name and seed."""
     config = results["config"]
-    return config["data"]["dataset"], config["model"]["name"], str(results["name"]), identity(results), config["seed"]
+    data, model = config["data"]["dataset"], config["model"]["name"]
+    return data, model, str(results["name"]), setting_key(results), config["seed"]

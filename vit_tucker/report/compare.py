@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.collect import checked
+from vit_tucker.report.collect import checked_results
 from vit_tucker.show.tables import decimal, markdown
 from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.paths import checked_name
@@ -35,7 +35,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     file = folder / "results.json" if folder.is_dir() else folder
     if not file.is_file():
         raise ConfigError(f"{folder}: no results.json; the run is not finished, or this is no run folder")
-    return checked(read_object(file, ConfigError, all_finite=False), str(file))
+    return checked_results(read_object(file, ConfigError, all_finite=False), str(file))
 
 
 def describe_attention(results: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class CostTable:
     """Values, and how they are shown.
 
     Attributes:
@@ -65,7 +65,7 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def scaled(unit: float, digits: int) -> Callable[[Any], str]:
+def in_units(unit: float, digits: int) -> Callable[[Any], str]:
     """Writes numbers in a unit: 1_500_000 in 1e6 is '1.5'."""
     return lambda value: "-" if value is None else f"{value / unit:,.{digits}f}"
 
@@ -96,43 +96,43 @@ MODEL_COLUMNS = (
     Column("attention_params", "attention params", count),
     Column("of_dense", "of dense", share),
     Column("params", "all params", count),
-    Column("attention_flops", "attention MFLOPs", scaled(1e6, 1)),
-    Column("flops", "all MFLOPs", scaled(1e6, 1)),
-    Column("activation_bytes", "activations MB", scaled(1e6, 2)),
-    Column("kv_bytes", "KV kB", scaled(1e3, 1)),
+    Column("attention_flops", "attention MFLOPs", in_units(1e6, 1)),
+    Column("flops", "all MFLOPs", in_units(1e6, 1)),
+    Column("activation_bytes", "activations MB", in_units(1e6, 2)),
+    Column("kv_bytes", "KV kB", in_units(1e3, 1)),
 )
 LATENCY_COLUMNS = (
     Column("ms", "ms/batch", lambda value: decimal(value, 1)),
     Column("ratio", "time of dense", lambda value: decimal(value, 3)),
     Column("ratio_low", "25%", lambda value: decimal(value, 3)),
     Column("ratio_high", "75%", lambda value: decimal(value, 3)),
-    Column("peak_bytes", "forward peak MB", scaled(1e6, 2)),
+    Column("peak_bytes", "forward peak MB", in_units(1e6, 2)),
 )
 
 
-def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> Table:
+def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> CostTable:
     """Table 1: formulas, what they give, and what layers that were built have."""
     notes = (
         "parameters: of one attention layer, without biases",
         "letters: d embed_dim, H heads of width D = d / H, G key/value heads, c latent width, r1 r2 r3 ranks, N tokens",
         "of our layer: counted on the layer as built; KV: the numbers per token that later tokens need of it, times N",
     )
-    return Table(
+    return CostTable(
         f"Table 1: attention parameters and KV cache entries per layer, {sizes}", FORMULA_COLUMNS, rows, 4, notes
     )
 
 
-def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
     """Table 2 or 3: formulas beside the printed numbers."""
     legend = (
         "published: as the paper prints it; - where we do not know it",
         "deviation: equal: the formula's value rounds to the published one; cut: its further digits are dropped there; a number: "
         "published minus rounded value, for reasons that we do not know where no note says them",
     )
-    return Table(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
+    return CostTable(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
 
 
-def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
     """A model with several methods; rows with latency are longer."""
     columns = MODEL_COLUMNS + (LATENCY_COLUMNS if len(rows[0]) > len(MODEL_COLUMNS) else ())
-    return Table(title, columns, rows, 1, notes)
+    return CostTable(title, columns, rows, 1, notes)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.sections import Section
-from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.settings import DENSE, Setting
 from vit_tucker.report.stats import Floats
-from vit_tucker.show.figures import FONTS, grid, save, sizes_bar, sizes_scale
+from vit_tucker.show.figures import grid, save, sizes_bar, sizes_scale, subplots
 from vit_tucker.show.tables import Table, count
 
 POINTS = (5.0, 2.0, 1.0)
@@ -56,7 +55,7 @@ def recovery_table(section: Section) -> Table | None:
     rows, raw = [], []
     for setting in settings:
         reached = [epochs_to_reach(setting, dense.top1_mean - points) for points in POINTS]
-        own = [setting.name, method_name(setting.method), setting.options, setting.init]
+        own = [setting.name, setting.display.name, setting.options, setting.init]
         rows.append([*own, count(setting.params), *(f">{setting.epochs}" if e is None else str(e) for e in reached)])
         raw.append([*own, setting.params, *reached])
     notes = [
@@ -100,9 +99,8 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
     series = list(dict.fromkeys(s.series for s in drawn))
     width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
     scale = sizes_scale([s.params for s in drawn])
-    with plt.rc_context(FONTS):
-        figure, axes = plt.subplots(len(ROWS) * blocks, width, figsize=(1.1 + 1.65 * width, 3.2 * blocks), squeeze=False,
-                                    sharex=True, layout="constrained")  # fmt: skip
+    size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(ROWS) * blocks, width)
+    with subplots(*size, *grid_of, squeeze=False, sharex=True) as (figure, axes):
         for row, (key, label) in enumerate(ROWS):
             panels = [axes[len(ROWS) * (i // COLUMNS) + row, i % COLUMNS] for i in range(blocks * width)]
             for axis, one in zip(panels, series, strict=False):
@@ -110,7 +108,7 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
                 draw_panel(axis, section, [s for s in drawn if s.series == one], key, scale)
                 axis.tick_params(labelbottom=True)
                 if row == 0:
-                    axis.set_title(f"{method_name(one[0])}, {one[1]}")
+                    axis.set_title(f"{section.displays[one[0]].name}, {one[1]}")
                 else:
                     axis.set_xlabel("epoch")
             for axis in panels:

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 from vit_tucker.report.sections import Section
-from vit_tucker.report.settings import Setting, method_name
+from vit_tucker.report.settings import Setting
 from vit_tucker.report.stats import pareto_front
-from vit_tucker.show.figures import COLUMN, FILLS, FONTS, LINES, accuracy_axis, colour, grid, log_axis, marker, save
+from vit_tucker.show.figures import COLUMN, FILLS, LINES, accuracy_axis, grid, log_axis, save, subplots
+from vit_tucker.show.methods import MethodDisplay
 
 Cost = Callable[[Setting], float | None]
 
@@ -41,16 +41,15 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
     if not drawn:
         return None, [f"No figure over {label}: no results have it."] if missing else []
     notes = [f"Not in the figure over {label}, which their results lack: {', '.join(missing)}."] if missing else []
-    with plt.rc_context(FONTS):
-        figure, axis = plt.subplots(figsize=(COLUMN, 2.7), layout="constrained")
+    with subplots(COLUMN, 2.7) as (figure, axis):
         series = list(dict.fromkeys(s.series for s in drawn))
         for one in series:
-            draw_series(axis, [s for s in drawn if s.series == one], of, section.methods, series)
+            draw_series(axis, [s for s in drawn if s.series == one], of, section.displays, series)
         costs = [float(of(s) or 0.0) for s in drawn]
         if section.dense is not None:
             costs += draw_dense(axis, section.dense, of)
         if cost == "latency":
-            draw_quartiles(axis, drawn, section.methods)
+            draw_quartiles(axis, drawn, section.displays)
         else:
             log_axis(axis, min(costs), max(costs))
         axis.set_xlabel(label)
@@ -63,17 +62,18 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
 
 
 def draw_series(
-    axis: Any, settings: list[Setting], of: Cost, methods: list[str], series: list[tuple[str, str]]
+    axis: Any, settings: list[Setting], of: Cost, displays: dict[str, MethodDisplay], series: list[tuple[str, str]]
 ) -> None:
     """Settings of one method and start with their error bars, and a line through their Pareto front; those off it are faint.
 
     The start is told by the line and by full, hollow or half markers.
     """
     method, init = settings[0].series
+    display = displays[method]
     number = [start for name, start in series if name == method].index(init)
     style = {
-        "color": colour(method, methods),
-        "marker": marker(method, methods),
+        "color": display.colour,
+        "marker": display.marker,
         "markersize": 3.6,
         "markeredgewidth": 0.8,
     }
@@ -85,15 +85,15 @@ def draw_series(
     bars = {"linestyle": "none", "capsize": 1.3, "elinewidth": 0.7, "capthick": 0.7}
     axis.errorbar(costs[others], means[others], errors[others], alpha=FAINT, zorder=2, **bars, **style)
     axis.errorbar(costs[front], means[front], errors[front], zorder=4, **bars, **style)
-    name = method_name(method) if init == "-" else f"{method_name(method)}, {init}"
+    name = display.name if init == "-" else f"{display.name}, {init}"
     axis.plot(costs[front], means[front], LINES[number % len(LINES)], linewidth=1.0, label=name, zorder=3, **style)
 
 
-def draw_quartiles(axis: Any, settings: list[Setting], methods: list[str]) -> None:
+def draw_quartiles(axis: Any, settings: list[Setting], displays: dict[str, MethodDisplay]) -> None:
     """Horizontal bars over the quartiles of measured latencies."""
     for s in settings:
         low, high = s.latency_range
-        axis.plot([low, high], [s.top1_mean] * 2, color=colour(s.method, methods), linewidth=0.6, alpha=0.6, zorder=2)
+        axis.plot([low, high], [s.top1_mean] * 2, color=displays[s.method].colour, linewidth=0.6, alpha=0.6, zorder=2)
 
 
 def draw_dense(axis: Any, dense: Setting, of: Cost) -> list[float]:

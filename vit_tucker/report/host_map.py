@@ -66,7 +66,7 @@ def counts(values: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in values.items())
 
 
-def model_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> list[str]:
+def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> list[str]:
     """A row for each model."""
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
@@ -109,7 +109,7 @@ def summary(entries: Sequence[Entry]) -> str:
 def terminal_map(entries: Sequence[Entry]) -> str:
     """The table by model with its notes, for people at a terminal."""
     notes = Notes()
-    table = model_table(entries, notes)
+    table = hosts_table(entries, notes)
     return "\n".join([*table, "", *notes.lines(), summary(entries)])
 
 
@@ -123,7 +123,7 @@ def document(entries: Sequence[Entry], timm_version: str, file: str, pattern: st
         pattern: of the models' names, None for all.
     """
     notes = Notes()
-    kinds, models = kind_table(entries, notes), model_table(entries, notes, aligned=False)
+    kinds, models = kind_table(entries, notes), hosts_table(entries, notes, aligned=False)
     which, option = ("", "") if pattern is None else (f"named `{pattern}` ", f"--filter '{pattern}' ")
     head = HEAD.format(version=timm_version, which=which, arguments=f"{option}--out {file}", summary=summary(entries))
     return "\n".join([head, *kinds, LEGEND, *notes.lines(), "", "## By model", "", *models, ""])

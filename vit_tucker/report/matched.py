@@ -78,7 +78,7 @@ class Headline:
     """All Tucker settings of the Pareto front against one method.
 
     Attributes:
-        method: the other one.
+        method, name: the other one, and as tables name it.
         largest, median: of the factors at each setting's accuracy, where the other method has no smaller setting that exceeds it.
         at_dense: smallest settings within the seeds' noise of dense: the other's parameters over Tucker's; None if neither has
             any.
@@ -87,6 +87,7 @@ class Headline:
     """
 
     method: str
+    name: str
     largest: Factor
     median: Factor
     at_dense: Factor | None
@@ -95,7 +96,7 @@ class Headline:
     why_not: str
 
 
-class Comparison:
+class MethodComparison:
     """The settings of a section, their means, and the same resampled over seeds.
 
     The runs of a seed share their dense start, so each resample draws the same seeds for all settings.
@@ -107,7 +108,7 @@ class Comparison:
         self.settings = [*section.comparable, *([] if self.dense is None else [self.dense])]
         self.params = np.array([s.params for s in self.settings])
         self.means = np.array([s.top1_mean for s in self.settings])
-        self.boot = resampled_means(scores(self.settings)) if self.settings else np.zeros((0, 0))
+        self.boot = resampled_means(top1_scores(self.settings)) if self.settings else np.zeros((0, 0))
         self.ours = self._members(OURS)
         self.rivals = [method for method in section.methods if method not in REFERENCES]
         self._factors: dict[str, tuple[list[Bounds], list[list[Bounds]] | None]] = {}
@@ -196,7 +197,8 @@ class Comparison:
             )
             at_dense, ours, theirs = self.at_dense(method)
             why_not = "" if at_dense is not None else self.why_no_dense_accuracy()
-            lines.append(Headline(method, largest, median, at_dense, ours, theirs, why_not))
+            name = self.section.displays[method].name
+            lines.append(Headline(method, name, largest, median, at_dense, ours, theirs, why_not))
         return lines
 
     def why_no_dense_accuracy(self) -> str:
@@ -208,7 +210,7 @@ class Comparison:
         return "no setting of either is within the seeds' noise of dense"
 
 
-def scores(settings: Sequence[Setting]) -> Floats:
+def top1_scores(settings: Sequence[Setting]) -> Floats:
     """Top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
     seeds = sorted({seed for setting in settings for seed in setting.seeds})
     table = np.full((len(settings), len(seeds)), np.nan)
@@ -231,7 +233,7 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
     return Bounds(lows[middle], highs[middle]) if measured else UNKNOWN
 
 
-def compare_methods(section: Section) -> Comparison | None:
+def compare_methods(section: Section) -> MethodComparison | None:
     """The comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
-    comparison = Comparison(section)
+    comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

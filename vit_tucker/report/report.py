@@ -5,12 +5,11 @@ from operator import itemgetter
 from pathlib import Path
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.ablations import ablation_table, lines_of, name_of, usual_options
+from vit_tucker.report.ablations import ablation_table, name_of, option_lines, usual_options
 from vit_tucker.report.collect import KEPT, SWEEP, collect
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
-from vit_tucker.report.settings import method_name
-from vit_tucker.report.study import Sweep, facts, read_sweep, write_study
+from vit_tucker.report.study import SweepNotes, facts, read_sweep, write_study
 from vit_tucker.report.tables import BOOTSTRAP_NOTE, BOUNDS_NOTE, DENSE_NOTE, headline_table
 from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
 from vit_tucker.show.tables import markdown
@@ -86,7 +85,7 @@ def section_lines(section: Section, study: str, rows: list[list[str]], root: Pat
         return ablation_lines(section, root, folder)
     for headline in comparison.headlines:
         dense = "-" if headline.at_dense is None else str(headline.at_dense)
-        rows.append([study, section.title, method_name(headline.method), str(headline.median), word(headline.median), dense,
+        rows.append([study, section.title, headline.name, str(headline.median), word(headline.median), dense,
                      word(headline.at_dense)])  # fmt: skip
     table = headline_table(comparison)
     sentences = [f"- {sentence}" for sentence in verdicts(comparison)]
@@ -104,12 +103,12 @@ def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
     lines = []
     for option in usual_options(section):
         title = f"Accuracy by {name_of(option)}"
-        table = ablation_table(option, lines_of(section, option))
+        table = ablation_table(option, option_lines(section, option))
         lines += [f"#### {title}", "", table.markdown(), "", *picture(title, root, folder / f"{table.stem}.png")]
     return lines or ["No settings that differ in one option alone.", ""]
 
 
-def commands(study: Path, sweep: Sweep | None) -> list[str]:
+def commands(study: Path, sweep: SweepNotes | None) -> list[str]:
     """What reproduces a study from nothing, or its tables from its results where no sweep file is there."""
     place = Path(os.path.relpath(study)).as_posix()
     if sweep is None:

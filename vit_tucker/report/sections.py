@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.report.collect import Results, flatten, identity, is_below, written_config
-from vit_tucker.report.settings import DENSE, Setting, method_order
+from vit_tucker.report.collect import Results, dotted_leaves, is_below, setting_key, written_config
+from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.show.methods import MethodDisplay, fill_in
 
 DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
 START_KEYS = ("model.checkpoint", "model.pretrained")
@@ -71,6 +72,11 @@ class Section:
         """Of the comparable settings, in the order of tables."""
         return list(dict.fromkeys(s.method for s in self.comparable))
 
+    @cached_property
+    def displays(self) -> dict[str, MethodDisplay]:
+        """How each method is shown here, also in its colour."""
+        return fill_in({setting.method: setting.display for setting in self.settings})
+
     @property
     def runs(self) -> list[Results]:
         """Of all settings."""
@@ -90,7 +96,7 @@ def group_settings(results: Sequence[Results]) -> list[Setting]:
     """
     groups: dict[tuple[str, str], list[Results]] = {}
     for entry in results:
-        groups.setdefault(identity(entry), []).append(entry)
+        groups.setdefault(setting_key(entry), []).append(entry)
     checkpoints = {Path(path) for entry in results if (path := entry["config"]["model"].get("checkpoint"))}
     used = {str(folder) for path in checkpoints for folder in (path, *path.parents)}
     settings = []
@@ -102,7 +108,7 @@ def group_settings(results: Sequence[Results]) -> list[Setting]:
     return settings
 
 
-def host_of(setting: Setting) -> tuple[str, str]:
+def host_key(setting: Setting) -> tuple[str, str]:
     """Equal for settings that may be in one figure: the dense host and what it is evaluated on."""
     model = {k: v for k, v in setting.config.items() if k.startswith("model.") and not is_below(k, RECIPE_KEYS)}
     data = setting.runs[0]["data"]
@@ -118,7 +124,7 @@ def sections(results: Sequence[Results]) -> list[Section]:
     """
     groups: dict[tuple[str, str], list[Setting]] = {}
     for setting in group_settings(results):
-        groups.setdefault(host_of(setting), []).append(setting)
+        groups.setdefault(host_key(setting), []).append(setting)
     titles = section_titles(list(groups))
     return [Section(title, tuple(sorted(group, key=table_order)), common_recipe(group))
             for title, group in zip(titles, groups.values(), strict=True)]  # fmt: skip
@@ -134,11 +140,11 @@ def section_titles(hosts: Sequence[tuple[str, str]]) -> list[str]:
     for title, model, data in zip(titles, models, evaluated, strict=True):
         if known[title] > 1:
             rivals = [
-                flatten([other, *rest])
+                dotted_leaves([other, *rest])
                 for other_title, other, rest in zip(titles, models, evaluated, strict=True)
                 if other_title == title
             ]
-            own = flatten([model, *data])
+            own = dotted_leaves([model, *data])
             differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
             parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
             title += f" ({', '.join(parts)})"
@@ -155,4 +161,4 @@ def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
 
 def table_order(setting: Setting) -> tuple[Any, ...]:
     """Dense first, then by method, start and size."""
-    return method_order(setting.method), not setting.is_start, setting.init, setting.params, setting.name
+    return setting.display.place(setting.method), not setting.is_start, setting.init, setting.params, setting.name

@@ -10,49 +10,23 @@ import numpy as np
 from vit_tucker.report.collect import Results
 from vit_tucker.report.compare import describe_attention
 from vit_tucker.report.stats import Floats, mean, sample_std
+from vit_tucker.show.methods import SHIPPED, MethodDisplay
 
 DENSE = "dense"
-METHODS = {DENSE: "dense", "mha": "MHA", "tucker": "Tucker", "gqa": "GQA", "mla": "MLA"}
-"""Methods in the order of tables, with their names there; methods of others follow."""
-
-DEFAULT_CONVERSIONS = {"tucker": "hosvd", "gqa": "mean"}
-"""Of configs from before there was a choice."""
 
 
-def method_name(method: str) -> str:
-    """As papers write it."""
-    return METHODS.get(method, method)
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Place of a method in tables."""
-    known = list(METHODS)
-    return known.index(method) if method in known else len(known), method
-
-
-def describe_init(attention: dict[str, Any] | None) -> str:
+def describe_init(attention: dict[str, Any] | None, display: MethodDisplay) -> str:
     """How the attention starts: 'random', or how it is converted: 'HOSVD', 'activation-aware, refined', 'mean-pool', ..."""
     if attention is None:
         return "-"
     if attention.get("init") == "random":
         return "random"
-    method, conversion, calibration = (attention.get(key) for key in ("method", "conversion", "calibration"))
-    conversion = conversion or DEFAULT_CONVERSIONS.get(str(method))
-    plain = {
-        ("tucker", "hosvd"): "HOSVD",
-        ("tucker", "hooi"): "HOOI",
-        ("gqa", "mean"): "mean-pool",
-        ("gqa", "svd"): "SVD",
-        ("mla", None): "joint SVD",
-        ("mha", None): "copied",
-    }.get((str(method), conversion), conversion or "converted")
-    if calibration is None:
-        return plain
-    aware = "activation-aware" if method == "tucker" else f"activation-aware {plain}"
-    return f"{aware}, refined" if calibration.get("refine_steps") else aware
+    calibration = attention.get("calibration")
+    start = display.start(attention.get("conversion"), calibration is not None)
+    return f"{start}, refined" if calibration is not None and calibration.get("refine_steps") else start
 
 
-def describe_options(results: Results) -> str:
+def options_text(results: Results) -> str:
     """The method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
     attention = results["config"]["attention"]
     if attention is None:
@@ -90,21 +64,28 @@ class Setting:
         return DENSE if attention is None else str(attention["method"])
 
     @cached_property
+    def display(self) -> MethodDisplay:
+        """How the method is shown: as its results say, else as the package's own method of this name, with its name filled in."""
+        said = self.runs[0].get("display")
+        display = SHIPPED.get(self.method, MethodDisplay()) if said is None else MethodDisplay(**said)
+        return display.model_copy(update={"name": display.name or self.method})
+
+    @cached_property
     def options(self) -> str:
         """Of the method."""
-        return describe_options(self.runs[0])
+        return options_text(self.runs[0])
 
     @cached_property
     def init(self) -> str:
         """How the attention starts."""
-        return describe_init(self.runs[0]["config"]["attention"])
+        return describe_init(self.runs[0]["config"]["attention"], self.display)
 
     @property
     def label(self) -> str:
         """'Tucker ranks=8,16,16, HOSVD'"""
         if self.method == DENSE:
             return "dense"
-        return f"{method_name(self.method)} {'' if self.options == '-' else self.options}".strip() + f", {self.init}"
+        return f"{self.display.name} {'' if self.options == '-' else self.options}".strip() + f", {self.init}"
 
     @property
     def series(self) -> tuple[str, str]:

@@ -5,12 +5,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 
 PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
 NUMBERS = ("effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "numerical_rank")
@@ -42,7 +40,7 @@ def _value(text: str) -> Any:
         return text
 
 
-def rank_table(folder: Path) -> str:
+def rank_summary(folder: Path) -> str:
     """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
 
     Args:
@@ -88,8 +86,9 @@ def draw_spectra(
     heads, width, dim = (int(layers[0][name]) for name in ("num_heads", "head_dim", "embed_dim"))
     gqa = tuple(dict.fromkeys((max(1, heads // 2), 1))) if gqa is None else gqa
     mla = (max(1, dim // 4),) if mla is None else mla
-    figure, axes = plt.subplots(2, 3, figsize=(7.2, 4.2), sharey=True, layout="constrained")
-    colours = plt.get_cmap("viridis")
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
+    colours = colormaps["viridis"]
     last = max(1, len(layers) - 1)
     for axis, (tensor, mode) in zip(axes.flat, PANELS, strict=True):
         for layer, values in curves[tensor, mode].items():
@@ -117,7 +116,6 @@ def draw_spectra(
     file = folder / ("spectra_whitened.png" if whitened else "spectra.png")
     for suffix in (".png", ".pdf"):
         figure.savefig(file.with_suffix(suffix), dpi=200)
-    plt.close(figure)
     return file
 
 

@@ -14,14 +14,14 @@ from vit_tucker.report.ablations import (
     ablation_table,
     check_options,
     draw_ablation,
-    lines_of,
     name_of,
+    option_lines,
     usual_options,
 )
 from vit_tucker.report.collect import KEPT, SWEEP, collect, write_results
 from vit_tucker.report.curves import check_patterns, draw_curves, has_course, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
-from vit_tucker.report.matched import Comparison, compare_methods
+from vit_tucker.report.matched import MethodComparison, compare_methods
 from vit_tucker.report.sections import Section, sections
 from vit_tucker.report.tables import headline_table, matched_table, seed_list, settings_table
 from vit_tucker.show.tables import Table
@@ -50,7 +50,7 @@ class SectionOutput:
 
     section: Section
     folder: str
-    comparison: Comparison | None
+    comparison: MethodComparison | None
     parts: dict[str, Part]
     notes: list[str]
 
@@ -77,7 +77,7 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
     Args:
         paths: see ``collect``.
         out: folder for the files; several hosts or data sets get a folder each inside it.
-        options: keys of the config against which accuracy is tabulated and drawn, beside the usual ones; see ``lines_of``.
+        options: keys of the config against which accuracy is tabulated and drawn, beside the usual ones; see ``option_lines``.
         curves: names of configs whose training curves are drawn, with wildcards; all if empty.
 
     Raises:
@@ -97,11 +97,11 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
     ]
     title = (sweep.title if sweep is not None else "") or out.resolve().name
     study = Study(title, sweep.about if sweep is not None else "", outputs, found.notes)
-    (out / "tables.md").write_text(document(study))
+    (out / "tables.md").write_text(study_page(study))
     return study
 
 
-class Sweep(NamedTuple):
+class SweepNotes(NamedTuple):
     """What a sweep's file says of itself.
 
     Attributes:
@@ -116,7 +116,7 @@ class Sweep(NamedTuple):
     file: Path
 
 
-def read_sweep(paths: Sequence[Path]) -> Sweep | None:
+def read_sweep(paths: Sequence[Path]) -> SweepNotes | None:
     """The first sweep.yaml in some folders; None if there is none.
 
     Raises:
@@ -132,7 +132,7 @@ def read_sweep(paths: Sequence[Path]) -> Sweep | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a mapping of keys")
     title, about = (" ".join(str(content.get(key) or "").split()) for key in ("title", "about"))
-    return Sweep(title, about, str(content.get("output_dir") or f"runs/{file.stem}"), file)
+    return SweepNotes(title, about, str(content.get("output_dir") or f"runs/{file.stem}"), file)
 
 
 def write_section(
@@ -155,7 +155,7 @@ def write_section(
     if not has_course(section.comparable):
         notes.append("No training curves, nor epochs to recover: no setting was evaluated after more than one epoch.")
     for option in dict.fromkeys((*usual_options(section), *options)):
-        if lines := lines_of(section, option):
+        if lines := option_lines(section, option):
             figure = draw_ablation(option, lines, folder)
             parts[f"Accuracy by {name_of(option)}"] = Part(ablation_table(option, lines), figure)
         else:
@@ -166,7 +166,7 @@ def write_section(
     return SectionOutput(section, name, comparison, {k: part for k, part in parts.items() if any(part)}, notes)
 
 
-def document(study: Study) -> str:
+def study_page(study: Study) -> str:
     """tables.md."""
     lines = [f"# {study.title}", "", *([study.about, ""] if study.about else [])]
     for output in study.outputs:

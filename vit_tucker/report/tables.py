@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.matched import Comparison, Factor, Headline
+from vit_tucker.report.matched import Factor, Headline, MethodComparison
 from vit_tucker.report.sections import Section
-from vit_tucker.report.settings import DENSE, Setting, method_name
+from vit_tucker.report.settings import DENSE, Setting
 from vit_tucker.report.stats import BOOTSTRAP_SEED, CONFIDENCE, RESAMPLES, mean, sample_std
 from vit_tucker.show.tables import Table, count, decimal, short_count, spread
 
@@ -44,7 +44,7 @@ def settings_table(section: Section) -> Table:
     rows, raw = [], []
     for setting, recipe in zip(section.settings, recipes, strict=True):
         rows.append([
-            setting.name, method_name(setting.method), setting.options, setting.init,
+            setting.name, setting.display.name, setting.options, setting.init,
             *([recipe or "-"] if any(recipes) else []),
             count(setting.params), f"{setting.share:.1%}", spread(setting.top1_mean, setting.top1_std),
             decimal(setting.best_top1_mean), spread(mean(setting.top5), sample_std(setting.top5)),
@@ -118,10 +118,10 @@ def latency_conditions(section: Section) -> str:
     return f"{turns} ({'; or '.join(conditions)})" if conditions else ""
 
 
-def matched_table(comparison: Comparison) -> Table:
+def matched_table(comparison: MethodComparison) -> Table:
     """A row for each Tucker setting: the attention parameters that other methods need to reach its mean accuracy."""
     rivals = comparison.rivals
-    needs = [f"{method_name(method)} needs" for method in (*rivals, DENSE)]
+    needs = [f"{name} needs" for name in (*(comparison.section.displays[method].name for method in rivals), DENSE)]
     header = ["Tucker setting", "init", "attention params", "top-1 %", *needs]
     raw_header = ["config", "options", "init", "on_front", "attention_params", "top1_mean"]
     raw_header += [
@@ -156,7 +156,7 @@ def raw_factor(factor: Factor) -> tuple[float | None, ...]:
     return (*factor.value, *ends)
 
 
-def headline_table(comparison: Comparison) -> Table:
+def headline_table(comparison: MethodComparison) -> Table:
     """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
     headlines = comparison.headlines
     header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]
@@ -166,7 +166,7 @@ def headline_table(comparison: Comparison) -> Table:
     rows = []
     for h in headlines:
         smallest = ("-", "-") if h.at_dense is None else (brief(h.ours), brief(h.theirs))
-        rows.append([method_name(h.method), str(h.largest), str(h.median), str(h.at_dense or "-"), *smallest])
+        rows.append([h.name, str(h.largest), str(h.median), str(h.at_dense or "-"), *smallest])
     notes = [
         "Largest and median: over the settings of Tucker's Pareto front, each at its own accuracy; those that the other method's "
         "smallest setting already exceeds tell nothing and are left out. `a-b`: between the two, since some are only bounded. "

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from vit_tucker.report.matched import OURS, Comparison, Factor, Headline, Match
-from vit_tucker.report.settings import Setting, method_name
+from vit_tucker.report.matched import OURS, Factor, Headline, Match, MethodComparison
+from vit_tucker.report.settings import Setting
 from vit_tucker.report.stats import CONFIDENCE
 from vit_tucker.report.tables import brief
+from vit_tucker.show.methods import SHIPPED
 
 CLAIM = (
     "Klein, Kusch, Sager, Schnake and Schotthöfer, *Tucker Attention* (arXiv 2603.30033, Sec 4.1 and Fig 3): validation accuracy "
@@ -28,19 +29,19 @@ def word(factor: Factor | None, threshold: float = 1.0) -> str:
     return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
 
 
-def verdicts(comparison: Comparison) -> list[str]:
+def verdicts(comparison: MethodComparison) -> list[str]:
     """Sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
     matches = [match for match in comparison.matches if match.on_front]
     return [
         sentence
         for headline in comparison.headlines
-        for sentence in (*at_equal_accuracy(headline.method, matches), order_of_magnitude(headline), at_dense(headline))
+        for sentence in (*at_equal_accuracy(headline, matches), order_of_magnitude(headline), at_dense(headline))
     ]
 
 
-def at_equal_accuracy(method: str, matches: Sequence[Match]) -> list[str]:
+def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]:
     """A sentence for each verdict that some setting of Tucker's Pareto front has."""
-    sentences = []
+    method, name, sentences = headline.method, headline.name, []
     for verdict, need in ((HOLDS, "needs more"), (FAILS, "needs fewer"), (UNCLEAR, "may need more or fewer")):
         chosen = [m for m in matches if word(m.factors[method]) == verdict]
         if chosen:
@@ -50,8 +51,8 @@ def at_equal_accuracy(method: str, matches: Sequence[Match]) -> list[str]:
             )
             places = " to ".join(dict.fromkeys(f"{m.factors[method]} at {place(m.setting)}" for m in ends))
             sentences.append(
-                f"**Fewer parameters than {method_name(method)}: {verdict}** at {len(chosen)} of {len(matches)} accuracies of "
-                f"Tucker's Pareto front, where {method_name(method)} {need} attention parameters: {places}."
+                f"**Fewer parameters than {name}: {verdict}** at {len(chosen)} of {len(matches)} accuracies of "
+                f"Tucker's Pareto front, where {name} {need} attention parameters: {places}."
             )
     return sentences
 
@@ -63,7 +64,7 @@ def place(setting: Setting) -> str:
 
 def order_of_magnitude(headline: Headline) -> str:
     """The largest and the median factor against that of the claim."""
-    name = method_name(headline.method)
+    name = headline.name
     verdict = word(headline.median, ALMOST_AN_ORDER)
     largest = word(headline.largest, ALMOST_AN_ORDER)
     return (
@@ -74,7 +75,7 @@ def order_of_magnitude(headline: Headline) -> str:
 
 def at_dense(headline: Headline) -> str:
     """The smallest settings that are as good as the dense model."""
-    name = method_name(headline.method)
+    name = headline.name
     factor = headline.at_dense
     if factor is None:
         return f"**At dense accuracy, fewer than {name}: {UNCLEAR}**: {headline.why_not}."
@@ -82,7 +83,7 @@ def at_dense(headline: Headline) -> str:
         f"no {who} setting is"
         if setting is None
         else f"the smallest {who} is {brief(setting)}, {setting.share:.1%} of dense"
-        for who, setting in ((method_name(OURS), headline.ours), (name, headline.theirs))
+        for who, setting in ((SHIPPED[OURS].name, headline.ours), (name, headline.theirs))
     ]
     return (
         f"**At dense accuracy, fewer than {name}: {word(factor)}**: within the seeds' noise of dense {smallest[0]}; "

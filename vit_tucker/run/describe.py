@@ -6,9 +6,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_tucker.analysis.cost import count_cost, latency_to_dense
+from vit_tucker.analysis.interleaved import PRECISIONS
 from vit_tucker.analysis.latency import describe_device
 from vit_tucker.analysis.training_memory import estimate_memory
-from vit_tucker.analysis.turns import PRECISIONS
+from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import plain_config
 from vit_tucker.config.schema import RunConfig
@@ -16,6 +17,7 @@ from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.transforms import describe_data
 from vit_tucker.run.model import BuiltModel
+from vit_tucker.show.methods import SHIPPED, MethodDisplay
 from vit_tucker.storage.run_dir import LOGGER, environment
 from vit_tucker.storage.weights import is_sharded
 from vit_tucker.training.optim import group_table
@@ -26,6 +28,7 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
     """What results.json says of a run before it is trained."""
     return {
         "name": config.name,
+        **stored_display(built.attention),
         "config": plain_config(config),
         "environment": {**environment(), "device": describe_device(accelerator.device)},
         "processes": accelerator.num_processes,
@@ -36,6 +39,13 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
         "cost": count_cost(built.model, built.host, built.data["input_size"]),
         "num_train": loaders.train.num_samples if loaders.train is not None else None,
     }
+
+
+def stored_display(attention: AttentionConfig | None) -> dict[str, Any]:
+    """What results.json keeps of how tables show a method that is not the package's own; tables know the others."""
+    if attention is None or attention.display == SHIPPED.get(attention.method, MethodDisplay()):
+        return {}
+    return {"display": attention.display.model_dump(exclude_defaults=True)}
 
 
 def measure_latency(

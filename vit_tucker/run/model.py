@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends import choices, forget
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration
 from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, load_host
 from vit_tucker.checkpoint.load_report import LoadReport
-from vit_tucker.config.load import config_of
+from vit_tucker.config.load import config_from
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.calibration import calibration_images
 from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, DataError, PatchError
@@ -24,6 +23,7 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy
 from vit_tucker.patching.patch import patch, patch_record
 from vit_tucker.patching.report import PatchReport
+from vit_tucker.run.same_run import stated_attention
 from vit_tucker.storage.checkpoints import list_checkpoints
 from vit_tucker.storage.run_dir import RunDir
 
@@ -93,7 +93,6 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     Raises:
         VitTuckerError: see ``create_host`` and ``patch``.
     """
-    forget()
     num_classes, in_chans = classes_and_channels(config, stored_classes(run_dir.path_if_begun))
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     host = config.model.untrained() if started else config.model
@@ -114,8 +113,9 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     model.to(device)
     patched, attention = None, config.attention
     if attention is not None:
-        if started:  # its ranks are those of its config: without conversion there is nothing to choose
-            patched = patch_model(model, attention.unconverted(), config, data)
+        if started:
+            stated = stated_attention(config, run_dir, training) or attention
+            patched = patch_model(model, stated.unconverted(), config, data)
         else:
             patched = patch_model(model, attention, config, data)
             record = patch_record(model)
@@ -182,7 +182,7 @@ def analysed_model(
         given["model"]["checkpoint"] = checkpoint
     if dataset is not None:
         given["data"] = {"dataset": dataset}
-    config = config_of(given, overrides)
+    config = config_from(given, overrides)
     info = dataset_info(config.data.dataset)
     channels = config.model.in_chans or (3 if config.model.pretrained or dataset is None else info.in_chans)
     model, report = load_host(config.model, 0, channels)
@@ -192,8 +192,3 @@ def analysed_model(
     size = input_shape(model, config.model.img_size)
     data = resolve_data(config.data, info, model, config.model.is_trained, size)
     return model, calibration_images(config.data, data, options.images, options.batch_size, options.seed), report
-
-
-def attention_backends() -> list[str]:
-    """What computed the attention of the run's layers, and why, since ``build_model``."""
-    return choices()

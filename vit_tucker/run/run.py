@@ -1,13 +1,13 @@
 """A run from its config to its results, read from top to bottom."""
 
-from dataclasses import asdict
-from datetime import datetime, timezone
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGUSR1
 from typing import Any
 
 from accelerate import Accelerator
 
+from vit_tucker.attention.backends import Choices, recorded_choices
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.check import unreadable
@@ -16,25 +16,42 @@ from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError, StoppedError
-from vit_tucker.run.describe import announce, describe_plan, describe_run, measure_latency
-from vit_tucker.run.folder import Claim, record_failure, unwritable, weights_to_evaluate
-from vit_tucker.run.model import BuiltModel, attention_backends, build_model, classes_and_channels
+from vit_tucker.run.accelerator import create_accelerator
+from vit_tucker.run.describe import announce, describe_plan, describe_run
+from vit_tucker.run.folder import Claim, record_failure, weights_to_evaluate
+from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
+from vit_tucker.run.results import evaluate_run, finish_run
 from vit_tucker.run.same_run import check_folder
-from vit_tucker.run.trainer import build_trainer, create_accelerator
-from vit_tucker.storage.digests import verify_beside
+from vit_tucker.run.trainer import build_trainer
 from vit_tucker.storage.run_dir import LOGGER, RunDir, log_lines
-from vit_tucker.storage.weights import load_weights
-from vit_tucker.training.engine import evaluate, fit
+from vit_tucker.training.engine import fit
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
-from vit_tucker.training.monitor import Monitor
+from vit_tucker.training.monitor import Monitor, NullMonitor
 from vit_tucker.training.peers import Peers
+from vit_tucker.training.step import StepRule
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a run beside its config; see ``run``."""
+
+    evaluate_only: bool = False
+    allow_changes: bool = False
+    dry_run: bool = False
+    step_rule: StepRule | None = None
+    monitor: NullMonitor | None = None
+
+
 def run(
-    config: RunConfig, evaluate_only: bool = False, allow_changes: bool = False, dry_run: bool = False
+    config: RunConfig,
+    evaluate_only: bool = False,
+    allow_changes: bool = False,
+    dry_run: bool = False,
+    step_rule: StepRule | None = None,
+    monitor: NullMonitor | None = None,
 ) -> dict[str, Any]:
     """Train (or continue, or evaluate) one run.
 
@@ -44,6 +61,8 @@ def run(
         evaluate_only: evaluate the best weights even if the run is not finished.
         allow_changes: continue a folder's run with this config even if it began with another.
         dry_run: print the plan (model, patch, groups, steps, memory) and write nothing.
+        step_rule: an object in place of what ``train.step_rule`` names, which no config tells: for tests.
+        monitor: shows the run in place of console, TensorBoard and trackers.
 
     Returns:
         The contents of results.json; for an evaluation also ``evaluation``.
@@ -53,19 +72,19 @@ def run(
         StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
     with leaving_with_launcher(launcher_process()):
-        return _run(config, evaluate_only, allow_changes, dry_run)
+        return _run(config, Request(evaluate_only, allow_changes, dry_run, step_rule, monitor))
 
 
-def _run(config: RunConfig, evaluate_only: bool, allow_changes: bool, dry_run: bool) -> dict[str, Any]:
+def _run(config: RunConfig, request: Request) -> dict[str, Any]:
     """``run``, whose failures are told to the other processes and to train.log."""
     claim = Claim(RunDir(Path(str(config.output_dir))))
     accelerator = create_accelerator(config.train, str(config.output_dir))
     peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
     # SIGUSR1's default is death; the set-up is worth finishing
-    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1):
+    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
         try:
-            return run_together(config, claim, accelerator, peers, signals, evaluate_only, allow_changes, dry_run)
+            return run_together(config, claim, accelerator, peers, signals, request, used)
         except StoppedError:
             raise
         except Exception as error:
@@ -86,25 +105,13 @@ def run_together(
     accelerator: Accelerator,
     peers: Peers,
     signals: Signals,
-    evaluate_only: bool,
-    allow_changes: bool,
-    dry_run: bool,
+    request: Request,
+    used: Choices,
 ) -> dict[str, Any]:
-    """The run itself, from its folder to its results; see ``run``."""
+    """The run itself, from its folder to its results; see ``run``. ``used``: the attention backends that take its calls."""
     run_dir = claim.run_dir
-    if not evaluate_only and not peers.on_main(run_dir.results.is_file):
-        claim.take(peers, dry_run)
-    config, changes = peers.together(lambda: check_folder(run_dir, config, allow_changes))
-    seed_everything(derive_seed(config.seed))
-    finished = run_dir.results.is_file() and not changes and not dry_run
-    with_train, weights = not (finished or evaluate_only), None
-    if finished:
-        LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
-    if with_train:
-        claim.take(peers, dry_run)
-    else:
-        claim.lock.release()
-        weights = peers.on_main(lambda: weights_to_evaluate(run_dir))
+    config, changes, with_train = enter_folder(config, claim, peers, request)
+    weights = None if with_train else peers.on_main(lambda: weights_to_evaluate(run_dir))
     bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
     built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
@@ -113,55 +120,73 @@ def run_together(
     results = describe_run(kept, accelerator, built, loaders)
     if loaders.train is None:
         return evaluate_run(weights, built, loaders, accelerator, peers, results)
-    steps_per_epoch = loaders.train.steps_per_epoch
-    trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders))
+    steps = loaders.train.steps_per_epoch
+    rule = request.step_rule
+    trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders, rule))
     trainer.signals = signals
-    trackers = Trackers(accelerator)
-    if dry_run:
+    if request.dry_run:
         announce(config, results, accelerator, built, loaders, trainer)
-        LOGGER.info(describe_plan(config, accelerator, built, steps_per_epoch, trainer))
+        LOGGER.info(describe_plan(config, accelerator, built, steps, trainer))
         return results
     if run_dir.config.is_file() and not run_dir.begun:
         LOGGER.info(f"{run_dir.path}: an earlier start left no checkpoint, so the run begins anew")
     peers.on_main(lambda: claim.begin(kept, started, built, loaders))
     claim.begun = True
+    trackers = Trackers(accelerator)
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
     announce(config, results, accelerator, built, loaders, trainer)
     for change in changes:
         LOGGER.info(f"changed: {change}")
-    facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
-    start = trainer.progress.global_step
-    monitor = Monitor(
-        accelerator,
-        run_dir,
-        config.train,
-        steps_per_epoch,
-        start,
-        facts,
-        dump_config(config),
-        trainer.groups,
-        trackers,
-        (built.data["mean"], built.data["std"]),
-    )
+    monitor = request.monitor or create_monitor(config, trainer, built, trackers, steps)
     try:
         fit(trainer, loaders, monitor)
     finally:
         monitor.close()
         loaders.close()
-    results |= {**summarise(trainer), "attention_backends": attention_backends()}
-    if accelerator.is_main_process:
-        results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
-        try:
-            run_dir.write_results(results)
-        except OSError as error:
-            raise unwritable(run_dir.results, error) from error
-    best, params = results["best"], built.params
-    score = f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})" if best else "the best weights were lost"
-    LOGGER.info(
-        f"done: {score}, {params['attention']:,} attention parameters of {params['total']:,}, "
-        f"{results['train_seconds']:.0f} s; results in {run_dir.path}"
+    return finish_run(config, trainer, built, results, used.lines())
+
+
+def enter_folder(config: RunConfig, claim: Claim, peers: Peers, request: Request) -> tuple[RunConfig, list[str], bool]:
+    """Take a run's folder where it is to be trained.
+
+    Returns:
+        The config to go on with, what has changed in it since the run began, and whether there is anything to train.
+
+    Raises:
+        ConfigError: the folder holds another run, or another process trains there.
+    """
+    run_dir, dry_run = claim.run_dir, request.dry_run
+    if not request.evaluate_only and not peers.on_main(run_dir.results.is_file):
+        claim.take(peers, dry_run)
+    config, changes = peers.together(lambda: check_folder(run_dir, config, request.allow_changes))
+    seed_everything(derive_seed(config.seed))
+    finished = run_dir.results.is_file() and not changes and not dry_run
+    if finished:
+        LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
+    with_train = not (finished or request.evaluate_only)
+    if with_train:
+        claim.take(peers, dry_run)
+    else:
+        claim.lock.release()
+    return config, changes, with_train
+
+
+def create_monitor(
+    config: RunConfig, trainer: Trainer, built: BuiltModel, trackers: Trackers, steps_per_epoch: int
+) -> Monitor:
+    """What shows a run on the console, in TensorBoard and in other trackers."""
+    return Monitor(
+        trainer.accelerator,
+        trainer.run_dir,
+        config.train,
+        steps_per_epoch,
+        trainer.progress.global_step,
+        {f"params/{name}": float(built.params[name]) for name in ("attention", "total")},
+        dump_config(config),
+        trainer.groups,
+        trackers,
+        (built.data["mean"], built.data["std"]),
     )
-    return results
 
 
 def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool) -> tuple[BuiltModel, Loaders]:
@@ -205,41 +230,3 @@ def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: b
             LOGGER.warning(f"bad image: {line}")
         raise
     return bad
-
-
-def summarise(trainer: Trainer) -> dict[str, Any]:
-    """What results.json says of the training itself."""
-    progress = trainer.progress
-    return {
-        "epochs": progress.epoch,
-        "best": progress.best,
-        "last": progress.rows[-1],
-        "curve": progress.rows,
-        "bad_images": progress.faults,
-        "train_seconds": progress.seconds,
-        "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),
-        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def evaluate_run(
-    weights: Path | None,
-    built: BuiltModel,
-    loaders: Loaders,
-    accelerator: Accelerator,
-    peers: Peers,
-    results: dict[str, Any],
-) -> dict[str, Any]:
-    """Scores of a run's weights; of the model as created (dense weights, converted) if nothing was trained."""
-    for note in loaders.notes:
-        LOGGER.info(note)
-    which = "the model as created"
-    if weights is not None:
-        peers.together(lambda: verify_beside(weights))
-        peers.together(lambda: load_weights(weights, built.model))
-        which = str(weights)
-    scores = evaluate(built.model, loaders, accelerator, peers)
-    LOGGER.info(
-        f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
-    )
-    return {**results, "evaluation": asdict(scores)}

@@ -1,11 +1,16 @@
 """Whether a folder holds the same run: what its config may change, and what may not."""
 
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.checkpoint.entry import read_patch
 from vit_tucker.config.load import config_difference, everywhere, load_config
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.errors import ConfigError
+from vit_tucker.storage.checkpoints import intact_checkpoint
+from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.paths import refuse_unwritable
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.storage.run_files import IGNORED_KEYS
+from vit_tucker.storage.weights import weights_metadata
 
 STREAMS = ("wds", "hfids", "tfds")
 """Data sets whose batches depend on the number of loader workers."""
@@ -52,3 +57,24 @@ def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
     streamed = config.data.dataset.partition("/")[0] in STREAMS
     ignored = IGNORED_KEYS - ({"data.num_workers"} if streamed else set())
     return [line for line in config_difference(stored, config) if line.partition(":")[0] not in ignored]
+
+
+def stated_attention(config: RunConfig, run_dir: RunDir, training: bool) -> AttentionConfig | None:
+    """The attention of a run that has begun, with the ranks that its weights state: they may have changed in training.
+
+    Args:
+        config: of the run.
+        run_dir: of the run.
+        training: the weights are those to go on with, not the best ones.
+
+    Returns:
+        The config's own where the user has changed it, and where the weights state none.
+    """
+    if config.attention is None or config.attention != load_config(run_dir.config).attention:
+        return config.attention
+    checkpoint, _ = (None, ()) if run_dir.best.is_file() and not training else intact_checkpoint(run_dir.checkpoints)
+    file = run_dir.best if checkpoint is None else checkpoint / "model.safetensors"
+    stated = weights_metadata(file).get("attention_config") if file.is_file() else None
+    if not stated:
+        return config.attention
+    return config.attention.model_copy(update={"rules": read_patch(parse_object(stated, str(file))).rules})

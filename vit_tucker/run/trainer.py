@@ -1,15 +1,13 @@
-"""The parts of a run around its model, built from its config: accelerator, optimizer, schedule, EMA, mixup, distiller."""
+"""The parts of a run around its model, built from its config: optimizer, schedule, EMA, mixup, objective, step rule."""
 
-import os
 import warnings
 from collections.abc import Sequence
-from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 from timm.data import Mixup
 from timm.models import _manipulate
 from timm.utils import ModelEmaV3
@@ -17,134 +15,173 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_tucker.analysis.spectra import rank_scalars
-from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.checkpoint.describe import describe, header, set_image_options
+from vit_tucker.checkpoint.describe import set_image_options
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.schema import RunConfig, TrainConfig
-from vit_tucker.data.classes import padded
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.freeze import freeze_except
 from vit_tucker.run.model import BuiltModel
-from vit_tucker.storage.digests import save_model
+from vit_tucker.run.weights import describe_weights
 from vit_tucker.storage.run_dir import LOGGER, RunDir
-from vit_tucker.storage.weights import full_state, is_sharded, save_weights
+from vit_tucker.storage.weights import is_sharded
 from vit_tucker.training.distill import Distiller
+from vit_tucker.training.objective import Objective, named_penalties
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
 from vit_tucker.training.optimizer_state import load_optimizer
 from vit_tucker.training.peers import Peers
-from vit_tucker.training.resume import resume
-from vit_tucker.training.trackers import check_trackers
+from vit_tucker.training.resume import Saved, resume
+from vit_tucker.training.step import StepRule, create_step_rule, restore_rule
 from vit_tucker.training.trainer import Trainer
 
 
-def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
-    """Accelerator with the config's precision and trackers; 'auto' is what the launcher was told, else bf16 where GPUs have it.
+def build_trainer(
+    config: RunConfig,
+    accelerator: Accelerator,
+    peers: Peers,
+    run_dir: RunDir,
+    built: BuiltModel,
+    loaders: Loaders,
+    rule: StepRule | None = None,
+) -> Trainer:
+    """Optimizer, schedule, EMA and objective around the model, prepared by Accelerate, at the state of the run's last checkpoint.
 
     Args:
-        config: the recipe.
-        folder: where trackers write files.
+        config, accelerator, peers, run_dir, built, loaders: of the run.
+        rule: in place of the config's.
 
     Raises:
-        ConfigError: a tracker that Accelerate doesn't know, or that is not installed.
+        VitTuckerError: the recipe asks for what the model, timm or the processes can't do; a checkpoint that does not fit.
     """
-    cpu = config.cpu or not torch.cuda.is_available()
-    precision = config.mixed_precision
-    if precision == "auto":
-        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        has_bf16 = not cpu and torch.cuda.is_bf16_supported()
-        precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
-    handlers = [
-        DistributedDataParallelKwargs(broadcast_buffers=False),
-        InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
-    ]
-    trackers = check_trackers(config.trackers) or None
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=folder
-    )
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
-        raise ConfigError(
-            "the launcher asks for FSDP, which needs GPUs; without them start the processes with --multi_gpu"
-        )
-    return accelerator
-
-
-def build_trainer(
-    config: RunConfig, accelerator: Accelerator, peers: Peers, run_dir: RunDir, built: BuiltModel, loaders: Loaders
-) -> Trainer:
-    """Optimizer, schedule, EMA and mixup around the model, prepared by Accelerate, at the state of the run's last checkpoint."""
     assert loaders.train is not None
-    set_image_options(built.model, ImageOptions.of(config.data).plain())
-    description = describe_weights(built, loaders)
-    model, recipe, steps_per_epoch = built.model, config.train, loaders.train.steps_per_epoch
-    if recipe.grad_checkpointing:
-        checkpoint_activations(model, config.model.name)
-    if recipe.only is not None:
-        if recipe.grad_checkpointing and _manipulate.checkpoint is checkpoint:
-            raise ConfigError(
-                f"train.only: timm {timm.__version__} loses gradients behind frozen layers with train.grad_checkpointing: turn "
-                "it off, or take a newer timm"
-            )
-        freeze_others(model, recipe.only, built.loads)
+    model, recipe = built.model, config.train
+    set_image_options(model, ImageOptions.of(config.data).plain())
+    name_what_trains(model, config, built.loads)
     optimizer = create_optimizer(model, recipe)
-    scheduler = create_scheduler(optimizer, recipe, steps_per_epoch)
+    scheduler = create_scheduler(optimizer, recipe, loaders.train.steps_per_epoch)
     groups = describe_groups(model, optimizer)
-    ema = None
-    if recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    average = {"decay": recipe.model_ema_decay, "use_warmup": recipe.model_ema_warmup}
+    ema = ModelEmaV3(model, **average) if recipe.model_ema else None
     saved = resume(run_dir, peers, model, ema)
-    distiller = None
-    if recipe.distill is not None:
-        assert built.teacher is not None
-        refuse_other_numbers(built.teacher, loaders.label_names)
-        distiller = Distiller(built.teacher, recipe.distill, model, accelerator.autocast)
-    if recipe.compile:
-        model.compile()  # in place: no prefix gets into the keys
-    name_blocks(model)
-    # newer torch has another word for it, which Accelerate doesn't pass on
-    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(prepared)
-    bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
-    for key in ("model_ema", "log_ranks"):
-        if getattr(recipe, key) and is_sharded(bare):
-            raise ConfigError(f"train.{key}: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
-    if saved.optimizer is not None:
-        load_optimizer(optimizer, saved.optimizer)
-    if saved.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(saved.scaler)
-    progress = saved.progress
-    if progress.fit_to(steps_per_epoch):
-        LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
-    loaders.faults.add(progress.faults)
-    progress.processes = peers.num_processes
-    scheduler.step_update(progress.global_step)
     mixup = create_mixup(recipe, built.num_classes)
-    return Trainer(
+    objective = create_objective(recipe, accelerator, built, loaders)
+    described = partial(describe_weights, config=config, built=built, loaders=loaders)
+    metadata, description = described(model)
+    prepared, prepared_optimizer, bare = prepare(accelerator, model, optimizer, recipe)
+    trainer = Trainer(
         accelerator=accelerator,
         peers=peers,
         model=prepared,
         bare=bare,
         optimizer=prepared_optimizer,
         scheduler=scheduler,
-        loss=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup is not None else recipe.smoothing),
+        objective=objective,
         mixup=mixup,
         ema=ema,
         config=recipe,
         seed=config.seed,
         run_dir=run_dir,
-        metadata=weights_header(config.model.name, config.attention) if description is None else header(description),
-        progress=progress,
+        metadata=metadata,
+        progress=saved.progress,
         input_size=built.data["input_size"],
         groups=groups,
         faults=loaders.faults,
         description=description,
-        distiller=distiller,
+        describe=described,
+        rule=create_step_rule(recipe.step_rule) if rule is None else rule,
         inspect=rank_scalars if recipe.log_ranks else None,
     )
+    go_on(trainer, saved, optimizer, loaders.train.steps_per_epoch)
+    return trainer
+
+
+def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadReport]) -> None:
+    """Have the blocks recompute their activations, and freeze what is not trained, as the recipe says.
+
+    Raises:
+        ConfigError: the model can't, or its timm can't do both.
+    """
+    recipe = config.train
+    if recipe.grad_checkpointing:
+        checkpoint_activations(model, config.model.name)
+    if recipe.only is None:
+        return
+    if recipe.grad_checkpointing and _manipulate.checkpoint is checkpoint:
+        raise ConfigError(
+            f"train.only: timm {timm.__version__} loses gradients behind frozen layers with train.grad_checkpointing: turn "
+            "it off, or take a newer timm"
+        )
+    freeze_others(model, recipe.only, loads)
+
+
+def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> Objective:
+    """The loss of labels and teacher, and the penalties of the model, each of which is computed once to see that it can be.
+
+    Raises:
+        ConfigError: the teacher is another kind of model; a penalty fails. CheckpointError: the teacher's classes differ.
+    """
+    distiller = None
+    if recipe.distill is not None:
+        assert built.teacher is not None
+        refuse_other_numbers(built.teacher, loaders.label_names)
+        distiller = Distiller(built.teacher, recipe.distill, built.model, accelerator.autocast)
+    mixed = recipe.mixup or recipe.cutmix  # then it smooths the targets
+    label_loss = nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else recipe.smoothing)
+    objective = Objective(label_loss, distiller, named_penalties(recipe.penalties))
+    objective.check(built.model)
+    return objective
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig
+) -> tuple[nn.Module, Any, nn.Module]:
+    """Compile the model and have Accelerate wrap it and its optimizer.
+
+    Returns:
+        Wrapped model and optimizer, and the model without wrappers.
+
+    Raises:
+        ConfigError: the recipe has what can't be done with a sharded model.
+    """
+    if recipe.compile:
+        model.compile()  # in place: no prefix gets into the keys
+    name_blocks(model)
+    with warnings.catch_warnings():  # newer torch has another word for it, which Accelerate doesn't pass on
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    bare = accelerator.unwrap_model(prepared)
+    bare = getattr(bare, "_orig_mod", bare)  # of a launcher's --dynamo_backend
+    for key in ("model_ema", "log_ranks", "penalties"):
+        if getattr(recipe, key) and is_sharded(bare):
+            raise ConfigError(f"train.{key}: not with FSDP2, whose shards it can't follow; use DDP, or turn it off")
+    return prepared, prepared_optimizer, bare
+
+
+def go_on(trainer: Trainer, saved: Saved, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+    """Give a trainer the rest of what it goes on from, beside weights and progress.
+
+    Args:
+        trainer: at its start.
+        saved: see ``resume``.
+        optimizer: the trainer's, without its wrapper.
+        steps_per_epoch: of the run as it is now.
+
+    Raises:
+        CheckpointError: the state is of another optimizer or of another step rule.
+    """
+    t, progress = trainer, trainer.progress
+    if saved.optimizer is not None:
+        load_optimizer(optimizer, saved.optimizer)
+    if saved.scaler is not None and t.accelerator.scaler is not None:
+        t.accelerator.scaler.load_state_dict(saved.scaler)
+    restore_rule(t.rule, t.config.step_rule, saved.step_rule)
+    if progress.fit_to(steps_per_epoch):
+        LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
+    t.faults.add(progress.faults)
+    progress.processes = t.peers.num_processes
+    t.scheduler.step_update(progress.global_step)
 
 
 def freeze_others(model: nn.Module, only: str | Sequence[str], loads: Sequence[LoadReport]) -> None:
@@ -177,35 +214,6 @@ def refuse_other_numbers(teacher: nn.Module, names: Sequence[str] | None) -> Non
         )
 
 
-def describe_weights(built: BuiltModel, loaders: Loaders) -> dict[str, Any] | None:
-    """config.json of the run's checkpoints; None, and a line in the log, for a model that can't be rebuilt by timm alone."""
-    names = loaders.label_names and padded(loaders.label_names, built.num_classes)
-    try:
-        return describe(
-            built.model, label_names=names if names and len(names) == built.num_classes else None, data=built.data
-        )
-    except CheckpointError as error:
-        LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
-        return None
-
-
-def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
-    """Keep the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it.
-
-    Args:
-        run_dir: of the run.
-        teacher: dense.
-        name: timm's, of the model.
-    """
-    file, header_entries = run_dir.teacher, weights_header(name, None)
-    try:
-        config = describe(teacher)
-    except CheckpointError:
-        save_weights(file, full_state(teacher), header_entries)
-    else:
-        save_model(file.parent, file.name, full_state(teacher), header_entries, config)
-
-
 def name_blocks(model: nn.Module) -> None:
     """Tell Accelerate which classes FSDP makes shards of: the blocks, which is what holds an attention layer."""
     blocks = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in find_attention(model)}
@@ -223,17 +231,6 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     except (AttributeError, AssertionError):
         raise ConfigError(f"train.grad_checkpointing: timm's {name} has none") from None
-
-
-def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
-    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
-    if attention is None:
-        return {"architecture": architecture, "attention": ""}
-    return {
-        "architecture": architecture,
-        "attention": attention.method,
-        "attention_config": attention.model_dump_json(),
-    }
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

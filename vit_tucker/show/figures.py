@@ -1,14 +1,12 @@
 """How the figures look: colours that colour-blind readers can tell apart, markers, sizes, files."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -18,13 +16,8 @@ from vit_tucker.show.tables import short_count
 
 COLUMN = 3.4
 """Width of a column of a paper, inches."""
-COLOURS = {"tucker": "#0072B2", "gqa": "#D55E00", "mla": "#009E73", "mha": "#000000", "dense": "#000000"}
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, for lines of any kind."""
-OTHER_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
-"""For methods of others."""
-MARKERS = {"tucker": "o", "gqa": "s", "mla": "^", "mha": "D", "dense": "*"}
-OTHER_MARKERS = ("v", "P", "X", "d")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p", "h", "d")
 TICK_DIGITS = ((2.5, ()), (6.0, (1, 2, 3, 5, 7)), (40.0, (1, 2, 5)), (200.0, (1, 3)), (float("inf"), (1,)))
 """First digits of a log axis' ticks, by the ratio of its ends; none: ticks at equal distances, whatever their digits."""
@@ -47,16 +40,20 @@ FONTS: dict[Any, Any] = {
 }
 
 
-def colour(method: str, methods: list[str]) -> str:
-    """Of a method; ``methods`` are all of the figure."""
-    others = [m for m in methods if m not in COLOURS]
-    return COLOURS.get(method) or OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
+@contextmanager
+def subplots(
+    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """Context with a figure in our style, and its axes. It is none of pyplot's, which chooses a backend for the process.
 
-
-def marker(method: str, methods: list[str]) -> str:
-    """Of a method; ``methods`` are all of the figure."""
-    others = [m for m in methods if m not in MARKERS]
-    return MARKERS.get(method) or OTHER_MARKERS[others.index(method) % len(OTHER_MARKERS)]
+    Args:
+        width, height: inches.
+        rows, columns: of axes.
+        options: of ``Figure.subplots``.
+    """
+    with rc_context(FONTS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(rows, columns, **options)
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
@@ -93,7 +90,7 @@ def accuracy_axis(axis: Any, low: float, high: float) -> None:
 
 def sizes_scale(sizes: Sequence[float]) -> Any:
     """Colours by size, on a log scale, without the yellow that white paper swallows."""
-    colours = plt.get_cmap("viridis_r")(np.linspace(0.12, 1.0, 256))
+    colours = colormaps["viridis_r"](np.linspace(0.12, 1.0, 256))
     return ScalarMappable(LogNorm(min(sizes) * 0.98, max(sizes) * 1.02), ListedColormap(colours))
 
 
@@ -125,5 +122,4 @@ def save(figure: Figure, folder: Path, stem: str) -> str:
     """Write PNG and PDF, the same bytes for the same data; the name of the PNG file."""
     figure.savefig(folder / f"{stem}.png", dpi=300)
     figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})
-    plt.close(figure)
     return f"{stem}.png"

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.storage.json_files import Lenient
 from vit_tucker.validation.mistakes import shown
 
@@ -101,7 +102,7 @@ class RunEntries(Lenient):
     attention: dict[str, Any] | None = None
 
 
-class Sizes(Lenient):
+class ParameterCounts(Lenient):
     """Parameters of a run's model and of its host."""
 
     total: Annotated[int, Field(ge=0)]
@@ -109,13 +110,13 @@ class Sizes(Lenient):
     dense_attention: Annotated[int, Field(ge=1)]
 
 
-class Best(Lenient):
+class BestScores(Lenient):
     """Scores of the best epoch."""
 
     top1: Score
 
 
-class Last(Lenient):
+class LastScores(Lenient):
     """Scores of the last epoch."""
 
     eval_top1: Score
@@ -126,14 +127,15 @@ class RunResults(Lenient):
     """results.json of a finished run, as far as it is read again."""
 
     name: str
+    display: MethodDisplay | None = None
     config: RunEntries
     environment: dict[str, Any]
-    params: Sizes
+    params: ParameterCounts
     patch: Patch | None
     data: dict[str, Any]
     epochs: Annotated[int, Field(ge=0)]
-    best: Best | None
-    last: Last
+    best: BestScores | None
+    last: LastScores
     finished: str
     curve: list[dict[str, Score | None]] | None = None
     train_seconds: Annotated[float, Field(ge=0)] | None = None

@@ -1,7 +1,6 @@
 """From a sweep's file to its runs: each with its name, seed, config and the run it waits for."""
 
 import itertools
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -9,17 +8,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from vit_tucker.config.find import find_config, stored_by_name
 from vit_tucker.config.load import validate, validate_as
 from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import (
     Source,
-    find_config,
     merge,
     read_overrides,
     read_with_bases,
     read_yaml,
-    stored_by_name,
 )
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.storage.paths import MAX_NAME
@@ -152,8 +150,7 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     result = Source()
     for name in [config.base] if isinstance(config.base, str) else config.base:
         try:
-            beside = file.parent / name
-            path = beside if os.path.isfile(beside) else find_config(name)
+            path = find_config(name, file.parent)
             result = merge(result, read_with_bases(path, stored=source.stored or stored_by_name(name, path)))
         except ConfigError as error:
             raise ConfigError(f"{source.where(('base',))}: base: {error}") from None

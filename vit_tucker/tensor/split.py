@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from vit_tucker.tensor.ranks import numerical_rank
+from vit_tucker.tensor.mode_ranks import numerical_rank
 from vit_tucker.tensor.tucker import Pairs
 
 

@@ -1,7 +1,9 @@
 """The training loop: one optimizer step, one evaluation, and the loop around them."""
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,17 +14,25 @@ from torch import Tensor, nn
 from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
-from vit_tucker.storage.weights import is_sharded, whole
+from vit_tucker.storage.weights import is_sharded
 from vit_tucker.training.interrupt import catch_signals
 from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
-from vit_tucker.training.monitor import Monitor
-from vit_tucker.training.optim import gradient_norm, learning_rate
+from vit_tucker.training.monitor import NullMonitor
+from vit_tucker.training.objective import Loss
+from vit_tucker.training.optim import learning_rate
 from vit_tucker.training.peers import Peers
+from vit_tucker.training.reshape import replace_parameters
+from vit_tucker.training.step import StepResult
 from vit_tucker.training.trainer import Trainer
 
 
-def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
+def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
     """Train from where ``trainer.progress`` stands to the last epoch: train, evaluate, save; epoch by epoch.
+
+    Args:
+        trainer: the run.
+        loaders: its data.
+        monitor: what is shown; decides nothing, a ``NullMonitor`` shows nothing.
 
     Raises:
         DivergedError: the loss became NaN or infinite; the state is saved for inspection, no checkpoint is made of it.
@@ -37,20 +47,21 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
             t.model.train()
             if t.mixup is not None and 0 < config.mixup_off_epoch <= progress.epoch:
                 t.mixup.mixup_enabled = False
+            t.log.begin_epoch(progress)
             monitor.begin_epoch(progress)
             for micro_batches in monitor.timed(data.steps(progress.epoch, progress.step)):
                 last = progress.step + 1 == data.steps_per_epoch
                 save_due = config.saves_after(progress.global_step + 1) and not last
-                flush_due = save_due or last or monitor.due(progress.global_step + 1)
-                loss, norm = train_step(t, micro_batches, measure=flush_due)
+                t.log_due = save_due or last or config.logs_after(progress.global_step + 1)
+                result = train_step(t, micro_batches)
                 progress.finish_step()
-                monitor.add(loss, norm)
-                verdict = t.peers.vote(t.signals.number, not t.is_finite(loss, norm), t.has_new_faults())
-                if flush_due or verdict.signal or verdict.diverged:
-                    losses, norms = monitor.flush(progress, t.optimizer)
-                    progress.add_losses(losses)
-                    if verdict.diverged or not t.all_finite(losses, norms):
-                        t.fail_diverged(losses)
+                t.log.add(result)
+                monitor.stepped()
+                verdict = t.peers.vote(
+                    t.signals.number, not t.is_finite(result.loss.total, result.norm), t.has_new_faults()
+                )
+                if t.log_due or verdict.signal or verdict.diverged:
+                    monitor.show_steps(t.settle(verdict.diverged), progress, t.optimizer)
                 if verdict.faults:
                     t.share_faults()
                 if save_due:
@@ -59,63 +70,73 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> None:
             refuse_short_epoch(data, progress.step, progress.epoch)
             row = finish_epoch(t, loaders, monitor)
             progress.finish_epoch(row)
+            if t.accelerator.is_main_process:
+                t.run_dir.write_summary(progress.rows)
             monitor.end_epoch(progress)
             if progress.epoch % config.checkpoint_epochs == 0 or progress.epoch == config.epochs:
                 t.save()
 
 
-def train_step(trainer: Trainer, micro_batches: list[Batch], measure: bool = False) -> tuple[Tensor, Tensor | None]:
-    """One optimizer step over this process's micro-batches.
-
-    All randomness of the step follows from (seed, step, process); mixup draws from (seed, step), so that all processes
-    and micro-batches mix their mirrored shards alike.
+def train_step(trainer: Trainer, micro_batches: list[Batch]) -> StepResult:
+    """One optimizer step over this process's micro-batches, as the run's rule makes it.
 
     Args:
         trainer: the run.
         micro_batches: images (B, channels, height, width) and labels (B,), on the CPU.
-        measure: give the gradient norm even if nothing is clipped by it.
 
     Returns:
         This process's mean loss, and the norm of all processes' gradient (None if not measured); detached scalars.
     """
-    t, device = trainer, trainer.accelerator.device
+    t, step = trainer, trainer.progress.global_step
+    result = t.rule.step(partial(batch_gradient, t, micro_batches), t)
+    if result.reshaped:
+        replace_parameters(t, result)
+    t.scheduler.step_update(step + 1)
+    if t.ema is not None:
+        t.ema.update(t.bare, step=step)
+    return result
+
+
+def batch_gradient(trainer: Trainer, micro_batches: list[Batch]) -> Loss:
+    """Add the gradient of a step's whole batch, averaged over processes, and of the penalties of the model.
+
+    All randomness of the step follows from (seed, step, process); mixup draws from (seed, step), so that all processes and
+    micro-batches mix their mirrored shards alike. Penalties go into the last backward pass: that is the one in which DDP averages
+    over processes, which have all computed the same ones.
+
+    Args:
+        trainer: the run.
+        micro_batches: see ``train_step``.
+
+    Returns:
+        This process's mean loss and its terms, detached.
+    """
+    t, device, share = trainer, trainer.accelerator.device, 1 / len(micro_batches)
     step, rank = t.progress.global_step, t.accelerator.process_index
     seed_everything(derive_seed(t.seed, step, 2, rank))
-    total, norm = torch.zeros((), device=device), None
+    total, terms = torch.zeros((), device=device), defaultdict[str, Tensor](lambda: torch.zeros((), device=device))
     for number, (batch, labels, _) in enumerate(micro_batches):
-        images, targets = batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        # mixup writes into its images, which a rule may need again
+        images = batch.to(device, non_blocking=True, copy=t.mixup is not None)
+        targets = labels.to(device, non_blocking=True)
         if t.mixup is not None:
             np.random.seed(derive_seed(t.seed, step, 3))  # noqa: NPY002  # timm's mixup draws from the global state
             images, targets = t.mixup(images, targets)
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else t.accelerator.no_sync(t.model):
-            loss = batch_loss(t, images, targets) / len(micro_batches)
+            loss, parts = t.objective.of_batch(t.model, images, targets)
+            loss = loss / len(micro_batches)
+            penalties: dict[str, Tensor] = {}
+            if last:
+                loss, penalties = t.objective.with_penalties(loss, t.bare)
             t.accelerator.backward(loss)
         total += loss.detach()
-    if t.config.clip_grad is not None:
-        norm = t.accelerator.clip_grad_norm_(t.model.parameters(), t.config.clip_grad)
-    elif measure:
-        t.accelerator.unscale_gradients()
-        norm = gradient_norm(t.model)
-    t.optimizer.step()
-    t.optimizer.zero_grad()
-    t.scheduler.step_update(step + 1)
-    if t.ema is not None:
-        t.ema.update(t.bare, step=step)
-    return total, None if norm is None else whole(norm)
+        for name, value in [*((n, v * share) for n, v in parts.items()), *penalties.items()]:
+            terms[name] += value
+    return Loss(total, dict(terms))
 
 
-def batch_loss(trainer: Trainer, images: Tensor, targets: Tensor) -> Tensor:
-    """Loss of a micro-batch: of the labels, and of the teacher where there is one; scalar."""
-    t = trainer
-    if t.distiller is None:
-        return t.loss(t.model(images).float(), targets)
-    with t.distiller.watch():
-        logits = t.model(images)
-    return t.distiller(images, logits, targets, t.loss)
-
-
-def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[str, Any]:
+def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> dict[str, Any]:
     """Evaluate model and EMA at the end of an epoch, keep the best weights.
 
     Returns:
@@ -124,6 +145,8 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: Monitor) -> dict[s
     t, progress, epoch = trainer, trainer.progress, trainer.progress.epoch + 1
     monitor.begin_evaluation()
     row: dict[str, Any] = {"epoch": epoch, "train_loss": progress.loss_sum / progress.step}
+    if t.objective.penalties:
+        row |= {f"train_loss_{name}": mean for name, mean in progress.term_means().items()}
     row |= dict.fromkeys(("eval_loss", "eval_top1", "eval_top5"))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
         first: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -16,16 +16,51 @@ from vit_tucker.training.events import Events
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
+from vit_tucker.training.step_log import Steps
 from vit_tucker.training.trackers import Trackers
 
 T = TypeVar("T")
 
 
-class Monitor:
-    """Measures on all processes, shows and writes on the first.
+class NullMonitor:
+    """What a run is told while it trains: where it stands, and what came of its steps. This one shows nothing.
+
+    A monitor only shows: a run is the same with any, or with this.
+    """
+
+    def begin_epoch(self, progress: Progress) -> None:
+        """An epoch begins, or what is left of it."""
+
+    def timed(self, batches: Iterable[T]) -> Iterable[T]:
+        """The same items, whose waiting time may be counted."""
+        return batches
+
+    def stepped(self) -> None:
+        """One step is done."""
+
+    def show_steps(self, steps: Steps, progress: Progress, optimizer: Any) -> None:
+        """Losses and gradient norms of the steps since the last time; every process calls this alike."""
+
+    def begin_evaluation(self) -> None:
+        """The steps of the epoch are done."""
+
+    def evaluated(
+        self, row: dict[str, Any], extra: dict[str, float], progress: Progress, first: Sequence[tuple[Tensor, ...]] = ()
+    ) -> None:
+        """Scores of the model, what else is known of it, and what it says of some images."""
+
+    def end_epoch(self, progress: Progress) -> None:
+        """An epoch is trained and evaluated."""
+
+    def close(self) -> None:
+        """The run has ended, whether well or not."""
+
+
+class Monitor(NullMonitor):
+    """Shows on the console, in TensorBoard and in other trackers; measures on all processes, writes on the first.
 
     Args:
-        accelerator: to average over processes.
+        accelerator: tells which process writes.
         run_dir: where TensorBoard's events go.
         config: the recipe.
         steps_per_epoch: optimizer steps.
@@ -50,11 +85,10 @@ class Monitor:
         trackers: Trackers | None = None,
         normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
     ) -> None:
-        self.accelerator, self.config, self.steps_per_epoch = accelerator, config, steps_per_epoch
+        self.config, self.steps_per_epoch = config, steps_per_epoch
         self.main = accelerator.is_main_process
         self.events = Events(run_dir.path, start_step + 1) if self.main else None
-        self.run_dir, self.groups, self.trackers, self.normalisation = run_dir, groups, trackers, normalisation
-        self.pending: list[tuple[Tensor, Tensor | None]] = []
+        self.groups, self.trackers, self.normalisation = groups, trackers, normalisation
         self.bar = tqdm(disable=True)
         self.eval_seconds = 0.0
         self.step_seconds = 0.0
@@ -75,7 +109,6 @@ class Monitor:
         )
         self.started = self.paced_from = time.perf_counter()
         self.waited, self.steps = 0.0, 0
-        self.seconds_before = progress.seconds
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same items; the time that they are waited for is counted."""
@@ -89,45 +122,32 @@ class Monitor:
             self.waited += time.perf_counter() - before
             yield item
 
-    def due(self, global_step: int) -> bool:
-        """Whether losses are logged after this step."""
-        return global_step % self.config.log_interval == 0
-
-    def add(self, loss: Tensor, norm: Tensor | None) -> None:
-        """One step is done: its loss, and its gradient norm if it was measured."""
-        self.pending.append((loss, norm))
+    def stepped(self) -> None:
+        """One step is done."""
         self.steps += 1
         self.bar.update()
         if not self.warm and self.steps < self.steps_per_epoch:  # the run's first step starts workers and kernels
             self.warm, self.paced_from, self.waited, self.steps = True, time.perf_counter(), 0.0, 0
 
-    def flush(self, progress: Progress, optimizer: Any) -> tuple[list[float], list[float]]:
-        """Log the steps since the last time; every process must call this alike.
-
-        Returns:
-            Their losses, each the mean over processes; and the gradient norms that were measured.
-        """
-        if not self.pending:
-            return [], []
-        pending, self.pending = self.pending, []
-        stacked = torch.stack([loss for loss, _ in pending]).double()
-        losses = self.accelerator.reduce(stacked, reduction="mean").tolist()
+    def show_steps(self, steps: Steps, progress: Progress, optimizer: Any) -> None:
+        """Losses and gradient norms of the steps since the last time, and the pace."""
         now = time.perf_counter()
-        progress.seconds = self.seconds_before + now - self.started
         self.step_seconds = (now - self.paced_from) / max(self.steps, 1)
         rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
-        self.bar.set_postfix(loss=f"{losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
-        first = progress.global_step - len(losses) + 1
-        norms = {first + offset: float(norm) for offset, (_, norm) in enumerate(pending) if norm is not None}
-        for step, loss in enumerate(losses, first):
-            self.scalars({"train/loss": loss} | ({"train/grad_norm": norms[step]} if step in norms else {}), step)
+        self.bar.set_postfix(loss=f"{steps.losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
+        for offset, loss in enumerate(steps.losses):
+            values = {"train/loss": loss} | {
+                f"train/loss_{name}": column[offset] for name, column in steps.terms.items()
+            }
+            if (step := steps.first + offset) in steps.norms:
+                values["train/grad_norm"] = steps.norms[step]
+            self.scalars(values, step)
         values = {
             "train/images_per_second": rate,
             "train/data_wait_share": self.wait_share(),
             "train/memory_gb": memory_bytes() / 1e9,
         }
         self.scalars({**values, **self.learning_rates(optimizer)}, progress.global_step)
-        return losses, list(norms.values())
 
     def wait_share(self) -> float:
         """Share of the epoch's time so far that was spent waiting for data."""
@@ -152,11 +172,10 @@ class Monitor:
             self.events.image("eval/predictions", picture, progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
-        """summary.csv, and one console line for an epoch."""
+        """One console line for an epoch."""
         if not self.main:
             return
         row = progress.rows[-1]
-        self.run_dir.write_summary(progress.rows)
         parts = [f"epoch {row['epoch']}/{self.config.epochs}", f"loss {row['train_loss']:.4f}"]
         if row["eval_top1"] is not None:
             parts += [f"top-1 {row['eval_top1']:.2f}%", f"top-5 {row['eval_top5']:.2f}%"]

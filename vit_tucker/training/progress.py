@@ -1,5 +1,6 @@
 """Where a run stands."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ class Progress:
         step: finished optimizer steps of the current epoch.
         global_step: finished optimizer steps in all.
         loss_sum: sum of the step losses of the current epoch.
+        term_sums: the same for each term of the loss, and over how many steps; empty where the loss is all that there is.
         seconds: training time so far, evaluation apart.
         rows: finished rows of summary.csv.
         best: epoch, top1, top5 and loss of the best weights so far.
@@ -25,6 +27,7 @@ class Progress:
     step: int = 0
     global_step: int = 0
     loss_sum: float = 0.0
+    term_sums: dict[str, list[float]] = field(default_factory=dict)
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
@@ -37,15 +40,23 @@ class Progress:
         self.step += 1
         self.global_step += 1
 
-    def add_losses(self, losses: list[float]) -> None:
-        """Step losses, added one by one: a stop in between must not change the rounding of the sum."""
+    def add_losses(self, losses: list[float], terms: Mapping[str, list[float]]) -> None:
+        """Step losses and their terms, added one by one: a stop in between must not change the rounding of the sum."""
         for loss in losses:
             self.loss_sum += loss
+        for name, values in terms.items():
+            for value in values:
+                before, steps = self.term_sums.get(name, (0.0, 0))
+                self.term_sums[name] = [before + value, steps + 1]
+
+    def term_means(self) -> dict[str, float]:
+        """The mean of each term of the loss over the current epoch's steps."""
+        return {name: total / steps for name, (total, steps) in self.term_sums.items()}
 
     def finish_epoch(self, row: dict[str, Any]) -> None:
         """The current epoch is trained and evaluated."""
         self.rows.append(row)
-        self.epoch, self.step, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.epoch, self.step, self.loss_sum, self.term_sums = self.epoch + 1, 0, 0.0, {}
 
     def fit_to(self, steps_per_epoch: int) -> bool:
         """Take over another number of steps per epoch (a changed batch size): the same share of the epoch is done.

@@ -27,11 +27,13 @@ class Saved:
         progress: where it stood.
         optimizer: state dict.
         scaler: GradScaler's state dict.
+        step_rule: name and state.
     """
 
     progress: Progress = field(default_factory=Progress)
     optimizer: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
+    step_rule: dict[str, Any] | None = None
 
 
 def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
@@ -46,8 +48,8 @@ def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | No
     if name is None:
         return Saved()
     checkpoint = run_dir.checkpoints / name
-    values, optimizer = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
-    progress, scaler = peers.together(lambda: read_progress(values, checkpoint))
+    state = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
+    progress, scaler = peers.together(lambda: read_progress(state.progress, checkpoint))
     progress.best = peers.on_main(lambda: best_on_disk(run_dir.best, progress.best))
     LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
     if progress.processes != peers.num_processes:
@@ -55,7 +57,7 @@ def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | No
             f"on {peers.num_processes} process(es), before on {progress.processes}: the same images and batches, sums rounded in "
             "another order; dropout and drop path draw anew"
         )
-    return Saved(progress, optimizer, scaler)
+    return Saved(progress, state.optimizer, scaler, state.step_rule)
 
 
 def choose_checkpoint(run_dir: RunDir) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,6 +16,8 @@ from vit_tucker.validation.mistakes import shown
 Steps = Annotated[int, Field(ge=0, le=1 << 48)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Score = Annotated[float, Field(allow_inf_nan=True)]
+TermSum = Annotated[list[Score], Field(min_length=2, max_length=2)]
+"""Sum of a term of the loss, and number of steps."""
 COLUMNS = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
 """What each row of summary.csv has."""
 OPENERS = ("dict", "tensor", "tuple", "dtype")
@@ -48,6 +50,7 @@ class SavedProgress(Strict):
     step: Steps
     global_step: Steps
     loss_sum: float
+    term_sums: dict[str, TermSum] = Field(default={})
     seconds: Annotated[float, Field(ge=0)]
     rows: list[dict[str, Score | None]]
     best: Best | None
@@ -96,8 +99,22 @@ def contradictions(progress: Progress, checkpoint: Path) -> list[str]:
     return found
 
 
-def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the entry ``progress`` of a checkpoint's state.json, and the optimizer's state dict.
+class SavedState(NamedTuple):
+    """What state.json and optimizer.safetensors of a checkpoint hold.
+
+    Attributes:
+        progress: JSON values, for ``read_progress``.
+        optimizer: state dict, for ``optimizer_state.load_optimizer``.
+        step_rule: ``name`` and ``state`` of the rule of the run, for ``step.restore_rule``; None if it had none of its own.
+    """
+
+    progress: dict[str, Any]
+    optimizer: dict[str, Any]
+    step_rule: dict[str, Any] | None
+
+
+def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
+    """Returns what a checkpoint's state.json holds, with the tensors in their places.
 
     Args:
         checkpoint: its folder.
@@ -110,14 +127,20 @@ def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[st
     for key in ("progress", "optimizer"):
         if not isinstance(state.get(key), dict):
             raise CheckpointError(f"{key}: an object is needed, a {kind_of(state.get(key))} found")
+    nested = {key: state[key] for key in ("optimizer", "step_rule") if key in state}
     try:
-        optimizer = unflatten(state["optimizer"], tensors, "optimizer")
+        found = {key: unflatten(value, tensors, key) for key, value in nested.items()}
     except RecursionError:
         raise CheckpointError("optimizer: is nested too deep") from None
-    lost = sorted(tensors.keys() - set(names_in(state["optimizer"])))
+    lost = sorted(tensors.keys() - {name for value in nested.values() for name in names_in(value)})
     if lost:
         raise CheckpointError(f"optimizer: {lost[0]} of optimizer.safetensors has no place in it")
-    return state["progress"], optimizer
+    rule = found.get("step_rule")
+    if "step_rule" in nested and not (isinstance(rule, dict) and rule.keys() == {"name", "state"}):
+        raise CheckpointError(f"step_rule: {shown(rule)} found, its name and state needed")
+    if rule is not None and not (isinstance(rule["name"], str) and isinstance(rule["state"], dict)):
+        raise CheckpointError("step_rule: a name that is text, and a state that is an object, are needed")
+    return SavedState(state["progress"], found["optimizer"], rule)
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor], place: str) -> Any:

@@ -23,7 +23,7 @@ from vit_tucker.storage.checkpoints import (
 )
 from vit_tucker.storage.digests import CONFIG, stored_file, with_stored, write_config
 from vit_tucker.storage.weights import load_weights, save_weights, sync, whole, write_tensors
-from vit_tucker.training.saved_state import read_state
+from vit_tucker.training.saved_state import SavedState, read_state
 
 
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -58,6 +58,7 @@ def save_checkpoint(
     metadata: dict[str, str],
     keep: int,
     description: Mapping[str, Any] | None = None,
+    step_rule: Any = None,
 ) -> Path:
     """Write a resumable checkpoint and drop the oldest beyond ``keep``.
 
@@ -69,6 +70,7 @@ def save_checkpoint(
         metadata: see ``save_weights``.
         keep: how many to keep.
         description: config.json, from which ``vit_tucker.load`` rebuilds the model; none is written if None.
+        step_rule: its name and state as ``flatten`` gives them, their tensors among those of the optimizer; None for none.
 
     Returns:
         The checkpoint's folder.
@@ -80,7 +82,8 @@ def save_checkpoint(
     beside = folder / f".{final.name}.tmp"
     clear_leftovers(folder)
     try:
-        write_state(beside, weights, optimizer, {"progress": progress}, metadata)
+        facts = {"progress": progress} | ({} if step_rule is None else {"step_rule": step_rule})
+        write_state(beside, weights, optimizer, facts, metadata)
         written = {f.name: fingerprint(f) for f in sorted(beside.iterdir())}
         if description is not None:
             files = {f"{name}.safetensors": written[f"{name}.safetensors"]["sha256"] for name in weights}
@@ -119,7 +122,7 @@ def write_state(
     _write(folder / "state.json", {"optimizer": values, **facts})
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> SavedState:
     """Restore model and EMA from a checkpoint folder. An EMA that was not saved starts from the model.
 
     Args:
@@ -127,7 +130,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
         model, ema: unwrapped, not yet sharded.
 
     Returns:
-        The ``progress`` that was saved, and the optimizer's state dict, for ``optimizer_state.load_optimizer``.
+        The rest of what was saved.
 
     Raises:
         CheckpointError: torn, or of another model.

@@ -20,12 +20,14 @@ from vit_tucker.errors import DivergedError, FailedError, SaveError, StoppedErro
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import full_state, save_weights
-from vit_tucker.training.distill import Distiller
 from vit_tucker.training.interrupt import Signals
+from vit_tucker.training.objective import Objective
 from vit_tucker.training.optim import Group, learning_rate
 from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.state import flatten, save_checkpoint, write_state
+from vit_tucker.training.step import OrdinaryStep, StepRule
+from vit_tucker.training.step_log import StepLog, Steps
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Trainer:
         model: prepared model; ``bare`` is the same without wrappers.
         optimizer: prepared optimizer.
         scheduler: timm's, over global steps.
-        loss: logits, targets -> scalar mean.
+        objective: what is minimised.
         mixup: timm's, or None.
         ema: timm's, or None.
         config: the recipe.
@@ -46,14 +48,17 @@ class Trainer:
         run_dir: where results go.
         metadata: strings for the header of saved weights.
         description: config.json beside saved weights, see ``vit_tucker.storage.digests``; None for none.
+        describe: what makes metadata and description of the bare model, after a change of shapes; None to keep them.
+        rule: how a step is made.
         progress: where the run stands.
         input_size: channels, height, width of an image.
         groups: the optimizer's groups, by name.
         faults: images that can't be read.
-        distiller: the loss where a teacher is learned from, or None.
         inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
         signals: what this process was asked from outside.
         losses: this process's losses, one step late where there is a GPU.
+        log: the steps that are not yet averaged over processes.
+        log_due: whether the norm of the step's gradient is to be logged.
     """
 
     accelerator: Accelerator
@@ -62,7 +67,7 @@ class Trainer:
     bare: nn.Module
     optimizer: Any
     scheduler: Scheduler
-    loss: nn.Module
+    objective: Objective
     mixup: Mixup | None
     ema: ModelEmaV3 | None
     config: TrainConfig
@@ -74,10 +79,13 @@ class Trainer:
     groups: list[Group]
     faults: FaultLog
     description: dict[str, Any] | None = None
-    distiller: Distiller | None = None
+    describe: Callable[[nn.Module], tuple[dict[str, str], dict[str, Any] | None]] | None = None
+    rule: StepRule = field(default_factory=OrdinaryStep)
     inspect: Callable[[nn.Module], dict[str, float]] | None = None
     signals: Signals = field(default_factory=Signals)
     losses: Mirror = field(default_factory=Mirror)
+    log: StepLog = field(default_factory=StepLog)
+    log_due: bool = False
 
     def is_finite(self, loss: Tensor, norm: Tensor | None) -> bool:
         """Whether this process's loss, and the gradient where no scaler watches it, are numbers; one step late on a GPU."""
@@ -85,9 +93,20 @@ class Trainer:
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
 
-    def all_finite(self, losses: list[float], norms: list[float]) -> bool:
-        """Whether all processes' losses, and gradients where no scaler watches them, are numbers."""
-        return all(map(math.isfinite, losses if self.accelerator.scaler is not None else [*losses, *norms]))
+    def settle(self, diverged: bool) -> Steps:
+        """Average the steps that are pending over processes, into the progress; every process must call this alike.
+
+        Args:
+            diverged: a process has seen a loss that is not finite.
+
+        Raises:
+            DivergedError: it has, or an average is not finite (a gradient's, where no scaler watches it).
+        """
+        steps = self.log.settle(self.progress, self.accelerator)
+        norms = [] if self.accelerator.scaler is not None else steps.norms.values()
+        if diverged or not all(map(math.isfinite, [*steps.losses, *norms])):
+            self.fail_diverged(steps.losses)
+        return steps
 
     def has_new_faults(self) -> bool:
         """Whether this process met bad images that the others don't know yet."""
@@ -116,11 +135,16 @@ class Trainer:
         weights = {"model": full_state(self.bare)}
         if self.ema is not None:
             weights["ema"] = full_state(self.ema.module)
-        optimizer = self._optimizer_state()
+        optimizer, rule = self._optimizer_state(), None
+        if (given := self.config.step_rule) is not None:
+            state = {"name": given["name"], "state": self.rule.state_dict()}
+            rule = flatten(state, "step_rule", optimizer[1])
         progress = {**asdict(self.progress), "scaler": self._scaler_state()}
         folder, keep = self.run_dir.checkpoints, self.config.checkpoint_hist
         header, config = self.metadata, self.description
-        self._write(lambda: save_checkpoint(folder, weights, optimizer, progress, header, keep, config), "a checkpoint")
+        self._write(
+            lambda: save_checkpoint(folder, weights, optimizer, progress, header, keep, config, rule), "a checkpoint"
+        )
 
     def save_best(self) -> None:
         """Write the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.

@@ -8,7 +8,7 @@ from tests.attention.backends.test_backends import CPU, CUDA, TRIANGLE, formula,
 from vit_tucker.attention.backends import (
     choose,
     flash,
-    registry,
+    recorded_choices,
 )
 from vit_tucker.attention.backends.base import facts_of
 from vit_tucker.errors import PatchError
@@ -81,6 +81,6 @@ class TestFlash:
         flash.missing.cache_clear()
         monkeypatch.setattr(flash.importlib.metadata, "version", lambda name: "2.8.3")
         monkeypatch.setattr(flash.importlib, "import_module", lambda name: self)
-        assert choose(CUDA, "flash_attn").reason == "asked for"
+        with recorded_choices():
+            assert choose(CUDA, "flash_attn").reason == "asked for"
         flash.missing.cache_clear()
-        registry._CHOICES.clear()

@@ -6,7 +6,7 @@ import torch
 from tests.attention.backends.test_backends import run, tensors
 from vit_tucker.attention.backends.masks import cast_mask, masked_softmax
 from vit_tucker.errors import ExplainError, PatchError
-from vit_tucker.explain.taps import check_rows
+from vit_tucker.explain.map_modules import check_rows
 
 NEGATIVE = float("-inf")
 TOKENS = 7

@@ -1,6 +1,7 @@
 """The registry: what is chosen, what is refused, what the log says; the option of the configs."""
 
 import logging
+from contextlib import suppress
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from vit_tucker.attention.backends import (
     flex,
     get_backend,
     list_backends,
+    recorded_choices,
     register_backend,
     registry,
 )
@@ -107,20 +109,55 @@ class TestAuto:
         assert fast_bfloat16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def test_the_log_says_once_what_runs_and_why(caplog):
-    registry._CHOICES.clear()
-    q, k, v = tensors(dtype=torch.float32)
-    with caplog.at_level(logging.INFO, logger="vit_tucker.attention"):
+def call(fused=True, dtype=torch.float32):
+    q, k, v = tensors(dtype=dtype)
+    attend(q, k, v, scale=0.3, attn_drop=nn.Dropout(0.0), fused=fused)
+
+
+def test_a_recording_has_what_ran_in_it_and_the_log_says_it_once(caplog):
+    call()  # what ran before is no news to the first recording alone
+    with caplog.at_level(logging.INFO, logger="vit_tucker.attention"), recorded_choices() as choices:
         for _ in range(2):
-            attend(q, k, v, scale=0.3, attn_drop=nn.Dropout(0.0), fused=True)
-        attend(q, k, v, scale=0.3, attn_drop=nn.Dropout(0.0), fused=False)
+            call()
+        call(fused=False)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "attention backend sdpa: fused in torch, padded to 24 columns "
         "[cpu, float32, 4 heads of width 16 and 24 on 1 key/value head, inference]",
         "attention backend eager: asked for [cpu, float32, 4 heads of width 16 and 24 on 1 key/value head, inference]",
     ]
-    assert [f"attention backend {line}" for line in registry.choices()] == lines
+    assert [f"attention backend {line}" for line in choices.lines()] == lines
+    call(dtype=torch.float64)
+    assert len(choices) == 2  # it is over
+
+
+def test_recordings_may_lie_in_one_another_and_end_in_errors():
+    with recorded_choices() as outer:
+        call()
+        with suppress(RuntimeError), recorded_choices() as inner:
+            call(fused=False)
+            raise RuntimeError
+        with recorded_choices() as none:
+            pass
+        call(dtype=torch.float64)
+    assert [line.partition(":")[0] for line in inner.lines()] == ["eager"]
+    assert [line.partition(":")[0] for line in outer.lines()] == ["sdpa", "eager", "sdpa"]
+    assert not none
+
+
+def test_each_recording_has_the_choices_of_compiled_layers():
+    """Two runs in one process: the second one's model is like the first one's, and its code would be the same."""
+    lines = []
+    for _ in range(2):
+        layer = vt.TuckerConfig(ranks=(2, 8, 8)).build(vt.HostSpec(16, 4, 4, 16))
+        compiled = torch.compile(layer, backend="eager")
+        with recorded_choices() as choices:
+            for _ in range(2):
+                compiled(torch.randn(2, 5, 16))
+        lines.append(choices.lines())
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert "dense attention, compiled [cpu" in lines[0][0]
 
 
 def test_layers_without_memory_are_no_news(caplog):

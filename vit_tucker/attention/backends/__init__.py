@@ -16,25 +16,25 @@ from vit_tucker.attention.backends import blocked, eager, flash, flex, flops, sd
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.registry import (
     AUTO,
-    choices,
+    Choices,
     choose,
-    forget,
     get_backend,
     is_whole,
     list_backends,
+    recorded_choices,
     register_backend,
 )
 
 __all__ = [
     "AUTO",
     "Backend",
+    "Choices",
     "Facts",
-    "choices",
     "choose",
-    "forget",
     "get_backend",
     "is_whole",
     "list_backends",
+    "recorded_choices",
     "register_backend",
 ]
 _ = (blocked, eager, flash, flex, flops, sdpa, tucker_cpu, tucker_triton)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vit_tucker.attention.recording import own_only
+from vit_tucker.attention.tracing import own_only
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

@@ -22,7 +22,7 @@ def attend(
     return zero_rows(F.dropout(attn, dropout) @ expand_heads(v, q.shape[1]), blind)  # outputs are smaller than maps
 
 
-def attention_maps(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """softmax(scale * Q K^T + mask), (B, H, N, N); works on fx proxies."""
     return masked_softmax(scores_of(q, k, scale), attn_mask, is_causal)
 

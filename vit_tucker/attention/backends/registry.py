@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,6 @@ from vit_tucker.errors import ConfigError, PatchError, nearest
 AUTO = "auto"
 LOGGER = logging.getLogger("vit_tucker.attention")
 _BACKENDS: dict[str, Backend] = {}
-_CHOICES: dict[tuple[Facts, str], Choice] = {}
 
 
 class Choice(NamedTuple):
@@ -26,6 +27,48 @@ class Choice(NamedTuple):
 
     name: str
     reason: str
+
+
+class Choices(dict[tuple[Facts, str], Choice]):
+    """Which backend took each kind of call, by its facts and what was asked for, in the order of first calls."""
+
+    def lines(self) -> list[str]:
+        """Returns what ran and why, as the log says it."""
+        return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in self.items()]
+
+    def add(self, facts: Facts, wanted: str, choice: Choice) -> Choice:
+        """Adds the choice for a new kind of call, and logs it."""
+        self[facts, wanted] = choice
+        LOGGER.info("attention backend %s: %s [%s]", choice.name, choice.reason, facts)
+        return choice
+
+
+_RECORDINGS = [Choices()]
+"""The innermost recording is the last; the first one has what ran outside all of them, so that the log says it once."""
+_COMPILED: set[str] = set()
+"""Backends in code that torch compiled."""
+
+
+@contextmanager
+def recorded_choices() -> Iterator[Choices]:
+    """Records which backends take the calls inside the context, in all threads, and logs each kind of call once.
+
+    Code that torch compiled before makes no choice when it runs again, so it is dropped: what is called in here is compiled anew.
+
+    Yields:
+        What was chosen so far; it stays as it is after the context.
+    """
+    if _COMPILED:
+        torch.compiler.reset()
+        _COMPILED.clear()
+    choices = Choices()
+    _RECORDINGS.append(choices)
+    try:
+        yield choices
+    finally:
+        _RECORDINGS[:] = [other for other in _RECORDINGS if other is not choices]
+        for outer in _RECORDINGS[1:]:
+            outer |= {**choices, **outer}
 
 
 def register_backend(backend: Backend) -> Backend:
@@ -77,11 +120,9 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
         return Choice(_choose_while_compiling(wanted, *facts), "")
     if facts.device == "meta":  # nothing is computed
         return decide(facts, wanted)
-    choice = _CHOICES.get((facts, wanted))
-    if choice is None:
-        choice = _CHOICES[facts, wanted] = decide(facts, wanted)
-        LOGGER.info("attention backend %s: %s [%s]", choice.name, choice.reason, facts)
-    return choice
+    known = _RECORDINGS[-1]
+    choice = known.get((facts, wanted))
+    return known.add(facts, wanted, decide(facts, wanted)) if choice is None else choice
 
 
 @torch.compiler.assume_constant_result
@@ -89,8 +130,8 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
     """``choose`` as torch.compile runs it: once, as it traces the call. It hands over plain values, and takes back a name."""
     given = Facts(*facts)
     choice = decide(given, wanted)
-    compiled = _CHOICES[given, f"{wanted}, compiled"] = Choice(choice.name, f"{choice.reason}, compiled")
-    LOGGER.info("attention backend %s: %s [%s]", *compiled, given)
+    _COMPILED.add(choice.name)
+    _RECORDINGS[-1].add(given, f"{wanted}, compiled", Choice(choice.name, f"{choice.reason}, compiled"))
     return choice.name
 
 
@@ -136,13 +177,3 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
             ("sdpa", ""),
         ]
     return [("sdpa", "")]
-
-
-def choices() -> list[str]:
-    """What ran in this process since ``forget``, and why, as the log said it."""
-    return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in _CHOICES.items()]
-
-
-def forget() -> None:
-    """Start anew: the log says again what runs."""
-    _CHOICES.clear()

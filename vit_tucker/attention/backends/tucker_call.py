@@ -8,8 +8,8 @@ from torch import Tensor
 from vit_tucker.attention.backends.base import Facts, TuckerCall, device_type, drops, mask_facts
 from vit_tucker.attention.backends.padding import cpu_width, pad_call
 from vit_tucker.attention.backends.registry import choose, get_backend
-from vit_tucker.attention.recording import own_only
 from vit_tucker.attention.rope import rotate
+from vit_tucker.attention.tracing import own_only
 
 MANY_TOKENS = 1024
 """Of a batch: below, a training step with a dense layer's attention takes some ten megabytes."""

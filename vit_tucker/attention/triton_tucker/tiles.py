@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Choice(NamedTuple):
+class TileChoice(NamedTuple):
     """A tile and what it is for: ranks up to a width, the bytes of a number, and whether for masks and rotations too."""
 
     width: int
@@ -46,41 +46,41 @@ class Choice(NamedTuple):
 
 # A mask in memory or a rotation costs registers, so the blocks are narrower. Products of float32 numbers are sums in registers of
 # plain threads: small blocks, many warps. Behind the first choice of a width comes what a device with less shared memory gets.
-CHOICES: dict[KernelName, tuple[Choice, ...]] = {
+CHOICES: dict[KernelName, tuple[TileChoice, ...]] = {
     "forward": (
-        Choice(32, 2, False, Tile(64, 64, 4, 3)),
-        Choice(32, 2, True, Tile(64, 32, 4, 3)),
-        Choice(64, 2, False, Tile(64, 64, 4, 3)),
-        Choice(64, 2, True, Tile(64, 32, 4, 3)),
-        Choice(128, 2, False, Tile(64, 64, 8, 2)),
-        Choice(128, 2, True, Tile(64, 32, 8, 2)),
-        Choice(128, 2, True, Tile(32, 32, 4, 1)),
-        Choice(32, 4, True, Tile(32, 32, 4, 1)),
-        Choice(64, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+        TileChoice(32, 2, False, Tile(64, 64, 4, 3)),
+        TileChoice(32, 2, True, Tile(64, 32, 4, 3)),
+        TileChoice(64, 2, False, Tile(64, 64, 4, 3)),
+        TileChoice(64, 2, True, Tile(64, 32, 4, 3)),
+        TileChoice(128, 2, False, Tile(64, 64, 8, 2)),
+        TileChoice(128, 2, True, Tile(64, 32, 8, 2)),
+        TileChoice(128, 2, True, Tile(32, 32, 4, 1)),
+        TileChoice(32, 4, True, Tile(32, 32, 4, 1)),
+        TileChoice(64, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(16, 16, 8, 1)),
     ),
     "rows": (
-        Choice(32, 2, False, Tile(64, 64, 4, 3)),
-        Choice(32, 2, True, Tile(64, 32, 4, 3)),
-        Choice(64, 2, False, Tile(64, 64, 4, 2)),
-        Choice(64, 2, True, Tile(64, 32, 4, 2)),
-        Choice(128, 2, False, Tile(64, 64, 8, 2)),
-        Choice(128, 2, True, Tile(64, 32, 8, 2)),
-        Choice(128, 2, True, Tile(32, 32, 4, 1)),
-        Choice(32, 4, True, Tile(32, 32, 8, 1)),
-        Choice(64, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+        TileChoice(32, 2, False, Tile(64, 64, 4, 3)),
+        TileChoice(32, 2, True, Tile(64, 32, 4, 3)),
+        TileChoice(64, 2, False, Tile(64, 64, 4, 2)),
+        TileChoice(64, 2, True, Tile(64, 32, 4, 2)),
+        TileChoice(128, 2, False, Tile(64, 64, 8, 2)),
+        TileChoice(128, 2, True, Tile(64, 32, 8, 2)),
+        TileChoice(128, 2, True, Tile(32, 32, 4, 1)),
+        TileChoice(32, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(64, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(16, 16, 8, 1)),
     ),
     "keys": (
-        Choice(32, 2, False, Tile(64, 64, 4, 2)),
-        Choice(64, 2, True, Tile(32, 64, 4, 2)),
-        Choice(128, 2, True, Tile(32, 64, 8, 2)),
-        Choice(128, 2, True, Tile(32, 32, 4, 1)),
-        Choice(64, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(32, 32, 8, 1)),
-        Choice(128, 4, True, Tile(16, 16, 8, 1)),
+        TileChoice(32, 2, False, Tile(64, 64, 4, 2)),
+        TileChoice(64, 2, True, Tile(32, 64, 4, 2)),
+        TileChoice(128, 2, True, Tile(32, 64, 8, 2)),
+        TileChoice(128, 2, True, Tile(32, 32, 4, 1)),
+        TileChoice(64, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(32, 32, 8, 1)),
+        TileChoice(128, 4, True, Tile(16, 16, 8, 1)),
     ),
 }
 

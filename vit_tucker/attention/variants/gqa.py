@@ -4,7 +4,7 @@
 Source: Ainslie et al., GQA, arXiv 2305.13245; Shazeer, arXiv 1911.02150 (MQA).
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,6 +27,8 @@ from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs
 from vit_tucker.errors import PatchError
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.rotary import RotaryPairs, best_pair_each
 from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
@@ -36,6 +38,8 @@ from vit_tucker.tensor.weighted import head_weights, mean_metric
 @register_method("gqa")
 class GQAConfig(PerHeadConfig):
     """Grouped-query attention with ``num_kv_heads`` key/value heads (1: multi-query attention)."""
+
+    display: ClassVar[MethodDisplay] = methods.GQA
 
     method: Literal["gqa"] = "gqa"
 

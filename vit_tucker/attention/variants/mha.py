@@ -3,7 +3,7 @@
 out = sum_i softmax(Q_i K_i^T / sqrt(D)) V_i WO_i + b,   parameters per layer: 4 d^2
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,15 @@ from vit_tucker.attention.linear import (
 )
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.registry import register_method
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 
 
 @register_method("mha")
 class MHAConfig(PerHeadConfig):
     """Multi-head attention with the host's shape: for baselines, and to train dense attention from a new start."""
+
+    display: ClassVar[MethodDisplay] = methods.MHA
 
     method: Literal["mha"] = "mha"
 

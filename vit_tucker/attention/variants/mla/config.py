@@ -23,8 +23,10 @@ from vit_tucker.attention.host import HostSpec, count_extras
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.variants.mla.layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
-from vit_tucker.attention.variants.tucker.ranks import even_rank, refuse_odd
-from vit_tucker.errors import PatchError
+from vit_tucker.attention.variants.mla.ranks import full_latents, refuse_ranks
+from vit_tucker.attention.variants.tucker.ranks import even_rank
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 
 
 @register_method("mla")
@@ -32,6 +34,8 @@ class MLAConfig(PerHeadConfig):
     """Multi-head latent attention with a query latent and a key/value latent."""
 
     latent_rope: ClassVar[bool] = True
+
+    display: ClassVar[MethodDisplay] = methods.MLA
 
     method: Literal["mla"] = "mla"
 
@@ -41,18 +45,19 @@ class MLAConfig(PerHeadConfig):
         default=True, description="Keys and values share one latent; false gives each its own of that width."
     )
 
+    def rank_options(self) -> dict[str, Any]:
+        """See base class."""
+        return {"q_lora_rank": self.q_lora_rank, "kv_lora_rank": self.kv_lora_rank}
+
     def check(self, spec: HostSpec) -> None:
         """See base class."""
-        refuse_odd(spec, "kv_lora_rank", self.kv_lora_rank)
-        for name, limit in zip(("q_lora_rank", "kv_lora_rank"), full_ranks(spec, self.shared_kv), strict=True):
-            if getattr(self, name) > limit:
-                raise PatchError(f"{name}={getattr(self, name)} is above its full rank {limit}")
+        refuse_ranks(spec, self.q_lora_rank, self.kv_lora_rank, self.shared_kv)
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
         """Latents as wide as the projections' ranks."""
         shared = not spec.rotates_latent
-        query, key_value = full_ranks(spec, shared)
+        query, key_value = full_latents(spec, shared)
         return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod
@@ -87,9 +92,3 @@ class MLAConfig(PerHeadConfig):
             return 2 * (tokens + heads * width * folds) + latent
         flops = super().count_flops(spec, num_tokens)
         return flops - attend_flops(heads, num_tokens, width, width) + latent if spec.rotates_latent else flops
-
-
-def full_ranks(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
-    """The largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
-    key_value = spec.attn_dim * (2 if shared_kv else 1)
-    return min(spec.embed_dim, spec.attn_dim), key_value if spec.rotates_latent else min(spec.embed_dim, key_value)

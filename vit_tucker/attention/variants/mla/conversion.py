@@ -14,7 +14,7 @@ from vit_tucker.tensor.metric import Root, identity_root, metric_root
 from vit_tucker.tensor.tucker import leading_eigenvectors
 
 
-class Target(NamedTuple):
+class MLATarget(NamedTuple):
     """What a layer has room for.
 
     Attributes:
@@ -59,7 +59,9 @@ class Latents(NamedTuple):
     key_value: KeyValue
 
 
-def decompose(weights: MHAWeights, target: Target, moments: Moments | None = None, damping: float = 0.0) -> Latents:
+def fit_latents(
+    weights: MHAWeights, target: MLATarget, moments: Moments | None = None, damping: float = 0.0
+) -> Latents:
     """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank.
 
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
@@ -95,7 +97,7 @@ def paired(x: Tensor, heads: int, rope: RopeSpec) -> Tensor:
     return adjacent_pairs(x.unflatten(-1, (heads, -1)), rope.half).flatten(-2)
 
 
-def plain_latents(weights: MHAWeights, target: Target, metrics: "Metrics") -> KeyValue:
+def plain_latents(weights: MHAWeights, target: MLATarget, metrics: "ErrorMetrics") -> KeyValue:
     """Best latents of keys and values."""
     key, value = join_heads(weights.key), join_heads(weights.value)
     width, rank = key.shape[1], target.key_value
@@ -108,7 +110,12 @@ def plain_latents(weights: MHAWeights, target: Target, metrics: "Metrics") -> Ke
 
 
 def rotary_latents(
-    weights: MHAWeights, target: Target, rope: RopeSpec, metrics: "Metrics", moments: Moments | None, damping: float
+    weights: MHAWeights,
+    target: MLATarget,
+    rope: RopeSpec,
+    metrics: "ErrorMetrics",
+    moments: Moments | None,
+    damping: float,
 ) -> KeyValue:
     """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
     value, rank = join_heads(weights.value), target.key_value
@@ -125,7 +132,7 @@ def rotary_latents(
     return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.columns)
 
 
-class Metrics(NamedTuple):
+class ErrorMetrics(NamedTuple):
     """Roots of what errors cost; None for the error in the weights.
 
     Attributes:
@@ -146,7 +153,7 @@ class Metrics(NamedTuple):
         return metric_root(square[:width, :width]).root, metric_root(square[width:, width:]).root
 
 
-def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Metrics:
+def read_metrics(moments: Moments | None, centred: bool, damping: float) -> ErrorMetrics:
     """Metrics from the moments of a layer.
 
     Args:
@@ -155,10 +162,10 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Metr
         damping: see ``metric_root``.
     """
     if moments is None:
-        return Metrics(None, None, None)
+        return ErrorMetrics(None, None, None)
     tokens = moments.token_covariance if centred else moments.query[:-1, :-1]
     grads = (metric_root(grad, damping).root for grad in (moments.query_grad, moments.kv_grad))
-    return Metrics(metric_root(tokens, damping), *grads)
+    return ErrorMetrics(metric_root(tokens, damping), *grads)
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:

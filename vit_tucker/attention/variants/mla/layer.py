@@ -14,18 +14,21 @@ from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import is_plain, joint_linear, open_shape
 from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.host import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights
+from vit_tucker.attention.latent_rope import resize_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
     head_bias,
     init_linear,
     linear_bias,
     linear_weight,
+    resize_linear,
     set_linear,
     split_heads,
 )
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import rotate_latent, spread_columns
-from vit_tucker.attention.variants.mla.conversion import Latents, Target, decompose
+from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents
+from vit_tucker.attention.variants.mla.ranks import refuse_ranks
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker
@@ -189,16 +192,16 @@ class MLA(PerHeadModule):
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        self._take_over(weights, decompose(weights, self._target()))
+        self._take_over(weights, fit_latents(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
         the other; query and value biases take up the tokens' mean."""
-        self._take_over(weights, decompose(weights, self._target(), moments, damping))
+        self._take_over(weights, fit_latents(weights, self._target(), moments, damping))
 
-    def _target(self) -> Target:
+    def _target(self) -> MLATarget:
         rope = None if self.pair_rotations is None else self.spec.rope
-        return Target(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
+        return MLATarget(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
 
     def _take_over(self, weights: MHAWeights, latents: Latents) -> None:
         parts = latents.key_value
@@ -212,6 +215,38 @@ class MLA(PerHeadModule):
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
         if self.pair_rotations is not None and parts.rotations is not None:
             self.pair_rotations.copy_(parts.rotations)
+
+    def rank_options(self) -> dict[str, Any]:
+        """See base class."""
+        return {"q_lora_rank": self.q_down.out_features, "kv_lora_rank": self.kv_down.out_features}
+
+    def _resize(self, **options: Any) -> None:
+        """See base class: each product of a down and an up projection as by its SVD, keys and values of one latent together."""
+        q_lora_rank, kv_lora_rank = options["q_lora_rank"], options["kv_lora_rank"]
+        refuse_ranks(self.spec, q_lora_rank, kv_lora_rank, self.v_down is None)
+        self._resize_latent(self.q_down, [self.q_up], q_lora_rank)
+        if self.v_down is None:
+            self._resize_latent(self.kv_down, [self.k_up, self.v_up], kv_lora_rank)
+        else:
+            self._resize_latent(self.v_down, [self.v_up], kv_lora_rank)
+            self._resize_latent(self.kv_down, [self.k_up], kv_lora_rank)
+
+    def _resize_latent(self, down: nn.Linear, ups: list[nn.Linear], rank: int) -> None:
+        if rank == down.out_features:
+            return
+        width, rotations = down.in_features, self.pair_rotations if down is self.kv_down else None
+        factor, rests = augmented_weight(down), [linear_weight(up) for up in ups]
+        joined = torch.cat(rests, 1)  # (r, columns of all)
+        (factor, mixing), rotations = resize_keys(factor, joined @ joined.mT, rank, rotations, self.spec)
+        assert mixing is not None
+        biases = [linear_bias(up) for up in ups]
+        resize_linear(down, width, rank)
+        set_linear(down, factor[:width], factor[width] if len(factor) > width else None)
+        for up, rest, bias in zip(ups, rests, biases, strict=True):
+            resize_linear(up, rank, up.out_features)
+            set_linear(up, mixing @ rest, bias)
+        if down is self.kv_down:
+            self.pair_rotations = rotations
 
     @property
     def kv_width(self) -> int | None:

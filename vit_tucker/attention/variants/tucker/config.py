@@ -4,7 +4,6 @@
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1; Table 1 for the counts.
 """
 
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -19,15 +18,16 @@ from vit_tucker.attention.variants.tucker.ranks import (
     even_rank,
     full_ranks,
     has_out_bias,
-    refuse_odd,
+    refuse_ranks,
     tensor_macs,
     tensor_weights,
 )
 from vit_tucker.errors import PatchError
+from vit_tucker.show import methods
+from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.allocation import Ranks
 
 PositiveRanks = tuple[Rank, Rank, Rank]
-MODES = ("head", "query/output", "key/value")
 
 
 @register_method("tucker")
@@ -37,6 +37,8 @@ class TuckerConfig(AttentionConfig):
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope"}
     latent_rope: ClassVar[bool] = True
     whole_kernels: ClassVar[bool] = True
+
+    display: ClassVar[MethodDisplay] = methods.TUCKER
 
     method: Literal["tucker"] = "tucker"
 
@@ -76,6 +78,14 @@ class TuckerConfig(AttentionConfig):
         """Ranks of the post-softmax tensor."""
         return self.post_ranks or self.pre
 
+    def rank_options(self) -> dict[str, Any]:
+        """See base class."""
+        return {"ranks": self.pre, "post_ranks": self.post}
+
+    def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> "TuckerConfig":
+        """See base class."""
+        return self.model_copy(update={"ranks": pre, "post_ranks": None if post == pre else post})
+
     def check(self, spec: HostSpec) -> None:
         """See base class."""
         if self.rank_rule is not None:
@@ -89,20 +99,13 @@ class TuckerConfig(AttentionConfig):
                         f"ranks {self.rank_rule} have no form for {name}={getattr(self, name)}; give the ranks"
                     )
             return
-        full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and self.query_bias))
-        for name, ranks, limits in (("ranks", self.pre, full[0]), ("post_ranks", self.post, full[1])):
-            for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
-                if rank > limit:
-                    raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
-        refuse_odd(spec, f"ranks={list(self.pre)}: key rank", self.pre[2])
+        refuse_ranks(spec, self.pre, self.post, self.shared_kv, self.query_bias)
         if spec.rope is not None and self.conversion == "hooi":
             raise PatchError("conversion='hooi' has no form for hosts with RoPE; use 'hosvd'")
         if self.calibration is not None and self.conversion == "hooi":
             raise PatchError("conversion='hooi' goes by the weights alone; leave it out with calibration")
         if self.shared_kv and self.conversion == "hooi":
             raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
-        if self.shared_kv and self.pre[2] != self.post[2]:
-            raise PatchError(f"shared_kv needs equal key and value ranks, not {self.pre[2]} and {self.post[2]}")
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "TuckerConfig":

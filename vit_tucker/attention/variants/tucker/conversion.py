@@ -20,7 +20,7 @@ from vit_tucker.tensor.tucker import Tucker, apply_pairs, hooi, hosvd, joint_rig
 from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, whitened_hosvd
 
 
-class Target(NamedTuple):
+class TuckerTarget(NamedTuple):
     """What a layer has room for.
 
     Attributes:
@@ -54,7 +54,7 @@ class TuckerTensors(NamedTuple):
     rotations: Tensor | None = None
 
 
-def decompose(weights: MHAWeights, target: Target, conversion: str = "hosvd") -> TuckerTensors:
+def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosvd") -> TuckerTensors:
     """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks.
 
     Args:
@@ -77,7 +77,7 @@ def decompose(weights: MHAWeights, target: Target, conversion: str = "hosvd") ->
     return TuckerTensors(pre, post, out_bias, rotations)
 
 
-def decompose_calibrated(weights: MHAWeights, target: Target, moments: Moments, damping: float) -> TuckerTensors:
+def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Moments, damping: float) -> TuckerTensors:
     """The decompositions with the least error on the tokens, to first order, head by head.
 
     Query mode: E[x~ x~^T] with x~ = [x, 1]; key mode: how much each head's scores matter (``Moments.key``); value mode: the
@@ -115,7 +115,7 @@ def decompose_calibrated(weights: MHAWeights, target: Target, moments: Moments, 
 def rotary_pre(
     weights: MHAWeights,
     rope: RopeSpec,
-    target: Target,
+    target: TuckerTarget,
     moments: Moments | None = None,
     damping: float = 0.0,
     value: Tensor | None = None,

@@ -20,12 +20,13 @@ from vit_tucker.attention.backends.tucker_call import attend_whole
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import folds, is_plain, joint_linear, latent_inputs, latent_outputs
 from vit_tucker.attention.host import DENSE_INIT_STD, HostSpec, MHAWeights
-from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, set_linear
+from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, resize_linear, resized, set_linear
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import rotate_key, rotate_latent, spread_columns
-from vit_tucker.attention.variants.tucker.conversion import Target, decompose, decompose_calibrated, refit_post
-from vit_tucker.attention.variants.tucker.ranks import has_out_bias
+from vit_tucker.attention.variants.tucker.conversion import TuckerTarget, decompose, decompose_calibrated, refit_post
+from vit_tucker.attention.variants.tucker.ranks import has_out_bias, refuse_ranks
+from vit_tucker.attention.variants.tucker.resize import resize_tensors
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.tensor.metric import Root
@@ -199,8 +200,8 @@ class TuckerAttention(AttentionModule):
         """The host's weights, without a query bias that the layer has no place for."""
         return weights if self.q_proj.bias is not None else replace(weights, query_bias=None)
 
-    def _target(self) -> Target:
-        return Target(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
+    def _target(self) -> TuckerTarget:
+        return TuckerTarget(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
         """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
@@ -235,6 +236,38 @@ class TuckerAttention(AttentionModule):
     def ranks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Ranks of the pre- and of the post-softmax tensor."""
         return tuple(self.pre_core.shape), tuple(self.post_core.shape)  # type: ignore[return-value]
+
+    def factors(self) -> dict[str, Tensor]:
+        """See base class: core, head, left and right of "pre" and "post", as in "pre.core"; one right factor with shared_kv."""
+        values = self.k_proj if self.v_proj is None else self.v_proj
+        pre = (self.pre_core, self.pre_head, self.q_proj.weight, self.k_proj.weight)
+        post = (self.post_core, self.post_head, self.proj.weight, values.weight)
+        return {f"{tensor}.{role}": factor for tensor, factors in (("pre", pre), ("post", post))
+                for role, factor in zip(Tucker._fields, factors, strict=True)}  # fmt: skip
+
+    def rank_options(self) -> dict[str, Any]:
+        """See base class."""
+        return dict(zip(("ranks", "post_ranks"), self.ranks, strict=True))
+
+    def _resize(self, **options: Any) -> None:
+        """See base class."""
+        ranks, post_ranks = tuple(options["ranks"]), tuple(options["post_ranks"])
+        refuse_ranks(self.spec, ranks, post_ranks, self.v_proj is None, self.q_proj.bias is not None)
+        out_bias = self.folded_out_bias()
+        (pre, post), rotations = resize_tensors(
+            self.tucker_form(), (ranks, post_ranks), self.pair_rotations, self.spec, self.v_proj is None
+        )
+        width = self.k_proj.in_features
+        resize_linear(self.q_proj, width, ranks[1])
+        resize_linear(self.k_proj, width, ranks[2])
+        if self.v_proj is not None:
+            resize_linear(self.v_proj, width, post_ranks[2])
+        resize_linear(self.proj, post_ranks[1], self.proj.out_features)
+        self.pre_core, self.post_core = resized(self.pre_core, ranks), resized(self.post_core, post_ranks)
+        self.pre_head = resized(self.pre_head, (self.num_heads, ranks[0]))
+        self.post_head = resized(self.post_head, (self.num_heads, post_ranks[0]))
+        self.pair_rotations = rotations
+        self.set_tensors(pre, post, out_bias)
 
     def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None, rotations: Tensor | None = None) -> None:
         """Copy two Tucker decompositions in, see ``TuckerTensors``.

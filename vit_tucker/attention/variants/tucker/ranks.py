@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vit_tucker.attention.attend import attend_flops
@@ -18,6 +18,8 @@ from vit_tucker.attention.options import RankRule
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
 from vit_tucker.tensor.tucker import Pairs
+
+MODES = ("head", "query/output", "key/value")
 
 
 def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
@@ -41,6 +43,18 @@ def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
     if spec.rotates_latent and rank % 2:
         lower = f"{rank - 1} or " if rank > 1 else ""
         raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
+
+
+def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query_bias: bool) -> None:
+    """Raise PatchError for ranks that a Tucker layer in place of such a host can't have; names the mode and its limit."""
+    full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and query_bias))
+    for name, ranks, limits in (("ranks", pre, full[0]), ("post_ranks", post, full[1])):
+        for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
+            if rank > limit:
+                raise PatchError(f"{name}={list(ranks)}: {mode} rank {rank} is above its full rank {limit}")
+    refuse_odd(spec, f"ranks={list(pre)}: key rank", pre[2])
+    if shared_kv and pre[2] != post[2]:
+        raise PatchError(f"shared_kv needs equal key and value ranks, not {pre[2]} and {post[2]}")
 
 
 def has_out_bias(spec: HostSpec) -> bool:

@@ -1,0 +1,1 @@
+"""The documentation; a package, so that its hooks are imported from here whatever else is called docs."""

@@ -1,0 +1,18 @@
+"""Whether a call of a layer is only computed, or recorded too: compiled, exported, traced or transformed."""
+
+import torch
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+_is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def own_only() -> bool:
+    """Whether only torch's own operations will do: the call is recorded for another runtime, or transformed by torch.func."""
+    if torch.compiler.is_compiling():  # torch.export says so too
+        return _is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed()
+    return torch.jit.is_tracing() or _is_transformed()
+
+
+def is_traced() -> bool:
+    """Whether anything looks on: see the module."""
+    return torch.compiler.is_compiling() or own_only()

@@ -1,0 +1,230 @@
+"""Watching attention layers at work: what goes in, what comes out, and what an error there would cost."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vit_tucker.attention.call import Call, read_call, to_sequences
+from vit_tucker.attention.moments import LayerCall, Moments
+from vit_tucker.attention.options import Calibration
+from vit_tucker.errors import PatchError
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.hosts.readers import Host
+
+MOMENT_BYTES = 4 * 2**30
+"""Layers are worked off in groups whose moments fit into this; each group costs its own passes over the images."""
+
+
+@dataclass
+class WatchedLayer:
+    """A dense attention layer of a model.
+
+    Attributes:
+        name: full module name.
+        module: the host's module, in the model.
+        host: read from it.
+        seconds: time spent on it, passes through the model apart.
+        images, tokens: how many its moments come from.
+    """
+
+    name: str
+    module: nn.Module
+    host: Host
+    seconds: float = 0.0
+    images: int = 0
+    tokens: int = 0
+
+
+Layer = TypeVar("Layer", bound=WatchedLayer)
+
+
+def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
+    """The first ``limit`` images, in batches, on the model's device and in its dtype.
+
+    Raises:
+        PatchError: nothing there, no image tensors, values that are not finite, or images that the model does not take.
+    """
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    images: list[Tensor] = []
+    count = 0
+    for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
+        tensor = batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
+            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise PatchError(f"calibration: batch {number} is {shape}, not a float tensor (B, channels, height, width)")
+        if not torch.isfinite(tensor).all():
+            raise PatchError(f"calibration: batch {number} holds values that are not finite")
+        if tensor.is_inference():  # which no gradient can pass
+            tensor = tensor.clone()
+        images.append(tensor[: limit - count].to(like.device, like.dtype))
+        if all(images[-1].shape[1:] != other.shape[1:] for other in images[:-1]):
+            refuse_unfit_images(model, images[-1], number)
+        count += len(images[-1])
+        if count >= limit:
+            break
+    if count == 0:
+        raise PatchError("calibration: no images")
+    return images
+
+
+@torch.no_grad()
+def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
+    """Raise PatchError for images of a size or number of channels that the model does not take: by one of them."""
+    if len(images) == 0:
+        return
+    try:
+        with evaluating(model):
+            final_features(model, images[:1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # models complain in many ways
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        expected = "x".join(map(str, input_shape(model)))
+        given = "x".join(map(str, images.shape[1:]))
+        raise PatchError(
+            f"calibration: batch {number}: {type(model).__name__} takes no images of {given}, its own are {expected}: {reason}"
+        ) from None
+
+
+@contextmanager
+def evaluating(*roots: nn.Module) -> Iterator[None]:
+    """The modules in eval mode, every submodule's own mode restored afterwards."""
+    modes = {module: module.training for root in roots for module in root.modules()}
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def timed(layer: WatchedLayer) -> Iterator[None]:
+    """Adds the time spent inside to the layer's seconds."""
+    start = time.perf_counter()
+    yield
+    layer.seconds += time.perf_counter() - start
+
+
+@contextmanager
+def located(name: str) -> Iterator[None]:
+    """Turns numerical complaints into a PatchError that names the layer."""
+    try:
+        yield
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise PatchError(f"{name}: calibration: {error}") from None
+
+
+def layers_per_pass(layers: list[Layer]) -> Iterator[list[Layer]]:
+    """The layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
+    group: list[Layer] = []
+    used = 0
+    for layer in layers:
+        needed = Moments.bytes(layer.host.spec)
+        if group and used + needed > MOMENT_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(layer)
+        used += needed
+    if group:
+        yield group
+
+
+@contextmanager
+def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
+    """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
+
+    def hook(layer: Layer) -> Callable[..., None]:
+        signature, spec = inspect.signature(layer.module.forward), layer.host.spec
+        bias: Any = spec.extras.get("position_bias", {}).get("position_bias")
+
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            see(layer, read_call(spec.layout, bias, **signature.bind(*args, **kwargs).arguments), output)
+
+        return seen
+
+    handles = [layer.module.register_forward_hook(hook(layer), prepend=True, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def detached(call: Call) -> Call:
+    """The call without the graph that made it."""
+    mask, rope = (None if value is None else value.detach() for value in (call.attn_mask, call.rope))
+    return call._replace(x=call.x.detach(), attn_mask=mask, rope=rope)
+
+
+def run_with_probes(
+    model: nn.Module,
+    layers: list[Layer],
+    images: list[Tensor],
+    options: Calibration,
+    see: Callable[[Layer, LayerCall], None],
+) -> None:
+    """Show each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
+    generator = torch.Generator().manual_seed(options.seed)
+    backward = options.objective == "features"
+    if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise PatchError(
+            "calibration: the model's weights are inference tensors, which have no gradients: make the model outside of "
+            "torch.inference_mode, or calibrate with objective='layer'"
+        )
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    for batch in images:
+        calls: list[tuple[Layer, Call, Tensor]] = []
+
+        def note(layer: Layer, call: Call, y: Tensor, calls: Any = calls) -> None:
+            if backward and not y.requires_grad:
+                y.requires_grad_(True)
+            calls.append((layer, detached(call), y))
+
+        with torch.set_grad_enabled(backward), watching(layers, note):
+            features = final_features(model, batch)
+            target = random_combination(features, noise) if backward else None
+        outputs = [y for *_, y in calls]
+        if target is not None:
+            grads = torch.autograd.grad(target, outputs, allow_unused=True)
+            probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
+        else:
+            probes = [noise(y) for y in outputs]
+        with torch.no_grad():
+            for (layer, call, y), probe in zip(calls, probes, strict=True):
+                layout = layer.host.spec.layout
+                see(layer, LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:4]))
+
+
+def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """A scalar whose gradient is random in the space of the features.
+
+    Raises:
+        PatchError: no feature has gradients.
+    """
+    parts = [part.float() for part in features if part.requires_grad]
+    if not parts:
+        raise PatchError(
+            "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "
+            "objective='layer', which needs none"
+        )
+    return torch.stack([(part * noise(part)).sum() for part in parts]).sum()
+
+
+def final_features(model: Any, images: Tensor) -> list[Tensor]:
+    """The model's features before its head (timm's forward_features), else its outputs: all maps of a model of features."""
+    forward = getattr(model, "forward_features", model)
+    parts = tree_leaves(forward(images))
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]

@@ -1,0 +1,44 @@
+"""Accelerate's part of a run: device, processes, precision, trackers."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from vit_tucker.config.schema import TrainConfig
+from vit_tucker.errors import ConfigError
+from vit_tucker.training.trackers import check_trackers
+
+
+def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
+    """Accelerator with the config's precision and trackers; 'auto' is what the launcher was told, else bf16 where GPUs have it.
+
+    Args:
+        config: the recipe.
+        folder: where trackers write files.
+
+    Raises:
+        ConfigError: a tracker that Accelerate doesn't know, or that is not installed.
+    """
+    cpu = config.cpu or not torch.cuda.is_available()
+    precision = config.mixed_precision
+    if precision == "auto":
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        has_bf16 = not cpu and torch.cuda.is_bf16_supported()
+        precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
+    handlers = [
+        DistributedDataParallelKwargs(broadcast_buffers=False),
+        InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
+    ]
+    trackers = check_trackers(config.trackers) or None
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=precision, kwargs_handlers=handlers, log_with=trackers, project_dir=folder
+    )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise ConfigError(
+            "the launcher asks for FSDP, which needs GPUs; without them start the processes with --multi_gpu"
+        )
+    return accelerator

@@ -1,0 +1,120 @@
+"""What comes of a run: results.json of its training, or scores of its weights."""
+
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from vit_tucker.analysis.cost import count_cost
+from vit_tucker.checkpoint.host_model import count_parameters
+from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.loaders import Loaders
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.run.describe import measure_latency
+from vit_tucker.run.folder import unwritable
+from vit_tucker.run.model import BuiltModel
+from vit_tucker.storage.digests import verify_beside
+from vit_tucker.storage.run_dir import LOGGER
+from vit_tucker.storage.weights import load_weights
+from vit_tucker.training.engine import evaluate
+from vit_tucker.training.peers import Peers
+from vit_tucker.training.trainer import Trainer
+
+
+def finish_run(
+    config: RunConfig, trainer: Trainer, built: BuiltModel, results: dict[str, Any], backends: list[str]
+) -> dict[str, Any]:
+    """Write the results of a run that has been trained, on the first process.
+
+    Args:
+        config, trainer, built: of the run.
+        results: see ``describe_run``.
+        backends: what computed the attention, and why.
+
+    Returns:
+        ``results`` with what the training gave.
+
+    Raises:
+        SaveError: they can't be written.
+    """
+    run_dir, accelerator = trainer.run_dir, trainer.accelerator
+    results |= {**summarise(trainer), **resized(trainer.bare, built, results), "attention_backends": backends}
+    if accelerator.is_main_process:
+        results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
+        try:
+            run_dir.write_results(results)
+        except OSError as error:
+            raise unwritable(run_dir.results, error) from error
+    best, params = results["best"], results["params"]
+    score = f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})" if best else "the best weights were lost"
+    LOGGER.info(
+        f"done: {score}, {params['attention']:,} attention parameters of {params['total']:,}, "
+        f"{results['train_seconds']:.0f} s; results in {run_dir.path}"
+    )
+    return results
+
+
+def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
+    """What results.json says otherwise of a model whose step rule has changed its ranks; empty where it has not.
+
+    Args:
+        model: as trained.
+        built: before the training.
+        results: before the training; layers of their old size keep their row, with the errors of their conversion.
+    """
+    record, stated = patch_record(model), results["patch"]
+    if record is None or stated is None:
+        return {}
+    now = record.report.to_dict()
+    rows = {row["name"]: row for row in stated["layers"]}
+    sizes = ("params_after", "flops_after")
+    kept = [rows[row["name"]] if all(row[k] == rows[row["name"]][k] for k in sizes) else row for row in now["layers"]]
+    if kept == stated["layers"]:
+        return {}
+    total, attention = count_parameters(model)
+    return {
+        "patch": {**now, "layers": kept},
+        "params": {**results["params"], "total": total, "attention": attention},
+        "cost": count_cost(model, built.host, built.data["input_size"]),
+    }
+
+
+def summarise(trainer: Trainer) -> dict[str, Any]:
+    """What results.json says of the training itself."""
+    progress = trainer.progress
+    return {
+        "epochs": progress.epoch,
+        "best": progress.best,
+        "last": progress.rows[-1],
+        "curve": progress.rows,
+        "bad_images": progress.faults,
+        "train_seconds": progress.seconds,
+        "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),
+        "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+    }
+
+
+def evaluate_run(
+    weights: Path | None,
+    built: BuiltModel,
+    loaders: Loaders,
+    accelerator: Accelerator,
+    peers: Peers,
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Scores of a run's weights; of the model as created (dense weights, converted) if nothing was trained."""
+    for note in loaders.notes:
+        LOGGER.info(note)
+    which = "the model as created"
+    if weights is not None:
+        peers.together(lambda: verify_beside(weights))
+        peers.together(lambda: load_weights(weights, built.model))
+        which = str(weights)
+    scores = evaluate(built.model, loaders, accelerator, peers)
+    LOGGER.info(
+        f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
+    )
+    return {**results, "evaluation": asdict(scores)}

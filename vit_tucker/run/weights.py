@@ -1,0 +1,60 @@
+"""What a run's saved weights say of themselves, and the weights of its teacher."""
+
+from typing import Any
+
+from torch import nn
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.checkpoint.describe import describe, header
+from vit_tucker.config.schema import RunConfig
+from vit_tucker.data.classes import padded
+from vit_tucker.data.loaders import Loaders
+from vit_tucker.errors import CheckpointError
+from vit_tucker.patching.patch import patch_record
+from vit_tucker.run.model import BuiltModel
+from vit_tucker.storage.digests import save_model
+from vit_tucker.storage.run_dir import LOGGER, RunDir
+from vit_tucker.storage.weights import full_state, save_weights
+
+
+def describe_weights(
+    model: nn.Module, config: RunConfig, built: BuiltModel, loaders: Loaders
+) -> tuple[dict[str, str], dict[str, Any] | None]:
+    """Header and config.json of the run's weights; the latter None, and a line in the log, where timm alone can't rebuild it."""
+    names = loaders.label_names and padded(loaders.label_names, built.num_classes)
+    labels = names if names and len(names) == built.num_classes else None
+    try:
+        description = describe(model, label_names=labels, data=built.data)
+    except CheckpointError as error:
+        LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
+        record = patch_record(model)
+        return weights_header(config.model.name, None if record is None else record.config), None
+    return header(description), description
+
+
+def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
+    """Keep the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it.
+
+    Args:
+        run_dir: of the run.
+        teacher: dense.
+        name: timm's, of the model.
+    """
+    file, header_entries = run_dir.teacher, weights_header(name, None)
+    try:
+        config = describe(teacher)
+    except CheckpointError:
+        save_weights(file, full_state(teacher), header_entries)
+    else:
+        save_model(file.parent, file.name, full_state(teacher), header_entries, config)
+
+
+def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
+    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
+    if attention is None:
+        return {"architecture": architecture, "attention": ""}
+    return {
+        "architecture": architecture,
+        "attention": attention.method,
+        "attention_config": attention.model_dump_json(),
+    }

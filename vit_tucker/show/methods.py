@@ -1,0 +1,76 @@
+"""How tables and figures show an attention method: a class attribute of its config, read here without importing torch."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+
+from vit_tucker.validation.checked import Checked
+
+FREE_COLOURS = ("#CC79A7", "#E69F00", "#56B4E9", "#999999")
+FREE_MARKERS = ("v", "P", "X", "d")
+"""For methods that bring none."""
+
+
+class MethodDisplay(Checked):
+    """How tables and figures show a method. What is left out has a fallback: the method's name, the last place, a free colour.
+
+    Plug-ins set it as ``display`` of their config class; their runs keep it in results.json, so that tables need no plug-in.
+    """
+
+    name: str = Field(default="", max_length=60, pattern=r"^[^\r\n|]*$", description="As papers write it.")
+    order: float | None = Field(
+        default=None, description="Place: dense 0, MHA 1, Tucker 2, GQA 3, MLA 4; last if null."
+    )
+    colour: str | None = Field(
+        default=None, pattern=r"^#[0-9A-Fa-f]{6}$", description="Of lines and markers, '#0072B2'."
+    )
+    marker: str | None = Field(default=None, pattern=r"^[.ov^<>1-48spP*hH+xXDd|_]$", description="matplotlib's letter.")
+    starts: dict[str, str] = Field(
+        default={},
+        description="Names of the values of the method's option conversion, its default first; '' if it has none.",
+    )
+    calibrated: str = Field(
+        default="activation-aware {start}", description="A conversion that goes by images; {start} is one of starts."
+    )
+
+    def place(self, method: str) -> tuple[float, str]:
+        """Returns what methods are sorted by."""
+        return float("inf") if self.order is None else self.order, method
+
+    def start(self, conversion: str | None, calibrated: bool) -> str:
+        """Returns the name of a conversion; of configs from before there was a choice, that of the default."""
+        conversion = conversion or next(iter(self.starts), "")
+        plain = self.starts.get(conversion, conversion or "converted")
+        return self.calibrated.replace("{start}", plain) if calibrated else plain
+
+
+DENSE = MethodDisplay(name="dense", order=0, colour="#000000", marker="*")
+MHA = MethodDisplay(name="MHA", order=1, colour="#000000", marker="D", starts={"": "copied"})
+TUCKER = MethodDisplay(
+    name="Tucker",
+    order=2,
+    colour="#0072B2",
+    marker="o",
+    starts={"hosvd": "HOSVD", "hooi": "HOOI"},
+    calibrated="activation-aware",
+)
+GQA = MethodDisplay(name="GQA", order=3, colour="#D55E00", marker="s", starts={"mean": "mean-pool", "svd": "SVD"})
+MLA = MethodDisplay(name="MLA", order=4, colour="#009E73", marker="^", starts={"": "joint SVD"})
+SHIPPED = {"dense": DENSE, "mha": MHA, "tucker": TUCKER, "gqa": GQA, "mla": MLA}
+"""Of the package's own methods, whose results need not repeat it, and of the dense host."""
+
+
+def fill_in(displays: Mapping[str, MethodDisplay]) -> dict[str, MethodDisplay]:
+    """Returns displays with names, and with colours and markers that no other method of the same figure has, by method."""
+    taken = {display.colour for display in displays.values()}, {display.marker for display in displays.values()}
+    free = [[v for v in all_of if v not in used] or all_of
+            for all_of, used in zip((FREE_COLOURS, FREE_MARKERS), taken, strict=True)]  # fmt: skip
+    filled, next_free = {}, [0, 0]
+    for method, display in displays.items():
+        changes = {"name": display.name or method}
+        for i, key in enumerate(("colour", "marker")):
+            if getattr(display, key) is None:
+                changes[key] = free[i][next_free[i] % len(free[i])]
+                next_free[i] += 1
+        filled[method] = display.model_copy(update=changes)
+    return filled
