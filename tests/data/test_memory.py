@@ -11,11 +11,11 @@ from tests.data.test_loaders import AUGMENTED, RESOLVED, first_step
 from tests.data.test_loaders import build as build_digits
 from tests.data.test_streams import write_shards
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data import pipeline
+from vit_tucker.data import preparation
 from vit_tucker.data.augmentation import Parameters
 from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, subset
 from vit_tucker.data.memory import AugmentedBatches, HeldImages, array_size, erase
-from vit_tucker.data.pipeline import Way, batched_obstacle, choose_way, describe_pipeline
+from vit_tucker.data.preparation import Preparation, batched_obstacle, choose_preparation, describe_preparation
 from vit_tucker.data.transforms import train_transform
 from vit_tucker.errors import ConfigError, DataError
 
@@ -199,14 +199,16 @@ def test_large_sets_are_not_held(monkeypatch):
     shape = (1, 8, 8)
     dataset = ArrayDataset(np.zeros((100, 4, 4), np.uint8), np.zeros(100, int), "L")
     data = DataConfig()
-    monkeypatch.setattr(pipeline, "LIMIT_BYTES", 100 * 16)
-    assert choose_way(data, dataset, shape, training=True) == Way("augmented")
-    assert choose_way(data, dataset, shape, training=False).kind == "image"  # 8x8 of each is what would be kept
-    monkeypatch.setattr(pipeline, "LIMIT_BYTES", 100 * 64)
-    assert choose_way(data, dataset, shape, training=False) == Way("kept")
-    monkeypatch.setattr(pipeline, "LIMIT_BYTES", 100 * 16 - 1)
-    assert "too many to hold" in choose_way(data, dataset, shape, training=True).reason
-    assert choose_way(data.model_copy(update={"in_memory": True}), dataset, shape, True) == Way("augmented")
+    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 16)
+    assert choose_preparation(data, dataset, shape, training=True) == Preparation("augmented")
+    assert choose_preparation(data, dataset, shape, training=False).kind == "image"  # 8x8 of each is what would be kept
+    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64)
+    assert choose_preparation(data, dataset, shape, training=False) == Preparation("kept")
+    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 16 - 1)
+    assert "too many to hold" in choose_preparation(data, dataset, shape, training=True).reason
+    assert choose_preparation(data.model_copy(update={"in_memory": True}), dataset, shape, True) == Preparation(
+        "augmented"
+    )
 
 
 def test_arrays_are_known_as_such():
@@ -229,5 +231,5 @@ def test_descriptions():
     assert build_digits(digits("auto", num_workers=2)).describe() == (
         "training: 1,437 images in memory, augmented in batches by 2 workers; evaluation: 360 images in memory, transformed once"
     )
-    one_by_one = describe_pipeline(Way("image", "data.aa needs PIL"), None, 1)
+    one_by_one = describe_preparation(Preparation("image", "data.aa needs PIL"), None, 1)
     assert one_by_one == "images read one by one by 1 worker: data.aa needs PIL"

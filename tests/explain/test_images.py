@@ -9,7 +9,7 @@ from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import Normalise
 from vit_tucker.data.transforms import eval_transform
 from vit_tucker.errors import DataError
-from vit_tucker.explain.images import data_images, file_images, to_picture, to_pixels
+from vit_tucker.explain.images import data_images, images_in_files, to_picture, to_pixels
 
 
 def save(file, value=0, size=(6, 5)):
@@ -23,11 +23,11 @@ def test_files_and_folders_in_order_with_names_of_their_own(tmp_path):
     for name in ("b.jpg", "cat.png", "a.webp"):
         save(tmp_path / "folder" / name)
     (tmp_path / "folder" / "notes.txt").write_text("no image")
-    images = file_images([single, tmp_path / "folder"], "RGB")
+    images = images_in_files([single, tmp_path / "folder"], "RGB")
     assert [image.name for image in images] == ["cat", "a", "b", "cat-2"]
     assert images[0].source == str(single)
     assert images[0].read().getpixel((0, 0)) == (9, 0, 255)
-    assert file_images([single], "L")[0].read().mode == "L"
+    assert images_in_files([single], "L")[0].read().mode == "L"
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "torn", "empty"])
@@ -47,7 +47,7 @@ def test_what_can_not_be_read_is_named(tmp_path, kind):
     if kind == "empty":
         path.mkdir()
     with pytest.raises(DataError, match=messages[kind]) as caught:
-        file_images([save(tmp_path / "good.png"), path], "RGB")
+        images_in_files([save(tmp_path / "good.png"), path], "RGB")
     assert "\n" not in str(caught.value)
     assert str(caught.value).count("x.png") == 1
 

@@ -14,10 +14,10 @@ import pytest
 
 from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.run.main import train
-from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.cluster import ClusterExecutor, job_file
 from vit_tucker.sweep.cluster_job import ClusterJob
 from vit_tucker.sweep.plan import load_sweep
+from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.runner import Runner, read_statuses
 from vit_tucker.sweep.schema import ExecutorConfig
 

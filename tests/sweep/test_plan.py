@@ -9,7 +9,7 @@ from vit_tucker.config.find import package_configs
 from vit_tucker.config.load import load_config
 from vit_tucker.errors import VitTuckerError
 from vit_tucker.sweep.check import plan_cells
-from vit_tucker.sweep.plan import describe, load_sweep, select
+from vit_tucker.sweep.plan import describe_value, load_sweep, select_jobs
 from vit_tucker.sweep.schema import SweepConfig
 
 FILE = """
@@ -77,13 +77,13 @@ def test_without_a_start_cells_begin_with_the_base(file):
 
 def test_selection_brings_the_starts_along(file):
     sweep = load_sweep(file)
-    assert [job.key for job in select(sweep, ["gqa*"], ["3"])] == [("start", 3), ("gqa2", 3), ("gqa1", 3)]
-    assert [job.key for job in select(sweep, ["gqa1/seed0"])] == [("start", 0), ("gqa1", 0)]
-    assert select(sweep, []) == sweep.jobs
+    assert [job.key for job in select_jobs(sweep, ["gqa*"], ["3"])] == [("start", 3), ("gqa2", 3), ("gqa1", 3)]
+    assert [job.key for job in select_jobs(sweep, ["gqa1/seed0"])] == [("start", 0), ("gqa1", 0)]
+    assert select_jobs(sweep, []) == sweep.jobs
     with pytest.raises(VitTuckerError, match=r"no cell matches 'gqq1'.*did you mean 'gqa1'"):
-        select(sweep, ["gqq1"])
+        select_jobs(sweep, ["gqq1"])
     with pytest.raises(VitTuckerError, match="--seeds: 1 is none of the sweep's: 0, 3"):
-        select(sweep, [], ["1"])
+        select_jobs(sweep, [], ["1"])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_selection_brings_the_starts_along(file):
     [([8, 16, 16], "8-16-16"), (0.001, "0.001"), (True, "true"), (None, "none"), ({"budget": 0.15}, "budget0.15")],
 )
 def test_values_in_names(value, text):
-    assert describe(value) == text
+    assert describe_value(value) == text
 
 
 @pytest.mark.parametrize(

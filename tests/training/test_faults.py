@@ -27,9 +27,9 @@ from vit_tucker.run.trainer import go_on
 from vit_tucker.storage import checkpoints
 from vit_tucker.storage.checkpoints import fingerprint
 from vit_tucker.training import state
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.monitor import NullMonitor
 from vit_tucker.training.optim import create_scheduler
-from vit_tucker.training.peers import Peers
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.resume import Saved
 from vit_tucker.training.saved_state import read_progress
@@ -108,7 +108,7 @@ def test_the_scaler_is_restored():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     trainer = SimpleNamespace(
         accelerator=accelerator, progress=progress, rule=OrdinaryStep(), config=TrainConfig(), faults=FaultLog(0),
-        peers=Peers(), scheduler=create_scheduler(optimizer, TrainConfig(), 22),
+        peers=Coordinator(), scheduler=create_scheduler(optimizer, TrainConfig(), 22),
     )  # fmt: skip
     go_on(trainer, Saved(progress, None, scaler), optimizer, 22)
     assert accelerator.scaler.get_scale() == 8.0

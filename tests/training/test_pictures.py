@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from vit_tucker.training.pictures import RIGHT, WRONG, denormalise, prediction_figure, short_name
+from vit_tucker.training.pictures import RIGHT, WRONG, denormalise, prediction_figure, short_parameter_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -75,7 +75,7 @@ def test_the_texts_say_class_and_probability(monkeypatch):
     logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
     prediction_figure(flat_images(2), torch.tensor([0, 2]), logits, MEAN, STD, names)
     assert titles == ["$dog$  58%\ntrue: cat", "a class name of m…  91%\ntrue: a class name of m…"]
-    assert short_name(7, names) == short_name(7, None) == "7"
+    assert short_parameter_name(7, names) == short_parameter_name(7, None) == "7"
 
 
 def test_no_more_than_sixteen_images_and_fast():

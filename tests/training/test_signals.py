@@ -15,8 +15,8 @@ from tests.conftest import process_environment
 from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.test_kills import RECIPE, outcome
 from vit_tucker.run.main import resume_command
+from vit_tucker.training.coordination import Coordinator, VoteResult
 from vit_tucker.training.interrupt import Signals, catch_signals
-from vit_tucker.training.peers import Peers, Verdict
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [
@@ -146,9 +146,9 @@ def test_signals_are_noted_and_the_second_ctrl_c_interrupts_at_once(monkeypatch)
 
 
 def test_a_process_alone_hears_itself_at_once():
-    assert Peers().vote(15, diverged=True) == Verdict(15, True, False)
-    assert Peers().vote() == Verdict()
-    assert Peers().union(["b", "a", "b"]) == ["a", "b"]
+    assert Coordinator().vote(15, diverged=True) == VoteResult(15, True, False)
+    assert Coordinator().vote() == VoteResult()
+    assert Coordinator().union(["b", "a", "b"]) == ["a", "b"]
     with pytest.raises(ZeroDivisionError):
-        Peers().together(lambda: 1 / 0)
-    assert Peers().main_first(lambda: 3) == Peers().on_main(lambda: 3) == 3
+        Coordinator().together(lambda: 1 / 0)
+    assert Coordinator().main_first(lambda: 3) == Coordinator().on_main(lambda: 3) == 3

@@ -20,9 +20,9 @@ from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
-from vit_tucker.hosts.channels import fit_channels
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import built_size, input_channels, input_shape
+from vit_tucker.hosts.normalisation import fit_channels
 from vit_tucker.hosts.structure import without_weights
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS, choose_layers, layer_configs

@@ -98,14 +98,14 @@ def formulas(sizes: Any) -> "CostTable":
 
     rows = []
     for row in TABLE_1:
-        own = " ".join(f"{letter}={shown(getattr(sizes, letter))}" for letter in row.options)
+        own = " ".join(f"{letter}={shown_number(getattr(sizes, letter))}" for letter in row.options)
         weights, entries = measure_layer(row, sizes)
         values = row.count_weights(sizes), weights, row.count_entries(sizes), entries
         rows.append((row.method, own, row.weights, row.entries, *values))
     return formula_table(f"d={sizes.d} H={sizes.H} N={sizes.N}", rows)
 
 
-def shown(value: Any) -> str:
+def shown_number(value: Any) -> str:
     """4 as '4', (8, 16, 16) as '[8,16,16]'."""
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 

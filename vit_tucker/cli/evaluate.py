@@ -48,8 +48,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from vit_tucker.hosts.images import input_shape
     from vit_tucker.inference.predict import classes_for, open_classifier
     from vit_tucker.run.accelerator import create_accelerator
+    from vit_tucker.training.coordination import Coordinator
     from vit_tucker.training.engine import evaluate as score
-    from vit_tucker.training.peers import Peers
 
     find(args.model)
     config = data_config(args)
@@ -59,7 +59,7 @@ def evaluate(args: argparse.Namespace) -> int:
     refuse_other_classes(args.model, model, config.data.dataset)
     logging.getLogger("vit_tucker").setLevel(logging.WARNING)
     accelerator = create_accelerator(config.train)
-    peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
+    peers = Coordinator(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     model.to(accelerator.device)
     data = resolve_data(config.data, info, model, True, input_shape(model))
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -124,7 +124,7 @@ def data_config(args: argparse.Namespace) -> "RunConfig":
         ConfigError: no data set is named, or a key is unknown.
     """
     from vit_tucker.config.load import validate
-    from vit_tucker.config.source import Source, merge, read_overrides
+    from vit_tucker.config.source import Source, merge_values, read_overrides
     from vit_tucker.inference.predict import run_config
 
     for text in args.overrides:
@@ -149,4 +149,4 @@ def data_config(args: argparse.Namespace) -> "RunConfig":
     given.setdefault("train", {}).update(mixed_precision=args.precision, cpu=args.cpu)
     for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode"):
         given.get("data", {}).pop(name, None)  # the model's own, which its config.json tells
-    return validate(merge(Source(given), read_overrides(args.overrides)))
+    return validate(merge_values(Source(given), read_overrides(args.overrides)))

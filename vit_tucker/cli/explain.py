@@ -104,7 +104,7 @@ def explain(args: argparse.Namespace) -> int:
     for finding in explain_images(subjects, bar, folder, options, log_folder):
         findings.append(finding)
         if not args.json:
-            tqdm.write(describe(finding))
+            tqdm.write(describe_finding(finding))
     if args.json:
         emit(to_json({"folder": folder, "images": [finding.to_dict() for finding in findings]}))
     else:
@@ -131,10 +131,10 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     """Models, dense first, and images; everything that can be refused is refused here.
 
     Raises:
-        VitTuckerError: see ``open_subject``, ``open_dense``, ``file_images`` and ``data_images``.
+        VitTuckerError: see ``open_subject``, ``open_dense``, ``images_in_files`` and ``data_images``.
     """
     from vit_tucker.data.image_files import image_mode
-    from vit_tucker.explain.images import data_images, file_images, named_apart
+    from vit_tucker.explain.images import data_images, images_in_files, named_apart
     from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
     from vit_tucker.hosts.find import find_attention
     from vit_tucker.inference.predict import classes_for, image_options, run_config
@@ -150,7 +150,7 @@ def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage
     run = open_subject(args.where)
     select(read_layers(args.layers), list(find_attention(run.model)))
     mode = image_mode(run.data["input_size"][0])
-    images = file_images(args.images, mode, image_options(run.model))
+    images = images_in_files(args.images, mode, image_options(run.model))
     if args.data is not None and config is not None:
         classes, notes = classes_for(run.model, args.where, config.data)
         print_notes(notes)
@@ -182,7 +182,7 @@ def read_layers(text: str | None) -> list[int | str] | None:
     return [int(part) if part.lstrip("-").isdigit() else part for part in text.split(",")]
 
 
-def describe(finding: "Finding") -> str:
+def describe_finding(finding: "Finding") -> str:
     """Lines for people."""
     said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in finding.predictions.items()]
     if values := finding.agreement:

@@ -72,11 +72,11 @@ def sweep(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
-    from vit_tucker.sweep.board import Display
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
     from vit_tucker.sweep.cluster import ClusterExecutor, refuse_missing_cluster
-    from vit_tucker.sweep.plan import load_sweep, select
+    from vit_tucker.sweep.plan import load_sweep, select_jobs
     from vit_tucker.sweep.process import share_machine, visible_gpus
+    from vit_tucker.sweep.progress_table import Display
     from vit_tucker.sweep.runner import Runner, read_statuses
     from vit_tucker.sweep.status import State, read_records
 
@@ -88,7 +88,7 @@ def sweep(args: argparse.Namespace) -> int:
     where = planned.executor.model_copy(update={key: value for key, value in given.items() if value is not None})
     if where.kind == "slurm":
         refuse_missing_cluster()
-    jobs = select(planned, args.only, args.seeds)
+    jobs = select_jobs(planned, args.only, args.seeds)
     refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
     statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))

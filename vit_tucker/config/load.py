@@ -14,7 +14,7 @@ from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
-    merge,
+    merge_values,
     read_overrides,
     read_with_bases,
     read_yaml,
@@ -46,7 +46,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     stored = stored_by_name(name, path)
     written = read_with_bases(path, stored=stored)
     written.values = seen_from_here(written.values, path.parent)
-    source = merge(written, read_overrides(overrides))
+    source = merge_values(written, read_overrides(overrides))
     load_config_plugins(source, path.parent if stored is None else Path())
     config = validate(source)
     run_name = config.name or _default_name(path)
@@ -64,7 +64,7 @@ def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: see ``load_config``.
     """
-    source = merge(Source(values), read_overrides(overrides))
+    source = merge_values(Source(values), read_overrides(overrides))
     load_config_plugins(source, Path())
     return validate(source)
 

@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> Source:
     return Source(values, {(): str(path), **origin})
 
 
-def merge(base: Source, top: Source) -> Source:
+def merge_values(base: Source, top: Source) -> Source:
     """``top`` over ``base``."""
 
     def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
         except ConfigError as error:
             raise ConfigError(f"{where}: base: {error}") from None
         by = stored or stored_by_name(base, file)
-        result = merge(result, _with_bases(file, (*above, path), read, by))
+        result = merge_values(result, _with_bases(file, (*above, path), read, by))
     if parts_of(path):
-        result = merge(_random_start(result.values), result)
-    read[path] = merge(result, source)
+        result = merge_values(_random_start(result.values), result)
+    read[path] = merge_values(result, source)
     return read[path]
 
 
@@ -140,5 +140,5 @@ def read_overrides(overrides: Sequence[str]) -> Source:
         nested, _ = read_text(value, lambda line: "command line", path)
         for part in reversed(path):
             nested = {part: nested}
-        result = merge(result, Source(nested, {path: "command line"}))
+        result = merge_values(result, Source(nested, {path: "command line"}))
     return result

@@ -41,7 +41,7 @@ def read_class_map(given: Mapping[str, int] | str, folders: Sequence[Path]) -> d
     """
     if isinstance(given, Mapping):
         return checked_map([(str(name), number) for name, number in given.items()], "data.class_map")
-    file = find_file(given, folders, "data.class_map")
+    file = find_class_file(given, folders, "data.class_map")
     where = f"data.class_map: {file}"
     if file.suffix.lower() not in ENDINGS:
         hint = "; nothing is unpickled" if file.suffix.lower() in (".pkl", ".pickle") else ""
@@ -93,7 +93,7 @@ def checked_map(pairs: Sequence[tuple[str, object]], where: str) -> dict[str, in
     return numbers
 
 
-def find_file(given: str, folders: Sequence[Path], key: str) -> Path:
+def find_class_file(given: str, folders: Sequence[Path], key: str) -> Path:
     """Finds a file of the config: absolute, relative to where the command runs, or to one of the folders.
 
     Raises:

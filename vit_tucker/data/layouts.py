@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.class_trees import Scan, bare, by_folders
-from vit_tucker.data.classes import find_file
+from vit_tucker.data.classes import find_class_file
 from vit_tucker.data.find_images import Found, walk
 from vit_tucker.data.image_files import image_endings
 from vit_tucker.data.label_files import (
@@ -98,7 +98,7 @@ def scan_split(data: DataConfig, split: str) -> Scan:
             "or put the images there (see data/README.md)"
         )
     if given is not None:
-        file = find_file(given, [folder, data_root(data)], "data.labels")
+        file = find_class_file(given, [folder, data_root(data)], "data.labels")
         found = found_images(folder, split, [file])
         return labelled(folder, split, found, notes, csv_labels(file, data.label_columns), file, data_root(data), True)
     tiny = folder / TINY_FILE

@@ -12,7 +12,7 @@ from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, ch
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
-from vit_tucker.data.pipeline import Way, choose_way, describe_pipeline
+from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
 from vit_tucker.data.stream_base import stream_size
@@ -159,7 +159,7 @@ def build_loaders(
     """
     normalise = Normalise(resolved["mean"], resolved["std"], device)
     faults = FaultLog(data.max_bad_images)
-    place = Place(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise, num_classes)
+    place = LoaderSources(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise, num_classes)
     splits = open_splits(
         data,
         resolved["input_size"][0],
@@ -175,7 +175,7 @@ def build_loaders(
 
 
 @dataclass(frozen=True)
-class Place:
+class LoaderSources:
     """What both loaders of one process are built from, see ``build_loaders``."""
 
     data: DataConfig
@@ -225,7 +225,7 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _train_loader(place: Place, split: Any) -> TrainLoader:
+def _train_loader(place: LoaderSources, split: Any) -> TrainLoader:
     data, train = place.data, place.train
     streamed = is_iterable(split)
     total = stream_size(split, data.train_split) if streamed else len(split)
@@ -237,7 +237,7 @@ def _train_loader(place: Place, split: Any) -> TrainLoader:
         sampler = TrainSampler(total, train.global_batch_size, place.seed, *shares, repeats)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    way = choose_way(data, split, place.resolved["input_size"], training=True)
+    way = choose_preparation(data, split, place.resolved["input_size"], training=True)
     name, limit = data.train_split, data.max_bad_images
     if streamed:
         reader = place.stream(split, name, place.rank, place.world_size)
@@ -265,23 +265,23 @@ def _train_loader(place: Place, split: Any) -> TrainLoader:
         train.grad_accum_steps,
         place.faults,
         place.normalise,
-        describe_pipeline(way, total, loader.num_workers),
+        describe_preparation(way, total, loader.num_workers),
     )
 
 
-def _eval_loader(place: Place, split: Any) -> tuple[EvalLoader, int | None]:
+def _eval_loader(place: LoaderSources, split: Any) -> tuple[EvalLoader, int | None]:
     data = place.data
     batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
     if is_iterable(split):
         reader = place.stream(split, data.val_split, 0, 1)
         stream = EvalStream(reader, eval_transform(place.resolved, normalize=False), place.rank, place.world_size)
         loader = place.load(stream, batch_size=batch_size)
-        description = describe_pipeline(Way("image", "a stream"), None, loader.num_workers)
+        description = describe_preparation(Preparation("image", "a stream"), None, loader.num_workers)
         return EvalLoader(loader, place.faults, place.normalise, description), None
     if len(split) == 0:
         raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
     sampler = EvalSampler(len(split), batch_size, place.rank, place.world_size)
-    way = choose_way(data, split, place.resolved["input_size"], training=False)
+    way = choose_preparation(data, split, place.resolved["input_size"], training=False)
     if way.kind == "kept":
         fixed = eval_transform(place.resolved, normalize=False)
         loader = place.load_batches(KeptBatches(split, fixed, place.resolved, data.val_split, False), sampler, True)
@@ -290,5 +290,5 @@ def _eval_loader(place: Place, split: Any) -> tuple[EvalLoader, int | None]:
             split, eval_transform(place.resolved, normalize=False), place.seed, data.val_split, False
         )
         loader = place.load(dataset, batch_sampler=sampler)
-    description = describe_pipeline(way, len(split), loader.num_workers)
+    description = describe_preparation(way, len(split), loader.num_workers)
     return EvalLoader(loader, place.faults, place.normalise, description), len(split)

@@ -47,7 +47,7 @@ def list_shards(source: SplitSource) -> ShardList:
     splits = info.get("splits", {})
     names = info_names(info)
     if ".tar" in source.split or "{" in source.split:
-        return by_pattern(source, splits, names)
+        return shards_by_pattern(source, splits, names)
     if not splits:
         tars = sorted(file.name for file in source.root.glob("*.tar"))
         there = f"; there are {listed(tars)}" if tars else ""
@@ -65,10 +65,10 @@ def list_shards(source: SplitSource) -> ShardList:
     if not isinstance(files, list) or not files:
         raise DataError(f"{source.where}: the {INFO_FILES[0]} in {source.root} lists no 'filenames' of it")
     size = split.get("num_samples") or sum(split.get("shard_lengths") or ())
-    return ShardList(absolute(source.root, files), size or None, split.get("alt_label") or None, names)
+    return ShardList(absolute_shards(source.root, files), size or None, split.get("alt_label") or None, names)
 
 
-def by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str, ...] | None) -> ShardList:
+def shards_by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str, ...] | None) -> ShardList:
     """Returns the shards that a pattern names; their number of samples follows it, or is that of the _info.json."""
     from webdataset.shardlists import expand_urls
 
@@ -87,10 +87,10 @@ def by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str,
     known = [lengths[file] for file in files if file in lengths]
     size = sum(length for length, _ in known) if len(known) == len(files) else None
     field = known[0][1] if known else None
-    return ShardList(absolute(source.root, files), int(count) if count else size, field, names)
+    return ShardList(absolute_shards(source.root, files), int(count) if count else size, field, names)
 
 
-def absolute(root: Path, files: list[str]) -> list[str]:
+def absolute_shards(root: Path, files: list[str]) -> list[str]:
     """Returns shards as they are opened; names are relative to the root.
 
     Raises:

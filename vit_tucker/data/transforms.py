@@ -10,7 +10,7 @@ from torch import nn
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.errors import ConfigError, nearest
-from vit_tucker.hosts.channels import fit_channels
+from vit_tucker.hosts.normalisation import fit_channels
 
 AA_POLICIES = ("original", "originalr", "v0", "v0r", "3a")
 """timm's fixed policies of AutoAugment and 3-Augment."""

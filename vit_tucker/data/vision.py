@@ -40,7 +40,7 @@ def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -
     if known is not None and split not in known:
         raise DataError(f"{name} has no split '{split}', known: {', '.join(known)}{nearest(split, known)}")
     if kind in FOLDERS:
-        check_folder(name, split, root)
+        check_vision_folder(name, split, root)
     try:
         if kind == "imagenet":  # which older timm opens with an argument that torchvision does not have
             own = {key: value for key, value in options.items() if key not in OWN_OPTIONS}
@@ -59,7 +59,7 @@ def open_vision(name: str, split: str, root: Path, options: Mapping[str, Any]) -
     return opened
 
 
-def check_folder(name: str, split: str, root: Path) -> None:
+def check_vision_folder(name: str, split: str, root: Path) -> None:
     """Raises DataError if there is no folder for a split; timm would read all of the root instead."""
     names = next((group for group in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in group), ())
     if not any((root / folder).is_dir() for folder in (split, *names)):

@@ -39,7 +39,7 @@ class NamedImage:
     label: int | None = None
 
 
-def file_images(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
+def images_in_files(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
     """The images of files and folders, those of folders in the order of their names; all are read once, to be sure.
 
     Args:

@@ -15,10 +15,10 @@ from vit_tucker.checkpoint.host_weights import open_weights
 from vit_tucker.checkpoint.load import dense_host
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
-from vit_tucker.hosts.channels import fit_channels
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_channels, input_shape
-from vit_tucker.inference.predict import class_names, open_model
+from vit_tucker.hosts.normalisation import fit_channels
+from vit_tucker.inference.predict import model_class_names, open_model
 from vit_tucker.patching.patch import patch_record
 
 HOST, PRETRAINED, NONE = "host", "pretrained", "none"
@@ -71,7 +71,9 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
     resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
     resolved = {**resolved, **{name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}}
     classifies = classifies and bool(getattr(model, "num_classes", 0))
-    return Subject(method_of(model), model.eval(), {**resolved, "input_size": size}, class_names(model), classifies)
+    return Subject(
+        method_of(model), model.eval(), {**resolved, "input_size": size}, model_class_names(model), classifies
+    )
 
 
 def method_of(model: nn.Module) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from vit_tucker.errors import ExportError
 from vit_tucker.export.sizes import other_size, size_step, sizes_to_compare
-from vit_tucker.hosts.channels import fit_channels
 from vit_tucker.hosts.find import inner, refuse_wrapped
 from vit_tucker.hosts.images import input_shape
+from vit_tucker.hosts.normalisation import fit_channels
 from vit_tucker.patching.patch import patch_record
 
 TRACED_BATCH = 2

@@ -78,7 +78,7 @@ def open_classifier(where: str | Path, **overrides: Any) -> nn.Module:
     return model
 
 
-def class_names(model: nn.Module) -> list[str] | None:
+def model_class_names(model: nn.Module) -> list[str] | None:
     """What to call the classes: the model's label names, for synsets of ImageNet their descriptions; None if nothing tells.
 
     Args:
@@ -190,7 +190,7 @@ def predict(
         Each file with its classes, the likeliest first; with the reason where it can't be read.
     """
     model = model.to(device).eval()
-    names = class_names(model)
+    names = model_class_names(model)
     dataset = ImageFiles(
         files, resolve_data_config({"input_size": input_shape(model)}, model=model), image_options(model)
     )

@@ -48,7 +48,7 @@ def stored_display(attention: AttentionConfig | None) -> dict[str, Any]:
     return {"display": attention.display.model_dump(exclude_defaults=True)}
 
 
-def measure_latency(
+def latency_of_run(
     config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
 ) -> dict[str, Any] | None:
     """The latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
@@ -63,7 +63,7 @@ def measure_latency(
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:
-    """What --dry-run prints beside ``announce``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
+    """What --dry-run prints beside ``log_run``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
     recipe = config.train
     micro_batch = recipe.global_batch_size // (accelerator.num_processes * recipe.grad_accum_steps)
     memory = estimate_memory(
@@ -90,7 +90,7 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
     )
 
 
-def announce(
+def log_run(
     config: RunConfig,
     results: dict[str, Any],
     accelerator: Accelerator,

@@ -16,8 +16,8 @@ from vit_tucker.run.weights import save_teacher
 from vit_tucker.storage.checkpoints import intact_checkpoint
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import replace_text
+from vit_tucker.training.coordination import Coordinator, error_line
 from vit_tucker.training.lock import RunLock
-from vit_tucker.training.peers import Peers, one_line
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Claim:
     def __post_init__(self) -> None:
         self.lock = RunLock(self.run_dir.path)
 
-    def take(self, peers: Peers, dry_run: bool) -> None:
+    def take(self, peers: Coordinator, dry_run: bool) -> None:
         """Make a folder that is there this run's own, on the first process for all; a dry run only asks.
 
         Raises:
@@ -100,14 +100,14 @@ def unwritable(path: Path, error: OSError) -> SaveError:
     return SaveError(f"{path} can't be written to: {reason}; free some space there, then the same command goes on")
 
 
-def record_failure(claim: Claim, peers: Peers, error: Exception) -> None:
+def record_failure(claim: Claim, peers: Coordinator, error: Exception) -> None:
     """Have a failure in train.log: the traceback of what is no user's mistake; of several processes, whose it was.
 
     Where the first process does not say it, a line goes to standard error too.
     """
     expected = isinstance(error, VitTuckerError | FailedError)
     alone = peers.num_processes > 1 and not peers.agreed
-    line = f"process {peers.rank} failed: {one_line(error)}" if alone else f"error: {one_line(error)}"
+    line = f"process {peers.rank} failed: {error_line(error)}" if alone else f"error: {error_line(error)}"
     if claim.begun or (claim.taken and not expected):
         if not expected:
             claim.run_dir.log_failure("".join(traceback.format_exception(error)).rstrip())

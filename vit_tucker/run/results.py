@@ -13,14 +13,14 @@ from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.patching.patch import patch_record
-from vit_tucker.run.describe import measure_latency
+from vit_tucker.run.describe import latency_of_run
 from vit_tucker.run.folder import unwritable
 from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.run_dir import LOGGER
 from vit_tucker.storage.weights import load_weights
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.engine import evaluate
-from vit_tucker.training.peers import Peers
 from vit_tucker.training.trainer import Trainer
 
 
@@ -43,7 +43,7 @@ def finish_run(
     run_dir, accelerator = trainer.run_dir, trainer.accelerator
     results |= {**summarise(trainer), **resized(trainer.bare, built, results), "attention_backends": backends}
     if accelerator.is_main_process:
-        results["cost"]["latency"] = measure_latency(config, accelerator, built, trainer.bare)
+        results["cost"]["latency"] = latency_of_run(config, accelerator, built, trainer.bare)
         try:
             run_dir.write_results(results)
         except OSError as error:
@@ -102,7 +102,7 @@ def evaluate_run(
     built: BuiltModel,
     loaders: Loaders,
     accelerator: Accelerator,
-    peers: Peers,
+    peers: Coordinator,
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """Scores of a run's weights; of the model as created (dense weights, converted) if nothing was trained."""

@@ -17,18 +17,18 @@ from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError, StoppedError
 from vit_tucker.run.accelerator import create_accelerator
-from vit_tucker.run.describe import announce, describe_plan, describe_run
+from vit_tucker.run.describe import describe_plan, describe_run, log_run
 from vit_tucker.run.folder import Claim, record_failure, weights_to_evaluate
 from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
 from vit_tucker.run.results import evaluate_run, finish_run
 from vit_tucker.run.same_run import check_folder
 from vit_tucker.run.trainer import build_trainer
 from vit_tucker.storage.run_dir import LOGGER, RunDir, log_lines
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.engine import fit
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor, NullMonitor
-from vit_tucker.training.peers import Peers
 from vit_tucker.training.step import StepRule
 from vit_tucker.training.trackers import Trackers
 from vit_tucker.training.trainer import Trainer
@@ -79,7 +79,7 @@ def _run(config: RunConfig, request: Request) -> dict[str, Any]:
     """``run``, whose failures are told to the other processes and to train.log."""
     claim = Claim(RunDir(Path(str(config.output_dir))))
     accelerator = create_accelerator(config.train, str(config.output_dir))
-    peers = Peers(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
+    peers = Coordinator(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
     signals = Signals()
     # SIGUSR1's default is death; the set-up is worth finishing
     with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
@@ -103,7 +103,7 @@ def run_together(
     config: RunConfig,
     claim: Claim,
     accelerator: Accelerator,
-    peers: Peers,
+    peers: Coordinator,
     signals: Signals,
     request: Request,
     used: Choices,
@@ -113,7 +113,7 @@ def run_together(
     config, changes, with_train = enter_folder(config, claim, peers, request)
     weights = None if with_train else peers.on_main(lambda: weights_to_evaluate(run_dir))
     bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
-    built, loaders = peers.main_first(lambda: build(config, run_dir, accelerator, with_train))
+    built, loaders = peers.main_first(lambda: build_run(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
     kept, started = claim.kept_config(config)
@@ -125,7 +125,7 @@ def run_together(
     trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders, rule))
     trainer.signals = signals
     if request.dry_run:
-        announce(config, results, accelerator, built, loaders, trainer)
+        log_run(config, results, accelerator, built, loaders, trainer)
         LOGGER.info(describe_plan(config, accelerator, built, steps, trainer))
         return results
     if run_dir.config.is_file() and not run_dir.begun:
@@ -134,7 +134,7 @@ def run_together(
     claim.begun = True
     trackers = Trackers(accelerator)
     peers.together(lambda: trackers.start(results["config"], str(config.name)))
-    announce(config, results, accelerator, built, loaders, trainer)
+    log_run(config, results, accelerator, built, loaders, trainer)
     for change in changes:
         LOGGER.info(f"changed: {change}")
     monitor = request.monitor or create_monitor(config, trainer, built, trackers, steps)
@@ -146,7 +146,9 @@ def run_together(
     return finish_run(config, trainer, built, results, used.lines())
 
 
-def enter_folder(config: RunConfig, claim: Claim, peers: Peers, request: Request) -> tuple[RunConfig, list[str], bool]:
+def enter_folder(
+    config: RunConfig, claim: Claim, peers: Coordinator, request: Request
+) -> tuple[RunConfig, list[str], bool]:
     """Take a run's folder where it is to be trained.
 
     Returns:
@@ -189,7 +191,9 @@ def create_monitor(
     )
 
 
-def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool) -> tuple[BuiltModel, Loaders]:
+def build_run(
+    config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool
+) -> tuple[BuiltModel, Loaders]:
     """Model and loaders of one process."""
     built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
@@ -208,7 +212,7 @@ def build(config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_tra
     return built, loaders
 
 
-def check_images(config: RunConfig, run_dir: RunDir, peers: Peers, with_train: bool) -> list[str]:
+def check_images(config: RunConfig, run_dir: RunDir, peers: Coordinator, with_train: bool) -> list[str]:
     """Open every image of the run's splits, shared among the processes; streams are only seen as they are read.
 
     Returns:

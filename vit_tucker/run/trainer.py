@@ -27,11 +27,11 @@ from vit_tucker.run.model import BuiltModel
 from vit_tucker.run.weights import describe_weights
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import is_sharded
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.distill import Distiller
 from vit_tucker.training.objective import Objective, named_penalties
 from vit_tucker.training.optim import create_optimizer, create_scheduler, describe_groups
 from vit_tucker.training.optimizer_state import load_optimizer
-from vit_tucker.training.peers import Peers
 from vit_tucker.training.resume import Saved, resume
 from vit_tucker.training.step import StepRule, create_step_rule, restore_rule
 from vit_tucker.training.trainer import Trainer
@@ -40,7 +40,7 @@ from vit_tucker.training.trainer import Trainer
 def build_trainer(
     config: RunConfig,
     accelerator: Accelerator,
-    peers: Peers,
+    peers: Coordinator,
     run_dir: RunDir,
     built: BuiltModel,
     loaders: Loaders,

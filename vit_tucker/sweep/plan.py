@@ -14,7 +14,7 @@ from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import (
     Source,
-    merge,
+    merge_values,
     read_overrides,
     read_with_bases,
     read_yaml,
@@ -93,29 +93,29 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
     """
     file = find_config(name)
-    source = merge(read_yaml(file), read_overrides(overrides))
+    source = merge_values(read_yaml(file), read_overrides(overrides))
     if "cells" not in source.values:
         raise ConfigError(f"{file}: no sweep: it has no cells; a run's config is started by experiments/train_vit.py")
     config = validate_as(SweepConfig, source)
     output_dir = Path(config.output_dir or f"runs/{file.stem}")
     source.stored = stored_by_name(name, file)
     base = _read_base(config, source, file)
-    common = merge(base, part(source, "set"))
+    common = merge_values(base, part(source, "set"))
     load_config_plugins(common, file.parent)
-    finetune = merge(common, part(source, "finetune"))
+    finetune = merge_values(common, part(source, "finetune"))
     settings = [setting for number, cell in enumerate(config.cells) for setting in _settings(cell, number, source)]
     _refuse_twice([name for name, _ in settings], source)
     jobs: list[Job] = []
     for seed in config.seeds:
         start = None
         if config.start is not None:
-            start = _job(START, seed, merge(common, part(source, "start")), output_dir, file)
+            start = _job(START, seed, merge_values(common, part(source, "start")), output_dir, file)
             jobs.append(start)
-        jobs += [_job(cell, seed, merge(finetune, given), output_dir, file, start) for cell, given in settings]
+        jobs += [_job(cell, seed, merge_values(finetune, given), output_dir, file, start) for cell, given in settings]
     return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints, config.executor)
 
 
-def select(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:
+def select_jobs(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:
     """The jobs that match, with the starts that they need.
 
     Args:
@@ -151,7 +151,7 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     for name in [config.base] if isinstance(config.base, str) else config.base:
         try:
             path = find_config(name, file.parent)
-            result = merge(result, read_with_bases(path, stored=source.stored or stored_by_name(name, path)))
+            result = merge_values(result, read_with_bases(path, stored=source.stored or stored_by_name(name, path)))
         except ConfigError as error:
             raise ConfigError(f"{source.where(('base',))}: base: {error}") from None
     return result
@@ -180,12 +180,12 @@ def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[s
             )
     attention = {"attention": source.values["cells"][number]["attention"]}
     where = {("attention", *key): line for key, line in part(source, *at, "attention").origin.items()}
-    fixed = merge(Source(attention, where), part(source, *at, "set"))
+    fixed = merge_values(Source(attention, where), part(source, *at, "set"))
     axes = [_axis(key, (*at, "vary", key), source) for key in cell.vary]
     for values in itertools.product(*axes):
         given, name = fixed, cell.name
         for key, (label, extra) in zip(cell.vary, values, strict=True):
-            given, name = merge(given, extra), name.replace(f"{{{key}}}", label)
+            given, name = merge_values(given, extra), name.replace(f"{{{key}}}", label)
         if not _NAME.fullmatch(name) or name == START or len(name) > MAX_NAME:
             raise ConfigError(
                 f"{source.where((*at, 'name'))}: cells.{number}.name: '{name}' can't be a folder's name here; letters, digits "
@@ -207,16 +207,16 @@ def _axis(key: str, path: tuple[str | int, ...], source: Source) -> list[tuple[s
         nested: Any = value
         for step in reversed(keys):
             nested = {step: nested}
-        result.append((describe(value), Source(nested, {keys: source.where((*path, number))}, source.stored)))
+        result.append((describe_value(value), Source(nested, {keys: source.where((*path, number))}, source.stored)))
     return result
 
 
-def describe(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A config value as part of a name: [8, 16, 16] -> '8-16-16', {budget: 0.15} -> 'budget0.15'."""
     if isinstance(value, dict):
-        return "-".join(f"{key}{describe(each)}" for key, each in value.items())
+        return "-".join(f"{key}{describe_value(each)}" for key, each in value.items())
     if isinstance(value, list):
-        return "-".join(map(describe, value))
+        return "-".join(map(describe_value, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -237,6 +237,6 @@ def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, sta
         fixed["model"] = {"checkpoint": str(start.folder)}
     try:
         load_config_plugins(source, file.parent)
-        return Job(name, seed, validate(merge(source, Source(fixed))), start)
+        return Job(name, seed, validate(merge_values(source, Source(fixed))), start)
     except ConfigError as error:
         raise ConfigError(f"{error} (cell {name})") from None

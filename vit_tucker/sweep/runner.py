@@ -10,9 +10,9 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.storage.run_dir import RunDir
-from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import Executor, StartedRun
+from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.schema import START
 from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals

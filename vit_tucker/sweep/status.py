@@ -67,7 +67,7 @@ def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) ->
     if run_dir.results.is_file():
         return finished(read_results(run_dir.results))
     if (results := recorded.get(job.key)) is not None:
-        refuse_other(job, results)
+        refuse_other_sweep(job, results)
         return finished(results)
     status = Status(State.INTERRUPTED if run_dir.config.is_file() else State.WAITING)
     update_progress(job, status)
@@ -81,7 +81,7 @@ def finished(results: dict[str, Any]) -> Status:
     )
 
 
-def refuse_other(job: Job, results: dict[str, Any]) -> None:
+def refuse_other_sweep(job: Job, results: dict[str, Any]) -> None:
     """Raise ConfigError if a record is of another config."""
     lines = changes_of_run(validate(Source(dict(results["config"]))), job.config)
     if changes := [line for line in lines if line.partition(":")[0] not in PLACES]:

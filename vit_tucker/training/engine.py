@@ -15,12 +15,12 @@ from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
 from vit_tucker.storage.weights import is_sharded
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.interrupt import catch_signals
 from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
 from vit_tucker.training.monitor import NullMonitor
 from vit_tucker.training.objective import Loss
 from vit_tucker.training.optim import learning_rate
-from vit_tucker.training.peers import Peers
 from vit_tucker.training.reshape import replace_parameters
 from vit_tucker.training.step import StepResult
 from vit_tucker.training.trainer import Trainer
@@ -57,16 +57,16 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
                 progress.finish_step()
                 t.log.add(result)
                 monitor.stepped()
-                verdict = t.peers.vote(
+                outcome = t.peers.vote(
                     t.signals.number, not t.is_finite(result.loss.total, result.norm), t.has_new_faults()
                 )
-                if t.log_due or verdict.signal or verdict.diverged:
-                    monitor.show_steps(t.settle(verdict.diverged), progress, t.optimizer)
-                if verdict.faults:
+                if t.log_due or outcome.signal or outcome.diverged:
+                    monitor.show_steps(t.settle(outcome.diverged), progress, t.optimizer)
+                if outcome.faults:
                     t.share_faults()
                 if save_due:
                     t.save()
-                t.heed(verdict)
+                t.handle(outcome)
             refuse_short_epoch(data, progress.step, progress.epoch)
             row = finish_epoch(t, loaders, monitor)
             progress.finish_epoch(row)
@@ -168,7 +168,7 @@ def evaluate(
     model: nn.Module,
     loaders: Loaders,
     accelerator: Accelerator,
-    peers: Peers,
+    peers: Coordinator,
     input_size: tuple[int, int, int] | None = None,
     after_batch: Callable[[], None] | None = None,
     first: list[tuple[Tensor, Tensor, Tensor]] | None = None,
@@ -212,7 +212,7 @@ def evaluate(
     return scores
 
 
-def in_step(loader: EvalLoader, peers: Peers | None) -> Iterable[Batch | None]:
+def in_step(loader: EvalLoader, peers: Coordinator | None) -> Iterable[Batch | None]:
     """This process's batches, and None where another process has one more."""
     iterator = iter(loader)
     if peers is None:

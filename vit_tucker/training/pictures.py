@@ -56,7 +56,7 @@ def prediction_figure(
     for i, axis in enumerate(axes[:count]):
         right = bool(predicted[i] == true[i])
         colour, weight = (RIGHT, "normal") if right else (WRONG, "bold")
-        names = [short_name(int(number[i]), class_names) for number in (predicted, true)]
+        names = [short_parameter_name(int(number[i]), class_names) for number in (predicted, true)]
         axis.set_title(
             f"{names[0]}  {probability[i]:.0%}\ntrue: {names[1]}",
             fontsize=8,
@@ -92,7 +92,7 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return values.permute(0, 2, 3, 1).numpy()
 
 
-def short_name(number: int, class_names: Sequence[str] | None) -> str:
+def short_parameter_name(number: int, class_names: Sequence[str] | None) -> str:
     """Name of a class, cut to MAX_NAME characters; its number where it has no name."""
     if class_names is None or number >= len(class_names):
         return str(number)

@@ -13,7 +13,7 @@ from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.json_files import checked, parse_object
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import weights_metadata
-from vit_tucker.training.peers import Peers
+from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.saved_state import Best, read_progress
 from vit_tucker.training.state import load_checkpoint
@@ -36,7 +36,7 @@ class Saved:
     step_rule: dict[str, Any] | None = None
 
 
-def resume(run_dir: RunDir, peers: Peers, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
+def resume(run_dir: RunDir, peers: Coordinator, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
     """The state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start if there is none.
 
     Damaged checkpoints that are newer are named and passed over; the run replaces them when it comes to their steps again.

@@ -113,7 +113,7 @@ class SavedState(NamedTuple):
     step_rule: dict[str, Any] | None
 
 
-def read_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
+def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
     """Returns what a checkpoint's state.json holds, with the tensors in their places.
 
     Args:

@@ -23,7 +23,7 @@ from vit_tucker.storage.checkpoints import (
 )
 from vit_tucker.storage.digests import CONFIG, stored_file, with_stored, write_config
 from vit_tucker.storage.weights import load_weights, save_weights, sync, whole, write_tensors
-from vit_tucker.training.saved_state import SavedState, read_state
+from vit_tucker.training.saved_state import SavedState, read_training_state
 
 
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -140,7 +140,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
         saved = checkpoint / "ema.safetensors"
         load_weights(saved if saved.is_file() else checkpoint / "model.safetensors", ema)
     try:
-        return read_state(checkpoint, load_file(str(checkpoint / "optimizer.safetensors")))
+        return read_training_state(checkpoint, load_file(str(checkpoint / "optimizer.safetensors")))
     except (OSError, SafetensorError, CheckpointError) as error:
         reason = " ".join(str(error).split()).removeprefix(f"{checkpoint}/")
         raise CheckpointError(f"{checkpoint}: can't be resumed from: {reason}") from None

@@ -20,10 +20,10 @@ from vit_tucker.errors import DivergedError, FailedError, SaveError, StoppedErro
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import full_state, save_weights
+from vit_tucker.training.coordination import Coordinator, Mirror, VoteResult
 from vit_tucker.training.interrupt import Signals
 from vit_tucker.training.objective import Objective
 from vit_tucker.training.optim import Group, learning_rate
-from vit_tucker.training.peers import Mirror, Peers, Verdict
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.state import flatten, save_checkpoint, write_state
 from vit_tucker.training.step import OrdinaryStep, StepRule
@@ -62,7 +62,7 @@ class Trainer:
     """
 
     accelerator: Accelerator
-    peers: Peers
+    peers: Coordinator
     model: nn.Module
     bare: nn.Module
     optimizer: Any
@@ -183,23 +183,23 @@ class Trainer:
 
         self.peers.on_main(guarded)
 
-    def heed(self, verdict: Verdict) -> None:
+    def handle(self, outcome: VoteResult) -> None:
         """Leave if a signal asked for it, in all processes after the same step; the state is saved first.
 
         Raises:
             StoppedError: it did.
         """
-        if not verdict.signal:
+        if not outcome.signal:
             return
         self.save()
-        name, progress = signal.Signals(verdict.signal).name, self.progress
+        name, progress = signal.Signals(outcome.signal).name, self.progress
         raise StoppedError(
             f"stopped by {name} after step {progress.global_step} (epoch {progress.epoch + 1}), state saved"
         )
 
     def heed_signals(self) -> None:
-        """``heed`` what any process has caught; every process must call this equally often."""
-        self.heed(self.peers.vote(self.signals.number))
+        """``handle`` what any process has caught; every process must call this equally often."""
+        self.handle(self.peers.vote(self.signals.number))
 
     def fail_diverged(self, losses: list[float]) -> NoReturn:
         """Save the state for inspection, beside the checkpoints and not among them.

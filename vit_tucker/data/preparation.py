@@ -14,7 +14,7 @@ BATCHED_INTERPOLATIONS = (None, "bilinear", "bicubic", "random")
 
 
 @dataclass(frozen=True)
-class Way:
+class Preparation:
     """How the images of a split are read.
 
     Attributes:
@@ -41,7 +41,7 @@ def batched_obstacle(data: DataConfig) -> str | None:
     return None
 
 
-def choose_way(data: DataConfig, dataset: Any, shape: tuple[int, int, int], training: bool) -> Way:
+def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, int], training: bool) -> Preparation:
     """The fastest way that the config allows.
 
     Args:
@@ -55,31 +55,31 @@ def choose_way(data: DataConfig, dataset: Any, shape: tuple[int, int, int], trai
     """
     wanted = data.in_memory is True
     if data.in_memory is False:
-        return Way("image", "data.in_memory=false")
+        return Preparation("image", "data.in_memory=false")
     if is_iterable(dataset):
         if wanted:
             raise ConfigError("data.in_memory=true: a streamed data set can't be held in memory; choose auto or false")
-        return Way("image", "a stream")
+        return Preparation("image", "a stream")
     if training and (obstacle := batched_obstacle(data)) is not None:
         if wanted:
             raise ConfigError(
                 f"data.in_memory=true: {obstacle} needs single PIL images; leave it out, or choose data.in_memory=auto"
             )
-        return Way("image", f"{obstacle} needs PIL")
+        return Preparation("image", f"{obstacle} needs PIL")
     kind = "augmented" if training and not data.no_aug else "kept"
     if wanted:
-        return Way(kind)
+        return Preparation(kind)
     stored = array_size(dataset)
     if stored is None:
-        return Way("image", "the images are files; data.in_memory=true would hold them")
+        return Preparation("image", "the images are files; data.in_memory=true would hold them")
     height, width = stored if kind == "augmented" else shape[1:]
     size = len(dataset) * shape[0] * height * width
     if size > LIMIT_BYTES:
-        return Way("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
-    return Way(kind)
+        return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
+    return Preparation(kind)
 
 
-def describe_pipeline(way: Way, images: int | None, workers: int) -> str:
+def describe_preparation(way: Preparation, images: int | None, workers: int) -> str:
     """One phrase for the log.
 
     Args:

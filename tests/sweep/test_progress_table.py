@@ -2,8 +2,8 @@
 
 import io
 
-from vit_tucker.sweep.board import Display
 from vit_tucker.sweep.plan import Job
+from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.status import State, Status
 
 

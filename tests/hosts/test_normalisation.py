@@ -2,7 +2,7 @@
 
 import pytest
 
-from vit_tucker.hosts.channels import fit_channels
+from vit_tucker.hosts.normalisation import fit_channels
 
 
 def test_values_are_kept_or_their_mean_is_taken():

@@ -23,7 +23,7 @@ FAILURE = "vit_tucker/failure"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VoteResult:
     """What any of the processes said.
 
     Attributes:
@@ -37,7 +37,7 @@ class Verdict:
     faults: bool = False
 
 
-class Peers:
+class Coordinator:
     """The processes of a run, this one among them.
 
     Args:
@@ -53,28 +53,28 @@ class Peers:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         self._pending: tuple[Tensor, Any] | None = None
 
-    def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> Verdict:
+    def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> VoteResult:
         """Say what this process has seen; every process must call this equally often.
 
         Returns:
             What any of them said in the vote before this one; a single process hears itself at once.
         """
         if self.group is None:
-            return Verdict(signal, diverged, faults)
-        verdict = self.last_vote()
-        ballot = torch.tensor([signal, int(diverged), int(faults)])
-        self._pending = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, self.group, async_op=True)
-        return verdict
+            return VoteResult(signal, diverged, faults)
+        outcome = self.last_vote()
+        flags = torch.tensor([signal, int(diverged), int(faults)])
+        self._pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True)
+        return outcome
 
-    def last_vote(self) -> Verdict:
+    def last_vote(self) -> VoteResult:
         """The result of the last vote, waited for; every process must call this alike."""
         if self._pending is None:
-            return Verdict()
-        ballot, work = self._pending
+            return VoteResult()
+        flags, work = self._pending
         self._pending = None
         work.wait()
-        signal, diverged, faults = ballot.tolist()
-        return Verdict(signal, bool(diverged), bool(faults))
+        signal, diverged, faults = flags.tolist()
+        return VoteResult(signal, bool(diverged), bool(faults))
 
     def gather(self, value: Any) -> list[Any]:
         """The plain value of each process, in all of them."""
@@ -117,7 +117,7 @@ class Peers:
         """Leave word of a failure that only this process knows, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
-                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), one_line(error)]))
+                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))
 
     def ask(self) -> Exception | None:
         """The failure that another process has told of before it left; None if none has, or where it can't be known."""
@@ -149,7 +149,7 @@ class Peers:
                 raise (VitTuckerError if other[0] else PeerError)(f"process {rank}: {other[1]}")
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """An error's message, with its type where it is none of ours."""
     kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
