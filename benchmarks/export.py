@@ -28,8 +28,8 @@ from vit_tucker.export.compare import compare, random_batches
 from vit_tucker.export.export import export_model
 from vit_tucker.export.int8 import quantise
 from vit_tucker.export.onnx_file import onnx_runner, require_packages
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import read_host
 from vit_tucker.show.tables import markdown
 
 COLUMNS = (

@@ -24,8 +24,9 @@ import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.errors import VitTuckerError
 from vit_tucker.export.export import export_model
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.show.tables import csv_text
 
 COLUMNS = ("model", "method", "onnx_relative_error", "file_over_weights", "dense_relative_error", "refused")

@@ -24,9 +24,9 @@ from torch import nn
 
 import vit_tucker as vt
 from vit_tucker.analysis.host_map import build_structure, model_entry, model_names
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.hosts.timm_classes import read_host
 
 TOLERANCE = 1e-9
 """Largest difference over the largest output: float64 leaves about 1e-15, an ill-conditioned random model a little more."""

@@ -28,7 +28,7 @@ from vit_tucker.export.export import export_model
 from vit_tucker.export.int8 import QUANTISED, quantise
 from vit_tucker.export.onnx_file import onnx_runner
 from vit_tucker.inference.predict import open_classifier, run_config
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_record
 from vit_tucker.show.tables import markdown
 
 WAYS: dict[str, dict[str, Any]] = {

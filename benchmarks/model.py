@@ -24,8 +24,8 @@ from turns import in_turns, inference, peak_megabytes, training
 
 import vit_tucker as vt
 from vit_tucker.errors import VitTuckerError
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import read_host
 from vit_tucker.show.tables import markdown
 
 MODELS = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224")

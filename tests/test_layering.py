@@ -17,8 +17,9 @@ ALLOWED = {
     "storage": {"errors", "validation", "show"},
     "tensor": {"errors"},
     "attention": {"errors", "tensor", "validation", "show"},
-    "config": {"errors", "attention", "storage", "validation"},
-    "hosts": {"errors", "attention"},
+    "config": {"errors", "attention", "linear", "storage", "validation"},
+    "linear": {"errors", "attention"},
+    "hosts": {"errors", "tensor", "attention", "linear"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
@@ -87,7 +88,20 @@ ALLOWED = {
         *("training", "analysis", "inference", "show", "report", "explain", "run", "sweep"),
     },
     "__main__": {"cli", "config"},
-    "__init__": {"errors", "version", "attention", "patching", "checkpoint", "explain", "export", "show", "training"},
+    "__init__": {
+        *(
+            "errors",
+            "version",
+            "attention",
+            "linear",
+            "patching",
+            "checkpoint",
+            "explain",
+            "export",
+            "show",
+            "training",
+        ),
+    },
 }
 """What each room may import, from the bottom up."""
 PARTS = {

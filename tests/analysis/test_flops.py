@@ -11,9 +11,9 @@ from tests.patching.test_families import FAMILIES, small_model
 from vit_tucker.analysis.flops import count_model_flops, known_flops
 from vit_tucker.analysis.host_map import build_structure
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.hosts.timm_classes import read_host
 
 HOSTS = (
     "vit_tiny_patch16_224",

@@ -9,7 +9,7 @@ import torch
 import vit_tucker as vt
 from tests.conversion.test_calibrate import pictures
 from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spectra
-from vit_tucker.hosts.timm_classes import read_host
+from vit_tucker.hosts.families import read_host
 from vit_tucker.report.spectra import draw_spectra, rank_summary
 from vit_tucker.tensor.modes import unfold
 

@@ -260,7 +260,7 @@ def test_turning_complex_numbers_is_turning_their_parts(columns, dtype, monkeypa
     angle = (6 * torch.rand(5, 3, generator=g)).to(wide).requires_grad_()
     results = []
     for recorded in (False, True):
-        monkeypatch.setattr(rope_module, "is_recorded", lambda recorded=recorded: recorded)
+        monkeypatch.setattr(rope_module, "is_traced", lambda recorded=recorded: recorded)
         y = rotate(x, angle.sin(), angle.cos())
         assert y.dtype == dtype
         results.append((y, *torch.autograd.grad(y.square().sum() + y[..., 0].sum(), (x, angle))))

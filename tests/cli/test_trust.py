@@ -173,7 +173,7 @@ def test_a_file_of_the_users_own_stands_for_the_folders(run, capfd):
 def own_method() -> Iterator[None]:
     """Takes the method 'trusted' out of the registry again."""
     yield
-    registry._METHODS.pop("trusted", None)
+    registry.METHODS.entries.pop("trusted", None)
 
 
 @pytest.mark.usefixtures("own_method")

@@ -204,7 +204,7 @@ def test_methods_of_a_users_own_file(write, make_vit):
         assert "half_gqa" in json.dumps(json_schema())
         assert load_config(write(dump_config(config), "again.yaml")).attention == config.attention
     finally:
-        registry._METHODS.pop("half_gqa", None)
+        registry.METHODS.entries.pop("half_gqa", None)
     with pytest.raises(vt.ConfigError, match="unknown method 'half_gqa'"):
         load_config(write(MODEL + "attention: {method: half_gqa}\n"))
 

@@ -10,8 +10,9 @@ from torch import nn
 import vit_tucker
 from tests.conftest import make_spec, randomise
 from vit_tucker.attention.host import REASONS
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 4}
 HOSTS = {

@@ -55,8 +55,8 @@ class Collected:
 def contract(tmp_path, monkeypatch):
     """Runs the contract tests of a plug-in, in this process, from copies: this module's twins are imported already."""
     monkeypatch.syspath_prepend(tmp_path)
-    known = dict(registry._METHODS)
-    registry._METHODS.clear()  # so that only the plug-in's tests are collected
+    known = dict(registry.METHODS.entries)
+    registry.METHODS.entries.clear()  # so that only the plug-in's tests are collected
 
     def run(name: str, code: str, only: str = "") -> dict[str, list[str]]:
         (tmp_path / f"{name}.py").write_text(code)
@@ -82,8 +82,8 @@ def contract(tmp_path, monkeypatch):
         return collected.ends
 
     yield run
-    registry._METHODS.clear()
-    registry._METHODS.update(known)
+    registry.METHODS.entries.clear()
+    registry.METHODS.entries.update(known)
 
 
 def test_a_method_without_rope_passes_and_hosts_with_it_are_refused(contract, capsys):

@@ -7,7 +7,7 @@ import torch
 
 import vit_tucker as vt
 from tests.conversion.test_calibrate import distance, pictures
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_record
 
 
 def rule(**options):

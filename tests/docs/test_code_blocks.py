@@ -38,7 +38,7 @@ def small_create_model(create_model: Callable[..., nn.Module]) -> Callable[..., 
 def reader(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a reader has: a folder, models, images in a loader; methods registered by a page are forgotten afterwards."""
     monkeypatch.setattr(timm, "create_model", small_create_model(timm.create_model))
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry.METHODS, "entries", dict(registry.METHODS.entries))
     torch.manual_seed(0)
     return {"__name__": "page", "loader": [(torch.randn(8, 3, 32, 32), torch.zeros(8)) for _ in range(2)]}
 

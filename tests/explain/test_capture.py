@@ -15,8 +15,8 @@ from tests.patching.trios import METHODS, make_trio
 from vit_tucker.errors import ExplainError, PatchError
 from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import check_output
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import read_host
 
 CONFIGS = all_configs(make_spec())
 

@@ -18,8 +18,8 @@ from vit_tucker.attention.special_cases import fit_biases
 from vit_tucker.export.check import ExportOptions
 from vit_tucker.export.dense import merge_dense as merge
 from vit_tucker.export.export import export_model
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import read_host
 
 READERS = (  # a family for each way in which timm keeps its weights
     "vit_tiny_patch16_224",

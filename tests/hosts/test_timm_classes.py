@@ -11,8 +11,8 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import read_host
 
 TUCKER = vt.TuckerConfig(ranks=(1, 8, 8))
 

@@ -11,9 +11,9 @@ from torch import nn
 import vit_tucker as vt
 from tests.conftest import randomise
 from vit_tucker.analysis.host_map import model_entry
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.hosts.timm_classes import read_host
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 STAGES = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from vit_tucker.checkpoint.entry import create_structure
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import built_size, input_shape
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.hosts.timm_classes import read_host
 from vit_tucker.hosts.tokens import count_tokens
 
 SHALLOW = {"depths": (1, 1, 1, 1)}

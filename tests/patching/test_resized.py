@@ -5,7 +5,9 @@ import timm
 import torch
 
 import vit_tucker as vt
+from tests.checkpoint.test_timm_files import save_for_hf
 from vit_tucker.errors import PatchError
+from vit_tucker.patching.record import RECORDS
 
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -18,7 +20,7 @@ def patched(method="tucker", **options):
 
 def test_a_model_as_patched_keeps_the_very_config_and_report():
     model = patched(ranks=(2, 16, 16), rules=[{"layers": "blocks.1.*", "ranks": (1, 8, 8)}])
-    record = vars(model)["_vit_tucker_patch"]
+    record = vars(model)[RECORDS]["attention"]
     config, report = record.config, record.report
     assert vt.config_of(model) is config
     assert vt.patch_record(model).report is report
@@ -63,10 +65,14 @@ def test_saved_and_loaded_with_its_ranks(tmp_path, method, options, resize):
     assert loaded.blocks[2].attn.rank_options() == model.blocks[2].attn.rank_options()
     assert vt.config_of(loaded).model_dump(mode="json") == vt.config_of(model).model_dump(mode="json")
     assert torch.equal(loaded(X), model(X))
-    timm.models.save_for_hf(
-        model, tmp_path / "timms", safe_serialization=True
-    )  # by timm alone, after the record was asked for
-    assert torch.equal(vt.load(tmp_path / "timms").eval()(X), model(X))
+
+
+def test_saved_by_timm_alone_after_the_record_was_asked_for(tmp_path):
+    model = patched()
+    model.blocks[2].attn.resize(ranks=(3, 24, 16))
+    vt.config_of(model)
+    save_for_hf(model, tmp_path, True)
+    assert torch.equal(vt.load(tmp_path).eval()(X), model(X))
 
 
 def test_chosen_ranks_and_shared_modules_count_too():

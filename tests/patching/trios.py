@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_flatten
 
 import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image, small_model
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 METHODS = vt.list_methods()
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {  # with the number of prefix tokens

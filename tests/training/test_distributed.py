@@ -30,7 +30,7 @@ RECIPE = [
 ]
 
 
-PENALTY = [f"plugins=[{Path(__file__).with_name('norm_penalty.py')}]", "train.penalties={unit_cores: 0.5}"]
+PENALTY = [f"plugins=[{Path(__file__).with_name('norm_penalty.py')}]", "train.penalties={normed_cores: 0.5}"]
 """Each process computes it: it must count once, as everything else does."""
 
 
@@ -70,7 +70,7 @@ def test_any_number_of_processes_trains_alike(tmp_path, data_root, one, processe
     assert (reference["processes"], results["processes"]) == (1, processes)
     assert reference["data"]["num_eval"] == results["data"]["num_eval"] == 17  # no multiple of 2 or 4: all once
     for a, b in zip(expected_rows, rows, strict=True):
-        for key in ("train_loss", "train_loss_unit_cores", "eval_loss", "eval_top1", "eval_top5"):
+        for key in ("train_loss", "train_loss_normed_cores", "eval_loss", "eval_top1", "eval_top5"):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-4), key  # float32, other orders of summation
         assert a["lr"] == b["lr"]  # the schedule counts optimizer steps, not processes
 

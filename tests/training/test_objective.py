@@ -45,29 +45,29 @@ def test_a_users_penalty_acts_on_every_core_and_is_logged():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(config("output_dir=without", *SHORT))
-    results = run(config("output_dir=with", *SHORT, "train.penalties={unit_cores: 3.0}"))
+    results = run(config("output_dir=with", *SHORT, "train.penalties={normed_cores: 3.0}"))
     assert distance("with") < 0.8 * distance("without")
     assert all(not torch.equal(a, b) for a, b in zip(cores("with"), cores("without"), strict=True))
     (row,) = csv.DictReader(Path("with/summary.csv").read_text().splitlines())
-    terms = {name: float(row[f"train_loss_{name}"]) for name in ("label", "unit_cores")}
-    assert float(row["train_loss"]) == pytest.approx(terms["label"] + 3 * terms["unit_cores"], rel=1e-6)
-    assert results["last"]["train_loss_unit_cores"] == terms["unit_cores"]
+    terms = {name: float(row[f"train_loss_{name}"]) for name in ("label", "normed_cores")}
+    assert float(row["train_loss"]) == pytest.approx(terms["label"] + 3 * terms["normed_cores"], rel=1e-6)
+    assert results["last"]["train_loss_normed_cores"] == terms["normed_cores"]
     events = EventAccumulator("with").Reload()
-    logged = [event.value for event in events.Scalars("train/loss_unit_cores")]
-    assert sum(logged) / len(logged) == pytest.approx(terms["unit_cores"], rel=1e-6)
+    logged = [event.value for event in events.Scalars("train/loss_normed_cores")]
+    assert sum(logged) / len(logged) == pytest.approx(terms["normed_cores"], rel=1e-6)
     assert len(events.Scalars("train/loss_label")) == len(logged) == 5
     assert Path("without/summary.csv").read_text().startswith("epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n")
-    with pytest.raises(vt.ConfigError, match=r"train.penalties.unit_cores: 3.0 -> 0.1"):
-        run(config("output_dir=with", *SHORT, "train.penalties={unit_cores: 0.1}"))
+    with pytest.raises(vt.ConfigError, match=r"train.penalties.normed_cores: 3.0 -> 0.1"):
+        run(config("output_dir=with", *SHORT, "train.penalties={normed_cores: 0.1}"))
 
 
 def test_a_penalty_of_weight_zero_changes_nothing_and_is_logged():
     run(config("output_dir=without", *SHORT, "model.drop_path_rate=0.1"))
-    run(config("output_dir=zero", *SHORT, "model.drop_path_rate=0.1", "train.penalties={unit_cores: 0}"))
+    run(config("output_dir=zero", *SHORT, "model.drop_path_rate=0.1", "train.penalties={normed_cores: 0}"))
     assert same(weights("without"), weights("zero"))
     rows = [next(csv.DictReader(Path(f, "summary.csv").read_text().splitlines())) for f in ("without", "zero")]
     assert rows[0] == {key: value for key, value in rows[1].items() if not key.startswith("train_loss_")}
-    assert float(rows[1]["train_loss_unit_cores"]) > 0
+    assert float(rows[1]["train_loss_normed_cores"]) > 0
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -97,11 +97,17 @@ def test_the_gradient_of_a_penalty_is_that_of_one_step_however_many_micro_batche
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("{unit_core: 1}", r"train.penalties: unknown penalty 'unit_core', known: .*; did you mean 'unit_cores'\?"),
-        ("{unit_cores: -1}", "train.penalties.unit_cores: Input should be greater than or equal to 0, not -1"),
-        ("{unit_cores: .inf}", "train.penalties.unit_cores: Input should be less than or equal to 1000000000, not inf"),
-        ("{unit_cores: '1'}", "train.penalties.unit_cores: Input should be a valid number, not '1'"),
-        ("[unit_cores]", "train.penalties: Input should be an object"),
+        (
+            "{normed_core: 1}",
+            r"train.penalties: unknown penalty 'normed_core', known: .*; did you mean 'normed_cores'\?",
+        ),
+        ("{normed_cores: -1}", "train.penalties.normed_cores: Input should be greater than or equal to 0, not -1"),
+        (
+            "{normed_cores: .inf}",
+            "train.penalties.normed_cores: Input should be less than or equal to 1000000000, not inf",
+        ),
+        ("{normed_cores: '1'}", "train.penalties.normed_cores: Input should be a valid number, not '1'"),
+        ("[normed_cores]", "train.penalties: Input should be an object"),
     ],
 )
 def test_mistakes_in_the_yaml_are_one_line(given, message):
@@ -120,7 +126,7 @@ def test_mistakes_in_the_yaml_are_one_line(given, message):
     ],
 )
 def test_a_penalty_that_fails_is_known_before_any_training(value, message):
-    PENALTIES._entries.pop("failing", None)
+    PENALTIES.entries.pop("failing", None)
     vt.register_penalty("failing")(value)
     with pytest.raises(vt.ConfigError, match=f"^train.penalties.failing: {message}"):
         run(config("output_dir=a", "train.penalties={failing: 1}"))
@@ -129,7 +135,7 @@ def test_a_penalty_that_fails_is_known_before_any_training(value, message):
 
 def test_names_are_identifiers_and_taken_once():
     load_config("digits/dense", [PLUGIN])
-    for name in ("label", "a b", "unit_cores"):
+    for name in ("label", "a b", "normed_cores"):
         with pytest.raises(vt.ConfigError, match=name):
             vt.register_penalty(name)(lambda model: torch.zeros(()))
 

@@ -62,7 +62,7 @@ class Restless(OrdinaryStep):
 
 @pytest.fixture
 def restless(in_tmp):
-    STEP_RULES._entries.pop("restless", None)
+    STEP_RULES.entries.pop("restless", None)
     Path("restless.py").write_text(RESTLESS)
     return "plugins=[restless.py]"
 

@@ -20,7 +20,8 @@ from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy, without_weights
-from vit_tucker.patching.patch import patch, patch_record, plan
+from vit_tucker.patching.patch import patch, plan
+from vit_tucker.patching.record import patch_record
 
 Precision = Literal["no", "bf16", "fp16"]
 

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_tucker.hosts.structure import structure_copy
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_records, shared_records
 
 
 def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -26,16 +26,15 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
         Operations per image; they are those of ``PatchReport.flops_before`` and ``flops_after`` where each layer is called once
         per image. Layers that see several windows as a batch (Swin) fold their head factors once here, once per window there.
     """
-    record = patch_record(model)  # it may hold the dense layers, which no forward pass needs
-    shared = () if record is None else (record,)
-    probe = structure_copy(model, shared=shared)
+    shared = shared_records(model)  # they may hold the dense layers, which no forward pass needs
+    probe = structure_copy(model, shared=patch_records(model).values())
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         return _count(probe, torch.empty(1, *input_size, device="meta", dtype=dtype))
     except Exception:  # an operation whose result depends on values, or one that makes tensors on a device of its own
         if any(p.is_meta for p in model.parameters()):
             raise
-    probe = copy.deepcopy(model, {id(part): part for part in shared}).cpu()
+    probe = copy.deepcopy(model, shared).cpu()
     with torch.random.fork_rng(devices=[]):
         return _count(probe, torch.zeros(1, *input_size, dtype=dtype))
 

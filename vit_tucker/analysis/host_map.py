@@ -19,10 +19,11 @@ from torch import nn
 from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.errors import ConfigError, PatchError, nearest, nearest_match
+from vit_tucker.hosts.families import EXCLUDE, read_host
 from vit_tucker.hosts.find import find_attention, find_other_attention
 from vit_tucker.hosts.readers import Host
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.hosts.timm_classes import EXCLUDE, has_mixed_rope, read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.identity import PATCHED
 
 EXACT = "exact"

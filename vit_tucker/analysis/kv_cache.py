@@ -5,8 +5,9 @@ from torch import nn
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.hosts.tokens import count_tokens
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vit_tucker.analysis.interleaved import PRECISIONS, compare_turns, peak_bytes, times_in_turns
 from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ConfigError
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import shared_records
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     index = device.index if device.index is not None or device.type != "cuda" else torch.cuda.current_device()
     if all((t.device.type, t.device.index) == (device.type, index) for t in (*model.parameters(), *model.buffers())):
         return model
-    record = patch_record(model)
-    return copy.deepcopy(model, {} if record is None else {id(record): record}).to(device)
+    return copy.deepcopy(model, shared_records(model)).to(device)
 
 
 def _images(model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device) -> Tensor:

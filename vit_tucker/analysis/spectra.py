@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.effective import plain_layer
+from vit_tucker.attention.effective import plain_layer, refuse_infinite
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
@@ -21,8 +21,9 @@ from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.calibrate import collect_moments
 from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.errors import PatchError, WeightsError
-from vit_tucker.hosts import find, timm_classes
-from vit_tucker.hosts.plain import refuse_infinite, refuse_not_finite
+from vit_tucker.hosts import find
+from vit_tucker.hosts.families import read_host
+from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.notes import token_notes
 from vit_tucker.tensor.mode_ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
@@ -86,7 +87,7 @@ def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[Host
 
     Args:
         module: of a model.
-        mixed_rope: see ``timm_classes.read_host``.
+        mixed_rope: see ``read_host``.
 
     Raises:
         PatchError: an attention class that we can't read, or weights that are not what it computes with.
@@ -95,8 +96,8 @@ def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[Host
         module = plain_layer(module)
         refuse_infinite(module.named_parameters())
         return module.spec, module.pre_tensor(), module.post_pairs()
-    host = timm_classes.read_host(module, mixed_rope)
-    refuse_not_finite(host)
+    host = read_host(module, mixed_rope)
+    host.refuse_not_finite()
     weights = host.weights.double()
     return host.spec, weights.pre_tensor(host.spec.rope), weights.post_pairs()
 
@@ -158,7 +159,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
     seen: set[int] = set()
     model = find.inner(model)
     find.refuse_adapted(model)
-    mixed_rope = timm_classes.has_mixed_rope(model)
+    mixed_rope = has_mixed_rope(model)
     for name, module in find.find_attention(model).items():
         if id(module) in seen:
             continue
@@ -172,7 +173,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))
         rows += spectra_of(name, pre, post)
         if batches is not None and not isinstance(module, AttentionModule):
-            readable.append(WatchedLayer(name, module, timm_classes.read_host(module, mixed_rope)))
+            readable.append(WatchedLayer(name, module, read_host(module, mixed_rope)))
     if not shapes:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
     if batches is not None:

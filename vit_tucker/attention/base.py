@@ -7,7 +7,7 @@ B batch, N tokens, C embed_dim, O output width (C in nearly every host), H heads
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import Field, field_validator
 from typing_extensions import Self
@@ -15,18 +15,17 @@ from typing_extensions import Self
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.backends import AUTO, get_backend, is_whole, list_backends
 from vit_tucker.attention.host import CALL_FEATURES, REASONS, HostSpec
-from vit_tucker.attention.options import Calibration, RankRule, Rule, Selection
+from vit_tucker.attention.options import Calibration, MethodConfig
 from vit_tucker.errors import ConfigError, PatchError
 from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.allocation import Ranks
-from vit_tucker.validation.checked import Checked
 
 if TYPE_CHECKING:
     from vit_tucker.attention.module import AttentionModule
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of one attention layer: the paper's tables count weights only.
+    """Parameters of one layer: the paper's tables count weights only.
 
     Attributes:
         weights: entries of projections, cores and factors.
@@ -42,8 +41,8 @@ class ParameterCount(NamedTuple):
         return self.weights + self.biases
 
 
-class AttentionConfig(Checked):
-    """Base of all method configs: where the method goes, how it starts, and what a method must be able to do.
+class AttentionConfig(MethodConfig):
+    """Base of the configs of all attention methods: what a method must be able to do.
 
     A new method derives from this class, is decorated with ``@register_method("name")`` and sets
     ``method: Literal["name"] = "name"``.
@@ -60,22 +59,6 @@ class AttentionConfig(Checked):
 
     display: ClassVar[MethodDisplay] = MethodDisplay()
     """How tables and figures show the method: its name, place, colour and marker, and what its conversions are called."""
-
-    method: str
-    init: Literal["pretrained", "random"] = Field(
-        default="pretrained",
-        description="Start from the host's weights (converted), or from the method's own initialisation.",
-    )
-    layers: Selection | None = Field(
-        default=None,
-        description="Which attention modules: full names with wildcards, 're:' patterns, indices, '0-5'. All if null.",
-    )
-    exclude: Selection | None = Field(
-        default=None, description="Attention modules to leave alone, written as in layers."
-    )
-    rules: tuple[Rule, ...] = Field(
-        default=(), description="Other options for some layers, in order: the last match wins."
-    )
 
     calibration: Calibration | None = Field(
         default=None,
@@ -99,19 +82,15 @@ class AttentionConfig(Checked):
         return name
 
     def settle(self, module: AttentionModule) -> None:
-        """Give a built module the options that all modules of ours have."""
+        """See base class."""
         module.backend = self.backend
         if self.backend != AUTO:  # said here, so it counts more than what the host did
             module.fused_attn = self.backend != "eager"
 
     @property
-    def rank_rule(self) -> RankRule | None:
-        """The rule by which the ranks are yet to be chosen; None where they are given."""
-        return None
-
-    def rank_options(self) -> dict[str, Any]:
-        """The options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
-        return {}
+    def fitted_to(self) -> Calibration | None:
+        """See base class."""
+        return self.calibration
 
     def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
         """The config with other ranks [head, query/output, key/value] of the pre- and the post-softmax tensor.
@@ -125,13 +104,13 @@ class AttentionConfig(Checked):
         """
         raise PatchError(f"{self.method} has no ranks of two tensors")
 
-    def without_choices(self) -> Self:
-        """The config as its author wrote it: without the ranks that rank rules chose."""
-        return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})
-
     def unconverted(self) -> Self:
-        """The same layers from their own initialisation: for structures, and for weights that come from elsewhere."""
-        return self.model_copy(update={"init": "random", "calibration": None})
+        """See base class."""
+        return super().unconverted().model_copy(update={"calibration": None})
+
+    def portable(self) -> Self:
+        """See base class: without the backend."""
+        return self.model_copy(update={"backend": AUTO})
 
     @abstractmethod
     def check(self, spec: HostSpec) -> None:
@@ -160,7 +139,7 @@ class AttentionConfig(Checked):
         """A config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
 
     def refuse_features(self, spec: HostSpec) -> None:
-        """Raise PatchError for a feature of the host that the method can't carry."""
+        """See base class."""
         for feature in spec.features:
             if feature not in self.carries:
                 reason = REASONS.get(feature, "unknown").format(method=self.method)

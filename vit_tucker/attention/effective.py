@@ -8,7 +8,7 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -272,3 +272,11 @@ def inputs_of(part: nn.Module) -> Tensor | None:
     generator = torch.Generator().manual_seed(0)
     shape = (8, part.in_channels, *part.kernel_size) if isinstance(part, nn.Conv2d) else (8, like.shape[-1])
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)
+
+
+@torch.no_grad()
+def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
+    for name, tensor in tensors:
+        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

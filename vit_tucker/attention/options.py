@@ -1,10 +1,12 @@
-"""Options that all methods share: rules for some layers, rules that choose ranks, and calibration."""
+"""Options that all methods share: where a method goes, rules for some layers, rules that choose ranks, and calibration."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from typing_extensions import Self
 
 from vit_tucker.validation.checked import MAX_INTEGER, Checked, refuse_unusable
 
@@ -13,7 +15,7 @@ Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 """A rank, a width or a number of heads; what a host allows is for ``AttentionConfig.check``."""
 _Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
 Selection = _Layer | str | tuple[_Layer | str, ...]
-"""Attention modules by name, pattern, index or range."""
+"""Modules by name, pattern, index or range."""
 
 
 class RankRule(Checked):
@@ -113,3 +115,70 @@ class Calibration(Checked):
         default=2e-3, gt=0, le=1, description="Step of the refinement, relative to each factor's size."
     )
     seed: int = Field(default=0, ge=0, le=MAX_INTEGER, description="Of the choice of images and of the random probes.")
+
+
+class MethodConfig(Checked):
+    """Base of the configs of all methods, whatever kind of module they replace: where a method goes, and how it starts."""
+
+    method: str
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="Start from the host's weights (converted), or from the method's own initialisation.",
+    )
+    layers: Selection | None = Field(
+        default=None,
+        description="Which attention modules: full names with wildcards, 're:' patterns, indices, '0-5'. All if null.",
+    )
+    exclude: Selection | None = Field(
+        default=None, description="Attention modules to leave alone, written as in layers."
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(), description="Other options for some layers, in order: the last match wins."
+    )
+
+    @property
+    def rank_rule(self) -> RankRule | None:
+        """The rule by which the ranks are yet to be chosen; None where they are given."""
+        return None
+
+    @property
+    def fitted_to(self) -> Calibration | None:
+        """The images that the conversion looks at; None for a conversion by weights alone."""
+        return None
+
+    def rank_options(self) -> dict[str, Any]:
+        """The options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
+        return {}
+
+    def without_choices(self) -> Self:
+        """The config as its author wrote it: without the ranks that rank rules chose."""
+        return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})
+
+    def unconverted(self) -> Self:
+        """The same layers from their own initialisation: for structures, and for weights that come from elsewhere."""
+        return self.model_copy(update={"init": "random"})
+
+    def portable(self) -> Self:
+        """The config as another machine needs it."""
+        return self
+
+    def check(self, spec: Any) -> None:
+        """Raise PatchError with the reason if the method with these options can't replace such a host."""
+
+    @abstractmethod
+    def build(self, spec: Any, **factory: Any) -> Any:
+        """The layer with the method's own random initialisation; ``factory``: device, dtype."""
+
+    @abstractmethod
+    def count_parameters(self, spec: Any) -> Any:
+        """Parameters of the built layer, from the formula alone: a ``ParameterCount``."""
+
+    @abstractmethod
+    def count_flops(self, spec: Any, num_tokens: int) -> int:
+        """Floating point operations (2 per multiply-add) of the matrix products for one sequence of N tokens."""
+
+    def settle(self, module: Any) -> None:
+        """Give a built module the options that all modules of its kind have."""
+
+    def refuse_features(self, spec: Any) -> None:
+        """Raise PatchError for a feature of the host that the method can't carry."""

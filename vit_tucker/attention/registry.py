@@ -1,68 +1,98 @@
 """The registry of attention methods. A method is one config class; nothing else lists it."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.attention.options import MethodConfig
+from vit_tucker.errors import ConfigError
 from vit_tucker.show.methods import MethodDisplay
+from vit_tucker.validation.registry import Registry
 
-_METHODS: dict[str, type[AttentionConfig]] = {}
-_Config = TypeVar("_Config", bound=AttentionConfig)
+Config = TypeVar("Config", bound=MethodConfig)
+Own = TypeVar("Own", bound=MethodConfig)
 
 
-def register_method(name: str) -> Callable[[type[_Config]], type[_Config]]:
-    """Class decorator that makes a method available by name, in Python and in the YAML's ``attention.method``.
+class MethodRegistry(Registry[type[Config]]):
+    """Config classes of methods of one kind, by their names.
 
     Args:
-        name: the method's name; the class must say ``method: Literal[name] = name``;
-            ``display`` says how tables show it.
+        kind: 'attention method'.
+        base: what they derive from.
+    """
+
+    def __init__(self, kind: str, base: type[Config]) -> None:
+        super().__init__(kind)
+        self.base = base
+
+    def register(self, name: str) -> Callable[[type[Own]], type[Own]]:
+        """Class decorator that makes a method available by name, in Python and in the YAML as the section's ``method``.
+
+        Args:
+            name: the method's name; the class must say ``method: Literal[name] = name``.
+
+        Returns:
+            The decorator; it gives the class back as it is.
+
+        Raises:
+            ConfigError: the name is taken by another class, or the class's ``method`` field differs.
+        """
+
+        def decorate(own: type[Own]) -> type[Own]:
+            config: Any = own
+            if not issubclass(config, self.base):
+                raise ConfigError(
+                    f"{config.__name__} must derive from vit_tucker.{self.base.__name__} to be registered"
+                )
+            if config.model_fields["method"].default != name:
+                raise ConfigError(f'{config.__name__} must say method: Literal["{name}"] = "{name}"')
+            self.add(name, config)
+            return own
+
+        return decorate
+
+
+METHODS = MethodRegistry("attention method", AttentionConfig)  # type: ignore[type-abstract]
+
+
+def register_method(name: str) -> Callable[[type[Own]], type[Own]]:
+    """Makes an attention method available by name, as a class decorator: in Python and in the YAML's ``attention.method``.
+
+    Args:
+        name: the method's name; the class must say ``method: Literal[name] = name``; its ``display`` says how tables show it.
 
     Returns:
         The decorator; it gives the class back as it is.
 
     Raises:
-        ConfigError: the name is taken by another class, or the class's ``method`` field differs.
+        ConfigError: see ``MethodRegistry.register``; or the display is none.
     """
 
-    def register(config: type[_Config]) -> type[_Config]:
-        if not issubclass(config, AttentionConfig):
-            raise ConfigError(f"{config.__name__} must derive from vit_tucker.AttentionConfig to be registered")
-        if config.model_fields["method"].default != name:
-            raise ConfigError(f'{config.__name__} must say method: Literal["{name}"] = "{name}"')
-        if not isinstance(config.display, MethodDisplay):
+    def decorate(config: type[Own]) -> type[Own]:
+        shown: Any = config
+        if issubclass(config, AttentionConfig) and not isinstance(config.display, MethodDisplay):
             raise ConfigError(f"{config.__name__}.display must be a vit_tucker.MethodDisplay")
-        known = _METHODS.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (config.__module__, config.__qualname__):
-            raise ConfigError(f"method '{name}' is already registered by {known.__module__}.{known.__qualname__}")
+        METHODS.register(name)(config)
         if "display" not in vars(config):  # a subclass of another method is shown as itself
             own = {key: MethodDisplay.model_fields[key].default for key in ("name", "order", "colour", "marker")}
-            config.display = config.display.model_copy(update=own)
-        _METHODS[name] = config
+            shown.display = shown.display.model_copy(update=own)
         return config
 
-    return register
+    return decorate
 
 
 def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return sorted(_METHODS)
+    """Names of all registered attention methods, sorted."""
+    return METHODS.names()
 
 
 def get_method(name: str) -> type[AttentionConfig]:
-    """Config class of a method.
+    """Config class of an attention method; call it with the method's options.
 
     Args:
         name: the method's name.
 
-    Returns:
-        The class itself; call it with the method's options.
-
     Raises:
         ConfigError: no such method.
     """
-    if name not in _METHODS:
-        raise ConfigError(
-            f"unknown attention method '{name}', known: {', '.join(list_methods())}{nearest(name, _METHODS)}"
-        )
-    return _METHODS[name]
+    return METHODS.get(name)

@@ -13,10 +13,8 @@ from torch import nn
 
 from vit_tucker.errors import CheckpointError, nearest
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.patching.identity import PATCHED
+from vit_tucker.patching.identity import OWN_ARGUMENTS, PATCHED
 
-OF_PATCHED = frozenset({"host", "patch"})
-"""Arguments of our own architecture beside those of its host."""
 OF_BUILDERS = frozenset(
     {
         *("features_only", "out_indices", "feature_cls", "output_stride", "use_naflex"),
@@ -79,7 +77,7 @@ def machinery() -> frozenset[str]:
 def allowed_names(architecture: str) -> frozenset[str]:
     """Returns the names of an architecture's own arguments: of its function, and of all classes that its module makes it of."""
     if architecture == PATCHED:
-        return OF_PATCHED
+        return OWN_ARGUMENTS
     function = model_entrypoint(architecture)
     modules = [sys.modules[name] for name in (function.__module__, NAFLEX) if name in sys.modules]
     found = set(OF_BUILDERS | parameters(function))

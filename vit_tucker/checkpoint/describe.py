@@ -13,20 +13,20 @@ from timm.models import is_model
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
 from vit_tucker.errors import CheckpointError
-from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import built_size, input_channels, input_shape
 from vit_tucker.hosts.normalisation import fit_channels
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, slot_of
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.patching.identity import PATCHED
+from vit_tucker.patching.identity import OWN_ARGUMENTS, PATCHED
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS, choose_layers, layer_configs
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_records
 from vit_tucker.version import __version__
 
 OPTIONS = "_image_options"
@@ -55,7 +55,8 @@ def describe(
     Raises:
         CheckpointError: the model isn't what timm builds from these; says what differs.
     """
-    record = patch_record(model)
+    records = patch_records(model)
+    record = next(iter(records.values()), None)
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = cfg.pop("architecture", None) if record is None else record.identity.architecture
     if architecture is None or not is_model(architecture):
@@ -76,7 +77,9 @@ def describe(
     arguments = creation_arguments(model, architecture)
     arguments |= dict(model_args or {})
     if record is not None:
-        arguments |= {"host": architecture, "patch": vars(model)["_model_args"]["patch"]}
+        told = vars(model)["_model_args"]
+        patches = {slot.argument: told[slot.argument] for name, slot in SLOTS.items() if name in records}
+        arguments |= {"host": architecture, **patches}
         config["vit_tucker"] = {"version": __version__, "host": architecture, **describe_patch(model)}
     else:
         config["vit_tucker"] = {"version": __version__}
@@ -100,23 +103,38 @@ def set_image_options(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 def header(config: Mapping[str, Any]) -> dict[str, str]:
     """What the header of the weights file says: timm name, method and, as JSON, the patch."""
-    patch = config["model_args"].get("patch")
-    if patch is None:
+    arguments = config["model_args"]
+    if config["architecture"] != PATCHED:
         return {"architecture": config["architecture"], "attention": ""}
-    host = config["model_args"]["host"]
-    return {"architecture": host, "attention": patch["method"], "attention_config": json.dumps(patch)}
+    return header_of(arguments["host"], {name: arguments.get(slot.argument) for name, slot in SLOTS.items()})
+
+
+def header_of(architecture: str, patches: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
+    """What the header of a weights file says: timm name, methods and, as JSON, all options and ranks.
+
+    Args:
+        architecture: of the host.
+        patches: configs by slot as JSON values; None for a slot that is not patched.
+    """
+    entries = {"architecture": architecture, "attention": ""}
+    for name, values in patches.items():
+        if values is not None:
+            entries |= {name: values["method"], f"{name}_config": json.dumps(values)}
+    return entries
 
 
 def describe_patch(model: nn.Module) -> dict[str, Any]:
-    """Method of a patched model, and the options of each layer."""
-    record = patch_record(model)
-    assert record is not None
-    return {"method": record.config.method, "layers": layer_options(model, record.config)}
+    """Methods of a patched model and the options of each layer: of attention, and of another slot under its name."""
+    told = {
+        name: {"method": record.config.method, "layers": layer_options(model, record.config)}
+        for name, record in patch_records(model).items()
+    }
+    return {**told.pop(ATTENTION.name, {}), **told}
 
 
-def layer_options(model: nn.Module, config: AttentionConfig) -> dict[str, dict[str, Any]]:
+def layer_options(model: nn.Module, config: MethodConfig) -> dict[str, dict[str, Any]]:
     """The method's options of each patched layer, by full module name: its ranks, heads or latent widths."""
-    names = list(find_attention(model))
+    names = list(slot_of(config).find(model, config.layers))
     layers = layer_configs(config, names, choose_layers(config, names))
     left_out = PLACEMENT_FIELDS | {"backend"}
     return {name: layer.model_dump(mode="json", exclude=left_out) for name, layer in layers.items()}
@@ -130,7 +148,7 @@ def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
     if get_model_args is not None:
         recorded = get_model_args(model)
     recorded = own_arguments(recorded)
-    for name in ("host", "patch"):
+    for name in OWN_ARGUMENTS:
         recorded.pop(name, None)
     if get_model_args is None:
         plain_model = without_weights(lambda: timm.create_model(architecture, **recorded))

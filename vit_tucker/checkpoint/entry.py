@@ -15,16 +15,17 @@ from timm.models import is_model, list_models
 from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
-from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.attention.registry import get_method
-from vit_tucker.checkpoint.arguments import OF_PATCHED, refuse_arguments
+from vit_tucker.attention.options import MethodConfig
+from vit_tucker.checkpoint.arguments import refuse_arguments
 from vit_tucker.checkpoint.fill import fill
 from vit_tucker.checkpoint.read import weights_only
 from vit_tucker.checkpoint.tensor_files import read_weights
 from vit_tucker.errors import CheckpointError, ConfigError, nearest
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot, slot_of
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.patching.identity import PATCHED, mark, set_pretrained_cfg
-from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.identity import OWN_ARGUMENTS, PATCHED, mark, set_pretrained_cfg
+from vit_tucker.patching.patch import patch
+from vit_tucker.patching.record import configs_of, patch_records
 
 SOURCES = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source")
 """Entries of timm's pretrained_cfg that say where weights come from: not of a model that brings its own."""
@@ -35,18 +36,19 @@ def patched_model(
     *,
     host: str | None = None,
     patch: Mapping[str, Any] | None = None,
+    linear_patch: Mapping[str, Any] | None = None,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: Any = None,
     cache_dir: Any = None,
     pretrained_model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model whose attention is replaced; ``timm.create_model`` calls it with the arguments of a config.json.
+    """A timm model whose layers are replaced; ``timm.create_model`` calls it with the arguments of a config.json.
 
     Args:
         pretrained: load the weights that ``pretrained_cfg`` names.
         host: timm name of the dense model.
-        patch: config of the patch, as ``AttentionConfig`` dumps it.
+        patch, linear_patch: configs of the patches, as ``AttentionConfig`` and ``LinearConfig`` dump them.
         pretrained_cfg, pretrained_cfg_overlay: timm's, of the stored weights.
         cache_dir: timm's, which has no use for it here.
         pretrained_model_args: of the stored model, from which newer timm knows the grid of its positions.
@@ -55,14 +57,15 @@ def patched_model(
     Raises:
         CheckpointError: the arguments describe no patched model, or the weights are missing or of another one.
     """
-    if host is None or patch is None:
+    patches = {"attention": patch, "linear": linear_patch}
+    if host is None or not any(patches.values()):
         raise CheckpointError(
             f"'{PATCHED}' needs model_args.host and model_args.patch, which config.json lacks: an older timm's own "
             "function wrote it; use vit_tucker.save"
         )
     refuse_unknown_model(host, "the checkpoint's host")
     cfg = None if pretrained_cfg is None else known_entries(pretrained_cfg)
-    config = read_patch(patch)
+    configs = [read_patch(values, SLOTS[name]) for name, values in patches.items() if values is not None]
     refuse_arguments(host, kwargs, PATCHED)
     with weights_only():
         model = timm.create_model(
@@ -70,7 +73,8 @@ def patched_model(
         )
     if pretrained_model_args is not None:
         model.pretrained_model_args = dict(pretrained_model_args)
-    install(model, config)
+    for config in configs:
+        install(model, config)
     if pretrained:
         fill(model, read_weights(vars(model)["pretrained_cfg"]))
     return model
@@ -92,14 +96,14 @@ def known_entries(cfg: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key in known}
 
 
-def read_patch(values: Mapping[str, Any]) -> AttentionConfig:
-    """The config of a patch from JSON values.
+def read_patch(values: Mapping[str, Any], slot: Slot = ATTENTION) -> MethodConfig:
+    """The config of a patch of a slot from JSON values.
 
     Raises:
         CheckpointError: an unknown method or option.
     """
     try:
-        kind = get_method(str(values.get("method")))
+        kind: type[MethodConfig] = slot.methods.get(str(values.get("method")))
         return kind.model_validate_json(json.dumps(values), strict=True)
     except ConfigError as error:
         raise CheckpointError(f"{error}; import the module that registers it first") from None
@@ -111,13 +115,13 @@ def read_patch(values: Mapping[str, Any]) -> AttentionConfig:
         ) from None
 
 
-def install(model: nn.Module, config: AttentionConfig) -> None:
+def install(model: nn.Module, config: MethodConfig) -> None:
     """Patch a model whose weights are yet to come: it remembers the config by which they were once converted."""
     patch(model, config.unconverted(), keep_originals=False)
-    record = patch_record(model)
-    assert record is not None
+    records = patch_records(model)
+    record = records[slot_of(config).name]
     record.config = config
-    mark(model, config, record.identity)
+    mark(model, configs_of(records), record.identity)
 
 
 def create_structure(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
@@ -163,7 +167,7 @@ def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "co
     if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
         host = arguments["host"]
         refuse_unknown_model(host, "the checkpoint's host")
-        arguments = {name: value for name, value in arguments.items() if name not in OF_PATCHED}
+        arguments = {name: value for name, value in arguments.items() if name not in OWN_ARGUMENTS}
         architecture = host
     refuse_arguments(architecture, arguments, origin)
 

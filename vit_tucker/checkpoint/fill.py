@@ -11,7 +11,8 @@ from vit_tucker.checkpoint.trial import refuse_indices
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_channels
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.hosts.slot import LINEAR
+from vit_tucker.patching.record import patch_records
 
 NAFLEX = "timm.models.naflexvit"
 
@@ -29,7 +30,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     """
     state = for_other_class(state, model)
     own, cfg = model.state_dict(), dict(vars(model)["pretrained_cfg"])
-    attention = tuple(f"{name}." for name in find_attention(model))
+    attention = tuple(f"{name}." for name in (*find_attention(model), *LINEAR.layers(model)))
     missing = [key for key in own if key.startswith(attention) and key not in state]
     if missing:  # said here, since timm loads what fits once the number of classes differs
         raise CheckpointError(f"{origin}: of another model or patch: no {missing[0]}{_and_more(missing)}")
@@ -69,7 +70,7 @@ def checkpoint_filter(model: nn.Module) -> Any:
 def entry_module(model: nn.Module) -> str:
     """The module of timm that makes models of this name."""
     cfg = vars(model)["pretrained_cfg"]
-    record = patch_record(model)
+    record = next(iter(patch_records(model).values()), None)
     host = cfg["architecture"] if record is None else record.identity.architecture
     return str(model_entrypoint(host).__module__)
 

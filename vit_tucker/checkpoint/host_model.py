@@ -22,7 +22,7 @@ from vit_tucker.config.schema import DistillConfig, ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_records
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.weights import load_weights
 
@@ -104,7 +104,7 @@ def check_pretrained(
             return check_load(load, f"timm's {name}" if ":" not in name else name, added)
         except CheckpointError as error:
             raise CheckpointError(f"model.pretrained: the weights of {name} do not fit: {error}") from None
-    if patch_record(model) is None:
+    if not patch_records(model):
         raise CheckpointError(f"model.pretrained: {name} is made by a function that loads no weights")
     return None
 

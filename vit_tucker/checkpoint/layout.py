@@ -39,6 +39,13 @@ class PretrainedEntries(DataEntries):
     classifier: Modules | None = None
 
 
+class OtherSlot(Strict):
+    """A patch of another slot than attention."""
+
+    method: Name
+    layers: dict[str, dict[str, Any]]
+
+
 class PatchedEntries(Strict):
     """What vit_tucker adds to timm's config.json, under the key ``vit_tucker``."""
 
@@ -46,6 +53,7 @@ class PatchedEntries(Strict):
     host: Name | None = None
     method: Name | None = None
     layers: dict[str, dict[str, Any]] | None = None
+    linear: OtherSlot | None = None
     images: Any = None
     stored: Stored | None = None
 

@@ -15,8 +15,10 @@ from vit_tucker.checkpoint.layout import check_layout
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
 from vit_tucker.errors import CheckpointError, VitTuckerError
+from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.hosts.structure import on_meta
-from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.patch import patch
+from vit_tucker.patching.record import patch_records
 from vit_tucker.storage.digests import CONFIG
 from vit_tucker.storage.digests import verify as verify_files
 from vit_tucker.storage.json_files import read_object
@@ -207,15 +209,15 @@ def weights_file(folder: Path) -> Path:
 
 def check_layers(model: nn.Module, config: Mapping[str, Any], origin: str) -> None:
     """Raise CheckpointError if a patched model's layers came out with other options than were stored."""
-    stored, record = (config.get("vit_tucker") or {}).get("layers"), patch_record(model)
-    if stored is None or record is None:
-        return
-    built = layer_options(model, record.config)
-    for name, options in stored.items():
-        if built.get(name) != options:
-            raise CheckpointError(
-                f"{origin}: {name} was stored with {options}, but this version builds it with {built.get(name)}"
-            )
+    ours = config.get("vit_tucker") or {}
+    for slot, record in patch_records(model).items():
+        stored = (ours if slot == ATTENTION.name else ours.get(slot) or {}).get("layers")
+        built = {} if stored is None else layer_options(model, record.config)
+        for name, options in (stored or {}).items():
+            if built.get(name) != options:
+                raise CheckpointError(
+                    f"{origin}: {name} was stored with {options}, but this version builds it with {built.get(name)}"
+                )
 
 
 def load_dense(
@@ -237,14 +239,16 @@ def load_dense(
     Raises:
         CheckpointError: the model is not patched, or the weights are not those of its host; nothing has changed.
     """
-    record = patch_record(model)
-    if record is None:
+    records = patch_records(model)
+    if not records:
         raise CheckpointError("load_dense: the model is not patched; timm.models.load_checkpoint loads dense weights")
     host = dense_host(model, weights, model_args)
-    config = record.config.model_copy(update={"init": "pretrained"})
-    if calibration is None:
-        config = config.model_copy(update={"calibration": None})
-    patch(host, config, calibration=calibration, keep_originals=False)
+    for record in records.values():
+        config = record.config.model_copy(update={"init": "pretrained"})
+        looks = "calibration" in type(config).model_fields
+        if calibration is None and looks:
+            config = config.model_copy(update={"calibration": None})
+        patch(host, config, calibration=calibration if looks else None, keep_originals=False)
     own, converted = model.state_dict(), host.state_dict()
     fitting = {key: value for key, value in converted.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict({**own, **fitting})
@@ -265,7 +269,7 @@ def dense_host(
     Raises:
         CheckpointError: the weights can't be read, or are not those of the host.
     """
-    record = patch_record(model)
+    record = next(iter(patch_records(model).values()), None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     architecture = cfg.get("architecture") if record is None else record.identity.architecture
     if architecture is None:

@@ -11,7 +11,7 @@ from vit_tucker.checkpoint.describe import describe, header
 from vit_tucker.checkpoint.tensor_files import WEIGHTS
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts import find
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_record
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.weights import full_state
 

@@ -10,7 +10,9 @@ from vit_tucker.checkpoint.loading import Shapes, module_names
 from vit_tucker.errors import CheckpointError, shorten
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.hosts.slot import LINEAR
+from vit_tucker.patching.identity import OWN_ARGUMENTS
+from vit_tucker.patching.record import patch_record
 from vit_tucker.storage.digests import SECTION
 
 LARGEST = 1 << 16
@@ -51,7 +53,7 @@ def nested_numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | floa
         yield key, values
     for name, value in values.items() if isinstance(values, Mapping) else ():
         inner = f"{key}.{name}" if key else name
-        if not (key == "patch" and name in TOLD):
+        if not (key in OWN_ARGUMENTS and name in TOLD):
             yield from nested_numbers(value, inner)
     for value in values if isinstance(values, list | tuple) else ():
         yield from nested_numbers(value, key)
@@ -77,7 +79,7 @@ def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any
     cfg = config.get("pretrained_cfg") or {}
     heads = tuple(f"{name}." for name in module_names(cfg.get("classifier") or ()))
     ours = SECTION in config
-    attention = tuple(f"{name}." for name in find_attention(structure))
+    attention = tuple(f"{name}." for name in (*find_attention(structure), *LINEAR.layers(structure)))
     missing = [key for key in own if key not in shapes and (ours or key.startswith(attention))]
     strange = [key for key in shapes if key not in own and (ours or not key.startswith(heads))]
     if missing or (strange and ours):

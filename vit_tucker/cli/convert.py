@@ -49,6 +49,7 @@ def convert(args: argparse.Namespace) -> int:
     from vit_tucker.data.transforms import resolve_data
     from vit_tucker.hosts.images import input_shape
     from vit_tucker.patching.patch import patch
+    from vit_tucker.run.model import plain_reports
     from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.training.lock import RunLock
 
@@ -58,7 +59,7 @@ def convert(args: argparse.Namespace) -> int:
     refuse_unwritable("--out", args.out, folder=True)
     lock = RunLock(args.out, "--out")
     lock.refuse_held()
-    if args.data is not None:
+    if args.data is not None and attention is not None:
         dataset_info(args.data)
         options = attention.calibration or Calibration(images=args.images)
         attention = attention.model_copy(update={"calibration": options})
@@ -68,11 +69,22 @@ def convert(args: argparse.Namespace) -> int:
     trained = config.model.is_trained
     data = resolve_data(config.data, dataset_info(config.data.dataset), model, trained, size)
     images = None
-    if (calibration := attention.calibration) is not None:
+    calibration = None if attention is None else attention.calibration
+    if calibration is not None:
         images = calibration_images(config.data, data, calibration.images, calibration.batch_size, calibration.seed)
         if sys.stderr.isatty():
             print(f"converting on {calibration.images} images of {config.data.dataset} ...", file=sys.stderr)
-    report = patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
+    reports = [
+        patch(
+            model,
+            method,
+            calibration=images if method.fitted_to else None,
+            keep_originals=False,
+            img_size=config.model.img_size,
+        )
+        for method in (attention, config.linear)
+        if method is not None
+    ]
     set_image_options(model, ImageOptions.of(config.data).plain())
     lock.take()
     try:
@@ -81,9 +93,9 @@ def convert(args: argparse.Namespace) -> int:
         lock.release()
     print_notes(weights)
     if args.json:
-        emit(to_json({"folder": args.out, **report.to_dict()}))
+        emit(to_json({"folder": args.out, **plain_reports(reports)}))
         return 0
-    emit(str(report))
+    emit("\n\n".join(map(str, reports)))
     hint = "" if trained else "; the dense model had no trained weights (model.pretrained, model.checkpoint)"
     print(f"{args.out}: saved{hint}")
     return 0

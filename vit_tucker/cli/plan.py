@@ -49,16 +49,18 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.patching.patch import plan as plan_patch
+    from vit_tucker.run.model import plain_reports
 
     config, attention = read_target(args)
     model, weights = create(config)
-    report = plan_patch(model, attention, img_size=config.model.img_size)
+    methods = [method for method in (attention, config.linear) if method is not None]
+    reports = [plan_patch(model, method, img_size=config.model.img_size) for method in methods]
     print_notes(weights)
-    emit(to_json(report.to_dict()) if args.json else str(report))
+    emit(to_json(plain_reports(reports)) if args.json else "\n\n".join(map(str, reports)))
     return 0
 
 
-def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig"]:
+def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig | None"]:
     """Config and method that ``add_target``'s arguments name.
 
     Raises:
@@ -74,7 +76,7 @@ def read_target(args: argparse.Namespace) -> tuple["RunConfig", "AttentionConfig
     if args.cfg is not None:
         config = load_config(args.cfg, overrides)
         attention = config.attention if args.method is None else read_method(args.method, config.model)
-        if attention is None:
+        if attention is None and config.linear is None:
             raise ConfigError(f"{args.cfg}: attention: the config patches nothing; name a method by --method")
         return config, attention
     config = config_from({"model": {"name": names[0]}}, overrides)

@@ -94,8 +94,12 @@ def validate_as(model: type[AnyModel], source: Source) -> AnyModel:
 def plain_config(config: RunConfig) -> dict[str, Any]:
     """The resolved config as plain values, for YAML and JSON."""
     values = cast(dict[str, Any], json.loads(config.model_dump_json()))
-    if config.attention is not None:
-        values["attention"] = json.loads(config.attention.model_dump_json())
+    for name in ("attention", "linear"):
+        section = getattr(config, name)
+        if section is not None:
+            values[name] = json.loads(section.model_dump_json())
+    if config.linear is None:
+        del values["linear"]  # files of runs without it have no such key
     return values
 
 

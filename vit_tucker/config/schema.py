@@ -7,12 +7,13 @@ from functools import lru_cache, reduce
 from operator import or_
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, InstanceOf, WithJsonSchema, create_model, field_validator, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, WithJsonSchema, create_model, field_validator, model_validator
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.registry import get_method, list_methods
 from vit_tucker.config.data_section import DataConfig, FolderName, PathText
 from vit_tucker.config.registries import PENALTIES, step_options
+from vit_tucker.linear.base import LINEAR_METHODS, LinearConfig
 from vit_tucker.validation.checked import MAX_INTEGER, Checked
 
 MAX_WIDTH = 2**16
@@ -278,6 +279,9 @@ class RunConfig(Checked):
     attention: InstanceOf[AttentionConfig] | None = Field(
         default=None, description="Attention to patch in; null keeps the dense host."
     )
+    linear: InstanceOf[LinearConfig] | None = Field(
+        default=None, description="What takes the place of linear layers outside of attention; null keeps them."
+    )
     data: DataConfig = Field(default=DataConfig(), description="Data set and transforms.")
     train: TrainConfig = Field(default=TrainConfig(), description="The recipe.")
 
@@ -289,23 +293,28 @@ class RunConfig(Checked):
 
 
 def run_config_model() -> type[RunConfig]:
-    """RunConfig with the attention section as a union of the methods registered by now, discriminated by ``method``."""
-    return _run_config_model(tuple(get_method(name) for name in list_methods()))
+    """RunConfig whose sections of methods are unions of those registered by now, discriminated by ``method``."""
+    linear = tuple(LINEAR_METHODS.get(name) for name in LINEAR_METHODS.names())
+    return _run_config_model(tuple(get_method(name) for name in list_methods()), linear)
 
 
 @lru_cache
-def _run_config_model(methods: tuple[type[AttentionConfig], ...]) -> type[RunConfig]:
+def _run_config_model(methods: tuple[Any, ...], linear: tuple[Any, ...]) -> type[RunConfig]:
     """One class per set of methods, so that equal configs compare equal."""
-    union: Any = reduce(or_, methods)
-    if len(methods) > 1:
-        union = Annotated[union, Field(discriminator="method")]
-    field = RunConfig.model_fields["attention"]
-    return create_model(
-        "RunConfig",
-        __base__=RunConfig,
-        __module__=__name__,
-        attention=(union | None, Field(default=None, description=field.description)),
-    )
+    sections: dict[str, Any] = {}
+    for name, known in (("attention", methods), ("linear", linear)):
+        union: Any = reduce(or_, known) if known else Annotated[LinearConfig, BeforeValidator(_refuse_unregistered)]
+        if len(known) > 1:
+            union = Annotated[union, Field(discriminator="method")]
+        described = Field(default=None, description=RunConfig.model_fields[name].description)
+        sections[name] = (union | None, described)
+    return create_model("RunConfig", __base__=RunConfig, __module__=__name__, **sections)
+
+
+def _refuse_unregistered(value: Any) -> Any:
+    """Raise ConfigError for a linear section while no linear method is registered."""
+    LINEAR_METHODS.get(str(value.get("method") if isinstance(value, dict) else value))
+    return value
 
 
 def json_schema() -> dict[str, Any]:

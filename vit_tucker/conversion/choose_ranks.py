@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.moments import whiten
-from vit_tucker.attention.options import Calibration, RankRule, Rule
+from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Rule
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables
 from vit_tucker.conversion.calibrate import collect_moments
@@ -21,6 +21,9 @@ from vit_tucker.tensor.tucker import Pairs, squared_norm
 
 PRE_WEIGHT = 2.0
 """What a pre-softmax error counts: to first order it comes out up to three times too small on a trained ViT-S/14."""
+
+
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 @dataclass
@@ -38,12 +41,12 @@ class OpenLayer(WatchedLayer):
 
 def resolve_ranks(
     model: nn.Module,
-    config: AttentionConfig,
-    configs: Mapping[str, AttentionConfig],
+    config: Config,
+    configs: Mapping[str, MethodConfig],
     read: Mapping[str, Host],
     tokens: Mapping[str, tuple[int, int]],
     images: list[Tensor] | None,
-) -> AttentionConfig:
+) -> Config:
     """The config with rules for the layers whose ranks are yet to be chosen.
 
     Args:
@@ -70,7 +73,7 @@ def resolve_ranks(
             )
         module = model.get_submodule(first)
         layers.append(OpenLayer(first, module, read[first], rule=rule, names=(first, *others)))
-    calibration = None if config.calibration is None or images is None else (config.calibration, images)
+    calibration = None if config.fitted_to is None or images is None else (config.fitted_to, images)
     chosen = choose_layer_ranks(model, layers, tokens, calibration)
     return config.model_copy(update={"rules": (*config.rules, *chosen)})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import ExplainError, PatchError
-from vit_tucker.hosts.timm_classes import read_host
+from vit_tucker.hosts.families import read_host
 from vit_tucker.patching.selection import Selection, select
 
 MapModule = tuple[nn.Module, nn.Module]

@@ -19,7 +19,7 @@ from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_channels, input_shape
 from vit_tucker.hosts.normalisation import fit_channels
 from vit_tucker.inference.predict import model_class_names, open_model
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_record
 
 HOST, PRETRAINED, NONE = "host", "pretrained", "none"
 

@@ -14,7 +14,7 @@ from vit_tucker.export.sizes import other_size, size_step, sizes_to_compare
 from vit_tucker.hosts.find import inner, refuse_wrapped
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.normalisation import fit_channels
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import shared_records
 
 TRACED_BATCH = 2
 """Images that the model is recorded with: torch takes a size of 1 for a constant."""
@@ -50,8 +50,7 @@ def served(model: nn.Module, normalise: bool) -> nn.Module:
     """
     model = inner(model)
     refuse_wrapped(model)
-    record = patch_record(model)
-    plain = copy.deepcopy(model, {} if record is None else {id(record): record}).to("cpu", torch.float32).eval()
+    plain = copy.deepcopy(model, shared_records(model)).to("cpu", torch.float32).eval()
     plain.requires_grad_(False)
     if not normalise:
         return plain

@@ -19,7 +19,7 @@ from vit_tucker.export.capture import served
 from vit_tucker.export.check import Batches, Check, ExportOptions, Written
 from vit_tucker.export.compare import TOLERANCE, ImageFunction
 from vit_tucker.patching.merge import Merged, MergedLayer, merge
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_records
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate:
     Raises:
         PatchError: see ``dense_model``.
     """
-    record = patch_record(model)
-    if host is None and record is not None and record.originals is None:
+    if host is None and any(record.originals is None for record in patch_records(model).values()):
         host = recreate_host(model)
     return merge(model, host, approximate=approximate)
 
@@ -88,7 +87,7 @@ def recreate_host(model: nn.Module) -> nn.Module:
     Raises:
         PatchError: the model does not tell which it was.
     """
-    record = patch_record(model)
+    record = next(iter(patch_records(model).values()), None)
     architecture = None if record is None else record.identity.architecture
     if architecture is None:
         raise PatchError(

@@ -12,7 +12,7 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.checkpoint.describe import image_options
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.patching.record import patch_record
 
 FROM_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "license")
 """Entries of timm's pretrained_cfg that are handed on, under timm's names, where the model has them."""

@@ -5,7 +5,7 @@ from torch import nn
 from vit_tucker.attention.effective import full_name, is_tuner, peft_class
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError, WeightsError
-from vit_tucker.hosts.timm_classes import LEFT_ALONE_BY_CLASS, SELF_ATTENTION
+from vit_tucker.hosts.families import family_of
 
 
 def looks_like_attention(module: nn.Module) -> bool:
@@ -20,12 +20,19 @@ def is_self_attention(module: nn.Module) -> bool:
     Attention pooling (timm's AttentionPool...) reads tokens out with a learned query, cross-attention takes its queries from
     elsewhere, other modules of that name let channels or one token attend: no weights of ours fit them.
     """
-    if isinstance(module, (AttentionModule, *SELF_ATTENTION)):
+    family = family_of(module)
+    if isinstance(module, (AttentionModule, *(family.self_attention if family else ()))):
         return True
-    if not looks_like_attention(module) or type(module) in LEFT_ALONE_BY_CLASS:
+    if not looks_like_attention(module) or is_left_alone(module):
         return False
     name = type(module).__name__
     return not name.startswith("AttentionPool") and "Cross" not in name
+
+
+def is_left_alone(module: nn.Module) -> bool:
+    """Whether a module is of a class that stands beside self-attention and stays as it is."""
+    family = family_of(module)
+    return family is not None and type(module) in family.left_alone
 
 
 def own_parts(model: nn.Module) -> set[int]:
@@ -47,7 +54,7 @@ def find_other_attention(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if (looks_like_attention(module) or type(module) in LEFT_ALONE_BY_CLASS)
+        if (looks_like_attention(module) or is_left_alone(module))
         and not is_self_attention(module)
         and id(module) not in inside
     ]

@@ -1,6 +1,5 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +7,6 @@ from torch import nn
 
 from vit_tucker.attention.effective import full_name, functional_hooks, with_plain_parts
 from vit_tucker.errors import WeightsError
-from vit_tucker.hosts.readers import Host
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
 """Names of the parts of hosts whose weights the readers read."""
@@ -58,20 +56,3 @@ def is_same(plain: nn.Module, part: nn.Module) -> bool:
 def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors hold other values; on the meta device there are none."""
     return not one.is_meta and not torch.equal(one, other)
-
-
-def refuse_not_finite(host: Host) -> None:
-    """Raise WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
-    tensors = dict(vars(host.own))
-    for parts in host.spec.extras.values():
-        for name, part in parts.items():
-            tensors |= dict(part.named_parameters(prefix=name))
-    refuse_infinite(tensors.items())
-
-
-@torch.no_grad()
-def refuse_infinite(tensors: Iterable[tuple[str, torch.Tensor | None]]) -> None:
-    """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
-    for name, tensor in tensors:
-        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.attention.call import PositionBias
-from vit_tucker.attention.effective import full_name
+from vit_tucker.attention.effective import full_name, refuse_infinite
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.errors import PatchError
 
@@ -30,6 +30,19 @@ class Host:
     parameters: ParameterCount
     own: MHAWeights
     merged: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor whose device and dtype the replacement gets."""
+        return self.weights.query
+
+    def refuse_not_finite(self) -> None:
+        """Raise WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
+        tensors = dict(vars(self.own))
+        for parts in self.spec.extras.values():
+            for name, part in parts.items():
+                tensors |= dict(part.named_parameters(prefix=name))
+        refuse_infinite(tensors.items())
 
 
 SILENT = (nn.Dropout.forward, nn.Softmax.forward, nn.Identity.forward)

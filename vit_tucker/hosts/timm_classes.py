@@ -15,9 +15,9 @@ from torch import nn
 
 from vit_tucker.attention.call import PositionBias
 from vit_tucker.attention.effective import full_name, without_hooks
-from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.errors import PatchError
+from vit_tucker.hosts.families import EXCLUDE, Family
 from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, read_unfused
 
@@ -150,8 +150,6 @@ LEFT_ALONE = {
 """What stands beside self-attention and stays as it is."""
 
 
-EXCLUDE = "; leave it alone with exclude="
-"""What a user can do about a layer that is refused."""
 MIXED_ROPE = "timm.layers.pos_embed_sincos.RotaryEmbeddingMixed"
 """The embedding whose tables differ from head to head."""
 MIXED_FLAGS = ("rope_mixed", "rope_is_mixed")
@@ -191,20 +189,8 @@ def has_mixed_rope(model: nn.Module) -> bool:
     )
 
 
-def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True) -> Host:
-    """Read an attention module.
-
-    Args:
-        module: of a model.
-        mixed_rope: the model makes its tables of rotations head by head.
-        plain: merge what stands around its weights, or refuse it; False: only its shape counts.
-
-    Raises:
-        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message
-            lacks the module's name.
-    """
-    if isinstance(module, AttentionModule):
-        raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
+def read_timm(module: nn.Module, mixed_rope: bool, plain: bool) -> Host:
+    """Read an attention module of timm's, see ``vit_tucker.hosts.families.read_host``."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:
@@ -215,3 +201,6 @@ def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True
             host = read_rotary(part, mixed_rope) if cls in ROTARY_CLASSES else READERS_BY_CLASS[cls](part)
             return replace(host, merged=merged)
     raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
+
+
+FAMILY = Family(SELF_ATTENTION, LEFT_ALONE_BY_CLASS, read_timm, follow_window_size)

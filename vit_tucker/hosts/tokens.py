@@ -1,6 +1,6 @@
-"""How many tokens each attention layer of a model receives."""
+"""How many tokens each layer of a model receives."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,32 +10,57 @@ from vit_tucker.attention.call import to_sequences
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy, without_global_hooks
 
+Shape = tuple[int, int]
+"""Sequences, and tokens of each."""
+Counter = Callable[[tuple[Any, ...], dict[str, Any]], Shape]
+"""Sequences and tokens in a module's arguments, positional and by name."""
+
+
+def counter(layout: str) -> Counter:
+    """Counts the tokens of attention modules, see ``HostSpec.layout``."""
+
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Shape:
+        sequences, tokens, _ = to_sequences(args[0] if args else kwargs["x"], layout).shape
+        return sequences, tokens
+
+    return count
+
 
 def count_tokens(
     model: nn.Module, layouts: Mapping[str, str], img_size: int | tuple[int, int] | None = None
-) -> dict[str, tuple[int, int]]:
-    """Sequences per image and tokens per sequence that each named module receives.
+) -> dict[str, Shape]:
+    """Sequences per image and tokens per sequence that each named attention module receives, see ``count_calls``."""
+    return count_calls(model, {name: counter(layout) for name, layout in layouts.items()}, img_size)
+
+
+def count_calls(
+    model: nn.Module,
+    counters: Mapping[str, Counter],
+    img_size: int | tuple[int, int] | None = None,
+    shared: Iterable[object] = (),
+) -> dict[str, Shape]:
+    """What each named module receives of one image.
 
     Args:
         model: any model that maps (B, 3, H, W) images; it is not touched.
-        layouts: of the tokens that each module takes, see ``HostSpec``, by full module name.
+        counters: what counts a call's tokens, by full module name.
         img_size: pixels; the model's own size if None.
+        shared: see ``structure_copy``.
 
     Returns:
         name -> (sequences, tokens); empty if the model can't run on the meta device.
     """
     try:
-        probe = structure_copy(model).eval()
-        seen: dict[str, tuple[int, int]] = {}
+        probe = structure_copy(model, shared=shared).eval()
+        seen: dict[str, Shape] = {}
 
         def note(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                sequences, tokens, _ = to_sequences(args[0] if args else kwargs["x"], layouts[name]).shape
-                seen[name] = (sequences, tokens)
+                seen[name] = counters[name](args, kwargs)
 
             return hook
 
-        for name in layouts:
+        for name in counters:
             probe.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
         dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         with torch.no_grad(), without_global_hooks():

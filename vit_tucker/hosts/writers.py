@@ -14,7 +14,9 @@ from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import fit_biases
 from vit_tucker.errors import PatchError
-from vit_tucker.hosts import timm_classes
+from vit_tucker.hosts.families import read_host
+from vit_tucker.hosts.slot import ATTENTION
+from vit_tucker.linear.base import LinearModule
 
 
 def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, mixed_rope: bool = False) -> None:
@@ -29,9 +31,8 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
     Raises:
         PatchError: the module can't hold the layer's attention; it may be half written then.
     """
-    if layer.position_bias is not None:
-        timm_classes.follow_window_size(module, layer.position_bias)
-    host = timm_classes.read_host(module, mixed_rope)
+    ATTENTION.restore(module, layer)
+    host = read_host(module, mixed_rope)
     weights = fit_biases(weights, host.own)
     with torch.no_grad():
         for name, place in vars(host.own).items():
@@ -39,11 +40,26 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
                 write_heads(place, getattr(weights, name))
     for name, part in carried_parts(host.spec.extras).items():
         part.load_state_dict(own_part(layer, name).state_dict())
-    written = timm_classes.read_host(module, mixed_rope).weights
+    written = read_host(module, mixed_rope).weights
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
             raise PatchError(f"{full_name(module)}: its reader gives no view of its {name}, nothing can be written")
+
+
+def write_linear(module: Any, layer: LinearModule) -> None:
+    """Give a Linear of the host's the weights that a layer of ours comes to. In place.
+
+    Raises:
+        PatchError: the layer has a bias, or a shape, that the Linear has no place for.
+    """
+    weights = layer.dense_weights()
+    if (weights.bias is None) != (module.bias is None) or weights.weight.shape != module.weight.shape:
+        raise PatchError(f"{full_name(module)}: the dense weights of {type(layer).__name__} have another shape")
+    with torch.no_grad():
+        module.weight.copy_(weights.weight)
+        if weights.bias is not None:
+            module.bias.copy_(weights.bias)
 
 
 def write_heads(place: Tensor, value: Tensor | None) -> None:

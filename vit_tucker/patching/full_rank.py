@@ -6,8 +6,8 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Rule
 from vit_tucker.attention.registry import get_method
 from vit_tucker.errors import PatchError
-from vit_tucker.hosts.find import find_attention, inner
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
+from vit_tucker.hosts.find import inner
+from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
 
 
@@ -25,10 +25,10 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
         PatchError: no attention, or a layer that the method can't carry; names it.
     """
     model = inner(model)
-    cls, mixed, configs = get_method(method), has_mixed_rope(model), {}
-    for name, module in find_attention(model).items():
+    cls, reader, configs = get_method(method), ATTENTION.reader(model), {}
+    for name, module in ATTENTION.find(model).items():
         try:
-            spec = read_host(module, mixed).spec
+            spec = reader(module).spec
             configs[name] = cls.full_rank(spec)
             configs[name].refuse_features(spec)
             configs[name].check(spec)

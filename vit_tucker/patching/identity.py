@@ -5,16 +5,19 @@ weights of a patched model would fit a dense one badly: with another ``num_class
 the attention would stay untrained. So a patched model names an architecture of ours, whose arguments are the host and the patch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vit_tucker.attention.backends import AUTO
-from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import MethodConfig
+from vit_tucker.hosts.slot import SLOTS
 
 PATCHED = "vit_tucker_patched"
 """Name of a patched model's architecture in timm's registry, see ``vit_tucker.checkpoint.entry``."""
+OWN_ARGUMENTS = frozenset({"host", *(slot.argument for slot in SLOTS.values())})
+"""Arguments of that architecture beside those of the host."""
 ATTRIBUTES = ("pretrained_cfg", "default_cfg", "_model_args")
 """Where timm looks: configuration of the weights (under two names), and the arguments of ``create_model``."""
 
@@ -32,9 +35,9 @@ class Identity:
     attributes: dict[str, Any]
 
 
-def patch_values(config: AttentionConfig) -> dict[str, Any]:
+def patch_values(config: MethodConfig) -> dict[str, Any]:
     """The config of a patch as JSON values: all that another machine needs, so without the backend."""
-    return config.model_copy(update={"backend": AUTO}).model_dump(mode="json")
+    return config.portable().model_dump(mode="json")
 
 
 def identity_of(model: nn.Module) -> Identity:
@@ -44,20 +47,22 @@ def identity_of(model: nn.Module) -> Identity:
     return Identity(cfg.get("architecture") if isinstance(cfg, dict) else None, told)
 
 
-def mark(model: nn.Module, config: AttentionConfig, identity: Identity) -> None:
+def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identity) -> None:
     """Give a patched model the identity of one, if it said what it was.
 
     Args:
         model: patched.
-        config: of the patch, with the ranks that rank rules chose.
+        configs: of its patches by slot, with the ranks that rank rules chose; empty for a model that is no longer patched.
         identity: of the model before.
     """
     if identity.architecture is None:
         return
-    set_pretrained_cfg(model, {**identity.attributes["pretrained_cfg"], "architecture": PATCHED})
-    arguments = identity.attributes.get("_model_args") or {}
-    patch = patch_values(config)
-    model._model_args = {**arguments, "host": identity.architecture, "patch": patch}  # type: ignore[assignment]
+    unmark(model, identity)
+    if configs:
+        set_pretrained_cfg(model, {**vars(model)["pretrained_cfg"], "architecture": PATCHED})
+        patches = {slot.argument: patch_values(configs[name]) for name, slot in SLOTS.items() if name in configs}
+        arguments = {**(vars(model).get("_model_args") or {}), "host": identity.architecture, **patches}
+        model._model_args = arguments  # type: ignore[assignment]
 
 
 def unmark(model: nn.Module, identity: Identity) -> None:
@@ -65,11 +70,12 @@ def unmark(model: nn.Module, identity: Identity) -> None:
     if identity.architecture is None:
         return
     set_pretrained_cfg(model, {**vars(model)["pretrained_cfg"], "architecture": identity.architecture})
-    arguments = {k: v for k, v in vars(model)["_model_args"].items() if k not in ("host", "patch")}
+    told = vars(model).get("_model_args") or {}
+    arguments = {name: value for name, value in told.items() if name not in OWN_ARGUMENTS}
     if arguments or "_model_args" in identity.attributes:
         model._model_args = arguments  # type: ignore[assignment]
     else:
-        del model._model_args
+        vars(model).pop("_model_args", None)
 
 
 def set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:

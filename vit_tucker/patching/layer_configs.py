@@ -1,33 +1,36 @@
-"""Which attention modules a config patches, and with which options each."""
+"""Which modules a config patches, and with which options each."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.errors import PatchError, nearest
+from vit_tucker.hosts.slot import slot_of
 from vit_tucker.patching.selection import select
 
-PLACEMENT_FIELDS = {"method", "init", "layers", "exclude", "rules", "calibration"}
+PLACEMENT_FIELDS = {*MethodConfig.model_fields, "calibration"}
+Config = TypeVar("Config", bound=MethodConfig)
 
 
-def choose_layers(config: AttentionConfig, names: list[str]) -> list[str]:
-    """Names of the attention modules that the config patches, in the model's order.
+def choose_layers(config: MethodConfig, names: list[str]) -> list[str]:
+    """Names of the modules that the config patches, in the model's order.
 
     Raises:
         PatchError: a pattern selects nothing, or nothing is left.
     """
-    chosen = select(config.layers, names)
+    noun = slot_of(config).noun
+    chosen = select(config.layers, names, noun)
     if config.exclude is not None:
-        excluded = set(select(config.exclude, names))
+        excluded = set(select(config.exclude, names, noun))
         chosen = [name for name in chosen if name not in excluded]
     if not chosen:
-        raise PatchError("layers and exclude together leave no attention module to patch")
+        raise PatchError(f"layers and exclude together leave no {noun} to patch")
     return chosen
 
 
-def layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> dict[str, AttentionConfig]:
+def layer_configs(config: Config, names: list[str], chosen: Iterable[str]) -> dict[str, Config]:
     """The config of each chosen layer: the rules in order, a later one on top of an earlier one.
 
     Ranks that a rank rule chose hold only where the layer's ranks still are that rule: who changes it gets others.
@@ -36,12 +39,13 @@ def layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[st
         PatchError: a rule selects nothing, or an option is unknown or invalid.
     """
     configs = dict.fromkeys(chosen, config)
+    noun = slot_of(config).noun
     valid = set(type(config).model_fields) - PLACEMENT_FIELDS
     for number, rule in enumerate(config.rules):
         for key in rule.options:
             if key not in valid:
                 raise PatchError(f"rules[{number}]: unknown option '{key}' of {config.method}{nearest(key, valid)}")
-        hit = [name for name in select(rule.layers, names) if name in configs]
+        hit = [name for name in select(rule.layers, names, noun) if name in configs]
         if not hit and rule.chosen_by is None:
             raise PatchError(f"rules[{number}]: layers={rule.layers!r} selects no patched module")
         for name in hit:
@@ -50,7 +54,7 @@ def layer_configs(config: AttentionConfig, names: list[str], chosen: Iterable[st
     return configs
 
 
-def without_stale_choices(config: AttentionConfig, names: list[str], chosen: Iterable[str]) -> AttentionConfig:
+def without_stale_choices(config: Config, names: list[str], chosen: Iterable[str]) -> Config:
     """The config without ranks that were chosen by a rule which no layer has any more."""
     written = config.without_choices()
     current = {layer.rank_rule for layer in layer_configs(written, names, chosen).values()}
@@ -58,7 +62,7 @@ def without_stale_choices(config: AttentionConfig, names: list[str], chosen: Ite
     return config if len(kept) == len(config.rules) else config.model_copy(update={"rules": kept})
 
 
-def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> AttentionConfig:
+def _with_options(config: Config, extra: dict[str, Any], name: str) -> Config:
     if not extra:
         return config
     values = {key: getattr(config, key) for key in type(config).model_fields}
@@ -69,7 +73,7 @@ def _with_options(config: AttentionConfig, extra: dict[str, Any], name: str) -> 
         raise PatchError(f"{name}: a rule's {first['loc'][0]} is invalid: {first['msg']}") from None
 
 
-def describe_options(config: AttentionConfig) -> str:
+def describe_options(config: MethodConfig) -> str:
     """The method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
     parts = []
     for name, field in type(config).model_fields.items():

@@ -2,18 +2,21 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from vit_tucker.attention.effective import is_adapter, plain_part, trains
+from vit_tucker.attention.effective import is_adapter, plain_part, readable, trains
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import HeadsForm, heads_form
 from vit_tucker.errors import PatchError
-from vit_tucker.hosts import find, timm_classes
+from vit_tucker.hosts import find
 from vit_tucker.hosts.plain import plain_host
-from vit_tucker.hosts.writers import write_layer
-from vit_tucker.patching.identity import unmark
-from vit_tucker.patching.patch import RECORD, patch_record
+from vit_tucker.hosts.slot import ATTENTION, LINEAR
+from vit_tucker.hosts.timm_classes import has_mixed_rope
+from vit_tucker.hosts.writers import write_layer, write_linear
+from vit_tucker.patching.identity import mark
+from vit_tucker.patching.record import patch_records, set_module, set_records, shared_records
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,22 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
     """
     model = find.inner(model)
     find.refuse_wrapped(model)
-    layers = {name: m for name, m in find.find_attention(model).items() if isinstance(m, AttentionModule)}
+    layers: dict[str, Any] = ATTENTION.layers(model)
     forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
-    mixed_rope = timm_classes.has_mixed_rope(model)
+    mixed_rope = has_mixed_rope(model)
+    layers |= LINEAR.layers(model)
     modules: dict[int, nn.Module] = {}  # a layer that stands at several places gets one module
     for name, layer in layers.items():
         if id(layer) not in modules:
-            modules[id(layer)] = _written(name, _host_module(model, host, name), layer, forms[name], mixed_rope)
+            modules[id(layer)] = _written(name, _host_module(model, host, name), layer, forms.get(name), mixed_rope)
     result = _without_record(model)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(result.get_submodule(parent), child, modules[id(layer)])
+        set_module(result, name, modules[id(layer)])
     merge_adapters(result)
-    rows = (MergedLayer(name, type(layer).__name__, *forms[name][1:]) for name, layer in layers.items())
+    rows = [
+        MergedLayer(name, type(m).__name__, *(forms[name][1:] if name in forms else (0.0, 0.0)))
+        for name, m in layers.items()
+    ]
     return Merged(result, tuple(rows))
 
 
@@ -87,14 +93,13 @@ def merge_adapters(model: nn.Module) -> None:
     """
     adapters = [name for name, module in model.named_modules() if is_adapter(module)]
     for name in adapters:
-        parent, _, child = name.rpartition(".")
         if any(name.startswith(f"{other}.") for other in adapters):
             continue
         try:
             plain = plain_part(model.get_submodule(name))
         except PatchError as error:
             raise PatchError(f"{name} {error}") from None
-        setattr(model.get_submodule(parent), child, plain)
+        set_module(model, name, plain)
 
 
 def _form(name: str, layer: AttentionModule, approximate: bool) -> HeadsForm:
@@ -111,25 +116,27 @@ def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Modu
             return host.get_submodule(name)
         except AttributeError:
             raise PatchError(f"{name}: {type(host).__name__} has no such module: it is not the model's host") from None
-    record = patch_record(model)
-    originals = None if record is None else record.originals
-    if originals is None or name not in originals:
+    originals = {k: m for record in patch_records(model).values() for k, m in (record.originals or {}).items()}
+    if name not in originals:
         raise PatchError("the modules that were replaced were not kept: give the timm model they came from as host")
     return originals[name]
 
 
-def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsForm, mixed_rope: bool) -> nn.Module:
-    """A copy of the host's module with the layer's attention."""
+def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, mixed_rope: bool) -> nn.Module:
+    """A copy of the host's module that computes what the layer does."""
     like = next(layer.parameters())
     try:
-        new = copy.deepcopy(plain_host(module)[0])
+        new = copy.deepcopy(readable(module) if form is None else plain_host(module)[0])
     except PatchError as error:
         raise type(error)(f"{name}: {error}") from None
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
         raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
     new = new.to(like.device, like.dtype)
     try:
-        write_layer(new, layer, form.weights, mixed_rope)
+        if form is None:
+            write_linear(new, layer)
+        else:
+            write_layer(new, layer, form.weights, mixed_rope)
     except (PatchError, RuntimeError) as error:  # RuntimeError: shapes that differ
         raise PatchError(f"{name}: {' '.join(str(error).split())}") from None
     return new.requires_grad_(trains(layer)).train(layer.training)
@@ -137,9 +144,8 @@ def _written(name: str, module: nn.Module, layer: AttentionModule, form: HeadsFo
 
 def _without_record(model: nn.Module) -> nn.Module:
     """A copy that does not know of its patch, and is freed of the replaced modules."""
-    record = patch_record(model)
-    result = copy.deepcopy(model, {} if record is None else {id(record): record})
-    if record is not None:
-        unmark(result, record.identity)
-        delattr(result, RECORD)
+    result = copy.deepcopy(model, shared_records(model))
+    for record in patch_records(model).values():
+        mark(result, {}, record.identity)
+    set_records(result, {})
     return result

@@ -5,18 +5,18 @@ from typing import Any
 
 from torch import nn
 
-from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.attention.registry import get_method
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.errors import ConfigError, nearest, nearest_match
+from vit_tucker.hosts.slot import ATTENTION, SLOTS
 from vit_tucker.validation.mistakes import shown
 
-Method = AttentionConfig | str | Mapping[str, Any]
-"""A config; a method's name; or a mapping with ``method`` and options, as in a YAML's attention section."""
+Method = MethodConfig | str | Mapping[str, Any]
+"""A config; a method's name; or a mapping with ``method`` and options, as in a YAML's attention or linear section."""
 ARGUMENTS = ("layers", "exclude", "calibration", "keep_originals", "img_size")
 """Arguments of ``patch`` beside the method's options."""
 
 
-def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> AttentionConfig:
+def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> MethodConfig:
     """The config that a call means.
 
     Args:
@@ -33,25 +33,38 @@ def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> Att
     if not isinstance(model, nn.Module):
         raise ConfigError(f"the model must be a torch.nn.Module, not {shown(model)}")
     if isinstance(method, str):
-        config = get_method(method)
+        config = named(method)
         for name in set(options) - set(config.model_fields):
             if (argument := nearest_match(name, [*config.model_fields, *ARGUMENTS])) in ARGUMENTS:
                 raise ConfigError(f"{name}: neither an argument nor an option of {method}; did you mean '{argument}'?")
         return config(**options)
-    if not isinstance(method, AttentionConfig | Mapping):
+    if not isinstance(method, MethodConfig | Mapping):
         written = "TuckerConfig(ranks=(8, 16, 16)), 'tucker' with its options as keywords, or {'method': 'tucker', ...}"
-        if isinstance(method, type) and issubclass(method, AttentionConfig):
+        if isinstance(method, type) and issubclass(method, MethodConfig):
             raise ConfigError(f"the method is the class {method.__name__}; give a config: {method.__name__}(...)")
         raise ConfigError(f"the method must be a config or a name, not {shown(method)}; write {written}")
     if options:
         name = next(iter(options))
         hint = nearest(name, ARGUMENTS) or "; options go into the config, or beside a method's name"
         raise ConfigError(f"{name}: no argument beside a whole config{hint}")
-    if isinstance(method, AttentionConfig):
+    if isinstance(method, MethodConfig):
         return method
     given = {str(key): value for key, value in method.items()}
-    named = given.get("method")
-    if not isinstance(named, str):
-        what = "missing" if named is None else f"must be a name, not {shown(named)}"
+    chosen = given.get("method")
+    if not isinstance(chosen, str):
+        what = "missing" if chosen is None else f"must be a name, not {shown(chosen)}"
         raise ConfigError(f"method: {what}; write {{'method': 'tucker', ...}}")
-    return get_method(named)(**given)
+    return named(chosen)(**given)
+
+
+def named(name: str) -> type[MethodConfig]:
+    """Config class of the method of a name, of whatever slot; attention methods come first.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    for slot in SLOTS.values():
+        if name in slot.methods.entries:
+            config: type[MethodConfig] = slot.methods.get(name)
+            return config
+    return ATTENTION.methods.get(name)

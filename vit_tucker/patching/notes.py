@@ -3,6 +3,7 @@
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,13 +16,13 @@ from vit_tucker.hosts.readers import Host
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
 
 
-def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, AttentionModule]) -> tuple[str, ...]:
+def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """What becomes of the rotations of hosts with RoPE where one latent key takes the place of the heads' own.
 
     Args:
         hosts, layers: what was there and what replaces it, by full module name.
     """
-    widths = {name: layer.latent_width for name, layer in layers.items()}
+    widths = {name: m.latent_width for name, m in layers.items() if isinstance(m, AttentionModule)}
     cut = {name: width for name, width in widths.items() if width is not None and width < hosts[name].spec.attn_dim}
     if cut:
         full = sorted({hosts[name].spec.attn_dim for name in cut})
@@ -62,7 +63,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' if number != 1 else ''}"
 
 
-def weight_notes(hosts: Mapping[str, Host], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+def weight_notes(hosts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """What stood around the weights of replaced modules: adapters and parametrizations that are merged, hooks that are left.
 
     Args:
@@ -71,7 +72,7 @@ def weight_notes(hosts: Mapping[str, Host], modules: Mapping[str, nn.Module]) ->
     merged: dict[str, list[str]] = {}
     for name, host in hosts.items():
         for part, cls in host.merged.items():
-            merged.setdefault(cls, []).append(f"{name}.{part}")
+            merged.setdefault(cls, []).append(f"{name}.{part}".rstrip("."))
     hooks = [hook for name, module in modules.items() for hook in hooks_of(name, module)]
     notes = []
     if merged:

@@ -1,42 +1,21 @@
 """plan, patch, unpatch: read hosts, build and convert their replacements, install them. All errors come before any change."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.options import Calibration, MethodConfig
 from vit_tucker.errors import PatchError
-from vit_tucker.hosts import find, timm_classes
+from vit_tucker.hosts import find
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot, get_slot, slot_of
 from vit_tucker.patching.follow import follow, refuse_lost
-from vit_tucker.patching.identity import Identity, identity_of, mark, unmark
+from vit_tucker.patching.identity import identity_of, mark
 from vit_tucker.patching.method import Method, method_config
 from vit_tucker.patching.prepare import prepare, undisturbed
+from vit_tucker.patching.record import PatchRecord, configs_of, patch_record, patch_records, set_module, set_records
 from vit_tucker.patching.report import PatchReport
-from vit_tucker.patching.resized import current_config, current_report
 from vit_tucker.patching.selection import Selection
-
-RECORD = "_vit_tucker_patch"
-
-
-@dataclass
-class PatchRecord:
-    """What a patched model remembers. A plain object, so that the originals are no submodules and not in the state dict.
-
-    Attributes:
-        config: the config of the patch, with the ranks that rank rules chose.
-        report: what was done.
-        originals: replaced modules by full name; None if they were not kept.
-        identity: what the model told timm of itself before.
-    """
-
-    config: AttentionConfig
-    report: PatchReport
-    originals: dict[str, nn.Module] | None
-    identity: Identity
 
 
 def patch(
@@ -50,7 +29,9 @@ def patch(
     img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> PatchReport:
-    """Replace attention modules of a timm model, in place.
+    """Replace attention modules of a timm model, or linear layers, in place: the config's class says which.
+
+    Both can be patched, in either order, each by a call of its own. ``calibration`` is for attention.
 
     Device, dtype, train/eval mode and requires_grad follow the replaced modules. With ``config.init == "pretrained"`` the
     host's weights are converted in float64; each method says when that is exact. Make optimizers afterwards: one that was made
@@ -83,20 +64,24 @@ def patch(
     config = method_config(model, config, options)
     model = find.inner(model)
     config = _placed(config, layers, exclude)
-    if calibration is not None and config.calibration is None:
+    if calibration is not None and config.fitted_to is None:
+        if "calibration" not in type(config).model_fields:
+            raise PatchError(f"calibration: {config.method} is converted by weights alone; leave it out")
         config = config.model_copy(update={"calibration": Calibration()})
-    if config.calibration is not None and calibration is None:
+    if config.fitted_to is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
-    _refuse_wrapped_or_patched(model)
+    _refuse_wrapped_or_patched(model, config)
     with undisturbed(model):
         config, replacements, report = prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
         originals[name] = model.get_submodule(name)
-        _set_module(model, name, replacement)
-    identity = identity_of(model)
-    mark(model, config, identity)
-    setattr(model, RECORD, PatchRecord(config, report, originals if keep_originals else None, identity))
+        set_module(model, name, replacement)
+    records = patch_records(model)
+    identity = next((record.identity for record in records.values()), None) or identity_of(model)
+    records[slot_of(config).name] = PatchRecord(config, report, originals if keep_originals else None, identity)
+    mark(model, configs_of(records), identity)
+    set_records(model, records)
     return report
 
 
@@ -130,12 +115,12 @@ def plan(
     """
     config = method_config(model, config, options)
     model = find.inner(model)
-    _refuse_wrapped_or_patched(model)
+    _refuse_wrapped_or_patched(model, config)
     with undisturbed(model):
         return prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 
-def unpatch(model: nn.Module) -> None:
+def unpatch(model: nn.Module, slot: str | None = None) -> None:
     """Put the original modules back: the same objects with the same tensors.
 
     They follow what has changed since the patch: device, dtype, train/eval mode and requires_grad are those of the replacements,
@@ -144,76 +129,63 @@ def unpatch(model: nn.Module) -> None:
 
     Args:
         model: patched, by ``patch`` with ``keep_originals``.
+        slot: 'attention' or 'linear': undo that patch alone; None: all of them.
 
     Raises:
+        ConfigError: there is no such slot.
         PatchError: the model is not patched, or its originals were not kept or have no values; nothing has changed.
     """
     model = find.inner(model)
-    record = patch_record(model)
-    if record is None:
-        raise PatchError("the model is not patched")
-    if record.originals is None:
-        raise PatchError("the original modules were not kept (patch(..., keep_originals=False)); load the model again")
+    records = patch_records(model)
+    undone = list(records) if slot is None else [name for name in (get_slot(slot).name,) if name in records]
+    if not undone:
+        raise PatchError(f"the model is not patched{'' if slot is None else f' ({slot})'}")
     present = dict(model.named_modules(remove_duplicate=False))  # timm's prune_intermediate_layers takes blocks away
-    pairs = {name: (old, present[name]) for name, old in record.originals.items() if name in present}
-    for name, (original, current) in pairs.items():
+    pairs: dict[str, tuple[Slot, nn.Module, nn.Module]] = {}
+    for key in undone:
+        originals = records[key].originals
+        if originals is None:
+            raise PatchError(
+                "the original modules were not kept (patch(..., keep_originals=False)); load the model again"
+            )
+        pairs |= {name: (SLOTS[key], old, present[name]) for name, old in originals.items() if name in present}
+    for name, (_, original, current) in pairs.items():
         refuse_lost(name, original, current)
-    for original, current in pairs.values():
-        if isinstance(current, AttentionModule) and current.position_bias is not None:
-            timm_classes.follow_window_size(original, current.position_bias)
-    follow(pairs.values())
-    for name, (original, _) in pairs.items():
-        _set_module(model, name, original)
-    unmark(model, record.identity)
-    delattr(model, RECORD)
+    for kind, original, current in pairs.values():
+        kind.restore(original, current)
+    follow([(original, current) for _, original, current in pairs.values()])
+    for name, (_, original, _) in pairs.items():
+        set_module(model, name, original)
+    identity = records[undone[0]].identity
+    kept = {key: record for key, record in records.items() if key not in undone}
+    mark(model, configs_of(kept), identity)
+    set_records(model, kept)
 
 
-def patch_record(model: nn.Module) -> PatchRecord | None:
-    """Config, report and originals of a patched model, with the ranks that its layers have by now.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The record of its patch; None if it is not patched.
-    """
-    model = find.inner(model)
-    record: PatchRecord | None = getattr(model, RECORD, None)
-    if record is not None and (config := current_config(model, record.config)) is not record.config:
-        record.report = current_report(model, record.report, record.config, config)
-        record.config = config
-        mark(model, config, record.identity)
-    return record
-
-
-def config_of(model: nn.Module) -> AttentionConfig:
+def config_of(model: nn.Module, slot: str = ATTENTION.name) -> Any:
     """Returns the config of a patched model, with the ranks that its layers have by now: rules name those that were resized.
 
     Args:
-        model: any module.
+        model: patched.
+        slot: 'attention' or 'linear'.
 
     Raises:
-        PatchError: the model is not patched.
+        PatchError: the model is not patched there.
     """
-    record = patch_record(model)
+    record = patch_record(model, slot)
     if record is None:
         raise PatchError("the model is not patched")
     return record.config
 
 
-def _placed(config: AttentionConfig, layers: Selection | None, exclude: Selection | None) -> AttentionConfig:
+def _placed(config: MethodConfig, layers: Selection | None, exclude: Selection | None) -> MethodConfig:
     """The config with ``layers`` and ``exclude`` of the call, so that the record tells the whole patch."""
     given = {"layers": layers, "exclude": exclude}
     update = {k: v if isinstance(v, int | str) else tuple(v) for k, v in given.items() if v is not None}
     return config.model_copy(update=update) if update else config
 
 
-def _refuse_wrapped_or_patched(model: nn.Module) -> None:
+def _refuse_wrapped_or_patched(model: nn.Module, config: MethodConfig) -> None:
     find.refuse_wrapped(model)
-    if patch_record(model) is not None:
+    if patch_record(model, slot_of(config).name) is not None:
         raise PatchError("the model is already patched; call vit_tucker.unpatch(model) first")
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

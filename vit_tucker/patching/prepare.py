@@ -1,31 +1,24 @@
 """What a patch installs: hosts are read, their replacements built and converted, while the model stays as it is."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.effective import trains
-from vit_tucker.attention.host import HostSpec
-from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.variants.gqa import GQAConfig
-from vit_tucker.attention.variants.mha import MHAConfig
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
 from vit_tucker.conversion.observe import collect_images, timed
 from vit_tucker.errors import PatchError
-from vit_tucker.hosts import find, timm_classes
-from vit_tucker.hosts.plain import refuse_not_finite
-from vit_tucker.hosts.readers import Host
-from vit_tucker.hosts.tokens import count_tokens
+from vit_tucker.hosts.slot import Slot, slot_of
+from vit_tucker.hosts.tokens import count_calls
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
+from vit_tucker.patching.record import patch_records
 from vit_tucker.patching.report import LayerReport, PatchReport
-from vit_tucker.tensor.rotary import tensor_distance
-from vit_tucker.tensor.tucker import relative_distance
 
 
 class Prepared(NamedTuple):
@@ -37,8 +30,8 @@ class Prepared(NamedTuple):
         report: of the patch.
     """
 
-    config: AttentionConfig
-    replacements: dict[str, AttentionModule]
+    config: MethodConfig
+    replacements: dict[str, nn.Module]
     report: PatchReport
 
 
@@ -56,7 +49,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def prepare(
     model: nn.Module,
-    config: AttentionConfig,
+    config: MethodConfig,
     img_size: int | tuple[int, int] | None,
     batches: Iterable[Any] | None,
     applied: bool,
@@ -64,7 +57,7 @@ def prepare(
     """Reads, checks, builds and converts all that a patch installs; nothing in the model changes.
 
     Args:
-        model: not patched.
+        model: not patched in the config's slot.
         config: method and options, with the layers.
         img_size: see ``patch``.
         batches: of images to calibrate with; None for a plan, or without calibration.
@@ -73,25 +66,27 @@ def prepare(
     Raises:
         PatchError: the model can't be patched as asked.
     """
-    if config.calibration is not None and config.init != "pretrained":
+    slot, calibration = slot_of(config), config.fitted_to
+    if calibration is not None and config.init != "pretrained":
         raise PatchError(f"calibration converts pretrained weights, but init is '{config.init}'")
-    found = find.find_attention(model)
+    found = slot.find(model, config.layers)
     if not found:
-        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
+        raise PatchError(f"{type(model).__name__} has no {slot.noun} that vit_tucker knows")
     chosen = choose_layers(config, list(found))
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)
     notes = optimizer_notes(found[name] for name in chosen)
-    mixed_rope = timm_classes.has_mixed_rope(model)
-    read = {name: _read(name, found[name], configs[name], mixed_rope) for name in chosen}
-    tokens = count_tokens(model, {name: host.spec.layout for name, host in read.items()}, img_size)
+    reader = slot.reader(model)
+    read = {name: _read(name, found[name], configs[name], reader) for name in chosen}
+    counters = {name: slot.counter(host) for name, host in read.items()}
+    tokens = count_calls(model, counters, img_size, patch_records(model).values())
     images = None
-    if config.calibration is not None and batches is not None:
-        images = collect_images(model, batches, config.calibration.images)
+    if calibration is not None and batches is not None:
+        images = collect_images(model, batches, calibration.images)
     if any(layer.rank_rule is not None for layer in configs.values()):
         config = resolve_ranks(model, config, configs, read, tokens, images)
         configs = layer_configs(config, list(found), chosen)
-        if config.calibration is not None and images is None:
+        if calibration is not None and images is None:
             notes += (CHOSEN_BY_WEIGHTS,)
     built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
@@ -102,46 +97,45 @@ def prepare(
             raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
     converted = _convert(model, config, list(built.values()), images)
     layers = {name: built[id(found[name])] for name in chosen}
-    rows = tuple(_row(name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
-    left = tuple([name for name in found if name not in read] + find.find_other_attention(model))
-    replacements = {name: layer.replacement for name, layer in layers.items()}
+    rows = tuple(_row(slot, name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
+    left = tuple([name for name in found if name not in read] + slot.left_alone(model))
+    replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
     notes += token_notes([layer for layer in built.values() if layer.images])
-    report = PatchReport(rows, left, applied, notes)
+    report = PatchReport(rows, left, applied, notes, slot.name)
     return Prepared(config, replacements, report)
 
 
-def _read(name: str, module: nn.Module, config: AttentionConfig, mixed_rope: bool) -> Host:
+def _read(name: str, module: nn.Module, config: MethodConfig, reader: Callable[[nn.Module], Any]) -> Any:
     try:
-        host = timm_classes.read_host(module, mixed_rope)
+        host = reader(module)
         config.refuse_features(host.spec)
         config.check(host.spec)
         if config.init == "pretrained":
-            refuse_not_finite(host)
+            host.refuse_not_finite()
     except PatchError as error:
         raise type(error)(f"{name}: {error}") from None
     return host
 
 
-def _build(name: str, module: nn.Module, host: Host, config: AttentionConfig) -> CalibratedLayer:
+def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> CalibratedLayer:
     """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
-    like = host.weights.query
-    replacement = config.build(host.spec, device=like.device, dtype=like.dtype)
+    replacement = config.build(host.spec, device=host.like.device, dtype=host.like.dtype)
     config.settle(replacement)
     replacement.requires_grad_(trains(module))
     return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 
 
 def _convert(
-    model: nn.Module, config: AttentionConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
+    model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
 ) -> bool:
     """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
-    if config.init != "pretrained" or any(layer.host.weights.query.is_meta for layer in layers):
+    if config.init != "pretrained" or any(layer.host.like.is_meta for layer in layers):
         return False
-    if config.calibration is not None:
+    if config.fitted_to is not None:
         if images is None:  # a plan: its images are not at hand
             return False
-        calibrate(model, layers, config.calibration, images)
+        calibrate(model, layers, config.fitted_to, images)
         return True
     for layer in layers:
         with timed(layer), torch.no_grad():
@@ -150,31 +144,32 @@ def _convert(
 
 
 def _row(
-    name: str, layer: CalibratedLayer, config: AttentionConfig, tokens: tuple[int, int] | None, converted: bool
+    slot: Slot,
+    name: str,
+    layer: CalibratedLayer,
+    config: MethodConfig,
+    tokens: tuple[int, int] | None,
+    converted: bool,
 ) -> LayerReport:
-    host, replacement = layer.host, layer.replacement
-    pre_error = post_error = None
+    host = layer.host
+    errors: dict[str, float | None] = dict.fromkeys(slot.columns)
     if converted:
-        weights = host.weights.double()
-        pre_error = tensor_distance(weights.pre_tensor(host.spec.rope), replacement.pre_tensor()).item()
-        post_error = relative_distance(weights.post_pairs(), replacement.post_pairs()).item()
+        errors |= slot.errors(host, layer.replacement)
+        if config.fitted_to is not None:
+            errors["output_error"] = layer.output_error
 
-    def flops(method: AttentionConfig, spec: HostSpec) -> int | None:
-        return None if tokens is None else tokens[0] * method.count_flops(spec, tokens[1])
+    def flops(count: Callable[[Any, int], int]) -> int | None:
+        return None if tokens is None else tokens[0] * count(host.spec, tokens[1])
 
-    groups = host.spec.num_kv_heads
-    dense: AttentionConfig = MHAConfig() if groups is None else GQAConfig(num_kv_heads=groups)
     return LayerReport(
         name=name,
         method=config.method,
         options=describe_options(config),
         params_before=host.parameters,
         params_after=config.count_parameters(host.spec),
-        pre_error=pre_error,
-        post_error=post_error,
-        output_error=layer.output_error if converted and config.calibration is not None else None,
+        errors=errors,
         seconds=layer.seconds if converted else None,
-        flops_before=flops(dense, host.spec),
-        flops_after=flops(config, host.spec),
+        flops_before=flops(slot.dense_flops),
+        flops_after=flops(config.count_flops),
         shared_with=None if name == layer.name else layer.name,
     )

@@ -1,9 +1,11 @@
 """What a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
+from vit_tucker.hosts.slot import ATTENTION, SLOTS
 
 
 @dataclass(frozen=True)
@@ -14,9 +16,10 @@ class LayerReport:
         name: full module name.
         method: method name.
         options: the method's options in words, 'ranks=8,16,16'.
-        params_before, params_after: parameters of the attention layer.
-        pre_error, post_error: relative Frobenius error of the pre- and post-softmax weight tensors; None if not converted.
-        output_error: ||y^ - y|| / ||y - mean y|| of the layer's output on the calibration tokens; None without calibration.
+        params_before, params_after: parameters of the layer.
+        errors: relative errors by the keys of ``Slot.columns``; None where not converted, or not measured. Of attention:
+            pre_error, post_error: Frobenius errors of the pre- and post-softmax weight tensors; output_error:
+            ||y^ - y|| / ||y - mean y|| of the layer's output on the calibration tokens. Each is an attribute too.
         seconds: time of the conversion, passes through the model apart; None if not converted.
         flops_before, flops_after: operations per image (2 per multiply-add); None if the token count is unknown.
         shared_with: full name of the first place at which the same module stands; None for a module of its own. The totals count
@@ -28,31 +31,37 @@ class LayerReport:
     options: str
     params_before: ParameterCount
     params_after: ParameterCount
-    pre_error: float | None
-    post_error: float | None
-    output_error: float | None
+    errors: Mapping[str, float | None]
     seconds: float | None = field(compare=False)
     flops_before: int | None
     flops_after: int | None
     shared_with: str | None = None
 
+    def __getattr__(self, name: str) -> float | None:
+        errors: Mapping[str, float | None] = vars(self).get("errors", {})
+        if name not in errors:
+            raise AttributeError(f"{type(self).__name__} has no attribute '{name}'")
+        return errors[name]
+
 
 @dataclass(frozen=True)
 class PatchReport:
-    """All replaced modules, and the attention modules left alone.
+    """All replaced modules of a slot, and those left alone.
 
     Attributes:
         layers: replaced modules in the model's order.
-        left_alone: full names of the attention modules that the selection leaves as they are, then of
-            attention pooling and cross-attention.
+        left_alone: full names of the modules that the selection leaves as they are, then of attention pooling and
+            cross-attention.
         applied: False for a plan.
         notes: what else a reader should know.
+        slot: what was replaced: 'attention' or 'linear'.
     """
 
     layers: tuple[LayerReport, ...]
     left_alone: tuple[str, ...] = ()
     applied: bool = True
     notes: tuple[str, ...] = ()
+    slot: str = ATTENTION.name
 
     @property
     def modules(self) -> tuple[LayerReport, ...]:
@@ -61,22 +70,22 @@ class PatchReport:
 
     @property
     def params_before(self) -> int:
-        """Attention parameters of the replaced modules before, biases included."""
+        """Parameters of the replaced modules before, biases included."""
         return sum(layer.params_before.total for layer in self.modules)
 
     @property
     def params_after(self) -> int:
-        """Attention parameters of the replaced modules after, biases included."""
+        """Parameters of the replaced modules after, biases included."""
         return sum(layer.params_after.total for layer in self.modules)
 
     @property
     def flops_before(self) -> int | None:
-        """Attention operations per image before, None if unknown."""
+        """Their operations per image before, None if unknown."""
         return _total([layer.flops_before for layer in self.layers])
 
     @property
     def flops_after(self) -> int | None:
-        """Attention operations per image after, None if unknown."""
+        """Their operations per image after, None if unknown."""
         return _total([layer.flops_after for layer in self.layers])
 
     @property
@@ -95,18 +104,16 @@ class PatchReport:
         return {"applied": self.applied, "layers": layers, **lists, **totals}
 
     def __str__(self) -> str:
-        header = ("module", "method", "options", "attention params", "share", "error pre", "error post", "output error",
+        slot = SLOTS[self.slot]
+        header = ("module", "method", "options", f"{slot.name} params", "share", *slot.columns.values(),
                   "seconds", "MFLOPs/image")  # fmt: skip
         rows = [
             (
                 x.name if x.shared_with is None else f"{x.name} = {x.shared_with}",
                 x.method,
                 x.options,
-                f"{x.params_before.total:,} -> {x.params_after.total:,}",
-                f"{x.params_after.total / x.params_before.total:.1%}",
-                _error(x.pre_error),
-                _error(x.post_error),
-                _error(x.output_error),
+                *_params(x.params_before.total, x.params_after.total),
+                *(_error(x.errors[key]) for key in slot.columns),
                 "-" if x.seconds is None else f"{x.seconds:.1f}",
                 _flops(x.flops_before, x.flops_after),
             )
@@ -116,19 +123,13 @@ class PatchReport:
             f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}",
             "",
             "",
-            f"{self.params_before:,} -> {self.params_after:,}",
-            f"{self.params_after / self.params_before:.1%}" if self.params_before else "",
-            "",
-            "",
-            "",
+            *_params(self.params_before, self.params_after),
+            *("" for _ in slot.columns),
             "-" if self.seconds is None else f"{self.seconds:.1f}",
             _flops(self.flops_before, self.flops_after),
         )
         lines = format_table([header, *rows, total], rule_after=(0, len(rows)))
-        lines.append(
-            "errors: relative, of the weight tensors and of the output on calibration tokens; "
-            "FLOPs: 2 per multiply-add, attention layers only"
-        )
+        lines.append(f"{slot.legend}; FLOPs: 2 per multiply-add, {slot.name} layers only")
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
         lines += self.notes
@@ -150,13 +151,18 @@ def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...] = (0,)
 
 
 def _row_values(layer: LayerReport) -> dict[str, Any]:
-    """Plain values of a row; ``shared_with`` only where there is one."""
-    values = {
-        **asdict(layer),
-        "params_before": layer.params_before._asdict(),
-        "params_after": layer.params_after._asdict(),
-    }
-    return {name: value for name, value in values.items() if name != "shared_with" or value is not None}
+    """Plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
+    values: dict[str, Any] = {}
+    for name, value in vars(layer).items():
+        if name == "errors":
+            values |= value
+        elif name != "shared_with" or value is not None:
+            values[name] = value._asdict() if isinstance(value, ParameterCount) else value
+    return values
+
+
+def _params(before: int, after: int) -> tuple[str, str]:
+    return f"{before:,} -> {after:,}", f"{after / before:.1%}" if before else ""
 
 
 def _total(values: list[int | None]) -> int | None:

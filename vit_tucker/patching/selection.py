@@ -1,4 +1,4 @@
-"""Which attention modules a config means: full names with wildcards, regular expressions, indices and index ranges."""
+"""Which modules a config means: full names with wildcards, regular expressions, indices and index ranges."""
 
 import fnmatch
 import re
@@ -10,13 +10,14 @@ Item = int | str
 Selection = Item | Iterable[Item]
 
 
-def matches(item: Item, names: Sequence[str]) -> set[str]:
+def matches(item: Item, names: Sequence[str], noun: str = "attention module") -> set[str]:
     """The names that one item selects.
 
     Args:
         item: an index (negative from the end), an index range 'first-last' (inclusive; '6-' to the end), 're:' and a regular
             expression for the full name, or a full name with the wildcards * ? [].
-        names: full names of the attention modules, in the model's order; indices count in it.
+        names: full names of the modules, in the model's order; indices count in it.
+        noun: what one of them is, for messages.
 
     Returns:
         The selected names, never empty.
@@ -26,7 +27,7 @@ def matches(item: Item, names: Sequence[str]) -> set[str]:
     """
     if isinstance(item, int) and not isinstance(item, bool):
         if not -len(names) <= item < len(names):
-            raise PatchError(f"layer index {item} is outside 0..{len(names) - 1} ({len(names)} attention modules)")
+            raise PatchError(f"layer index {item} is outside 0..{len(names) - 1} ({len(names)} {noun}s)")
         return {names[item]}
     text = str(item).strip()
     span = re.fullmatch(r"(\d+)\s*-\s*(\d*)", text)
@@ -34,7 +35,7 @@ def matches(item: Item, names: Sequence[str]) -> set[str]:
         first = int(span[1] if span else text)
         last = int(span[2]) if span and span[2] else (len(names) - 1 if span else first)
         if not first <= last < len(names):
-            raise PatchError(f"layer range '{text}' is outside 0..{len(names) - 1} ({len(names)} attention modules)")
+            raise PatchError(f"layer range '{text}' is outside 0..{len(names) - 1} ({len(names)} {noun}s)")
         return set(names[first : last + 1])
     try:
         found = by_pattern(text, names)
@@ -43,7 +44,7 @@ def matches(item: Item, names: Sequence[str]) -> set[str]:
     if not found:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise PatchError(
-            f"layer pattern '{text}' matches no attention module (patterns are matched against full names: {listed})"
+            f"layer pattern '{text}' matches no {noun} (patterns are matched against full names: {listed})"
             f"{nearest(text, names)}"
         )
     return found
@@ -67,7 +68,7 @@ def by_pattern(pattern: str, names: Iterable[str]) -> set[str]:
         raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
 
 
-def select(selection: Selection | None, names: Sequence[str]) -> list[str]:
+def select(selection: Selection | None, names: Sequence[str], noun: str = "attention module") -> list[str]:
     """Names selected by any item of ``selection``, in the model's order; all for None.
 
     Raises:
@@ -78,5 +79,5 @@ def select(selection: Selection | None, names: Sequence[str]) -> list[str]:
     items = [selection] if isinstance(selection, int | str) else list(selection)
     if not items:
         raise PatchError("the layer selection is an empty list; leave it out to take all layers")
-    chosen = set().union(*(matches(item, names) for item in items))
+    chosen = set().union(*(matches(item, names, noun) for item in items))
     return [name for name in names if name in chosen]

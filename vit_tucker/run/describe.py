@@ -16,6 +16,7 @@ from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.transforms import describe_data
+from vit_tucker.hosts.slot import LINEAR
 from vit_tucker.run.model import BuiltModel
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 from vit_tucker.storage.run_dir import LOGGER, environment
@@ -34,7 +35,7 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "params": built.params,
-        "patch": built.patch,
+        **report_entries(built.patch),
         "data": {**built.data, "num_eval": loaders.num_eval},
         "cost": count_cost(built.model, built.host, built.data["input_size"]),
         "num_train": loaders.train.num_samples if loaders.train is not None else None,
@@ -46,6 +47,13 @@ def stored_display(attention: AttentionConfig | None) -> dict[str, Any]:
     if attention is None or attention.display == SHIPPED.get(attention.method, MethodDisplay()):
         return {}
     return {"display": attention.display.model_dump(exclude_defaults=True)}
+
+
+def report_entries(patch: dict[str, Any] | None) -> dict[str, Any]:
+    """What results.json says of patches: ``patch``, that of attention, and ``linear`` where there is one."""
+    attention = {key: value for key, value in (patch or {}).items() if key != LINEAR.name}
+    linear = (patch or {}).get(LINEAR.name)
+    return {"patch": attention or None, **({} if linear is None else {LINEAR.name: linear})}
 
 
 def latency_of_run(
@@ -103,8 +111,8 @@ def log_run(
         LOGGER.info(str(load))
     info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
     LOGGER.info(describe_data(config.data, info, built.data, weights))
-    if built.report is not None:
-        LOGGER.info(str(built.report))
+    for report in built.reports:
+        LOGGER.info(str(report))
     params = results["params"]
     LOGGER.info(f"{config.model.name}: {params['total']:,} parameters, {params['attention']:,} of them in attention")
     images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"

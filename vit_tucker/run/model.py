@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.options import Calibration, MethodConfig
 from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, load_host
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.load import config_from
@@ -20,8 +20,10 @@ from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import ConfigError, DataError, PatchError
 from vit_tucker.hosts.images import input_shape
+from vit_tucker.hosts.slot import ATTENTION, slot_of
 from vit_tucker.hosts.structure import structure_copy
-from vit_tucker.patching.patch import patch, patch_record
+from vit_tucker.patching.patch import patch
+from vit_tucker.patching.record import patch_record
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.run.same_run import stated_attention
 from vit_tucker.storage.checkpoints import list_checkpoints
@@ -38,8 +40,8 @@ class BuiltModel:
         data: timm's data config (input size, normalisation, crop).
         params: parameters: total, attention, dense_total, dense_attention.
         attention: config of the patch, with the ranks that a rank rule chose; None for a dense run.
-        patch: the patch report as plain values; None for a dense run.
-        report: the patch report, to be shown; None for a dense run and for one that goes on from weights of its own.
+        patch: the patch reports as plain values, that of linear layers under its slot's name; None for a dense run.
+        reports: the patch reports, to be shown; none for a dense run and for one that goes on from weights of its own.
         host: the model before the patch, its structure alone (on the meta device).
         teacher: dense, on the device; None if nothing is distilled.
         loads: what was loaded into the model, and into the teacher; empty for timm's initialisation and for a run that goes on
@@ -52,7 +54,7 @@ class BuiltModel:
     params: dict[str, int]
     attention: AttentionConfig | None
     patch: dict[str, Any] | None
-    report: PatchReport | None
+    reports: tuple[PatchReport, ...]
     host: nn.Module
     teacher: nn.Module | None = None
     loads: tuple[LoadReport, ...] = ()
@@ -111,16 +113,20 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         loads += [taught] if taught not in (None, report) else []
     structure = structure_copy(model)
     model.to(device)
-    patched, attention = None, config.attention
+    reports: list[PatchReport] = []
+    attention = config.attention
     if attention is not None:
         if started:
             stated = stated_attention(config, run_dir, training) or attention
-            patched = patch_model(model, stated.unconverted(), config, data)
+            reports.append(patch_model(model, stated.unconverted(), config, data))
         else:
-            patched = patch_model(model, attention, config, data)
+            reports.append(patch_model(model, attention, config, data))
             record = patch_record(model)
             assert record is not None
             attention = record.config
+    if config.linear is not None:
+        linear = config.linear.unconverted() if started else config.linear
+        reports.append(patch_model(model, linear, config, data))
     total, attention_total = count_parameters(model)
     params = {
         "total": total,
@@ -129,20 +135,26 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         "dense_attention": dense_attention,
     }
     patch_values = None
-    if patched is not None:
-        patch_values = (run_dir.read_patch() if started else None) or patched.to_dict()
-    shown = None if started else patched
+    if reports:
+        patch_values = (run_dir.read_patch() if started else None) or plain_reports(reports)
+    shown = () if started else tuple(reports)
     return BuiltModel(
         model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)
     )
 
 
-def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
+def plain_reports(reports: Sequence[PatchReport]) -> dict[str, Any]:
+    """Patch reports as plain values: that of attention, and beside its entries those of other slots, each under its name."""
+    values = {report.slot: report.to_dict() for report in reports}
+    return {**values.pop(ATTENTION.name, {}), **values}
+
+
+def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
     """Patch the host in place, calibrated on training images if so configured; an error names the config's section.
 
     Args:
         model: dense, on its device.
-        attention: what to patch in; of a run with weights of its own, without conversion.
+        method: what to patch in; of a run with weights of its own, without conversion.
         config: of the run, for its images.
         data: timm's data config.
 
@@ -150,12 +162,12 @@ def patch_model(model: nn.Module, attention: AttentionConfig, config: RunConfig,
         PatchError: see ``patch``. DataError: the images are missing.
     """
     images = None
-    if (options := attention.calibration) is not None:
+    if (options := method.fitted_to) is not None:
         images = calibration_images(config.data, data, options.images, options.batch_size, options.seed)
     try:
-        return patch(model, attention, calibration=images, keep_originals=False, img_size=config.model.img_size)
+        return patch(model, method, calibration=images, keep_originals=False, img_size=config.model.img_size)
     except PatchError as error:
-        raise PatchError(f"attention: {error}") from None
+        raise PatchError(f"{slot_of(method).name}: {error}") from None
 
 
 def analysed_model(

@@ -4,7 +4,7 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.entry import read_patch
 from vit_tucker.config.load import config_difference, everywhere, load_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.storage.checkpoints import intact_checkpoint
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.paths import refuse_unwritable
@@ -74,7 +74,10 @@ def stated_attention(config: RunConfig, run_dir: RunDir, training: bool) -> Atte
         return config.attention
     checkpoint, _ = (None, ()) if run_dir.best.is_file() and not training else intact_checkpoint(run_dir.checkpoints)
     file = run_dir.best if checkpoint is None else checkpoint / "model.safetensors"
-    stated = weights_metadata(file).get("attention_config") if file.is_file() else None
+    try:
+        stated = weights_metadata(file).get("attention_config") if file.is_file() else None
+    except CheckpointError:  # whoever loads them says more of what is wrong
+        stated = None
     if not stated:
         return config.attention
     return config.attention.model_copy(update={"rules": read_patch(parse_object(stated, str(file))).rules})

@@ -66,7 +66,8 @@ def build_trainer(
     ema = ModelEmaV3(model, **average) if recipe.model_ema else None
     saved = resume(run_dir, peers, model, ema)
     mixup = create_mixup(recipe, built.num_classes)
-    objective = create_objective(recipe, accelerator, built, loaders)
+    # all know of a failure here before they wait for each other in DDP's constructor
+    objective = peers.together(lambda: create_objective(recipe, accelerator, built, loaders))
     described = partial(describe_weights, config=config, built=built, loaders=loaders)
     metadata, description = described(model)
     prepared, prepared_optimizer, bare = prepare(accelerator, model, optimizer, recipe)

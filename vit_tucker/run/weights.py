@@ -4,13 +4,14 @@ from typing import Any
 
 from torch import nn
 
-from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.checkpoint.describe import describe, header
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.classes import padded
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError
-from vit_tucker.patching.patch import patch_record
+from vit_tucker.hosts.slot import slot_of
+from vit_tucker.patching.record import patch_records
 from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
@@ -27,8 +28,7 @@ def describe_weights(
         description = describe(model, label_names=labels, data=built.data)
     except CheckpointError as error:
         LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
-        record = patch_record(model)
-        return weights_header(config.model.name, None if record is None else record.config), None
+        return weights_header(config.model.name, *(record.config for record in patch_records(model).values())), None
     return header(description), description
 
 
@@ -40,7 +40,7 @@ def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
         teacher: dense.
         name: timm's, of the model.
     """
-    file, header_entries = run_dir.teacher, weights_header(name, None)
+    file, header_entries = run_dir.teacher, weights_header(name)
     try:
         config = describe(teacher)
     except CheckpointError:
@@ -49,12 +49,10 @@ def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
         save_model(file.parent, file.name, full_state(teacher), header_entries, config)
 
 
-def weights_header(architecture: str, attention: AttentionConfig | None) -> dict[str, str]:
-    """What the header of a weights file says of its model: timm name, method and, as JSON, all options and ranks."""
-    if attention is None:
-        return {"architecture": architecture, "attention": ""}
-    return {
-        "architecture": architecture,
-        "attention": attention.method,
-        "attention_config": attention.model_dump_json(),
-    }
+def weights_header(architecture: str, *methods: MethodConfig) -> dict[str, str]:
+    """What the header of a weights file says of its model: timm name, methods and, as JSON, all options and ranks."""
+    entries = {"architecture": architecture, "attention": ""}
+    for method in methods:
+        name = slot_of(method).name
+        entries |= {name: method.method, f"{name}_config": method.model_dump_json()}
+    return entries

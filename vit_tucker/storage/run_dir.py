@@ -20,7 +20,7 @@ import torch
 
 from vit_tucker.storage.checkpoints import list_checkpoints
 from vit_tucker.storage.json_files import checked, read_object
-from vit_tucker.storage.run_files import CLASSES_FILE, DataEntries, Patch, RunData, classes_text
+from vit_tucker.storage.run_files import CLASSES_FILE, DataEntries, Patch, Patches, RunData, classes_text
 from vit_tucker.storage.weights import replace_text
 
 LOGGER = logging.getLogger("vit_tucker")
@@ -120,7 +120,7 @@ class RunDir:
         if not file.is_file():
             return None
         values = read_object(file, all_finite=False)
-        checked(Patch, values, str(file))
+        checked(Patches if "linear" in values else Patch, values, str(file))
         return values
 
     def read_data_config(self) -> dict[str, Any] | None:

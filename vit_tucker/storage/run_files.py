@@ -81,6 +81,13 @@ class Patch(Lenient):
     layers: Annotated[list[PatchLayer], Field(min_length=1)]
 
 
+class Patches(Lenient):
+    """patch.json of a run that patches linear layers: their report is beside that of attention, if there is one."""
+
+    layers: Annotated[list[PatchLayer], Field(min_length=1)] | None = None
+    linear: Patch
+
+
 class Named(Lenient):
     """A section of a config that has a name."""
 

@@ -1,0 +1,74 @@
+"""Which file reads a module: by the library that its class is from. A library's file is imported once a module of it is met.
+
+A new library is one file of readers with a ``FAMILY``, and one entry here; the library itself is imported by its users alone.
+"""
+
+import importlib
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+from torch import nn
+
+from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.effective import full_name
+from vit_tucker.attention.module import AttentionModule
+from vit_tucker.errors import PatchError
+from vit_tucker.hosts.readers import Host
+
+
+@dataclass(frozen=True)
+class Family:
+    """The attention classes of one library.
+
+    Attributes:
+        self_attention: classes in which tokens attend to each other, whether a method of ours can take their place or not.
+        left_alone: classes beside self-attention that stay as they are, and why.
+        read: reads a module, see ``read_host``.
+        follow: resizes a module's position bias as that of its replacement was.
+    """
+
+    self_attention: tuple[type[nn.Module], ...]
+    left_alone: Mapping[type[nn.Module], str]
+    read: Callable[[nn.Module, bool, bool], Host]
+    follow: Callable[[nn.Module, PositionBias], None]
+
+
+FAMILIES = {"timm": "vit_tucker.hosts.timm_classes"}
+"""Where the ``FAMILY`` of a library is, by the library's name."""
+EXCLUDE = "; leave it alone with exclude="
+"""What a user can do about a layer that is refused."""
+
+
+@cache
+def _family_of(cls: Hashable) -> Family | None:
+    libraries = (base.__module__.partition(".")[0] for base in cast(type, cls).__mro__)
+    place = next((FAMILIES[library] for library in libraries if library in FAMILIES), None)
+    family: Family | None = None if place is None else importlib.import_module(place).FAMILY
+    return family
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of a module's class or of what that derives from; None for classes of other libraries."""
+    return _family_of(cast(Hashable, type(module)))
+
+
+def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True) -> Host:
+    """Read an attention module.
+
+    Args:
+        module: of a model.
+        mixed_rope: the model makes its tables of rotations head by head.
+        plain: merge what stands around its weights, or refuse it; False: only its shape counts.
+
+    Raises:
+        PatchError: unknown class, weights that are not what it computes with, or something that no method can carry; the message
+            lacks the module's name.
+    """
+    if isinstance(module, AttentionModule):
+        raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
+    family = family_of(module)
+    if family is None:
+        raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
+    return family.read(module, mixed_rope, plain)

@@ -1,0 +1,116 @@
+"""What a method for ``nn.Linear`` is: its config, the layer that it builds, and what both know of the host."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from vit_tucker.attention.base import ParameterCount
+from vit_tucker.attention.options import MethodConfig, Selection
+from vit_tucker.attention.registry import MethodRegistry, Own
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """Shape of a linear layer: (..., in_features) -> (..., out_features).
+
+    Attributes:
+        in_features, out_features: widths.
+        bias: whether there is one.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LinearWeights:
+    """What a linear layer computes: y = x weight^T + bias.
+
+    Attributes:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def double(self) -> LinearWeights:
+        """The weights in float64, detached."""
+        bias = None if self.bias is None else self.bias.detach().double()
+        return LinearWeights(self.weight.detach().double(), bias)
+
+
+class LinearModule(nn.Module):
+    """Base of all layers that stand in place of ``nn.Linear``: ``forward(input)``, (..., in_features) -> (..., out_features)."""
+
+    def __init__(self, spec: LinearSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+
+    def rank_options(self) -> dict[str, Any]:
+        """The options of the config that say the layer's present ranks, where they can change. Here: none."""
+        return {}
+
+    @abstractmethod
+    def convert_from(self, weights: LinearWeights) -> None:
+        """Take over the host's weights, float64, as well as the layer can; called under no_grad."""
+
+    @abstractmethod
+    def dense_weights(self) -> LinearWeights:
+        """The dense weights that the layer comes to, float64, detached."""
+
+
+class LinearConfig(MethodConfig):
+    """Base of the configs of all linear methods.
+
+    A new method derives from this class, is decorated with ``@register_linear_method("name")`` and sets
+    ``method: Literal["name"] = "name"``.
+    """
+
+    layers: Selection | None = Field(
+        default=None,
+        description="Which linear layers outside of attention: full names with wildcards, 're:' patterns, indices, '0-5'; heads "
+        "by their full name alone. All but heads if null.",
+    )
+    exclude: Selection | None = Field(default=None, description="Linear layers to leave alone, written as in layers.")
+
+    def check(self, spec: LinearSpec) -> None:
+        """Raise PatchError with the reason if the method with these options can't replace such a layer."""
+
+    @abstractmethod
+    def build(self, spec: LinearSpec, **factory: Any) -> LinearModule:
+        """The layer with the method's own random initialisation; ``factory``: device, dtype."""
+
+    @abstractmethod
+    def count_parameters(self, spec: LinearSpec) -> ParameterCount:
+        """Parameters of the built layer, from the formula alone."""
+
+    @abstractmethod
+    def count_flops(self, spec: LinearSpec, num_tokens: int) -> int:
+        """Floating point operations (2 per multiply-add) of the matrix products for N tokens."""
+
+
+LINEAR_METHODS = MethodRegistry("linear method", LinearConfig)  # type: ignore[type-abstract]
+
+
+def register_linear_method(name: str) -> Callable[[type[Own]], type[Own]]:
+    """Class decorator that makes a linear method available by name, in Python and in the YAML's ``linear.method``.
+
+    Args:
+        name: the method's name; the class must say ``method: Literal[name] = name``.
+
+    Returns:
+        The decorator; it gives the class back as it is.
+
+    Raises:
+        ConfigError: the name is taken by another class, or the class's ``method`` field differs.
+    """
+    return LINEAR_METHODS.register(name)

@@ -1,0 +1,84 @@
+"""What a patched model remembers: one record per slot."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from vit_tucker.attention.options import MethodConfig
+from vit_tucker.hosts.find import inner
+from vit_tucker.hosts.slot import ATTENTION, get_slot
+from vit_tucker.patching.identity import Identity, mark
+from vit_tucker.patching.report import PatchReport
+from vit_tucker.patching.resized import current_config, current_report
+
+RECORDS = "_vit_tucker_patches"
+
+
+@dataclass
+class PatchRecord:
+    """What a patched model remembers. A plain object, so that the originals are no submodules and not in the state dict.
+
+    Attributes:
+        config: the config of the patch, with the ranks that rank rules chose.
+        report: what was done.
+        originals: replaced modules by full name; None if they were not kept.
+        identity: what the model told timm of itself before.
+    """
+
+    config: Any
+    report: PatchReport
+    originals: dict[str, nn.Module] | None
+    identity: Identity
+
+
+def patch_record(model: nn.Module, slot: str = ATTENTION.name) -> PatchRecord | None:
+    """Config, report and originals of a patched model.
+
+    Args:
+        model: any module.
+        slot: 'attention' or 'linear'.
+
+    Returns:
+        The record of its patch; None if it is not patched there.
+
+    Raises:
+        ConfigError: there is no such slot.
+    """
+    return patch_records(model).get(get_slot(slot).name)
+
+
+def patch_records(model: nn.Module) -> dict[str, PatchRecord]:
+    """The records of a model by slot, with the ranks that its layers have by now; empty if it is not patched."""
+    model = inner(model)
+    records: dict[str, PatchRecord] = dict(vars(model).get(RECORDS, {}))
+    for record in records.values():
+        if (config := current_config(model, record.config)) is not record.config:
+            record.report = current_report(model, record.report, record.config, config, records.values())
+            record.config = config
+            mark(model, configs_of(records), record.identity)
+    return records
+
+
+def set_records(model: nn.Module, records: dict[str, PatchRecord]) -> None:
+    """Set the records of a model; without any it is as if it had never been patched."""
+    if records:
+        vars(model)[RECORDS] = records
+    else:
+        vars(model).pop(RECORDS, None)
+
+
+def configs_of(records: dict[str, PatchRecord]) -> dict[str, MethodConfig]:
+    """The configs of records by slot."""
+    return {name: record.config for name, record in records.items()}
+
+
+def shared_records(model: nn.Module) -> dict[int, Any]:
+    """The records of a model, for ``copy.deepcopy``: a copy shares them, and so has no copies of the replaced modules."""
+    return {id(record): record for record in patch_records(model).values()}
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one of that full name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
