@@ -36,9 +36,9 @@ def test_a_method_string_is_a_config():
 
 
 def test_convert_saves_what_plan_says(in_tmp):
-    planned = plan(NAME, METHOD, overrides=TINY).report
+    planned = plan(NAME, METHOD, overrides=TINY).reports[0]
     done = convert(NAME, vt.TuckerConfig(ranks=(2, 4, 4)), Path("out"), overrides=TINY)
-    assert planned.params_after == done.report.params_after < planned.params_before
+    assert planned.params_after == done.reports[0].params_after < planned.params_before
     assert not done.trained
     assert vt.patch_record(vt.load("out")).config.ranks == (2, 4, 4)
     with pytest.raises(ConfigError, match="needs one of MODEL and --cfg"):
