@@ -13,10 +13,11 @@ from tests.data.test_streams import write_shards
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data import preparation
 from vit_tucker.data.augmentation import Parameters
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, subset
+from vit_tucker.data.datasets import ArrayDataset, subset
 from vit_tucker.data.memory import AugmentedBatches, HeldImages, array_size, erase
 from vit_tucker.data.preparation import Preparation, batched_obstacle, choose_preparation, describe_preparation
 from vit_tucker.data.transforms import train_transform
+from vit_tucker.data.vision import ConvertedDataset
 from vit_tucker.errors import ConfigError, DataError
 
 RGB = {**RESOLVED, "input_size": (3, 16, 16), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}

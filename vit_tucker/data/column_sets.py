@@ -119,7 +119,7 @@ def load_split(source: SplitSource) -> Any:
             **columns.without_code(datasets.load_dataset),
         )
     except Exception as error:
-        raise columns.cant_open(source, error) from error
+        raise source.cant_open(error) from error
 
 
 def undecoded(table: Any, key: str) -> Any:

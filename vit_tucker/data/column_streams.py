@@ -86,7 +86,7 @@ def open_column_stream(source: SplitSource) -> ColumnStream:
             builder.download_and_prepare()
         features = with_features(builder.as_streaming_dataset(split=source.split)).features
     except Exception as error:
-        raise columns.cant_open(source, error) from error
+        raise source.cant_open(error) from error
     columns.check_columns(features, source)
     _, label_key = columns.columns_of(source)
     targets = split_targets(builder, source, features[label_key], None)

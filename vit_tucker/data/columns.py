@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.data.naming import listed
-from vit_tucker.data.split_source import SplitSource, reason
+from vit_tucker.data.split_source import SplitSource
 from vit_tucker.errors import DataError, nearest
 
 IMAGE_KEY, LABEL_KEY = "image", "label"
@@ -39,7 +39,7 @@ def open_builder(source: SplitSource) -> Any:
             repository(source.name), cache_dir=str(source.root), **without_code(datasets.load_dataset_builder)
         )
     except Exception as error:
-        raise cant_open(source, error) from error
+        raise source.cant_open(error) from error
 
 
 def without_code(load: Callable[..., Any]) -> dict[str, bool]:
@@ -50,19 +50,6 @@ def without_code(load: Callable[..., Any]) -> dict[str, bool]:
 def repository(name: str) -> str:
     """Returns a data set's name or folder without our prefix."""
     return name.partition("/")[2]
-
-
-def cant_open(source: SplitSource, error: BaseException) -> DataError:
-    """Returns the error for a data set that `datasets` refuses."""
-    text = reason(error)
-    hint = (
-        "; open it by datasets.load_from_disk and write a file of each split by to_parquet"
-        if "load_from_disk" in text
-        else ""
-    )
-    return DataError(
-        f"data set '{source.name}' (split '{source.split}', folder {source.root}) can't be opened: {text}{hint}"
-    )
 
 
 def split_names(builder: Any) -> list[str]:

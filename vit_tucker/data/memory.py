@@ -11,11 +11,12 @@ from torch.utils.data import Dataset, Subset
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.augmentation import Parameters, draw_parameters
 from vit_tucker.data.batches import BadImageError, Batch, Sample, SeededDataset, read_image
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
+from vit_tucker.data.datasets import ArrayDataset, image_name
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.resample import crop_resize
 from vit_tucker.data.sampler import Key
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.data.vision import ConvertedDataset
 from vit_tucker.errors import ConfigError, DataError
 
 

@@ -47,6 +47,15 @@ class SplitSource:
         """The split as messages name it."""
         return f"{self.name}, split '{self.split}'"
 
+    def cant_open(self, error: BaseException) -> DataError:
+        """Returns the error for a data set that the library which reads it refuses."""
+        text = reason(error)
+        hint = "; open it by datasets.load_from_disk and write a file of each split by to_parquet"
+        return DataError(
+            f"data set '{self.name}' (split '{self.split}', folder {self.root}) can't be opened: {text}"
+            f"{hint if 'load_from_disk' in text else ''}"
+        )
+
     def check_options(self, known: Iterable[str]) -> None:
         """Raises DataError for entries of ``data.dataset_kwargs`` that the format does not have.
 

@@ -13,7 +13,7 @@ from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
 from vit_tucker.data.format_openers import has_opener, open_source
 from vit_tucker.data.image_files import ImageOptions, image_mode
-from vit_tucker.data.labels import check_labels, label_names, labels_of
+from vit_tucker.data.labels import check_labels, class_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
 from vit_tucker.data.split_source import SplitSource, refuse_remote_code
@@ -63,13 +63,13 @@ def open_splits(
     train = None
     if with_train:
         train = open_split(data, data.train_split, True, channels, **options)
-        own = class_names(data, train)
+        own = class_names(train)
         if classes and own:
             refuse_changed(own, classes, data.train_split)
         classes = own or classes
         train = subset(train, data.num_samples)
     evaluation = open_split(data, data.val_split, False, channels, classes=classes, **options)
-    names = class_names(data, evaluation) or (tuple(classes) if classes else None)
+    names = class_names(evaluation) or (tuple(classes) if classes else None)
     notes = (*split_notes(train), *split_notes(evaluation))
     if data.check and any(dataset is not None and is_iterable(dataset) for dataset in (train, evaluation)):
         notes = (*notes, "data.check: images of a stream are only seen as they are read")
@@ -143,23 +143,19 @@ def open_split(
     given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
     numbers = None if given is None else read_class_map(given, [root])
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
-    if has_opener(data.dataset):
-        return open_source(
-            SplitSource(
-                name=data.dataset,
-                split=split,
-                train_split=data.train_split,
-                mode=mode,
-                root=root,
-                images=ImageOptions.of(data),
-                options=options,
-                classes=classes,
-                num_classes=num_classes,
-                class_map=numbers,
-            )
-        )
-    options["class_map"] = numbers
-    return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+    source = SplitSource(
+        name=data.dataset,
+        split=split,
+        train_split=data.train_split,
+        mode=mode,
+        root=root,
+        images=ImageOptions.of(data),
+        options={**options, "class_map": numbers},
+        classes=classes,
+        num_classes=num_classes,
+        class_map=numbers,
+    )
+    return open_source(source) if has_opener(data.dataset) else load_dataset(source, training)
 
 
 def refuse_folder_keys(data: DataConfig) -> None:
@@ -181,7 +177,7 @@ def inferred_classes(data: DataConfig) -> int | None:
     if not has_opener(data.dataset):
         return None
     split = open_split(data, data.train_split, False, 3)
-    if (names := class_names(data, split)) is not None:
+    if (names := class_names(split)) is not None:
         return len(names)
     labels = labels_of(split)
     return None if labels is None or not len(labels) else int(labels.max()) + 1
@@ -212,7 +208,7 @@ def choose_classes(
     if is_folder_set(data.dataset):
         names = own_names(scan_split(data, data.val_split), data.val_split)
     elif has_opener(data.dataset):
-        names = class_names(data, open_split(data, data.val_split, False, 3)) or ()
+        names = class_names(open_split(data, data.val_split, False, 3)) or ()
     else:
         return None, []
     for known in (stored, label_names):
@@ -229,16 +225,6 @@ def choose_classes(
         f"split '{data.val_split}': neither the model nor a training split numbers its classes: taken in their own order "
         f"({listed(names)})"
     ]
-
-
-def class_names(data: DataConfig, dataset: Any) -> tuple[str, ...] | None:
-    """Returns the names of the classes of an opened split, in the order of their numbers; None if it doesn't tell.
-
-    Args:
-        data: section of a config.
-        dataset: as ``open_split`` returns it, or a subset of it.
-    """
-    return label_names(data.dataset, dataset)
 
 
 def split_notes(dataset: Any) -> tuple[str, ...]:
