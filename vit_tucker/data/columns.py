@@ -66,11 +66,7 @@ def base_splits(split: str) -> list[str]:
 
 
 def check_split(builder: Any, source: SplitSource) -> None:
-    """Refuses a split that is not there by exactly that name, and one that is made of `val` and `validation` together.
-
-    Raises:
-        DataError: names the splits that are there.
-    """
+    """Raises DataError for a split that is not there by exactly that name, or made of `val` and `validation` together."""
     known = split_names(builder)
     for name in base_splits(source.split):
         if known and name not in (*known, "all"):
@@ -88,7 +84,7 @@ def check_split(builder: Any, source: SplitSource) -> None:
 
 
 def nearest_split(name: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' for the split of a like meaning, else of a like name."""
+    """Returns '; did you mean X?' for the split of a similar meaning, else of a similar name."""
     for words in SPLIT_WORDS.values():
         if name in words and (alike := [split for split in known if split in words]):
             return f"; did you mean '{alike[0]}'?"
@@ -150,14 +146,11 @@ def file_names(file: Path, key: str) -> tuple[str, ...] | None:
 
 
 def check_columns(features: Mapping[str, Any], source: SplitSource) -> None:
-    """Refuses columns of images and labels that are not there or of another type.
+    """Raises DataError if the columns that ``input_key`` and ``target_key`` name are not there or of another type.
 
     Args:
-        features: of the split, by column.
-        source: its ``input_key`` and ``target_key`` name the columns.
-
-    Raises:
-        DataError: one line with the split, its columns with their types, and what to set.
+        features: types of the split's columns, by name.
+        source: the split.
     """
     image_key, label_key = columns_of(source)
     faults = []
@@ -196,7 +189,7 @@ def holds_images(feature: Any) -> bool:
 
 
 def holds_labels(feature: Any) -> bool:
-    """Whether a column can hold labels: class numbers or names."""
+    """Returns whether a column can hold labels: class numbers or names."""
     if type(feature).__name__ == "ClassLabel":
         return True
     return type(feature).__name__ == "Value" and re.sub(r"\d+$", "", str(feature.dtype)) in LABEL_TYPES

@@ -62,7 +62,7 @@ FACTORY_PREFIXES = ("wds", "hfds", "hfids", "tfds", "torch")
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """Facts about a data set; only 3 channels are known of one that timm's factory reads.
+    """Returns facts about a data set; only 3 channels are known of one that timm's factory reads.
 
     Raises:
         DataError: a name that neither we nor timm's factory know.
@@ -109,7 +109,7 @@ def image_name(dataset: Any, index: int) -> str:
 
 
 def load_digits(train: bool, mode: str) -> ArrayDataset:
-    """scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML): a fixed stratified split, 20% for evaluation."""
+    """Returns scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML), in a fixed stratified split, 20% for evaluation."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -123,7 +123,7 @@ def load_digits(train: bool, mode: str) -> ArrayDataset:
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
-    """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``.
+    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout below ``root``.
 
     The Debian package's folder is read only if ``root`` is the default: a folder that the user names is not left for another.
     """
@@ -153,7 +153,7 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
 
 
 def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) -> ConvertedDataset:
-    """CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
+    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
     cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
     try:
         return ConvertedDataset(cls(str(root), train=train, download=download), mode)
@@ -208,12 +208,12 @@ def load_dataset(source: SplitSource, training: bool) -> Any:
 
 
 def is_iterable(dataset: Any) -> bool:
-    """Whether the data set only streams, so that its own reader splits it among processes."""
+    """Returns whether the data set only streams, so that its own reader splits it among processes."""
     return isinstance(dataset, IterableDataset)
 
 
 def subset(dataset: Any, num_samples: int | None) -> Any:
-    """The first ``num_samples`` of a fixed shuffle, of a stream in the order of its files; all for None.
+    """Returns the first ``num_samples`` of a fixed shuffle, of a stream in the order of its files; all for None.
 
     Raises:
         DataError: more samples than there are, or a stream of TFDS.

@@ -66,7 +66,7 @@ class FolderDataset(Dataset):
 
 
 def is_folder_set(name: str) -> bool:
-    """Whether a value of ``data.dataset`` means image folders."""
+    """Returns whether a value of ``data.dataset`` means image folders."""
     return name in NAMES
 
 
@@ -156,14 +156,14 @@ def chosen_map(
 
 
 def is_training_split(data: DataConfig, split: str, scan: Scan) -> bool:
-    """Whether a split is the one that is trained on, perhaps by another name."""
+    """Returns whether a split is the one that is trained on, perhaps by another name."""
     folder = split_folder(data, data.train_split)[0]
     same = folder is not None and folder.resolve() == scan.folder.resolve()
     return split == data.train_split or (same and label_list(data, split) == label_list(data, data.train_split))
 
 
 def has_training_split(data: DataConfig) -> bool:
-    """Whether there is a training split to number classes by."""
+    """Returns whether there is a training split to number classes by."""
     return split_folder(data, data.train_split)[0] is not None or has_own_list(data, data.train_split)
 
 

@@ -12,7 +12,7 @@ _UINT8 = 0x08
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Array of a uint8 IDX file.
+    """Returns the array of a uint8 IDX file.
 
     Args:
         path: the file, gzipped if its name ends in .gz.

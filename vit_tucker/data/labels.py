@@ -65,7 +65,7 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
 
 @lru_cache
 def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:
-    """Short descriptions of ImageNet's classes, by class number, from timm."""
+    """Returns short descriptions of ImageNet's classes, by class number, from timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo(subset)
@@ -74,7 +74,7 @@ def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:
 
 @lru_cache
 def synset_names(subset: str = "imagenet-1k") -> dict[str, str]:
-    """Short descriptions of ImageNet's classes, by the synsets that name the data set's folders, from timm."""
+    """Returns short descriptions of ImageNet's classes, by the synsets that name the data set's folders, from timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo(subset)

@@ -73,7 +73,7 @@ def label_list(data: DataConfig, split: str) -> str | None:
 
 
 def has_own_list(data: DataConfig, split: str) -> bool:
-    """Whether ``data.labels`` names a list for this split alone, so that it needs no folder of its own."""
+    """Returns whether ``data.labels`` names a list for this split alone, so that it needs no folder of its own."""
     return isinstance(data.labels, dict) and label_list(data, split) is not None and data_root(data).is_dir()
 
 

@@ -16,7 +16,7 @@ Key = tuple[int, int, int]  # epoch, index, number of the repeat
 
 
 def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
-    """Part ``number`` of a global batch: a slice from the front and its mirror image from the back.
+    """Returns part ``number`` of a global batch: a slice from the front and its mirror image from the back.
 
     timm's mixup pairs image i with image n-1-i of what it gets; mirrored shards keep the pairs of the global batch.
 
@@ -84,11 +84,11 @@ class TrainSampler(Sampler[list[Key]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Number of optimizer steps per epoch."""
         return self.num_samples // self.global_batch_size
 
     def set_position(self, epoch: int, start_step: int = 0) -> None:
-        """Epoch to draw, and the first step of it that is still to do."""
+        """Sets the epoch to draw, and the first step of it that is still to do."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -102,9 +102,8 @@ class TrainSampler(Sampler[list[Key]]):
         repeat = torch.arange(self.repeats).repeat_interleave(drawn)
         for step in range(self.start_step, self.steps_per_epoch):
             # a b c a b c, not a a b b c c: mixup's pairs, from the front and the back, are then of different images
-            batch = torch.stack(
-                [order[step * drawn : (step + 1) * drawn].repeat(self.repeats), repeat], dim=1
-            )  # (n, 2)
+            images = order[step * drawn : (step + 1) * drawn].repeat(self.repeats)
+            batch = torch.stack([images, repeat], dim=1)  # (n, 2)
             for micro in range(self.accumulation):
                 part = shard(batch, micro * self.world_size + self.rank, self.world_size * self.accumulation)
                 yield [(epoch, index, number) for index, number in part.tolist()]

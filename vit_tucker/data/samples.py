@@ -26,7 +26,7 @@ Labelled = tuple[Tensor, Tensor | None]
 def evaluation_images(
     data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, classes: Sequence[str] | None = None
 ) -> Iterator[Labelled]:
-    """Batches of the evaluation split: a fixed sample of it, since folders come sorted by class.
+    """Returns batches of the evaluation split: a fixed sample of it, since folders come sorted by class.
 
     Args:
         data: config section.
@@ -109,7 +109,7 @@ def file_images(
     batch_size: int,
     options: ImageOptions = AS_STORED,
 ) -> Iterator[Labelled]:
-    """Batches of image files; folders are searched through. No labels.
+    """Returns batches of image files; folders are searched through. No labels.
 
     Args:
         paths: files and folders.
@@ -128,7 +128,7 @@ def file_images(
 
 
 def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:
-    """PIL images with labels (or None), transformed and stacked."""
+    """Yields PIL images with labels (or None), transformed and stacked."""
     transform, rest = eval_transform(resolved), iter(samples)
     while batch := list(itertools.islice(rest, size)):
         labels = [label for _, label in batch]

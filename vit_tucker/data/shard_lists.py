@@ -17,7 +17,7 @@ INFO_FILES = ("_info.json", "info.json")
 CLASS_NAMES = "class_names"
 """Key of an _info.json that lists the names of the classes."""
 PLAIN = re.compile(r"[\w.~:/?@+,=%-]+", re.ASCII)
-"""Addresses without what a shell heeds inside quotes: some versions of webdataset hand them to one."""
+"""Addresses without what a shell interprets inside quotes: some versions of webdataset hand them to one."""
 
 
 @dataclass(frozen=True)

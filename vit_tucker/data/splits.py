@@ -9,15 +9,20 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
+from vit_tucker.data.column_sets import open_columns
+from vit_tucker.data.column_streams import open_column_stream
 from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
-from vit_tucker.data.format_openers import has_opener, open_source
 from vit_tucker.data.image_files import ImageOptions, image_mode
 from vit_tucker.data.labels import check_labels, class_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
+from vit_tucker.data.shards import open_shards
 from vit_tucker.data.split_source import SplitSource, refuse_remote_code
 from vit_tucker.errors import ConfigError, DataError
+
+OPENERS = {"hfds": open_columns, "hfids": open_column_stream, "wds": open_shards}
+"""What opens the formats that are read by their columns or keys, by the prefix of ``data.dataset``."""
 
 
 class Splits(NamedTuple):
@@ -155,7 +160,14 @@ def open_split(
         num_classes=num_classes,
         class_map=numbers,
     )
-    return open_source(source) if has_opener(data.dataset) else load_dataset(source, training)
+    if has_opener(data.dataset):
+        return OPENERS[data.dataset.partition("/")[0].lower()](source)
+    return load_dataset(source, training)
+
+
+def has_opener(name: str) -> bool:
+    """Returns whether a data set, by its name in a config, is read by its columns or keys."""
+    return name.partition("/")[0].lower() in OPENERS and "/" in name
 
 
 def refuse_folder_keys(data: DataConfig) -> None:
@@ -228,11 +240,7 @@ def choose_classes(
 
 
 def split_notes(dataset: Any) -> tuple[str, ...]:
-    """Returns what the log has to say about an opened split: files left out, classes without images, the folder read.
-
-    Args:
-        dataset: as ``open_split`` returns it, or a subset of it; None for none.
-    """
+    """Returns lines for the log about an opened split, or None: files left out, classes without images, the folder read."""
     if isinstance(dataset, Subset):
         return split_notes(dataset.dataset)
     return tuple(getattr(dataset, "notes", ()))

@@ -40,7 +40,7 @@ class Share:
 
     @property
     def number(self) -> int:
-        """This worker among those of all processes."""
+        """Number of this worker among those of all processes."""
         return self.rank * self.workers + self.worker
 
     @property
@@ -152,7 +152,7 @@ class Stream(IterableDataset):
         return rows if share.seed is None else shuffled(rows, PREFIX_BUFFER, generator)
 
     def _share_of_prefix(self, share: Share, record: Record) -> Iterator[Any]:
-        """Every n-th of the first samples: each worker reads all of them and decodes its own."""
+        """Yields every n-th of the first samples: each worker reads all of them and decodes its own."""
         assert self.limit is not None
         seen, number, count = 0, share.number, share.count
         if number >= self.limit:  # more workers than samples: the workers of a process then read the same
