@@ -101,12 +101,7 @@ def ambiguous(split: str, folder: Path, images: Sequence[str], first: Sequence[s
 
 
 def merged_note(split: str, places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Returns a line about classes that have images in several folders of the same name; none if there are none.
-
-    Args:
-        split: name of the split.
-        places: folders with images, each with its parts.
-    """
+    """Returns a line about classes that have images in several folders of the same name (path to its parts); none without."""
     folders: dict[str, list[str]] = {}
     for place, parts in places.items():
         folders.setdefault(parts[-1], []).append(place)

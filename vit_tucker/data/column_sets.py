@@ -83,11 +83,7 @@ def open_columns(source: SplitSource) -> ColumnDataset:
 
 
 def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[list[int], list[str]]:
-    """Returns which images have a class of ``data.class_map``, and a note about the others.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Returns the images with a class of ``data.class_map`` and a note about the others; raises DataError if none has one."""
     assert source.class_map is not None
     known = {label: targets.mapped_key(label) is not None for label in set(raw)}
     left_out = in_order(targets.name_of(label) for label, kept in known.items() if not kept)
@@ -104,11 +100,7 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[l
 
 
 def load_split(source: SplitSource) -> Any:
-    """Returns the table of a split.
-
-    Raises:
-        DataError: `datasets` can't read it.
-    """
+    """Returns the table of a split; raises DataError if `datasets` can't read it."""
     import datasets
 
     try:
@@ -132,11 +124,7 @@ def undecoded(table: Any, key: str) -> Any:
 
 
 def label_column(table: Any, source: SplitSource) -> list[Raw]:
-    """Returns all labels of a split.
-
-    Raises:
-        DataError: images without a label.
-    """
+    """Returns all labels of a split; raises DataError for images without one."""
     _, key = columns.columns_of(source)
     column = table.select_columns([key]).with_format("arrow")[:].column(key)
     if column.null_count:
@@ -195,7 +183,7 @@ def label_values(builder: Any, source: SplitSource, raw: Sequence[Raw] | None, o
         builder: of the data set.
         source: the split.
         raw: all labels of the split that is opened; None for a stream.
-        other: that is another split.
+        other: ``source`` is another one than that.
     """
     if raw is not None:
         return set(label_column(load_split(source), source) if other else raw)
@@ -211,11 +199,7 @@ def read_stored(stored: Any, source: SplitSource) -> Image.Image:
 
 
 def open_stored(stored: Any) -> BinaryIO:
-    """Opens the file of a stored image.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Opens the file of a stored image; raises ValueError if there is none."""
     content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (None, stored)
     if isinstance(path, bytes):
         content = path

@@ -73,11 +73,7 @@ class ColumnStream(Stream):
 
 
 def open_column_stream(source: SplitSource) -> ColumnStream:
-    """Opens a split of a streamed set; its columns are checked, no image is read.
-
-    Raises:
-        DataError: a split, column or class that can't be.
-    """
+    """Opens a split of a streamed set, checking its columns but reading no image; raises DataError as ``open_columns`` does."""
     source.check_options(STREAM_OPTIONS)
     builder = columns.open_builder(source)
     columns.check_split(builder, source)

@@ -102,11 +102,7 @@ def identity(folder: Path) -> tuple[int, int]:
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns the files and folders in a folder.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Returns the files and folders in a folder; raises DataError if it can't be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

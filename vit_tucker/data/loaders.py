@@ -23,31 +23,43 @@ from vit_tucker.errors import ConfigError, DataError
 
 
 @dataclass
-class TrainLoader:
-    """Training batches of one process, grouped into optimizer steps.
+class BatchLoader:
+    """Batches of one process. At evaluation bad images are left out, so that a batch may be empty.
 
     Attributes:
-        loader: yields micro-batches.
-        sampler: of a map-style set; None if streamed.
-        num_samples: images in the training split.
-        steps_per_epoch: optimizer steps per epoch.
-        accumulation: micro-batches per step.
+        loader: yields batches.
         faults: bad images of this process so far.
         normalise: on the model's device.
         description: how the images are read, and why; for the log.
     """
 
     loader: DataLoader
-    sampler: TrainSampler | None
-    num_samples: int
-    steps_per_epoch: int
-    accumulation: int
     faults: FaultLog
     normalise: Normalise
     description: str
 
+    def __iter__(self) -> Iterator[Batch]:
+        return checked_batches(self.loader, self.faults, self.normalise)
+
+
+@dataclass
+class TrainLoader(BatchLoader):
+    """Training batches of one process, grouped into optimizer steps.
+
+    Attributes:
+        sampler: of a map-style set; None if streamed.
+        num_samples: images in the training split.
+        steps_per_epoch: optimizer steps per epoch.
+        accumulation: batches per step.
+    """
+
+    sampler: TrainSampler | None
+    num_samples: int
+    steps_per_epoch: int
+    accumulation: int
+
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step of an epoch, from ``start_step`` on.
+        """Yields the micro-batches of each optimizer step of an epoch, from ``start_step`` on.
 
         Raises:
             DataError: more bad images than ``data.max_bad_images``.
@@ -59,7 +71,7 @@ class TrainLoader:
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
             done = 0  # a stream starts at its beginning; what is done already is read and dropped
         micro_batches: list[Batch] = []
-        for batch in checked_batches(self.loader, self.faults, self.normalise):
+        for batch in self:
             micro_batches.append(batch)
             if len(micro_batches) == self.accumulation:
                 if done >= start_step:
@@ -68,24 +80,6 @@ class TrainLoader:
                 done += 1
                 if done == self.steps_per_epoch:
                     return
-
-
-@dataclass
-class EvalLoader:
-    """Evaluation batches of one process's share; bad images are left out, so that a batch may be empty.
-
-    Attributes:
-        loader: yields batches.
-        faults, normalise, description: see ``TrainLoader``.
-    """
-
-    loader: DataLoader
-    faults: FaultLog
-    normalise: Normalise
-    description: str
-
-    def __iter__(self) -> Iterator[Batch]:
-        return checked_batches(self.loader, self.faults, self.normalise)
 
 
 @dataclass
@@ -102,7 +96,7 @@ class Loaders:
     """
 
     train: TrainLoader | None
-    eval: EvalLoader
+    eval: BatchLoader
     num_eval: int | None
     faults: FaultLog
     label_names: tuple[str, ...] | None = None
@@ -224,10 +218,7 @@ def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
     if streamed and repeats > 1:
         raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")
     shares = sources.rank, sources.world_size, train.grad_accum_steps
-    try:
-        sampler = TrainSampler(total, train.global_batch_size, sources.seed, *shares, repeats)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    sampler = TrainSampler(total, train.global_batch_size, sources.seed, *shares, repeats)
     way = choose_preparation(data, split, sources.resolved["input_size"], training=True)
     transform = train_transform(data, sources.resolved, normalize=bool(data.reprob) and way.kind != "kept")
     if streamed:
@@ -239,23 +230,15 @@ def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
         batches = AugmentedBatches(held, data, sources.resolved, sources.seed)
         loader = sources.load(batches, batch_size=None, sampler=sampler, collate_fn=as_it_is)
     else:
-        samples = SeededDataset(
-            split, transform, sources.seed, data.train_split, replace=True, limit=data.max_bad_images
-        )
+        limit = data.max_bad_images
+        samples = SeededDataset(split, transform, sources.seed, data.train_split, replace=True, limit=limit)
         loader = sources.load_samples(samples, sampler, way)
-    return TrainLoader(
-        loader,
-        None if streamed else sampler,
-        total,
-        sampler.steps_per_epoch,
-        train.grad_accum_steps,
-        sources.faults,
-        sources.normalise,
-        describe_preparation(way, total, loader.num_workers),
-    )
+    description = describe_preparation(way, total, loader.num_workers)
+    shared = loader, sources.faults, sources.normalise, description
+    return TrainLoader(*shared, None if streamed else sampler, total, sampler.steps_per_epoch, train.grad_accum_steps)
 
 
-def _eval_loader(sources: LoaderSources, split: Any) -> tuple[EvalLoader, int | None]:
+def _eval_loader(sources: LoaderSources, split: Any) -> tuple[BatchLoader, int | None]:
     data = sources.data
     batch_size = sources.train.eval_batch_size or max(1, sources.micro_batch)
     transform = eval_transform(sources.resolved, normalize=False)
@@ -264,7 +247,7 @@ def _eval_loader(sources: LoaderSources, split: Any) -> tuple[EvalLoader, int | 
         stream = EvalStream(reader, transform, sources.rank, sources.world_size)
         loader = sources.load(stream, batch_size=batch_size)
         description = describe_preparation(Preparation("image", "a stream"), None, loader.num_workers)
-        return EvalLoader(loader, sources.faults, sources.normalise, description), None
+        return BatchLoader(loader, sources.faults, sources.normalise, description), None
     if len(split) == 0:
         raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
     sampler = EvalSampler(len(split), batch_size, sources.rank, sources.world_size)
@@ -272,4 +255,4 @@ def _eval_loader(sources: LoaderSources, split: Any) -> tuple[EvalLoader, int | 
     samples = SeededDataset(split, transform, sources.seed, data.val_split, replace=False)
     loader = sources.load_samples(samples, sampler, way)
     description = describe_preparation(way, len(split), loader.num_workers)
-    return EvalLoader(loader, sources.faults, sources.normalise, description), len(split)
+    return BatchLoader(loader, sources.faults, sources.normalise, description), len(split)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.errors import ConfigError
 
 Key = tuple[int, int, int]  # epoch, index, number of the repeat
 
@@ -50,7 +51,7 @@ class TrainSampler(Sampler[list[Key]]):
             images, as in timm's and DeiT's samplers (repeated augmentation, Hoffer et al. 2020).
 
     Raises:
-        ValueError: a global batch that is larger than the data set or can't be split evenly.
+        ConfigError: a global batch that is larger than the data set or can't be split evenly.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class TrainSampler(Sampler[list[Key]]):
         repeats: int = 1,
     ) -> None:
         if global_batch_size % (world_size * accumulation):
-            raise ValueError(
+            raise ConfigError(
                 f"train.global_batch_size={global_batch_size} can't be split evenly over {world_size} processes x "
                 f"{accumulation} accumulation steps"
             )
         if global_batch_size > num_samples:
-            raise ValueError(
+            raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is larger than the {num_samples} training images"
             )
         if global_batch_size % repeats:
-            raise ValueError(
+            raise ConfigError(
                 f"data.aug_repeats={repeats}: train.global_batch_size={global_batch_size} must be a multiple of it, so that "
                 "all repeats of an image are in one batch"
             )

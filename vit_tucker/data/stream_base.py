@@ -15,7 +15,7 @@ from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.errors import DataError
 
 Record = Callable[[str], None]
-"""Takes the fault line of a bad image; raises DataError where there are too many."""
+"""Records the fault line of a bad image; raises DataError for too many."""
 PREFIX_BUFFER = 4096
 """Samples of a stream's prefix that are shuffled together."""
 
@@ -83,7 +83,7 @@ class Stream(IterableDataset):
         Args:
             share: what to read.
             generator: of the shuffle buffer, in its state after earlier passes.
-            record: takes bad parts of files.
+            record: for bad parts of files.
         """
 
     @abstractmethod
@@ -92,11 +92,7 @@ class Stream(IterableDataset):
 
     @abstractmethod
     def label(self, row: Any) -> int:
-        """Returns the class number of a sample.
-
-        Raises:
-            DataError: a label that can't be; it ends the stream. Other exceptions: a damaged sample.
-        """
+        """Returns the class number of a sample; a DataError ends the stream, other exceptions mean a damaged sample."""
 
     @abstractmethod
     def image(self, row: Any) -> Image.Image:
@@ -107,11 +103,7 @@ class Stream(IterableDataset):
         """Returns the name of a sample, for messages."""
 
     def first(self, samples: int) -> "Stream":
-        """Returns the stream cut to its first samples in the order of the files.
-
-        Raises:
-            DataError: more than there are, as far as that is known.
-        """
+        """Returns the stream cut to its first samples in the order of the files; raises DataError for more than there are."""
         if self.size is not None and samples > self.size:
             raise DataError(f"data.num_samples={samples}: the training split has {self.size} images")
         self.size = self.limit = samples
@@ -197,11 +189,7 @@ def shuffled(rows: Iterator[Any], size: int, generator: random.Random) -> Iterat
 
 
 def stream_size(dataset: Any, split: str) -> int:
-    """Returns the number of training images of a streamed data set.
-
-    Raises:
-        DataError: it is unknown.
-    """
+    """Returns the number of training images of a streamed data set; raises DataError if it is unknown."""
     size = dataset.size if isinstance(dataset, Stream) else dataset.reader.num_samples
     if not size:
         raise DataError(
