@@ -101,23 +101,19 @@ def augmentation_seed(seed: int, epoch: int, index: int, repeat: int) -> int:
     return derive_seed(seed, epoch, 1, index, *([repeat] if repeat else []))
 
 
-class Collate:
-    """Samples -> Batch; without the bad ones, and so perhaps empty.
+def collate(samples: list[Sample], shape: tuple[int, int, int]) -> Batch:
+    """Returns samples as a batch, without the bad ones and so perhaps empty.
 
     Args:
+        samples: of one batch.
         shape: (channels, height, width) of the images.
     """
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape = tuple(shape)
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        good = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-        faults = tuple(line for sample in samples for line in sample.faults)
-        if not good:
-            return Batch(torch.empty(0, *self.shape), torch.empty(0, dtype=torch.int64), faults)
-        images, labels = default_collate(good)  # in a worker it collates into shared memory
-        return Batch(images, labels, faults)
+    good = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    faults = tuple(line for sample in samples for line in sample.faults)
+    if not good:
+        return Batch(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64), faults)
+    images, labels = default_collate(good)  # in a worker it collates into shared memory
+    return Batch(images, labels, faults)
 
 
 class Normalise:

@@ -62,9 +62,9 @@ def open_columns(source: SplitSource) -> ColumnDataset:
         DataError: a split, column, label or class that can't be.
     """
     source.check_options(MAP_OPTIONS)
-    builder = columns.open_builder(source)
+    builder = columns.load_by_datasets("load_dataset_builder", source)
     columns.check_split(builder, source)
-    table = load_split(source)
+    table = columns.load_by_datasets("load_dataset", source, split=source.split)
     columns.check_columns(table.features, source)
     image_key, label_key = columns.columns_of(source)
     raw = label_column(table, source)
@@ -97,21 +97,6 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[l
         return keep, []
     line = f"split '{source.split}': data.class_map leaves out {len(raw) - len(keep):,} of {len(raw):,} images, of "
     return keep, [f"{line}{len(left_out):,} classes: {listed(left_out)}"]
-
-
-def load_split(source: SplitSource) -> Any:
-    """Returns the table of a split; raises DataError if `datasets` can't read it."""
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            columns.repository(source.name),
-            split=source.split,
-            cache_dir=str(source.root),
-            **columns.without_code(datasets.load_dataset),
-        )
-    except Exception as error:
-        raise source.cant_open(error) from error
 
 
 def undecoded(table: Any, key: str) -> Any:
@@ -186,7 +171,9 @@ def label_values(builder: Any, source: SplitSource, raw: Sequence[Raw] | None, o
         other: ``source`` is another one than that.
     """
     if raw is not None:
-        return set(label_column(load_split(source), source) if other else raw)
+        return set(
+            label_column(columns.load_by_datasets("load_dataset", source, split=source.split), source) if other else raw
+        )
     _, key = columns.columns_of(source)
     stream = builder.as_streaming_dataset(split=source.split).select_columns([key])
     return {label for batch in stream.iter(batch_size=1000) for label in batch[key] if label is not None}

@@ -75,7 +75,7 @@ class ColumnStream(Stream):
 def open_column_stream(source: SplitSource) -> ColumnStream:
     """Opens a split of a streamed set, checking its columns but reading no image; raises DataError as ``open_columns`` does."""
     source.check_options(STREAM_OPTIONS)
-    builder = columns.open_builder(source)
+    builder = columns.load_by_datasets("load_dataset_builder", source)
     columns.check_split(builder, source)
     try:
         if source.options.get("download"):

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,13 @@ SPLIT_WORDS = {
 """Names of files and folders that `datasets` merges into one split."""
 
 
-def open_builder(source: SplitSource) -> Any:
-    """Returns the builder of a data set, which knows its splits and files.
+def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
+    """Calls ``load_dataset`` or ``load_dataset_builder``, whose builder knows the splits and files; executes nothing of a set.
+
+    Args:
+        function: its name.
+        source: what is read.
+        options: further arguments.
 
     Raises:
         DataError: `datasets` is not installed, or can't find or read the data set.
@@ -34,22 +39,13 @@ def open_builder(source: SplitSource) -> Any:
         import datasets
     except ImportError:
         raise DataError(f"{source.name}: needs the package datasets: pip install vit_tucker[data]") from None
+    load = getattr(datasets, function)
+    if "trust_remote_code" in inspect.signature(load).parameters:  # of datasets < 4; later ones can't
+        options["trust_remote_code"] = False
     try:
-        return datasets.load_dataset_builder(
-            repository(source.name), cache_dir=str(source.root), **without_code(datasets.load_dataset_builder)
-        )
+        return load(source.name.partition("/")[2], cache_dir=str(source.root), **options)
     except Exception as error:
         raise source.cant_open(error) from error
-
-
-def without_code(load: Callable[..., Any]) -> dict[str, bool]:
-    """Returns the argument by which datasets < 4 executes nothing of a data set, without asking; later ones can't."""
-    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
-
-
-def repository(name: str) -> str:
-    """Returns a data set's name or folder without our prefix."""
-    return name.partition("/")[2]
 
 
 def split_names(builder: Any) -> list[str]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, checked_batches
+from vit_tucker.data.batches import Batch, Normalise, SeededDataset, checked_batches, collate
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.memory import AugmentedBatches, KeptSamples, hold_images
@@ -64,12 +65,12 @@ class TrainLoader(BatchLoader):
         Raises:
             DataError: more bad images than ``data.max_bad_images``.
         """
+        done = start_step
         if self.sampler is not None:
             self.sampler.set_position(epoch, start_step)
-            done = start_step
-        else:
+        else:  # a stream starts at its beginning; what is done already is read and dropped
             self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-            done = 0  # a stream starts at its beginning; what is done already is read and dropped
+            done = 0
         micro_batches: list[Batch] = []
         for batch in self:
             micro_batches.append(batch)
@@ -146,8 +147,7 @@ def build_loaders(
         num_classes: of the model: labels beyond it are refused; None if they may be any.
 
     Raises:
-        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
-            ``data.aug_repeats`` where they can't be.
+        DataError: a split is missing or empty. ConfigError: an impossible batch size, ``data.in_memory`` or ``data.aug_repeats``.
     """
     normalise = Normalise(resolved["mean"], resolved["std"], device)
     faults = FaultLog(data.max_bad_images)
@@ -195,7 +195,7 @@ class LoaderSources:
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
-            **{"collate_fn": Collate(self.resolved["input_size"]), **options},
+            **{"collate_fn": partial(collate, shape=self.resolved["input_size"]), **options},
         )
 
     def load_samples(self, samples: SeededDataset, sampler: Sampler, way: Preparation) -> DataLoader:
