@@ -138,7 +138,7 @@ class Normalise:
 
 
 def checked_batches(loader: Iterable[Any], faults: FaultLog, normalise: Normalise) -> Iterator[Batch]:
-    """Yields the loader's batches, normalised, and logs their bad images; a worker's DataError keeps its one line.
+    """Yields the loader's batches, normalised, and logs their bad images; a worker's DataError is raised as its one line.
 
     Raises:
         DataError: too many bad images; or what a worker raised.

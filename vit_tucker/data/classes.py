@@ -123,7 +123,7 @@ def unpadded(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_unknown(names: Sequence[str], known: Mapping[str, int], split: str, source: str) -> None:
-    """Raises DataError if a split has classes that the class map lacks; ``source`` says where the map comes from."""
+    """Raises DataError if a split has classes that the class map lacks; ``source`` names where the map comes from."""
     unknown = [name for name in names if name not in known]
     if not unknown:
         return

@@ -51,7 +51,7 @@ class FaultLog:
         return new
 
     def merge(self, processes: Iterable[Iterable[str]]) -> tuple[str, ...]:
-        """Adds the lines of all processes; the same call in each process keeps the logs alike."""
+        """Adds the lines of all processes; called in each process alike, all logs are the same."""
         return self.add(line for lines in processes for line in lines)
 
 

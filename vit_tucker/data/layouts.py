@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data import label_files
-from vit_tucker.data.class_trees import Scan, bare, by_folders
+from vit_tucker.data.class_trees import Scan, by_folders, unlabelled_message
 from vit_tucker.data.classes import find_class_file
 from vit_tucker.data.find_images import Found, walk
 from vit_tucker.data.image_files import image_endings
@@ -83,7 +83,7 @@ def scan_split(data: DataConfig, split: str) -> Scan:
     if not any("/" in name for name in found.images):
         listing = label_files.find_label_file(folder, data_root(data))
         if listing is None:
-            raise DataError(bare(split, folder, found.images))
+            raise DataError(unlabelled_message(split, folder, found.images))
         labels = (
             label_files.kaggle_labels(listing)
             if listing.name == label_files.KAGGLE_FILE

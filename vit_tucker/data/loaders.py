@@ -12,7 +12,7 @@ from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.batches import Batch, Normalise, SeededDataset, checked_batches, collate
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.data.memory import AugmentedBatches, KeptSamples, hold_images
+from vit_tucker.data.memory import AugmentedBatches, KeptSamples, as_it_is, hold_images
 from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
@@ -60,11 +60,7 @@ class TrainLoader(BatchLoader):
     accumulation: int
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Yields the micro-batches of each optimizer step of an epoch, from ``start_step`` on.
-
-        Raises:
-            DataError: more bad images than ``data.max_bad_images``.
-        """
+        """Yields each optimizer step's micro-batches, from ``start_step`` on; raises DataError for too many bad images."""
         done = start_step
         if self.sampler is not None:
             self.sampler.set_position(epoch, start_step)
@@ -143,8 +139,7 @@ def build_loaders(
         pin_memory: for copies to a GPU.
         with_train: open the training split too.
         device: of the model, where the batches go.
-        classes: stored class map: names in the order of their numbers; the training split's if None.
-        num_classes: of the model: labels beyond it are refused; None if they may be any.
+        classes, num_classes: see ``open_splits``.
 
     Raises:
         DataError: a split is missing or empty. ConfigError: an impossible batch size, ``data.in_memory`` or ``data.aug_repeats``.
@@ -198,16 +193,11 @@ class LoaderSources:
             **{"collate_fn": partial(collate, shape=self.resolved["input_size"]), **options},
         )
 
-    def load_samples(self, samples: SeededDataset, sampler: Sampler, way: Preparation) -> DataLoader:
+    def load_samples(self, samples: SeededDataset, sampler: Sampler, preparation: Preparation) -> DataLoader:
         """Returns the DataLoader of a map-style data set; one that is transformed once is read in this process."""
-        if way.kind == "kept":
+        if preparation.kind == "kept":
             return self.load(KeptSamples(samples), in_process=True, batch_sampler=sampler)
         return self.load(samples, batch_sampler=sampler)
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """Returns what is a batch already; a function of the module, so that it can be sent to worker processes."""
-    return batch
 
 
 def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
@@ -219,21 +209,21 @@ def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
         raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")
     shares = sources.rank, sources.world_size, train.grad_accum_steps
     sampler = TrainSampler(total, train.global_batch_size, sources.seed, *shares, repeats)
-    way = choose_preparation(data, split, sources.resolved["input_size"], training=True)
-    transform = train_transform(data, sources.resolved, normalize=bool(data.reprob) and way.kind != "kept")
+    preparation = choose_preparation(data, split, sources.resolved["input_size"], training=True)
+    transform = train_transform(data, sources.resolved, normalize=bool(data.reprob) and preparation.kind != "kept")
     if streamed:
         reader = sources.stream(split, data.train_split, sources.rank, sources.world_size)
         stream = TrainStream(reader, transform, sources.seed, sources.rank)
         loader = sources.load(stream, batch_size=sources.micro_batch, drop_last=True)
-    elif way.kind == "augmented":
+    elif preparation.kind == "augmented":
         held = hold_images(split, data.train_split, sources.faults)
         batches = AugmentedBatches(held, data, sources.resolved, sources.seed)
         loader = sources.load(batches, batch_size=None, sampler=sampler, collate_fn=as_it_is)
     else:
         limit = data.max_bad_images
         samples = SeededDataset(split, transform, sources.seed, data.train_split, replace=True, limit=limit)
-        loader = sources.load_samples(samples, sampler, way)
-    description = describe_preparation(way, total, loader.num_workers)
+        loader = sources.load_samples(samples, sampler, preparation)
+    description = describe_preparation(preparation, total, loader.num_workers)
     shared = loader, sources.faults, sources.normalise, description
     return TrainLoader(*shared, None if streamed else sampler, total, sampler.steps_per_epoch, train.grad_accum_steps)
 
@@ -246,13 +236,14 @@ def _eval_loader(sources: LoaderSources, split: Any) -> tuple[BatchLoader, int |
         reader = sources.stream(split, data.val_split, 0, 1)
         stream = EvalStream(reader, transform, sources.rank, sources.world_size)
         loader = sources.load(stream, batch_size=batch_size)
-        description = describe_preparation(Preparation("image", "a stream"), None, loader.num_workers)
-        return BatchLoader(loader, sources.faults, sources.normalise, description), None
-    if len(split) == 0:
-        raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
-    sampler = EvalSampler(len(split), batch_size, sources.rank, sources.world_size)
-    way = choose_preparation(data, split, sources.resolved["input_size"], training=False)
-    samples = SeededDataset(split, transform, sources.seed, data.val_split, replace=False)
-    loader = sources.load_samples(samples, sampler, way)
-    description = describe_preparation(way, len(split), loader.num_workers)
-    return BatchLoader(loader, sources.faults, sources.normalise, description), len(split)
+        count, preparation = None, Preparation("image", "a stream")
+    else:
+        count = len(split)
+        if count == 0:
+            raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
+        sampler = EvalSampler(count, batch_size, sources.rank, sources.world_size)
+        preparation = choose_preparation(data, split, sources.resolved["input_size"], training=False)
+        samples = SeededDataset(split, transform, sources.seed, data.val_split, replace=False)
+        loader = sources.load_samples(samples, sampler, preparation)
+    description = describe_preparation(preparation, count, loader.num_workers)
+    return BatchLoader(loader, sources.faults, sources.normalise, description), count

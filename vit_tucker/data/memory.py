@@ -21,7 +21,7 @@ from vit_tucker.errors import ConfigError, DataError
 
 
 def array_size(dataset: Any) -> tuple[int, int] | None:
-    """(height, width) of a set whose images lie in memory as one array already; None for any other."""
+    """Returns (height, width) of a set whose images lie in memory as one array already; None for any other."""
     if isinstance(dataset, Subset):
         return array_size(dataset.dataset)
     if isinstance(dataset, ArrayDataset):
@@ -53,19 +53,19 @@ class HeldImages:
     faults: dict[int, str]
 
     def readable(self, index: int) -> int:
-        """The next readable image from ``index`` on."""
+        """Returns the next readable image from ``index`` on."""
         while index in self.faults:
             index = (index + 1) % len(self.labels)
         return index
 
 
 def hold_images(dataset: Any, split: str, log: FaultLog) -> HeldImages:
-    """Read all images.
+    """Reads all images of a split.
 
     Args:
         dataset: map-style, yields (PIL image, int).
         split: its name.
-        log: notes bad images.
+        log: for bad images.
 
     Raises:
         ConfigError: images of different sizes. DataError: too many bad images, or none that can be read.
@@ -145,7 +145,7 @@ class AugmentedBatches(Dataset):
 
 
 def erase(image: Tensor, boxes: list[tuple[int, int, int, int]], mode: str, seed: int) -> None:
-    """Fill boxes of a normalised image (channels, height, width) in place, with zeros or noise as timm's RandomErasing."""
+    """Fills boxes of a normalised image (channels, height, width) in place, with zeros or noise as timm's RandomErasing."""
     generator = torch.Generator().manual_seed(seed)
     for top, left, height, width in boxes:
         box = image[:, top : top + height, left : left + width]
@@ -154,6 +154,11 @@ def erase(image: Tensor, boxes: list[tuple[int, int, int, int]], mode: str, seed
         else:
             shape = box.shape if mode == "pixel" else (len(image), 1, 1)
             box.copy_(torch.randn(shape, generator=generator))
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """Returns what is a batch already; a function of the module, so that it can be sent to worker processes."""
+    return batch
 
 
 class KeptSamples(Dataset):

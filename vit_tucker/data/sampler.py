@@ -22,12 +22,9 @@ def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
     timm's mixup pairs image i with image n-1-i of what it gets; mirrored shards keep the pairs of the global batch.
 
     Args:
-        batch: (n, ...) indices, n divisible by ``shards``.
+        batch: (n, ...) indices, n divisible by ``shards``, of which (n / shards, ...) are returned.
         number: 0 <= number < shards.
         shards: number of parts.
-
-    Returns:
-        (n / shards, ...) indices.
     """
     size = len(batch) // shards
     if size % 2:

@@ -47,7 +47,7 @@ def evaluation_images(
 def calibration_images(
     data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, seed: int
 ) -> Iterator[Tensor]:
-    """Yields batches of training images with the evaluation's transform; the same ones in every process.
+    """Yields batches (B, channels, height, width) of training images with the evaluation's transform, alike in every process.
 
     Args:
         data: config section; ``num_samples`` holds here too.
@@ -55,9 +55,6 @@ def calibration_images(
         images: how many, drawn without replacement by ``seed``; the first ones of a streamed set.
         batch_size: images per batch.
         seed: of the choice.
-
-    Yields:
-        (B, channels, height, width), float32.
 
     Raises:
         DataError: the split is missing, has fewer images, or more bad ones than ``data.max_bad_images``.

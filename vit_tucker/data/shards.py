@@ -98,13 +98,7 @@ class ShardFaults:
 
 
 def read_shards(files: Sequence[str], handler: Any, stages: Sequence[Any] = ()) -> Any:
-    """Returns an iterable of the undecoded samples of some shards.
-
-    Args:
-        files: paths or addresses.
-        handler: of errors, see webdataset.
-        stages: of its pipeline, after the reading.
-    """
+    """Returns an iterable of the undecoded samples of some shards, by webdataset's ``handler`` of errors and further stages."""
     import webdataset as wds
 
     if not files:

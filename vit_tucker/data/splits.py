@@ -179,11 +179,7 @@ def refuse_folder_keys(data: DataConfig) -> None:
 
 
 def inferred_classes(data: DataConfig) -> int | None:
-    """Returns the number of classes that a data set's files tell; None if they don't.
-
-    Raises:
-        DataError: the training split is missing, or does not tell its classes.
-    """
+    """Returns the number of classes that a data set's training split has, by its files; None if they don't tell."""
     if is_folder_set(data.dataset):
         return len(folder_classes(data))
     if not has_opener(data.dataset):

@@ -83,7 +83,7 @@ class Stream(IterableDataset):
         Args:
             share: what to read.
             generator: of the shuffle buffer, in its state after earlier passes.
-            record: for bad parts of files.
+            record: called for bad parts of files.
         """
 
     @abstractmethod

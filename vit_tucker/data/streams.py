@@ -85,7 +85,7 @@ def reopen(reader: Any, seed: int | None) -> None:
         return
     if seed is not None and hasattr(reader, "worker_seed"):
         if reader.ds is None:
-            reader._lazy_init()  # the first time it takes over what torch says of this worker, its seed too
+            reader._lazy_init()  # the first time it adopts torch's settings of this worker, its seed too
         reader.worker_seed, reader.ds = seed, None
     if reader.ds is None:
         reader._lazy_init()

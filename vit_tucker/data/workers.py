@@ -26,7 +26,7 @@ def init_worker(worker_id: int) -> None:
 
 
 def _end_on_signals(parent: int) -> None:
-    """Ends the process when its parent says so or is gone, or on the second SIGTERM of another.
+    """Ends the process when its parent ends it or is gone, or on the second SIGTERM of another.
 
     A thread that waits for the signal, not a handler: only so is the sender known, and code in C does not delay it.
     torch's own watchdog looks for the parent every 5 s, and only between batches.
