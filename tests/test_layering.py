@@ -119,6 +119,7 @@ PARTS = {
     "moments": "layers",
     "module": "layers",
     "heads": "layers",
+    "latent_layer": "layers",
     "latent_rope": "layers",
     "base": "methods",
     "registry": "methods",

@@ -27,6 +27,11 @@ def linear_bias(linear: nn.Module) -> Tensor | None:
     return None if bias is None else bias.detach().double()
 
 
+def head_weight(linear: nn.Module, num_heads: int) -> Tensor:
+    """Returns the weight of a Linear by heads of its output, (num_heads, in, D), float64, detached."""
+    return split_heads(linear_weight(linear), num_heads)
+
+
 def head_bias(linear: nn.Module, num_heads: int, repeat: int = 1) -> Tensor | None:
     """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
     bias = linear_bias(linear)

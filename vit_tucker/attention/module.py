@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention import call as calls
 from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
-from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.call import Call, PositionBias, read_call
 from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
-from vit_tucker.errors import PatchError, nearest
+from vit_tucker.attention.options import refuse_rank_options
+from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments
@@ -77,18 +79,9 @@ class AttentionModule(nn.Module):
             raise PatchError(
                 f"{type(self).__name__} got a table of rotations, but the layer that it replaced had no RoPE"
             )
-        call = read_call(
-            self.spec.layout,
-            self.position_bias,
-            x,
-            attn_mask,
-            is_causal,
-            rope,
-            mask=mask,
-            shared_rel_pos=shared_rel_pos,
-            shared_rel_pos_bias=shared_rel_pos_bias,
-        )
-        return from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
+        call = read_call(self.spec.layout, self.position_bias, x, attn_mask, is_causal, rope,
+                         mask=mask, shared_rel_pos=shared_rel_pos, shared_rel_pos_bias=shared_rel_pos_bias)  # fmt: skip
+        return calls.from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
 
     def run(self, call: Call) -> Tensor:
         """The layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
@@ -122,8 +115,7 @@ class AttentionModule(nn.Module):
     @property
     def latent_width(self) -> int | None:
         """Width of the one key that rotates for all heads (latent RoPE); None without one."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        return None if columns is None else 2 * len(columns)
+        return None
 
     def factors(self) -> dict[str, Tensor]:
         """The live weights by role, shared ones as the same object. Here: those of the layer's own Linears, by their names;
@@ -149,17 +141,7 @@ class AttentionModule(nn.Module):
             PatchError: the method has no such option, or the ranks are impossible; nothing has changed.
         """
         current, name = self.rank_options(), type(self).__name__
-        for option in options:
-            if option not in current:
-                known = f"what can be resized: {', '.join(current)}" if current else "it has no ranks"
-                raise PatchError(f"{name} can't resize '{option}', {known}{nearest(option, list(current))}")
-            given, kind = options[option], current[option]
-            entries = given if isinstance(kind, tuple) and isinstance(given, tuple | list) else (given,)
-            length = len(kind) if isinstance(kind, tuple) else 1
-            if len(entries) != length or not all(type(rank) is int and rank >= 1 for rank in entries):
-                raise PatchError(
-                    f"{option}={given!r}: must be {'a whole number' if length == 1 else f'{length} whole numbers'} above 0"
-                )
+        refuse_rank_options(name, options, current)
         parts: Any = [part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part)]
         if not is_plain(*parts):
             raise PatchError(
@@ -175,9 +157,8 @@ class AttentionModule(nn.Module):
         """Takes these ranks over; called under no_grad, only of methods with ``rank_options``."""
 
     def index_limits(self) -> dict[str, int]:
-        """How many things each index buffer chooses from, by name: stored numbers must lie below. Here: columns of the table."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        return {} if columns is None else {"pair_rotations": self.num_heads * (self.head_dim // 2)}
+        """Returns how many things each index buffer chooses from, by name: stored numbers must lie below."""
+        return {}
 
     @property
     def kv_width(self) -> int | None:
@@ -250,12 +231,8 @@ class AttentionModule(nn.Module):
 
     def folded_out_bias(self) -> Tensor | None:
         """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
-        proj = getattr(self, "proj", None)
-        return (
-            linear_bias(proj)
-            if isinstance(proj, nn.Linear) or (isinstance(proj, nn.Module) and is_adapter(proj))
-            else None
-        )
+        proj: Any = getattr(self, "proj", None)
+        return linear_bias(proj) if isinstance(proj, nn.Linear) or is_adapter(proj) else None
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""
@@ -272,14 +249,12 @@ class AttentionModule(nn.Module):
 
     def rotary_pairs(self) -> RotaryPairs:
         """The pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
-        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
+        lacks = "has no RoPE here" if self.spec.rope is None else "does not say what its rotations are"
+        raise PatchError(f"{type(self).__name__} {lacks}")
 
     def latent_columns(self) -> Tensor:
         """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        if columns is None:
-            raise PatchError(f"{type(self).__name__} does not say what its rotations are")
-        return columns
+        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
     @abstractmethod
     def post_pairs(self) -> Pairs:

@@ -114,9 +114,8 @@ def unsupported(
     if dropout:
         return "there is no dropout of attention weights here"
     if shared_memory is not None:
-        widths = Ranks(*map(tiles.width, ranks))
         for kernel in tiles.KERNELS:
-            if tiles.choose(kernel, widths, dtype.itemsize, rope, mask != "none", shared_memory) is None:
+            if tiles.choose(kernel, ranks, dtype.itemsize, rope, mask != "none", shared_memory) is None:
                 return f"no tile of the {kernel} kernel for the ranks {tuple(ranks)} fits {shared_memory} bytes of shared memory"
     return None
 

@@ -14,20 +14,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends import AUTO, is_whole
+from vit_tucker.attention import contraction
+from vit_tucker.attention.backends import AUTO, is_whole, tucker_call
 from vit_tucker.attention.backends.base import TuckerCall
-from vit_tucker.attention.backends.tucker_call import attend_whole
 from vit_tucker.attention.call import Call
-from vit_tucker.attention.contraction import folds, is_plain, joint_linear, latent_inputs, latent_outputs
+from vit_tucker.attention.contraction import folds, is_plain
 from vit_tucker.attention.host import DENSE_INIT_STD, HostSpec, MHAWeights
+from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.linear import augmented_weight, linear_bias, linear_weight, resize_linear, resized, set_linear
-from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.rope import rotate_key, rotate_latent, spread_columns
+from vit_tucker.attention.rope import rotate_key
 from vit_tucker.attention.variants.tucker.conversion import TuckerTarget, decompose, decompose_calibrated, refit_post
 from vit_tucker.attention.variants.tucker.ranks import has_out_bias, refuse_ranks
 from vit_tucker.attention.variants.tucker.resize import resize_tensors
-from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments
@@ -35,7 +34,7 @@ from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs, Tucker, tucker_pairs
 
 
-class TuckerAttention(AttentionModule):
+class TuckerAttention(LatentModule):
     """Tucker self-attention.
 
     Args:
@@ -47,11 +46,8 @@ class TuckerAttention(AttentionModule):
         factory: device, dtype.
 
     Parameters: pre_core (r1, r2, r3), pre_head (H, r1), q_proj = U2 with the query bias, k_proj = U3; post_core, post_head,
-    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias. With RoPE the buffer pair_rotations (r3/2,) names the
-    column of the host's table by which each latent pair rotates.
+    v_proj = U3t (absent with shared_kv), proj = U2t with the output bias; with RoPE the buffer pair_rotations (r3/2,).
     """
-
-    pair_rotations: Tensor | None
 
     def __init__(
         self,
@@ -70,10 +66,7 @@ class TuckerAttention(AttentionModule):
         self.pre_core = nn.Parameter(torch.empty(pre, **factory))
         self.q_proj = nn.Linear(spec.embed_dim, pre[1], bias=spec.qkv_bias and query_bias, **factory)
         self.k_proj = nn.Linear(spec.embed_dim, pre[2], bias=spec.latent_key_bias, **factory)
-        columns = (
-            None if spec.rope is None else torch.empty(pre[2] // 2, dtype=torch.int64, device=factory.get("device"))
-        )
-        self.register_buffer("pair_rotations", columns)
+        self.add_rotations(spec, pre[2], **factory)
         self.v_proj = None if shared_kv else nn.Linear(spec.embed_dim, post[2], bias=False, **factory)
         self.post_head = nn.Parameter(torch.empty(spec.num_heads, post[0], **factory))
         self.post_core = nn.Parameter(torch.empty(post, **factory))
@@ -92,12 +85,10 @@ class TuckerAttention(AttentionModule):
         factors and core multiply variances, times r1 r2 r3.
         """
         target = self.head_dim**0.5 * DENSE_INIT_STD**2
-        for linear in (self.q_proj, self.k_proj, self.v_proj):
-            if linear is not None:
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        for linear in self.input_projections():
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         nn.init.normal_(self.proj.weight, std=self.proj.out_features**-0.5)
-        if self.pair_rotations is not None:
-            self.pair_rotations.copy_(spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim))
+        self.init_rotations()
         for linear in (self.q_proj, self.k_proj, self.proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -126,8 +117,8 @@ class TuckerAttention(AttentionModule):
     @property
     def widths(self) -> tuple[int, int, int, int]:
         """r2, r3, r2t and r3t as plain numbers: while torch.fx traces, a parameter's shape is none."""
-        values = self.k_proj if self.v_proj is None else self.v_proj
-        return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values.out_features
+        values = self.value_projection.out_features
+        return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values
 
     def attend_whole(self, call: Call) -> Tensor:
         """sum_i Y_i S_i^T. -> (B, N, r2t)"""
@@ -138,17 +129,12 @@ class TuckerAttention(AttentionModule):
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         cores = self.pre_heads(), self.post_heads()
         whole = TuckerCall(p, k, v, *cores, call.attn_mask, call.is_causal, self.scale, dropout, angles)
-        return attend_whole(whole, self.backend)
+        return tucker_call.attend_whole(whole, self.backend)
 
     @property
     def heads_backend(self) -> str:
         """See AttentionModule. Where the heads' outputs are asked for, a backend of the whole has no say."""
         return AUTO if is_whole(self.backend) else self.backend
-
-    def latents(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P, K and V: (B, N, r2), (B, N, r3), (B, N, r3t)"""
-        latents = joint_linear(x, self.input_projections())
-        return latents[0], latents[1], latents[-1]
 
     def pre_heads(self) -> Tensor:
         """T = C x1 U1, (H, r2, r3)"""
@@ -166,15 +152,16 @@ class TuckerAttention(AttentionModule):
         linears = self.input_projections()
         pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
         if is_plain(*linears):
-            parts = latent_inputs(x, pre, [linear.weight for linear in linears], [linear.bias for linear in linears])
+            parts = contraction.latent_inputs(
+                x, pre, [linear.weight for linear in linears], [linear.bias for linear in linears]
+            )
             q, k, v = parts[0], parts[1], parts[len(linears) - 1]
         else:
             q, k, v = self.latents(x)
             q = q @ pre
         q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
         k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, N, r3), (B, 1, N, r3t)
-        if self.spec.rope is not None and self.pair_rotations is not None:
-            q, k = rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
+        q, k = self.rotate_latent(q, k, rope)
         y = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, r3t)
         return y.transpose(1, 2).reshape(B, N, -1)
 
@@ -182,7 +169,7 @@ class TuckerAttention(AttentionModule):
         """See AttentionModule. Y (B, N, H*r3t) -> (sum_i Y_i S_i^T) U2t^T + b, (B, N, O)"""
         post = self.post_heads().transpose(1, 2).flatten(0, 1)  # (H*r3t, r2t)
         if is_plain(self.proj):
-            return latent_outputs(mixed, post, self.proj.weight, self.proj.bias)
+            return contraction.latent_outputs(mixed, post, self.proj.weight, self.proj.bias)
         return self.proj(mixed @ post)
 
     def convert_from(self, weights: MHAWeights) -> None:
@@ -211,22 +198,15 @@ class TuckerAttention(AttentionModule):
         self.post_core.copy_(post.core)
 
     @property
-    def kv_width(self) -> int | None:
-        """See base class. The one latent key and value of all heads, r3 + r3t, or r3 where they share it."""
-        return self.k_proj.out_features + (0 if self.v_proj is None else self.v_proj.out_features)
-
-    def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
-        return [linear for linear in (self.q_proj, self.k_proj, self.v_proj) if linear is not None]
+    def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
+        """The Linears of U2, U3 and U3t."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """See base class: the layer's own parameters; one key/value factor with shared_kv. A query bias left out is zero."""
-        query, key = augmented_weight(self.q_proj), augmented_weight(self.k_proj)
+        query, (key, value) = augmented_weight(self.q_proj), self.latent_bases()
         if self.spec.qkv_bias and self.q_proj.bias is None:
             query = torch.cat([query, torch.zeros_like(query[:1])])
-        value = linear_weight(self.k_proj if self.v_proj is None else self.v_proj)
-        if self.v_proj is None and self.k_proj.bias is None:
-            key = value  # the very same tensor
         pre_head, pre_core, post_head, post_core = (
             p.detach().double() for p in (self.pre_head, self.pre_core, self.post_head, self.post_core)
         )
@@ -239,9 +219,8 @@ class TuckerAttention(AttentionModule):
 
     def factors(self) -> dict[str, Tensor]:
         """See base class: core, head, left and right of "pre" and "post", as in "pre.core"; one right factor with shared_kv."""
-        values = self.k_proj if self.v_proj is None else self.v_proj
         pre = (self.pre_core, self.pre_head, self.q_proj.weight, self.k_proj.weight)
-        post = (self.post_core, self.post_head, self.proj.weight, values.weight)
+        post = (self.post_core, self.post_head, self.proj.weight, self.value_projection.weight)
         return {f"{tensor}.{role}": factor for tensor, factors in (("pre", pre), ("post", post))
                 for role, factor in zip(Tucker._fields, factors, strict=True)}  # fmt: skip
 
@@ -258,10 +237,8 @@ class TuckerAttention(AttentionModule):
             self.tucker_form(), (ranks, post_ranks), self.pair_rotations, self.spec, self.v_proj is None
         )
         width = self.k_proj.in_features
-        resize_linear(self.q_proj, width, ranks[1])
-        resize_linear(self.k_proj, width, ranks[2])
-        if self.v_proj is not None:
-            resize_linear(self.v_proj, width, post_ranks[2])
+        for linear, rank in zip(self.input_projections(), (*ranks[1:], post_ranks[2]), strict=False):
+            resize_linear(linear, width, rank)
         resize_linear(self.proj, post_ranks[1], self.proj.out_features)
         self.pre_core, self.post_core = resized(self.pre_core, ranks), resized(self.post_core, post_ranks)
         self.pre_head = resized(self.pre_head, (self.num_heads, ranks[0]))
@@ -285,13 +262,9 @@ class TuckerAttention(AttentionModule):
         elif self.k_proj.bias is not None and out_bias is not None:  # values that share the keys' bias: a constant
             out_bias = out_bias - constant_output(post, pre.right[-1])
         set_linear(self.proj, post.left.mT, out_bias)
-        for parameter, value in (
-            (self.pre_head, pre.head),
-            (self.pre_core, pre.core),
-            (self.post_head, post.head),
-            (self.post_core, post.core),
-        ):
-            parameter.copy_(value)
+        for tensor, core, head in ((pre, self.pre_core, self.pre_head), (post, self.post_core, self.post_head)):
+            core.copy_(tensor.core)
+            head.copy_(tensor.head)
         if self.pair_rotations is not None and rotations is not None:
             self.pair_rotations.copy_(rotations)
 
@@ -310,10 +283,9 @@ class TuckerAttention(AttentionModule):
     def rotary_pairs(self) -> RotaryPairs:
         """See base class; pairs of width r3: left U2 T_i, right U3."""
         if self.pair_rotations is None:
-            raise PatchError("TuckerAttention has no RoPE here")
+            return super().rotary_pairs()
         core, head, left, right = self.tucker_form()[0]
-        columns = self.pair_rotations.expand(self.num_heads, -1)
-        return RotaryPairs(left @ torch.tensordot(head, core, 1), right.expand(self.num_heads, -1, -1), columns)
+        return self.shared_rotary_pairs(left @ torch.tensordot(head, core, 1), right)
 
     def post_pairs(self) -> Pairs:
         """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
