@@ -106,10 +106,12 @@ ALLOWED = {
 """What each room may import, from the bottom up."""
 PARTS = {
     "tracing": "common",
+    "gradients": "common",
     "rope": "common",
     "options": "common",
     "host": "common",
     "effective": "weights",
+    "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
     "triton_tucker": "kernels",

@@ -43,7 +43,7 @@ def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
     return left * right * (tokens + inner) < tokens * inner * (left + right)
 
 
-def is_plain(*linears: nn.Linear) -> bool:
+def is_plain(*linears: nn.Module) -> bool:
     """Whether these are Linears and nothing else: no adapter, quantisation, parametrisation, hook or sharding of their own, which
     a product with their weights would pass by."""
     return all(

@@ -29,10 +29,6 @@ from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
 class AttentionModule(nn.Module):
     """Base of all attention layers: timm's call contracts and the attributes that timm's tools look for.
 
-    ``forward(x, attn_mask=None, is_causal=False, rope=None, ...)`` maps (B, N, C), or the host's own layout of tokens, to the
-    same with O channels. A boolean mask is True where attention is allowed, any other mask is added to the scores; both
-    broadcast to (B, H, N, N). ``is_causal`` takes precedence. The position bias of the host is kept, as ``position_bias``.
-
     ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``. ``fused_attn`` = False (timm's switch)
     computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see.
     """
@@ -63,11 +59,12 @@ class AttentionModule(nn.Module):
         shared_rel_pos: Tensor | None = None,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """See the class.
+        """Returns the layer's output (B, N, O) for tokens (B, N, C), both in the host's own layout.
 
         Args:
-            x: tokens in the layout of the host.
-            attn_mask, is_causal: see the class.
+            x: tokens.
+            attn_mask: boolean (True: attend) or added to the scores, broadcasts to (B, H, N, N).
+            is_causal: attend to earlier tokens and the token itself; takes precedence over the mask.
             rope: table of sines and cosines, see ``vit_tucker.attention.rope``.
             mask: (W, N, N), additive, of each window (Swin).
             shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
@@ -118,12 +115,11 @@ class AttentionModule(nn.Module):
         return None
 
     def factors(self) -> dict[str, Tensor]:
-        """The live weights by role, shared ones as the same object. Here: those of the layer's own Linears, by their names;
-        Tucker layers name core, head, left and right of both tensors."""
+        """Returns the live weights by role, shared ones as the same object: those of the layer's own Linears, by their names."""
         return {name: part.weight for name, part in self.named_children() if isinstance(part, nn.Linear)}
 
     def rank_options(self) -> dict[str, Any]:
-        """The options of the method that ``resize`` can change, as the layer's parameters have them now. Here: none."""
+        """Returns the options of the method that ``resize`` can change, as the layer's parameters have them now."""
         return {}
 
     def resize(self, **options: Any) -> dict[Tensor, Tensor]:
@@ -142,28 +138,22 @@ class AttentionModule(nn.Module):
         """
         current, name = self.rank_options(), type(self).__name__
         refuse_rank_options(name, options, current)
-        parts: Any = [part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part)]
-        if not is_plain(*parts):
+        if not is_plain(*(part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part))):
             raise PatchError(
                 f"{name} can't be resized with adapters, hooks or parametrizations on its Linears: merge them"
             )
         before = dict(self.named_parameters())
         with torch.no_grad():
-            self._resize(**{**current, **options})
+            self._resize(**current | options)
         after = dict(self.named_parameters())
         return {old: after[key] for key, old in before.items() if after[key] is not old}
 
     def _resize(self, **options: Any) -> None:
         """Takes these ranks over; called under no_grad, only of methods with ``rank_options``."""
 
-    def index_limits(self) -> dict[str, int]:
-        """Returns how many things each index buffer chooses from, by name: stored numbers must lie below."""
-        return {}
-
     @property
     def kv_width(self) -> int | None:
-        """Numbers per token that later tokens need of it, in a KV cache: of keys and values, or of their latents before they are
-        expanded to heads. None if the method does not say."""
+        """Numbers per token in a KV cache: of keys and values, or of their latents; None if the method does not say."""
         return None
 
     @abstractmethod
@@ -175,8 +165,7 @@ class AttentionModule(nn.Module):
         self.init_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Integer buffers are copied: averages of weights (timm's ModelEmaV2) are written into a state dict's tensors, and would
-        round numbers of columns down."""
+        """Copies integer buffers: averages of weights (timm's ModelEmaV2) are written into a state dict, and would round them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, buffer in self._buffers.items():
             if buffer is not None and not buffer.is_floating_point() and prefix + name in destination:
@@ -230,7 +219,7 @@ class AttentionModule(nn.Module):
         return [proj] if isinstance(proj, nn.Linear) else []
 
     def folded_out_bias(self) -> Tensor | None:
-        """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
+        """Returns the output bias with the value biases in it, (O,), float64, or None; here that of ``proj``."""
         proj: Any = getattr(self, "proj", None)
         return linear_bias(proj) if isinstance(proj, nn.Linear) or is_adapter(proj) else None
 

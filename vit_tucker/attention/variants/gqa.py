@@ -166,15 +166,7 @@ class GQA(PerHeadModule):
 
 
 def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
-    """Keys and values of each group replaced by their mean (section 2.1 of the GQA paper).
-
-    Args:
-        weights: H heads.
-        num_kv_heads: G, divides H.
-
-    Returns:
-        The same with key, value and their biases of G heads.
-    """
+    """Returns H heads with the G means of each group's keys and values (section 2.1 of the GQA paper); G divides H."""
 
     given = {name: getattr(weights, name) for name in ("key", "value", "key_bias", "value_bias")}
     pooled = {name: x.unflatten(0, (num_kv_heads, -1)).mean(1) for name, x in given.items() if x is not None}
@@ -231,17 +223,13 @@ def svd_groups(
 def group_bases(
     tensor: Pairs | RotaryPairs, groups: int, left_root: Tensor | None, metrics: Tensor | None, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """One basis of width D for the right mode of each group of heads, W_i ~ A_i change_i basis^T.
+    """Returns a basis of the right mode of each group of heads, (G, J, D), and changes (H, D, D) with W_i ~ A_i change_i basis^T.
 
     Args:
         tensor: A_i B_i^T, left (H, I, D), right (H, J, D), with rotations or without.
         groups: G.
-        left_root: root of the left metric (I, I), or None.
-        metrics: right metrics (H, J, J), or None.
+        left_root, metrics: root of the left metric (I, I) and right metrics (H, J, J), or None.
         damping: of the right metrics.
-
-    Returns:
-        bases (G, J, D) and changes (H, D, D).
     """
     bases, changes = [], []
     rows = tensor.right.shape[1]

@@ -17,12 +17,14 @@ from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.latent_rope import resize_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
+    called_weight,
     head_bias,
     head_weight,
     init_linear,
     linear_bias,
     linear_weight,
     resize_linear,
+    set_augmented,
     set_linear,
     split_heads,
 )
@@ -35,22 +37,20 @@ from vit_tucker.tensor.tucker import Tucker
 
 class MLA(LatentModule, PerHeadModule):
     """Multi-head latent self-attention, expanded (queries and keys of width D) or absorbed, whichever costs less; with RoPE
-    absorbed, with the buffer pair_rotations (cKV/2,).
-    """
+    absorbed."""
 
     def __init__(
         self, spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, *, shared_kv: bool = True, **factory: Any
     ) -> None:
         super().__init__(spec)
         self.num_kv_heads = spec.num_heads
-        bias = spec.qkv_bias
         self.q_down = nn.Linear(spec.embed_dim, q_lora_rank, bias=False, **factory)
-        self.q_up = nn.Linear(q_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.q_up = nn.Linear(q_lora_rank, spec.attn_dim, bias=spec.qkv_bias, **factory)
         self.kv_down = nn.Linear(spec.embed_dim, kv_lora_rank, bias=spec.latent_key_bias, **factory)
         self.add_rotations(spec, kv_lora_rank, **factory)
         self.v_down = None if shared_kv else nn.Linear(spec.embed_dim, kv_lora_rank, bias=False, **factory)
         self.k_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=has_head_key_bias(spec), **factory)
-        self.v_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.v_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=spec.qkv_bias, **factory)
         self.can_absorb = can_absorb(spec)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
@@ -192,14 +192,14 @@ class MLA(LatentModule, PerHeadModule):
     def _resize_latent(self, down: nn.Linear, ups: list[nn.Linear], rank: int) -> None:
         if rank == down.out_features:
             return
-        width, rotations = down.in_features, self.pair_rotations if down is self.kv_down else None
+        rotations = self.pair_rotations if down is self.kv_down else None
         factor, rests = augmented_weight(down), [linear_weight(up) for up in ups]
         joined = torch.cat(rests, 1)  # (r, columns of all)
         (factor, mixing), rotations = resize_keys(factor, joined @ joined.mT, rank, rotations, self.spec)
         assert mixing is not None
         biases = [linear_bias(up) for up in ups]
-        resize_linear(down, width, rank)
-        set_linear(down, factor[:width], factor[width] if len(factor) > width else None)
+        resize_linear(down, down.in_features, rank)
+        set_augmented(down, factor)
         for up, rest, bias in zip(ups, rests, biases, strict=True):
             resize_linear(up, rank, up.out_features)
             set_linear(up, mixing @ rest, bias)
@@ -243,14 +243,6 @@ class MLA(LatentModule, PerHeadModule):
         q_up, k_up, v_up = (head_weight(up, self.num_heads) for up in (self.q_up, self.k_up, self.v_up))
         q_down = linear_weight(self.q_down)
         return tucker_of_latents(self.dense_weights(), (q_down, k_basis, v_basis), (q_up, k_up, v_up))
-
-
-def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The weight (out, in) of a Linear that is more than its weight, got by calling it: once, on the identity."""
-    width: int = linear.in_features  # type: ignore[assignment]
-    identity = torch.eye(width, dtype=like.dtype, device=like.device)
-    rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
-    return (rows[1:] - rows[:1]).mT
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
