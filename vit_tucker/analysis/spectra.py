@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vit_tucker.attention.effective import plain_layer, refuse_infinite
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.variants.tucker.ranks import whiten
 from vit_tucker.conversion.calibrate import collect_moments
 from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.errors import PatchError, WeightsError
