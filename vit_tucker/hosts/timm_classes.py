@@ -174,6 +174,7 @@ def classes_at(places: Iterable[str]) -> dict[type[nn.Module], str]:
 
 READERS_BY_CLASS = {cls: READERS[place] for cls, place in classes_at(READERS).items()}
 ROTARY_CLASSES = tuple(classes_at(ROTARY))
+MIXED_ROPE_CLASSES = tuple(classes_at([MIXED_ROPE]))
 REASONS_BY_CLASS = {cls: REFUSED[place] for cls, place in classes_at(REFUSED).items()}
 LEFT_ALONE_BY_CLASS = {cls: LEFT_ALONE[place] for cls, place in classes_at(LEFT_ALONE).items()}
 SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
@@ -182,15 +183,14 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 
 def has_mixed_rope(model: nn.Module) -> bool:
     """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
-    embeddings = tuple(classes_at([MIXED_ROPE]))
     return any(
-        isinstance(module, embeddings) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
+        isinstance(module, MIXED_ROPE_CLASSES) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()
     )
 
 
-def read_timm(module: nn.Module, mixed_rope: bool, plain: bool) -> Host:
-    """Read an attention module of timm's, see ``vit_tucker.hosts.families.read_host``."""
+def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
+    """Reads an attention module of timm's; arguments and errors are those of ``vit_tucker.hosts.families.read_host``."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:
@@ -198,7 +198,10 @@ def read_timm(module: nn.Module, mixed_rope: bool, plain: bool) -> Host:
     with torch.no_grad():
         if cls in (*ROTARY_CLASSES, *READERS_BY_CLASS):
             part, merged = plain_host(module) if plain else (module, {})
-            host = read_rotary(part, mixed_rope) if cls in ROTARY_CLASSES else READERS_BY_CLASS[cls](part)
+            if cls in ROTARY_CLASSES:
+                host = read_rotary(part, model is not None and has_mixed_rope(model))
+            else:
+                host = READERS_BY_CLASS[cls](part)
             return replace(host, merged=merged)
     raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
 

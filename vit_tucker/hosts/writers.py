@@ -19,20 +19,20 @@ from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.linear.base import LinearModule
 
 
-def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, mixed_rope: bool = False) -> None:
-    """Give a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
+def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, model: nn.Module | None = None) -> None:
+    """Gives a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
 
     Args:
         module: of the class, and with the shape, of the module that the layer replaced.
         layer: of ours.
         weights: of the layer's heads, see ``heads_form``; H heads.
-        mixed_rope: the model makes its tables of rotations head by head.
+        model: that the layer is from, see ``read_host``.
 
     Raises:
         PatchError: the module can't hold the layer's attention; it may be half written then.
     """
     ATTENTION.restore(module, layer)
-    host = read_host(module, mixed_rope)
+    host = read_host(module, model)
     weights = fit_biases(weights, host.own)
     with torch.no_grad():
         for name, place in vars(host.own).items():
@@ -40,7 +40,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
                 write_heads(place, getattr(weights, name))
     for name, part in carried_parts(host.spec.extras).items():
         part.load_state_dict(own_part(layer, name).state_dict())
-    written = read_host(module, mixed_rope).weights
+    written = read_host(module, model).weights
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
