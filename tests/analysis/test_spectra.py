@@ -137,3 +137,10 @@ def test_an_artificial_cliff_is_noted(make_vit):
     assert values[17] < 0.05 * values[16]
     assert not analyse(make_vit(), [pictures(16)]).notes
     assert not analyse(make_vit()).notes
+
+
+def test_layers_with_one_token_are_refused_by_name(make_vit):
+    model = make_vit(img_size=4, class_token=False, global_pool="avg")
+    images = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.0\.attn: calibration: the second moments are zero"):
+        analyse(model, [images])

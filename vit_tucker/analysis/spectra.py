@@ -19,7 +19,7 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.observe import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts import find
 from vit_tucker.hosts.families import read_host
@@ -178,7 +178,8 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
             weights = layer.host.weights.double()
             spec = layer.host.spec
-            pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
+            with located(layer.name):
+                pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
     return Analysis(rows, shapes, token_notes(readable))
 

@@ -13,7 +13,7 @@ from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Ru
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.observe import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
 from vit_tucker.tensor.rotary import ordinary
@@ -144,7 +144,8 @@ def _tensors(
     for layer, moments in collect_moments(model, layers, options, images):
         weights, scale = layer.host.weights.double(), layer.host.spec.scale
         given = weights.pre_tensor(layer.host.spec.rope)
-        whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
+        with located(layer.name):
+            whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
         pre = ordinary(whitened)
         unit = squared_norm(post) ** (1.0 if options.objective == "layer" else 0.5)
         yield layer, _divided(pre, unit / PRE_WEIGHT), _divided(post, unit)
