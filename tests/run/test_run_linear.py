@@ -1,4 +1,4 @@
-"""Runs whose YAML has ``linear:``, beside ``attention:`` or alone, by a user's plug-in: training, resuming, evaluation, tables."""
+"""Runs whose YAML has ``linear:``, beside ``attention:`` or alone: training, resuming, evaluation, tables."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -22,12 +22,11 @@ from vit_tucker.conversion.observe import (
     WatchedLayer,
     collect_images,
     evaluating,
-    final_features,
     layers_per_pass,
     located,
     run_with_probes,
+    show_calls,
     timed,
-    watching,
 )
 from vit_tucker.conversion.refine import refine
 from vit_tucker.tensor.metric import metric_root
@@ -153,9 +152,8 @@ def fit_readouts(
                 sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
             sums[layer.name].add(mixed, y, next(remaining[layer.name]))
 
-    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
-        for batch in images:
-            final_features(model, batch)
+    with evaluating(*(layer.replacement for layer in layers)):
+        show_calls(model, layers, images, see)
     for layer in layers:
         if errors[layer.name].relative() ** 2 > EXACT:
             with timed(layer), located(layer.name), evaluating(layer.replacement):
@@ -180,9 +178,7 @@ def refine_layer(
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
         calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
 
-    with watching([layer], see):
-        for batch in images:
-            final_features(model, batch)
+    show_calls(model, [layer], images, see)
     with evaluating(layer.replacement), located(layer.name):
         roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
         refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
@@ -196,9 +192,8 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
 
-    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
-        for batch in images:
-            final_features(model, batch)
+    with evaluating(*(layer.replacement for layer in layers)):
+        show_calls(model, layers, images, see)
     for layer in layers:
         layer.output_error = errors[layer.name].relative()
 

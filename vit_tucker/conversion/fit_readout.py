@@ -39,7 +39,7 @@ class HeldOut:
     def like(cls, mixed: Tensor, y: Tensor, centre: bool) -> HeldOut:
         """Empty sums for features (B, N, F) and targets (B, N, O)."""
         kept = LinearMoments.like(tokens(mixed), tokens(y), centre)
-        return cls(kept, kept.empty())
+        return cls(kept, LinearMoments.zeros(kept.f_shift, kept.y_shift))
 
     def add(self, mixed: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add features (B, N, F) and targets (B, N, O) with weights (B, N)."""

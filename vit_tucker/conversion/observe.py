@@ -160,6 +160,15 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
             handle.remove()
 
 
+def show_calls(
+    model: nn.Module, layers: Iterable[Layer], images: list[Tensor], see: Callable[[Layer, Call, Tensor], None]
+) -> None:
+    """Runs the images through the model and shows each layer's calls to ``see``, see ``watching``."""
+    with watching(layers, see):
+        for batch in images:
+            final_features(model, batch)
+
+
 def detached(call: Call) -> Call:
     """The call without the graph that made it."""
     mask, rope = (None if value is None else value.detach() for value in (call.attn_mask, call.rope))

@@ -1,6 +1,6 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     plain = with_plain_parts(module, PROJECTIONS)
     parts = dict(module.named_children())
     merged = {name: full_name(part) for name, part in parts.items() if not is_same(getattr(plain, name), part)}
-    qkv: Any = parts.get("qkv")
-    if "qkv" in merged and reads_weight(module) and differ(qkv.weight, plain.qkv.weight):  # type: ignore[union-attr, arg-type]
+    qkv, read = (cast(Any, each)._modules.get("qkv") for each in (module, plain))
+    if "qkv" in merged and reads_weight(module) and not (qkv.weight.is_meta or torch.equal(qkv.weight, read.weight)):
         raise WeightsError(
             f"its qkv is a {full_name(qkv)}, whose weight it reads without calling it: the adapter has no effect; "
             "merge_and_unload() or unload() it first"
@@ -51,8 +51,3 @@ def reads_weight(module: Any) -> bool:
 def is_same(plain: nn.Module, part: nn.Module) -> bool:
     """Whether a plain part is what stood there, hooks of gradients apart."""
     return type(plain) is type(part) and not functional_hooks(part)
-
-
-def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold other values; on the meta device there are none."""
-    return not one.is_meta and not torch.equal(one, other)

@@ -6,6 +6,7 @@ A host is recognised by its exact class; a subclass may compute something else. 
 import copy
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,16 +23,12 @@ from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, read_unfused
 
 
-def rope_of(m: Any, per_head: bool) -> RopeSpec:
-    """How a module of EVA's kind rotates its queries and keys."""
-    return RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
-
-
 def read_rotary(m: Any, per_head: bool) -> Host:
     """AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
     if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
         raise PatchError("fused projections with fewer key/value heads")
-    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope_of(m, per_head))
+    rope = RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
+    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope)
 
 
 def bias_table(m: Any, *kept: str) -> PositionBias | None:
@@ -156,20 +153,16 @@ MIXED_FLAGS = ("rope_mixed", "rope_is_mixed")
 """How timm's models with RoPE (Eva, NaFlexVit) say that theirs do."""
 
 
-def class_at(place: str) -> type[nn.Module] | None:
-    """The class at a place 'module.Class'; None where this timm has none."""
-    module, _, name = place.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
-    return found if isinstance(found, type) else None
-
-
 def classes_at(places: Iterable[str]) -> dict[type[nn.Module], str]:
-    """The classes that this timm has, with their places."""
-    found = {class_at(place): place for place in places}
-    return {cls: place for cls, place in found.items() if cls is not None}
+    """Returns the classes that this timm has of those at places 'module.Class', with their places."""
+    found: dict[type[nn.Module], str] = {}
+    for place in places:
+        module, _, name = place.rpartition(".")
+        with suppress(ImportError):
+            cls = getattr(importlib.import_module(module), name, None)
+            if isinstance(cls, type):
+                found[cls] = place
+    return found
 
 
 READERS_BY_CLASS = {cls: READERS[place] for cls, place in classes_at(READERS).items()}

@@ -3,6 +3,7 @@
 So that the order of heads and projections in each class of timm is told once, by its reader.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
         for name, place in vars(host.own).items():
             if place is not None:
                 write_heads(place, getattr(weights, name))
-    for name, part in carried_parts(host.spec.extras).items():
-        part.load_state_dict(own_part(layer, name).state_dict())
+    for name, part in chain(*(parts.items() for parts in host.spec.extras.values())):
+        if name != "position_bias" and not isinstance(layer, PerHeadModule):
+            raise PatchError(f"{type(layer).__name__} has no {name}, the host has one")
+        part.load_state_dict(getattr(layer, name).state_dict())
     written = read_host(module, model).weights
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
@@ -77,16 +80,3 @@ def write_heads(place: Tensor, value: Tensor | None) -> None:
             raise PatchError(f"its heads have keys and values of their own, the host has {len(place)} key/value heads")
         value = groups[:, 0]
     place.copy_(value)
-
-
-def carried_parts(extras: Any) -> dict[str, nn.Module]:
-    """The host's own norms, gate and position bias by name."""
-    return {name: part for group in extras.values() for name, part in group.items()}
-
-
-def own_part(layer: AttentionModule, name: str) -> nn.Module:
-    """The layer's copy of one of these."""
-    if name != "position_bias" and not isinstance(layer, PerHeadModule):
-        raise PatchError(f"{type(layer).__name__} has no {name}, the host has one")
-    part: nn.Module = getattr(layer, name)
-    return part

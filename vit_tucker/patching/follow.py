@@ -6,6 +6,7 @@ which stand for the same projections in another form, follow the replacement's.
 """
 
 from collections.abc import Collection, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +91,9 @@ def _projection_dtype(tensors: dict[str, Tensor], shared: set[str]) -> torch.dty
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of floating point, by name."""
-    return {name: tensor for name, tensor in _named(module) if tensor.is_floating_point()}
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    """Returns the parameters and buffers of floating point, by name."""
+    named = chain(module.named_parameters(), module.named_buffers())
+    return {name: tensor for name, tensor in named if tensor.is_floating_point()}
 
 
 def _tail(name: str) -> str:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.tucker import Pairs, hosvd
+from vit_tucker.tensor.tucker import Pairs, Ranks, hosvd
 
-Ranks = tuple[int, int, int]
 MAX_STEPS = 128
 """Rank values per mode in a table: wider modes go in coarser steps."""
 

@@ -36,10 +36,15 @@ class LinearMoments:
     @classmethod
     def like(cls, f: Tensor, y: Tensor, centre: bool) -> "LinearMoments":
         """Empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``."""
-        zeros = [torch.zeros(s, dtype=torch.float64, device=f.device) for s in ((), f.shape[1], y.shape[1])]
-        products = [f.new_zeros(f.shape[1], f.shape[1]).double(), f.new_zeros(y.shape[1], f.shape[1]).double()]
-        shifts = [t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)]
-        return cls(zeros[0], zeros[1], zeros[2], products[0], products[1], shifts[0], shifts[1])
+        return cls.zeros(*(t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)))
+
+    @classmethod
+    def zeros(cls, f_shift: Tensor, y_shift: Tensor) -> "LinearMoments":
+        """Sums of nothing yet; sums with the same shifts can be added."""
+        f, o = len(f_shift), len(y_shift)
+        shapes: tuple[tuple[int, ...], ...] = ((), (f,), (o,), (f, f), (o, f))
+        count, f_sum, y_sum, ff, yf = (f_shift.new_zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(count, f_sum, y_sum, ff, yf, f_shift, y_shift)
 
     def add(self, f: Tensor, y: Tensor, weights: Tensor) -> None:
         """Add features (n, F) and targets (n, O) with weights (n,)."""
@@ -50,11 +55,6 @@ class LinearMoments:
         self.y_sum += (y * weights[:, None]).sum(0).double()
         self.ff += (weighted.mT @ f).double()
         self.yf += (y.mT @ weighted).double()
-
-    def empty(self) -> "LinearMoments":
-        """Sums of nothing yet, with the same shifts: those of two can be added."""
-        zeros = [torch.zeros_like(t) for t in (self.count, self.f_sum, self.y_sum, self.ff, self.yf)]
-        return LinearMoments(zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], self.f_shift, self.y_shift)
 
     def plus(self, other: "LinearMoments") -> "LinearMoments":
         """Sums over the tokens of both; the shifts must be the same."""

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Ranks = tuple[int, int, int]
+"""R1, R2, R3 of the modes (head, left, right)."""
+
 
 class Pairs(NamedTuple):
     """The tensor stack_i A_i B_i^T, kept as its factors.
@@ -43,14 +46,6 @@ class Tucker(NamedTuple):
     right: Tensor
 
 
-class Grams(NamedTuple):
-    """Mode Grams (unfolding times its transpose) of a Pairs tensor: head (H, H), left (I, I), right (J, J)."""
-
-    head: Tensor
-    left: Tensor
-    right: Tensor
-
-
 def gram_left(pairs: Pairs) -> Tensor:
     """Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite."""
     weighted = pairs.left @ (pairs.right.mT @ pairs.right)  # (H, I, D)
@@ -68,11 +63,6 @@ def gram_head(pairs: Pairs) -> Tensor:
     left = torch.einsum("iad,jae->ijde", pairs.left, pairs.left)
     right = torch.einsum("iad,jae->ijde", pairs.right, pairs.right)
     return (left * right).sum((-2, -1))
-
-
-def grams(pairs: Pairs) -> Grams:
-    """All three mode Grams, from D-wide matrices only."""
-    return Grams(gram_head(pairs), gram_left(pairs), gram_right(pairs))
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
@@ -139,7 +129,7 @@ def project(pairs: Pairs, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.tensordot(head, slices, dims=([0], [0]))
 
 
-def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None) -> Tucker:
+def hosvd(pairs: Pairs, ranks: Ranks, right: Tensor | None = None) -> Tucker:
     """Truncated higher-order SVD of a Pairs tensor.
 
     Args:
@@ -160,7 +150,7 @@ def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None
     return Tucker(project(pairs, head, left, right), head, left, right)
 
 
-def hooi(pairs: Pairs, ranks: tuple[int, int, int], steps: int = 10) -> Tucker:
+def hooi(pairs: Pairs, ranks: Ranks, steps: int = 10) -> Tucker:
     """Higher-order orthogonal iteration: from the HOSVD, each basis anew for the other two, in turns.
 
     Args:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.tensor.metric import identity_root, mean_metric, metric_root
-from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, joint_right_basis
-
-Ranks = tuple[int, int, int]
+from vit_tucker.tensor.tucker import Pairs, Ranks, Tucker, hosvd, joint_right_basis
 
 
 def head_weights(metrics: Tensor) -> Tensor:
