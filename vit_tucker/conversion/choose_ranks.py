@@ -47,7 +47,7 @@ def resolve_ranks(
     tokens: Mapping[str, tuple[int, int]],
     images: list[Tensor] | None,
 ) -> Config:
-    """The config with rules for the layers whose ranks are yet to be chosen.
+    """Returns the config with rules for the layers whose ranks are yet to be chosen.
 
     Args:
         model: dense.
@@ -128,7 +128,7 @@ def _dense_cost(layer: OpenLayer, calls: int, num_tokens: int) -> int:
 def _tensors(
     model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Tensor]] | None
 ) -> Iterator[tuple[OpenLayer, Pairs, Pairs]]:
-    """Both tensors of each layer, in units that compare.
+    """Returns both tensors of each layer, in units that compare.
 
     By weights alone: shares of their norms. On images: errors of the layer's output relative to its size; of the final features,
     to first order, over the root of what the layer's output as a whole does to them. That is half-way between absolute and
@@ -152,10 +152,10 @@ def _tensors(
 
 
 def _divided(pairs: Pairs, unit: Tensor) -> Pairs:
-    """The tensor with its squared norm divided; a zero unit divides nothing."""
+    """Returns the tensor with its squared norm divided; a zero unit divides nothing."""
     return Pairs(pairs.left / torch.where(unit > 0, unit, 1.0).sqrt(), pairs.right)
 
 
 def _exactly(name: str) -> str:
-    """A selection of this very module, whatever characters its name has."""
+    """Returns a selection of this very module, whatever characters its name has."""
     return name if re.fullmatch(r"[\w.]*[A-Za-z_][\w.]*", name) else f"re:{re.escape(name)}"

@@ -50,7 +50,7 @@ def _family_of(cls: Hashable) -> Family | None:
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a module's class or of what that derives from; None for classes of other libraries."""
+    """Returns the family of a module's class or of what that derives from; None for classes of other libraries."""
     return _family_of(cast(Hashable, type(module)))
 
 

@@ -13,7 +13,7 @@ PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
 
 
 def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A module of timm's with plain parts, see ``with_plain_parts``, and the classes of those that were not, by name.
+    """Makes the parts of a module of timm's plain, see ``with_plain_parts``; also returns the classes of those that were not.
 
     Args:
         module: of a known class; it is not changed.
@@ -37,17 +37,17 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def refuse_other_forward(module: nn.Module) -> None:
-    """Raise WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
+    """Raises WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
     written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
     if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
         raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
 
 
 def reads_weight(module: Any) -> bool:
-    """Whether a module multiplies by the weight of its ``qkv`` instead of calling it: BEiT's and EVA's with biases apart."""
+    """Returns whether a module multiplies by the weight of ``qkv`` instead of calling it: BEiT's, EVA's with biases apart."""
     return getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False)
 
 
 def is_same(plain: nn.Module, part: nn.Module) -> bool:
-    """Whether a plain part is what stood there, hooks of gradients apart."""
+    """Returns whether a plain part is what stood there, hooks of gradients apart."""
     return type(plain) is type(part) and not functional_hooks(part)

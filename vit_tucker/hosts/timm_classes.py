@@ -24,7 +24,7 @@ from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, re
 
 
 def read_rotary(m: Any, per_head: bool) -> Host:
-    """AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
     if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
         raise PatchError("fused projections with fewer key/value heads")
     rope = RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
@@ -32,7 +32,7 @@ def read_rotary(m: Any, per_head: bool) -> Host:
 
 
 def bias_table(m: Any, *kept: str) -> PositionBias | None:
-    """The bias of BEiT and Swin, a table in the attention module itself: a copy of the module with nothing else in it."""
+    """Returns the bias of BEiT and Swin, a table in the attention module: a copy of the module with nothing else in it."""
     if m.relative_position_bias_table is None:
         return None
     source = copy.copy(m)
@@ -43,18 +43,23 @@ def bias_table(m: Any, *kept: str) -> PositionBias | None:
 
 
 def read_table(m: Any) -> Host:
-    """BEiT's Attention and Swin's WindowAttention."""
+    """Reads BEiT's Attention and Swin's WindowAttention."""
     bias = bias_table(m, "relative_position_bias_table", "relative_position_index")
     return make_host(m, read_fused(m), bias)
 
 
 def bias_module(m: Any) -> PositionBias | None:
-    """The bias of a ``rel_pos`` module."""
+    """Returns the bias of a ``rel_pos`` module."""
     return None if m.rel_pos is None else PositionBias(m.rel_pos, "get_bias")
 
 
+def read_maxxvit(m: Any, layout: str) -> Host:
+    """Reads the attention of MaxViT and CoAtNet."""
+    return make_host(m, read_fused(m, m.head_first), bias_module(m), layout=layout)
+
+
 def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
-    """Resize a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+    """Resizes a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
     source: Any = getattr(module, "rel_pos", module)
     like: Any = bias.source
     if tuple(source.window_size) != tuple(like.window_size):
@@ -62,7 +67,7 @@ def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
 
 
 def read_sam(m: Any) -> Host:
-    """SAM's ViT without relative positions."""
+    """Reads SAM's ViT without relative positions."""
     if m.use_rel_pos:
         raise PatchError(BY_QUERIES)
     if m.rope is not None:
@@ -75,12 +80,8 @@ READERS: dict[str, Callable[[Any], Host]] = {
     "timm.models.beit.Attention": read_table,
     "timm.models.swin_transformer.WindowAttention": read_table,
     "timm.models.vision_transformer_relpos.RelPosAttention": lambda m: make_host(m, read_fused(m), bias_module(m)),
-    "timm.models.maxxvit.AttentionCl": lambda m: make_host(
-        m, read_fused(m, m.head_first), bias_module(m), layout="grid"
-    ),
-    "timm.models.maxxvit.Attention2d": lambda m: make_host(
-        m, read_fused(m, m.head_first), bias_module(m), layout="channels_first"
-    ),
+    "timm.models.maxxvit.AttentionCl": lambda m: read_maxxvit(m, "grid"),
+    "timm.models.maxxvit.Attention2d": lambda m: read_maxxvit(m, "channels_first"),
     "timm.models.vision_transformer_sam.Attention": read_sam,
     "timm.models.davit.WindowAttention": lambda m: make_host(m, read_fused(m)),
     "timm.models.nest.Attention": lambda m: make_host(m, read_fused(m), heads_last=True),
@@ -175,7 +176,7 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 
 
 def has_mixed_rope(model: nn.Module) -> bool:
-    """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
+    """Returns whether a model rotates head by head: it says so, or its embedding is timm's or derived from it."""
     return any(
         isinstance(module, MIXED_ROPE_CLASSES) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()

@@ -51,7 +51,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
 
 
 def write_linear(module: Any, layer: LinearModule) -> None:
-    """Give a Linear of the host's the weights that a layer of ours comes to. In place.
+    """Gives a Linear of the host's the weights that a layer of ours comes to. In place.
 
     Raises:
         PatchError: the layer has a bias, or a shape, that the Linear has no place for.
@@ -66,7 +66,7 @@ def write_linear(module: Any, layer: LinearModule) -> None:
 
 
 def write_heads(place: Tensor, value: Tensor | None) -> None:
-    """Copy weights or biases of H heads into a place for as many, or for G key/value heads.
+    """Copies weights or biases of H heads into a place for as many, or for G key/value heads.
 
     Raises:
         PatchError: heads that share a key or a value have different ones.

@@ -12,7 +12,7 @@ from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
 
 
 def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
-    """The exact config of a method for a model: patched with it, the model gives its own outputs, to rounding.
+    """Returns the exact config of a method for a model: patched with it, the model gives its own outputs, to rounding.
 
     Args:
         model: a dense timm model; it is not touched, and may be on the meta device.

@@ -34,7 +34,7 @@ class Identity:
 
 
 def patch_values(config: MethodConfig) -> dict[str, Any]:
-    """The config of a patch as JSON values: all that another machine needs, so without the backend."""
+    """Returns the config of a patch as JSON values: all that another machine needs, so without the backend."""
     return config.portable().model_dump(mode="json")
 
 
@@ -68,6 +68,6 @@ def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identi
 
 
 def set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:
-    """Set timm's configuration of the weights, under both of its names."""
+    """Sets timm's configuration of the weights, under both of its names."""
     model.pretrained_cfg = cfg  # type: ignore[assignment]
     model.default_cfg = cfg  # type: ignore[assignment]

@@ -52,7 +52,7 @@ class Merged:
 
 
 def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """Write the attention of a patched model into modules of timm's. See ``vit_tucker.dense_model``, which also makes hosts.
+    """Writes the attention of a patched model into modules of timm's; ``vit_tucker.dense_model`` makes hosts, too.
 
     Args:
         model: patched.
@@ -86,7 +86,7 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put plain modules in place of a model's modules with adapters, wherever they are. In place.
+    """Puts plain modules in place of a model's modules with adapters, wherever they are. In place.
 
     Raises:
         PatchError: one can't be merged; names it.
@@ -103,7 +103,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Module:
-    """The module of timm's that once stood there."""
+    """Returns the module of timm's that once stood there."""
     if host is not None:
         try:
             return host.get_submodule(name)
@@ -134,7 +134,7 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
 
 
 def _without_record(model: nn.Module) -> nn.Module:
-    """A copy that does not know of its patch, and is freed of the replaced modules."""
+    """Returns a copy that does not know of its patch, and is freed of the replaced modules."""
     result = copy.deepcopy(model, shared_records(model))
     for record in patch_records(model).values():
         mark(result, {}, record.identity)

@@ -116,7 +116,7 @@ def _read(slot: Slot, name: str, module: nn.Module, config: MethodConfig, model:
 
 
 def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> CalibratedLayer:
-    """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
+    """Returns the new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     replacement = config.build(host.spec, device=host.like.device, dtype=host.like.dtype)
     config.settle(replacement)
     replacement.requires_grad_(trains(module))
@@ -126,7 +126,7 @@ def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> Cal
 def _convert(
     model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
 ) -> bool:
-    """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
+    """Converts the hosts' weights, for the images if there are any; returns whether there was something to convert."""
     if config.init != "pretrained" or any(layer.host.like.is_meta for layer in layers):
         return False
     if config.fitted_to is not None:

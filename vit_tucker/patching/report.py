@@ -95,7 +95,7 @@ class PatchReport:
         return sum(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return {
             "applied": self.applied,
             "layers": [_row_values(layer) for layer in self.layers],
@@ -140,7 +140,7 @@ def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...]) -> li
 
 
 def _row_values(layer: LayerReport) -> dict[str, Any]:
-    """Plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
+    """Returns the plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
     values: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if name == "errors":
