@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, weights
 from tests.training.rules import StopAt
 from vit_tucker.cli import main, train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
-from vit_tucker.run.run import run
 from vit_tucker.storage.run_dir import LOGGER, log_lines
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-SHORT = ["train.epochs=1", "train.global_batch_size=256", "data.num_workers=0", "train.cpu=true"]
+SHORT = ["train.epochs=1", "data.num_samples=64", "train.cpu=true"]  # one step per epoch
 FULL = Path("/dev/full")
 full_disk = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full to stand for a full disk")
 

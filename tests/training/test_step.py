@@ -11,18 +11,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.config.registries import STEP_RULES
 from vit_tucker.config.schema import TrainConfig
-from vit_tucker.run.run import run
 from vit_tucker.training.objective import Loss
 from vit_tucker.training.optim import create_optimizer
 from vit_tucker.training.reshape import replace_parameters
 from vit_tucker.training.step import OrdinaryStep, StepResult, create_step_rule, restore_rule
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-SHORT = ["train.epochs=1", "train.warmup_epochs=0", "train.global_batch_size=128", "data.num_workers=0"]  # 11 steps
+SHORT = ["train.epochs=1", "train.warmup_epochs=0", "data.num_samples=352", "train.global_batch_size=32"]  # 11 steps
 RESTLESS = """
 import torch
 import vit_tucker
