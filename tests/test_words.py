@@ -40,8 +40,10 @@ CLEARED = (
     "explain",
     "export",
     "report",
+    "run",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

@@ -56,9 +56,9 @@ def test_attention_alone_is_trained(dense, capsys):
     assert {name for name in end if name not in start or not torch.equal(start[name], end[name])} == {
         name for name in end if ".attn." in name
     }
-    told = "".join(capsys.readouterr())
-    assert "train.only: 628 of 6,398 parameters are trained" in told
-    assert "stay as initialised" not in told
+    said = "".join(capsys.readouterr())
+    assert "train.only: 628 of 6,398 parameters are trained" in said
+    assert "stay as initialised" not in said
     run(config("output_dir=b", dense, LOW, "train.only=attention", "model.num_classes=11"), dry_run=True)
     assert "train.only: head.weight, head.bias did not come from the weights and stay" in "".join(capsys.readouterr())
 

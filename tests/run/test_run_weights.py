@@ -36,7 +36,7 @@ def published(file, depth=2, **options):
     return str(file)
 
 
-def test_the_log_says_what_was_loaded_and_how_images_are_prepared():
+def test_the_log_has_what_was_loaded_and_how_images_are_prepared():
     torch.save(sources.as_mae(vit(in_chans=1).state_dict()), "mae.pth")
     run(config("output_dir=a", "model.checkpoint=mae.pth", "model.global_pool=avg"))
     log = Path("a/train.log").read_text()
@@ -146,7 +146,7 @@ class TestRefusedBeforeTheFirstStep:
                 load_host(ModelConfig(**ignoring, **options), 3)
 
 
-def test_commands_say_what_they_loaded(capsys):
+def test_commands_print_what_they_loaded(capsys):
     published("w.pth")
     assert main(["plan", MODEL["name"], "--method", "gqa num_kv_heads=1", *SIZES, "model.checkpoint=w.pth"]) == 0
     assert capsys.readouterr().err == "note: weights: w.pth: 32 of 32 tensors\n"  # and five classes, as the file has

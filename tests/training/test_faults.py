@@ -66,7 +66,7 @@ def test_divergence_stops_with_step_rate_and_a_state_to_look_at():
         run(config("output_dir=b", *WILD))
 
 
-def test_a_loss_scale_is_told():
+def test_a_loss_scale_is_reported():
     with pytest.raises(DivergedError, match=r"the loss is .* lr .*, loss scale 512\); the state after step"):
         run(config("output_dir=a", *WILD), step_rule=AfterStep(with_scale(512.0)))
     assert json.loads(next(Path("a").glob("diverged-*/state.json")).read_text())["loss_scale"] == 512.0
@@ -79,7 +79,7 @@ def test_weights_ruined_by_a_gradient_are_not_saved():
     assert not list(Path("a/checkpoints").glob("step-*"))
 
 
-def test_a_run_that_nobody_watches_trains_and_diverges_alike():
+def test_a_run_without_a_monitor_trains_and_diverges_alike():
     """What is shown decides nothing: without a monitor the same files, and the same end of a run that diverges."""
     run_shown(config("output_dir=a", "train.epochs=1"))
     results = run_shown(config("output_dir=b", "train.epochs=1"), monitor=NullMonitor())

@@ -56,7 +56,7 @@ def test_every_shipped_config_is_tested():
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_config_is_what_accelerate_launch_takes(name):
+def test_accelerate_launch_accepts_the_config(name):
     if not known_by_this_accelerate(name):
         pytest.skip("this accelerate has no FSDP version 2")
     file = CONFIGS / f"{name}.yaml"
@@ -71,7 +71,7 @@ def test_config_is_what_accelerate_launch_takes(name):
 
 
 @pytest.mark.parametrize("name", PROCESSES)
-def test_config_says_how_it_is_used(name):
+def test_config_describes_its_use(name):
     header = (CONFIGS / f"{name}.yaml").read_text().partition("compute_environment")[0]
     assert f"--config_file experiments/accelerate/{name}.yaml" in header
     assert "experiments/train_vit.py --cfg" in header
@@ -119,7 +119,7 @@ def sharded_modules(model: nn.Module, names: list[str] | None) -> set[str]:
 
 @pytest.mark.skipif(not known_by_this_accelerate("fsdp2"), reason="this accelerate has no FSDP version 2")
 @pytest.mark.parametrize("name", BLOCKS)
-def test_fsdp2_config_shards_the_blocks_it_speaks_of(name):
+def test_fsdp2_config_shards_the_blocks_that_it_names(name):
     model = timm.create_model(name)
     blocks = {attention.rpartition(".")[0] for attention in find_attention(model)}
     assert BLOCKS[name] in (CONFIGS / "fsdp2.yaml").read_text()

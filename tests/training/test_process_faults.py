@@ -27,7 +27,7 @@ def failing(action: str) -> str:
     ],
     ids=["an error", "a kill"],
 )
-def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, said):
+def test_a_process_that_dies_ends_the_run_and_is_in_the_log(tmp_path, action, said):
     folder, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "plugin.py").write_text(failing(action))
     arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "model.embed_dim=32", "attention.ranks=[3, 8, 8]"]

@@ -63,7 +63,7 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(whole, tmp_path,
     assert outcome(folder) == outcome(whole)
 
 
-def test_a_signal_during_an_evaluation_is_heard_before_its_end(whole, tmp_path):
+def test_a_signal_during_an_evaluation_stops_it_before_its_end(whole, tmp_path):
     """The epoch's steps are saved, its evaluation is done by the next run."""
     folder, log = tmp_path / "run", tmp_path / "log"
     command = [*COMMAND, *mortal(tmp_path), f"output_dir={folder}"]
@@ -89,7 +89,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert "on 1 process(es), before on 2: the same images and batches" in log.read_text()
 
 
-def test_the_command_line_says_how_to_go_on(tmp_path):
+def test_the_real_command_saves_on_ctrl_c_and_prints_how_to_continue(tmp_path):
     """The real command, as a user types it, and Ctrl-C."""
     command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *COMMAND, "train.epochs=99"]
     log = tmp_path / "log"
@@ -140,7 +140,7 @@ def test_signals_are_noted_and_the_second_ctrl_c_interrupts_at_once(monkeypatch)
         signals.catch(signal.SIGINT, None)
 
 
-def test_a_process_alone_hears_itself_at_once():
+def test_a_single_process_gets_its_own_vote_at_once():
     assert Coordinator().vote(15, diverged=True) == VoteResult(15, True, False)
     assert Coordinator().vote() == VoteResult()
     assert Coordinator().union(["b", "a", "b"]) == ["a", "b"]

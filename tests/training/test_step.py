@@ -196,7 +196,7 @@ def test_reshaped_parameters_train_on_in_optimizer_and_average(opt):
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_rule_that_tells_of_the_wrong_parameters_is_stopped():
+def test_a_rule_that_reports_the_wrong_parameters_is_stopped():
     model = Wide()
     trainer = SimpleNamespace(bare=model, model=model)
     stray = nn.Parameter(torch.ones(2))

@@ -15,10 +15,6 @@ from vit_tucker.training.trackers import check_trackers
 def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
     """Creates the accelerator of a run; the precision 'auto' is the launcher's, else bf16 where GPUs have it.
 
-    Args:
-        config: the recipe.
-        folder: where trackers write files.
-
     Raises:
         ConfigError: a tracker that Accelerate doesn't know, or that is not installed.
     """

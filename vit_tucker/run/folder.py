@@ -67,10 +67,6 @@ class Claim:
     def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:
         """Writes what a run starts with; on the first process.
 
-        Args:
-            config, started: see ``kept_config``.
-            built, loaders: of the run.
-
         Raises:
             ConfigError: another run has begun in the folder since this one looked. SaveError: it can't be written to.
         """

@@ -63,9 +63,7 @@ class BuiltModel:
 def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None) -> tuple[int, int]:
     """Returns the numbers of classes and channels: the model section's, else the data set's (3 channels for timm's weights).
 
-    Args:
-        config: of the run.
-        stored: class map of a run that has begun.
+    The class map of a run that has begun is ``stored``.
 
     Raises:
         ConfigError: neither names the number of classes. DataError: the data set, which would, is missing or malformed.

@@ -63,8 +63,7 @@ def stated_attention(config: RunConfig, run_dir: RunDir, training: bool) -> Atte
     """Returns the attention of a run that has begun, with the ranks that its weights state: they may have changed in training.
 
     Args:
-        config: of the run.
-        run_dir: of the run.
+        config, run_dir: of the run.
         training: the weights are those to go on with, not the best ones.
 
     Returns:

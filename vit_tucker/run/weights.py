@@ -33,13 +33,7 @@ def describe_weights(
 
 
 def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
-    """Saves the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it.
-
-    Args:
-        run_dir: of the run.
-        teacher: dense.
-        name: timm's, of the model.
-    """
+    """Saves the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it."""
     file, header_entries = run_dir.teacher, weights_header(name)
     try:
         config = describe(teacher)

@@ -44,7 +44,7 @@ def distillation_loss(
 class Distiller:
     """Computes the loss of a student that also learns from a teacher, in place of the label loss.
 
-        with distiller.watch():
+        with distiller.observe():
             logits = model(images)
         loss = distiller(images, logits, targets, label_loss)
 
@@ -78,7 +78,7 @@ class Distiller:
         if hasattr(student, "set_distilled_training"):  # then it returns both tokens' logits in training mode
             student.set_distilled_training(True)  # type: ignore[operator]
 
-    def watch(self) -> AbstractContextManager[Any]:
+    def observe(self) -> AbstractContextManager[Any]:
         """Returns the context of the student's forward pass, which records its final tokens where they are compared."""
         return self._student_tokens if self.config.features else contextlib.nullcontext()
 
@@ -133,9 +133,6 @@ class FinalTokens:
     The method is shadowed on the instance, and only within the context: keys of the state dict, copies (EMA) and other forward
     passes are as before, and DDP, activation checkpointing (which repeats blocks, not this method) and torch.compile see an
     ordinary call. It is one function for all steps, since torch.compile would compile anew for each new one.
-
-    Args:
-        model: unwrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -29,11 +29,6 @@ from vit_tucker.training.trainer import Trainer
 def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
     """Trains from where ``trainer.progress`` stands to the last epoch: train, evaluate, save; epoch by epoch.
 
-    Args:
-        trainer: the run.
-        loaders: its data.
-        monitor: what is shown; decides nothing, a ``NullMonitor`` shows nothing.
-
     Raises:
         DivergedError: the loss became NaN or infinite; the state is saved for inspection, no checkpoint is made of it.
         StoppedError: a signal asked for it; the state is saved, the same command continues.
@@ -61,7 +56,7 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
                     t.signals.number, not t.is_finite(result.loss.total, result.norm), t.has_new_faults()
                 )
                 if t.log_due or outcome.signal or outcome.diverged:
-                    monitor.show_steps(t.settle(outcome.diverged), progress, t.optimizer)
+                    monitor.show_steps(t.average_steps(outcome.diverged), progress, t.optimizer)
                 if outcome.faults:
                     t.share_faults()
                 if save_due:
@@ -81,7 +76,7 @@ def train_step(trainer: Trainer, micro_batches: list[Batch]) -> StepResult:
     """Makes one optimizer step over this process's micro-batches by the run's step rule.
 
     Args:
-        trainer: the run.
+        trainer: of the run.
         micro_batches: images (B, channels, height, width) and labels (B,), on the CPU.
 
     Returns:
@@ -103,10 +98,6 @@ def batch_gradient(trainer: Trainer, micro_batches: list[Batch]) -> Loss:
     All randomness of the step follows from (seed, step, process); mixup draws from (seed, step), so that all processes and
     micro-batches mix their mirrored shards alike. Penalties go into the last backward pass: that is the one in which DDP averages
     over processes, which have all computed the same ones.
-
-    Args:
-        trainer: the run.
-        micro_batches: see ``train_step``.
 
     Returns:
         This process's mean loss and its terms, detached.

@@ -48,7 +48,7 @@ def leaving_with_launcher(
     """
     left = threading.Event()
 
-    def watch() -> None:
+    def check_launcher() -> None:
         while os.getppid() == launcher:
             if left.wait(poll_seconds):
                 return
@@ -58,7 +58,7 @@ def leaving_with_launcher(
             os._exit(128 + signal.SIGTERM)
 
     if launcher is not None:
-        threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+        threading.Thread(target=check_launcher, name="launcher watch", daemon=True).start()
     try:
         yield
     finally:

@@ -152,9 +152,9 @@ class Monitor(NullMonitor):
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
         self.scalars({**scores, **extra}, progress.global_step)
         if self.events is not None and first:
-            self.events.image(
-                "eval/predictions", prediction_figure(*first[0], *self.normalisation), progress.global_step
-            )
+            images, labels, logits = first[0]
+            picture = prediction_figure(images, labels, logits, *self.normalisation)
+            self.events.image("eval/predictions", picture, progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
         """Prints a console line for an epoch."""

@@ -87,7 +87,7 @@ class Objective:
         if self.distiller is None:
             total = self.label_loss(model(images).float(), targets)
             return Loss(total, {"label": total.detach()})
-        with self.distiller.watch():
+        with self.distiller.observe():
             logits = model(images)
         total = self.distiller(images, logits, targets, self.label_loss)
         return Loss(total, self.distiller.parts)

@@ -44,13 +44,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def refuse_other_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], count: int) -> None:
-    """Raises ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's.
-
-    Args:
-        state: to be loaded.
-        groups: of the optimizer.
-        count: of its parameters.
-    """
+    """Raises ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's."""
     saved = state["param_groups"]
     numbers = [number for group in saved for number in group["params"]]
     if len(saved) != len(groups) or numbers != list(range(count)):

@@ -21,10 +21,6 @@ Parameters = Mapping[nn.Parameter, nn.Parameter]
 def replace_parameters(trainer: Trainer, result: StepResult) -> None:
     """Continues a run with the parameters that a step rule has put into its model; every process must call this alike.
 
-    Args:
-        trainer: the run.
-        result: of its rule.
-
     Raises:
         RuntimeError: a mistake of the rule: a new parameter is not in the model, or an old one still is; or the model is sharded
             (FSDP2), whose shards can't follow.
@@ -75,10 +71,7 @@ def renew_average(average: nn.Module, model: nn.Module) -> None:
     """Brings an EMA's copy into the shapes of its model: what has another shape now starts from the model's weights.
 
     Only parts directly below the model that differ are copied anew: the model itself may be wrapped by Accelerate or compiled.
-
-    Args:
-        average: timm's ``ModelEmaV3.module``, changed in place.
-        model: bare.
+    The copy, timm's ``ModelEmaV3.module``, is changed in place.
     """
     memo: dict[int, Any] = {}
     for name, part in model.named_children():

@@ -71,12 +71,7 @@ def choose_checkpoint(run_dir: RunDir) -> str | None:
 
 
 def best_on_disk(file: Path, best: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns the scores of the best weights on disk: they are written before the checkpoint of their epoch.
-
-    Args:
-        file: the best weights.
-        best: what the checkpoint says of them.
-    """
+    """Returns the scores of the best weights on disk: they are written before the checkpoint of their epoch."""
     if not file.is_file():
         return None
     try:

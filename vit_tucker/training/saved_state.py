@@ -116,10 +116,6 @@ class SavedState(NamedTuple):
 def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
     """Returns what a checkpoint's state.json holds, with the tensors in their places.
 
-    Args:
-        checkpoint: its folder.
-        tensors: of optimizer.safetensors, each of which must have its place.
-
     Raises:
         CheckpointError: it holds something else.
     """
@@ -145,11 +141,6 @@ def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Save
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
     """Inverts ``vit_tucker.training.state.flatten``.
-
-    Args:
-        value: JSON values.
-        tensors: by name.
-        place: the name that a tensor here has.
 
     Raises:
         CheckpointError: something that ``flatten`` does not make.

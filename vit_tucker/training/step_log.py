@@ -46,7 +46,7 @@ class StepLog:
         self._names = tuple(terms)
         self._pending.append((torch.stack([result.loss.total, *terms.values()]), result.norm))
 
-    def settle(self, progress: Progress, accelerator: Accelerator) -> Steps:
+    def average(self, progress: Progress, accelerator: Accelerator) -> Steps:
         """Averages what is pending over processes, and adds it to the progress; every process must call this alike."""
         pending, self._pending = self._pending, []
         stacked = torch.stack([values for values, _ in pending]).double()

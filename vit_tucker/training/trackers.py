@@ -57,11 +57,7 @@ class Trackers:
         self._failed: set[str] = set()
 
     def start(self, config: Mapping[str, Any], run_name: str) -> None:
-        """Starts all with the resolved config as hyperparameters.
-
-        Args:
-            config: nested plain values.
-            run_name: name of the run in trackers that take one.
+        """Starts all with the resolved config, nested plain values, as hyperparameters.
 
         Raises:
             ConfigError: a tracker does not start (no login, no network); so that this is known before any training.

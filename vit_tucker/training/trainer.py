@@ -93,7 +93,7 @@ class Trainer:
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
 
-    def settle(self, diverged: bool) -> Steps:
+    def average_steps(self, diverged: bool) -> Steps:
         """Averages the steps that are pending over processes, into the progress; every process must call this alike.
 
         Args:
@@ -102,7 +102,7 @@ class Trainer:
         Raises:
             DivergedError: it has, or an average is not finite (a gradient's, where no scaler checks it).
         """
-        steps = self.log.settle(self.progress, self.accelerator)
+        steps = self.log.average(self.progress, self.accelerator)
         norms = [] if self.accelerator.scaler is not None else steps.norms.values()
         if diverged or not all(map(math.isfinite, [*steps.losses, *norms])):
             self.fail_diverged(steps.losses)
