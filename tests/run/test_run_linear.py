@@ -7,9 +7,9 @@ import torch
 import yaml
 
 import vit_tucker as vt
+from tests.run.tiny import run
 from vit_tucker.config.load import load_config
 from vit_tucker.linear.base import LINEAR_METHODS
-from vit_tucker.run.run import run
 
 PLUGIN = """
 from typing import Literal

@@ -12,12 +12,12 @@ from timm.models._hub import has_hf_hub
 import vit_tucker as vt
 from tests.checkpoint import sources
 from tests.checkpoint.sources import MODEL, vit
+from tests.run.tiny import run
 from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.cli import main
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError
-from vit_tucker.run.run import run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
