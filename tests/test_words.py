@@ -44,8 +44,10 @@ CLEARED = (
     "linear",
     "patching",
     "report",
+    "run",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

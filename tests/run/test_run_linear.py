@@ -10,12 +10,12 @@ import torch
 import yaml
 
 import vit_tucker as vt
+from tests.run.tiny import run
 from vit_tucker.cli.main import main
 from vit_tucker.config.load import load_config
 from vit_tucker.linear.base import LINEAR_METHODS
 from vit_tucker.patching.record import patch_records
 from vit_tucker.run.convert import convert, plan
-from vit_tucker.run.run import run
 
 PLUGIN = """
 from typing import Literal
