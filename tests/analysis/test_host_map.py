@@ -10,7 +10,7 @@ import timm
 from vit_tucker.analysis.host_map import EXACT, LATENT, build_structure, model_entry, model_names, survey
 from vit_tucker.cli import main
 from vit_tucker.errors import ConfigError
-from vit_tucker.report.host_map import Notes, document, markdown_table, summary, terminal_map
+from vit_tucker.report.host_map import Notes, document, summary, terminal_map
 
 MAP = Path(__file__).parents[2] / "docs" / "hosts.md"
 SAMPLE = (
@@ -124,7 +124,6 @@ def test_notes_number_reasons_once():
     assert notes.cell("refused: this; that") == "refused [1, 2]"
     assert notes.cell("2 of 3 layers: that") == "2 of 3 layers [2]"
     assert notes.lines() == ["- [1] this", "- [2] that"]
-    assert markdown_table(("a", "bcd"), [("xyz", "1")]) == ["| a   | bcd |", "|-----|-----|", "| xyz | 1   |"]
 
 
 def test_command(capsys, tmp_path):

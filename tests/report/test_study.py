@@ -10,6 +10,7 @@ import pytest
 
 from tests.report.synthetic import run_results, study, write_runs
 from vit_tucker.errors import ConfigError
+from vit_tucker.report import ablations
 from vit_tucker.report import study as study_module
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.report import write_report
@@ -26,7 +27,7 @@ def no_figures(monkeypatch):
     """Tables alone: figures are what takes time."""
     monkeypatch.setattr(study_module, "draw_accuracy", lambda *_: (None, []))
     monkeypatch.setattr(study_module, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(study_module, "draw_ablation", lambda option, *_: "by.png")
+    monkeypatch.setattr(ablations, "draw_ablation", lambda option, *_: "by.png")
 
 
 def test_all_files_are_written_and_their_pictures_can_be_read(tmp_path):

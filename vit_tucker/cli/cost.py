@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vit_tucker.analysis.costs import HostFactory, ModelCost
     from vit_tucker.attention.base import AttentionConfig
     from vit_tucker.config.schema import ModelConfig
-    from vit_tucker.report.cost import CostTable
+    from vit_tucker.show.tables import Table
 
 EXAMPLES = """examples:
   cost vit_base_patch16_224 --method "tucker ranks=[8,16,16]" --method "gqa num_kv_heads=1"
@@ -78,7 +78,7 @@ def cost(args: argparse.Namespace) -> int:
     return 0
 
 
-def _paper(args: argparse.Namespace) -> "CostTable":
+def _paper(args: argparse.Namespace) -> "Table":
     if args.method or args.cfg or args.measure:
         raise ConfigError("--table takes no --method, --cfg or --measure: its rows are the paper's")
     if args.table == 1:
@@ -91,7 +91,7 @@ def _paper(args: argparse.Namespace) -> "CostTable":
     return published(args.table)
 
 
-def formulas(sizes: Any) -> "CostTable":
+def formulas(sizes: Any) -> "Table":
     """Table 1 for some sizes, beside layers that are built."""
     from vit_tucker.analysis.formulas import TABLE_1, measure_layer
     from vit_tucker.report.cost import formula_table
@@ -110,7 +110,7 @@ def shown_number(value: Any) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def published(number: int) -> "CostTable":
+def published(number: int) -> "Table":
     """Table 2 or 3."""
     from vit_tucker.analysis.published import PUBLISHED, compare_row
     from vit_tucker.report.cost import published_table
@@ -127,7 +127,7 @@ def published(number: int) -> "CostTable":
     return published_table(title, rows, [*notes, *(f"{row.label}: {row.note}" for row in table.rows if row.note)])
 
 
-def _model(args: argparse.Namespace) -> "CostTable":
+def _model(args: argparse.Namespace) -> "Table":
     from vit_tucker.analysis.costs import HostFactory, model_costs
     from vit_tucker.config.load import config_from, load_config
 
@@ -174,7 +174,7 @@ def read_method(text: str, model: "ModelConfig") -> "AttentionConfig":
     return attention
 
 
-def cost_table(host: "HostFactory", costs: Sequence["ModelCost"], args: argparse.Namespace) -> "CostTable":
+def cost_table(host: "HostFactory", costs: Sequence["ModelCost"], args: argparse.Namespace) -> "Table":
     """The table of one model."""
     from vit_tucker.report.cost import LATENCY_COLUMNS, MODEL_COLUMNS, model_table
 

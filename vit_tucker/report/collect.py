@@ -55,12 +55,8 @@ def collect(paths: Sequence[Path]) -> Collection:
     Raises:
         ConfigError: a path is not there, a file is not of that kind, or no run is finished.
     """
-    files: dict[Path, None] = {}
-    unfinished: dict[Path, None] = {}
-    for path in paths:
-        found, open_runs = find_results(path)
-        files |= dict.fromkeys(found)
-        unfinished |= dict.fromkeys(open_runs)
+    found = [find_results(path) for path in paths]
+    files, unfinished = (dict.fromkeys(path for part in parts for path in part) for parts in zip(*found, strict=True))
     results, notes = newest([entry for file in files for entry in results_in(file)])
     if unfinished:
         notes.append(f"not finished, left out: {', '.join(map(str, unfinished))}")
@@ -81,10 +77,8 @@ def find_results(path: Path) -> tuple[list[Path], list[Path]]:
         raise ConfigError(f"{path}: no such file or folder")
     files = sorted(path.rglob("results.json"))
     kept = [file for file in sorted(path.rglob(KEPT)) if not any(file.parent in run.parents for run in files)]
-    unfinished = [
-        config.parent for config in sorted(path.rglob("config.yaml")) if config.parent / "results.json" not in files
-    ]
-    return files + kept, unfinished
+    runs = [config.parent for config in sorted(path.rglob("config.yaml"))]
+    return files + kept, [run for run in runs if run / "results.json" not in files]
 
 
 def results_in(file: Path) -> list[Results]:
@@ -97,12 +91,11 @@ def results_in(file: Path) -> list[Results]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
-    parts = text.splitlines() if file.suffix == ".jsonl" else [text]
-    entries = []
-    for number, part in enumerate(parts, start=1):
-        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        entries.append(checked_results(parse_object(part, where, ConfigError, all_finite=False), where))
-    return entries
+    parts = {str(file): text}
+    if file.suffix == ".jsonl":
+        parts = {f"{file}, line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
+    return [checked_results(parse_object(part, where, ConfigError, all_finite=False), where)
+            for where, part in parts.items()]  # fmt: skip
 
 
 def checked_results(entry: Any, where: str) -> Results:

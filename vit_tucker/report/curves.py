@@ -62,15 +62,8 @@ def recovery_table(section: Section) -> Table | None:
         "The first epoch after which the mean top-1 over seeds is at most so many points below that of dense after its last "
         f"epoch ({dense.top1_mean:.2f}%); `>n`: not in n epochs.",
     ]
-    raw_header = [
-        "config",
-        "method",
-        "options",
-        "init",
-        "attention_params",
-        *(f"dense_minus_{points:g}" for points in POINTS),
-    ]
-    return Table("recovery", header, rows, 4, raw_header, raw, notes)
+    raw_header = [name.replace(" - ", "_minus_").replace(" ", "_") for name in header]
+    return Table(header, rows, 4, raw_header, raw, notes, stem="recovery")
 
 
 def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:

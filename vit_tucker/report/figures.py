@@ -37,10 +37,10 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
     """
     label, of = COSTS[cost]
     drawn = [s for s in section.comparable if of(s) is not None]
-    missing = [s.name for s in section.comparable if of(s) is None]
+    missing = ", ".join(s.name for s in section.comparable if of(s) is None)
     if not drawn:
         return None, [f"No figure over {label}: no results have it."] if missing else []
-    notes = [f"Not in the figure over {label}, which their results lack: {', '.join(missing)}."] if missing else []
+    notes = [f"Not in the figure over {label}, which their results lack: {missing}."] if missing else []
     with subplots(COLUMN, 2.7) as (figure, axis):
         series = list(dict.fromkeys(s.series for s in drawn))
         for one in series:
@@ -71,12 +71,7 @@ def draw_series(
     method, init = settings[0].series
     display = displays[method]
     number = [start for name, start in series if name == method].index(init)
-    style = {
-        "color": display.colour,
-        "marker": display.marker,
-        "markersize": 3.6,
-        "markeredgewidth": 0.8,
-    }
+    style = {"color": display.colour, "marker": display.marker, "markersize": 3.6, "markeredgewidth": 0.8}
     style |= {"fillstyle": FILLS[number % len(FILLS)], "markerfacecoloralt": "white"}
     costs, means = np.array([of(s) or 0.0 for s in settings]), np.array([s.top1_mean for s in settings])
     errors = np.array([s.top1_std or 0.0 for s in settings])

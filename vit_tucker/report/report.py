@@ -15,10 +15,8 @@ from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
 from vit_tucker.show.tables import markdown
 
 FIGURE = "accuracy_params.png"
-SUMMARY = (
-    *("study", "host and data", "against", "median factor", "fewer at equal accuracy"),
-    *("as good as dense", "fewer at dense accuracy"),
-)
+SUMMARY = ("study", "host and data", "against", "median factor", "fewer at equal accuracy", "as good as dense",
+           "fewer at dense accuracy")  # fmt: skip
 
 
 def write_report(folder: Path) -> Path:
@@ -68,8 +66,8 @@ def chapter(study: Path, rows: list[list[str]]) -> list[str]:
     """Lines on one study; its lines of the summary are added to ``rows``."""
     found = collect([study])
     sweep = read_sweep([study])
-    title = (sweep.title if sweep is not None else "") or study.name
-    lines = [f"## {title}", "", *([sweep.about, ""] if sweep is not None and sweep.about else [])]
+    title = sweep.title or study.name
+    lines = [f"## {title}", "", *([sweep.about, ""] if sweep.about else [])]
     parts = sections(found.results)
     for section in parts:
         lines += [f"### {section.title}", "", facts(section), ""]
@@ -108,9 +106,9 @@ def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
     return lines or ["No settings that differ in one option alone.", ""]
 
 
-def commands(study: Path, sweep: SweepNotes | None) -> list[str]:
+def commands(study: Path, sweep: SweepNotes) -> list[str]:
     """What reproduces a study from nothing, or its tables from its results where no sweep file is there."""
     place = Path(os.path.relpath(study)).as_posix()
-    if sweep is None:
+    if sweep.file is None:
         return [f"./run.sh tables {place}"]
     return [f"./run.sh sweep --cfg {place}/{SWEEP} && ./run.sh tables {sweep.output_dir} --out {place}"]

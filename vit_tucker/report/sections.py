@@ -52,20 +52,21 @@ class Section:
             ", ".join(parts[:DIFFERENCES_SHOWN]) + more or "the same" * setting.is_start
         )
 
+    @property
+    def replaced(self) -> list[Setting]:
+        """Returns the settings whose attention is not the host's, of any recipe."""
+        return [s for s in self.settings if s.method != DENSE]
+
     @cached_property
     def comparable(self) -> tuple[Setting, ...]:
-        """Settings with replaced attention and the common recipe: what fronts and figures are made of."""
-        return tuple(s for s in self.settings if s.method != DENSE and not self.differences(s))
+        """Returns the settings with replaced attention and the common recipe: what fronts and figures are made of."""
+        return tuple(s for s in self.replaced if not self.differences(s))
 
     @cached_property
     def dense(self) -> Setting | None:
         """The dense reference: that of the common recipe, else another one, the start last."""
         dense = [s for s in self.settings if s.method == DENSE]
         return min(dense, key=lambda s: (s.is_start, len(self.differences(s))), default=None)
-
-    def of_method(self, method: str) -> list[Setting]:
-        """Comparable settings of one method."""
-        return [s for s in self.comparable if s.method == method]
 
     @property
     def methods(self) -> list[str]:
@@ -89,11 +90,7 @@ def recipe_of(setting: Setting) -> dict[str, Any]:
 
 
 def group_settings(results: Sequence[Results]) -> list[Setting]:
-    """Settings, in the order of their first runs.
-
-    Args:
-        results: distinct runs.
-    """
+    """Returns the settings of distinct runs, in the order of their first runs."""
     groups: dict[tuple[str, str], list[Results]] = {}
     for entry in results:
         groups.setdefault(setting_key(entry), []).append(entry)
@@ -117,11 +114,7 @@ def host_key(setting: Setting) -> tuple[str, str]:
 
 
 def sections(results: Sequence[Results]) -> list[Section]:
-    """Sections of settings, one for each host and data set.
-
-    Args:
-        results: distinct runs, sorted.
-    """
+    """Returns sections of settings, one for each host and data set, from distinct runs in order."""
     groups: dict[tuple[str, str], list[Setting]] = {}
     for setting in group_settings(results):
         groups.setdefault(host_key(setting), []).append(setting)
@@ -132,23 +125,15 @@ def sections(results: Sequence[Results]) -> list[Section]:
 
 def section_titles(hosts: Sequence[tuple[str, str]]) -> list[str]:
     """'vit_tiny_patch16_224 on digits'; what else differs is named where that is not enough."""
-    models = [json.loads(model) for model, _ in hosts]
-    evaluated = [json.loads(data) for _, data in hosts]
-    titles = [f"{model['model.name']} on {data[0]}" for model, data in zip(models, evaluated, strict=True)]
-    known = Counter(titles)
+    parsed = [(json.loads(model), json.loads(data)) for model, data in hosts]
+    titles = [f"{model['model.name']} on {data[0]}" for model, data in parsed]
+    leaves = [dotted_leaves([model, *data]) for model, data in parsed]
     full = []
-    for title, model, data in zip(titles, models, evaluated, strict=True):
-        if known[title] > 1:
-            rivals = [
-                dotted_leaves([other, *rest])
-                for other_title, other, rest in zip(titles, models, evaluated, strict=True)
-                if other_title == title
-            ]
-            own = dotted_leaves([model, *data])
-            differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
-            parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
-            title += f" ({', '.join(parts)})"
-        full.append(title)
+    for title, own in zip(titles, leaves, strict=True):
+        rivals = [other for known, other in zip(titles, leaves, strict=True) if known == title]
+        differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
+        parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
+        full.append(f"{title} ({', '.join(parts)})" if len(rivals) > 1 else title)
     return full
 
 
@@ -156,7 +141,7 @@ def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
     """The recipe of most settings with replaced attention; of the dense ones if there are no others."""
     replaced = [s for s in settings if s.method != DENSE] or [s for s in settings if not s.is_start] or settings
     recipes = Counter(json.dumps(recipe_of(setting), sort_keys=True) for setting in replaced)
-    return dict(json.loads(max(recipes, key=lambda recipe: recipes[recipe])))
+    return dict(json.loads(recipes.most_common(1)[0][0]))
 
 
 def table_order(setting: Setting) -> tuple[Any, ...]:

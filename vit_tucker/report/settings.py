@@ -26,18 +26,6 @@ def describe_init(attention: dict[str, Any] | None, display: MethodDisplay) -> s
     return f"{start}, refined" if calibration is not None and calibration.get("refine_steps") else start
 
 
-def options_text(results: Results) -> str:
-    """The method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
-    attention = results["config"]["attention"]
-    if attention is None:
-        return "-"
-    parts = [part for part in describe_attention(results).split()[1:] if not part.startswith("conversion=")]
-    parts += [f"{key}={attention[key]}" for key in ("layers", "exclude") if attention.get(key) is not None]
-    if any(rule.get("chosen_by") is None for rule in attention.get("rules") or []):
-        parts.append("with rules")
-    return " ".join(parts) or "-"
-
-
 @dataclass(frozen=True)
 class Setting:
     """All seeds of one config.
@@ -58,10 +46,15 @@ class Setting:
         return ", ".join(dict.fromkeys(str(run["name"]) for run in self.runs))
 
     @property
+    def attention(self) -> dict[str, Any] | None:
+        """Returns the section of the config; None for the dense host."""
+        section: dict[str, Any] | None = self.runs[0]["config"]["attention"]
+        return section
+
+    @property
     def method(self) -> str:
-        """'tucker', ..., or 'dense'."""
-        attention = self.runs[0]["config"]["attention"]
-        return DENSE if attention is None else str(attention["method"])
+        """Returns 'tucker', ..., or 'dense'."""
+        return DENSE if self.attention is None else str(self.attention["method"])
 
     @cached_property
     def display(self) -> MethodDisplay:
@@ -72,20 +65,20 @@ class Setting:
 
     @cached_property
     def options(self) -> str:
-        """Of the method."""
-        return options_text(self.runs[0])
+        """Returns the method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
+        attention = self.attention
+        if attention is None:
+            return "-"
+        parts = [part for part in describe_attention(self.runs[0]).split()[1:] if not part.startswith("conversion=")]
+        parts += [f"{key}={attention[key]}" for key in ("layers", "exclude") if attention.get(key) is not None]
+        if any(rule.get("chosen_by") is None for rule in attention.get("rules") or []):
+            parts.append("with rules")
+        return " ".join(parts) or "-"
 
     @cached_property
     def init(self) -> str:
         """How the attention starts."""
-        return describe_init(self.runs[0]["config"]["attention"], self.display)
-
-    @property
-    def label(self) -> str:
-        """'Tucker ranks=8,16,16, HOSVD'"""
-        if self.method == DENSE:
-            return "dense"
-        return f"{self.display.name} {'' if self.options == '-' else self.options}".strip() + f", {self.init}"
+        return describe_init(self.attention, self.display)
 
     @property
     def series(self) -> tuple[str, str]:
@@ -130,13 +123,8 @@ class Setting:
 
     @property
     def share(self) -> float:
-        """Attention parameters over those of the dense host."""
-        return self.params / self.dense_params
-
-    @property
-    def dense_params(self) -> float:
-        """Attention parameters of the dense host."""
-        return float(self.runs[0]["params"]["dense_attention"])
+        """Returns attention parameters over those of the dense host."""
+        return self.params / float(self.runs[0]["params"]["dense_attention"])
 
     @cached_property
     def flops(self) -> float | None:

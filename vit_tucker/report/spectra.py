@@ -1,5 +1,6 @@
 """Spectra of attention tensors as a table and as a figure, from the files that ``python -m vit_tucker ranks`` writes."""
 
+import ast
 import csv
 from collections import defaultdict
 from pathlib import Path
@@ -9,6 +10,8 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+
+from vit_tucker.show.tables import markdown
 
 PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
 NUMBERS = ("effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "numerical_rank")
@@ -28,15 +31,9 @@ def rank_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         return text
 
 
@@ -49,18 +46,16 @@ def rank_summary(folder: Path) -> str:
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in read_rows(folder / "ranks.csv"):
         groups[row["whitened"], row["tensor"], row["mode"]].append(row)
-    lines = [
-        f"| tensor | mode | size | {' | '.join(n.replace('_', ' ') for n in NUMBERS)} |",
-        "|---" * (3 + len(NUMBERS)) + "|",
-    ]
+    lines = []
     for (whitened, tensor, mode), rows in groups.items():
         cells = []
         for name in NUMBERS:
             values = [float(row[name]) for row in rows]
             cells.append(f"{sum(values) / len(values):.1f} ({min(values):.4g}-{max(values):.4g})")
         label = f"{tensor}, whitened" if whitened == "True" else tensor
-        lines.append(f"| {label} | {mode} | {rows[0]['size']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([label, mode, rows[0]["size"], *cells])
+    header = ["tensor", "mode", "size", *(name.replace("_", " ") for name in NUMBERS)]
+    return markdown(header, lines, aligned=False, colons=False)
 
 
 def draw_spectra(

@@ -64,9 +64,8 @@ def settings_table(section: Section) -> Table:
     if any(runs_with_choices(setting) for setting in section.settings):
         notes.append("Ranks chosen by a rule may differ from seed to seed; their parameters are the mean.")
     raw_rows = [list(line.values()) for line in raw]
-    return Table(
-        "settings", header, rows, text_columns, list(raw[0]), raw_rows, notes, ("config", "best epoch %", "commit")
-    )
+    hidden = ("config", "best epoch %", "commit")
+    return Table(header, rows, text_columns, list(raw[0]), raw_rows, notes, stem="settings", not_in_latex=hidden)
 
 
 def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
@@ -147,7 +146,7 @@ def matched_table(comparison: MethodComparison) -> Table:
         "`*`: on Tucker's own Pareto front.",
         BOOTSTRAP_NOTE,
     ]
-    return Table("matched", header, rows, 2, [*raw_header, "dense_factor"], raw, notes)
+    return Table(header, rows, 2, [*raw_header, "dense_factor"], raw, notes, stem="matched")
 
 
 def raw_factor(factor: Factor) -> tuple[float | None, ...]:
@@ -174,7 +173,7 @@ def headline_table(comparison: MethodComparison) -> Table:
         f"As good as dense: {DENSE_NOTE}",
         *dict.fromkeys(f"No factor at dense accuracy: {h.why_not}." for h in headlines if h.why_not),
     ]
-    return Table("headline", header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes)
+    return Table(header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes, stem="headline")
 
 
 def raw_headline(headline: Headline) -> list[object]:
