@@ -60,25 +60,19 @@ class HostFactory:
     """
 
     def __init__(self, config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> None:
-        self.config, self.num_classes, self.in_chans = config, num_classes, in_chans
-        self.bare = config.untrained()
+        self.config, self.sizes = config, (num_classes, in_chans)
 
     def structure(self) -> nn.Module:
-        """The model without weights, on the meta device where it can be."""
-        return without_weights(lambda: create_host(self.bare, self.num_classes, self.in_chans))
+        """Returns the model without weights, on the meta device where it can be."""
+        return without_weights(self.random)
 
     def random(self) -> nn.Module:
-        """The model with timm's initialisation."""
-        return create_host(self.bare, self.num_classes, self.in_chans)
+        """Returns the model with timm's initialisation."""
+        return create_host(self.config.untrained(), *self.sizes)
 
     def trained(self) -> nn.Module:
-        """The model with its weights."""
-        return create_host(self.config, self.num_classes, self.in_chans)
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the config names trained weights."""
-        return self.config.is_trained
+        """Returns the model with its weights."""
+        return create_host(self.config, *self.sizes)
 
 
 def model_costs(
@@ -163,7 +157,7 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
     config = config.unconverted()
     if config.rank_rule is None or any(rule.chosen_by == config.rank_rule for rule in config.rules):
         return config
-    if not host.has_weights:
+    if not host.config.is_trained:
         raise ConfigError(
             f"{label}: ranks {config.rank_rule} are chosen from weights; add model.pretrained=true or model.checkpoint=FILE, "
             "or give the ranks"

@@ -76,12 +76,7 @@ def tucker_weights(s: Sizes) -> int:
 
 
 TABLE_1 = (
-    Formula(
-        *("MHA", (), "4 d^2", "2 N d"),
-        lambda s: 4 * s.d**2,
-        lambda s: 2 * s.N * s.d,
-        lambda s: MHAConfig(),
-    ),
+    Formula(*("MHA", (), "4 d^2", "2 N d"), lambda s: 4 * s.d**2, lambda s: 2 * s.N * s.d, lambda s: MHAConfig()),
     Formula(
         *("MQA", (), "2 d^2 + 2 D d", "2 N D"),
         lambda s: 2 * s.d**2 + 2 * s.D * s.d,
@@ -137,18 +132,14 @@ def read_sizes(given: Mapping[str, Any]) -> Sizes:
             raise ConfigError(f"{letter}: unknown size{nearest(letter, letters)}; Table 1 has {', '.join(letters)}")
         numbers = value if letter == "r" else [value]
         wanted = "three positive integers, [8, 16, 16]" if letter == "r" else "a positive integer"
-        if not isinstance(numbers, list) or (letter == "r" and len(numbers) != 3) or not all(map(is_count, numbers)):
+        counts = isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+        if not counts or (letter == "r" and len(numbers) != 3):
             raise ConfigError(f"{letter}={value}: must be {wanted}")
     values: dict[str, Any] = {**given, "r": tuple(given.get("r", Sizes.r))}
     sizes = replace(Sizes(), **values)
     if sizes.d % sizes.H:
         raise ConfigError(f"H={sizes.H}: heads must divide d={sizes.d}")
     return sizes
-
-
-def is_count(value: Any) -> bool:
-    """Whether it is a positive integer; True is none."""
-    return type(value) is int and value > 0
 
 
 def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:

@@ -4,8 +4,7 @@ that what else the machine does hits all of it alike."""
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ def times_in_turns(
     return times
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(NamedTuple):
     """Times of something against the first that it was measured with.
 
     Attributes:

@@ -79,23 +79,14 @@ def measure_latency(
         inputs = {name: _images(model, input_size, batch_size, device) for name, model in ready.items()}
         calls = {name: partial(model, inputs[name]) for name, model in ready.items()}
         times = times_in_turns(calls, device, turns, seconds)
-        peaks = {
-            name: peak_bytes(calls[name], [inputs[name], *model.parameters(), *model.buffers()], device)
-            for name, model in ready.items()
-        }
+        peaks = {name: peak_bytes(calls[name], [inputs[name], *model.parameters(), *model.buffers()], device)
+                 for name, model in ready.items()}  # fmt: skip
     first = times[next(iter(ready))]
-    where = {
-        "device": describe_device(device),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
-        "turns": turns,
-    }
+    where = describe_device(device), precision, torch.get_num_threads(), batch_size, turns
     results = {}
     for name, own in times.items():
-        paired = compare_turns(first, own)
-        ratios = {"ratio": paired.ratio, "ratio_low": paired.ratio_low, "ratio_high": paired.ratio_high}
-        results[name] = Latency(**where, ms=1e3 * paired.seconds, **ratios, peak_bytes=peaks[name])  # type: ignore[arg-type]
+        seconds, ratio, low, high = compare_turns(first, own)
+        results[name] = Latency(*where, 1e3 * seconds, ratio, low, high, peaks[name])
     return results
 
 

@@ -126,13 +126,11 @@ def _state_of_one(value: Tensor, config: TrainConfig) -> int:
 def activation_bytes(
     model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
 ) -> int:
-    """Highest sum of bytes beyond the model and its gradients in a training pass, extrapolated from PROBE.
+    """Returns the highest sum of bytes beyond the model and its gradients in a training pass, extrapolated from PROBE.
 
     Args:
         model: is copied.
-        input_shape: (channels, height, width).
-        micro_batch: images.
-        precision: "no", "bf16" or "fp16".
+        input_shape, micro_batch, precision: see ``estimate_memory``.
         checkpointed: recompute the blocks in the backward pass.
     """
     return own_activation_bytes(copy.deepcopy(model), input_shape, micro_batch, precision, checkpointed)

@@ -140,9 +140,8 @@ def check_output(model: nn.Module, images: Tensor, output: Any) -> None:
     no more than a tenth of it (in half precision).
     """
     if not isinstance(output, Tensor):
-        raise ExplainError(
-            f"{type(model).__name__} gives a {type(output).__name__}; explain needs a model with one output tensor"
-        )
+        what = f"{type(model).__name__} gives a {type(output).__name__}"
+        raise ExplainError(f"{what}; explain needs a model with one output tensor")
     with torch.no_grad(), evaluating(model):
         plain = model(images)
     tolerance = min(1e4 * torch.finfo(plain.dtype).eps, 0.1) * plain.abs().max().item()

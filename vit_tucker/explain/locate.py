@@ -56,10 +56,8 @@ def sizes(shape: Shape, channels: int) -> list[tuple[int, int]]:
     """Height and width of a (B, H, W, C) or (B, C, H, W) tensor with so many channels; both readings where both fit."""
     if len(shape) != 4:
         return []
-    readings = {shape[-1]: (shape[1], shape[2]), shape[1]: (shape[2], shape[3])}
-    if shape[-1] == shape[1] == channels:
-        return [(shape[1], shape[2]), (shape[2], shape[3])]
-    return [readings[channels]] if channels in readings else []
+    readings = ((shape[3], (shape[1], shape[2])), (shape[1], (shape[2], shape[3])))
+    return [size for width, size in readings if width == channels]
 
 
 def token_channels(place: CallSite) -> int:

@@ -34,11 +34,8 @@ def choose_map_modules(found: dict[str, nn.Module], layers: Selection | None) ->
 
 def map_module_of(module: nn.Module) -> nn.Module | None:
     """Where a layer's map passes through a module; None if nowhere."""
-    for name in ("attn_drop", "softmax"):
-        place = getattr(module, name, None)
-        if isinstance(place, nn.Module):
-            return place
-    return None
+    places = (getattr(module, name, None) for name in ("attn_drop", "softmax"))
+    return next((place for place in places if isinstance(place, nn.Module)), None)
 
 
 @contextlib.contextmanager
@@ -52,14 +49,6 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, switch in switches.items():
             module.fused_attn = switch
-
-
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Compiled modules run uncompiled, so that hooks see tensors; what was compiled before stays compiled."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    with stance("force_eager") if stance is not None else contextlib.nullcontext():
-        yield
 
 
 def heads_apart(attn: Tensor, module: Any) -> Tensor:

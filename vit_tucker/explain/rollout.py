@@ -9,7 +9,7 @@ their maps.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,26 +24,18 @@ class RolloutError(ExplainError):
 
 
 Fusion = Literal["mean", "max", "min"]
-FUSIONS = ("mean", "max", "min")
+FUSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
 
 
 def fuse_heads(attn: Tensor, fusion: Fusion = "mean") -> Tensor:
-    """One map for all heads. (B, H, N, N) -> (B, N, N)
-
-    Args:
-        attn: maps of the heads.
-        fusion: mean, max or min over heads.
+    """Returns one map for all heads, their mean, maximum or minimum. (B, H, N, N) -> (B, N, N)
 
     Raises:
         ExplainError: another fusion.
     """
-    if fusion == "mean":
-        return attn.mean(1)
-    if fusion == "max":
-        return attn.amax(1)
-    if fusion == "min":
-        return attn.amin(1)
-    raise ExplainError(f"head fusion '{fusion}': one of {', '.join(FUSIONS)}{nearest(fusion, FUSIONS)}")
+    if fusion not in FUSIONS:
+        raise ExplainError(f"head fusion '{fusion}': one of {', '.join(FUSIONS)}{nearest(fusion, FUSIONS)}")
+    return FUSIONS[fusion](attn, 1)
 
 
 def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
@@ -59,13 +51,12 @@ def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
     """
     if not 0 <= ratio < 1:
         raise ExplainError(f"discard ratio {ratio:g}: must be at least 0 and below 1")
-    flat = fused.flatten(1).clone()
+    flat = fused.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * ratio), largest=False).indices
-    first = flat[:, 0].clone()
-    flat.scatter_(1, smallest, 0.0)
+    kept = flat.scatter(1, smallest, 0.0)
     if keep_first:
-        flat[:, 0] = first
-    return flat.view_as(fused)
+        kept[:, 0] = flat[:, 0]
+    return kept.view_as(fused)
 
 
 def with_residual(fused: Tensor) -> Tensor:
