@@ -110,6 +110,10 @@ def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
     setting = next(s for s in section.comparable if s.method == "tucker")
     means = np.mean([[row["eval_top1"] for row in run["curve"]] for run in setting.runs], axis=0)
     assert panels[0].lines[0].get_ydata() == pytest.approx(means)
+    short = study(seeds=1)
+    for run in short:
+        run["curve"] = run["curve"][-1:]
+    assert draw_curves(*sections(short), tmp_path) is None
     draw_curves(section, tmp_path, ["gqa*"])
     assert [axis.get_title() for axis in drawn[1].axes if axis.get_title()] == ["GQA, mean-pool"]
     with pytest.raises(ConfigError, match="--curves gqa9: no such config; did you mean 'gqa"):

@@ -61,16 +61,27 @@ def rank_summary(folder: Path) -> str:
 def draw_spectra(
     folder: Path, whitened: bool = False, gqa: tuple[int, ...] | None = None, mla: tuple[int, ...] | None = None
 ) -> Path:
-    """Decay of each mode's singular values over the depth of the model, and the ranks that GQA and MLA could reach at most.
-
-    Args:
-        folder: with layers.csv and singular_values.csv; gets spectra.png and spectra.pdf (spectra_whitened.*).
-        whitened: draw the whitened spectra.
-        gqa: numbers of key/value heads to mark, rank G * head_dim of keys and values; a half and one if None.
-        mla: latent widths to mark, ranks of queries, keys and values; a quarter of embed_dim if None.
+    """Writes ``spectra_figure`` of the files in a folder as spectra.png and spectra.pdf (spectra_whitened.*) beside them.
 
     Returns:
         The PNG file.
+    """
+    figure, file = spectra_figure(folder, whitened, gqa, mla), folder / f"spectra{'_whitened' * whitened}.png"
+    for suffix in (".png", ".pdf"):
+        figure.savefig(file.with_suffix(suffix), dpi=200)
+    return file
+
+
+def spectra_figure(
+    folder: Path, whitened: bool = False, gqa: tuple[int, ...] | None = None, mla: tuple[int, ...] | None = None
+) -> Figure:
+    """Draws the decay of each mode's singular values over the depth of the model, and the ranks that GQA and MLA reach at most.
+
+    Args:
+        folder: with layers.csv and singular_values.csv.
+        whitened: draw the whitened spectra.
+        gqa: numbers of key/value heads to mark, rank G * head_dim of keys and values; a half and one if None.
+        mla: latent widths to mark, ranks of queries, keys and values; a quarter of embed_dim if None.
     """
     layers = read_rows(folder / "layers.csv")
     depth = {row["layer"]: number for number, row in enumerate(layers)}
@@ -108,10 +119,7 @@ def draw_spectra(
     bar.set_ticks([0, last])
     bar.set_label("layer", fontsize=7, labelpad=-6)
     bar.ax.tick_params(labelsize=7)
-    file = folder / ("spectra_whitened.png" if whitened else "spectra.png")
-    for suffix in (".png", ".pdf"):
-        figure.savefig(file.with_suffix(suffix), dpi=200)
-    return file
+    return figure
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
