@@ -120,15 +120,7 @@ def count_costs(
     batch_size: int,
     latency: Latency | None,
 ) -> ModelCost:
-    """Everything that is counted.
-
-    Args:
-        model: dense, without weights; it gets the method.
-        label, config: of the method; None for the dense model.
-        size: (channels, height, width).
-        precision, batch_size: see ``model_costs``.
-        latency: what was measured.
-    """
+    """Returns all that is counted on a dense model without weights, which gets the method, beside what was measured."""
     attention_flops = dense_attention_flops(model, size)
     record = patch_record(patched(model, label, config, size))
     if record is not None and attention_flops is not None:
@@ -136,16 +128,9 @@ def count_costs(
         attention_flops = None if before is None or after is None else attention_flops - before + after
     entries = count_kv_entries(model, size[1:])
     total, attention = count_parameters(model)
-    return ModelCost(
-        label=label,
-        attention_params=attention,
-        params=total,
-        attention_flops=attention_flops,
-        flops=count_model_flops(model, size),
-        activation_bytes=activations_per_image(model, size, batch_size, precision),
-        kv_bytes=None if entries is None else entries * PRECISIONS[precision].itemsize,
-        latency=latency,
-    )
+    kv_bytes = None if entries is None else entries * PRECISIONS[precision].itemsize
+    activations, flops = activations_per_image(model, size, batch_size, precision), count_model_flops(model, size)
+    return ModelCost(label, attention, total, attention_flops, flops, activations, kv_bytes, latency)
 
 
 def resolved(host: HostFactory, label: str, config: AttentionConfig) -> AttentionConfig:

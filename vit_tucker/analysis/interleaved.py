@@ -1,5 +1,4 @@
-"""Timing in turns: everything that is compared runs in one process, one after the other, several times, in alternating order, so
-that what else the machine does hits all of it alike."""
+"""Timing in turns: what is compared runs in one process in alternating order, so that other load hits all of it alike."""
 
 import statistics
 import time

@@ -27,8 +27,7 @@ class Latency:
         ms: milliseconds per batch: the first model's median over turns times ``ratio``.
         ratio: of the model's time to the first model's in the same turn, median over turns.
         ratio_low, ratio_high: quartiles of that ratio.
-        peak_bytes: most bytes that a forward pass has alive at once, model and images apart. On CUDA what the allocator handed
-            out, workspaces included; elsewhere the results of operations alone.
+        peak_bytes: most bytes that a forward pass has alive at once, model and images apart, see ``interleaved.peak_bytes``.
     """
 
     device: str

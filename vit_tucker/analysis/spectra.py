@@ -76,11 +76,7 @@ class Shape(NamedTuple):
 
 
 def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
-    """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
-
-    Args:
-        module: of a model.
-        mixed_rope: see ``read_host``.
+    """Returns shape, pre- and post-softmax tensor (float64) of a host's attention, see ``read_host``, or of a layer of ours.
 
     Raises:
         PatchError: an attention class that we can't read, or weights that are not what it computes with.
@@ -96,13 +92,7 @@ def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[Host
 
 
 def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
-    """The six spectra of one layer. A key mode with RoPE: what its latent pairs hold, two equal values each.
-
-    Args:
-        name: of the layer.
-        pre, post: its tensors.
-        whitened: they are in the metrics of the tokens.
-    """
+    """Returns the six spectra of a layer's tensors. A key mode with RoPE: what its latent pairs hold, two equal values each."""
     rows = []
     for tensor, given in (("pre", pre), ("post", post)):
         if isinstance(given, RotaryPairs):
@@ -140,7 +130,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         options: of the pass over the images.
 
     Returns:
-        Spectra, shapes and notes. Layers that we can't read are left out.
+        Spectra; layers that can't be read are left out.
 
     Raises:
         PatchError: no attention layer that we can read, or bad images.

@@ -6,9 +6,9 @@ counted: the CUDA context, the allocator's fragmentation, workspaces of cuBLAS a
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,23 +91,11 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
-    """Bytes of an optimizer's state: it keeps state for each tensor by itself, so each shape is tried alone.
-
-    Args:
-        parameters: trainable.
-        config: opt and its options count.
-
-    Raises:
-        ConfigError: see ``create_optimizer``.
-    """
-    sizes: dict[tuple[Any, ...], int] = {}
-    total = 0
-    for parameter in parameters:
-        key = (tuple(parameter.shape), parameter.dtype)
-        if key not in sizes:
-            sizes[key] = _state_of_one(torch.zeros_like(parameter, device="cpu"), config)
-        total += sizes[key]
-    return total
+    """Returns the bytes of an optimizer's state: it keeps state for each tensor by itself, so each shape is tried alone."""
+    kinds = Counter((parameter.shape, parameter.dtype) for parameter in parameters)
+    return sum(
+        count * _state_of_one(torch.zeros(shape, dtype=dtype), config) for (shape, dtype), count in kinds.items()
+    )
 
 
 def _state_of_one(value: Tensor, config: TrainConfig) -> int:

@@ -167,13 +167,8 @@ class CaptureHooks:
     def call_site(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
         """Returns what is known of the call."""
         declared = getattr(self.model, "num_prefix_tokens", None)
-        return CallSite(
-            name=name,
-            sequences=attn.shape[0] // self.images.shape[0],
-            tokens=attn.shape[-1],
-            shape=self.shapes[module],
-            layout=layout_of(module),
-            around=[(part, self.shapes.get(part, ())) for part in self.around(name)],
-            prefixes=list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2])),
-            image=(self.images.shape[-2], self.images.shape[-1]),
-        )
+        prefixes = list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2]))
+        around = [(part, self.shapes.get(part, ())) for part in self.around(name)]
+        images, _, *size = self.images.shape
+        counts, shape = (attn.shape[0] // images, attn.shape[-1]), self.shapes[module]
+        return CallSite(name, *counts, shape, layout_of(module), around, prefixes, (size[0], size[1]))

@@ -1,7 +1,6 @@
 """What a model's attention does with one image: maps of each head and rollout, as pictures over the image."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection, select
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """Pictures of one image's attention. Values are relative to uniform attention: 1 is a token's even share.
 
     Attributes:
@@ -105,28 +103,14 @@ def explain_image(
         flow = roll_out(model, recording, fused, queries, discard_ratio, weighted)
     except RolloutError as error:
         obstacle = str(error)
-    return Explanation(
-        output=recording.output[0].cpu(),
-        heads={name: picture for name, picture in heads.items() if picture is not None},
-        unplaced=tuple(name for name, picture in heads.items() if picture is None),
-        flow=flow,
-        obstacle=obstacle,
-        queries="" if last is None else read_out(model, last, queries).label,
-        map_bytes=kept_bytes,
-    )
+    shown = {name: picture for name, picture in heads.items() if picture is not None}
+    unplaced = tuple(name for name, picture in heads.items() if picture is None)
+    label = "" if last is None else read_out(model, last, queries).label
+    return Explanation(recording.output[0].cpu(), shown, unplaced, flow, obstacle, label, kept_bytes)
 
 
 def head_pictures(attn: Tensor, grid: TokenGrid, chosen: ReadOut) -> Tensor:
-    """What the tokens read out attend to, head by head, relative to uniform attention.
-
-    Args:
-        attn: (S, H, n, n), of one image.
-        grid: of the layer.
-        chosen: the tokens read out.
-
-    Returns:
-        (H, height, width)
-    """
+    """Returns what chosen tokens attend to, head by head, relative to uniform attention. (S, H, n, n) -> (H, height, width)"""
     rows = grid.gather(chosen.rows(grid).to(attn))  # (S, n)
     received = torch.einsum("si,shij->hsj", rows, attn)
     return grid.patches(grid.scatter(received)) * grid.num_tokens

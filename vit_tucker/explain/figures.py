@@ -2,9 +2,8 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -26,8 +25,7 @@ LARGEST = 12_000
 """Pixels of a picture's longer side at most; many layers and heads get smaller cells."""
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One model's part of a picture.
 
     Attributes:
@@ -44,20 +42,14 @@ class Panel:
 
 
 def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: str = "rollout") -> Figure:
-    """The image, and each model's rollout over it, all on one scale.
-
-    Args:
-        image: (height, width, 3), uint8, as the model sees it.
-        panels: of the models.
-        title: of the image.
-        kind: rollout or relevance, for the scale.
-    """
+    """Draws an image, (height, width, 3) uint8, and each model's rollout (or relevance) over it, all on one scale."""
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
     with rc_context(FONTS):
         width = COLUMN / 2 * (1 + len(panels)) + 0.55
         figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.4, "constrained")
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
-        show_image(axes[0], image)
+        axes[0].imshow(image, interpolation="nearest" if image.shape[0] < 64 else "antialiased")
+        axes[0].set(xticks=[], yticks=[])
         axes[0].set_title(title, parse_math=False)
         scale = Normalize(0, max((top(rollout) for rollout in shown), default=1.0))
         for axis, panel in zip(axes[1:], panels, strict=True):
@@ -73,7 +65,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: s
 
 
 def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, float] | None = None) -> Figure:
-    """A grid of heads by layers for each model, side by side; a head has the same scale in both.
+    """Draws a grid of heads by layers for each model, side by side; a head has the same scale in both.
 
     Args:
         panels: of the models.
@@ -130,25 +122,13 @@ def new_figure(width: float, height: float, layout: str | None = None) -> Figure
     return figure
 
 
-def show_image(axis: Any, image: np.ndarray) -> None:
-    """The image alone."""
-    axis.imshow(image, interpolation="nearest" if image.shape[0] < 64 else "antialiased")
-    axis.set(xticks=[], yticks=[])
-
-
 def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) -> Any:
     """Values in colour over the grey image; returns what a colour bar needs."""
     grey = image.mean(-1)
     height, width = grey.shape
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    drawn = axis.imshow(
-        values.numpy(),
-        cmap=COLOURS,
-        norm=scale,
-        alpha=0.65,
-        interpolation="nearest",
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    drawn = axis.imshow(values.numpy(), cmap=COLOURS, norm=scale, alpha=0.65, interpolation="nearest", extent=place)
     axis.set(xticks=[], yticks=[])
     return drawn
 

@@ -40,12 +40,11 @@ class NamedImage:
 
 
 def images_in_files(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
-    """The images of files and folders, those of folders in the order of their names; all are read once, to be sure.
+    """Lists the images of files and folders, those of folders in the order of their names; all are read once, to be sure.
 
     Args:
         paths: files, and folders with images in them.
-        mode: of PIL, "L" or "RGB".
-        options: how the files are read.
+        mode, options: how the files are read, see ``read_image_file``.
 
     Raises:
         DataError: a path that is missing, a folder without images, or a file that can't be read.

@@ -66,16 +66,11 @@ def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> Re
 def final_rows(
     model: nn.Module, pooled: Mapping[str, Tensor], grid: TokenGrid, queries: Queries = "auto"
 ) -> tuple[Tensor, str]:
-    """Shares of the last layer's tokens in what is read out: attention pooling's own weights where there is one.
+    """Returns the shares of the last layer's tokens in what is read out, (1, 1, T), and the tokens read out in words.
 
     Args:
-        model: of timm.
-        pooled: inputs of its attention pooling, for one image, see ``Recording``.
-        grid: of its last attention layer.
-        queries: see ``read_out``.
-
-    Returns:
-        (1, 1, T), and the tokens read out in words.
+        model, grid, queries: see ``read_out``.
+        pooled: inputs of its attention pooling, whose own weights count where there is one; see ``Recording``.
     """
     if queries == "auto" and len(pooled) == 1:
         name, x = next(iter(pooled.items()))
@@ -102,14 +97,9 @@ class SoftmaxRecorder(TorchFunctionMode):
 
 
 def pool_weights(pool: nn.Module, x: Tensor) -> Tensor | None:
-    """Weights that attention pooling gives its tokens, mean over its heads and queries; None if it shows none.
+    """Returns the weights that attention pooling gives its tokens (B, N, C), mean over its heads and queries: (B, 1, N).
 
-    Args:
-        pool: timm's AttentionPoolLatent or one like it.
-        x: its input, (B, N, C).
-
-    Returns:
-        (B, 1, N)
+    None if the module, timm's AttentionPoolLatent or one like it, computes no softmax or several.
     """
     with torch.no_grad(), unfused([pool]), SoftmaxRecorder() as recorder:
         pool(x)

@@ -107,17 +107,14 @@ def attention_rollout(
 def roll_back(
     rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0, normalised: bool = True
 ) -> Tensor:
-    """One step of rollout through a layer, whatever its sequences.
+    """Does one step of rollout through a layer, whatever its sequences. What goes to padding is lost.
 
     Args:
-        rows: (B, R, T), shares of the layer's outputs, T tokens of an image.
+        rows: (B, R, T), shares of the layer's outputs, T tokens of an image; those of its inputs are returned.
         fused: (B * S, n, n).
         grid: of the layer.
         discard_ratio: see ``attention_rollout``.
         normalised: by (A + I) / 2, else by A + I.
-
-    Returns:
-        (B, R, T), shares of the layer's inputs; what goes to padding is lost.
     """
     if grid.within_patch:
         return rows

@@ -3,9 +3,8 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.storage import json_files
@@ -32,8 +31,7 @@ NOT_COMPARED_KEYS = IGNORED_KEYS | {"train.cpu"}
 """Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     """Results that were found.
 
     Attributes:

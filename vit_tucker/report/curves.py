@@ -75,10 +75,10 @@ def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:
 
 
 def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) -> str | None:
-    """Top-1 and training loss over epochs, a column per method and start, as curves.png and .pdf.
+    """Draws top-1 and training loss over epochs, a column per method and start, as curves.png and .pdf.
 
     Args:
-        section: its settings of the common recipe, and dense.
+        section: its settings of the common recipe, and dense, are drawn.
         folder: where to.
         patterns: names of configs, with wildcards; all if empty.
 

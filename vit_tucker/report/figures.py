@@ -25,12 +25,7 @@ FAINT = 0.35
 
 
 def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None, list[str]]:
-    """Top-1 accuracy over a cost, as accuracy_<cost>.png and .pdf.
-
-    Args:
-        section: its settings of the common recipe are drawn.
-        cost: a key of ``COSTS``.
-        folder: where to.
+    """Draws top-1 accuracy over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost>.png and .pdf.
 
     Returns:
         The name of the PNG, None if no setting has that cost; and a note on settings that lack it.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -51,8 +50,7 @@ class Factor(NamedTuple):
         return "fewer" if self.interval.upper.high < threshold else "unclear"
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """One Tucker setting against the other methods.
 
     Attributes:
@@ -68,8 +66,7 @@ class Match:
     dense: float | None
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """All Tucker settings of the Pareto front against one method.
 
     Attributes:

@@ -26,7 +26,7 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def rank_rows(folder: Path) -> list[dict[str, Any]]:
-    """ranks.csv as values: numbers where they are some."""
+    """Returns the rows of a folder's ranks.csv as values: numbers where they are some."""
     return [{key: _value(text) for key, text in row.items()} for row in read_rows(folder / "ranks.csv")]
 
 
@@ -38,11 +38,7 @@ def _value(text: str) -> Any:
 
 
 def rank_summary(folder: Path) -> str:
-    """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
-
-    Args:
-        folder: with ranks.csv.
-    """
+    """Returns a Markdown table of a folder's ranks.csv: for each mode the ranks' means over layers, smallest and largest."""
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in read_rows(folder / "ranks.csv"):
         groups[row["whitened"], row["tensor"], row["mode"]].append(row)
