@@ -40,6 +40,7 @@ CLEARED = (
     "explain",
     "export",
     "report",
+    "show",
     "storage",
     "tensor",
     "validation",

@@ -24,7 +24,7 @@ def bench_models(
     seconds: float = 0.2,
     training: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time the models, each against the first in the same turn.
+    """Times the models, each against the first in the same turn.
 
     Args:
         models: by name; with ``training`` their weights change, and they go to the device.
@@ -88,7 +88,7 @@ def speedup_columns(kind: str, times: Latency | Paired) -> dict[str, Any]:
 def training_step(
     model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device, precision: str
 ) -> Callable[[], None]:
-    """One training step on noise, as a call. The model goes to the device."""
+    """Returns one training step on noise, as a call. The model goes to the device."""
     model.to(device).train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, *input_size, generator=generator).to(device)

@@ -84,7 +84,7 @@ def model_costs(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> list[ModelCost]:
-    """The dense model, and the model with each method.
+    """Counts, and measures if asked for, what the dense model costs, and the model with each method.
 
     Args:
         host: of all of them.
@@ -134,7 +134,7 @@ def count_costs(
 
 
 def resolved(host: HostFactory, label: str, config: AttentionConfig) -> AttentionConfig:
-    """The config with nothing left to convert or to choose; ranks are chosen by the weights alone.
+    """Returns the config with nothing left to convert or to choose; ranks are chosen by the weights alone.
 
     Raises:
         ConfigError: ranks are to be chosen from weights, and there are none.
@@ -155,7 +155,7 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
 def patched(
     model: nn.Module, label: str, config: AttentionConfig | None, size: tuple[int, int, int] | None
 ) -> nn.Module:
-    """The model itself with the method in it; as it is for None."""
+    """Patches a model in place and returns it; as it is for None."""
     if config is not None:
         try:
             patch(model, config, keep_originals=False, img_size=None if size is None else size[1:])
@@ -165,7 +165,7 @@ def patched(
 
 
 def dense_attention_flops(model: nn.Module, size: tuple[int, int, int]) -> int | None:
-    """Operations of a dense model's attention layers per image, None if one of them is not known."""
+    """Returns the operations of a dense model's attention layers per image, None if one of them is not known."""
     try:
         return plan(model, MHAConfig(init="random"), img_size=size[1:]).flops_before
     except PatchError:
@@ -175,7 +175,7 @@ def dense_attention_flops(model: nn.Module, size: tuple[int, int, int]) -> int |
 def activations_per_image(
     model: nn.Module, size: tuple[int, int, int], batch_size: int, precision: Precision
 ) -> int | None:
-    """Bytes of a training pass per image, with fake tensors: those of the CPU's kernels, without memory or arithmetic.
+    """Returns bytes of a training pass per image, by fake tensors: those of the CPU's kernels, without memory or arithmetic.
 
     None if the model computes with values, which fake tensors don't have.
     """

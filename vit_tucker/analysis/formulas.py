@@ -38,12 +38,12 @@ class Sizes:
 
     @property
     def D(self) -> int:
-        """Head width."""
+        """Returns the head width."""
         return self.d // self.H
 
     @property
     def spec(self) -> HostSpec:
-        """The host that these sizes describe."""
+        """Returns the host that these sizes describe."""
         return HostSpec(embed_dim=self.d, num_heads=self.H, head_dim=self.D, out_dim=self.d)
 
 
@@ -70,7 +70,7 @@ class Formula:
 
 
 def tucker_weights(s: Sizes) -> int:
-    """Both tensors' factors and cores."""
+    """Returns the weights of both tensors' factors and cores."""
     r1, r2, r3 = s.r
     return 2 * (s.H * r1 + r1 * r2 * r3 + s.d * r2 + s.d * r3)
 
@@ -118,7 +118,7 @@ FORMULAS: Mapping[str, Formula] = {formula.method: formula for formula in TABLE_
 
 
 def read_sizes(given: Mapping[str, Any]) -> Sizes:
-    """The default sizes with some replaced.
+    """Returns the default sizes with some replaced.
 
     Args:
         given: by letter, positive integers; r a list of three.
@@ -143,7 +143,7 @@ def read_sizes(given: Mapping[str, Any]) -> Sizes:
 
 
 def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
-    """Weights and KV cache entries of a layer that is built, without values.
+    """Counts weights and KV cache entries of a layer that is built, without values.
 
     Raises:
         ConfigError: the method can't have these sizes.

@@ -51,7 +51,7 @@ class ModelEntry:
     methods: dict[str, str]
 
     def patchable(self, method: str) -> bool:
-        """Whether ``patch`` takes the whole model."""
+        """Returns whether ``patch`` can replace all attention layers of the model."""
         return self.methods[method] in (EXACT, LATENT)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class ModelEntry:
 
 
 def model_names(pattern: str | None = None) -> list[str]:
-    """Names of timm's models, all or by a wildcard.
+    """Returns names of timm's models, all or by a wildcard.
 
     Raises:
         ConfigError: none matches; names the nearest.
@@ -72,7 +72,7 @@ def model_names(pattern: str | None = None) -> list[str]:
 
 
 def nearest_pattern(pattern: str) -> str:
-    """'; did you mean X?' for the model, or with wildcards for the part of names, that is nearest."""
+    """Returns '; did you mean X?' for the model that is nearest, or with wildcards for the nearest part of names."""
     names, core = timm.list_models(), pattern.strip("*")
     if core == pattern:
         return nearest(pattern, names)
@@ -86,7 +86,7 @@ def nearest_pattern(pattern: str) -> str:
 
 
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
-    """The entries of all models that have attention."""
+    """Yields the entries of all models that have attention."""
     for name in names:
         entry = model_entry(name, build_structure(name))
         if entry.layers or entry.left_alone:
@@ -101,7 +101,7 @@ def build_structure(name: str) -> nn.Module:
 
 
 def model_entry(name: str, model: nn.Module) -> ModelEntry:
-    """The entry of one model, dense, on any device."""
+    """Returns the entry of one model, dense, on any device."""
     found = list(find_attention(model).values())
     others = (model.get_submodule(other) for other in find_other_attention(model))
     hosts: list[Host] = []
@@ -128,7 +128,7 @@ def short_name(module: nn.Module) -> str:
 
 
 def status(method: str, hosts: list[Host], unread: list[str]) -> str:
-    """What a method makes of a model's layers.
+    """Returns what a method makes of a model's layers.
 
     Args:
         method: name.

@@ -51,7 +51,7 @@ def measure_latency(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> dict[str, Latency]:
-    """Time the forward passes of models, in eval mode and inference mode.
+    """Times the forward passes of models, in eval mode and inference mode.
 
     Weights are cast once, before the first turn, as far as autocast caches them. The order within a turn alternates.
 
@@ -90,12 +90,12 @@ def measure_latency(
 
 
 def describe_device(device: torch.device) -> str:
-    """'NVIDIA H200' or 'cpu'."""
+    """Returns 'NVIDIA H200' or 'cpu'."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model itself if it is there already, else a copy, without the dense layers that a patched model may keep."""
+    """Returns the model itself if it is there already, else a copy, without the dense layers that a patched model may keep."""
     index = device.index if device.index is not None or device.type != "cuda" else torch.cuda.current_device()
     if all((t.device.type, t.device.index) == (device.type, index) for t in (*model.parameters(), *model.buffers())):
         return model
@@ -103,6 +103,6 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _images(model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device) -> Tensor:
-    """Noise in the model's dtype: a GPU runs faster on zeros."""
+    """Returns noise in the model's dtype: a GPU runs faster on zeros."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -110,8 +110,11 @@ class PrintedValue(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """'equal' (rounded to the printed digits), 'cut' (equal with further digits dropped), '+0.27' (printed minus formula's
-        value, as printed), or '-' without a printed value."""
+        """Returns how the printed value compares with the formula's.
+
+        'equal' if that rounds to it, 'cut' if its further digits are dropped there, '+0.27' for printed minus rounded value, '-'
+        without a printed value.
+        """
         if self.printed is None:
             return "-"
         printed = Decimal(self.printed)
@@ -123,12 +126,12 @@ class PrintedValue(NamedTuple):
 
     @property
     def rounded(self) -> Decimal:
-        """The value to the digits that are printed, two where none are."""
+        """Returns the value to the digits that are printed, two where none are."""
         return self.value.quantize(Decimal(self.printed or "0.01"), ROUND_HALF_UP)
 
 
 def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[PrintedValue, PrintedValue]:
-    """Attention parameters and KV cache of a row, by formula and as printed."""
+    """Compares attention parameters and KV cache of a row, by formula and as printed."""
     formula, sizes = FORMULAS[row.method], replace(table.sizes, **row.options)
     attention = formula.count_weights(sizes) * table.layers * table.attention_bytes
     kv = formula.count_entries(sizes) * table.layers * KV_BYTES

@@ -55,7 +55,7 @@ class ModeSpectrum:
     values: Tensor
 
     def summary(self) -> dict[str, Any]:
-        """The spectrum in numbers, a row of ranks.csv."""
+        """Returns the spectrum in numbers, a row of ranks.csv."""
         facts = {k: v for k, v in vars(self).items() if k != "values"}
         if not self.values[0] > 0:
             ranks: dict[str, float] = {"numerical_rank": 0, "effective_rank": 0.0, "stable_rank": 0.0}
@@ -122,7 +122,7 @@ class Analysis(NamedTuple):
 
 
 def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Calibration | None = None) -> Analysis:
-    """Spectra of all attention layers of a model, plain and, with images, whitened.
+    """Returns spectra of all attention layers of a model, plain and, with images, whitened.
 
     Args:
         model: a timm model, dense or patched.
@@ -169,13 +169,13 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
 
 @torch.no_grad()
 def rank_scalars(model: nn.Module) -> dict[str, float]:
-    """Effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
+    """Returns the effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
     rows = (row for row in analyse(model).rows if row.values[0] > 0)
     return {f"ranks/{row.tensor}_{row.mode}/{row.layer}": effective_rank(row.values) for row in rows}
 
 
 def save_spectra(folder: Path, rows: list[ModeSpectrum], shapes: list[Shape]) -> None:
-    """Write ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
+    """Writes ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [row.summary() for row in rows]
     values = (

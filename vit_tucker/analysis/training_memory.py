@@ -45,7 +45,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum: gradients and activations are not at their highest at once, so that the peak is a little below it."""
+        """Returns the sum: gradients and activations are not at their highest at once, so that the peak is a little below it."""
         return sum(astuple(self))
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def estimate_memory(
     teacher: nn.Module | None = None,
     processes: int = 1,
 ) -> MemoryEstimate:
-    """Measure a model and a recipe; neither the model nor the random generators are changed.
+    """Measures a model and a recipe; neither the model nor the random generators are changed.
 
     Args:
         model: patched, with weights, on the device where it is measured; activations of another device's kernels may differ.
@@ -86,7 +86,7 @@ def estimate_memory(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all different tensors."""
+    """Returns the bytes of all different tensors."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
@@ -99,7 +99,7 @@ def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
 
 
 def _state_of_one(value: Tensor, config: TrainConfig) -> int:
-    """Bytes of the state for one parameter, after as many steps as the optimizer needs to have all of it."""
+    """Returns bytes of the state for one parameter, after as many steps as the optimizer needs to have all of it."""
     holder = nn.Module()
     parameter = holder.parameter = nn.Parameter(value)
     optimizer = create_optimizer(holder, config.model_copy(update={"layer_decay": None}))
@@ -127,7 +127,7 @@ def activation_bytes(
 def own_activation_bytes(
     model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
 ) -> int:
-    """``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
+    """Returns ``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
     model.train()
     if checkpointed:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -143,7 +143,7 @@ def own_activation_bytes(
 
 
 def _training_pass(model: nn.Module, images: Tensor, device: torch.device, precision: str) -> LiveBytes:
-    """Note a forward and backward pass; gradients are left out, each goes as soon as it is there."""
+    """Notes a forward and backward pass; gradients are left out, each goes as soon as it is there."""
     counter = LiveBytes([*model.parameters(), *model.buffers()])
 
     def drop(parameter: Tensor) -> None:

@@ -33,7 +33,7 @@ class HeadAgreement(NamedTuple):
 
 
 def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tensor:
-    """Mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
+    """Returns the mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
 
     Args:
         a, b: maps, (S, H, n, n).
@@ -44,7 +44,7 @@ def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tens
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two maps of each head as vectors. (S, H, n, n) twice -> (H,)"""
+    """Returns the cosine of two maps of each head as vectors. (S, H, n, n) twice -> (H,)"""
     one, other = (x.transpose(0, 1).flatten(1) for x in (a, b))
     return torch.nn.functional.cosine_similarity(one, other, dim=1)
 

@@ -23,7 +23,7 @@ Reduce = Callable[[str, Tensor, TokenGrid | None], Any]
 
 @dataclass
 class Recording:
-    """What one forward pass showed.
+    """Output, attention maps and places of tokens of one forward pass.
 
     Attributes:
         output: of the model.
@@ -43,7 +43,7 @@ class Recording:
 
 
 def attention_maps(model: nn.Module, images: Tensor, layers: Selection | None = None) -> dict[str, Tensor]:
-    """The attention maps of all heads, after the softmax and before dropout.
+    """Returns the attention maps of all heads, after the softmax and before dropout.
 
     Works for dense layers of timm and for all methods of ours. The pass runs in eval mode without gradients, with plain
     products in place of fused kernels; modes and switches are restored, also after an error. All maps together take

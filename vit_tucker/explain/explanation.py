@@ -42,7 +42,7 @@ class Explanation(NamedTuple):
 
     @property
     def rollout(self) -> Tensor | None:
-        """The picture of ``flow``, (height, width)."""
+        """Returns the picture of ``flow``, (height, width)."""
         return None if self.flow is None else self.flow.picture
 
 
@@ -57,7 +57,7 @@ def explain_image(
     weighted: bool = False,
     target: int | None = None,
 ) -> Explanation:
-    """Attention of all heads and rollout for one image. Maps are reduced layer by layer, none is kept.
+    """Explains one image by the attention of all heads and by rollout. Maps are reduced layer by layer, none is kept.
 
     Rollout goes through windows and through merged patches (Swin) exactly: a window's map is a block of the map of the whole
     image. It is not defined where something else mixes tokens between the attention layers, such as MaxViT's convolutions.
@@ -117,7 +117,7 @@ def head_pictures(attn: Tensor, grid: TokenGrid, chosen: ReadOut) -> Tensor:
 
 
 def check_output(model: nn.Module, images: Tensor, output: Any) -> None:
-    """Raise ExplainError unless the model gives the same output while nobody looks.
+    """Raises ExplainError unless the output equals that of the uninstrumented model.
 
     Fused kernels sum the same products in another order: rounding, which a trained network may amplify a thousandfold. A map that
     lacks a mask, a bias or the scale shows in the first digits. Hence ten thousand units of rounding of the largest output, but

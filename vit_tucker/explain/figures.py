@@ -101,7 +101,7 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
 
 
 def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
-    """The heads of one layer of one model, each with the scale of all models' heads of that number."""
+    """Returns the heads of one layer of one model, each with the scale of all models' heads of that number."""
     heads = panels[number].heads.get(name)
     if heads is None:
         return []
@@ -110,20 +110,20 @@ def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor
 
 
 def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
-    """'blocks.3.attn' as 'blocks.3', with its agreement."""
+    """Returns 'blocks.3' for blocks.3.attn, with its agreement."""
     short = name.removesuffix(".attn")
     return short if agreement is None or name not in agreement else f"{short}\nTV {agreement[name]:.2f}"
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
-    """A figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
+    """Returns a figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)), layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
 
 
 def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) -> Any:
-    """Values in colour over the grey image; returns what a colour bar needs."""
+    """Draws values in colour over the grey image; returns what a colour bar needs."""
     grey = image.mean(-1)
     height, width = grey.shape
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -134,7 +134,7 @@ def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) ->
 
 
 def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
-    """A sentence in place of a picture of the same shape."""
+    """Writes a sentence in place of a picture of the same shape."""
     axis.imshow(np.full((*shape[:2], 3), 255, np.uint8))
     axis.set(xticks=[], yticks=[])
     lines = textwrap.fill(text, 30, break_on_hyphens=False)
@@ -143,17 +143,17 @@ def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
 
 
 def top(values: Tensor) -> float:
-    """End of a scale, above 0."""
+    """Returns the end of a scale, above 0."""
     return max(float(np.quantile(values.numpy(), SHARE_SHOWN)), 1e-12)
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A drawn figure as RGB, (height, width, 3), uint8."""
+    """Returns a drawn figure as RGB, (height, width, 3), uint8."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_png(figure: Figure, file: Path) -> None:
-    """The same bytes for the same data."""
+    """Writes a figure, the same bytes for the same data."""
     figure.savefig(file, dpi=figure.dpi, metadata={"Software": None})

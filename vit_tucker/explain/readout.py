@@ -28,7 +28,7 @@ class ReadOut(NamedTuple):
     label: str
 
     def rows(self, grid: TokenGrid) -> Tensor:
-        """Their shares among an image's tokens, (T,), float32; they sum to 1. A layer without prefix tokens: all patches."""
+        """Returns their shares among an image's tokens, (T,), which sum to 1. A layer without prefix tokens: all patches."""
         first, stop = (self.first, self.stop) if grid.num_prefix else (0, None)
         stop = stop or grid.num_tokens
         rows = torch.zeros(grid.num_tokens)
@@ -37,7 +37,7 @@ class ReadOut(NamedTuple):
 
 
 def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> ReadOut:
-    """The tokens that a model reads out, by its own pooling, or those asked for.
+    """Returns the tokens that a model reads out, by its own pooling, or those asked for.
 
     Args:
         model: of timm.

@@ -53,7 +53,7 @@ class Finding:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {key: value for key, value in vars(self).items() if key != "rows"}
 
 
@@ -64,7 +64,7 @@ def explain_images(
     options: Mapping[str, Any],
     log_folder: Path | None = None,
 ) -> Iterator[Finding]:
-    """Explain images one by one, and write pictures as soon as they are drawn; the table at the end.
+    """Explains images one by one, and writes pictures as soon as they are drawn; the table at the end.
 
     Args:
         subjects: one model, or the dense and the patched one.
@@ -107,7 +107,7 @@ def explain_images(
 def explain_one(
     subjects: Sequence[Subject], image: NamedImage, seen: Tensor, options: Mapping[str, Any]
 ) -> tuple[Finding, dict[str, Any]]:
-    """One image by all models: what was found, and its figures by name, rollout and heads."""
+    """Explains one image by all models. Returns what was found, and its figures by name, rollout and heads."""
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
     inputs = [Normalise(one.data["mean"], one.data["std"], one.device)(seen) for one in subjects]
@@ -134,7 +134,7 @@ def explain_one(
 
 
 def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
-    """Rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
+    """Adds rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
     by_layer: dict[str, list[float]] = defaultdict(list)
     for row in heads:
         by_layer[row.layer].append(row.total_variation)
@@ -149,7 +149,7 @@ def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Seque
 
 
 def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
-    """Class, label and probability that a model gives an image; empty if it doesn't classify."""
+    """Returns class, label and probability that a model gives an image; empty if it doesn't classify."""
     if not one.classifies or explanation.output.ndim != 1:
         return {}
     probability, number = explanation.output.float().softmax(-1).max(-1)
@@ -158,13 +158,13 @@ def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
 
 
 def class_label(one: Subject, number: int) -> str:
-    """Name of a class, its number where it has none."""
+    """Returns the name of a class, its number where it has none."""
     names = one.label_names
     return str(number) if names is None or number >= len(names) else names[number].split(",")[0]
 
 
 def model_title(name: str, said: Mapping[str, Any]) -> str:
-    """'tucker: tabby cat (87%)'"""
+    """Returns 'tucker: tabby cat (87%)'."""
     if not said:
         return name
     label, probability = said["label"], said["probability"]
@@ -173,7 +173,7 @@ def model_title(name: str, said: Mapping[str, Any]) -> str:
 
 
 def notes(names: Sequence[str], found: Sequence[Explanation], kind: str) -> list[str]:
-    """What could not be shown, once for all models of which it holds."""
+    """Returns what could not be shown, once for all models of which it holds."""
     said: dict[str, list[str]] = defaultdict(list)
     for name, explanation in zip(names, found, strict=True):
         if explanation.obstacle:

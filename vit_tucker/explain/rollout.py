@@ -39,7 +39,7 @@ def fuse_heads(attn: Tensor, fusion: Fusion = "mean") -> Tensor:
 
 
 def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
-    """The smallest entries of each image's map set to 0.
+    """Sets the smallest entries of each image's map to 0.
 
     Args:
         fused: (B, S, n, n), the S sequences of an image.
@@ -60,7 +60,7 @@ def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
 
 
 def with_residual(fused: Tensor) -> Tensor:
-    """(A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
+    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
     both = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
     return both / both.sum(-1, keepdim=True)
 
@@ -72,7 +72,7 @@ def attention_rollout(
     discard_ratio: float = 0.0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Rollout over layers in which all tokens of an image attend to each other, see the module.
+    """Does rollout over layers in which all tokens of an image attend to each other, see the module.
 
     Args:
         maps: of the layers from the first to the last, (B, H, N, N) each, as ``attention_maps`` gives them.
@@ -124,7 +124,7 @@ def roll_back(
 
 
 def spread_rows(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
-    """Shares of merged patches spread evenly over the patches that were merged. (B, R, T) -> (B, R, T')
+    """Spreads shares of merged patches evenly over the patches that were merged. (B, R, T) -> (B, R, T')
 
     A class token that joins the patches between both layers (ConViT) keeps its share.
 

@@ -61,7 +61,7 @@ class Subject:
 
 
 def open_subject(where: str) -> Subject:
-    """The model that is stored at a place, see ``vit_tucker.inference.predict.open_model``.
+    """Opens the model that is stored at a place, see ``vit_tucker.inference.predict.open_model``.
 
     Raises:
         CheckpointError: nothing is there.
@@ -70,7 +70,7 @@ def open_subject(where: str) -> Subject:
 
 
 def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
-    """A model with what its pretrained_cfg tells.
+    """Returns a model with what its pretrained_cfg says.
 
     Args:
         model: of timm, patched or not.
@@ -86,7 +86,7 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
 
 
 def method_of(model: nn.Module) -> str:
-    """'dense', or the method that a patched model has."""
+    """Returns 'dense', or the method that a patched model has."""
     record = patch_record(model)
     if record is not None:
         return record.config.method
@@ -94,7 +94,7 @@ def method_of(model: nn.Module) -> str:
 
 
 def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) -> Subject | None:
-    """The dense model beside a run's.
+    """Opens the dense model beside a run's.
 
     Args:
         choice: "host" the dense model that the run started from, None if it started from random weights; "pretrained" timm's
@@ -128,7 +128,7 @@ def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) 
 
 
 def host_of(config: RunConfig, run: Subject) -> Subject | None:
-    """The dense model that a run started from, with the run's normalisation; None if that had random weights."""
+    """Returns the dense model that a run started from, with the run's normalisation; None if that had random weights."""
     kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
     if config.train.distill is not None and kept.is_file():
         sizes = run.num_classes, run.num_channels
@@ -145,14 +145,14 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
 
 
 def seen_from_run(path: Path, run: Path) -> Path:
-    """A relative path of a run's config: from here, else from one of the folders that hold the run, where it was once started."""
+    """Returns a relative path of a run's config from here, else from a folder that holds the run, where it was started."""
     if path.is_absolute() or path.exists():
         return path
     return next((found for folder in run.resolve().parents if (found := folder / path).exists()), path)
 
 
 def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
-    """A dense model from a weights file or run folder, with the run's normalisation; without a head if it has other classes.
+    """Opens a dense model from a weights file or run folder, with the run's normalisation; without a head for other classes.
 
     Raises:
         CheckpointError: missing, or not of this model; the message starts with ``what``.
@@ -169,7 +169,7 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
 
 
 def stored_host(run: Subject, file: Path) -> Subject:
-    """The dense host of a stored model, with the weights of a file.
+    """Returns the dense host of a stored model, with the weights of a file.
 
     Raises:
         CheckpointError: they are not of that host.
@@ -182,7 +182,7 @@ def stored_host(run: Subject, file: Path) -> Subject:
 
 
 def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
-    """timm's pretrained weights of the run's architecture.
+    """Returns timm's pretrained weights of the run's architecture.
 
     Raises:
         ConfigError: the architecture is not known. CheckpointError: there are no weights.
@@ -203,13 +203,13 @@ def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subje
 
 
 def subject_names(subjects: Sequence[Subject]) -> list[str]:
-    """'dense' and the method's name; numbered if they are the same."""
+    """Returns 'dense' and the method's name; numbered if they are the same."""
     kinds = [one.kind for one in subjects]
     return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
 
 
 def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
-    """Raise ExplainError unless all models have a trained classifier with that class."""
+    """Raises ExplainError unless all models have a trained classifier with that class."""
     for name, one in zip(subject_names(subjects), subjects, strict=True):
         if not one.classifies:
             what = f"the {name} model has no trained classifier"
@@ -219,7 +219,7 @@ def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
 
 
 def refuse_different(subjects: Sequence[Subject]) -> None:
-    """Raise ExplainError unless both models have the same attention layers."""
+    """Raises ExplainError unless both models have the same attention layers."""
     if len(subjects) < 2:
         return
     one, other = (set(find_attention(subject.model)) for subject in subjects)

@@ -52,14 +52,14 @@ class Line(NamedTuple):
 
 
 def usual_options(section: Section) -> list[str]:
-    """Those of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
+    """Returns the options of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
     options = [option for option in USUAL if option_lines(section, option)]
     alone = {o for o in options if "," not in o}
     return [o for o in options if o in alone or not alone.intersection(o.split(","))]
 
 
 def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
-    """Raise ConfigError for an option that no setting of any section has."""
+    """Raises ConfigError for an option that no setting of any section has."""
     known = {key for section in parts for s in section.replaced for key in s.config} | {INIT}
     for option in options:
         for key in option.split(","):
@@ -68,19 +68,19 @@ def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
 
 
 def covers(key: str, option: str) -> bool:
-    """Whether a key of the config belongs to an option: INIT, or keys joined by commas."""
+    """Returns whether a key of the config belongs to an option: INIT, or keys joined by commas."""
     return is_below(key, INIT_KEYS if option == INIT else option.split(","))
 
 
 def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
-    """The option's value in a setting."""
+    """Returns the option's value in a setting."""
     if option == INIT:
         return (setting.init,)
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
 def option_lines(section: Section, option: str) -> list[Line]:
-    """Groups of at least two settings that differ in the option alone, by size of the option."""
+    """Returns groups of at least two settings that differ in the option alone, by size of the option."""
     groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
     for setting in section.replaced:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
@@ -96,7 +96,7 @@ def option_lines(section: Section, option: str) -> list[Line]:
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
-    """'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
         name, equals, value = part.partition("=")
@@ -111,12 +111,12 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """'ranks.0' for attention.ranks.0."""
+    """Returns 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
 def ablation_table(option: str, lines: Sequence[Line]) -> Table:
-    """A row for each line, a column for each value; as CSV a row for each setting."""
+    """Returns a table with a row for each line, a column for each value; as CSV a row for each setting."""
     values = categories(lines)
     rows, raw = [], []
     for line in lines:
@@ -131,13 +131,13 @@ def ablation_table(option: str, lines: Sequence[Line]) -> Table:
 
 
 def categories(lines: Sequence[Line]) -> list[str]:
-    """All values of the lines: numbers in order, words as they come."""
+    """Returns all values of the lines: numbers in order, words as they come."""
     values = list(dict.fromkeys(value for line in lines for value in line.values))
     return values if any(as_number(value) is None for value in values) else sorted(values, key=float)
 
 
 def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Accuracy over the option's values, a line per group; the name of the PNG."""
+    """Draws accuracy over the option's values, a line per group; returns the name of the PNG."""
     values = categories(lines)
     numbers = [number for value in values if (number := as_number(value)) is not None]
     numeric = len(numbers) == len(values)
@@ -166,7 +166,7 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """The number that a text is."""
+    """Returns the number that a text is, None if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -174,10 +174,10 @@ def as_number(text: str) -> float | None:
 
 
 def name_of(option: str) -> str:
-    """'head rank' for attention.ranks.0; other keys as they are."""
+    """Returns 'head rank' for attention.ranks.0; other keys as they are."""
     return ", ".join(NAMES.get(key, key) for key in option.split(","))
 
 
 def stem_of(option: str) -> str:
-    """'by_ranks_0' for attention.ranks.0."""
+    """Returns 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

@@ -44,7 +44,7 @@ class Collection(NamedTuple):
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Results of all finished runs at or below some paths.
+    """Collects the results of all finished runs at or below some paths.
 
     Args:
         paths: run folders, results.json files, folders that contain runs, results.jsonl files. A results.jsonl inside a folder is
@@ -64,7 +64,7 @@ def collect(paths: Sequence[Path]) -> Collection:
 
 
 def find_results(path: Path) -> tuple[list[Path], list[Path]]:
-    """Files with results at or below a path, and folders of runs that are not finished.
+    """Returns files with results at or below a path, and folders of runs that are not finished.
 
     Raises:
         ConfigError: there is nothing.
@@ -80,7 +80,7 @@ def find_results(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def results_in(file: Path) -> list[Results]:
-    """Results in a results.json, or in a results.jsonl, one per line.
+    """Reads the results in a results.json, or in a results.jsonl, one per line.
 
     Raises:
         ConfigError: the file is no such thing.
@@ -97,7 +97,7 @@ def results_in(file: Path) -> list[Results]:
 
 
 def checked_results(entry: Any, where: str) -> Results:
-    """The results of a run, with all that tables need.
+    """Returns the results of a run, with all that tables need.
 
     Raises:
         ConfigError: a key is missing, or is no number where one is needed. The best epoch may be unknown (null).
@@ -116,12 +116,12 @@ def checked_results(entry: Any, where: str) -> Results:
 
 
 def write_results(file: Path, results: Iterable[Results]) -> None:
-    """Keep results, one per line."""
+    """Writes results, one per line."""
     file.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in results))
 
 
 def dotted_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key; nulls and empty ones are left out."""
+    """Returns {'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key, without nulls and empty ones."""
     if isinstance(value, dict | list):
         items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
         nested = (dotted_leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in items)
@@ -130,7 +130,7 @@ def dotted_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def written_config(results: Results) -> dict[str, Any]:
-    """What decides a run's result beside the seed, as its author wrote it: dotted keys, without ranks that a rule chose.
+    """Returns what decides a run's result beside the seed, as its author wrote it: dotted keys, without ranks that a rule chose.
 
     Files of one seed (the dense start, a teacher) have ``*`` in its place, so that all seeds of one config agree.
     """
@@ -145,17 +145,17 @@ def written_config(results: Results) -> dict[str, Any]:
 
 
 def is_below(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of these, or inside one."""
+    """Returns whether a dotted key is one of these, or inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def setting_key(results: Results) -> tuple[str, str]:
-    """Equal for the seeds of one setting: its config and what it was evaluated on."""
+    """Returns what is equal for the seeds of one setting: its config and what it was evaluated on."""
     return json.dumps(written_config(results), sort_keys=True), json.dumps(results["data"], sort_keys=True)
 
 
 def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
-    """One run per config and seed, that which finished last (of one day: the last one given), and notes on the others."""
+    """Returns one run per config and seed, the last to finish (of one day: the last one given), and notes on the others."""
     chosen: dict[tuple[Any, ...], Results] = {}
     notes = []
     for entry in entries:
@@ -171,7 +171,7 @@ def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
 
 
 def sort_key(results: Results) -> tuple[Any, ...]:
-    """By data set, host, name and seed."""
+    """Returns what runs are sorted by: data set, host, name and seed."""
     config = results["config"]
     data, model = config["data"]["dataset"], config["model"]["name"]
     return data, model, str(results["name"]), setting_key(results), config["seed"]

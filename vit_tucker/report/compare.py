@@ -16,7 +16,7 @@ KEPT_FILES = ("config.yaml", "summary.csv", "results.json")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished run.
+    """Reads results.json of a finished run.
 
     Raises:
         ConfigError: the folder holds no finished run.
@@ -28,7 +28,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def describe_attention(results: dict[str, Any]) -> str:
-    """'dense', or the method with its options, or with the rule that chose its ranks."""
+    """Returns 'dense', or the method with its options, or with the rule that chose its ranks."""
     patch = results["patch"]
     if patch is None:
         return "dense"
@@ -40,7 +40,7 @@ def describe_attention(results: dict[str, Any]) -> str:
 
 
 def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
-    """What a comparison says of each finished run, as plain values.
+    """Returns what a comparison says of each finished run, as plain values.
 
     Raises:
         ConfigError: a run is not finished.

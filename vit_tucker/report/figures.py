@@ -59,7 +59,7 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
 def draw_series(
     axis: Any, settings: list[Setting], of: Cost, displays: dict[str, MethodDisplay], series: list[tuple[str, str]]
 ) -> None:
-    """Settings of one method and start with their error bars, and a line through their Pareto front; those off it are faint.
+    """Draws settings of one method and start with error bars, and a line through their Pareto front; those off it are faint.
 
     The start is told by the line and by full, hollow or half markers.
     """
@@ -80,14 +80,14 @@ def draw_series(
 
 
 def draw_quartiles(axis: Any, settings: list[Setting], displays: dict[str, MethodDisplay]) -> None:
-    """Horizontal bars over the quartiles of measured latencies."""
+    """Draws horizontal bars over the quartiles of measured latencies."""
     for s in settings:
         low, high = s.latency_range
         axis.plot([low, high], [s.top1_mean] * 2, color=displays[s.method].colour, linewidth=0.6, alpha=0.6, zorder=2)
 
 
 def draw_dense(axis: Any, dense: Setting, of: Cost) -> list[float]:
-    """The dense host as a star, its standard deviation as a band over the whole width; its cost."""
+    """Draws the dense host as a star, its standard deviation as a band over the whole width; returns its cost."""
     mean, std = dense.top1_mean, dense.top1_std
     axis.axhline(mean, color="black", linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
     if std is not None:

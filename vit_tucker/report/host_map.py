@@ -42,7 +42,7 @@ class Notes:
         self.numbers: dict[str, int] = {}
 
     def cell(self, status: str) -> str:
-        """'exact', 'refused [3]' or '2 of 12 layers [4]'."""
+        """Returns 'exact', 'refused [3]' or '2 of 12 layers [4]'."""
         verdict, colon, reasons = status.partition(": ")
         if not colon:
             return status
@@ -50,17 +50,17 @@ class Notes:
         return f"{verdict} [{', '.join(marks)}]"
 
     def lines(self) -> list[str]:
-        """'[3] ...'"""
+        """Returns the notes, '[3] ...'."""
         return [f"- [{number}] {reason}" for reason, number in self.numbers.items()]
 
 
 def counts(values: dict[str, int]) -> str:
-    """'24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'"""
+    """Returns '24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'."""
     return ", ".join(f"{count} {name}" for name, count in values.items())
 
 
 def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> str:
-    """A row for each model."""
+    """Returns a table with a row for each model."""
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
     rows = [
@@ -72,7 +72,7 @@ def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) ->
 
 
 def kind_table(entries: Sequence[Entry], notes: Notes) -> str:
-    """A row for each kind of attention: classes, what they do beyond plain attention, and what methods make of them."""
+    """Returns a table with a row for each kind of attention: its classes, its features, and the verdict of each method."""
     methods = list(entries[0]["methods"])
     kinds: dict[tuple[str, ...], list[str]] = {}
     for entry in entries:
@@ -86,7 +86,7 @@ def kind_table(entries: Sequence[Entry], notes: Notes) -> str:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """How many models each method takes as a whole."""
+    """Returns a line that says how many models each method can replace as a whole."""
     exact = Counter(
         method for entry in entries for method in entry["methods"] if entry["methods"][method].startswith("exact")
     )
@@ -96,14 +96,14 @@ def summary(entries: Sequence[Entry]) -> str:
 
 
 def terminal_map(entries: Sequence[Entry]) -> str:
-    """The table by model with its notes, for people at a terminal."""
+    """Returns the table by model with its notes, for people at a terminal."""
     notes = Notes()
     table = hosts_table(entries, notes)
     return "\n".join([table, "", *notes.lines(), summary(entries)])
 
 
 def document(entries: Sequence[Entry], timm_version: str, file: str, pattern: str | None = None) -> str:
-    """The whole map as a Markdown file.
+    """Returns the whole map as a Markdown file.
 
     Args:
         entries: of the models.

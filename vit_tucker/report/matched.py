@@ -114,8 +114,7 @@ class MethodComparison:
 
     @cached_property
     def factors(self) -> dict[str, tuple[list[Bounds], list[list[Bounds]] | None]]:
-        """Returns, for each other method, its parameters at the accuracy of each Tucker setting over the setting's, measured
-        and in each resample."""
+        """Returns, by method, its parameters at each Tucker setting's accuracy over the setting's, measured and resampled."""
         return {method: self._factors(method) for method in self.rivals}
 
     def _factors(self, method: str) -> tuple[list[Bounds], list[list[Bounds]] | None]:
@@ -131,8 +130,7 @@ class MethodComparison:
         return at(self.means), [at(means) for means in self.boot] if repeated else None
 
     def at_dense(self, method: str) -> tuple[Factor | None, Setting | None, Setting | None, str]:
-        """Returns the factor between the smallest settings within the seeds' noise of dense, both settings, and why there is
-        no such factor."""
+        """Returns the factor between the smallest settings as good as dense, both settings, and why there is no factor."""
         if self.dense is None:
             return None, None, None, "there is no dense run"
         if any(len(setting.runs) < 2 for setting in self.settings):
@@ -161,7 +159,7 @@ class MethodComparison:
 
     @cached_property
     def matches(self) -> list[Match]:
-        """Each Tucker setting against the other methods, from small to large."""
+        """Returns each Tucker setting against the other methods, from small to large."""
         matches = []
         for place, index in enumerate(self.ours):
             setting = self.settings[index]
@@ -175,7 +173,7 @@ class MethodComparison:
 
     @cached_property
     def headlines(self) -> list[Headline]:
-        """One per other method."""
+        """Returns a headline for each other method."""
         lines = []
         for method, (values, boot) in self.factors.items():
             chosen = [values[place] for place in self.front]
@@ -190,7 +188,7 @@ class MethodComparison:
 
 
 def top1_scores(settings: Sequence[Setting]) -> Floats:
-    """Top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
+    """Returns top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
     seeds = sorted({seed for setting in settings for seed in setting.seeds})
     table = np.full((len(settings), len(seeds)), np.nan)
     for row, setting in zip(table, settings, strict=True):
@@ -199,13 +197,13 @@ def top1_scores(settings: Sequence[Setting]) -> Floats:
 
 
 def largest_of(values: Sequence[Bounds]) -> Bounds:
-    """What is known of the largest of some numbers, those of which only an upper bound is known left out."""
+    """Returns what is known of the largest of some numbers, those of which only an upper bound is known left out."""
     measured = [value for value in values if value.low > 0]
     return Bounds(max(b.low for b in measured), max(b.high for b in measured)) if measured else UNKNOWN
 
 
 def median_of(values: Sequence[Bounds]) -> Bounds:
-    """What is known of the median of some numbers, those left out as above; of an even number of them the lower one."""
+    """Returns what is known of the median of some numbers, those left out as above; of an even number of them the lower one."""
     measured = [value for value in values if value.low > 0]
     middle = (len(measured) - 1) // 2
     lows, highs = (sorted(value[end] for value in measured) for end in (0, 1))
@@ -213,6 +211,6 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
 
 
 def compare_methods(section: Section) -> MethodComparison | None:
-    """The comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
+    """Returns the comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
     comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

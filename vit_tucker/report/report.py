@@ -20,7 +20,7 @@ SUMMARY = ("study", "host and data", "against", "median factor", "fewer at equal
 
 
 def write_report(folder: Path) -> Path:
-    """Write README.md over the studies in a folder.
+    """Writes README.md over the studies in a folder.
 
     Args:
         folder: each folder in it with a results.jsonl is a study, and gets tables if it has none; others with a README.md are
@@ -63,7 +63,7 @@ def write_report(folder: Path) -> Path:
 
 
 def chapter(study: Path, rows: list[list[str]]) -> list[str]:
-    """Lines on one study; its lines of the summary are added to ``rows``."""
+    """Returns lines on one study; its lines of the summary are added to ``rows``."""
     found = collect([study])
     sweep = read_sweep([study])
     title = sweep.title or study.name
@@ -77,7 +77,7 @@ def chapter(study: Path, rows: list[list[str]]) -> list[str]:
 
 
 def section_lines(section: Section, study: str, rows: list[list[str]], root: Path, folder: Path) -> list[str]:
-    """Figure, numbers and verdicts of one host and data set, whose files are in ``folder``; links are relative to ``root``."""
+    """Returns figure, numbers and verdicts of one host and data set with files in ``folder``; links are relative to ``root``."""
     comparison = compare_methods(section)
     if comparison is None:
         return ablation_lines(section, root, folder)
@@ -92,12 +92,12 @@ def section_lines(section: Section, study: str, rows: list[list[str]], root: Pat
 
 
 def picture(title: str, root: Path, file: Path) -> list[str]:
-    """A link to a figure, if it is there."""
+    """Returns a link to a figure, if it is there."""
     return [f"![{title}]({file.relative_to(root).as_posix()})", ""] if file.is_file() else []
 
 
 def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
-    """Accuracy against each option that varies alone, of a study that compares Tucker with itself."""
+    """Returns accuracy against each option that varies alone, of a study that compares Tucker with itself."""
     lines = []
     for option in usual_options(section):
         title = f"Accuracy by {name_of(option)}"
@@ -107,7 +107,7 @@ def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
 
 
 def commands(study: Path, sweep: SweepNotes) -> list[str]:
-    """What reproduces a study from nothing, or its tables from its results where no sweep file is there."""
+    """Returns what reproduces a study, or its tables from its results where no sweep file is there."""
     place = Path(os.path.relpath(study)).as_posix()
     if sweep.file is None:
         return [f"./run.sh tables {place}"]

@@ -20,7 +20,7 @@ FLOOR = 1e-4
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Lines of a CSV file."""
+    """Reads the lines of a CSV file."""
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
@@ -119,7 +119,7 @@ def spectra_figure(
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
-    """Vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
+    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
     marks: dict[int, list[str]] = {}
     if mode == "head":
         marks[heads] = ["MHA, GQA, MLA"]

@@ -60,7 +60,7 @@ class Study(NamedTuple):
 
 
 def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = ()) -> Study:
-    """Read runs and write results.jsonl, tables.md and, for each table and figure, its own files.
+    """Reads runs and writes results.jsonl, tables.md and, for each table and figure, its own files.
 
     Args:
         paths: see ``collect``.
@@ -124,7 +124,7 @@ def read_sweep(paths: Sequence[Path]) -> SweepNotes:
 def write_section(
     section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
 ) -> SectionOutput:
-    """Tables and figures of one host and data set."""
+    """Writes tables and figures of one host and data set."""
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
@@ -153,7 +153,7 @@ def write_section(
 
 
 def study_page(study: Study) -> str:
-    """tables.md."""
+    """Returns the text of tables.md."""
     lines = [f"# {study.title}", "", *([study.about, ""] if study.about else [])]
     for output in study.outputs:
         lines += [f"## {output.section.title}", "", facts(output.section), ""]
@@ -168,7 +168,7 @@ def study_page(study: Study) -> str:
 
 
 def facts(section: Section) -> str:
-    """What was run, in one paragraph: data, recipe, seeds, machine, versions, commits, dates."""
+    """Returns what was run, in one paragraph: data, recipe, seeds, machine, versions, commits, dates."""
     runs = section.runs
     first = runs[0]
     seeds = sorted({seed for setting in section.settings for seed in setting.seeds})
@@ -194,5 +194,5 @@ def facts(section: Section) -> str:
 
 
 def distinct(texts: Any) -> str:
-    """Each text once."""
+    """Returns each text once, joined."""
     return "; or ".join(dict.fromkeys(texts))

@@ -26,14 +26,14 @@ DENSE_NOTE = (
 
 
 def seed_list(seeds: Sequence[int]) -> str:
-    """'5 (0-4)', '3 (0, 2, 7)': how many and which."""
+    """Returns '5 (0-4)', '3 (0, 2, 7)': how many and which."""
     together = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
     which = f"{seeds[0]}-{seeds[-1]}" if together else ", ".join(map(str, seeds))
     return f"{len(seeds)} ({which})"
 
 
 def settings_table(section: Section) -> Table:
-    """A row for each setting: what it is, what it costs, how well it does."""
+    """Returns a table with a row for each setting: what it is, what it costs, how well it does."""
     recipes = [section.describe_recipe(setting) for setting in section.settings]
     commits = dict.fromkeys(setting.commits for setting in section.settings)
     header = ["config", "method", "options", "init"]
@@ -69,7 +69,7 @@ def settings_table(section: Section) -> Table:
 
 
 def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
-    """A line of the CSV file."""
+    """Returns a line of the CSV file."""
     return {
         "config": setting.name,
         "method": setting.method,
@@ -95,19 +95,19 @@ def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
 
 
 def runs_with_choices(setting: Setting) -> bool:
-    """Whether a rank rule chose ranks."""
+    """Returns whether a rank rule chose ranks."""
     attention = setting.runs[0]["config"]["attention"]
     return attention is not None and any(rule.get("chosen_by") for rule in attention.get("rules") or [])
 
 
 def describe_latency(setting: Setting) -> str:
-    """'0.35 (0.33-0.40)'; '-' where it was not measured."""
+    """Returns '0.35 (0.33-0.40)'; '-' where it was not measured."""
     low, high = setting.latency_range
     return "-" if low is None or high is None else f"{decimal(setting.latency)} ({low:.2f}-{high:.2f})"
 
 
 def latency_conditions(section: Section) -> str:
-    """' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
+    """Returns ' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
     measured = (run["cost"]["latency"] for run in section.runs if run.get("cost") and run["cost"].get("latency"))
     conditions = dict.fromkeys(
         f"{m['device']}, {m['threads']} thread(s), batch {m['batch_size']}, precision {m['precision']}"
@@ -118,7 +118,7 @@ def latency_conditions(section: Section) -> str:
 
 
 def matched_table(comparison: MethodComparison) -> Table:
-    """A row for each Tucker setting: the attention parameters that other methods need to reach its mean accuracy."""
+    """Returns a table with a row for each Tucker setting: attention parameters that other methods need for its mean accuracy."""
     rivals = comparison.rivals
     needs = [f"{name} needs" for name in (*(comparison.section.displays[method].name for method in rivals), DENSE)]
     header = ["Tucker setting", "init", "attention params", "top-1 %", *needs]
@@ -150,13 +150,13 @@ def matched_table(comparison: MethodComparison) -> Table:
 
 
 def raw_factor(factor: Factor) -> tuple[float | None, ...]:
-    """Bounds of the factor and the outer bounds of its interval."""
+    """Returns the bounds of the factor and the outer bounds of its interval."""
     ends = (None, None) if factor.interval is None else (factor.interval.lower.low, factor.interval.upper.high)
     return (*factor.value, *ends)
 
 
 def headline_table(comparison: MethodComparison) -> Table:
-    """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
+    """Returns a row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
     headlines = comparison.headlines
     header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]
     raw_header = ["against"]
@@ -177,13 +177,13 @@ def headline_table(comparison: MethodComparison) -> Table:
 
 
 def raw_headline(headline: Headline) -> list[object]:
-    """A line of the CSV file."""
+    """Returns a line of the CSV file."""
     factors = (headline.largest, headline.median, headline.at_dense)
     return [headline.method, *(n for f in factors for n in (raw_factor(f) if f is not None else (None,) * 4))]
 
 
 def brief(setting: Setting | None) -> str:
-    """'ranks=8,16,16, HOSVD (50.2k)'; 'none'."""
+    """Returns 'ranks=8,16,16, HOSVD (50.2k)'; 'none'."""
     if setting is None:
         return "none"
     what = "dense" if setting.method == DENSE else f"{setting.options}, {setting.init}"

@@ -25,12 +25,12 @@ RULES = (
 
 
 def word(factor: Factor | None, threshold: float = 1.0) -> str:
-    """Whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
+    """Returns whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
     return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
 
 
 def verdicts(comparison: MethodComparison) -> list[str]:
-    """Sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
+    """Returns sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
     matches = [match for match in comparison.matches if match.on_front]
     return [
         sentence
@@ -40,7 +40,7 @@ def verdicts(comparison: MethodComparison) -> list[str]:
 
 
 def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]:
-    """A sentence for each verdict that some setting of Tucker's Pareto front has."""
+    """Returns a sentence for each verdict that some setting of Tucker's Pareto front has."""
     method, name, sentences = headline.method, headline.name, []
     for verdict, need in ((HOLDS, "needs more"), (FAILS, "needs fewer"), (UNCLEAR, "may need more or fewer")):
         chosen = [m for m in matches if word(m.factors[method]) == verdict]
@@ -55,7 +55,7 @@ def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]
 
 
 def place(setting: Setting) -> str:
-    """'the 94.06% of ranks=4,8,8, HOSVD (20k)'"""
+    """Returns 'the 94.06% of ranks=4,8,8, HOSVD (20k)'."""
     return f"the {setting.top1_mean:.2f}% of {brief(setting)}"
 
 
@@ -69,7 +69,7 @@ def order_of_magnitude(headline: Headline) -> str:
 
 
 def at_dense(headline: Headline) -> str:
-    """The smallest settings that are as good as the dense model."""
+    """Returns the sentence on the smallest settings that are as good as the dense model."""
     name, factor = headline.name, headline.at_dense
     if factor is None:
         return f"**At dense accuracy, fewer than {name}: {UNCLEAR}**: {headline.why_not}."
