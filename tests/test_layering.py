@@ -38,11 +38,15 @@ ALLOWED = {
         "training",
         "show",
     },
-    "inference": {"errors", "config", "hosts", "checkpoint", "data"},
+    "inference": {
+        *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
+        *("analysis", "run"),
+    },
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
             "errors",
+            "storage",
             "attention",
             "config",
             "hosts",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 from vit_tucker.storage import json_files
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
@@ -88,7 +88,7 @@ def results_in(file: Path) -> list[Results]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
+        raise ConfigError(f"{file}: can't be read: {one_line(error, 120)}") from None
     parts = {str(file): text}
     if file.suffix == ".jsonl":
         parts = {f"{file}, line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
