@@ -70,7 +70,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """``-p`` and ``--trust-plugins``; ``run_command`` heeds them."""
+    """``-p`` and ``--trust-plugins``; ``run_command`` applies them."""
     group = parser.add_argument_group("plug-ins")
     group.add_argument(
         "-p",
