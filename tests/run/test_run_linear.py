@@ -10,12 +10,12 @@ import torch
 import yaml
 
 import vit_tucker as vt
+from tests.run.tiny import run
 from vit_tucker.cli.main import main
 from vit_tucker.config.load import load_config
 from vit_tucker.linear.base import LINEAR_METHODS
 from vit_tucker.patching.record import patch_records
 from vit_tucker.run.convert import convert, plan
-from vit_tucker.run.run import run
 
 PLUGIN = """
 from typing import Literal
@@ -81,7 +81,7 @@ def test_both_sections_train_go_on_and_are_evaluated(write_config: Callable[...,
     planned = plan(None, None, file)
     assert [report.slot for report in planned.reports] == ["attention", "linear"]
     done = convert(None, None, Path("converted"), file)
-    assert [report.params_after for report in done.reports] == [r.params_after for r in planned.reports]
+    assert [report.params_after for report in done.reports] == [report.params_after for report in planned.reports]
     assert set(patch_records(vt.load("converted"))) == {"attention", "linear"}
     results = run(load_config(file))
     assert [row["name"] for row in results["linear"]["layers"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]

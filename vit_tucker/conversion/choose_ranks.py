@@ -8,10 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Rule
 from vit_tucker.attention.variants.mha import MHAConfig
-from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables
+from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables, whiten
 from vit_tucker.conversion.calibrate import collect_moments
 from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError

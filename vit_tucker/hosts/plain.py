@@ -5,7 +5,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from vit_tucker.attention.effective import full_name, functional_hooks, with_plain_parts
+from vit_tucker.attention.effective import full_name, with_plain_parts
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.errors import WeightsError
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vit_tucker.attention.effective import CALL_HOOKS, HOOKS, functional_hooks
+from vit_tucker.attention.effective import CALL_HOOKS, HOOKS
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.errors import ConfigError
 
 
