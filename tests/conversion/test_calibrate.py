@@ -95,7 +95,7 @@ def test_same_images_same_result_in_one_group_or_many(make_vit, monkeypatch):
 
 
 def test_images_and_loaders(make_vit):
-    """One tensor, a list, tuples with labels, a generator; no more images than asked for."""
+    """A tensor, a list, tuples with labels and a generator are the same images; no more are used than asked for."""
     labels = torch.zeros(8, dtype=torch.long)
     states = []
     for batches in (
@@ -252,7 +252,7 @@ def test_models_without_gradients_are_refused(make_vit):
 
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_works_in_inference_mode_and_on_its_tensors(make_vit, images, calibrated):
-    """And the layers can be trained afterwards."""
+    """Patches in inference mode are those outside of it, and the layers can be trained afterwards."""
     inside, outside = make_vit(), make_vit()
     vt.patch(outside, EXAMPLES["tucker"], calibration=[pictures()] if calibrated else None)
     with torch.inference_mode():
@@ -268,7 +268,7 @@ def test_works_in_inference_mode_and_on_its_tensors(make_vit, images, calibrated
 
 
 def test_few_tokens_are_noted(make_vit):
-    """17 tokens for 24 columns; one image; enough."""
+    """The report notes fewer tokens than columns (17 for 24), and a single image; two images of 17 tokens are enough."""
     config = EXAMPLES["tucker"]
     (few,) = vt.patch(make_vit(), config, calibration=[pictures(1)]).notes
     assert few == (
@@ -281,7 +281,7 @@ def test_few_tokens_are_noted(make_vit):
 
 
 def test_all_maps_of_a_model_of_features_count(make_vit):
-    """Layers behind the first map too; with one map alone they have no influence."""
+    """Layers behind the first map count too; where the first map is all, they are refused for having no influence."""
     model = make_vit(features_only=True, out_indices=(0, 2))
     report = vt.patch(model, EXAMPLES["tucker"], calibration=[pictures()])
     assert len(report.layers) == 3

@@ -121,7 +121,7 @@ def test_layers_are_chosen_by_the_same_patterns_and_heads_by_their_name_alone(ma
     assert [row.name for row in report.layers] == chosen
 
 
-def test_rules_and_mistakes_are_told_in_the_slots_words(make_vit):
+def test_rules_apply_and_mistakes_name_linear_layers(make_vit):
     model = make_vit()
     config = SameConfig(exclude="*.fc2", rules=(vt.Rule(layers="blocks.1.*", label="b"),))
     assert [row.options for row in vt.plan(model, config).layers] == ["", "label=b", ""]

@@ -1,4 +1,4 @@
-"""Hosts with something around their weights: adapters merge, hooks are told of or refused by name, NaN is refused."""
+"""Hosts with something around their weights: adapters merge, hooks are reported or refused by name, NaN is refused."""
 
 import copy
 import functools
@@ -238,7 +238,7 @@ def test_random_starts_read_no_weights():
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_hooks_are_told_of_and_never_called():
+def test_hooks_are_reported_and_never_called():
     model = host()
     calls = []
 

@@ -131,7 +131,7 @@ def test_freezing_is_followed(make_vit, freeze, config):
 
 
 def test_partly_frozen_hosts_come_back_as_they_were(make_vit):
-    """Unless all of the replacement is frozen, or what was frozen trains."""
+    """A layer that is frozen or trained as a whole after the patch comes back frozen or trained as a whole."""
     dense = changed(make_vit(), FREEZING["all but biases"])
     assert flags(restored(dense, lambda model: None)) == flags(dense)
     frozen = restored(dense, lambda model: model.requires_grad_(False))

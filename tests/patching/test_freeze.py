@@ -17,7 +17,7 @@ def trained(model):
 
 @pytest.mark.parametrize("patched", [True, False])
 def test_attention_alone_is_trained(make_vit, images, patched):
-    """Layers of ours and those left alone; gradients and an optimizer's steps nowhere else, with checkpointing too."""
+    """Attention trains, replaced or not; nothing else gets gradients or steps, with checkpointing too."""
     model = make_vit().train()
     if patched:
         vt.patch(model, TUCKER)

@@ -28,7 +28,7 @@ TUCKER = vt.TuckerConfig(ranks=(3, 6, 6))
     ids=str,
 )
 def test_full_rank_patch_reproduces_the_logits(make_vit, images, name, options):
-    """float64 to 1e-9; float32 to 1e-4 relative, as the same model in float32 would be after other orders of summation."""
+    """Logits agree to 1e-9 in float64, and to 1e-4 in float32, as after other orders of summation."""
     model = make_vit(depth=2, **options)
     reference = model(images)
     config = vt.get_method(name).full_rank(SPEC)
@@ -238,7 +238,7 @@ def test_random_init_does_not_look_at_the_host(make_vit):
 @pytest.mark.parametrize("config", [TUCKER, TUCKER.unconverted(), vt.GQAConfig(num_kv_heads=1)])
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_nothing_is_drawn_from_global_generators(make_vit, images, config, calibrated):
-    """Neither by a patch that fails; random layers come from the state of torch's generator, each from draws of its own."""
+    """Patches leave the generators as they were, failed ones too; each random layer comes from draws of its own."""
 
     def draws():
         return torch.rand(3), torch.tensor(np.random.random(3)), random.random()  # noqa: NPY002
@@ -263,7 +263,7 @@ def test_nothing_is_drawn_from_global_generators(make_vit, images, config, calib
 
 @pytest.mark.parametrize("name", vt.list_methods())
 def test_random_layers_are_those_that_their_constructors_draw(make_vit, name):
-    """In the order of the layers, and nothing else is drawn: a seed means the same model in every version."""
+    """Layers are drawn in their order and nothing else is: a seed means the same model in every version."""
     model, config = make_vit(), vt.get_method(name).example(SPEC).model_copy(update={"init": "random"})
     torch.manual_seed(3)
     vt.patch(model, config)
@@ -276,7 +276,7 @@ def test_random_layers_are_those_that_their_constructors_draw(make_vit, name):
 
 @pytest.mark.parametrize("act", [vt.patch, vt.plan])
 def test_optimizers_from_before_the_patch_are_noted(make_vit, act):
-    """If they hold what is replaced, and only as long as they live."""
+    """An optimizer is noted if it holds what is replaced, and only as long as it lives."""
     model, other = make_vit(), make_vit()
     optimizer = torch.optim.AdamW(model.parameters())
     (note,) = act(model, TUCKER).notes
@@ -294,7 +294,7 @@ def test_optimizers_from_before_the_patch_are_noted(make_vit, act):
 
 
 def test_one_module_at_two_places_counts_once(make_vit):
-    """Its parameters; it computes at both places, for the budget of operations too."""
+    """A shared module's parameters count once; its operations count at both places, for budgets too."""
     single, shared = make_vit(), make_vit()
     shared.blocks[2].attn = shared.blocks[0].attn
     plain, report = vt.patch(single, TUCKER), vt.patch(shared, TUCKER)

@@ -204,7 +204,7 @@ class OwnEmbedding(torch.nn.Module):
         return self.inner[0].get_embed(*args, **kwargs)
 
 
-def test_tables_of_each_head_are_known_by_the_models_word():
+def test_rotations_that_differ_from_head_to_head_are_recognised():
     name = "vit_small_patch16_rope_mixed_224"
     model = small_model(name)
     x, embedding = image(model, 32), model.rope

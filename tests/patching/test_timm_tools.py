@@ -72,7 +72,7 @@ def test_attention_maps_by_fx(host):
 @pytest.mark.filterwarnings("ignore:NOTE. The nodes obtained by tracing the model in eval mode")
 @pytest.mark.parametrize("host", TRACED)
 def test_traced_by_fx(host):
-    """As timm makes the models, fused, by torch, torchvision and timm; the graph takes any number of images."""
+    """Graphs of torch, torchvision and timm give the model's outputs, fused attention included, for any number of images."""
     trio = make_patchwork(host)
     more = torch.cat([trio.x, -trio.x, trio.x])
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_copies_are_equal_and_independent(host, method):
 
 @over()
 def test_moving_averages(host, method):
-    """Of weights that stay as they are: nothing moves."""
+    """The moving average of weights that do not change is the model itself."""
     trio = make_trio(host, method)
     for average in (ModelEmaV2, ModelEmaV3):
         ema = average(trio.small, decay=0.9)
@@ -161,7 +161,7 @@ def test_moving_averages(host, method):
 @over()
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
 def test_half_precision_is_as_good_as_the_dense_one(host, method, autocast):
-    """At most twice the dense model's error, against float64."""
+    """The error against float64 is at most twice the dense model's."""
     trio = make_trio(host, method)
     x = torch.cat([trio.x, trio.x.flip(0).roll(3, -1), -trio.x, trio.x.roll(5, -2)])
     expected = trio.dense(x)
@@ -180,7 +180,7 @@ def test_half_precision_is_as_good_as_the_dense_one(host, method, autocast):
 
 @over()
 def test_built_on_the_meta_device(host, method):
-    """Structure first, weights later: nothing is lost but timm's own buffers, which timm makes anew."""
+    """A model that gets its weights after the patch loses nothing but timm's own buffers, which timm makes anew."""
     if not hasattr(_manipulate, "reinit_non_persistent_buffers"):
         pytest.skip("this timm has no reinit_non_persistent_buffers")
     trio = make_trio(host, method)

@@ -72,7 +72,7 @@ def make_dense(host: str, **options: Any) -> nn.Module:
 
 
 def refusal(method: str, model: nn.Module) -> str | None:
-    """Why a method does not take a model's attention, by its own word; None if it does."""
+    """Returns why a method refuses a model's attention; None if it does not."""
     for module in find_attention(model).values():
         spec = read_host(module, model).spec
         try:
@@ -124,14 +124,14 @@ def make_patchwork(host: str) -> Trio:
 
 
 def run(call: Callable[[nn.Module, Tensor], Any], model: nn.Module, x: Tensor) -> tuple[list[Tensor], Any]:
-    """What a call gives: its tensors and their arrangement."""
+    """Returns the tensors that a call gives, and their arrangement."""
     torch.manual_seed(0)
     leaves, arrangement = tree_flatten(call(model, x.clone()))
     return leaves, arrangement
 
 
 def run_copy(call: Callable[[nn.Module, Tensor], Any], model: nn.Module, x: Tensor) -> tuple[list[Tensor], Any]:
-    """The same on a copy of the model."""
+    """Runs a call on a copy of the model, see ``run``."""
     return run(call, copy.deepcopy(model), x)
 
 
@@ -154,7 +154,7 @@ def assert_equal(got: list[Tensor], expected: list[Tensor], tolerance: float = 1
 
 
 def distance(x: Tensor, reference: Tensor) -> float:
-    """Relative, in the Frobenius norm."""
+    """Returns the relative distance in the Frobenius norm."""
     return ((x.double() - reference).norm() / reference.norm().clamp_min(1e-9)).item()
 
 

@@ -102,7 +102,9 @@ def choose_layer_ranks(
             )
         calls, num_tokens = tokens.get(layer.name, (1, 1))
         calls *= len(layer.names)  # a shared module computes at each of its places
-        dense = _dense_cost(layer, calls, num_tokens)
+        dense = layer.host.parameters.total
+        if layer.rule.flops is not None:
+            dense = calls * MHAConfig().count_flops(layer.host.spec, num_tokens)
         tables[layer.name] = layer_tables(layer.rule, layer.host.spec, pre, post, dense, calls, num_tokens)
     rules = []
     for rule in dict.fromkeys(layer.rule for layer in layers):
@@ -115,12 +117,6 @@ def choose_layer_ranks(
             options = {"ranks": pre_ranks, "post_ranks": post_ranks}
             rules.append(Rule(layers=tuple(map(_exactly, layer.names)), chosen_by=rule, **options))
     return rules
-
-
-def _dense_cost(layer: OpenLayer, calls: int, num_tokens: int) -> int:
-    if layer.rule.flops is not None:
-        return calls * MHAConfig().count_flops(layer.host.spec, num_tokens)
-    return layer.host.parameters.total
 
 
 @torch.no_grad()

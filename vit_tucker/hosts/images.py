@@ -20,14 +20,11 @@ def input_shape(model: nn.Module, img_size: int | tuple[int, int] | None = None)
 
 
 def built_size(model: nn.Module) -> tuple[int, int] | None:
-    """Returns height and width of the images that a model was built for, by ``img_size`` or ``set_input_size``.
+    """Returns height and width of the images that a model was built for; None if its pretrained_cfg is all there is to go by.
 
     The patch embedding's own size is taken as it is. Other records count if the model runs at that size, since some
     architectures ignore ``img_size``. Older timm keeps no record of some families (VOLO, LeViT, CoAtNet, ...): of a model
     with one fixed size, squares are tried then.
-
-    Returns:
-        None if the model's pretrained_cfg is all there is to go by.
     """
     if embedded := as_pair(getattr(getattr(model, "patch_embed", None), "img_size", None)):
         return embedded

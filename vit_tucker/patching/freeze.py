@@ -1,6 +1,7 @@
 """Which parameters are trained: the attention layers alone, or what patterns name."""
 
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 
 from torch import nn
 
@@ -49,7 +50,8 @@ def freeze_except(model: nn.Module, only: str | Sequence[str], what: str) -> tup
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen = set().union(*(_matching(item, model, [*modules, *parameters], what) for item in items))
-    names = tuple(name for name in parameters if not chosen.isdisjoint(_and_parents(name)))
+    # of 'a.b.c': 'a', 'a.b' and 'a.b.c'
+    names = tuple(n for n in parameters if not chosen.isdisjoint(accumulate(n.split("."), "{}.{}".format)))
     if not names:
         raise ConfigError(f"{what}: {', '.join(items)}: no parameter in there")
     for parameter in parameters.values():
@@ -74,9 +76,3 @@ def _matching(item: str, model: nn.Module, names: Collection[str], what: str) ->
         hint = nearest(item, [ATTENTION, *names])
         raise ConfigError(f"{what}: '{item}' matches no module or parameter of {type(model).__name__}{hint}")
     return found
-
-
-def _and_parents(name: str) -> list[str]:
-    """Returns a full name and those of its parents: 'a.b.c' -> 'a.b.c', 'a.b', 'a'."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

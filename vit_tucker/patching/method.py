@@ -17,15 +17,12 @@ ARGUMENTS = ("layers", "exclude", "calibration", "keep_originals", "img_size")
 
 
 def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> MethodConfig:
-    """Returns the config that a call means.
+    """Returns the config that a call means; the same object if one is given.
 
     Args:
         model: what is to be patched, for its type alone.
         method: a config, a method's name, or a mapping of ``method`` and options.
         options: of the method, beside its name.
-
-    Returns:
-        The config; the same object if one is given.
 
     Raises:
         ConfigError: of another type; an unknown method or option, with the nearest name; options beside a whole config.

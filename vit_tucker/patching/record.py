@@ -33,14 +33,11 @@ class PatchRecord:
 
 
 def patch_record(model: nn.Module, slot: str = ATTENTION.name) -> PatchRecord | None:
-    """Returns config, report and originals of a patched model.
+    """Returns config, report and originals of a patched model; None if it is not patched there.
 
     Args:
         model: any module.
         slot: 'attention' or 'linear'.
-
-    Returns:
-        The record of its patch; None if it is not patched there.
 
     Raises:
         ConfigError: there is no such slot.

@@ -11,16 +11,13 @@ Selection = Item | Iterable[Item]
 
 
 def matches(item: Item, names: Sequence[str], noun: str = "attention module") -> set[str]:
-    """Returns the names that one item selects.
+    """Returns the names that one item selects, never none.
 
     Args:
         item: an index (negative from the end), an index range 'first-last' (inclusive; '6-' to the end), 're:' and a regular
             expression for the full name, or a full name with the wildcards * ? [].
         names: full names of the modules, in the model's order; indices count in it.
         noun: what one of them is, for messages.
-
-    Returns:
-        The selected names, never empty.
 
     Raises:
         PatchError: nothing is selected; says what there is.

@@ -99,14 +99,11 @@ def least_cost(tables: Sequence[RankTable], energy: float) -> list[Ranks]:
 
 
 def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: float) -> list[int]:
-    """Returns one entry of each table such that the summed objective is low and the summed constraint within the limit.
+    """Returns an entry of each flattened table: the summed objective is low, the summed constraint within the limit.
 
     Args:
         objective, constraint: one pair of tables of the same shape per tensor.
         limit: at least the sum of the constraints' least entries.
-
-    Returns:
-        Indices into the flattened tables.
     """
     goals, uses = [t.flatten() for t in objective], [t.flatten() for t in constraint]
 

@@ -19,16 +19,13 @@ class Root(NamedTuple):
 
 
 def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
-    """Returns the square root of ``metric + damping * mean eigenvalue``.
+    """Returns the square root of ``metric + damping * mean eigenvalue`` and its inverse, float64.
 
     Sums of products taken in lower precision can have slightly negative eigenvalues; they count as zero.
 
     Args:
         metric: (..., I, I), symmetric, positive semidefinite up to rounding.
         damping: relative to the mean eigenvalue; few samples leave directions without any, which only damping makes invertible.
-
-    Returns:
-        The root and its inverse, float64.
 
     Raises:
         ValueError: entries that are not finite, no positive eigenvalue, or a singular metric without damping.

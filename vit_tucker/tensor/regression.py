@@ -86,16 +86,13 @@ class LinearMoments:
 
 
 def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tuple[Tensor, Root]:
-    """Returns the best read-out at full rank, and the root of the damped feature metric.
+    """Returns the best read-out (O, F) at full rank, and the root of the feature metric, ff + ridge.
 
     Args:
         ff: (F, F) feature (co)variance.
         yf: (O, F).
         prior: R0, (O, F).
         damping: ridge relative to the mean variance of the features.
-
-    Returns:
-        R, (O, F), and the root of ff + ridge.
     """
     root = metric_root(ff, damping)
     # R - R0 solves (R - R0)(ff + ridge) = yf - R0 ff: zero where R0 already explains y

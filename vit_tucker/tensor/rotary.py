@@ -103,14 +103,11 @@ def pair_energies(lifted: Lifted) -> Tensor:
 
 
 def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
-    """Returns ||tensor - other|| / ||tensor|| averaged over all angles; widths K and K' may differ.
+    """Returns ||tensor - other|| / ||tensor|| averaged over all angles, as precise as ``relative_distance``; widths K may differ.
 
     Args:
         tensor: reference.
         other: approximation with the same (H, I, J).
-
-    Returns:
-        Scalar; see ``relative_distance`` for its precision.
     """
     sides = as_complex(tensor.right), as_complex(other.right)
     parts: list[list[Tensor]] = [[], []]

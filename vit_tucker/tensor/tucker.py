@@ -90,7 +90,7 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 
 
 def left_basis(pairs: Pairs, rank: int) -> Tensor:
-    """Returns the ``rank`` leading left singular vectors of the left mode's unfolding.
+    """Returns the ``rank`` leading left singular vectors (I, rank) of the left mode's unfolding.
 
     A Gram squares the singular values, so that directions below 1e-8 of the largest drown in rounding. Where the columns of all
     A_i together are fewer than the rows, the search is therefore held to their span by a QR: with a rank that covers the span
@@ -99,9 +99,6 @@ def left_basis(pairs: Pairs, rank: int) -> Tensor:
     Args:
         pairs: the tensor, (H, I, J) as pairs of width D.
         rank: 1 <= rank <= I.
-
-    Returns:
-        (I, rank), orthonormal columns.
     """
     heads, rows, width = pairs.left.shape
     if heads * width >= rows:
@@ -205,7 +202,7 @@ def squared_norm(pairs: Pairs) -> Tensor:
 
 
 def relative_distance(pairs: Pairs, other: Pairs) -> Tensor:
-    """Returns ||tensor - other||_F / ||tensor||_F for two Pairs tensors of the same shape (H, I, J), widths may differ.
+    """Returns ||tensor - other||_F / ||tensor||_F for two Pairs tensors (H, I, J), whose widths may differ; 0/0 counts as 0.
 
     Each head's difference is [A, -A'] [B, B']^T; QR of both sides leaves a small matrix with the same norm, so that nothing
     cancels: the result is good to about 1e-14 where subtracting squared norms would stop at 1e-8.
@@ -213,9 +210,6 @@ def relative_distance(pairs: Pairs, other: Pairs) -> Tensor:
     Args:
         pairs: reference, widths D.
         other: approximation, widths D'.
-
-    Returns:
-        Scalar, non-negative; 0/0 counts as 0.
     """
     width, rows = pairs.left.shape[-1] + other.left.shape[-1], min(pairs.left.shape[1], pairs.right.shape[1])
     left = torch.cat([pairs.left, -other.left], -1)  # (H, I, D + D')

@@ -1,4 +1,4 @@
-"""Which image size a model was built for, whichever layer or record of timm tells it."""
+"""The image size that a model was built for is found, whichever layer or record of timm has it."""
 
 import pytest
 import timm
