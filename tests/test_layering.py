@@ -111,10 +111,12 @@ ALLOWED = {
 """What each room may import, from the bottom up."""
 PARTS = {
     "tracing": "common",
+    "gradients": "common",
     "rope": "common",
     "options": "common",
     "host": "common",
     "effective": "weights",
+    "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
     "triton_tucker": "kernels",
@@ -124,6 +126,7 @@ PARTS = {
     "moments": "layers",
     "module": "layers",
     "heads": "layers",
+    "latent_layer": "layers",
     "latent_rope": "layers",
     "base": "methods",
     "registry": "methods",

@@ -96,26 +96,22 @@ def image_endings() -> frozenset[str]:
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Returns files, and all images in folders and the folders inside them, by name.
-
-    Args:
-        paths: files, whatever their names, and folders.
+    """Returns files, whatever their names, and all images in folders and the folders inside them, by name.
 
     Raises:
         DataError: a path that is missing, or a folder without images.
     """
-    return [file for path in paths for file in files_of(path)]
-
-
-def files_of(path: Path) -> list[Path]:
-    """Returns a file itself; the images of a folder, by their endings."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    files = sorted(path / name for name in walk(path, image_endings()).images)
-    if not files:
-        raise DataError(f"{path}: the folder has no images")
+    files = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+            continue
+        if not path.is_dir():
+            raise DataError(f"{path}: no such file or folder")
+        found = sorted(path / name for name in walk(path, image_endings()).images)
+        if not found:
+            raise DataError(f"{path}: the folder has no images")
+        files += found
     return files
 
 

@@ -17,7 +17,7 @@ INFO_FILES = ("_info.json", "info.json")
 CLASS_NAMES = "class_names"
 """Key of an _info.json that lists the names of the classes."""
 PLAIN = re.compile(r"[\w.~:/?@+,=%-]+", re.ASCII)
-"""Addresses without what a shell heeds inside quotes: some versions of webdataset hand them to one."""
+"""Addresses without what a shell interprets inside quotes: some versions of webdataset hand them to one."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,7 @@ def shards_by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tup
 
 
 def absolute_shards(root: Path, files: list[str]) -> list[str]:
-    """Returns shards as they are opened; names are relative to the root.
-
-    Raises:
-        DataError: one is no path or plain address: webdataset would run a command by it.
-    """
+    """Returns shards as they are opened, named from the root; raises DataError where webdataset would run a command."""
     shards = [os.path.join(root, str(file)) for file in files]
     for shard in shards:
         scheme, colon, _ = shard.partition(":")
@@ -105,11 +101,7 @@ def absolute_shards(root: Path, files: list[str]) -> list[str]:
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """Returns the content of the _info.json in a folder; empty without one.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Returns the content of the _info.json in a folder, empty without one; raises DataError if it can't be read."""
     file = next((root / name for name in INFO_FILES if (root / name).is_file()), None)
     if file is None:
         return {}
