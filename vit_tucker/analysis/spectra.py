@@ -77,6 +77,10 @@ class Shape(NamedTuple):
 def attention_tensors(module: nn.Module, model: nn.Module) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
     """Returns shape, pre- and post-softmax tensor (float64) of a host's attention, see ``read_host``, or of a layer of ours.
 
+    Args:
+        module: of the model.
+        model: dense or patched.
+
     Raises:
         PatchError: an attention class that we can't read, or weights that are not what it computes with.
     """
