@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from vit_tucker.analysis.bench import bench_models
-from vit_tucker.analysis.cost import latency_to_dense
 from vit_tucker.analysis.interleaved import WARM_UP, compare_turns
+from vit_tucker.analysis.latency import latency_to_dense
 from vit_tucker.report.bench import bench_table
 
 DENSE = [0.040, 0.060, 0.076, 0.071, 0.090, 0.071, 0.072, 0.118, 0.059]

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from vit_tucker.analysis.cost import count_cost, latency_to_dense
-from vit_tucker.analysis.flops import count_model_flops
+from vit_tucker.analysis.flops import count_cost, count_model_flops
 from vit_tucker.analysis.interleaved import WARM_UP
-from vit_tucker.analysis.latency import measure_latency
+from vit_tucker.analysis.latency import latency_to_dense, measure_latency
 from vit_tucker.errors import ConfigError
 
 SIZE = (3, 16, 16)

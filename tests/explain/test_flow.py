@@ -1,5 +1,7 @@
 """Rollout over whole models: windows, merged patches, padding, tokens that join late; and where it is not defined."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -36,18 +38,20 @@ def test_rollout_through_swins_windows_is_that_of_whole_maps(patched):
 
 
 @pytest.mark.parametrize(
-    ("name", "obstacle"),
+    ("name", "options", "obstacle"),
     [
-        ("maxvit_rmlp_pico_rw_256", r"\(AvgPool2d\) mixes tokens between the attention layers"),
-        ("davit_tiny", r"cpe2.proj \(Conv2d\) mixes tokens between the attention layers"),
-        ("crossvit_tiny_240", r"\(CrossAttention\) mixes tokens between the attention layers"),
-        ("volo.VOLO", r"\(ClassAttention\) reads the tokens out by attention of its own"),
+        ("maxvit_rmlp_pico_rw_256", {}, r"\(AvgPool2d\) mixes tokens between the attention layers"),
+        ("davit_tiny", {}, r"cpe2.proj \(Conv2d\) mixes tokens between the attention layers"),
+        (
+            "crossvit_tiny_240",
+            {"depth": ((1, 1, 0), (1, 1, 0))},
+            r"\(CrossAttention\) mixes tokens between the attention layers",
+        ),
+        ("volo.VOLO", {}, r"\(ClassAttention\) reads the tokens out by attention of its own"),
     ],
 )
-def test_no_rollout_where_something_else_mixes_tokens(name, obstacle):
-    import re
-
-    found = explain_image(*model_and_image(name))
+def test_no_rollout_where_something_else_mixes_tokens(name, options, obstacle):
+    found = explain_image(*model_and_image(name, **options))
     assert found.rollout is None
     assert re.search(obstacle, found.obstacle)
     assert found.heads

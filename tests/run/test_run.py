@@ -17,7 +17,7 @@ from timm.data import resolve_data_config
 import vit_tucker as vt
 from tests.run.tiny import config, run, same, trained, weights
 from tests.training.rules import StopAt
-from vit_tucker.analysis.cost import latency_to_dense
+from vit_tucker.analysis.latency import latency_to_dense
 from vit_tucker.config.load import load_config
 from vit_tucker.data.datasets import load_digits
 from vit_tucker.data.loaders import TrainLoader

@@ -1,6 +1,7 @@
 """Operations of a whole model's forward pass, as torch's FlopCounterMode counts them: on the meta device, without arithmetic."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,6 +46,17 @@ def known_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int | Non
         return count_model_flops(model, input_size)
     except Exception:  # whatever it raises on the meta device: no reason not to train it
         return None
+
+
+def count_cost(model: nn.Module, dense: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns the entry ``cost`` of a run's results.json before anything is measured: operations per image, see ``known_flops``.
+
+    Args:
+        model: patched, or the dense host itself.
+        dense: the host before the patch; its structure is enough.
+        input_size: (channels, height, width).
+    """
+    return {"flops": known_flops(model, input_size), "dense_flops": known_flops(dense, input_size), "latency": None}
 
 
 def _count(model: nn.Module, images: torch.Tensor) -> int:

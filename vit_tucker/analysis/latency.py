@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,28 @@ def measure_latency(
         seconds, ratio, low, high = compare_turns(first, own)
         results[name] = Latency(*where, 1e3 * seconds, ratio, low, high, peaks[name])
     return results
+
+
+def latency_to_dense(
+    model: nn.Module,
+    dense: nn.Module,
+    input_size: tuple[int, int, int],
+    batch_size: int,
+    device: torch.device | str,
+    precision: str,
+    turns: int = 15,
+    seconds: float = 0.05,
+) -> dict[str, Any]:
+    """Measures the entry ``latency`` of ``cost``, the model and its dense host in turns: see ``Latency``, with dense_ms.
+
+    Args:
+        model, dense: on the device; a dense model is measured against another of its kind.
+        input_size, batch_size, device, precision, turns, seconds: see ``measure_latency``.
+    """
+    both = measure_latency({"dense": dense, "model": model}, input_size, batch_size, device, precision, turns, seconds)
+    entry = {**asdict(both["model"]), "dense_ms": both["dense"].ms}
+    del entry["peak_bytes"]
+    return entry
 
 
 def describe_device(device: torch.device) -> str:

@@ -85,9 +85,6 @@ def explain_images(
 
     Yields:
         What was found of each image.
-
-    Raises:
-        ExplainError: see ``explain_image`` and ``compare_attention``.
     """
     from vit_tucker.explain.figures import pixels, save_png
 

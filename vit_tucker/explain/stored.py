@@ -1,12 +1,13 @@
 """Attention maps and rollout of a stored model over images, beside its dense host's, as picture files."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from vit_tucker.data.image_files import image_mode
 from vit_tucker.errors import ConfigError
 from vit_tucker.explain.images import NamedImage, data_images, images_in_files, named_apart
 from vit_tucker.explain.report import Finding, explain_images
@@ -19,8 +20,7 @@ from vit_tucker.storage.paths import refuse_unwritable
 Tell = Callable[[Sequence[str]], None]
 
 
-@dataclass(frozen=True)
-class Explaining:
+class Explaining(NamedTuple):
     """Images that are explained as ``findings`` is read.
 
     Attributes:
@@ -96,33 +96,25 @@ def open_subjects(
     where: str,
     files: Sequence[Path],
     data: int | None,
-    choice: str,
+    dense: str,
     layers: list[int | str] | None,
     tell: Tell | None,
 ) -> tuple[list[Subject], list[NamedImage]]:
-    """Returns models, dense first, and images.
-
-    Args:
-        where, files, data, layers, tell: see ``explain_stored``.
-        choice: of the dense model.
-
-    Raises:
-        VitTuckerError: see ``open_subject``, ``open_dense``, ``images_in_files`` and ``data_images``.
-    """
+    """Returns models, dense first, and images; for the arguments see ``explain_stored``."""
     config = run_config(where)
     if data is not None and config is None:
         raise ConfigError(f"--data: {where} is no run, so that its data set is not known; name image files")
     run = open_subject(where)
     select(layers, list(find_attention(run.model)))
-    mode = "L" if run.data["input_size"][0] == 1 else "RGB"
+    mode = image_mode(run.data["input_size"][0])
     images = images_in_files(files, mode, image_options(run.model))
     if data is not None and config is not None:
         classes, notes = classes_for(run.model, where, config.data)
         if tell is not None:
             tell(notes)
         images = named_apart([*images, *data_images(config.data, data, mode, classes)])
-    dense = open_dense(choice, run, config, where)
-    subjects = [run] if dense is None else [dense, run]
+    host = open_dense(dense, run, config, where)
+    subjects = [run] if host is None else [host, run]
     refuse_different(subjects)
     return subjects, images
 

@@ -35,23 +35,20 @@ embeddings, `position_bias` relative position bias, `layout` tokens as a grid or
 """
 
 
-class Notes:
-    """Reasons, numbered in the order in which they come up."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
+class Notes(dict[str, int]):
+    """Numbers of reasons, in the order in which they come up."""
 
     def cell(self, status: str) -> str:
         """Returns 'exact', 'refused [3]' or '2 of 12 layers [4]'."""
         verdict, colon, reasons = status.partition(": ")
         if not colon:
             return status
-        marks = [str(self.numbers.setdefault(reason, len(self.numbers) + 1)) for reason in reasons.split("; ")]
+        marks = [str(self.setdefault(reason, len(self) + 1)) for reason in reasons.split("; ")]
         return f"{verdict} [{', '.join(marks)}]"
 
     def lines(self) -> list[str]:
         """Returns the notes, '[3] ...'."""
-        return [f"- [{number}] {reason}" for reason, number in self.numbers.items()]
+        return [f"- [{number}] {reason}" for reason, number in self.items()]
 
 
 def counts(values: dict[str, int]) -> str:

@@ -70,28 +70,17 @@ def settings_table(section: Section) -> Table:
 
 def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
     """Returns a line of the CSV file."""
+    low, high = setting.latency_range
+    top1_of_seeds = " ".join(f"{value:.6g}" for value in setting.top1)
     return {
-        "config": setting.name,
-        "method": setting.method,
-        "options": setting.options,
-        "init": setting.init,
-        "other_recipe": recipe,
-        "attention_params": setting.params,
-        "share_of_dense": setting.share,
-        "top1_mean": setting.top1_mean,
-        "top1_std": setting.top1_std,
-        "best_epoch_top1_mean": setting.best_top1_mean,
-        "top5_mean": mean(setting.top5),
-        "top5_std": sample_std(setting.top5),
-        "flops": setting.flops,
-        "latency_ratio": setting.latency,
-        "latency_ratio_low": setting.latency_range[0],
-        "latency_ratio_high": setting.latency_range[1],
-        "seeds": " ".join(map(str, setting.seeds)),
-        "top1_of_seeds": " ".join(f"{value:.6g}" for value in setting.top1),
-        "epochs": setting.epochs,
+        "config": setting.name, "method": setting.method, "options": setting.options, "init": setting.init,
+        "other_recipe": recipe, "attention_params": setting.params, "share_of_dense": setting.share,
+        "top1_mean": setting.top1_mean, "top1_std": setting.top1_std, "best_epoch_top1_mean": setting.best_top1_mean,
+        "top5_mean": mean(setting.top5), "top5_std": sample_std(setting.top5), "flops": setting.flops,
+        "latency_ratio": setting.latency, "latency_ratio_low": low, "latency_ratio_high": high,
+        "seeds": " ".join(map(str, setting.seeds)), "top1_of_seeds": top1_of_seeds, "epochs": setting.epochs,
         "commits": setting.commits,
-    }
+    }  # fmt: skip
 
 
 def runs_with_choices(setting: Setting) -> bool:

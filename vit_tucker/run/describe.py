@@ -5,9 +5,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from vit_tucker.analysis.cost import count_cost, latency_to_dense
+from vit_tucker.analysis.flops import count_cost
 from vit_tucker.analysis.interleaved import PRECISIONS
-from vit_tucker.analysis.latency import describe_device
+from vit_tucker.analysis.latency import describe_device, latency_to_dense
 from vit_tucker.analysis.training_memory import estimate_memory
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.host_model import create_host

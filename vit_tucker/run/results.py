@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from vit_tucker.analysis.cost import count_cost
+from vit_tucker.analysis.flops import count_cost
 from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders

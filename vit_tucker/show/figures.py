@@ -27,11 +27,8 @@ WIDE = 8.0
 FILLS = ("full", "none", "left", "top", "right", "bottom")
 LINES = ("-", "--", ":", "-.")
 FONTS: dict[Any, Any] = {
-    "font.size": 7,
-    "axes.labelsize": 7,
-    "axes.titlesize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 7),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 6.5),
     "legend.fontsize": 6,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
@@ -44,12 +41,9 @@ FONTS: dict[Any, Any] = {
 def subplots(
     width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
-    """Context with a figure in our style, and its axes. It is none of pyplot's, which chooses a backend for the process.
+    """Context with a figure in our style, sizes in inches, and its axes; for options see ``Figure.subplots``.
 
-    Args:
-        width, height: inches.
-        rows, columns: of axes.
-        options: of ``Figure.subplots``.
+    The figure is none of pyplot's, which chooses a backend for the process.
     """
     with rc_context(FONTS):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -80,9 +74,8 @@ def accuracy_axis(axis: Any, low: float, high: float) -> None:
         return
     axis.set_yscale("function", functions=(lambda a: -np.log(np.maximum(100 - a, floor)), lambda y: 100 - np.exp(-y)))
     axis.set_ylim(100 - min(most * 1.25, 100), 100 - least / 1.25)
-    axis.yaxis.set_major_locator(
-        FixedLocator([tick for tick in ACCURACY_TICKS if least / 1.25 <= 100 - tick <= most * 1.25])
-    )
+    ticks = [tick for tick in ACCURACY_TICKS if least / 1.25 <= 100 - tick <= most * 1.25]
+    axis.yaxis.set_major_locator(FixedLocator(ticks))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_ylabel("top-1 accuracy, % (log error)")
