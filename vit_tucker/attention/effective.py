@@ -18,7 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vit_tucker.errors import WeightsError
+from vit_tucker.errors import WeightsError, one_line
 
 Layer = TypeVar("Layer", bound=nn.Module)
 PROJECTIONS = (nn.Linear, nn.Conv2d)
@@ -199,7 +199,7 @@ def without_parametrizations(part: nn.Module) -> nn.Module:
             else:
                 prune.remove(new, hook._tensor_name)
     except Exception as error:  # a parametrization may be any module of a user's
-        raise WeightsError(f"is parametrized, and has no value ({' '.join(str(error).split())})") from None
+        raise WeightsError(f"is parametrized, and has no value ({one_line(error)})") from None
     return new
 
 
@@ -242,9 +242,7 @@ def merged(layer: Any) -> nn.Module:
     except WeightsError:
         raise
     except Exception as error:  # adapters of many kinds: each has its own words for what it can't merge
-        raise WeightsError(
-            f"is a {full_name(layer)}, which can't be merged: {' '.join(str(error).split())[:150]}"
-        ) from None
+        raise WeightsError(f"is a {full_name(layer)}, which can't be merged: {one_line(error, 150)}") from None
     if (
         got is not None
         and expected is not None
