@@ -1,5 +1,6 @@
 """Shared fixtures: small hosts with non-zero biases, in float64 unless a test says otherwise."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,11 @@ SIDE_FOLDERS = [
     if p and (Path(p) / "timm").is_dir()
 ]
 """Where a timm lies that is tested instead of the installed one."""
+
+
+def pytest_collection_finish() -> None:
+    """Takes what the imports have made, hundreds of thousands of objects that stay, out of all later garbage collections."""
+    gc.freeze()
 
 
 def pytest_configure() -> None:

@@ -105,7 +105,7 @@ class Coordinator:
         """Stores a failure that only this process knows, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
-                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), message_of(error)]))
+                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))
 
     def ask(self) -> Exception | None:
         """Returns the failure that another process stored before it ended; None if none has, or where it can't be known."""
@@ -138,7 +138,7 @@ class Coordinator:
         return result
 
 
-def message_of(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """Returns an error's message in one line, with its type unless it is one of this package."""
     kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
     return kind + one_line(error)
