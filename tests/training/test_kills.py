@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.processes import fork, saved_steps, start
+from tests.training.processes import saved_steps, start
 from vit_tucker.storage.checkpoints import damage, newest_intact
 from vit_tucker.training import state as state_module
 from vit_tucker.training.state import save_checkpoint
 
+FORK = multiprocessing.get_context("fork")
 RECIPE = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "attention.ranks=[3, 8, 8]", "train.lr=2e-3"]
 RECIPE += ["model.drop_path_rate=0.1", "model.proj_drop_rate=0.1", "data.reprob=0.2", "data.num_workers=1"]
 RECIPE += ["data.num_samples=352", "train.global_batch_size=32", "train.mixup=0.4", "train.model_ema=true"]
@@ -171,7 +172,7 @@ def test_a_save_killed_at_any_operation_leaves_a_whole_checkpoint(tmp_path, step
         operation += 1
         folder = tmp_path / str(operation)
         save_checkpoint(folder, *tiny_state(1), {}, keep=1)
-        process = fork.Process(target=save_and_die, args=(folder, step, operation))
+        process = FORK.Process(target=save_and_die, args=(folder, step, operation))
         process.start()
         process.join()
         checkpoint, damaged = newest_intact(folder)

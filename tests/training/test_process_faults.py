@@ -38,11 +38,9 @@ def test_a_process_that_dies_ends_the_run_and_is_in_the_log(tmp_path, action, sa
         f"output_dir={folder}",
         "train.timeout_minutes=0.5",
     ]
-    before = time.monotonic()
     first, second = finish(start_all(2, arguments, log))
-    assert first not in (0, None), log.read_text()  # rank 0 noticed, it did not wait for ever
+    assert first not in (0, None), log.read_text()  # rank 0 noticed, within the time that finish waits
     assert second not in (0, None)
-    assert time.monotonic() - before < 60
     assert said in (folder / "train.log").read_text()
     if "kill" not in action:
         assert "Traceback (most recent call last):" in (folder / "train.log").read_text()  # of the second process
