@@ -40,9 +40,14 @@ CLEARED = (
     "data",
     "explain",
     "export",
+    "hosts",
+    "linear",
+    "patching",
     "report",
+    "run",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_tucker.data.naming import listed
-from vit_tucker.errors import DataError, nearest
+from vit_tucker.errors import DataError, nearest, one_line
 from vit_tucker.storage.run_files import CLASSES_FILE
 
 ENDINGS = (".txt", ".json")
@@ -50,7 +50,7 @@ def read_class_map(given: Mapping[str, int] | str, folders: Sequence[Path]) -> d
         text = file.read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=list) if file.suffix.lower() == ".json" else None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: can't be read: {' '.join(str(error).split())[:120]}") from None
+        raise DataError(f"{where}: can't be read: {one_line(error, 120)}") from None
     if content is None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return checked_map(text_map(lines), where)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vit_tucker.data.find_images import walk
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, one_line
 
 NO_PICTURES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "FITS", "GRIB", "BUFR", "WMF", "IPTC"})
 """Formats that Pillow lists and only identifies, or that are documents."""
@@ -130,5 +130,5 @@ def read_image_file(file: Path, mode: str, options: ImageOptions = AS_STORED) ->
         with Image.open(file) as opened:
             return to_mode(opened, mode, options)
     except Exception as error:  # decoders raise anything
-        reason = " ".join(str(error).split()).replace(f" {str(file)!r}", "")
+        reason = one_line(error).replace(f" {str(file)!r}", "")
         raise DataError(f"{file}: can't be read as an image: {reason or type(error).__name__}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.data.naming import listed
-from vit_tucker.errors import DataError, nearest
+from vit_tucker.errors import DataError, nearest, one_line
 
 TINY_FILE = "val_annotations.txt"
 KAGGLE_FILE = "LOC_val_solution.csv"
@@ -152,5 +152,5 @@ def lines_of(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: can't be read as text: {' '.join(str(error).split())[:120]}") from None
+        raise DataError(f"{file}: can't be read as text: {one_line(error, 120)}") from None
     return [line for line in text.splitlines() if line.strip()]

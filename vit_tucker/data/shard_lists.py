@@ -11,7 +11,7 @@ from typing import Any
 from vit_tucker.data.columns import nearest_split
 from vit_tucker.data.naming import listed
 from vit_tucker.data.split_source import SplitSource
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, one_line
 
 INFO_FILES = ("_info.json", "info.json")
 CLASS_NAMES = "class_names"
@@ -108,7 +108,7 @@ def read_info(root: Path) -> dict[str, Any]:
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{file}: can't be read: {one_line(error)}") from None
     if not isinstance(info, dict) or not isinstance(info.get("splits", {}), dict):
         raise DataError(f"{file}: expected an object with 'splits'")
     return info
