@@ -39,7 +39,9 @@ def send(name, workers):
 
 def end_and_read(workers, iterator):
     send("TERM", workers)
-    assert gone_within(5, lambda: any(worker.is_alive() for worker in workers))  # else they might be faster than their end
+    assert gone_within(
+        5, lambda: any(worker.is_alive() for worker in workers)
+    )  # else they might be faster than their end
     return rest(iterator)
 
 
