@@ -27,7 +27,7 @@ def start(init=init_worker):
     options = {"num_workers": 2, "batch_size": 2, "persistent_workers": True, "collate_fn": list}
     loader = DataLoader(Squares(), worker_init_fn=init, **options)
     iterator = iter(loader)
-    values = next(iterator)
+    values = [*next(iterator), *next(iterator)]  # a batch of each worker, so that both handle signals by now
     return loader, iterator, values, loader._iterator._workers
 
 
