@@ -82,14 +82,14 @@ class AttentionConfig(MethodConfig):
         return name
 
     def settle(self, module: AttentionModule) -> None:
-        """See base class."""
+        """Sets the backend of a built layer; a backend by name overrides the host's fused_attn."""
         module.backend = self.backend
         if self.backend != AUTO:  # said here, so it counts more than what the host did
             module.fused_attn = self.backend != "eager"
 
     @property
     def fitted_to(self) -> Calibration | None:
-        """See base class."""
+        """The images that the conversion looks at; None for a conversion by weights alone."""
         return self.calibration
 
     def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
@@ -105,11 +105,11 @@ class AttentionConfig(MethodConfig):
         raise PatchError(f"{self.method} has no ranks of two tensors")
 
     def unconverted(self) -> Self:
-        """See base class."""
+        """Returns the config of the same layers from their own initialisation, without calibration."""
         return super().unconverted().model_copy(update={"calibration": None})
 
     def portable(self) -> Self:
-        """See base class: without the backend."""
+        """Returns the config as another machine needs it: without the backend."""
         return self.model_copy(update={"backend": AUTO})
 
     @abstractmethod
@@ -139,7 +139,7 @@ class AttentionConfig(MethodConfig):
         """A config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
 
     def refuse_features(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError for a feature of the host that the method can't carry."""
         for feature in spec.features:
             if feature not in self.carries:
                 reason = REASONS.get(feature, "unknown").format(method=self.method)
@@ -152,7 +152,7 @@ class PerHeadConfig(AttentionConfig):
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope", "qk_norm", "scale_norm", "gate"}
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class: each weight multiplies each token once, then the attention itself, then the host's gate."""
+        """Counts each weight once per token, then the attention itself, then the host's gate."""
         projections = 2 * num_tokens * self.count_parameters(spec).weights
         gate = 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
         return projections + attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim) + gate

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends.masks import add_mask, cast_mask
+from vit_tucker.attention.backends import masks
 
 
 class Call(NamedTuple):
@@ -100,7 +100,7 @@ def _score_mask(
     if total.ndim == 3:
         total = total.unsqueeze(0)
     if attn_mask is not None or is_causal:
-        total = add_mask(total, attn_mask, is_causal)
+        total = masks.add_mask(total, attn_mask, is_causal)
     return total.to(x.dtype), False
 
 
@@ -128,7 +128,7 @@ def read_call(
     """
     tokens = to_sequences(x, layout)
     if attn_mask is not None:
-        attn_mask = cast_mask(attn_mask, tokens)
+        attn_mask = masks.cast_mask(attn_mask, tokens)
     shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
     own = None if position_bias is None else position_bias()
     masked = attn_mask is not None

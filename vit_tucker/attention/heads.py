@@ -44,26 +44,18 @@ class PerHeadModule(AttentionModule):
 
     @property
     def kv_width(self) -> int | None:
-        """See base class. Each key/value head's key and value, 2 G D."""
+        """Numbers per token in a KV cache: each key/value head's key and value, 2 G D."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """See base class."""
         return self.proj(mixed)
 
     def attend_heads(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
     ) -> Tensor:
-        """Everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
+        """Computes everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
 
-        Args:
-            x: (B, N, C), the layer's input, for the gate.
-            q: (B, H, N, D).
-            k, v: (B, G, N, D), G divides H.
-            attn_mask, is_causal, rope: as for the layer.
-
-        Returns:
-            (B, N, H*D).
+        The gate reads the layer's input x (B, N, C). q (B, H, N, D), k and v (B, G, N, D), G divides H -> (B, N, H*D)
         """
         q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope is not None:
@@ -79,7 +71,7 @@ class PerHeadModule(AttentionModule):
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
-        """See base class: the output projection, by ridge regression."""
+        """Fits the output projection by ridge regression."""
         ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
         readout, _ = ridge_readout(ff, yf, linear_weight(self.proj).mT, damping)
         set_linear(self.proj, readout.mT, y_mean - readout @ f_mean)
@@ -90,17 +82,15 @@ class PerHeadModule(AttentionModule):
         does not cancel."""
 
     def rotary_pairs(self) -> RotaryPairs:
-        """See base class."""
         if self.spec.rope is None:
             raise PatchError(f"{type(self).__name__} has no RoPE here")
         return self.dense_weights().rotary_pairs(self.spec.rope)
 
     def folded_out_bias(self) -> Tensor | None:
-        """See base class."""
         return self.dense_weights().folded_out_bias()
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """See base class; Thms B.2 and B.3: bases are the projections, the core picks columns."""
+        """Returns the projections as bases and cores that pick columns (Thms B.2 and B.3)."""
         weights, group = self.dense_weights(), self.num_heads // self.num_kv_heads
         pre, post = weights.pre_tensor(self.spec.rope), weights.post_pairs()
         keys = pre.right[:: self._heads_per_key]
@@ -116,13 +106,10 @@ class PerHeadModule(AttentionModule):
         return 1 if mixed else self.num_heads // self.num_kv_heads
 
     def latent_columns(self) -> Tensor:
-        """See base class."""
         return self.rotary_pairs().columns[:: self._heads_per_key].flatten()
 
     def pre_pairs(self) -> Pairs:
-        """See base class."""
         return self.dense_weights().pre_pairs()
 
     def post_pairs(self) -> Pairs:
-        """See base class."""
         return self.dense_weights().post_pairs()

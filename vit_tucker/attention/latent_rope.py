@@ -24,7 +24,8 @@ class LatentKeys(NamedTuple):
 
     Attributes:
         lifted: the pre-softmax tensor in the latent's coordinates; its left mode in the norm of the query metric, its heads
-            weighted, its right mode and basis as they are.
+            weighted, its right mode as it is. Its basis projects tokens to the latent, (C, R), with a last row for the key bias
+            if the host has one.
         query: root of the query metric, or None.
         weights: of the heads, (H,), or None.
     """
@@ -32,16 +33,6 @@ class LatentKeys(NamedTuple):
     lifted: Lifted
     query: Root | None
     weights: Tensor | None
-
-    @property
-    def basis(self) -> Tensor:
-        """Projection from tokens to the latent, (C, R), with a last row for the key bias if the host has one."""
-        return self.lifted.basis
-
-    @property
-    def columns(self) -> Tensor:
-        """Numbers of the latent pairs' rotations, (R/2,)."""
-        return self.lifted.columns
 
     def tucker(self, ranks: tuple[int, int, int]) -> Tucker:
         """The pre-softmax tensor as a Tucker decomposition on this latent: its right factor is the basis."""

@@ -164,12 +164,9 @@ class MomentSums:
         self.tokens += len(ones)
 
     def _key_sums(self, s: Tensor, centred: Tensor, rope: Tensor | None) -> Tensor:
-        """Sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
+        """Returns sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
 
-        Args:
-            s: gradient of the scores, (B, H, N, N).
-            centred: x - shift, (B, N, C).
-            rope: the call's table.
+        s is the gradient of the scores, (B, H, N, N), centred x - shift, (B, N, C), rope the call's table.
         """
         if self.spec.rope is None:
             kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)

@@ -26,13 +26,7 @@ class MethodRegistry(Registry[type[Config]]):
         self.base = base
 
     def register(self, name: str) -> Callable[[type[Own]], type[Own]]:
-        """Class decorator that makes a method available by name, in Python and in the YAML as the section's ``method``.
-
-        Args:
-            name: the method's name; the class must say ``method: Literal[name] = name``.
-
-        Returns:
-            The decorator; it gives the class back as it is.
+        """Makes a method available by name, as a class decorator: in Python and in the YAML as the section's ``method``.
 
         Raises:
             ConfigError: the name is taken by another class, or the class's ``method`` field differs.

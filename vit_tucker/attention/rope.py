@@ -97,15 +97,12 @@ def head_angles(rope: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tenso
 
 
 def latent_angles(rope: Tensor, columns: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
-    """Sines and cosines of the latent pairs.
+    """Returns sines and cosines of latent pairs, each (N', R/2), or (B, 1, N', R/2) for tables per image.
 
     Args:
         rope: table, see above.
         columns: number of each latent pair's rotation, (R/2,), see ``pair_columns``.
         half, per_head: see ``RopeSpec``.
-
-    Returns:
-        Each (N', R/2), or (B, 1, N', R/2) for tables per image.
     """
     angles = []
     for part in head_angles(rope, half, per_head):
@@ -146,17 +143,13 @@ def _rotate_heads(x: Tensor, rope: Tensor, prefix: int, half: bool, per_head: bo
 
 
 def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
-    """Latent RoPE: the heads' queries and the one key that they share, rotated in the key's space.
+    """Rotates the heads' queries and the one key that they share in the key's space: latent RoPE.
 
     Args:
-        q: (B, H, N, R).
-        k: (B, 1, N, R).
+        q, k: (B, H, N, R) and (B, 1, N, R).
         rope: table, or None to rotate nothing.
         columns: number of each pair's rotation, (R/2,).
         spec: of the host.
-
-    Returns:
-        q and k, rotated.
     """
     if rope is None:
         return q, k
@@ -164,14 +157,10 @@ def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, sp
 
 
 def rotate_key(k: Tensor, rope: Tensor, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Latent RoPE for kernels that form the queries themselves: the key, rotated, and the angles for the queries.
-
-    Args:
-        k: (B, N, R).
-        rope, columns, spec: see ``rotate_latent``.
+    """Rotates the key (B, N, R) for kernels that form the queries themselves, see ``rotate_latent`` for the other arguments.
 
     Returns:
-        The key, and sines and cosines for all tokens, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
+        The key, and sines and cosines for the queries, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
     """
     return _rotate_key(k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
 
@@ -200,16 +189,9 @@ def _rotate_latent(
 
 
 def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
-    """Weighted means of cos(angle(l) - angle(m)) over a head's rotations; prefix tokens have the angle 0.
+    """Returns weighted means of cos(angle(l) - angle(m)) over a head's rotations, (H, N, N) or (B, H, N, N) for a table per image
 
-    Args:
-        rope: table, see ``vit_tucker.attention.rope``.
-        spec: of the host.
-        weights: of the rotations, (H, D/2).
-        num_tokens: N.
-
-    Returns:
-        (H, N, N), or (B, H, N, N) for tables per image.
+    The weights of the rotations are (H, D/2); prefix tokens have the angle 0.
     """
     sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half, spec.per_head))
     if sin.ndim == 2:

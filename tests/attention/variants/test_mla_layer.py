@@ -47,7 +47,7 @@ def products(layer, x, absorbed):
 
 @pytest.mark.parametrize("images", [1, 4])
 @pytest.mark.parametrize("tokens", [2, 5, 40])
-@pytest.mark.parametrize("rank", [4, 12, 16, 20, 26])
+@pytest.mark.parametrize("rank", [4, 16, 20])
 def test_the_form_is_the_one_with_fewer_products(images, tokens, rank):
     """By torch's own counter of both; folding a bias costs a product with a vector, which the choice leaves out."""
     config = vt.MLAConfig(q_lora_rank=5, kv_lora_rank=rank)

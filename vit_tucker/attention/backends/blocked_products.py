@@ -94,15 +94,9 @@ def rows_per_block(q: Tensor, k: Tensor) -> int:
 
 
 def blocks(q: Tensor, k: Tensor, rooms: int) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """The blocks of (B, M, N) scores: several images, or, where one is too large, some of its rows.
+    """Yields the blocks of scores (B, M, N) of q (B, M, Dk) and k (B, N, Dk): several images, or some rows of a large one.
 
-    Args:
-        q: (B, M, Dk).
-        k: (B, N, Dk).
-        rooms: how many tensors of a block's scores to give along. Their memory is the same for all blocks.
-
-    Yields:
-        Images, rows, and tensors without values, (images, rows, N) each.
+    Each is a slice of images, one of rows, and ``rooms`` tensors without values, (images, rows, N), in memory that all share.
     """
     (batch, rows), keys = q.shape[:2], k.shape[1]
     images = max(1, rows_per_block(q, k) // max(rows, 1))

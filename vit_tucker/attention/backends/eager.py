@@ -17,7 +17,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by plain products of all heads at once."""
     attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
     return zero_rows(
         F.dropout(attn, dropout) @ heads.expand_heads(v, q.shape[1]), blind

@@ -33,7 +33,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by flex_attention, with the mask inside the kernel."""
     score_mod = mask_of_scores(attn_mask, is_causal, q)
     attention = kernel(q.is_cuda and not torch.compiler.is_compiling())
     y: Tensor = attention(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])

@@ -17,14 +17,7 @@ MANY_TOKENS = 1024
 
 @torch.fx.wrap
 def attend_whole(call: TuckerCall, backend: str) -> Tensor:
-    """The call by a backend or by "auto".
-
-    Returns:
-        (B, N, r2t).
-
-    Raises:
-        PatchError: the backend can't take the call.
-    """
+    """Returns z (B, N, r2t) by a backend or by "auto"; raises PatchError if the backend can't take the call."""
     facts = facts_of_call(call)
     chosen = get_backend(choose(facts, backend).name)
     call = pad_call(call, *chosen.widths(facts))
@@ -55,7 +48,7 @@ def facts_of_call(call: TuckerCall) -> Facts:
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:
-    """See ``Facts``: whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
+    """Whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
     4 H D numbers; the scale is 1 / sqrt(D)."""
     r2, r3, _, r3t = ranks
     return r2 + r3 + r3t + 2 * heads * cpu_width(max(r3, r3t)) > 4 * heads / scale**2

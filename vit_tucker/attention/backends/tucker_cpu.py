@@ -51,7 +51,7 @@ def refuses(facts: Facts) -> str | None:
 
 
 def whole(call: TuckerCall) -> Tensor:
-    """See ``Backend.whole``."""
+    """Returns Tucker Attention between its projections, some images at a time."""
     p, k, v, pre, post = call[:5]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (p, k, v, pre, post))
     sin, cos = (None, None) if call.angles is None else call.angles
@@ -70,13 +70,11 @@ def latent_attention(
     scale: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Z, and what the backward pass needs of the way there.
+    """Computes Z, and what the backward pass needs of the way there.
 
     Args:
-        p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t); k rotated already.
-        pre, post: T (H, r2, r3), S (H, r2t, r3t).
-        sin, cos: by which the queries rotate, (N, r3/2) or (B, N, r3/2), or None.
-        scale: factor on the scores.
+        p, k, v, pre, post, scale: see ``TuckerCall``.
+        sin, cos: the call's angles, or None.
         grad: a backward pass follows.
 
     Returns:

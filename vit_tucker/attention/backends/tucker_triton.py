@@ -36,7 +36,7 @@ def refuses(facts: Facts) -> str | None:
 
 
 def whole(call: TuckerCall) -> Tensor:
-    """See ``Backend.whole``."""
+    """Returns Tucker Attention between its projections by our Triton kernels."""
     p, k, v, pre, post = call[:5]
     mask, causal, angles = call.attn_mask, call.is_causal, call.angles
     return tucker_attention(p, k, v, pre, post, scale=call.scale, attn_mask=mask, is_causal=causal, angles=angles)

@@ -52,7 +52,7 @@ class GQAConfig(PerHeadConfig):
     )
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError unless the groups divide the heads, and for norms of heads with conversion='svd'."""
         if spec.num_heads % self.num_kv_heads:
             divisors = [g for g in range(1, spec.num_heads + 1) if spec.num_heads % g == 0]
             raise PatchError(
@@ -75,7 +75,7 @@ class GQAConfig(PerHeadConfig):
         return cls(num_kv_heads=1)
 
     def build(self, spec: HostSpec, **factory: Any) -> "GQA":
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return GQA(spec, self, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
@@ -116,7 +116,7 @@ class GQA(PerHeadModule):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
@@ -138,7 +138,6 @@ class GQA(PerHeadModule):
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
 
     def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def _set(self, converted: MHAWeights) -> None:
@@ -151,7 +150,6 @@ class GQA(PerHeadModule):
         set_linear(self.proj, converted.out.flatten(0, 1), converted.out_bias)
 
     def dense_weights(self) -> MHAWeights:
-        """See base class."""
         group = self.num_heads // self.num_kv_heads
         return MHAWeights(
             query=head_weight(self.q_proj, self.num_heads),

@@ -35,7 +35,7 @@ class MHAConfig(PerHeadConfig):
     method: Literal["mha"] = "mha"
 
     def check(self, spec: HostSpec) -> None:
-        """See base class: any host will do."""
+        """Accepts any host."""
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MHAConfig":
@@ -48,7 +48,7 @@ class MHAConfig(PerHeadConfig):
         return cls()
 
     def build(self, spec: HostSpec, **factory: Any) -> "MHA":
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return MHA(spec, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
@@ -86,7 +86,7 @@ class MHA(PerHeadModule):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
         B, N, _ = x.shape
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
@@ -110,11 +110,9 @@ class MHA(PerHeadModule):
         self.convert_from(weights)
 
     def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
         return [self.qkv]
 
     def dense_weights(self) -> MHAWeights:
-        """See base class."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
         biases = head_bias(self.qkv, 3 * self.num_heads)
         query_bias, key_bias, value_bias = (None, None, None) if biases is None else biases.chunk(3)

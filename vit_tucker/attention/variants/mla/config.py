@@ -52,11 +52,11 @@ class MLAConfig(PerHeadConfig):
     )
 
     def rank_options(self) -> dict[str, Any]:
-        """See base class."""
+        """Returns the widths of both latents."""
         return {"q_lora_rank": self.q_lora_rank, "kv_lora_rank": self.kv_lora_rank}
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError for latents above their full rank, or odd ones that rotate."""
         refuse_ranks(spec, self.q_lora_rank, self.kv_lora_rank, self.shared_kv)
 
     @classmethod
@@ -73,7 +73,7 @@ class MLAConfig(PerHeadConfig):
         return cls(q_lora_rank=rank, kv_lora_rank=even_rank(rank) if spec.rotates_latent else rank)
 
     def build(self, spec: HostSpec, **factory: Any) -> MLA:
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return MLA(spec, self.q_lora_rank, self.kv_lora_rank, shared_kv=self.shared_kv, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
@@ -86,7 +86,7 @@ class MLAConfig(PerHeadConfig):
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class, for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
+        """Counts the products for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
         values, and the products of up projections that a batch forms once. With RoPE and wide latents: the same widths, no such
         products."""
         heads, width, rank = spec.num_heads, spec.head_dim, self.kv_lora_rank

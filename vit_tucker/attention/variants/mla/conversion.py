@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.latent_rope import latent_keys
@@ -123,14 +124,15 @@ def rotary_latents(
     width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
     shared = None if not target.shared_kv else value if v_grad is None else value @ v_grad
     keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
-    k_down, k_up = keys.basis[:width], join_heads(keys.lifted.pairs.right)
-    bias = keys.basis[width] if len(keys.basis) > width else None
+    basis = keys.lifted.basis
+    k_down, k_up = basis[:width], join_heads(keys.lifted.pairs.right)
+    bias = basis[width] if len(basis) > width else None
     if not target.shared_kv:
         v_down, v_up = latent(value, rank, metrics.tokens, v_grad)
     else:
         root = identity_root(width, value).root if metrics.tokens is None else metrics.tokens.root
         v_down, v_up = k_down, torch.linalg.lstsq(root @ k_down, root @ value).solution
-    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.columns)
+    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.lifted.columns)
 
 
 class ErrorMetrics(NamedTuple):
@@ -155,13 +157,7 @@ class ErrorMetrics(NamedTuple):
 
 
 def read_metrics(moments: Moments | None, centred: bool, damping: float) -> ErrorMetrics:
-    """Metrics from the moments of a layer.
-
-    Args:
-        moments: float64, or None.
-        centred: biases take up the tokens' mean, so that it costs nothing.
-        damping: see ``metric_root``.
-    """
+    """Returns metrics from the moments of a layer; ``centred``: biases take up the tokens' mean, so that it costs nothing."""
     if moments is None:
         return ErrorMetrics(None, None, None)
     tokens = moments.token_covariance if centred else moments.query[:-1, :-1]
@@ -184,9 +180,7 @@ def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | 
     whitened = matrix if left is None else left.root @ matrix
     weighted = whitened if right is None else whitened @ right
     basis = leading_eigenvectors(weighted @ weighted.mT, min(rank, len(matrix)))
-    basis = torch.nn.functional.pad(
-        basis, (0, rank - basis.shape[1])
-    )  # rotated keys may need more columns than tokens have
+    basis = pad(basis, (0, rank - basis.shape[1]))  # rotated keys may need more columns than tokens have
     return basis if left is None else left.inverse @ basis, basis.mT @ whitened
 
 

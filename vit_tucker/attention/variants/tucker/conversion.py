@@ -120,16 +120,14 @@ def rotary_pre(
     damping: float = 0.0,
     value: Tensor | None = None,
 ) -> tuple[Tucker, Tensor]:
-    """The pre-softmax tensor of a host with RoPE on a latent key, and the rotations of its pairs.
+    """Returns the pre-softmax tensor of a host with RoPE on a latent key, and the rotations of its pairs.
 
-    Args:
-        weights, rope, target, moments, damping: see ``decompose_calibrated``.
-        value: metric of the values (C, C), where they share the latent; None for the identity.
+    ``value`` is the metric of the values (C, C), where they share the latent; None for the identity.
     """
     columns = value_columns(weights.out, weights.value) if target.shared_kv else None
     root = None if value is None or columns is None else metric_root(value, damping)
     keys = latent_keys(weights, rope, target.pre[2], moments, damping, columns, root)
-    return keys.tucker(target.pre), keys.columns
+    return keys.tucker(target.pre), keys.lifted.columns
 
 
 def _key_basis(pre: Tucker, weights: MHAWeights) -> Tensor:

@@ -23,7 +23,7 @@ class TuckerAttention(TuckerFactors):
     """Tucker self-attention, computed as a whole or head by head; for its arguments and parameters see ``TuckerFactors``."""
 
     def run(self, call: Call) -> Tensor:
-        """See AttentionModule. Between its projections the layer runs as a whole, unless hooks are to see maps or cores fold into
+        """Computes the layer as a whole between its projections, unless hooks are to see maps or cores fold into
         the projections."""
         if not self.fused_attn or (not is_whole(self.backend) and self.folds(call.x)):
             return super().run(call)
@@ -55,7 +55,7 @@ class TuckerAttention(TuckerFactors):
 
     @property
     def heads_backend(self) -> str:
-        """See AttentionModule. Where the heads' outputs are asked for, a backend of the whole has no say."""
+        """The backend for queries, keys and values of heads: a backend that computes the whole takes none."""
         return AUTO if is_whole(self.backend) else self.backend
 
     def pre_heads(self) -> Tensor:
@@ -69,7 +69,7 @@ class TuckerAttention(TuckerFactors):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> Y, (B, N, H*r3t)"""
+        """Returns the heads' latent outputs Y side by side, (B, N, H*r3t), of tokens (B, N, C)."""
         B, N, _ = x.shape
         linears = self.input_projections()
         pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
@@ -88,7 +88,7 @@ class TuckerAttention(TuckerFactors):
         return y.transpose(1, 2).reshape(B, N, -1)
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """See AttentionModule. Y (B, N, H*r3t) -> (sum_i Y_i S_i^T) U2t^T + b, (B, N, O)"""
+        """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O), of Y (B, N, H*r3t)."""
         post = self.post_heads().transpose(1, 2).flatten(0, 1)  # (H*r3t, r2t)
         if is_plain(self.proj):
             return contraction.latent_outputs(mixed, post, self.proj.weight, self.proj.bias)
