@@ -37,11 +37,15 @@ ALLOWED = {
         "checkpoint",
         "training",
     },
-    "inference": {"errors", "config", "hosts", "checkpoint", "data"},
+    "inference": {
+        *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
+        *("analysis", "run"),
+    },
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
             "errors",
+            "storage",
             "attention",
             "config",
             "hosts",

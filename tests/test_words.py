@@ -37,6 +37,7 @@ CLEARED = (
     "attention",
     "checkpoint",
     "conversion",
+    "data",
     "explain",
     "export",
     "report",

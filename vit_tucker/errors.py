@@ -78,6 +78,11 @@ def shorten(text: object, most: int = 120) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """Returns another library's message in one line, each white space one blank, cut after so many characters."""
+    return " ".join(str(text).split())[:most]
+
+
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:
     """The valid name nearest to ``name``, or None where none is near."""
     if len(name) > 100:

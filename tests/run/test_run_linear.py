@@ -9,6 +9,8 @@ import yaml
 import vit_tucker as vt
 from vit_tucker.config.load import load_config
 from vit_tucker.linear.base import LINEAR_METHODS
+from vit_tucker.patching.record import patch_records
+from vit_tucker.run.convert import convert, plan
 from vit_tucker.run.run import run
 
 PLUGIN = """
@@ -60,6 +62,11 @@ def test_both_sections_train_go_on_and_are_evaluated(in_tmp: Path) -> None:
     }
     Path("both.yaml").write_text(yaml.safe_dump(values))
     try:
+        planned = plan(None, None, "both.yaml")
+        assert [report.slot for report in planned.reports] == ["attention", "linear"]
+        done = convert(None, None, Path("converted"), "both.yaml")
+        assert [report.params_after for report in done.reports] == [r.params_after for r in planned.reports]
+        assert set(patch_records(vt.load("converted"))) == {"attention", "linear"}
         results = run(load_config("both.yaml"))
         assert [row["name"] for row in results["linear"]["layers"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
         assert results["patch"]["layers"][0]["method"] == "tucker"

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vit_tucker.attention.parametrized import FUNCTIONAL, free_copy, functional_hooks, without_parametrizations
-from vit_tucker.errors import WeightsError
+from vit_tucker.errors import WeightsError, one_line
 
 Layer = TypeVar("Layer", bound=nn.Module)
 PROJECTIONS = (nn.Linear, nn.Conv2d)
@@ -202,9 +202,7 @@ def merged(layer: Any) -> nn.Module:
     except WeightsError:
         raise
     except Exception as error:  # adapters of many kinds: each has its own words for what it can't merge
-        raise WeightsError(
-            f"is a {full_name(layer)}, which can't be merged: {' '.join(str(error).split())[:150]}"
-        ) from None
+        raise WeightsError(f"is a {full_name(layer)}, which can't be merged: {one_line(error, 150)}") from None
     if (
         got is not None
         and expected is not None

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from vit_tucker.errors import WeightsError
+from vit_tucker.errors import WeightsError, one_line
 
 FUNCTIONAL = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 """Pre-hooks of torch's own that compute a tensor of their module."""
@@ -37,7 +37,7 @@ def without_parametrizations(part: nn.Module) -> nn.Module:
             else:
                 prune.remove(new, hook._tensor_name)
     except Exception as error:  # a parametrization may be any module of a user's
-        raise WeightsError(f"is parametrized, and has no value ({' '.join(str(error).split())})") from None
+        raise WeightsError(f"is parametrized, and has no value ({one_line(error)})") from None
     return new
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from vit_tucker.attention.effective import is_adapter, plain_part, readable, trains
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import HeadsForm, heads_form
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, one_line
 from vit_tucker.hosts import find
 from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.slot import ATTENTION, LINEAR
@@ -138,7 +138,7 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
         else:
             write_layer(new, layer, form.weights, mixed_rope)
     except (PatchError, RuntimeError) as error:  # RuntimeError: shapes that differ
-        raise PatchError(f"{name}: {' '.join(str(error).split())}") from None
+        raise PatchError(f"{name}: {one_line(error)}") from None
     return new.requires_grad_(trains(layer)).train(layer.training)
 
 

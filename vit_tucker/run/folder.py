@@ -16,7 +16,7 @@ from vit_tucker.run.weights import save_teacher
 from vit_tucker.storage.checkpoints import intact_checkpoint
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import replace_text
-from vit_tucker.training.coordination import Coordinator, error_line
+from vit_tucker.training.coordination import Coordinator, message_of
 from vit_tucker.training.lock import RunLock
 
 
@@ -107,7 +107,7 @@ def record_failure(claim: Claim, peers: Coordinator, error: Exception) -> None:
     """
     expected = isinstance(error, VitTuckerError | FailedError)
     alone = peers.num_processes > 1 and not peers.agreed
-    line = f"process {peers.rank} failed: {error_line(error)}" if alone else f"error: {error_line(error)}"
+    line = f"process {peers.rank} failed: {message_of(error)}" if alone else f"error: {message_of(error)}"
     if claim.begun or (claim.taken and not expected):
         if not expected:
             claim.run_dir.log_failure("".join(traceback.format_exception(error)).rstrip())

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vit_tucker.errors import FailedError, PeerError, VitTuckerError
+from vit_tucker.errors import FailedError, PeerError, VitTuckerError, one_line
 
 T = TypeVar("T")
 FAILURE = "vit_tucker/failure"
@@ -117,7 +117,7 @@ class Coordinator:
         """Leave word of a failure that only this process knows, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
-                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))
+                store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), message_of(error)]))
 
     def ask(self) -> Exception | None:
         """The failure that another process has told of before it left; None if none has, or where it can't be known."""
@@ -149,10 +149,10 @@ class Coordinator:
                 raise (VitTuckerError if other[0] else PeerError)(f"process {rank}: {other[1]}")
 
 
-def error_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """An error's message, with its type where it is none of ours."""
     kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
+    return kind + one_line(error)
 
 
 class Mirror:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
+from vit_tucker.data.loaders import Batch, BatchLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
 from vit_tucker.storage.weights import is_sharded
@@ -212,7 +212,7 @@ def evaluate(
     return scores
 
 
-def in_step(loader: EvalLoader, peers: Coordinator | None) -> Iterable[Batch | None]:
+def in_step(loader: BatchLoader, peers: Coordinator | None) -> Iterable[Batch | None]:
     """This process's batches, and None where another process has one more."""
     iterator = iter(loader)
     if peers is None:

@@ -15,7 +15,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 
 LOCK_FILE = "run.lock"
 TRIES = 3
@@ -136,6 +136,6 @@ def _owner(descriptor: int) -> dict[str, object] | None:
     """Who has written a lock file; None for an empty or foreign one."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-        return {key: " ".join(str(owner[key]).split())[:100] for key in ("host", "pid", "started")}
+        return {key: one_line(owner[key], 100) for key in ("host", "pid", "started")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

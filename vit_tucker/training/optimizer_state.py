@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """Entries of optimizers' states that have the shape of their parameter."""
@@ -36,7 +36,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 }
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: {reason}") from None
     for group, own in zip(optimizer.param_groups, before, strict=True):
         if lost := [name for name in own if name not in group]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.storage.checkpoints import (
     MANIFEST,
     clear_leftovers,
@@ -142,7 +142,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
     try:
         return read_training_state(checkpoint, load_file(str(checkpoint / "optimizer.safetensors")))
     except (OSError, SafetensorError, CheckpointError) as error:
-        reason = " ".join(str(error).split()).removeprefix(f"{checkpoint}/")
+        reason = one_line(error).removeprefix(f"{checkpoint}/")
         raise CheckpointError(f"{checkpoint}: can't be resumed from: {reason}") from None
 
 

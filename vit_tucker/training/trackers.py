@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate import tracking as registry
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.errors import ConfigError, nearest, one_line
 from vit_tucker.storage.run_dir import LOGGER
 
 PROJECT = "vit_tucker"
@@ -73,7 +73,7 @@ class Trackers:
         try:
             self.accelerator.init_trackers(PROJECT, config=flat_config(config), init_kwargs=options)
         except Exception as error:  # each tracker has exceptions of its own
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise ConfigError(
                 f"train.trackers: {', '.join(names)} can't start: {type(error).__name__}: {reason}"
             ) from None
