@@ -42,12 +42,12 @@ class PositionBias(nn.Module):
         self.method = method
 
     def forward(self) -> Tensor:
-        """(1, H, N, N) or (H, N, N)"""
+        """Returns the bias, (1, H, N, N) or (H, N, N)."""
         bias: Tensor = getattr(self.source, self.method)()
         return bias
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Resize to another grid of tokens, as the host does."""
+        """Resizes to another grid of tokens, as the host does."""
         source: Any = self.source
         source.set_window_size(window_size)
 
@@ -79,7 +79,7 @@ def _score_mask(
     position_bias: Tensor | None,
     x: Tensor,
 ) -> tuple[Tensor | None, bool]:
-    """Everything that is added to the scores as one mask, and whether they are causal besides. A leaf in fx graphs.
+    """Adds up everything that is added to the scores, as one mask, and whether they are causal besides. A leaf in fx graphs.
 
     Args:
         attn_mask: boolean or additive, broadcasts to (B, H, N, N).
@@ -116,7 +116,7 @@ def read_call(
     shared_rel_pos: Tensor | None = None,
     shared_rel_pos_bias: Tensor | None = None,
 ) -> Call:
-    """The arguments of a host's attention, under the names by which timm's blocks hand them over, in one form.
+    """Reads the arguments of a host's attention, under the names by which timm's blocks hand them over, into one form.
 
     Args:
         layout: of the host's tokens, see ``HostSpec``.

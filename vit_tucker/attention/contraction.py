@@ -59,7 +59,7 @@ def is_plain(*linears: nn.Module) -> bool:
 
 
 def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """Several Linears of the same input as one product, where they are narrow: x is read once, and its gradient written once.
+    """Computes several Linears of one input as one product, where they are narrow: x is read once, its gradient written once.
 
     Args:
         x: (B, N, C).
@@ -99,7 +99,7 @@ def latent_inputs(
 
 @torch.fx.wrap
 def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(sum_i Y_i S_i^T) U2t^T + b.
+    """Returns (sum_i Y_i S_i^T) U2t^T + b.
 
     Args:
         y: heads' outputs side by side, (B, N, H*r3t).

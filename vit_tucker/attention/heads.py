@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.backends import heads
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.rope import rotate_heads
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout
@@ -34,7 +34,7 @@ class PerHeadModule(AttentionModule):
     proj: nn.Linear
 
     def add_extras(self, spec: HostSpec, **factory: Any) -> None:
-        """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
+        """Copies the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
         modules = {name: module for key in self.extras for name, module in spec.extras[key].items()}
         for name in ("q_norm", "k_norm", "norm"):
             setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
@@ -61,12 +61,12 @@ class PerHeadModule(AttentionModule):
         if self.spec.rope is not None:
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
                 k, v = heads.expand_heads(k, self.num_heads), heads.expand_heads(v, self.num_heads)
-            q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
+            q, k = (rotary.rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
         y = self.attend(q, k, v, attn_mask, is_causal)
         return self.finish(x, y.transpose(1, 2).flatten(2))
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Norm and gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
+        """Applies the norm and the gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
         y = self.norm(y)
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
@@ -78,7 +78,7 @@ class PerHeadModule(AttentionModule):
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:
-        """Query, key, value and output weights of each of the H heads and their biases, float64; a key bias only where it
+        """Returns query, key, value and output weights of all H heads and their biases, float64; a key bias only where it
         does not cancel."""
 
     def rotary_pairs(self) -> RotaryPairs:
@@ -105,8 +105,8 @@ class PerHeadModule(AttentionModule):
         mixed = self.spec.rope is not None and self.spec.rope.per_head
         return 1 if mixed else self.num_heads // self.num_kv_heads
 
-    def latent_columns(self) -> Tensor:
-        return self.rotary_pairs().columns[:: self._heads_per_key].flatten()
+    def latent_rotations(self) -> Tensor:
+        return self.rotary_pairs().rotations[:: self._heads_per_key].flatten()
 
     def pre_pairs(self) -> Pairs:
         return self.dense_weights().pre_pairs()

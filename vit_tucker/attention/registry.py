@@ -81,7 +81,7 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> type[AttentionConfig]:
-    """Config class of an attention method; call it with the method's options.
+    """Returns the config class of an attention method; call it with the method's options.
 
     Args:
         name: the method's name.

@@ -12,7 +12,7 @@ from vit_tucker.attention.backends.registry import register_backend
 
 
 def refuses(facts: Facts) -> str | None:
-    """CPU, without mask and dropout."""
+    """Refuses all but calls on the CPU without mask and dropout."""
     if facts.device != "cpu":
         return "it is for CPUs"
     if facts.mask != "none":

@@ -29,7 +29,7 @@ flash_attn_func: Any = None
 
 
 def refuses(facts: Facts) -> str | None:
-    """CUDA, two-byte floats, no mask but the causal one, widths up to 256, the package installed and of a known version."""
+    """Refuses all but CUDA, two-byte floats, no mask or causal order, widths up to 256, and a known version of the package."""
     if facts.device != "cuda":
         return "it is for CUDA"
     if facts.dtype not in LOW_PRECISION:
@@ -48,7 +48,7 @@ def refuses(facts: Facts) -> str | None:
 
 @functools.cache
 def missing() -> str | None:
-    """Why the package can't be used: absent, too old, too new, or broken."""
+    """Returns why the package can't be used: absent, too old, too new, or broken."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
@@ -65,12 +65,12 @@ def missing() -> str | None:
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """(2, 8) of '2.8.3.post1'."""
+    """Returns (2, 8) of '2.8.3.post1'."""
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def widths(facts: Facts) -> tuple[int, int]:
-    """The kernel's one width."""
+    """Returns the kernel's one width."""
     width = round_up(max(facts.key_width, facts.value_width), ALIGNMENT)
     return width, width
 

@@ -80,7 +80,7 @@ def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 @torch.fx.wrap
 def _blind_rows(attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Which rows of a mask (..., N) allow nothing, (..., 1); None where the mask has no say."""
+    """Returns which rows of a mask (..., N) allow nothing, (..., 1); None without a mask, or in causal order."""
     if attn_mask is None or is_causal:
         return None
     if attn_mask.dtype == torch.bool:
@@ -90,7 +90,7 @@ def _blind_rows(attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
 
 @torch.fx.wrap
 def _open_rows(attn_mask: Tensor, blind: Tensor | None) -> Tensor:
-    """The mask with these rows open, so that their softmax and its gradients are finite."""
+    """Opens these rows of the mask, so that their softmax and its gradients are finite."""
     if blind is None:
         return attn_mask
     if attn_mask.dtype == torch.bool:

@@ -35,7 +35,7 @@ def attend_whole(call: TuckerCall, backend: str) -> Tensor:
 
 
 def facts_of_call(call: TuckerCall) -> Facts:
-    """What backends may need to know of it."""
+    """Returns the facts of a call."""
     p, k, v, pre, post = tensors = call[:5]
     mask, mask_grad = mask_facts(call.attn_mask, call.is_causal)
     recording = torch.is_grad_enabled()

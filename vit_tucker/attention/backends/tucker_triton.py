@@ -15,7 +15,7 @@ MASKS = {"none": "none", "causal": "none", "boolean": "boolean", "additive": "ad
 
 
 def refuses(facts: Facts) -> str | None:
-    """Tucker Attention on CUDA (or in Triton's interpreter), without dropout and trained masks."""
+    """Refuses all but Tucker Attention on CUDA (or in Triton's interpreter) without dropout and trained masks."""
     if facts.ranks is None:
         return "it computes Tucker Attention as a whole, not heads' queries and keys"
     if facts.own_only:

@@ -61,14 +61,14 @@ class MLAConfig(PerHeadConfig):
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
-        """Latents as wide as the projections' ranks."""
+        """Returns latents as wide as the projections' ranks."""
         shared = not spec.rotates_latent
         query, key_value = full_latents(spec, shared)
         return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "MLAConfig":
-        """Latents of an eighth of the width."""
+        """Returns latents of an eighth of the width."""
         rank = max(1, spec.embed_dim // 8)
         return cls(q_lora_rank=rank, kv_lora_rank=even_rank(rank) if spec.rotates_latent else rank)
 
@@ -77,7 +77,7 @@ class MLAConfig(PerHeadConfig):
         return MLA(spec, self.q_lora_rank, self.kv_lora_rank, shared_kv=self.shared_kv, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """cQ (C + HD) + cKV (C + 2 HD) + HD O weights (d^2 + 5 d c, Table 1); two latents: cKV C more (d^2 + 6 d c)."""
+        """Counts cQ (C + HD) + cKV (C + 2 HD) + HD O weights (d^2 + 5 d c, Table 1); two latents: cKV C more (d^2 + 6 d c)."""
         query = self.q_lora_rank * (spec.embed_dim + spec.attn_dim)
         latents = 1 if self.shared_kv else 2
         key_value = self.kv_lora_rank * (latents * spec.embed_dim + 2 * spec.attn_dim)

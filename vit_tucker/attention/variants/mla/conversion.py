@@ -17,7 +17,7 @@ from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
 
 class MLATarget(NamedTuple):
-    """What a layer has room for.
+    """Widths and options of the layer that a conversion fills.
 
     Attributes:
         query: width of the query latent, cQ.
@@ -46,7 +46,7 @@ class KeyValue(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What a layer is made of, the output projection apart.
+    """Weights of an MLA layer, the output projection apart.
 
     Attributes:
         q_down, q_up: (C, cQ) and (cQ, H*D); with rotated latent keys each head's pairs are side by side.
@@ -64,7 +64,7 @@ class Latents(NamedTuple):
 def fit_latents(
     weights: MHAWeights, target: MLATarget, moments: Moments | None = None, damping: float = 0.0
 ) -> Latents:
-    """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank.
+    """Fits a shared latent by the SVD of [WK | WV] and the query latent by that of WQ; exact at full rank.
 
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
     the other; query and value biases take up the tokens' mean.
@@ -95,12 +95,12 @@ def fit_latents(
 
 
 def paired(x: Tensor, heads: int, rope: RopeSpec) -> Tensor:
-    """Columns of the heads, (..., H*D), with the two of each rotation side by side."""
+    """Reorders columns of the heads, (..., H*D), so that the two of each rotation are side by side."""
     return adjacent_pairs(x.unflatten(-1, (heads, -1)), rope.half).flatten(-2)
 
 
 def plain_latents(weights: MHAWeights, target: MLATarget, metrics: "ErrorMetrics") -> KeyValue:
-    """Best latents of keys and values."""
+    """Finds the best latents of keys and values."""
     key, value = join_heads(weights.key), join_heads(weights.value)
     width, rank = key.shape[1], target.key_value
     k_bias = None if weights.key_bias is None else weights.key_bias.flatten()
@@ -119,7 +119,7 @@ def rotary_latents(
     moments: Moments | None,
     damping: float,
 ) -> KeyValue:
-    """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
+    """Finds the same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
     value, rank = join_heads(weights.value), target.key_value
     width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
     shared = None if not target.shared_kv else value if v_grad is None else value @ v_grad
@@ -132,7 +132,7 @@ def rotary_latents(
     else:
         root = identity_root(width, value).root if metrics.tokens is None else metrics.tokens.root
         v_down, v_up = k_down, torch.linalg.lstsq(root @ k_down, root @ value).solution
-    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.lifted.columns)
+    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.lifted.rotations)
 
 
 class ErrorMetrics(NamedTuple):
@@ -166,7 +166,7 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
+    """Finds the best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
 
     Args:
         matrix: (C, K), float64.

@@ -57,7 +57,7 @@ class MLA(LatentModule, PerHeadModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal; each product of a down and an up projection has timm's standard deviation, split evenly between them."""
+        """Draws normal weights, so that each product of a down and an up projection has timm's standard deviation."""
         for down, up in ((self.q_down, self.q_up), (self.kv_down, self.k_up), (self.v_down, self.v_up)):
             std = (DENSE_INIT_STD / up.in_features**0.5) ** 0.5
             if down is not None:
@@ -83,7 +83,7 @@ class MLA(LatentModule, PerHeadModule):
         return absorbing_saves(self.spec, q_lora_rank, kv_lora_rank, *x.shape[:2])
 
     def run_absorbed(self, call: Call) -> Tensor:
-        """The layer without heads' keys and values: queries' and output's projection take in WUK_i, WUV_i. -> (B, N, O)"""
+        """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
         B, N, _ = call.x.shape
         H = self.num_heads
         latent, k, v = self.latents(call.x)
@@ -140,19 +140,19 @@ class MLA(LatentModule, PerHeadModule):
         return y.transpose(1, 2).flatten(2)  # (B, N, H*D)
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        self._take_over(weights, fit_latents(weights, self._target()))
+        """Converts by the SVD of [WK | WV] for a shared latent and that of WQ for the query latent; exact at full rank."""
+        self._set(weights, fit_latents(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
         the other; query and value biases take up the tokens' mean."""
-        self._take_over(weights, fit_latents(weights, self._target(), moments, damping))
+        self._set(weights, fit_latents(weights, self._target(), moments, damping))
 
     def _target(self) -> MLATarget:
         rope = None if self.pair_rotations is None else self.spec.rope
         return MLATarget(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
 
-    def _take_over(self, weights: MHAWeights, latents: Latents) -> None:
+    def _set(self, weights: MHAWeights, latents: Latents) -> None:
         parts = latents.key_value
         set_linear(self.q_down, latents.q_down)
         set_linear(self.q_up, latents.q_up, latents.q_bias)
@@ -235,5 +235,5 @@ class MLA(LatentModule, PerHeadModule):
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
-    """(H*D, ...) -> (H, D, ...)"""
+    """Reshapes (H*D, ...) to (H, D, ...)."""
     return x.unflatten(0, (heads, -1))

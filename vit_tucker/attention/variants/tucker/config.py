@@ -109,13 +109,13 @@ class TuckerConfig(AttentionConfig):
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "TuckerConfig":
-        """The full ranks of both tensors."""
+        """Returns the full ranks of both tensors."""
         pre, post = full_ranks(spec)
         return cls(ranks=pre, post_ranks=post)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "TuckerConfig":
-        """Ranks of an eighth of the width, head rank below the number of heads."""
+        """Returns ranks of an eighth of the width, the head rank below the number of heads."""
         rank = max(1, spec.embed_dim // 8) if spec.rope is None else even_rank(spec.embed_dim // 8)
         return cls(ranks=(max(1, 2 * spec.num_heads // 3), rank, rank))
 
@@ -132,7 +132,7 @@ class TuckerConfig(AttentionConfig):
         )
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
+        """Counts H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
         heads, width = spec.num_heads, spec.embed_dim
         weights = tensor_weights(*self.pre, heads, width, width) + tensor_weights(
             *self.post, heads, spec.out_dim, width

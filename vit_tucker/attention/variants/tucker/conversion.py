@@ -21,7 +21,7 @@ from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, wh
 
 
 class TuckerTarget(NamedTuple):
-    """What a layer has room for.
+    """Ranks and options of the layer that a conversion fills.
 
     Attributes:
         pre: ranks [head, query, key] of the pre-softmax tensor.
@@ -39,7 +39,7 @@ class TuckerTarget(NamedTuple):
 
 
 class TuckerTensors(NamedTuple):
-    """What a layer is made of.
+    """Tensors and bias of a Tucker layer.
 
     Attributes:
         pre: pre-softmax tensor, modes (H, C or C + 1, C), or C + 1 keys with a key bias: biases are the last rows.
@@ -55,7 +55,7 @@ class TuckerTensors(NamedTuple):
 
 
 def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosvd") -> TuckerTensors:
-    """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks.
+    """Decomposes both weight tensors by HOSVD (App. C.1.4) or HOOI; exact at full ranks.
 
     Args:
         weights: float64.
@@ -78,7 +78,7 @@ def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosv
 
 
 def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Moments, damping: float) -> TuckerTensors:
-    """The decompositions with the least error on the tokens, to first order, head by head.
+    """Finds the decompositions with the least error on the tokens, to first order, head by head.
 
     Query mode: E[x~ x~^T] with x~ = [x, 1]; key mode: how much each head's scores matter (``Moments.key``); value mode: the
     covariance of the heads' averaged tokens, their mean going into the output bias exactly; output mode: E[g g^T].
@@ -127,18 +127,18 @@ def rotary_pre(
     columns = value_columns(weights.out, weights.value) if target.shared_kv else None
     root = None if value is None or columns is None else metric_root(value, damping)
     keys = latent_keys(weights, rope, target.pre[2], moments, damping, columns, root)
-    return keys.tucker(target.pre), keys.lifted.columns
+    return keys.tucker(target.pre), keys.lifted.rotations
 
 
 def _key_basis(pre: Tucker, weights: MHAWeights) -> Tensor:
-    """The key factor without its bias, (C, R3)."""
+    """Returns the key factor without its bias, (C, R3)."""
     return pre.right[: weights.key.shape[1]]
 
 
 def refit_post(
     post: Tucker, moments: LinearMoments, bias: bool, out_root: Root, damping: float
 ) -> tuple[Tucker, Tensor]:
-    """Output factor, head factor and core of the post-softmax tensor by reduced-rank regression on the host's outputs.
+    """Fits output factor, head factor and core of the post-softmax tensor to the host's outputs by reduced-rank regression.
 
     Args:
         post: the present one, float64; its key/value factor stays.

@@ -71,12 +71,12 @@ class TuckerFactors(LatentModule):
         self.init_weights()
 
     def extra_repr(self) -> str:
-        """Ranks, for print(model)."""
+        """Returns the ranks, for print(model)."""
         shared = ", shared_kv=True" if self.v_proj is None else ""
         return f"ranks={tuple(self.pre_core.shape)}, post_ranks={tuple(self.post_core.shape)}{shared}"
 
     def init_weights(self) -> None:
-        """Normal factors with columns of unit expected length, cores so that the tensors' entries have the dense init's std.
+        """Draws normal factors with columns of unit expected length; the tensors' entries have the dense init's std.
 
         A dense init with standard deviation s gives W_i = WQ_i WK_i^T entries of standard deviation sqrt(D) s^2; independent
         factors and core multiply variances, times r1 r2 r3.
@@ -98,18 +98,18 @@ class TuckerFactors(LatentModule):
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
+        """Converts by HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
         self.set_tensors(*decompose(self._kept(weights), self._target(), self.conversion))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """The decompositions with the least error on the tokens, to first order, see ``decompose_calibrated``.
+        """Converts with the least error on the tokens, to first order, see ``decompose_calibrated``.
 
         The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
         """
         self.set_tensors(*decompose_calibrated(self._kept(weights), self._target(), moments, damping))
 
     def _kept(self, weights: MHAWeights) -> MHAWeights:
-        """The host's weights, without a query bias that the layer has no place for."""
+        """Returns the host's weights, without a query bias that the layer has no place for."""
         return weights if self.q_proj.bias is not None else replace(weights, query_bias=None)
 
     def _target(self) -> TuckerTarget:
@@ -208,5 +208,5 @@ class TuckerFactors(LatentModule):
 
 
 def constant_output(post: Tucker, value: Tensor) -> Tensor:
-    """Output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
+    """Returns the output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
     return post.left @ (torch.tensordot(post.head, post.core, 1).sum(0) @ value)

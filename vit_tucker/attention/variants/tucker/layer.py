@@ -11,11 +11,11 @@ Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; D
 from torch import Tensor
 
 from vit_tucker.attention import contraction
+from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.backends import AUTO, is_whole, tucker_call
 from vit_tucker.attention.backends.base import TuckerCall
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import folds, is_plain
-from vit_tucker.attention.rope import rotate_key
 from vit_tucker.attention.variants.tucker.factors import TuckerFactors
 
 
@@ -43,11 +43,11 @@ class TuckerAttention(TuckerFactors):
         return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values
 
     def attend_whole(self, call: Call) -> Tensor:
-        """sum_i Y_i S_i^T. -> (B, N, r2t)"""
+        """Returns sum_i Y_i S_i^T, (B, N, r2t)."""
         p, k, v = self.latents(call.x)
         angles = None
         if self.pair_rotations is not None and self.spec.rope is not None and call.rope is not None:
-            k, angles = rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
+            k, angles = rotary.rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         cores = self.pre_heads(), self.post_heads()
         whole = TuckerCall(p, k, v, *cores, call.attn_mask, call.is_causal, self.scale, dropout, angles)
@@ -59,11 +59,11 @@ class TuckerAttention(TuckerFactors):
         return AUTO if is_whole(self.backend) else self.backend
 
     def pre_heads(self) -> Tensor:
-        """T = C x1 U1, (H, r2, r3)"""
+        """Returns T = C x1 U1, (H, r2, r3)."""
         return (self.pre_head @ self.pre_core.flatten(1)).unflatten(1, self.pre_core.shape[1:])
 
     def post_heads(self) -> Tensor:
-        """S = Ct x1 U1t, (H, r2t, r3t)"""
+        """Returns S = Ct x1 U1t, (H, r2t, r3t)."""
         return (self.post_head @ self.post_core.flatten(1)).unflatten(1, self.post_core.shape[1:])
 
     def mix(
