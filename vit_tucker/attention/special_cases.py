@@ -153,7 +153,8 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
         query, bias = query[:, :-1], query[:, -1]
     out, value = post.pairs
     weights = MHAWeights(query, pre.pairs.right, value, out.mT, query_bias=bias, out_bias=layer.folded_out_bias())
-    return HeadsForm(weights, *(error_of(split, width) for split in (pre, post)))
+    # below the tolerance of the ranks an error is rounding
+    return HeadsForm(weights, *(split.error if max(split.ranks) > width else 0.0 for split in (pre, post)))
 
 
 def refuse_wide(split: Split, width: int, name: str) -> None:
@@ -163,11 +164,6 @@ def refuse_wide(split: Split, width: int, name: str) -> None:
         raise PatchError(
             f"the {name} matrix of head {split.ranks.index(rank)} has rank {rank}, a dense head holds rank {width} (head_dim)"
         )
-
-
-def error_of(split: Split, width: int) -> float:
-    """Returns what was cut off; below the tolerance of the ranks it is rounding."""
-    return split.error if max(split.ranks) > width else 0.0
 
 
 def fit_biases(weights: MHAWeights, places: MHAWeights) -> MHAWeights:

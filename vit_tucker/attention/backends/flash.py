@@ -53,7 +53,7 @@ def missing() -> str | None:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         return "flash-attn is not installed: pip install 'vit_tucker[flash]'"
-    numbers = version_numbers(version)
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())  # (2, 8) of '2.8.3.post1'
     if numbers < OLDEST or numbers[0] > NEWEST_MAJOR:
         return f"flash-attn {version} is installed, {OLDEST[0]}.{OLDEST[1]} or later and below {NEWEST_MAJOR + 1} is needed"
     global flash_attn_func
@@ -62,11 +62,6 @@ def missing() -> str | None:
     except Exception as error:  # built for another torch or CUDA
         return f"flash-attn {version} can't be imported: {one_line(error, 200)}"
     return None
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """Returns (2, 8) of '2.8.3.post1'."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
 def widths(facts: Facts) -> tuple[int, int]:

@@ -36,7 +36,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         **options(tile),
         ROPE=inputs.sin is not None,
     )
-    return added(z, inputs.p.dtype), lse
+    return z[0] if splits == 1 else z.sum(0).to(inputs.p.dtype), lse
 
 
 def backward(dz: Tensor, inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -142,8 +142,3 @@ def parts(programs: int, inputs: Inputs) -> int:
 def partial_sums(splits: int, B: int, N: int, rank: int, like: Tensor) -> Tensor:
     """Allocates (splits, B, N, rank), float32 if there is anything to add."""
     return like.new_empty(splits, B, N, rank, dtype=like.dtype if splits == 1 else torch.float32)
-
-
-def added(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Adds up (splits, ...)."""
-    return sums[0] if sums.shape[0] == 1 else sums.sum(0).to(dtype)

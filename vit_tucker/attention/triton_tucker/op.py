@@ -138,17 +138,12 @@ def available(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    if capability >= (9, 0) and _triton_version() < (3, 3):
-        return "compute capability 9.0 and above needs Triton 3.3 or later"
+    if capability >= (9, 0):
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+            return "compute capability 9.0 and above needs Triton 3.3 or later"
     return None
-
-
-def _triton_version() -> tuple[int, int]:
-    """Returns the major and minor number."""
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _wrong_shapes(

@@ -67,7 +67,7 @@ def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosv
     if target.rope is not None:
         pre, rotations = rotary_pre(weights, target.rope, target)
         post = hosvd(post_pairs, target.post) if not target.shared_kv else whitened_hosvd(
-            post_pairs, target.post, right=_key_basis(pre, weights))  # fmt: skip
+            post_pairs, target.post, right=pre.right[: weights.key.shape[1]])  # fmt: skip
     elif target.shared_kv:
         basis = joint_right_basis(pre_pairs, post_pairs, target.pre[2])
         pre, post = hosvd(pre_pairs, target.pre, right=basis), hosvd(post_pairs, target.post, right=basis)
@@ -98,7 +98,7 @@ def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Mom
     basis, rotations = None, None
     if target.rope is not None:
         pre, rotations = rotary_pre(weights, target.rope, target, moments, damping, value)
-        basis = _key_basis(pre, weights) if target.shared_kv else None
+        basis = pre.right[: weights.key.shape[1]] if target.shared_kv else None
     else:
         if target.shared_kv:
             basis = joint_weighted_basis(
@@ -128,11 +128,6 @@ def rotary_pre(
     root = None if value is None or columns is None else metric_root(value, damping)
     keys = latent_keys(weights, rope, target.pre[2], moments, damping, columns, root)
     return keys.tucker(target.pre), keys.lifted.rotations
-
-
-def _key_basis(pre: Tucker, weights: MHAWeights) -> Tensor:
-    """Returns the key factor without its bias, (C, R3)."""
-    return pre.right[: weights.key.shape[1]]
 
 
 def refit_post(
