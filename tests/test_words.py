@@ -40,9 +40,15 @@ CLEARED = (
     "data",
     "explain",
     "export",
+    "hosts",
+    "linear",
+    "patching",
     "report",
+    "run",
+    "show",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

@@ -1,7 +1,8 @@
 """Errors that a user can mend: one clear line each, exit status 2 on the command line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_MESSAGE = 2000
 """Characters of a message: what a user gave may be of any length."""
@@ -20,6 +21,15 @@ class PatchError(VitTuckerError):
 
 class WeightsError(PatchError):
     """Weights that are not what their module computes with, or are NaN or infinite; nothing has been changed."""
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Puts a module's full name in front of the message of a PatchError that is raised inside."""
+    try:
+        yield
+    except PatchError as error:
+        raise type(error)(f"{module}: {error}") from None
 
 
 class ConfigError(VitTuckerError):

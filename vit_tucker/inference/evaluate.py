@@ -86,13 +86,13 @@ def evaluate(
     refuse_other_classes(where, model, section.dataset)
     accelerator = create_accelerator(recipe)
     rank, world = accelerator.process_index, accelerator.num_processes
-    peers = Coordinator(rank, world, recipe.timeout_minutes)
+    coordinator = Coordinator(rank, world, recipe.timeout_minutes)
     model.to(accelerator.device)
     resolved = resolve_data(section, info, model, True, input_shape(model))
-    classes, notes = peers.main_first(lambda: classes_for(model, where, chosen))
+    classes, notes = coordinator.main_first(lambda: classes_for(model, where, chosen))
     place = (chosen, recipe, resolved, 0, rank, world, accelerator.device.type == "cuda")
     count: Any = model.num_classes
-    loaders = peers.main_first(
+    loaders = coordinator.main_first(
         lambda: build_loaders(
             *place, with_train=False, device=accelerator.device, classes=classes, num_classes=int(count)
         )
@@ -103,7 +103,7 @@ def evaluate(
     shown = None if accelerator.is_main_process else True
     try:
         with tqdm(total=batches, unit="batches", disable=shown, leave=False) as bar:
-            scores = score(model, loaders, accelerator, peers, after_batch=lambda: bar.update() and None)
+            scores = score(model, loaders, accelerator, coordinator, after_batch=lambda: bar.update() and None)
     finally:
         loaders.close()
     return Evaluation(None if where is None else str(where), section.dataset, section.val_split, scores)
