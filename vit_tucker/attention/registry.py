@@ -55,9 +55,6 @@ def register_method(name: str) -> Callable[[type[Own]], type[Own]]:
     Args:
         name: the method's name; the class must say ``method: Literal[name] = name``; its ``display`` says how tables show it.
 
-    Returns:
-        The decorator; it gives the class back as it is.
-
     Raises:
         ConfigError: see ``MethodRegistry.register``; or the display is none.
     """

@@ -61,10 +61,6 @@ def for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, imag
 def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Returns the mask in the layer's dtype, as kernels read it: torch's kernel for CPUs misreads others. Boolean ones stay.
 
-    Args:
-        attn_mask: boolean (True: attend), additive, or None.
-        x: tokens.
-
     Raises:
         PatchError: the mask holds integers.
     """

@@ -34,16 +34,7 @@ def cpu_width(width: int) -> int:
 
 
 def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    """Computes ``Backend.attend`` at the widths that the backend wants.
-
-    Args:
-        backend: which takes such calls.
-        facts: of the call.
-        q, k, v, options: see ``Backend.attend``.
-
-    Returns:
-        (B, H, N, Dv).
-    """
+    """Computes ``Backend.attend`` at the widths that the backend wants; ``options`` follow q, k and v there. -> (B, H, N, Dv)"""
     assert backend.attend is not None
     key_width, value_width = backend.widths(facts)
     y = backend.attend(pad(q, key_width), pad(k, key_width), pad(v, value_width), *options)

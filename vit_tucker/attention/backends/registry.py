@@ -108,13 +108,9 @@ def is_whole(name: str) -> bool:
 def choose(facts: Facts, wanted: str = AUTO) -> Choice:
     """Chooses the backend for calls with these facts; one asked for by name takes them or the call fails, there is no fallback.
 
-    Args:
-        facts: of the call.
-        wanted: a backend's name, or "auto".
-
     Raises:
         ConfigError: no backend has this name.
-        PatchError: the backend asked for can't take such calls; says why, and which can.
+        PatchError: the backend asked for does not support such calls; says why, and which do.
     """
     if torch.compiler.is_compiling():
         return Choice(_choose_while_compiling(wanted, *facts), "")

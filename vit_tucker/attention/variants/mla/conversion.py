@@ -69,11 +69,7 @@ def fit_latents(
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
     the other; query and value biases take up the tokens' mean.
 
-    Args:
-        weights: float64.
-        target: of the layer.
-        moments: of its tokens, float64, or None.
-        damping: of the moments, relative to their mean eigenvalue.
+    All are float64; the damping of the moments is relative to their mean eigenvalue.
     """
     query, value = join_heads(weights.query), join_heads(weights.value)  # (C, H*D)
     q_bias, v_bias = (None if bias is None else bias.flatten() for bias in (weights.query_bias, weights.value_bias))
@@ -166,16 +162,10 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Finds the best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
-
-    Args:
-        matrix: (C, K), float64.
-        rank: width of the latent, R.
-        left: root of the left metric (C, C), or None.
-        right: root of the right metric (K, K), or None.
+    """Finds the best factors of a matrix (C, K), matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
 
     Returns:
-        down (C, R) and up (R, K), with the least ||left (matrix - down up) right||_F.
+        down (C, rank) and up (rank, K), with the least ||left (matrix - down up) right||_F, left (C, C) and right (K, K).
     """
     whitened = matrix if left is None else left.root @ matrix
     weighted = whitened if right is None else whitened @ right

@@ -57,10 +57,7 @@ class TuckerTensors(NamedTuple):
 def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosvd") -> TuckerTensors:
     """Decomposes both weight tensors by HOSVD (App. C.1.4) or HOOI; exact at full ranks.
 
-    Args:
-        weights: float64.
-        target: of the layer.
-        conversion: "hosvd" or "hooi", the latter without RoPE and without shared_kv.
+    ``conversion`` is "hosvd" or "hooi", the latter without RoPE and without shared_kv.
     """
     pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
     out_bias, rotations = weights.folded_out_bias(), None
