@@ -159,5 +159,5 @@ def einsums(config: vt.TuckerConfig, spec: vt.HostSpec) -> nn.Module:
 def built(config: vt.AttentionConfig, spec: vt.HostSpec) -> nn.Module:
     """A layer of ours with its options."""
     layer = config.build(spec)
-    config.settle(layer)
+    config.set_options(layer)
     return layer

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import vit_tucker as vt
-from vit_tucker.attention.rope import spread_columns
+from vit_tucker.attention.rope import spread_rotations
 from vit_tucker.attention.variants.tucker.layer import TuckerAttention
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import dump_config, load_config
@@ -85,7 +85,7 @@ class SpreadTucker(TuckerAttention):
         missing = self.k_proj.in_features + (self.k_proj.bias is not None) - len(pre.right)
         pre = pre._replace(right=torch.nn.functional.pad(pre.right, (0, 0, 0, missing)))
         post = hosvd(weights.post_pairs(), self.ranks[1])
-        rotations = spread_columns(self.k_proj.out_features, self.num_heads, self.head_dim)
+        rotations = spread_rotations(self.k_proj.out_features, self.num_heads, self.head_dim)
         self.set_tensors(pre, post, weights.folded_out_bias(), rotations)
 
 

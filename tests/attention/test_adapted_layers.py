@@ -41,7 +41,7 @@ def built(spec, number, backend="auto", dtype=torch.float64):
     """A random layer and the names of its Linears."""
     config = all_configs(SPECS[spec])[number].model_copy(update={"backend": backend})
     layer = config.build(SPECS[spec], dtype=torch.float64)
-    config.settle(layer)
+    config.set_options(layer)
     layer = randomise(layer).to(dtype).eval()
     return layer, [name for name, part in layer.named_modules() if isinstance(part, nn.Linear)]
 
@@ -115,7 +115,7 @@ def test_quantised_layers_run(spec, number):
 
 
 @pytest.mark.parametrize("number", range(len(all_configs(SPECS["timm"]))))
-def test_other_forms_take_adapters_in(number):
+def test_other_forms_merge_adapters(number):
     layer, linears = built("timm", number)
     plain = layer(X)
     y = adapted(layer, linears)(X)
@@ -139,7 +139,7 @@ def test_other_forms_refuse_what_can_not_be_merged(method):
 
 
 @pytest.mark.parametrize("method", vit_tucker.list_methods())
-def test_weights_of_a_kind_of_their_own_are_left_to_their_linears(method):
+def test_weights_of_tensor_subclasses_are_multiplied_by_their_linears(method):
     """As torchao's: tensors that need not know more than the product of a Linear."""
     layer = vit_tucker.get_method(method).example(SPECS["timm"]).build(SPECS["timm"]).eval()
     expected = layer(X.float())

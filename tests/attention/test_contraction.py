@@ -44,7 +44,7 @@ def test_a_chain_costs_the_better_order():
     assert not folds(x[:, :1], 6, 4, 5)  # two tokens: 2*4*11 apart, 30*6 folded
 
 
-def test_linears_that_are_more_than_linears_run_as_modules():
+def test_linears_with_hooks_or_adapters_run_as_modules():
     linear = nn.Linear(3, 2)
     assert is_plain(linear)
     handle = linear.register_forward_hook(lambda *_: None)

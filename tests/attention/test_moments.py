@@ -149,7 +149,7 @@ def test_float32_moments_of_tokens_far_from_zero():
     torch.testing.assert_close(found.key, expected.key, rtol=2e-3, atol=1e-5)
 
 
-def test_useless_moments_are_named():
+def test_unusable_moments_are_refused_with_the_reason():
     w = make_weights(SPEC)
     with pytest.raises(ValueError, match="no tokens"):
         MomentSums(SPEC, w).moments()

@@ -8,7 +8,7 @@ from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 import vit_tucker as vt
 from tests.conftest import dense_attention, make_angles, make_spec, make_table, make_weights, randomise, rope_of
 from vit_tucker.attention import rope as rope_module
-from vit_tucker.attention.rope import RopeSpec, pair_columns, rotate, rotate_heads, spread_columns
+from vit_tucker.attention.rope import RopeSpec, head_rotations, rotate, rotate_heads, spread_rotations
 from vit_tucker.tensor.rotary import rotary_distance
 
 H, D, C = 4, 8, 32
@@ -90,7 +90,7 @@ def grids():
     ("name", "spec", "table"), list(grids()), ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.parametrize("config", LATENT, ids=str)
-def test_a_window_of_a_grid_may_lie_anywhere(config, name, spec, table):
+def test_windows_of_a_grid_score_alike_wherever_they_lie(config, name, spec, table):
     """On ViT's 2-D grids, with the tables that timm makes: windows of 3 x 3 tokens."""
     module, x = layer(config, spec), rand(2, 9, C)
 
@@ -114,7 +114,7 @@ def test_queries_fuse_into_one_matrix_per_head(config, half):
     module, x, angles = layer(config, spec), rand(2, 9, C), make_angles(spec)
     fused = module.rotary_pairs()
     ones = torch.cat([x, torch.ones(2, 9, 1, dtype=x.dtype)], -1)
-    turn = torch.nn.functional.pad(angles, (0, 0, 2, 0))[:, fused.columns[0] % (D // 2)]  # (N, R/2)
+    turn = torch.nn.functional.pad(angles, (0, 0, 2, 0))[:, fused.rotations[0] % (D // 2)]  # (N, R/2)
     q, k = (rotate(ones[:, None] @ side, turn.sin(), turn.cos()) for side in (fused.left, fused.right))  # (B, H, N, R)
     expected = (q @ k.mT * spec.scale).softmax(-1)
     torch.testing.assert_close(
@@ -172,13 +172,13 @@ def test_odd_widths_are_refused_with_the_even_ones():
 
 
 def test_latent_pairs_are_spread_over_the_table():
-    assert spread_columns(8, 4, 8).tolist() == [0, 1, 2, 3]
-    assert spread_columns(4, 4, 8).tolist() == [1, 3]
-    assert spread_columns(2, 4, 8).tolist() == [2]
-    assert spread_columns(12, 4, 8).tolist() == [0, 1, 2, 3, 5, 7]  # then those of the next head
-    assert spread_columns(80, 4, 8).max() < 16
-    assert pair_columns(RopeSpec(), 2, 4).tolist() == [[0, 1], [0, 1]]
-    assert pair_columns(RopeSpec(per_head=True), 2, 4).tolist() == [[0, 1], [2, 3]]
+    assert spread_rotations(8, 4, 8).tolist() == [0, 1, 2, 3]
+    assert spread_rotations(4, 4, 8).tolist() == [1, 3]
+    assert spread_rotations(2, 4, 8).tolist() == [2]
+    assert spread_rotations(12, 4, 8).tolist() == [0, 1, 2, 3, 5, 7]  # then those of the next head
+    assert spread_rotations(80, 4, 8).max() < 16
+    assert head_rotations(RopeSpec(), 2, 4).tolist() == [[0, 1], [0, 1]]
+    assert head_rotations(RopeSpec(per_head=True), 2, 4).tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("name", vt.list_methods())
@@ -251,7 +251,7 @@ def test_other_attentions_with_rope_are_tucker_attention_with_latent_rope(name, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [slice(0, 6), slice(1, 7), slice(0, 12, 2)])
-def test_turning_complex_numbers_is_turning_their_parts(columns, dtype, monkeypatch):
+def test_rotating_complex_numbers_equals_rotating_their_parts(columns, dtype, monkeypatch):
     """Wherever the pairs lie in memory; what is recorded gets the parts. Angles are float32 at least, so both round once, in the
     end: float32 sums of two products may differ in a last bit, bfloat16 results by a step of 2**-8, their gradients by a few."""
     g = torch.Generator().manual_seed(0)

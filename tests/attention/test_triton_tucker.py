@@ -1,5 +1,6 @@
-"""What surrounds the Triton kernels: refusals, tiles, compilation without a GPU. ``triton_tucker_cases`` runs in a process."""
+"""What surrounds the Triton kernels: refusals, tiles, compilation without a GPU; the kernels and layers on them in a process."""
 
+import ast
 import itertools
 import os
 import subprocess
@@ -17,7 +18,7 @@ from vit_tucker.attention.triton_tucker import available, tiles, tucker_attentio
 from vit_tucker.attention.triton_tucker.tiles import KERNELS, Ranks, Tile
 
 ROOT = Path(vit_tucker.__file__).parents[1]
-CASES = Path(__file__).with_name("triton_tucker_cases.py")
+CASES = ("triton_tucker_cases.py", "backends/triton_layer_cases.py")
 CPU = torch.device("cpu")
 SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448}
 WIDTHS = [Ranks(*widths) for widths in itertools.product((16, 32, 64, 128), repeat=4)]
@@ -29,8 +30,8 @@ def numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2]))
 
 
-def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[dict[str, int], str]:
-    """Numbers of tests, failures, errors and skipped ones of the cases in a process of their own, and what it wrote."""
+def run_cases(tmp_path: Path, **variables: str) -> tuple[dict[str, int], str]:
+    """Numbers of tests, failures, errors and skipped ones of the cases in one process of their own, and what it wrote."""
     report = tmp_path / "report.xml"
     environment = process_environment(ROOT, OMP_NUM_THREADS="1", **variables)
     command = [
@@ -42,28 +43,28 @@ def run_cases(tmp_path: Path, cases: Path = CASES, **variables: str) -> tuple[di
         "-p",
         "no:xdist",
         f"--junitxml={report}",
-        str(cases),
+        *(str(Path(__file__).parent / name) for name in CASES),
     ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     suite = ElementTree.parse(report).getroot().find("testsuite")
     return {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}, done.stdout[-4000:]
 
 
-def test_kernels_in_the_interpreter(tmp_path):
+def test_kernels_and_layers_in_the_interpreter(tmp_path):
     triton = pytest.importorskip("triton")
     if numbers(triton.__version__) < (3, 7) and numbers(np.__version__) >= (2, 4):
         pytest.skip("the interpreter before Triton 3.7 makes integers of arrays in a way that numpy 2.4 refuses")
     counts, output = run_cases(tmp_path, TRITON_INTERPRET="1")
-    assert counts["tests"] > 35, output
+    assert counts["tests"] > 45, output
     assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_kernels_on_a_gpu(tmp_path):
+def test_kernels_and_layers_on_a_gpu(tmp_path):
     if reason := available(torch.device("cuda")):
         pytest.skip(reason)
     counts, output = run_cases(tmp_path, TRITON_INTERPRET="0")
-    assert counts["tests"] > 50, output
+    assert counts["tests"] > 65, output
     assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
 
 
@@ -152,12 +153,28 @@ def test_gpus_by_their_capability(capability, version, reason, monkeypatch):
     assert found is None if reason is None else reason in found
 
 
+def imported_by(module: str) -> set[str]:
+    """Names of all modules that importing a module of the package imports, with names that it imports from them."""
+    found, waiting = set(), {module}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        path = ROOT.joinpath(*name.split("."))
+        files = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()]
+        for node in [node for file in files for node in ast.parse(file.read_text()).body]:
+            if isinstance(node, ast.Import):
+                waiting |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                waiting |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        waiting = (waiting | {name.rpartition(".")[0]}) - found - {""}  # a module's packages are imported before it
+    return found
+
+
 def test_importing_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import vit_tucker.attention.triton_tucker.op as op; print(op.__name__)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=process_environment(ROOT), capture_output=True, text=True, check=False
-    )
-    assert done.stdout.strip().endswith("op"), done.stderr
+    found = imported_by("vit_tucker.attention.triton_tucker.op")
+    assert {"torch", "vit_tucker.attention.triton_tucker.tiles"} <= found
+    assert "triton" not in found
+    assert "triton" in imported_by("vit_tucker.attention.triton_tucker.launch")
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -203,6 +220,6 @@ def test_kernels_compile_for_a_gpu_within_the_bound(kernel, dtype, ranks, mask, 
     assert 0 < usage.shared <= tiles.shared_bytes(kernel, tile, widths, ITEMSIZE[dtype], in_memory)
     assert 0 < usage.registers <= 255
     assert (usage.tensor_core > 0) == (dtype == "bf16")
-    small = compile_kernel(kernel, ranks, Tile(16, 16, 4, 1), 86, dtype, mask, rope)
-    assert small.shared > 0
-    assert small.shared != usage.shared
+    if dtype == "fp32":
+        small = compile_kernel(kernel, ranks, Tile(16, 16, 4, 1), 86, dtype, mask, rope)
+        assert 0 < small.shared < usage.shared

@@ -72,7 +72,7 @@ def test_impossible_options_are_refused(config, message):
         config.check(make_spec())
 
 
-def test_registry_refuses_strangers_and_duplicates():
+def test_registry_refuses_other_classes_and_duplicates():
     assert vt.list_methods()[:4] == sorted(vt.list_methods())[:4]
     assert {"gqa", "mha", "mla", "tucker"} <= set(vt.list_methods())
     with pytest.raises(vt.ConfigError, match="unknown attention method 'tuker'.*did you mean 'tucker'"):

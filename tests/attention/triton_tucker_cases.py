@@ -34,7 +34,7 @@ class Case:
     """ranks r2, r3, r2t, r3t; boolean, additive: shape of the mask; angles: shape of the angles; sharpness: of the weights."""
 
     ranks: tuple[int, int, int, int] = (16, 24, 12, 16)
-    B: int = 2
+    B: int = 1
     N: int = 21
     H: int = 2
     boolean: tuple[int, ...] | None = None
@@ -45,29 +45,29 @@ class Case:
 
 
 CASES = {
-    "rank 8": Case((8, 8, 8, 8), N=5, H=3),
-    "odd ranks": Case((33, 12, 24, 33), B=1, N=64, H=1),
-    "many heads": Case((12, 16, 33, 24), B=1, N=5, H=12),
-    "rank 64": Case((64, 64, 64, 64), B=1, N=64, H=1),
-    "rank 128": Case((128, 128, 128, 128), B=1, N=5),
+    "rank 8": Case((8, 8, 8, 8), B=2, N=5),
+    "odd ranks": Case((33, 12, 24, 33), N=64, H=1),
+    "many heads": Case((12, 16, 33, 24), N=5, H=5),
+    "rank 64": Case((64, 64, 64, 64), N=64, H=1),
+    "rank 128": Case((128, 128, 128, 128), N=5, H=1),
     "unequal ranks": Case((16, 128, 24, 64), N=5),
     "rank 1": Case((1, 2, 3, 1), N=5),
-    "197 tokens": Case((16, 16, 16, 16), B=1, N=197, H=1),
-    "boolean mask": Case(boolean=(2, 1, 21, 21)),
+    "many tokens": Case((16, 16, 16, 16), N=100, H=1),
+    "boolean mask": Case(B=2, H=1, boolean=(2, 1, 21, 21)),
     "boolean mask per head": Case(boolean=(2, 21, 21)),
-    "additive mask": Case(additive=(21, 21)),
+    "additive mask": Case(B=2, additive=(21, 21)),
     "additive mask per head": Case(additive=(1, 2, 21, 21)),
-    "additive mask of keys": Case(additive=(2, 1, 1, 21)),
-    "mask over blocks": Case(B=1, N=70, H=2, additive=(1, 2, 70, 70)),
-    "causal": Case(B=1, N=70, H=1, is_causal=True),
-    "causal before a mask": Case(additive=(21, 21), is_causal=True),
-    "rotated": Case(angles=(21, 12)),
-    "rotated per image": Case(angles=(2, 21, 12)),
-    "rotated and masked": Case(angles=(21, 12), boolean=(2, 1, 21, 21)),
-    "rotated and causal": Case(B=1, N=70, H=1, angles=(70, 12), is_causal=True),
-    "sharp": Case((16, 16, 16, 16), B=1, N=40, sharpness=16),
-    "sharp, rotated": Case((16, 16, 16, 16), B=1, N=40, sharpness=8, angles=(40, 8)),
-    "rotated, rank 128": Case((128, 128, 128, 128), B=1, N=5, H=2, angles=(5, 64)),
+    "additive mask of keys": Case(B=2, H=1, additive=(2, 1, 1, 21)),
+    "mask over blocks": Case(N=40, additive=(1, 2, 40, 40)),
+    "causal": Case(N=70, H=1, is_causal=True),
+    "causal before a mask": Case(H=1, additive=(21, 21), is_causal=True),
+    "rotated": Case(B=2, H=1, angles=(21, 12)),
+    "rotated per image": Case(B=2, H=1, angles=(2, 21, 12)),
+    "rotated and masked": Case(B=2, angles=(21, 12), boolean=(2, 1, 21, 21)),
+    "rotated and causal": Case(N=40, H=1, angles=(40, 12), is_causal=True),
+    "sharp": Case((16, 16, 16, 16), N=40, H=1, sharpness=16),
+    "sharp, rotated": Case((16, 16, 16, 16), N=40, H=1, sharpness=8, angles=(40, 8)),
+    "rotated, rank 128": Case((128, 128, 128, 128), N=5, H=1, angles=(5, 64)),
 }
 
 
@@ -175,16 +175,15 @@ def test_matches_the_formula(name, dtype):
     check(example, results)
 
 
-@pytest.mark.parametrize("name", ["rank 8", "rotated and masked"])
-def test_float16(name):
-    example = Example(CASES[name], torch.float16)
+def test_float16():
+    example = Example(CASES["rotated and masked"], torch.float16)
     check(example, example.ours())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_token(dtype):
     """Its weight is 1 whatever the scores: z, dv and dpost by the formula, nothing for p, k and pre."""
-    example = Example(Case(B=1, N=1, H=12), dtype)
+    example = Example(Case(N=1, H=3), dtype)
     z, dp, dk, dv, dpre, dpost = example.ours()
     exact = example.formula(torch.float64)
     bounds = allowed(example, exact)
@@ -195,12 +194,8 @@ def test_one_token(dtype):
     assert errors([z], [example.formula(torch.float64, entry=4.0)[0]])[0] > 3 * bounds[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("rotated and masked", torch.bfloat16), ("mask over blocks", torch.float32)], ids=str
-)
-def test_heads_and_images_in_parts(name, dtype, monkeypatch):
-    example = Example(CASES[name], dtype)
-    whole = example.ours()
+def test_heads_and_images_in_parts(monkeypatch):
+    example = Example(Case(B=2, angles=(2, 21, 12), boolean=(2, 2, 21, 21)), torch.bfloat16)
     split: list[int] = []
     monkeypatch.setattr(tiles, "multiprocessors", lambda device: 100)
     monkeypatch.setattr(launch, "CHUNK_BYTES", 1)
@@ -211,12 +206,10 @@ def test_heads_and_images_in_parts(name, dtype, monkeypatch):
     check(example, results)
     again = example.ours()
     assert all(torch.equal(a, b) for a, b in zip(results, again, strict=True))
-    assert len(whole) == len(results)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_slices_of_one_projection_are_read_in_place(dtype, monkeypatch):
-    example = Example(CASES["rotated"], dtype)
+def test_slices_of_one_projection_are_read_in_place(monkeypatch):
+    example = Example(CASES["rotated"], torch.bfloat16)
     expected = example.ours()
     joint = torch.cat(example.inputs[:3], -1)
     seen = []
@@ -244,10 +237,9 @@ def test_any_strides():
     check(example, example.ours())
 
 
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
-@pytest.mark.parametrize("angles", [None, (21, 12)])
+@pytest.mark.parametrize(("kind", "angles"), [("boolean", (21, 12)), ("additive", None)])
 def test_rows_with_everything_masked_give_zeros(kind, angles):
-    example = Example(Case(boolean=(2, 1, 21, 21), angles=angles), torch.float32)
+    example = Example(Case(B=2, H=1, boolean=(2, 1, 21, 21), angles=angles), torch.float32)
     example.mask[0, 0, 3] = False
     rows = torch.ones(2, 21, 1).to(DEVICE)
     rows[0, 3] = 0
@@ -283,7 +275,7 @@ def test_no_images():
 
 
 def test_values_that_are_the_keys():
-    example = Example(Case((8, 8, 8, 8), N=5), torch.float32)
+    example = Example(Case((8, 8, 8, 8), N=5, H=1), torch.float32)
     example.inputs[2] = example.inputs[1]
     exact = example.formula(torch.float64)
     p, k, _, pre, post = example.inputs
@@ -294,29 +286,28 @@ def test_values_that_are_the_keys():
 
 
 def test_compiles_in_one_graph():
-    example = Example(CASES["rotated and masked"], torch.float32)
+    example = Example(Case((8, 8, 8, 8), N=5, H=1, boolean=(5, 5), angles=(5, 4)), torch.float32)
     expected = example.ours()
     torch._dynamo.reset()
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(graph)
-        return graph
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     def call(p, k, v, pre, post):
         options = {"attn_mask": example.mask, "angles": example.angles}
         return tucker_attention(p * 1, k, v, pre, post, scale=example.scale, **options)
 
-    assert torch.equal(torch.compile(call, backend=keep, fullgraph=True)(*example.inputs), expected[0])
-    assert sum("triton_tucker_attention" in str(node.target) for node in graphs[0].graph.nodes) == 1
     inputs = [t.clone().requires_grad_() for t in example.inputs]
-    z = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)(*inputs)
+    z = torch.compile(call, backend=keep, fullgraph=True, dynamic=True)(*inputs)
     results = [z.detach(), *torch.autograd.grad(z, inputs, example.dz)]
+    assert sum("triton_tucker_attention" in str(node.target) for graph in graphs for node in graph.graph.nodes) == 1
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_operator_is_registered_well():
-    example = Example(Case((8, 8, 8, 8), N=5, H=2, boolean=(5, 5), angles=(5, 4)), torch.float32)
+    example = Example(Case((8, 8, 8, 8), N=5, H=1, boolean=(5, 5), angles=(5, 4)), torch.float32)
     rest = (example.mask, *example.angles, example.scale, False)
     torch.library.opcheck(forward_op, (*(t.requires_grad_() for t in example.inputs), *rest))
     with torch.no_grad():

@@ -87,7 +87,7 @@ def contract(tmp_path, monkeypatch):
 
 
 def test_a_method_without_rope_passes_and_hosts_with_it_are_refused(contract, capsys):
-    ends = contract("limited_heads", LIMITED)
+    ends = contract("limited_heads", LIMITED, "timm or rope or features")
     assert "failed" not in ends, capsys.readouterr().out
     passed = ends["passed"]
     assert "test_features_are_carried_exactly_or_refused[limited_heads-rope]" in passed
@@ -96,7 +96,7 @@ def test_a_method_without_rope_passes_and_hosts_with_it_are_refused(contract, ca
 
 
 def test_a_method_that_claims_rope_and_forgets_it_fails(contract):
-    ends = contract("claiming_heads", CLAIMING, "exact")
+    ends = contract("claiming_heads", CLAIMING, "exact and (timm or rope)")
     assert "test_features_are_carried_exactly_or_refused[claiming_heads-rope]" in ends["failed"]
     assert "test_full_rank_conversion_is_exact[claiming_heads-rope]" in ends["failed"]
     assert "test_full_rank_conversion_is_exact[claiming_heads-timm]" in ends["passed"]

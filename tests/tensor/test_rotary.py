@@ -35,13 +35,13 @@ def random_tensor(columns, seed=0):
 
 def scores(tensor, x, y, angles):
     """Of one token pair, by the formula. (H,)"""
-    turned = as_real(as_complex(y @ tensor.right) * torch.exp(1j * angles[tensor.columns]))
+    turned = as_real(as_complex(y @ tensor.right) * torch.exp(1j * angles[tensor.rotations]))
     return ((x @ tensor.left) * turned).sum(-1)
 
 
 def latent_scores(lifted, x, y, angles):
     return scores(
-        RotaryPairs(lifted.pairs.left @ lifted.pairs.right.mT, lifted.basis.expand(H, -1, -1), lifted.columns.expand(H, -1)),
+        RotaryPairs(lifted.pairs.left @ lifted.pairs.right.mT, lifted.basis.expand(H, -1, -1), lifted.rotations.expand(H, -1)),
         x, y, angles,
     )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_lifted_tensors_score_alike_at_all_angles(columns):
         angles = rand(H * K, seed=seed) * 3
         expected = scores(tensor, x, y, angles)
         torch.testing.assert_close(latent_scores(lifted, x, y, angles), expected, rtol=1e-11, atol=1e-11)
-        shuffled = lifted._replace(columns=lifted.columns.roll(1))
+        shuffled = lifted._replace(rotations=lifted.rotations.roll(1))
         assert not torch.allclose(latent_scores(shuffled, x, y, angles), expected, rtol=1e-3)
 
 
@@ -69,7 +69,7 @@ def test_norm_is_the_mean_over_all_angles(columns):
     thirds = torch.cartesian_prod(*[torch.arange(3).double() * 2 * torch.pi / 3] * rotations)
     total = 0.0
     for angles in thirds:
-        turned = as_real(as_complex(tensor.right) * torch.exp(1j * angles[tensor.columns]).unsqueeze(1))
+        turned = as_real(as_complex(tensor.right) * torch.exp(1j * angles[tensor.rotations]).unsqueeze(1))
         total += (tensor.left @ turned.mT).square().sum().item() / len(thirds)
     assert total == pytest.approx(squared_norm(lift(tensor).pairs).item() / 2, rel=1e-10)
 
@@ -87,7 +87,7 @@ def test_cuts_lose_what_their_pairs_hold(columns):
         form = RotaryPairs(
             cut.left @ torch.tensordot(cut.head, cut.core, 1),
             cut.right.expand(H, -1, -1),
-            lifted.columns[: rank // 2].expand(H, -1),
+            lifted.rotations[: rank // 2].expand(H, -1),
         )
         lost = rotary_distance(tensor, form).square() * norm
         torch.testing.assert_close(lost, energy[rank // 2 :].sum(), rtol=1e-9, atol=1e-9)
@@ -121,7 +121,7 @@ def test_whitening_moves_the_cut_to_what_counts():
 
     plain, whitened = lift(tensor), lift(whiten_rotary(tensor, right=root.root))
     basis = root.inverse @ whitened.basis
-    assert loss(basis[:, :6], whitened.columns[:3]) < 0.7 * loss(plain.basis[:, :6], plain.columns[:3])
+    assert loss(basis[:, :6], whitened.rotations[:3]) < 0.7 * loss(plain.basis[:, :6], plain.rotations[:3])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -132,7 +132,7 @@ def test_a_latent_for_keys_and_values(weighted):
     keys = int((shared.pairs.right.abs().sum((0, 2)) > 0).sum())
     assert 2 <= keys < 6
     assert shared.basis.shape == (COLUMNS, 6)
-    assert shared.columns.shape == (3,)
+    assert shared.rotations.shape == (3,)
     torch.testing.assert_close(shared.basis[:, :keys], lifted.basis[:, :keys])
     root = metric.root if metric else torch.eye(COLUMNS - 1, dtype=torch.float64)
 

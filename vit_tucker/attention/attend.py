@@ -22,7 +22,7 @@ def attend(
     is_causal: bool = False,
     backend: str = AUTO,
 ) -> Tensor:
-    """softmax(scale * Q K^T + mask) V.
+    """Computes softmax(scale * Q K^T + mask) V.
 
     Args:
         q: (B, H, N, Dk).
@@ -61,7 +61,7 @@ def fused_attention(
     dropout: float,
     backend: str,
 ) -> Tensor:
-    """``attend`` by a backend. A leaf in fx graphs: the choice depends on tensors."""
+    """Computes ``attend`` by a backend. A leaf in fx graphs: the choice depends on tensors."""
     facts = facts_of(q, k, v, attn_mask, is_causal, dropout)
     chosen = get_backend(choose(facts, backend).name)
     if chosen.attend is None:

@@ -49,7 +49,7 @@ class AttentionConfig(MethodConfig):
     """
 
     carries: ClassVar[frozenset[str]] = frozenset()
-    """Features of the host (``HostSpec.features``) that the method keeps; it refuses hosts with others."""
+    """Features of the host (``HostSpec.features``) that the method supports; it refuses hosts with others."""
 
     whole_kernels: ClassVar[bool] = False
     """Backends that compute Tucker Attention as a whole can be asked for."""
@@ -73,7 +73,7 @@ class AttentionConfig(MethodConfig):
     @field_validator("backend")
     @classmethod
     def _known_backend(cls, name: str) -> str:
-        """A registered backend, and one that computes this method."""
+        """Refuses names that are no backend, and backends that do not compute this method."""
         if is_whole(name) and not cls.whole_kernels:
             able = [AUTO, *(other for other in list_backends() if not is_whole(other))]
             raise ConfigError(f"backend '{name}' computes Tucker Attention as a whole; here: {', '.join(able)}")
@@ -81,19 +81,19 @@ class AttentionConfig(MethodConfig):
             get_backend(name)
         return name
 
-    def settle(self, module: AttentionModule) -> None:
-        """See base class."""
+    def set_options(self, module: AttentionModule) -> None:
+        """Sets the backend of a built layer; a backend by name overrides the host's fused_attn."""
         module.backend = self.backend
-        if self.backend != AUTO:  # said here, so it counts more than what the host did
+        if self.backend != AUTO:  # an explicit backend overrides the host's setting
             module.fused_attn = self.backend != "eager"
 
     @property
     def fitted_to(self) -> Calibration | None:
-        """See base class."""
+        """The images that the conversion looks at; None for a conversion by weights alone."""
         return self.calibration
 
     def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
-        """The config with other ranks [head, query/output, key/value] of the pre- and the post-softmax tensor.
+        """Returns the config with other ranks [head, query/output, key/value] of the pre- and the post-softmax tensor.
 
         Args:
             pre: of the pre-softmax tensor.
@@ -105,41 +105,37 @@ class AttentionConfig(MethodConfig):
         raise PatchError(f"{self.method} has no ranks of two tensors")
 
     def unconverted(self) -> Self:
-        """See base class."""
+        """Returns the config of the same layers from their own initialisation, without calibration."""
         return super().unconverted().model_copy(update={"calibration": None})
 
     def portable(self) -> Self:
-        """See base class: without the backend."""
+        """Returns the config as another machine needs it: without the backend."""
         return self.model_copy(update={"backend": AUTO})
 
     @abstractmethod
     def check(self, spec: HostSpec) -> None:
-        """Raise PatchError with the reason if the method with these options can't replace such a host."""
+        """Raises PatchError with the reason if the method with these options can't replace such a host."""
 
     @abstractmethod
     def build(self, spec: HostSpec, **factory: Any) -> AttentionModule:
-        """The module with the method's own random initialisation; ``factory``: device, dtype."""
+        """Returns the module with the method's own random initialisation; ``factory``: device, dtype."""
 
     @abstractmethod
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
         """Parameters of the built module, from the formula alone."""
 
-    @abstractmethod
-    def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """Floating point operations (2 per multiply-add) of the matrix products for one image of N tokens."""
-
     @classmethod
     @abstractmethod
     def full_rank(cls, spec: HostSpec) -> Self:
-        """The config whose conversion of such a host is exact. The contract tests hold every method to it."""
+        """Returns the config whose conversion of such a host is exact. The contract tests hold every method to it."""
 
     @classmethod
     @abstractmethod
     def example(cls, spec: HostSpec) -> Self:
-        """A config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
+        """Returns a config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
 
     def refuse_features(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError for a feature of the host that the method can't carry."""
         for feature in spec.features:
             if feature not in self.carries:
                 reason = REASONS.get(feature, "unknown").format(method=self.method)
@@ -152,7 +148,7 @@ class PerHeadConfig(AttentionConfig):
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope", "qk_norm", "scale_norm", "gate"}
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class: each weight multiplies each token once, then the attention itself, then the host's gate."""
+        """Counts each weight once per token, then the attention itself, then the host's gate."""
         projections = 2 * num_tokens * self.count_parameters(spec).weights
         gate = 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
         return projections + attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim) + gate

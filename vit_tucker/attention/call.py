@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends.masks import add_mask, cast_mask
+from vit_tucker.attention.backends import masks
 
 
 class Call(NamedTuple):
@@ -42,12 +42,12 @@ class PositionBias(nn.Module):
         self.method = method
 
     def forward(self) -> Tensor:
-        """(1, H, N, N) or (H, N, N)"""
+        """Returns the bias, (1, H, N, N) or (H, N, N)."""
         bias: Tensor = getattr(self.source, self.method)()
         return bias
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Resize to another grid of tokens, as the host does."""
+        """Resizes to another grid of tokens, as the host does."""
         source: Any = self.source
         source.set_window_size(window_size)
 
@@ -79,7 +79,7 @@ def _score_mask(
     position_bias: Tensor | None,
     x: Tensor,
 ) -> tuple[Tensor | None, bool]:
-    """Everything that is added to the scores as one mask, and whether they are causal besides. A leaf in fx graphs.
+    """Adds up everything that is added to the scores, as one mask, and whether they are causal besides. A leaf in fx graphs.
 
     Args:
         attn_mask: boolean or additive, broadcasts to (B, H, N, N).
@@ -100,7 +100,7 @@ def _score_mask(
     if total.ndim == 3:
         total = total.unsqueeze(0)
     if attn_mask is not None or is_causal:
-        total = add_mask(total, attn_mask, is_causal)
+        total = masks.add_mask(total, attn_mask, is_causal)
     return total.to(x.dtype), False
 
 
@@ -116,7 +116,7 @@ def read_call(
     shared_rel_pos: Tensor | None = None,
     shared_rel_pos_bias: Tensor | None = None,
 ) -> Call:
-    """The arguments of a host's attention, under the names by which timm's blocks hand them over, in one form.
+    """Reads the arguments of a host's attention, under the names by which timm's blocks hand them over, into one form.
 
     Args:
         layout: of the host's tokens, see ``HostSpec``.
@@ -128,7 +128,7 @@ def read_call(
     """
     tokens = to_sequences(x, layout)
     if attn_mask is not None:
-        attn_mask = cast_mask(attn_mask, tokens)
+        attn_mask = masks.cast_mask(attn_mask, tokens)
     shared = shared_rel_pos if shared_rel_pos_bias is None else shared_rel_pos_bias
     own = None if position_bias is None else position_bias()
     masked = attn_mask is not None

@@ -59,14 +59,9 @@ def is_plain(*linears: nn.Module) -> bool:
 
 
 def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """Several Linears of the same input as one product, where they are narrow: x is read once, and its gradient written once.
+    """Computes several Linears of one input as one product, where they are narrow: x is read once, its gradient written once.
 
-    Args:
-        x: (B, N, C).
-        linears: C to O_i each.
-
-    Returns:
-        (B, N, O_i) each; views of one tensor, or tensors of their own.
+    x is (B, N, C); the outputs, (B, N, O_i) each, are views of one tensor, or tensors of their own.
     """
     if not is_plain(*linears):
         return tuple(linear(x) for linear in linears)
@@ -77,7 +72,7 @@ def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
 def latent_inputs(
     x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Queries of all heads and the latents of keys and values: (x U2 + p0) T, x U3 + k0, x U3t.
+    """Returns queries of all heads and the latents of keys and values: (x U2 + p0) T, x U3 + k0, x U3t.
 
     Args:
         x: (B, N, C).
@@ -99,16 +94,9 @@ def latent_inputs(
 
 @torch.fx.wrap
 def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(sum_i Y_i S_i^T) U2t^T + b.
+    """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O).
 
-    Args:
-        y: heads' outputs side by side, (B, N, H*r3t).
-        post: S^T, (H*r3t, r2t).
-        weight: U2t, (O, r2t).
-        bias: (O,) or None.
-
-    Returns:
-        (B, N, O).
+    y holds the heads' outputs side by side, (B, N, H*r3t), post is S^T, (H*r3t, r2t), weight U2t, (O, r2t), bias (O,) or None.
     """
     width, inner = post.shape
     if folds(y, width, inner, weight.shape[0]):

@@ -37,7 +37,7 @@ def full_name(module: nn.Module) -> str:
 
 
 def peft_class(place: str, name: str) -> tuple[type, ...]:
-    """A class of PEFT for ``isinstance``; none unless PEFT is imported: without it there are no such modules."""
+    """Returns a class of PEFT for ``isinstance``; none unless PEFT is imported: without it there are no such modules."""
     found = getattr(sys.modules.get(place), name, None)
     return (found,) if isinstance(found, type) else ()
 
@@ -53,7 +53,7 @@ def is_adapter(module: nn.Module) -> bool:
 
 
 def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iterator[str]:
-    """The kind of each hook on the module itself, torch's own apart."""
+    """Yields the kind of each hook on the module itself, torch's own apart."""
     for kind in kinds:
         for hook in getattr(module, kind).values():
             if not isinstance(hook, FUNCTIONAL):
@@ -61,7 +61,7 @@ def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iter
 
 
 def refuse_altered(module: nn.Module) -> None:
-    """Raise WeightsError for a module with hooks that may change its output, or with another forward than its class."""
+    """Raises WeightsError for a module with hooks that may change its output, or with another forward than its class."""
     for kind in user_hooks(module, tuple(CALL_HOOKS)):
         raise WeightsError(f"has a {kind}, which may change what it computes: remove it first (handle.remove())")
     if "forward" in vars(module):
@@ -71,7 +71,7 @@ def refuse_altered(module: nn.Module) -> None:
 
 
 def plain_part(part: nn.Module) -> nn.Module:
-    """The module itself if it is plain, else a plain one that computes the same in eval mode, with adapters and parametrizations
+    """Returns the module itself if it is plain, else one that computes the same in eval mode, with adapters and parametrizations
     merged.
 
     Args:
@@ -89,7 +89,7 @@ def plain_part(part: nn.Module) -> nn.Module:
 
 
 def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn.Module:
-    """The module itself if all of its parts are plain, else a shallow copy whose parts are.
+    """Returns the module itself if all of its parts are plain, else a shallow copy whose parts are.
 
     Args:
         module: it is not changed.
@@ -113,7 +113,7 @@ def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn
 
 
 def readable(part: nn.Module) -> Any:
-    """A Linear or convolution, plain, whose ``weight`` and ``bias`` say what it computes; see ``plain_part``.
+    """Returns a Linear or convolution, plain, whose ``weight`` and ``bias`` say what it computes; see ``plain_part``.
 
     Raises:
         WeightsError: there is none.
@@ -124,7 +124,7 @@ def readable(part: nn.Module) -> Any:
 
 
 def plain_layer(layer: Layer) -> Layer:
-    """A layer of ours whose own weights say what it computes: itself, or a copy with adapters and parametrizations merged.
+    """Returns a layer of ours whose own weights say what it computes: itself, or a copy with adapters and the like merged.
 
     Raises:
         WeightsError: see ``with_plain_parts``.
@@ -136,12 +136,12 @@ def plain_layer(layer: Layer) -> Layer:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of a module does, such as those of its adapters: what takes its place does as a whole then."""
+    """Whether any parameter of a module is trained, such as those of its adapters: its replacement is trained as a whole then."""
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def plain_child(part: nn.Module, is_projection: bool) -> nn.Module:
-    """A part of a module, plain; see ``with_plain_parts``."""
+    """Returns a part of a module, plain; see ``with_plain_parts``."""
     if type(part) in SILENT:
         if "forward" in vars(part):
             refuse_altered(part)
@@ -153,14 +153,14 @@ def plain_child(part: nn.Module, is_projection: bool) -> nn.Module:
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The module, which must be a copy, free of the hooks that it shares with the one it was copied from."""
+    """Frees the module, which must be a copy, from the hooks that it shares with the one it was copied from."""
     for kind in HOOKS:
         setattr(module, kind, OrderedDict())
     return module
 
 
 def refuse_unreadable(part: nn.Module) -> None:
-    """Raise WeightsError for anything but a Linear or a convolution with weights of its own."""
+    """Raises WeightsError for anything but a Linear or a convolution with weights of its own."""
     cls = next((cls for cls in PROJECTIONS if type(part).forward is cls.forward), None)
     if cls is None or type(part).__call__ is not nn.Module.__call__:
         raise WeightsError(
@@ -174,7 +174,7 @@ def refuse_unreadable(part: nn.Module) -> None:
 
 
 def merged(layer: Any) -> nn.Module:
-    """What a module of PEFT's computes at present, as one module of the kind that it is around.
+    """Merges what a module of PEFT computes at present into one module of the kind that it is around.
 
     PEFT's own layers merge themselves, in float64; adapters that are switched off don't count. The result is compared with the
     adapted module on random inputs.
@@ -213,7 +213,7 @@ def merged(layer: Any) -> nn.Module:
 
 
 def trained_copy(wrapper: Any) -> nn.Module:
-    """The module that PEFT's ``modules_to_save`` puts in place of another; the other where it is switched off."""
+    """Returns the module that PEFT's ``modules_to_save`` puts in place of another; the other where it is switched off."""
     copies = getattr(wrapper, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         raise WeightsError(f"is a {full_name(wrapper)}, which can't be merged")
@@ -223,7 +223,7 @@ def trained_copy(wrapper: Any) -> nn.Module:
 
 
 def inputs_of(part: nn.Module) -> Tensor | None:
-    """Random inputs of a Linear, convolution or norm, float64; None without values. No random generator of torch's is used."""
+    """Draws random inputs of a Linear, convolution or norm, float64, from a generator of its own; None without values."""
     like = getattr(part, "weight", None)
     if not isinstance(like, Tensor) or like.is_meta:
         return None
@@ -234,7 +234,7 @@ def inputs_of(part: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raise WeightsError for the first of named tensors that holds NaN or infinite values."""
+    """Raises WeightsError for the first of named tensors that holds NaN or infinite values."""
     for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.backends import heads
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.rope import rotate_heads
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments, ridge_readout
@@ -34,7 +34,7 @@ class PerHeadModule(AttentionModule):
     proj: nn.Linear
 
     def add_extras(self, spec: HostSpec, **factory: Any) -> None:
-        """Copy the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
+        """Copies the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
         modules = {name: module for key in self.extras for name, module in spec.extras[key].items()}
         for name in ("q_norm", "k_norm", "norm"):
             setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
@@ -44,63 +44,53 @@ class PerHeadModule(AttentionModule):
 
     @property
     def kv_width(self) -> int | None:
-        """See base class. Each key/value head's key and value, 2 G D."""
+        """Numbers per token in a KV cache: each key/value head's key and value, 2 G D."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """See base class."""
         return self.proj(mixed)
 
     def attend_heads(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
     ) -> Tensor:
-        """Everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
+        """Computes everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
 
-        Args:
-            x: (B, N, C), the layer's input, for the gate.
-            q: (B, H, N, D).
-            k, v: (B, G, N, D), G divides H.
-            attn_mask, is_causal, rope: as for the layer.
-
-        Returns:
-            (B, N, H*D).
+        The gate reads the layer's input x (B, N, C). q (B, H, N, D), k and v (B, G, N, D), G divides H -> (B, N, H*D)
         """
         q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope is not None:
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
                 k, v = heads.expand_heads(k, self.num_heads), heads.expand_heads(v, self.num_heads)
-            q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
+            q, k = (rotary.rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
         y = self.attend(q, k, v, attn_mask, is_causal)
         return self.finish(x, y.transpose(1, 2).flatten(2))
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Norm and gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
+        """Applies the norm and the gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
         y = self.norm(y)
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
-        """See base class: the output projection, by ridge regression."""
+        """Fits the output projection by ridge regression."""
         ff, yf, f_mean, y_mean = moments.centred(self.has_out_bias)
         readout, _ = ridge_readout(ff, yf, linear_weight(self.proj).mT, damping)
         set_linear(self.proj, readout.mT, y_mean - readout @ f_mean)
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:
-        """Query, key, value and output weights of each of the H heads and their biases, float64; a key bias only where it
+        """Returns query, key, value and output weights of all H heads and their biases, float64; a key bias only where it
         does not cancel."""
 
     def rotary_pairs(self) -> RotaryPairs:
-        """See base class."""
         if self.spec.rope is None:
             raise PatchError(f"{type(self).__name__} has no RoPE here")
         return self.dense_weights().rotary_pairs(self.spec.rope)
 
     def folded_out_bias(self) -> Tensor | None:
-        """See base class."""
         return self.dense_weights().folded_out_bias()
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """See base class; Thms B.2 and B.3: bases are the projections, the core picks columns."""
+        """Returns the projections as bases and cores that pick columns (Thms B.2 and B.3)."""
         weights, group = self.dense_weights(), self.num_heads // self.num_kv_heads
         pre, post = weights.pre_tensor(self.spec.rope), weights.post_pairs()
         keys = pre.right[:: self._heads_per_key]
@@ -115,14 +105,11 @@ class PerHeadModule(AttentionModule):
         mixed = self.spec.rope is not None and self.spec.rope.per_head
         return 1 if mixed else self.num_heads // self.num_kv_heads
 
-    def latent_columns(self) -> Tensor:
-        """See base class."""
-        return self.rotary_pairs().columns[:: self._heads_per_key].flatten()
+    def latent_rotations(self) -> Tensor:
+        return self.rotary_pairs().rotations[:: self._heads_per_key].flatten()
 
     def pre_pairs(self) -> Pairs:
-        """See base class."""
         return self.dense_weights().pre_pairs()
 
     def post_pairs(self) -> Pairs:
-        """See base class."""
         return self.dense_weights().post_pairs()

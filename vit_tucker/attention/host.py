@@ -1,4 +1,4 @@
-"""What a method knows of the attention layer that it replaces: its shape and options, and its weights in canonical form."""
+"""Shape and options of the attention layer that a method replaces, and its weights in canonical form."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
+from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, head_rotations
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
 
@@ -18,7 +18,7 @@ DENSE_INIT_STD = 0.02
 
 
 CALL_FEATURES = frozenset({"position_bias", "layout"})
-"""What ``AttentionModule.forward`` takes care of, for methods that implement ``mix`` and ``readout``."""
+"""Features that ``AttentionModule.forward`` handles, for methods that implement ``mix`` and ``readout``."""
 
 
 REASONS = {
@@ -131,7 +131,7 @@ class MHAWeights:
         return self.to(torch.float64)
 
     def pre_pairs(self) -> Pairs:
-        """Pre-softmax tensor stack_i [WQ_i; bQ_i] WK_i^T: modes head, query (C, or C + 1 with a query bias), key (C).
+        """Returns the pre-softmax tensor stack_i [WQ_i; bQ_i] WK_i^T: modes head, query (C, or C + 1 with a query bias), key (C).
 
         The query bias is one more row of the query mode, since it does not cancel in the softmax; the key bias does.
         """
@@ -141,24 +141,24 @@ class MHAWeights:
         return Pairs(query, self.key)
 
     def pre_tensor(self, rope: RopeSpec | None) -> Pairs | RotaryPairs:
-        """The pre-softmax tensor with its rotations, if there are any."""
+        """Returns the pre-softmax tensor with its rotations, if there are any."""
         return self.pre_pairs() if rope is None else self.rotary_pairs(rope)
 
     def rotary_pairs(self, rope: RopeSpec) -> RotaryPairs:
-        """The pre-softmax tensor of a host with RoPE: with a row for the key bias, which rotations keep from cancelling."""
+        """Returns the pre-softmax tensor of a host with RoPE, with a row for the key bias, which does not cancel there."""
         query, key = self.pre_pairs()
         if self.key_bias is not None:
             key = torch.cat([key, self.key_bias.unsqueeze(1)], 1)
         heads, _, width = key.shape
-        columns = pair_columns(rope, heads, width).to(key.device)
-        return RotaryPairs(adjacent_pairs(query, rope.half), adjacent_pairs(key, rope.half), columns)
+        rotations = head_rotations(rope, heads, width).to(key.device)
+        return RotaryPairs(adjacent_pairs(query, rope.half), adjacent_pairs(key, rope.half), rotations)
 
     def post_pairs(self) -> Pairs:
-        """Post-softmax tensor stack_i (WV_i WO_i)^T: modes head, output (O), value (C) (Eq 5 of the paper)."""
+        """Returns the post-softmax tensor stack_i (WV_i WO_i)^T: modes head, output (O), value (C) (Eq 5 of the paper)."""
         return Pairs(self.out.mT, self.value)
 
     def folded_out_bias(self) -> Tensor | None:
-        """Output bias with the value biases in it, b_O + sum_i bV_i WO_i, exact since softmax rows sum to 1. (O,)"""
+        """Returns the output bias b_O + sum_i bV_i WO_i, (O,): value biases in it are exact, since softmax rows sum to 1."""
         if self.value_bias is None:
             return self.out_bias
         folded = torch.einsum("hd,hdo->o", self.value_bias, self.out)

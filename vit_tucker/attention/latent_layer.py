@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.contraction import joint_linear
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.linear import augmented_weight, linear_weight
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.rope import rotate_latent, spread_columns
+from vit_tucker.attention.rope import spread_rotations
 from vit_tucker.tensor.rotary import RotaryPairs
 
 
@@ -36,7 +37,7 @@ class LatentModule(AttentionModule):
         """Spreads the latent pairs evenly over the host's rotations."""
         if self.pair_rotations is not None:
             width = 2 * len(self.pair_rotations)
-            self.pair_rotations.copy_(spread_columns(width, self.num_heads, self.head_dim))
+            self.pair_rotations.copy_(spread_rotations(width, self.num_heads, self.head_dim))
 
     @property
     @abstractmethod
@@ -62,7 +63,7 @@ class LatentModule(AttentionModule):
         """Returns queries (B, H, N, r3) and the latent key (B, 1, N, r3), rotated where the latent rotates."""
         if self.pair_rotations is None or self.spec.rope is None:
             return q, k
-        return rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
+        return rotary.rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
 
     @property
     def kv_width(self) -> int | None:
@@ -79,9 +80,9 @@ class LatentModule(AttentionModule):
         """Returns how many rotations the host's table has, for the buffer that chooses from them."""
         return {} if self.pair_rotations is None else {"pair_rotations": self.num_heads * (self.head_dim // 2)}
 
-    def latent_columns(self) -> Tensor:
+    def latent_rotations(self) -> Tensor:
         """Returns the numbers of the latent pairs' rotations, (r3/2,)."""
-        return super().latent_columns() if self.pair_rotations is None else self.pair_rotations
+        return super().latent_rotations() if self.pair_rotations is None else self.pair_rotations
 
     def shared_rotary_pairs(self, left: Tensor, right: Tensor) -> RotaryPairs:
         """Returns pairs left_i right^T of all heads, (H, I, r3) and (J, r3), with the latent's rotations."""

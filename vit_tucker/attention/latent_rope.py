@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.rope import RopeSpec, spread_columns
+from vit_tucker.attention.rope import RopeSpec, spread_rotations
 from vit_tucker.tensor.metric import Root, mean_metric, metric_root
 from vit_tucker.tensor.resize import Resized, grow, keep_pairs, resize_factor
 from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
@@ -24,7 +24,8 @@ class LatentKeys(NamedTuple):
 
     Attributes:
         lifted: the pre-softmax tensor in the latent's coordinates; its left mode in the norm of the query metric, its heads
-            weighted, its right mode and basis as they are.
+            weighted, its right mode as it is. Its basis projects tokens to the latent, (C, R), with a last row for the key bias
+            if the host has one.
         query: root of the query metric, or None.
         weights: of the heads, (H,), or None.
     """
@@ -33,18 +34,8 @@ class LatentKeys(NamedTuple):
     query: Root | None
     weights: Tensor | None
 
-    @property
-    def basis(self) -> Tensor:
-        """Projection from tokens to the latent, (C, R), with a last row for the key bias if the host has one."""
-        return self.lifted.basis
-
-    @property
-    def columns(self) -> Tensor:
-        """Numbers of the latent pairs' rotations, (R/2,)."""
-        return self.lifted.columns
-
     def tucker(self, ranks: tuple[int, int, int]) -> Tucker:
-        """The pre-softmax tensor as a Tucker decomposition on this latent: its right factor is the basis."""
+        """Returns the pre-softmax tensor as a Tucker decomposition on this latent: its right factor is the basis."""
         core, head, left, right = rotary_tucker(self.lifted, ranks)
         if self.weights is not None:
             head = head / self.weights[:, None]
@@ -60,7 +51,7 @@ def latent_keys(
     values: Tensor | None = None,
     value_root: Root | None = None,
 ) -> LatentKeys:
-    """The best latent key of a given width.
+    """Finds the best latent key of a given width.
 
     Args:
         weights: of the host, float64.
@@ -84,15 +75,15 @@ def latent_keys(
         lifted = lifted._replace(basis=key.inverse @ lifted.basis)
     if values is None:
         pairs = lifted.pairs._replace(right=lifted.pairs.right[:, :width])
-        lifted = Lifted(pairs, lifted.basis[:, :width], lifted.columns[: width // 2])
+        lifted = Lifted(pairs, lifted.basis[:, :width], lifted.rotations[: width // 2])
     else:
         heads, _, head_dim = weights.key.shape
-        lifted = leave_room(lifted, values, width, spread_columns(width, heads, head_dim), value_root)
+        lifted = leave_room(lifted, values, width, spread_rotations(width, heads, head_dim), value_root)
     return LatentKeys(lifted, query, scale)
 
 
 def value_columns(out: Tensor, value: Tensor) -> Tensor:
-    """The heads' values weighted by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
+    """Weights the heads' values by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
     small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
     return (value @ small.mT).transpose(0, 1).flatten(1)
 
@@ -117,5 +108,5 @@ def resize_keys(
     if rank < factor.shape[1]:
         new, pairs = keep_pairs(factor, gram, rank)
         return new, rotations[pairs]
-    added = spread_columns(rank - factor.shape[1], spec.num_heads, spec.head_dim).to(rotations)
+    added = spread_rotations(rank - factor.shape[1], spec.num_heads, spec.head_dim).to(rotations)
     return grow(factor, rank, spec.embed_dim), torch.cat([rotations, added])

@@ -10,7 +10,7 @@ from vit_tucker.attention.effective import readable
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """Weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
+    """Returns the weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
     weight: Tensor = readable(linear).weight
     return weight.detach().double().mT
 
@@ -24,7 +24,7 @@ def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
 
 
 def augmented_weight(linear: nn.Module) -> Tensor:
-    """Weight (in, out) of a Linear with its bias as a last row, float64."""
+    """Returns the weight (in, out) of a Linear with its bias as a last row, float64."""
     weight, bias = linear_weight(linear), linear_bias(linear)
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
 
@@ -47,7 +47,7 @@ def head_bias(linear: nn.Module, num_heads: int, repeat: int = 1) -> Tensor | No
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Copy ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
+    """Copies ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
     linear.weight.copy_(weight.mT)
     if linear.bias is not None:
         if bias is None:
@@ -63,7 +63,7 @@ def set_augmented(linear: nn.Linear, weight: Tensor) -> None:
 
 
 def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:
-    """Give a Linear of another size new parameters, without values; one of this size already stays as it is."""
+    """Gives a Linear of another size new parameters, without values; one of this size already stays as it is."""
     if (linear.in_features, linear.out_features) == (in_features, out_features):
         return
     linear.weight = resized(linear.weight, (out_features, in_features))
@@ -73,24 +73,24 @@ def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> Non
 
 
 def resized(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    """A parameter of another shape, without values, with the dtype, device and requires_grad of the old one; or the old one."""
+    """Returns the parameter, or one of another shape without values, with its dtype, device and requires_grad."""
     if isinstance(parameter, nn.Parameter) and parameter.shape == torch.Size(shape):
         return parameter
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
 def init_linear(linear: nn.Linear, std: float) -> None:
-    """Normal weights with standard deviation ``std``, zero bias."""
+    """Draws normal weights with standard deviation ``std`` and sets the bias to zero."""
     nn.init.normal_(linear.weight, std=std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(..., H*D) -> (H, ..., D)"""
+    """Reshapes (..., H*D) to (H, ..., D)."""
     return x.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(H, ..., D) -> (..., H*D)"""
+    """Reshapes (H, ..., D) to (..., H*D)."""
     return x.movedim(0, -2).flatten(-2)

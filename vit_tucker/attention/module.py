@@ -81,11 +81,11 @@ class AttentionModule(nn.Module):
         return calls.from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
 
     def run(self, call: Call) -> Tensor:
-        """The layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
+        """Computes the layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
         return self.readout(self.mix(call.x, call.attn_mask, call.is_causal, call.rope))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
+        """Computes softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
                       attn_mask=attn_mask, is_causal=is_causal, backend=self.heads_backend)  # fmt: skip
 
@@ -105,7 +105,7 @@ class AttentionModule(nn.Module):
         return self.position_bias
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Resize the position bias, if there is one; timm's ``set_input_size`` calls it by this name."""
+        """Resizes the position bias, if there is one; timm's ``set_input_size`` calls it by this name."""
         if self.position_bias is not None:
             self.position_bias.set_window_size(window_size)
 
@@ -149,7 +149,7 @@ class AttentionModule(nn.Module):
         return {old: after[key] for key, old in before.items() if after[key] is not old}
 
     def _resize(self, **options: Any) -> None:
-        """Takes these ranks over; called under no_grad, only of methods with ``rank_options``."""
+        """Gives the layer these ranks; called under no_grad, only of methods with ``rank_options``."""
 
     @property
     def kv_width(self) -> int | None:
@@ -158,10 +158,10 @@ class AttentionModule(nn.Module):
 
     @abstractmethod
     def init_weights(self) -> None:
-        """Reset to the method's own random initialisation. timm's init functions call it by this name."""
+        """Resets the layer to the method's own random initialisation. timm's init functions call it by this name."""
 
     def reset_parameters(self) -> None:
-        """The same by the name that timm's EVA, BEiT and Swin call, after the layers inside; so does torch after to_empty."""
+        """Does the same by the name that timm's EVA, BEiT and Swin call, after the layers inside, and torch after to_empty."""
         self.init_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -173,10 +173,10 @@ class AttentionModule(nn.Module):
 
     @abstractmethod
     def convert_from(self, weights: MHAWeights) -> None:
-        """Take over dense attention weights (float64), exactly where the ranks allow; called under no_grad."""
+        """Converts dense attention weights (float64), exactly where the ranks allow; called under no_grad."""
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """Take over dense attention weights so that the error on the tokens is least; called under no_grad.
+        """Converts dense attention weights so that the error on the tokens is least; called under no_grad.
 
         Args:
             weights: float64.
@@ -188,11 +188,11 @@ class AttentionModule(nn.Module):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """All heads' outputs side by side, before the linear read-out that ends the layer. (B, N, C) -> (B, N, F)"""
+        """Returns all heads' outputs side by side, before the linear read-out that ends the layer. (B, N, C) -> (B, N, F)"""
         raise PatchError(f"{type(self).__name__} does not say what its linear read-out sees; leave calibration out")
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """What follows ``mix``, dropout apart: linear. (B, N, F) -> (B, N, O)"""
+        """Computes what follows ``mix``, dropout apart: linear. (B, N, F) -> (B, N, O)"""
         raise PatchError(f"{type(self).__name__} does not say what its linear read-out is; leave calibration out")
 
     @property
@@ -201,7 +201,7 @@ class AttentionModule(nn.Module):
         return getattr(getattr(self, "proj", None), "bias", None) is not None
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
-        """Fit what follows ``mix`` to the host's output; called under no_grad.
+        """Fits what follows ``mix`` to the host's output; called under no_grad.
 
         Args:
             moments: of f = ``mix(x)`` and y, the host's output.
@@ -210,11 +210,11 @@ class AttentionModule(nn.Module):
         """
 
     def input_projections(self) -> list[nn.Linear]:
-        """The Linears that read the layer's input x: refinement steps are taken in whitened coordinates there."""
+        """Returns the Linears that read the layer's input x: refinement steps are taken in whitened coordinates there."""
         return []
 
     def output_projections(self) -> list[nn.Linear]:
-        """The Linears that write the layer's output, likewise. Here: ``proj`` if there is one."""
+        """Returns the Linears that write the layer's output, likewise. Here: ``proj`` if there is one."""
         proj = getattr(self, "proj", None)
         return [proj] if isinstance(proj, nn.Linear) else []
 
@@ -224,27 +224,27 @@ class AttentionModule(nn.Module):
         return linear_bias(proj) if isinstance(proj, nn.Linear) or is_adapter(proj) else None
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""
+        """Returns exact Tucker decompositions of both tensors, float64; here HOSVDs at the numerical ranks."""
         pre, post = self.pre_pairs(), self.post_pairs()
         return hosvd(pre, mode_ranks(pre)), hosvd(post, mode_ranks(post))
 
     @abstractmethod
     def pre_pairs(self) -> Pairs:
-        """The layer's pre-softmax tensor (H, C or C + 1, C), see ``MHAWeights.pre_pairs``; with RoPE where nothing rotates."""
+        """Returns the pre-softmax tensor (H, C or C + 1, C), see ``MHAWeights.pre_pairs``; with RoPE where nothing rotates."""
 
     def pre_tensor(self) -> Pairs | RotaryPairs:
-        """The pre-softmax tensor with its rotations, if there are any."""
+        """Returns the pre-softmax tensor with its rotations, if there are any."""
         return self.pre_pairs() if self.spec.rope is None else self.rotary_pairs()
 
     def rotary_pairs(self) -> RotaryPairs:
-        """The pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
+        """Returns the pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
         lacks = "has no RoPE here" if self.spec.rope is None else "does not say what its rotations are"
         raise PatchError(f"{type(self).__name__} {lacks}")
 
-    def latent_columns(self) -> Tensor:
+    def latent_rotations(self) -> Tensor:
         """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
         raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
     @abstractmethod
     def post_pairs(self) -> Pairs:
-        """The layer's post-softmax tensor (H, O, C): see ``MHAWeights.post_pairs``."""
+        """Returns the layer's post-softmax tensor (H, O, C): see ``MHAWeights.post_pairs``."""

@@ -49,7 +49,7 @@ class LayerCall:
     rope: Tensor | None = None
 
     def part(self, sequences: Tensor | slice) -> "LayerCall":
-        """Some of the B sequences, with their masks."""
+        """Returns some of the B sequences, with their masks."""
 
         def taken(given: Tensor | None) -> Tensor | None:
             each = given is not None and given.ndim == 4 and given.shape[0] == self.x.shape[0] > 1
@@ -59,7 +59,7 @@ class LayerCall:
         return LayerCall(x, y, probe, taken(self.attn_mask), self.is_causal, taken(self.rope))
 
     def token_weights(self) -> Tensor:
-        """Weight of each token in regressions, |g_n|. (B, N)"""
+        """Returns the weight of each token in regressions, |g_n|, (B, N)."""
         return self.probe.norm(dim=-1)
 
 
@@ -96,7 +96,7 @@ class Moments:
 
     @staticmethod
     def bytes(spec: HostSpec) -> int:
-        """Memory of one layer's moments."""
+        """Returns the memory of one layer's moments."""
         c, hd = spec.embed_dim, spec.attn_dim
         return 8 * ((c + 1) ** 2 + 2 * spec.num_heads * c * c + spec.out_dim**2 + 5 * hd * hd)
 
@@ -123,7 +123,7 @@ class MomentSums:
             self.rotation_weights = pair_shares(self.weights.rotary_pairs(spec.rope))
 
     def add(self, call: LayerCall) -> None:
-        """Add one call. The batch is worked off in slices, so that the attention maps stay small."""
+        """Adds one call, in slices of the batch, so that the attention maps stay small."""
         slices = max(1, int(call.x.shape[0] * self.spec.num_heads * call.x.shape[1] ** 2 / 2**25))
         for part in torch.arange(call.x.shape[0], device=call.x.device).chunk(slices):
             self._add(call.part(part))
@@ -164,12 +164,9 @@ class MomentSums:
         self.tokens += len(ones)
 
     def _key_sums(self, s: Tensor, centred: Tensor, rope: Tensor | None) -> Tensor:
-        """Sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
+        """Returns sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
 
-        Args:
-            s: gradient of the scores, (B, H, N, N).
-            centred: x - shift, (B, N, C).
-            rope: the call's table.
+        s is the gradient of the scores, (B, H, N, N), centred x - shift, (B, N, C), rope the call's table.
         """
         if self.spec.rope is None:
             kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)
@@ -183,7 +180,7 @@ class MomentSums:
         )
 
     def _key_moments(self, mean_of_shift: Tensor) -> Tensor:
-        """Key moments in the coordinates of the tokens: [x, 1] instead of [x - shift, 1]."""
+        """Returns key moments in the coordinates of the tokens: [x, 1] instead of [x - shift, 1]."""
         key = self.sums["key"] / self.tokens
         if self.spec.rope is None:
             return key
@@ -192,7 +189,7 @@ class MomentSums:
         return change @ key @ change.mT
 
     def moments(self) -> Moments:
-        """The means.
+        """Returns the means.
 
         Raises:
             ValueError: no tokens, values that are not finite, or probes that are all zero.
@@ -240,11 +237,11 @@ def host_attention(
 
 
 def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, N, C) by (H, C, D) -> (B, H, N, D)"""
+    """Multiplies (B, N, C) by (H, C, D), plus a bias: (B, H, N, D)."""
     y = torch.einsum("bnc,hcd->bhnd", x, weight)
     return y if bias is None else y + bias[:, None]
 
 
 def joined(x: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B*N, H*D)"""
+    """Reshapes (B, H, N, D) to (B*N, H*D)."""
     return x.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -167,27 +167,27 @@ class MethodConfig(Checked):
         return None
 
     def rank_options(self) -> dict[str, Any]:
-        """The options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
+        """Returns the options that a layer's ``resize`` can change, in full: see ``AttentionModule.rank_options``. Here: none."""
         return {}
 
     def without_choices(self) -> Self:
-        """The config as its author wrote it: without the ranks that rank rules chose."""
+        """Returns the config as its author wrote it: without the ranks that rank rules chose."""
         return self.model_copy(update={"rules": tuple(rule for rule in self.rules if rule.chosen_by is None)})
 
     def unconverted(self) -> Self:
-        """The same layers from their own initialisation: for structures, and for weights that come from elsewhere."""
+        """Returns the same layers from their own initialisation: for structures, and for weights that come from elsewhere."""
         return self.model_copy(update={"init": "random"})
 
     def portable(self) -> Self:
-        """The config as another machine needs it."""
+        """Returns the config as another machine needs it."""
         return self
 
     def check(self, spec: Any) -> None:
-        """Raise PatchError with the reason if the method with these options can't replace such a host."""
+        """Raises PatchError with the reason if the method with these options can't replace such a host."""
 
     @abstractmethod
     def build(self, spec: Any, **factory: Any) -> Any:
-        """The layer with the method's own random initialisation; ``factory``: device, dtype."""
+        """Returns the layer with the method's own random initialisation; ``factory``: device, dtype."""
 
     @abstractmethod
     def count_parameters(self, spec: Any) -> Any:
@@ -195,10 +195,10 @@ class MethodConfig(Checked):
 
     @abstractmethod
     def count_flops(self, spec: Any, num_tokens: int) -> int:
-        """Floating point operations (2 per multiply-add) of the matrix products for one sequence of N tokens."""
+        """Counts floating point operations (2 per multiply-add) of the matrix products for one sequence of N tokens."""
 
-    def settle(self, module: Any) -> None:
-        """Give a built module the options that all modules of its kind have."""
+    def set_options(self, module: Any) -> None:
+        """Sets the options of a built module that all modules of its kind have."""
 
     def refuse_features(self, spec: Any) -> None:
-        """Raise PatchError for a feature of the host that the method can't carry."""
+        """Raises PatchError for a feature of the host that the method can't carry."""

@@ -15,12 +15,12 @@ FUNCTIONAL = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 
 
 def functional_hooks(module: nn.Module) -> list[Any]:
-    """The module's pre-hooks of old weight norm, spectral norm and pruning."""
+    """Returns the module's pre-hooks of old weight norm, spectral norm and pruning."""
     return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FUNCTIONAL)]
 
 
 def without_parametrizations(part: nn.Module) -> nn.Module:
-    """A copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
+    """Returns a copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
     new = free_copy(part).eval()  # eval: spectral norms change their vectors in training
     try:
         if parametrize.is_parametrized(new):
@@ -42,7 +42,7 @@ def without_parametrizations(part: nn.Module) -> nn.Module:
 
 
 def free_copy(module: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that hold tensors with a graph, as old weight norms do."""
+    """Returns a deep copy, also of modules that hold tensors with a graph, as old weight norms do."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in vars(part).values():

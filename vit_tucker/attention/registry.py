@@ -26,13 +26,7 @@ class MethodRegistry(Registry[type[Config]]):
         self.base = base
 
     def register(self, name: str) -> Callable[[type[Own]], type[Own]]:
-        """Class decorator that makes a method available by name, in Python and in the YAML as the section's ``method``.
-
-        Args:
-            name: the method's name; the class must say ``method: Literal[name] = name``.
-
-        Returns:
-            The decorator; it gives the class back as it is.
+        """Makes a method available by name, as a class decorator: in Python and in the YAML as the section's ``method``.
 
         Raises:
             ConfigError: the name is taken by another class, or the class's ``method`` field differs.
@@ -61,9 +55,6 @@ def register_method(name: str) -> Callable[[type[Own]], type[Own]]:
     Args:
         name: the method's name; the class must say ``method: Literal[name] = name``; its ``display`` says how tables show it.
 
-    Returns:
-        The decorator; it gives the class back as it is.
-
     Raises:
         ConfigError: see ``MethodRegistry.register``; or the display is none.
     """
@@ -87,7 +78,7 @@ def list_methods() -> list[str]:
 
 
 def get_method(name: str) -> type[AttentionConfig]:
-    """Config class of an attention method; call it with the method's options.
+    """Returns the config class of an attention method; call it with the method's options.
 
     Args:
         name: the method's name.

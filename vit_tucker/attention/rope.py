@@ -40,8 +40,8 @@ class RopeSpec:
     per_head: bool = False
 
 
-def pair_columns(rope: RopeSpec, num_heads: int, head_dim: int) -> Tensor:
-    """Numbers of the rotations of each head's D/2 pairs: equal numbers have equal angles. (H, D/2), int64
+def head_rotations(rope: RopeSpec, num_heads: int, head_dim: int) -> Tensor:
+    """Returns the numbers of the rotations of each head's D/2 pairs: equal numbers have equal angles. (H, D/2), int64
 
     The rotation of pair p of head i has the number i * D/2 + p, with one table for all heads p.
     """
@@ -49,8 +49,8 @@ def pair_columns(rope: RopeSpec, num_heads: int, head_dim: int) -> Tensor:
     return numbers if rope.per_head else numbers[:1].expand(num_heads, -1)
 
 
-def spread_columns(width: int, num_heads: int, head_dim: int) -> Tensor:
-    """Rotations for ``width`` / 2 latent pairs, spread evenly over a table's columns, then over the heads. (width/2,), int64"""
+def spread_rotations(width: int, num_heads: int, head_dim: int) -> Tensor:
+    """Spreads rotations for ``width`` / 2 latent pairs evenly over a table's columns, then over the heads. (width/2,), int64"""
     columns = head_dim // 2
     rounds, rest = divmod(width // 2, columns)
     whole = torch.arange(rounds * columns)
@@ -59,17 +59,17 @@ def spread_columns(width: int, num_heads: int, head_dim: int) -> Tensor:
 
 
 def adjacent_pairs(x: Tensor, half: bool) -> Tensor:
-    """Coordinates (..., D) in the order in which pairs are neighbours."""
+    """Returns coordinates (..., D) in the order in which pairs are neighbours."""
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2) if half else x
 
 
 def separate_pairs(x: Tensor, half: bool) -> Tensor:
-    """The inverse of ``adjacent_pairs``."""
+    """Undoes ``adjacent_pairs``."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if half else x
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype.
+    """Rotates each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype.
 
     As complex numbers: one product that reads x once, where their parts take six operations and a copy. What is recorded gets the
     parts: neither compilers nor ONNX know complex numbers well.
@@ -83,42 +83,47 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
 
 
 def complex_pairs(x: Tensor) -> Tensor:
-    """Neighbours as complex numbers, (..., R) -> (..., R/2): a view where pairs lie so in memory, else of a copy."""
+    """Reads neighbours as complex numbers, (..., R) -> (..., R/2): a view where pairs lie so in memory, else of a copy."""
     if x.stride(-1) != 1 or x.storage_offset() % 2 or any(stride % 2 for stride in x.stride()[:-1]):
         x = x.clone(memory_format=torch.contiguous_format)
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def head_angles(rope: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
-    """Sines and cosines of a table, one per pair: each (N', D/2), (H, N', D/2), (B, 1, N', D/2) or (B, H, N', D/2)."""
-    if rope.ndim == 3 and not per_head:
+def head_angles(rope: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+    """Returns sines and cosines of a table, one per pair: each (N', D/2), (H, N', D/2), (B, 1, N', D/2) or (B, H, N', D/2)."""
+    if rope.ndim == 3 and not spec.per_head:
         rope = rope.unsqueeze(1)
-    return tuple(part.chunk(2, -1)[0] if half else part[..., ::2] for part in rope.chunk(2, -1))  # type: ignore[return-value]
+    return tuple(part.chunk(2, -1)[0] if spec.half else part[..., ::2] for part in rope.chunk(2, -1))  # type: ignore[return-value]
 
 
-def latent_angles(rope: Tensor, columns: Tensor, half: bool, per_head: bool) -> tuple[Tensor, Tensor]:
-    """Sines and cosines of the latent pairs.
+def latent_angles(rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
+    """Returns sines and cosines of latent pairs, each (N', R/2), or (B, 1, N', R/2) for tables per image.
 
     Args:
         rope: table, see above.
-        columns: number of each latent pair's rotation, (R/2,), see ``pair_columns``.
-        half, per_head: see ``RopeSpec``.
-
-    Returns:
-        Each (N', R/2), or (B, 1, N', R/2) for tables per image.
+        rotations: number of each latent pair's rotation, (R/2,), see ``head_rotations``.
+        spec: of the host.
     """
     angles = []
-    for part in head_angles(rope, half, per_head):
-        if per_head:
-            chosen = part.movedim(-3, -2).flatten(-2).index_select(-1, columns)  # (..., N', H*D/2)
+    for part in head_angles(rope, spec):
+        if spec.per_head:
+            chosen = part.movedim(-3, -2).flatten(-2).index_select(-1, rotations)  # (..., N', H*D/2)
             angles.append(chosen.unsqueeze(-3) if part.ndim > 3 else chosen)
         else:
-            angles.append(part.index_select(-1, columns % part.shape[-1]))
+            angles.append(part.index_select(-1, rotations % part.shape[-1]))
     return angles[0], angles[1]
 
 
+def with_prefix(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Returns angles (..., N', R/2) with those of the prefix tokens, which are 0: (..., N, R/2)."""
+    if prefix == 0:
+        return sin, cos
+    return F.pad(sin, (0, 0, prefix, 0)), F.pad(cos, (0, 0, prefix, 0), value=1.0)
+
+
+@torch.fx.wrap
 def rotate_heads(x: Tensor, rope: Tensor | None, spec: RopeSpec, inverse: bool = False) -> Tensor:
-    """The host's rotation of each head's coordinates.
+    """Rotates each head's coordinates as the host does.
 
     Args:
         x: queries or keys, (B, H, N, D), or (B, 1, N, D) for a table that all heads share.
@@ -128,90 +133,53 @@ def rotate_heads(x: Tensor, rope: Tensor | None, spec: RopeSpec, inverse: bool =
     """
     if rope is None:
         return x
-    return _rotate_heads(x, rope, spec.num_prefix_tokens, spec.half, spec.per_head, inverse)
-
-
-def with_prefix(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Angles (..., N', R/2) with those of the prefix tokens, which are 0: (..., N, R/2)."""
-    if prefix == 0:
-        return sin, cos
-    return F.pad(sin, (0, 0, prefix, 0)), F.pad(cos, (0, 0, prefix, 0), value=1.0)
+    sin, cos = with_prefix(*head_angles(rope, spec), spec.num_prefix_tokens)
+    return separate_pairs(rotate(adjacent_pairs(x, spec.half), -sin if inverse else sin, cos), spec.half)
 
 
 @torch.fx.wrap
-def _rotate_heads(x: Tensor, rope: Tensor, prefix: int, half: bool, per_head: bool, inverse: bool) -> Tensor:
-    """A leaf in fx graphs."""
-    sin, cos = with_prefix(*head_angles(rope, half, per_head), prefix)
-    return separate_pairs(rotate(adjacent_pairs(x, half), -sin if inverse else sin, cos), half)
+def rotate_latent(
+    q: Tensor, k: Tensor, rope: Tensor | None, rotations: Tensor, spec: RopeSpec
+) -> tuple[Tensor, Tensor]:
+    """Rotates the heads' queries and the one key that they share in the key's space: latent RoPE.
 
-
-def rotate_latent(q: Tensor, k: Tensor, rope: Tensor | None, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, Tensor]:
-    """Latent RoPE: the heads' queries and the one key that they share, rotated in the key's space.
+    Computed token by token, as queries lie in memory, so that heads can be packed without a copy.
 
     Args:
-        q: (B, H, N, R).
-        k: (B, 1, N, R).
+        q, k: (B, H, N, R) and (B, 1, N, R).
         rope: table, or None to rotate nothing.
-        columns: number of each pair's rotation, (R/2,).
+        rotations: number of each pair's rotation, (R/2,).
         spec: of the host.
-
-    Returns:
-        q and k, rotated.
     """
     if rope is None:
         return q, k
-    return _rotate_latent(q, k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
-
-
-def rotate_key(k: Tensor, rope: Tensor, columns: Tensor, spec: RopeSpec) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Latent RoPE for kernels that form the queries themselves: the key, rotated, and the angles for the queries.
-
-    Args:
-        k: (B, N, R).
-        rope, columns, spec: see ``rotate_latent``.
-
-    Returns:
-        The key, and sines and cosines for all tokens, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
-    """
-    return _rotate_key(k, rope, columns, spec.num_prefix_tokens, spec.half, spec.per_head)
-
-
-@torch.fx.wrap
-def _rotate_key(
-    k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    sin, cos = with_prefix(*latent_angles(rope, columns, half, per_head), prefix)
-    if sin.ndim == 4:
-        sin, cos = sin.squeeze(1), cos.squeeze(1)
-    return rotate(k, sin, cos), (sin, cos)
-
-
-@torch.fx.wrap
-def _rotate_latent(
-    q: Tensor, k: Tensor, rope: Tensor, columns: Tensor, prefix: int, half: bool, per_head: bool
-) -> tuple[Tensor, Tensor]:
-    """A leaf in fx graphs. Computed token by token, as queries lie in memory, so that heads can be packed without a copy."""
     sin, cos = (
         part.unsqueeze(1) if part.ndim == 2 else part.transpose(1, 2)  # (N, 1, R/2) or (B, N, 1, R/2)
-        for part in with_prefix(*latent_angles(rope, columns, half, per_head), prefix)
+        for part in with_prefix(*latent_angles(rope, rotations, spec), spec.num_prefix_tokens)
     )
     q, k = (rotate(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k))  # from (B, N, H, R), (B, N, 1, R)
     return q, k
 
 
-def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
-    """Weighted means of cos(angle(l) - angle(m)) over a head's rotations; prefix tokens have the angle 0.
-
-    Args:
-        rope: table, see ``vit_tucker.attention.rope``.
-        spec: of the host.
-        weights: of the rotations, (H, D/2).
-        num_tokens: N.
+@torch.fx.wrap
+def rotate_key(k: Tensor, rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rotates the key (B, N, R) for kernels that form the queries themselves, see ``rotate_latent`` for the other arguments.
 
     Returns:
-        (H, N, N), or (B, H, N, N) for tables per image.
+        The key, and sines and cosines for the queries, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
     """
-    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec.half, spec.per_head))
+    sin, cos = with_prefix(*latent_angles(rope, rotations, spec), spec.num_prefix_tokens)
+    if sin.ndim == 4:
+        sin, cos = sin.squeeze(1), cos.squeeze(1)
+    return rotate(k, sin, cos), (sin, cos)
+
+
+def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
+    """Returns weighted means of cos(angle(l) - angle(m)) over a head's rotations, (H, N, N) or (B, H, N, N) for a table per image
+
+    The weights of the rotations are (H, D/2); prefix tokens have the angle 0.
+    """
+    sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec))
     if sin.ndim == 2:
         sin, cos = sin.unsqueeze(0), cos.unsqueeze(0)
     sin, cos = with_prefix(sin, cos, num_tokens - sin.shape[-2])

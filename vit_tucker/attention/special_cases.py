@@ -49,7 +49,7 @@ class DenseTensors(NamedTuple):
 
 
 def to_dense(layer: AttentionModule) -> DenseTensors:
-    """W_i = WQ_i WK_i^T and Wt_i = WV_i WO_i of any layer of ours, formed in full.
+    """Forms W_i = WQ_i WK_i^T and Wt_i = WV_i WO_i of any layer of ours in full.
 
     Args:
         layer: MHA, GQA, MLA or Tucker, without query/key norms, gates or RoPE.
@@ -63,7 +63,7 @@ def to_dense(layer: AttentionModule) -> DenseTensors:
 
 
 def to_tucker(layer: AttentionModule) -> TuckerAttention:
-    """The same attention as a Tucker layer, with the ranks of Thms B.2-B.4 (see the module's table).
+    """Returns the same attention as a Tucker layer, with the ranks of Thms B.2-B.4 (see the module's table).
 
     Nothing is approximated: bases are the layer's own projections, the cores select or multiply their columns.
 
@@ -83,13 +83,13 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
     tucker = TuckerAttention(plain.spec, ranks_of(pre), ranks_of(post), shared_kv=pre.right is post.right,
                              device=like.device, dtype=like.dtype)  # fmt: skip
     with torch.no_grad():
-        rotations = None if plain.spec.rope is None else plain.latent_columns()
+        rotations = None if plain.spec.rope is None else plain.latent_rotations()
         tucker.set_tensors(pre, post, plain.folded_out_bias(), rotations)
     return with_settings(tucker, layer, plain, layer.backend)
 
 
 def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
-    """The same attention as multi-head attention, where the ranks allow it: each W_i and Wt_i must have rank head_dim at most.
+    """Returns the same attention as multi-head attention; each W_i and Wt_i must have rank head_dim at most.
 
     Args:
         layer: any layer of ours, without query/key norms, gates or RoPE.
@@ -107,10 +107,8 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
     like = next(plain.parameters())
     mha = MHAConfig().build(layer.spec, device=like.device, dtype=like.dtype)
     places = mha.dense_weights()
-    zeros = {name: torch.zeros_like(place) for name, place in vars(places).items() if place is not None}
-    fitted = {name: value for name, value in vars(fit_biases(weights, places)).items() if value is not None}
     with torch.no_grad():
-        mha.convert_from(MHAWeights(**(zeros | fitted)))
+        mha.convert_from(fit_biases(weights, places))
     return with_settings(mha, layer, plain, AUTO if is_whole(layer.backend) else layer.backend)
 
 
@@ -129,7 +127,7 @@ class HeadsForm(NamedTuple):
 
 
 def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: float = 1e-9) -> HeadsForm:
-    """The layer's heads, of the host's width head_dim.
+    """Returns the layer's heads, of the host's width head_dim.
 
     Args:
         layer: any layer of ours.
@@ -155,11 +153,12 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
         query, bias = query[:, :-1], query[:, -1]
     out, value = post.pairs
     weights = MHAWeights(query, pre.pairs.right, value, out.mT, query_bias=bias, out_bias=layer.folded_out_bias())
-    return HeadsForm(weights, *(error_of(split, width) for split in (pre, post)))
+    # below the tolerance of the ranks an error is rounding
+    return HeadsForm(weights, *(split.error if max(split.ranks) > width else 0.0 for split in (pre, post)))
 
 
 def refuse_wide(split: Split, width: int, name: str) -> None:
-    """Raise PatchError for a head whose matrix does not fit into this width; names the widest."""
+    """Raises PatchError for a head whose matrix does not fit into this width; names the widest."""
     rank = max(split.ranks)
     if rank > width:
         raise PatchError(
@@ -167,13 +166,8 @@ def refuse_wide(split: Split, width: int, name: str) -> None:
         )
 
 
-def error_of(split: Split, width: int) -> float:
-    """What was cut off; below the tolerance of the ranks it is rounding."""
-    return split.error if max(split.ranks) > width else 0.0
-
-
 def fit_biases(weights: MHAWeights, places: MHAWeights) -> MHAWeights:
-    """The same attention with biases only where a layer has places for them: they move between values and output, exactly.
+    """Moves biases between values and output, exactly, so that there are only those that a layer has places for.
 
     Args:
         weights: H heads, float64.
@@ -206,7 +200,7 @@ def fit_biases(weights: MHAWeights, places: MHAWeights) -> MHAWeights:
 
 
 def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
-    """Value biases with sum_i bV_i WO_i = b, the smallest. (O,), (H, D, O) -> (H, D)"""
+    """Returns the smallest value biases with sum_i bV_i WO_i = b. (O,), (H, D, O) -> (H, D)"""
     if not has_place:
         raise PatchError("its output bias has no place in a host without proj_bias and qkv_bias")
     stacked = out.flatten(0, 1).mT  # (O, H*D)
@@ -217,7 +211,7 @@ def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
 
 
 def refuse_nonlinear(layer: AttentionModule, rope: bool = False) -> None:
-    """Raise PatchError for a layer whose scores or outputs pass through a norm or a gate; with RoPE, unless ``rope``."""
+    """Raises PatchError for a layer whose scores or outputs pass through a norm or a gate; with RoPE, unless ``rope``."""
     features = [*layer.extras, *(["RoPE"] if layer.spec.rope is not None and not rope else [])]
     if features:
         raise PatchError(f"{type(layer).__name__} with {', '.join(features)} is not bilinear in its tokens")
@@ -231,6 +225,6 @@ def with_settings(new: Form, layer: AttentionModule, plain: AttentionModule, bac
 
 
 def ranks_of(tucker: Tucker) -> tuple[int, int, int]:
-    """(R1, R2, R3)"""
+    """Returns (R1, R2, R3)."""
     r1, r2, r3 = tucker.core.shape
     return r1, r2, r3

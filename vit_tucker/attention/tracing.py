@@ -12,7 +12,7 @@ _is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: 
 
 def own_only() -> bool:
     """Whether only torch's own operations will do: the call is recorded for another runtime, or transformed by torch.func."""
-    if torch.compiler.is_compiling():  # torch.export says so too
+    if torch.compiler.is_compiling():  # in torch.export as well
         return _is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed()
     return torch.jit.is_tracing() or _is_transformed()
 

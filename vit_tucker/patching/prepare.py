@@ -118,7 +118,7 @@ def _read(slot: Slot, name: str, module: nn.Module, config: MethodConfig, model:
 def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> CalibratedLayer:
     """Returns the new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     replacement = config.build(host.spec, device=host.like.device, dtype=host.like.dtype)
-    config.settle(replacement)
+    config.set_options(replacement)
     replacement.requires_grad_(trains(module))
     return CalibratedLayer(name, module, host, replacement=replacement.train(module.training))
 

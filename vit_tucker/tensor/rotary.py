@@ -24,12 +24,12 @@ class RotaryPairs(NamedTuple):
     Attributes:
         left: A, (H, I, K), pairs of columns side by side.
         right: B, (H, J, K).
-        columns: number of each pair's rotation, (H, K/2), int64; equal numbers have equal angles.
+        rotations: number of each pair's rotation, (H, K/2), int64; equal numbers have equal angles.
     """
 
     left: Tensor
     right: Tensor
-    columns: Tensor
+    rotations: Tensor
 
 
 class Lifted(NamedTuple):
@@ -38,12 +38,12 @@ class Lifted(NamedTuple):
     Attributes:
         pairs: ordinary tensor (H, I, S).
         basis: right coordinates (J, S), pairs of columns side by side: B_i = basis @ pairs.right_i where the a_ik don't vanish.
-        columns: number of each pair's rotation, (S/2,).
+        rotations: number of each pair's rotation, (S/2,).
     """
 
     pairs: Pairs
     basis: Tensor
-    columns: Tensor
+    rotations: Tensor
 
 
 def as_complex(x: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ def lift(tensor: RotaryPairs) -> Lifted:
     Args:
         tensor: float64. Rotations with fewer pairs than others count as many, the rest of them zero.
     """
-    left, right, columns = tensor
+    left, right, numbers = tensor
     energy = left.square().unflatten(-1, (-1, 2)).sum((1, 3))  # |a_ik|^2, (H, K/2)
-    rotations, counts = columns.flatten().unique(return_counts=True)
+    rotations, counts = numbers.flatten().unique(return_counts=True)
     members = (
-        columns.flatten().argsort(stable=True).split(counts.tolist())
+        numbers.flatten().argsort(stable=True).split(counts.tolist())
     )  # of each rotation: pairs (i, k) as i * K/2 + k
-    none = columns.numel()  # a pair of zeros
+    none = numbers.numel()  # a pair of zeros
     index = torch.nn.utils.rnn.pad_sequence(list(members), batch_first=True, padding_value=none)  # (F, M)
     vectors = as_complex(right).transpose(0, 1).flatten(1) * energy.flatten().sqrt()  # (J, H*K/2)
     weighted = torch.nn.functional.pad(vectors, (0, 1))[:, index].movedim(1, 0)  # (F, J, M)
@@ -91,10 +91,10 @@ def lift(tensor: RotaryPairs) -> Lifted:
     best = values.flatten().argsort(descending=True, stable=True)
     width = values.shape[1]
     chosen = basis.transpose(0, 1).flatten(1)[:, best]  # (J, S/2)
-    latent_columns = rotations.repeat_interleave(width)[best]
+    latent_rotations = rotations.repeat_interleave(width)[best]
     gamma = chosen.mH @ as_complex(right)  # (H, S/2, K/2)
-    gamma = gamma * (latent_columns[:, None] == columns[:, None, :])
-    return Lifted(Pairs(left, coefficient_blocks(gamma)), as_real(chosen), latent_columns)
+    gamma = gamma * (latent_rotations[:, None] == numbers[:, None, :])
+    return Lifted(Pairs(left, coefficient_blocks(gamma)), as_real(chosen), latent_rotations)
 
 
 def pair_energies(lifted: Lifted) -> Tensor:
@@ -111,8 +111,8 @@ def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
     """
     sides = as_complex(tensor.right), as_complex(other.right)
     parts: list[list[Tensor]] = [[], []]
-    for rotation in torch.cat([tensor.columns.flatten(), other.columns.flatten()]).unique():
-        masks = [(side.columns == rotation) for side in (tensor, other)]
+    for rotation in torch.cat([tensor.rotations.flatten(), other.rotations.flatten()]).unique():
+        masks = [(side.rotations == rotation) for side in (tensor, other)]
         members = [z.transpose(1, 2)[mask] for z, mask in zip(sides, masks, strict=True)]  # (M, J)
         span = torch.linalg.qr(torch.cat(members).mT).Q  # (J, L)
         for part, z, mask in zip(parts, sides, masks, strict=True):
@@ -142,7 +142,7 @@ def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:
     Complex multiples pass through any rotation, so the heads may even rotate the pair by angles of their own.
 
     Args:
-        tensor: float64; its columns don't matter.
+        tensor: float64; its rotations don't matter.
 
     Returns:
         basis (J, K), pairs side by side, and change (H, K, K): query i @ change_i meets the new key as query i met key i.
@@ -158,10 +158,10 @@ def whiten_rotary(
     tensor: RotaryPairs, left: Tensor | None = None, right: Tensor | None = None, weights: Tensor | None = None
 ) -> RotaryPairs:
     """Returns the tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,)."""
-    a, b, columns = tensor
+    a, b, rotations = tensor
     if weights is not None:
         a = a * weights[:, None, None]
-    return RotaryPairs(a if left is None else left @ a, b if right is None else right @ b, columns)
+    return RotaryPairs(a if left is None else left @ a, b if right is None else right @ b, rotations)
 
 
 def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
@@ -172,7 +172,7 @@ def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
         ranks: (R1, R2, R3), R3 even.
 
     Returns:
-        Tucker with right factor (J, R3), whose pairs rotate by ``lifted.columns[: R3 / 2]``; exact at full rank.
+        Tucker with right factor (J, R3), whose pairs rotate by ``lifted.rotations[: R3 / 2]``; exact at full rank.
     """
     size, rank = lifted.basis.shape[1], ranks[2]
     if rank % 2 or not 2 <= rank <= size:
@@ -185,7 +185,7 @@ def leave_room(
     lifted: Lifted,
     values: Tensor,
     width: int,
-    spare_columns: Tensor,
+    spare_rotations: Tensor,
     metric: Root | None = None,
     trials: int = 9,
 ) -> Lifted:
@@ -198,7 +198,7 @@ def leave_room(
         lifted: the keys' tensor (H, I, S), with its basis (J, S) in the coordinates of the values.
         values: columns of what the values must span, (C, V), C <= J.
         width: of the latent, even.
-        spare_columns: rotations for pairs that serve no key yet, (width/2,).
+        spare_rotations: rotations for pairs that serve no key yet, (width/2,).
         metric: root of the metric (C, C) of their error; None for the identity.
         trials: how many divisions are tried; keys get one pair at least.
 
@@ -226,5 +226,5 @@ def leave_room(
     padding[:rows, : extra.shape[1]] = extra
     right = torch.zeros_like(lifted.pairs.right[:, :1]).repeat(1, width, 1)
     right[:, : 2 * count] = lifted.pairs.right[:, : 2 * count]
-    columns = torch.cat([lifted.columns[:count], spare_columns[count:].to(lifted.columns)])
-    return Lifted(Pairs(lifted.pairs.left, right), torch.cat([lifted.basis[:, : 2 * count], padding], 1), columns)
+    rotations = torch.cat([lifted.rotations[:count], spare_rotations[count:].to(lifted.rotations)])
+    return Lifted(Pairs(lifted.pairs.left, right), torch.cat([lifted.basis[:, : 2 * count], padding], 1), rotations)

@@ -34,7 +34,7 @@ class TestFlash:
 
     @pytest.mark.parametrize("widths", [(16, 16), (13, 24), (64, 8)])
     @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-    def test_is_called_with_what_it_takes(self, widths, kv_heads):
+    def test_package_is_called_with_supported_widths(self, widths, kv_heads):
         q, k, v = tensors(kv_heads, widths=widths, dtype=torch.bfloat16)
         for causal in (False, True):
             facts = facts_of(q, k, v, None, causal, 0.0)
@@ -57,7 +57,7 @@ class TestFlash:
             (CUDA, "pip install 'vit_tucker\\[flash\\]'"),
         ],
     )
-    def test_refuses_what_it_does_not_take(self, facts, reason, monkeypatch):
+    def test_refuses_unsupported_calls(self, facts, reason, monkeypatch):
         flash.missing.cache_clear()
         with pytest.raises(PatchError, match=reason):
             choose(facts, "flash_attn")
@@ -77,7 +77,7 @@ class TestFlash:
         assert wrong in flash.missing()
         flash.missing.cache_clear()
 
-    def test_a_good_package_is_taken(self, monkeypatch):
+    def test_a_supported_version_is_used(self, monkeypatch):
         flash.missing.cache_clear()
         monkeypatch.setattr(flash.importlib.metadata, "version", lambda name: "2.8.3")
         monkeypatch.setattr(flash.importlib, "import_module", lambda name: self)

@@ -18,6 +18,12 @@ HEADS = torch.ones(1, 4, TOKENS, TOKENS, dtype=torch.bool)
 HEADS[:, 1, 5] = False
 CAUSAL = ROW.tril() & (torch.arange(TOKENS) > 1)  # causal order with padding on the left
 ALLOWED = {"padding": PADDED, "row": ROW, "one head": HEADS, "causal and padding": CAUSAL}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    *((name, allowed, dtype) for name in ("sdpa", "eager") for allowed in ALLOWED for dtype in DTYPES),
+    *(("flex", allowed, dtype) for allowed, dtype in zip(ALLOWED, DTYPES, strict=True)),
+]
+"""Each mask and each dtype once on flex_attention, which compiles each call and reads masks alike in all dtypes."""
 
 
 def additive(allowed, dtype):
@@ -25,9 +31,7 @@ def additive(allowed, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("allowed", ALLOWED)
-@pytest.mark.parametrize("name", ["sdpa", "eager", "flex"])
+@pytest.mark.parametrize(("name", "allowed", "dtype"), CASES, ids=str)
 def test_queries_that_may_attend_to_nothing_get_zeros(name, allowed, dtype):
     allowed = ALLOWED[allowed]
     blind = ~allowed.expand(2, 4, TOKENS, TOKENS).any(-1)

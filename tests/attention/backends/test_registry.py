@@ -53,7 +53,7 @@ def test_refusals_say_why_and_what_can(name, facts, reason):
         choose(facts, name)
 
 
-def test_flex_takes_masks_and_groups_on_cuda():
+def test_flex_supports_masks_and_groups_on_cuda():
     assert flex.refuses(CUDA._replace(mask="boolean", grad=True)) is None
 
 
@@ -105,7 +105,7 @@ class TestAuto:
     def test_cuda_runs_on_sdpa(self):
         assert choose(CUDA).name == "sdpa"
 
-    def test_asks_the_cpu(self):
+    def test_fast_bfloat16_depends_on_the_cpu(self):
         assert fast_bfloat16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -114,7 +114,7 @@ def call(fused=True, dtype=torch.float32):
     attend(q, k, v, scale=0.3, attn_drop=nn.Dropout(0.0), fused=fused)
 
 
-def test_a_recording_has_what_ran_in_it_and_the_log_says_it_once(caplog):
+def test_a_recording_has_the_calls_inside_and_each_is_logged_once(caplog):
     call()  # what ran before is no news to the first recording alone
     with caplog.at_level(logging.INFO, logger="vit_tucker.attention"), recorded_choices() as choices:
         for _ in range(2):
@@ -131,7 +131,7 @@ def test_a_recording_has_what_ran_in_it_and_the_log_says_it_once(caplog):
     assert len(choices) == 2  # it is over
 
 
-def test_recordings_may_lie_in_one_another_and_end_in_errors():
+def test_recordings_nest_and_end_with_errors():
     with recorded_choices() as outer:
         call()
         with suppress(RuntimeError), recorded_choices() as inner:
@@ -160,7 +160,7 @@ def test_each_recording_has_the_choices_of_compiled_layers():
     assert "dense attention, compiled [cpu" in lines[0][0]
 
 
-def test_layers_without_memory_are_no_news(caplog):
+def test_calls_on_the_meta_device_are_not_logged(caplog):
     layer = vt.TuckerConfig(ranks=(2, 8, 8)).build(vt.HostSpec(16, 4, 4, 16), device="meta")
     with caplog.at_level(logging.INFO, logger="vit_tucker.attention"):
         assert layer(torch.randn(1, 5, 16, device="meta")).is_meta
@@ -202,7 +202,7 @@ class TestRegistry:
 class TestOption:
     """``backend`` of a method's config."""
 
-    def test_reaches_the_layers(self):
+    def test_backend_of_the_config_is_set_on_the_layers(self):
         model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=4, img_size=32)
         x = torch.randn(2, 3, 32, 32)
         expected = model.eval()(x)
@@ -212,7 +212,7 @@ class TestOption:
         assert [layer.fused_attn for layer in layers] == [False, True]
         torch.testing.assert_close(model(x), expected)
 
-    def test_is_checked(self):
+    def test_unknown_backend_in_the_config_is_refused(self):
         with pytest.raises(
             ValueError, match="unknown attention backend 'flash', known: auto, .*did you mean 'flash_attn'"
         ):
@@ -222,7 +222,7 @@ class TestOption:
         ):
             vt.GQAConfig(num_kv_heads=1, backend="triton")
 
-    def test_a_call_that_it_can_not_take_fails(self):
+    def test_calls_that_the_backend_does_not_support_fail(self):
         layer = vt.MHAConfig().build(vt.HostSpec(16, 4, 4, 16))
         layer.backend = "blocked"
         x = torch.randn(1, 5, 16)
@@ -230,7 +230,7 @@ class TestOption:
         with pytest.raises(PatchError, match="'blocked' can't take this call: it takes no boolean mask"):
             layer(x, attn_mask=torch.ones(5, 5, dtype=torch.bool))
 
-    def test_special_cases_keep_it(self):
+    def test_special_cases_keep_the_backend(self):
         layer = vt.MHAConfig().build(vt.HostSpec(16, 4, 4, 16), dtype=torch.float64)
         layer.backend = "blocked"
         tucker = vt.to_tucker(layer)

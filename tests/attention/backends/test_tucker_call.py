@@ -85,7 +85,7 @@ def test_error_in_float32():
         assert 0 < (a - true).norm() <= 1e-5 * true.norm()
 
 
-def test_keeps_outputs_only():
+def test_backward_pass_stores_outputs_only():
     """Of all heads' queries nothing is kept, where torch's own operations keep them too."""
     tensors = inputs((6, 32, 5, 32), batch=4, tokens=50, heads=6)
     kept = {}

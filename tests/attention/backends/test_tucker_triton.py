@@ -1,26 +1,11 @@
-"""Tucker layers on the Triton kernels: ``triton_layer_cases`` in a process whose Triton interprets, and in one with a GPU."""
-
-from pathlib import Path
+"""The refusals of the backend of Triton kernels; ``test_triton_tucker`` runs the layers of ``triton_layer_cases`` on it."""
 
 import pytest
 import torch
 
 import vit_tucker as vt
-from tests.attention.test_triton_tucker import run_cases
 from vit_tucker.attention.triton_tucker import available
 from vit_tucker.errors import PatchError
-
-CASES = Path(__file__).with_name("triton_layer_cases.py")
-
-
-@pytest.mark.parametrize("interpreted", [True, False])
-def test_layers(interpreted, tmp_path):
-    pytest.importorskip("triton")
-    if not interpreted and (not torch.cuda.is_available() or available(torch.device("cuda"))):
-        pytest.skip("no GPU that the kernels run on")
-    counts, output = run_cases(tmp_path, CASES, TRITON_INTERPRET=str(int(interpreted)))
-    assert counts["tests"] > 10, output
-    assert counts == {"tests": counts["tests"], "failures": 0, "errors": 0, "skipped": 0}, output
 
 
 @pytest.mark.skipif(available(torch.device("cpu")) is None, reason="Triton interprets here")

@@ -1,4 +1,4 @@
-"""Tucker layers on the Triton kernels, in a process whose Triton interprets (or with a GPU): see ``test_triton``.
+"""Tucker layers on the Triton kernels, in a process whose Triton interprets (or with a GPU): see ``test_triton_tucker``.
 
 The truth is the layer in float64 on plain products. In bfloat16 the error may be twice that of the layer on plain products in
 bfloat16; in float32 sums of some hundred terms leave about 1e-6.
@@ -22,11 +22,8 @@ SPECS = {
     "rope": vt.HostSpec(24, 3, 8, 24, rope=RopeSpec(num_prefix_tokens=1)),
     "mixed rope": vt.HostSpec(24, 3, 8, 24, rope=RopeSpec(half=True, per_head=True)),
 }
-PAIRS = (
-    *(("plain", "none"), ("plain", "boolean"), ("rope", "additive"), ("rope", "causal")),
-    *(("mixed rope", "none"), ("mixed rope", "boolean"), ("mixed rope", "causal")),
-)
-"""Each kind of host with several masks; the kernels see all masks and rotations in ``triton_tucker_cases``."""
+PAIRS = (("plain", "none"), ("plain", "boolean"), ("rope", "additive"), ("mixed rope", "causal"))
+"""Each kind of host and each mask once: the kernels see all masks and rotations together in ``triton_tucker_cases``."""
 N = 9
 
 
@@ -61,7 +58,7 @@ def results(layer, dtype, backend, given):
     layer = copy.deepcopy(layer).to(dtype)
     layer.backend = backend
     layer.fused_attn = backend != "eager"
-    x = torch.randn(2, N, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(DEVICE, dtype)
+    x = torch.randn(1, N, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(DEVICE, dtype)
     given = {
         name: t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype == torch.float64 else t
         for name, t in given.items()
@@ -85,8 +82,8 @@ def test_layer_is_the_float64_layer(spec, mask):
             exact.norm() * 2**-9
         )  # of the result itself: a head factor has six entries, which may round well by chance
         assert (a - exact).norm() <= 2 * (b - exact).norm() + rounding
-    plain = results(layer, torch.float32, "triton", call_of(spec, "none") if mask != "none" else {})
     if given:
+        plain = results(layer, torch.float64, "eager", call_of(spec, "none") if mask != "none" else {})
         assert not torch.allclose(plain[0], truth[0], rtol=1e-2, atol=1e-2)
 
 
@@ -100,8 +97,8 @@ def test_other_forms_of_the_layer(options):
 
 
 def test_a_patched_model_trains_and_its_maps_can_be_seen():
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=24, num_heads=3, img_size=48).to(DEVICE).eval()
-    x = torch.randn(2, 3, 48, 48, device=DEVICE)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=3, img_size=32).to(DEVICE).eval()
+    x = torch.randn(1, 3, 32, 32, device=DEVICE)
     vt.patch(model, vt.TuckerConfig(ranks=(3, 10, 10), backend="triton"))
     y = model(x)
     y.sum().backward()
@@ -111,14 +108,14 @@ def test_a_patched_model_trains_and_its_maps_can_be_seen():
         block.attn.fused_attn = False
         block.attn.attn_drop.register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-5)
-    assert [maps.shape for maps in seen] == [(2, 3, 10, 10)] * 2
+    assert [maps.shape for maps in seen] == [(1, 3, 5, 5)]
 
 
 def test_a_compiled_layer_keeps_the_kernel():
     torch._dynamo.reset()
     layer = layer_of("rope").float()
     layer.backend = "triton"
-    x, given = torch.randn(2, N, 24, device=DEVICE), call_of("rope", "none")
+    x, given = torch.randn(1, N, 24, device=DEVICE), call_of("rope", "none")
     given = {"rope": given["rope"].float()}
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, **given), layer(x, **given))

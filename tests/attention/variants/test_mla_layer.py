@@ -47,7 +47,7 @@ def products(layer, x, absorbed):
 
 @pytest.mark.parametrize("images", [1, 4])
 @pytest.mark.parametrize("tokens", [2, 5, 40])
-@pytest.mark.parametrize("rank", [4, 12, 16, 20, 26])
+@pytest.mark.parametrize("rank", [4, 16, 20])
 def test_the_form_is_the_one_with_fewer_products(images, tokens, rank):
     """By torch's own counter of both; folding a bias costs a product with a vector, which the choice leaves out."""
     config = vt.MLAConfig(q_lora_rank=5, kv_lora_rank=rank)
@@ -58,7 +58,7 @@ def test_the_form_is_the_one_with_fewer_products(images, tokens, rank):
         assert config.count_flops(layer.spec, tokens) == min(absorbed, expanded)
 
 
-def test_choices_by_hand():
+def test_choices_of_form_by_hand():
     """A ViT-B/16 with a latent as wide as a head: worth it for a batch, not for one image; a wide one never."""
     spec = vt.HostSpec(768, 12, 64, 768)
     assert absorbing_saves(spec, 128, 64, 8, 197)
@@ -67,7 +67,7 @@ def test_choices_by_hand():
     assert not absorbing_saves(spec, 128, 128, 64, 197)
 
 
-def test_norms_between_forbid_it_and_open_shapes_count_as_large(monkeypatch):
+def test_norms_of_heads_forbid_absorption_and_open_shapes_count_as_large(monkeypatch):
     norms = {"qk_norm": {"q_norm": torch.nn.LayerNorm(16), "k_norm": torch.nn.LayerNorm(16)}}
     many, one = torch.randn(8, 50, 32), torch.randn(1, 3, 32)
     narrow, wide = (vt.MLAConfig(q_lora_rank=5, kv_lora_rank=rank) for rank in (2, 16))

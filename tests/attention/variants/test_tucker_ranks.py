@@ -80,7 +80,7 @@ def test_too_small_budgets_name_the_smallest_that_works():
         ({"budget": 0.1, "multiple_of": 0}, "greater than or equal to 1"),
     ],
 )
-def test_bad_rules(given, message):
+def test_invalid_rules_are_refused(given, message):
     with pytest.raises(vt.ConfigError, match=message):
         vt.TuckerConfig(ranks=given)
 
@@ -103,13 +103,13 @@ def test_rules_survive_a_round_trip():
         ({"shared_kv": True}, "have no form for shared_kv"),
     ],
 )
-def test_what_does_not_go_with_a_rule(options, message):
+def test_options_that_exclude_a_rule_are_refused(options, message):
     config = vt.TuckerConfig(ranks=vt.RankRule(budget=0.2), **options)
     with pytest.raises(vt.PatchError, match=message):
         config.check(make_spec())
 
 
-def test_a_rule_alone_builds_nothing():
+def test_a_config_with_a_rule_refuses_to_build():
     with pytest.raises(vt.PatchError, match="they are chosen when a model is patched"):
         vt.TuckerConfig(ranks=vt.RankRule(budget=0.2)).build(make_spec())
     assert torch.is_tensor(vt.TuckerConfig(ranks=(1, 2, 2)).build(make_spec()).pre_core)

@@ -8,7 +8,7 @@
     latent      Tucker Attention as a whole on the CPU, some images at a time: less memory at high ranks
     triton      Tucker Attention as a whole, queries and output cores inside one kernel of ours
 
-``auto`` chooses among them, see ``registry.preferences``; any other takes every call or fails. Whatever runs is said in the log,
+``auto`` chooses among them, see ``registry.preferences``; any other computes every call or fails. Whatever runs is logged,
 once per kind of call, with the reason. A new one is a file with two functions and ``register_backend(Backend(...))``.
 """
 

@@ -90,7 +90,7 @@ class TuckerCall(NamedTuple):
 
 
 def given_widths(facts: Facts) -> tuple[int, int]:
-    """Dk and Dv as they are."""
+    """Returns Dk and Dv as they are."""
     return facts.key_width, facts.value_width
 
 
@@ -118,7 +118,7 @@ class Backend:
 
 
 def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Facts:
-    """The facts of a call, see ``Backend.attend`` for the arguments."""
+    """Returns the facts of a call, see ``Backend.attend`` for the arguments."""
     mask, mask_grad = mask_facts(attn_mask, is_causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
     return Facts(device_type(q), q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
@@ -133,7 +133,7 @@ def drops(rate: float) -> bool:
 
 
 def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
-    """Kind of a mask, and whether it is trained; a causal call ignores its mask."""
+    """Returns the kind of a mask, and whether it is trained; a causal call ignores its mask."""
     if is_causal:
         return "causal", False
     if attn_mask is None:
@@ -145,7 +145,7 @@ def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
 
 
 def device_type(x: Tensor) -> str:
-    """``x.device.type``, which torch is slow to make a string of."""
+    """Returns ``x.device.type``, which torch is slow to make a string of."""
     return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 

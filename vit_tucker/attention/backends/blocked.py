@@ -12,7 +12,7 @@ from vit_tucker.attention.backends.registry import register_backend
 
 
 def refuses(facts: Facts) -> str | None:
-    """CPU, without mask and dropout."""
+    """Refuses all but calls on the CPU without mask and dropout."""
     if facts.device != "cpu":
         return "it is for CPUs"
     if facts.mask != "none":
@@ -25,7 +25,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by plain products of blocks."""
     heads, (batch, kv_heads) = q.shape[1], k.shape[:2]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     keep = grad and room_for_maps(q, k, v, scale)

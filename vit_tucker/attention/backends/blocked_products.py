@@ -24,7 +24,7 @@ BLOCK_BYTES = CACHE_BYTES
 
 @torch.library.custom_op("vit_tucker::blocked_attention", mutates_args=())
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: bool) -> tuple[Tensor, Tensor]:
-    """softmax(scale * Q K^T) V.
+    """Computes softmax(scale * Q K^T) V.
 
     Args:
         q, k, v: (B, M, Dk), (B, N, Dk), (B, N, Dv).
@@ -34,7 +34,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: 
     Returns:
         y (B, M, Dv); the maps (B, M, N), without images unless they are kept.
     """
-    y, maps, scaled = *room(q, k, v, keep_maps), k * scale
+    y, maps, scaled = *allocate(q, k, v, keep_maps), k * scale
     for images, rows, (scores, spare) in blocks(q, k, 2):
         part = maps[images, rows] if keep_maps else spare
         softmax_maps(q[images, rows], scaled[images], scores, part)
@@ -44,11 +44,11 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: 
 
 @blocked_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: bool) -> tuple[Tensor, Tensor]:
-    return room(q, k, v, keep_maps)
+    return allocate(q, k, v, keep_maps)
 
 
-def room(q: Tensor, k: Tensor, v: Tensor, keep_maps: bool) -> tuple[Tensor, Tensor]:
-    """Memory for outputs and maps."""
+def allocate(q: Tensor, k: Tensor, v: Tensor, keep_maps: bool) -> tuple[Tensor, Tensor]:
+    """Allocates memory for outputs and maps."""
     (batch, rows), keys = q.shape[:2], k.shape[1]
     return q.new_empty(batch, rows, v.shape[2]), q.new_empty(batch if keep_maps else 0, rows, keys)
 
@@ -83,7 +83,7 @@ register_gradients(blocked_attention, blocked_attention_backward, tensors=3, opt
 
 
 def softmax_maps(q: Tensor, k: Tensor, scores: Tensor, maps: Tensor) -> None:
-    """maps = softmax(Q K^T), (B, M, N); scores is room for the products."""
+    """Writes maps = softmax(Q K^T), (B, M, N); scores is memory for the products."""
     torch.bmm(q, k.mT, out=scores)
     torch._softmax(scores, -1, False, out=maps)
 
@@ -94,15 +94,9 @@ def rows_per_block(q: Tensor, k: Tensor) -> int:
 
 
 def blocks(q: Tensor, k: Tensor, rooms: int) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """The blocks of (B, M, N) scores: several images, or, where one is too large, some of its rows.
+    """Yields the blocks of scores (B, M, N) of q (B, M, Dk) and k (B, N, Dk): several images, or some rows of a large one.
 
-    Args:
-        q: (B, M, Dk).
-        k: (B, N, Dk).
-        rooms: how many tensors of a block's scores to give along. Their memory is the same for all blocks.
-
-    Yields:
-        Images, rows, and tensors without values, (images, rows, N) each.
+    Each is a slice of images, one of rows, and ``rooms`` tensors without values, (images, rows, N), in memory that all share.
     """
     (batch, rows), keys = q.shape[:2], k.shape[1]
     images = max(1, rows_per_block(q, k) // max(rows, 1))

@@ -29,7 +29,7 @@ flash_attn_func: Any = None
 
 
 def refuses(facts: Facts) -> str | None:
-    """CUDA, two-byte floats, no mask but the causal one, widths up to 256, the package installed and of a known version."""
+    """Refuses all but CUDA, two-byte floats, no mask or causal order, widths up to 256, and a known version of the package."""
     if facts.device != "cuda":
         return "it is for CUDA"
     if facts.dtype not in LOW_PRECISION:
@@ -48,12 +48,12 @@ def refuses(facts: Facts) -> str | None:
 
 @functools.cache
 def missing() -> str | None:
-    """Why the package can't be used: absent, too old, too new, or broken."""
+    """Returns why the package can't be used: absent, too old, too new, or broken."""
     try:
         version = importlib.metadata.version("flash-attn")
     except importlib.metadata.PackageNotFoundError:
         return "flash-attn is not installed: pip install 'vit_tucker[flash]'"
-    numbers = version_numbers(version)
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())  # (2, 8) of '2.8.3.post1'
     if numbers < OLDEST or numbers[0] > NEWEST_MAJOR:
         return f"flash-attn {version} is installed, {OLDEST[0]}.{OLDEST[1]} or later and below {NEWEST_MAJOR + 1} is needed"
     global flash_attn_func
@@ -64,13 +64,8 @@ def missing() -> str | None:
     return None
 
 
-def version_numbers(version: str) -> tuple[int, ...]:
-    """(2, 8) of '2.8.3.post1'."""
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
 def widths(facts: Facts) -> tuple[int, int]:
-    """The kernel's one width."""
+    """Returns the kernel's one width."""
     width = round_up(max(facts.key_width, facts.value_width), ALIGNMENT)
     return width, width
 
@@ -78,7 +73,7 @@ def widths(facts: Facts) -> tuple[int, int]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by the package's function."""
     by_tokens = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
     y: Tensor = flash_attn_func(*by_tokens, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
     return y.transpose(1, 2)

@@ -18,7 +18,7 @@ SMALLEST_WIDTH = 16
 
 
 def refuses(facts: Facts) -> str | None:
-    """CUDA, no dropout, no trained mask, widths from 16."""
+    """Refuses all but CUDA without dropout and trained masks, for widths from 16."""
     if facts.device != "cuda":
         return "it is for CUDA: elsewhere torch computes it in parts"
     if facts.dropout:
@@ -33,7 +33,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by flex_attention, with the mask inside the kernel."""
     score_mod = mask_of_scores(attn_mask, is_causal, q)
     attention = kernel(q.is_cuda and not torch.compiler.is_compiling())
     y: Tensor = attention(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
@@ -41,7 +41,7 @@ def attend(
 
 
 def mask_of_scores(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Any:
-    """The mask as flex_attention reads it: (score, image, head, query, key) -> score. None without one."""
+    """Returns the mask as flex_attention reads it: (score, image, head, query, key) -> score. None without one."""
     if is_causal:
         return lambda score, b, h, m, n: torch.where(m >= n, score, float("-inf"))
     if attn_mask is None:
@@ -54,7 +54,7 @@ def mask_of_scores(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Any:
 
 
 def kernel(compiled: bool) -> Any:
-    """flex_attention, as it is or compiled; inside a compiled model it is compiled with that."""
+    """Returns flex_attention, as it is or compiled; inside a compiled model it is compiled with that."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return compiled_kernel() if compiled else flex_attention
@@ -62,7 +62,7 @@ def kernel(compiled: bool) -> Any:
 
 @functools.cache
 def compiled_kernel() -> Any:
-    """flex_attention, compiled once."""
+    """Compiles flex_attention, once."""
     return torch.compile(kernel(False), dynamic=False)
 
 

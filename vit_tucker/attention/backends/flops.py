@@ -32,20 +32,20 @@ def cores(p: Shape, pre: Shape, post: Shape) -> tuple[int, int]:
 
 @register_flop_formula(_ops.blocked_attention)
 def blocked_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """Both products."""
+    """Counts both products."""
     return 2 * sum(scores(q, k, v))
 
 
 @register_flop_formula(_ops.blocked_attention_backward)
 def blocked_backward_flops(dy: Shape, maps: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    """Q K^T again unless maps were kept, dQ and dK; dY V^T and dV."""
+    """Counts Q K^T again unless maps were kept, dQ and dK; dY V^T and dV."""
     keys, values = scores(q, k, v)
     return 2 * ((2 if maps[0] else 3) * keys + 2 * values)
 
 
 @register_flop_formula([_ops.latent_attention, _ops.triton_tucker_attention])
 def whole_flops(p: Shape, k: Shape, v: Shape, pre: Shape, post: Shape, *_: Any, **__: Any) -> int:
-    """Queries, both products of attention, outputs."""
+    """Counts queries, both products of attention, outputs."""
     rows = (p[0], p[1] * pre[0], pre[2])
     return 2 * (sum(cores(p, pre, post)) + sum(scores(rows, k, v)))
 
@@ -54,7 +54,7 @@ def whole_flops(p: Shape, k: Shape, v: Shape, pre: Shape, post: Shape, *_: Any, 
 def latent_backward_flops(
     dz: Shape, y: Shape, lse: Shape, p: Shape, k: Shape, v: Shape, pre: Shape, post: Shape, *_: Any, **__: Any
 ) -> int:
-    """Queries and Q K^T again; two products for each of the forward pass."""
+    """Counts queries and Q K^T again; two products for each of the forward pass."""
     keys, values = scores((p[0], p[1] * pre[0], pre[2]), k, v)
     queries, outputs = cores(p, pre, post)
     return 2 * (3 * queries + 2 * outputs + 3 * keys + 2 * values)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pack_heads(q: Tensor, kv_heads: int) -> Tensor:
-    """The queries of each group of heads as those of one head, token by token: (B, H, N, D) -> (B, G, N * H/G, D).
+    """Packs the queries of each group of heads into those of one head, token by token: (B, H, N, D) -> (B, G, N * H/G, D).
 
     A view for G = 1 if the queries lie token by token in memory, as a projection leaves them.
     """
@@ -15,7 +15,7 @@ def pack_heads(q: Tensor, kv_heads: int) -> Tensor:
 
 
 def unpack_heads(y: Tensor, num_heads: int) -> Tensor:
-    """The inverse: (B, G, N * H/G, D) -> (B, H, N, D)."""
+    """Undoes ``pack_heads``: (B, G, N * H/G, D) -> (B, H, N, D)."""
     if y.shape[1] == 1:
         return y.unflatten(2, (-1, num_heads)).squeeze(1).transpose(1, 2)
     group = num_heads // y.shape[1]

@@ -61,10 +61,6 @@ def for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, imag
 def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Returns the mask in the layer's dtype, as kernels read it: torch's kernel for CPUs misreads others. Boolean ones stay.
 
-    Args:
-        attn_mask: boolean (True: attend), additive, or None.
-        x: tokens.
-
     Raises:
         PatchError: the mask holds integers.
     """
@@ -80,7 +76,7 @@ def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 @torch.fx.wrap
 def _blind_rows(attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Which rows of a mask (..., N) allow nothing, (..., 1); None where the mask has no say."""
+    """Returns which rows of a mask (..., N) allow nothing, (..., 1); None without a mask, or in causal order."""
     if attn_mask is None or is_causal:
         return None
     if attn_mask.dtype == torch.bool:
@@ -90,7 +86,7 @@ def _blind_rows(attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
 
 @torch.fx.wrap
 def _open_rows(attn_mask: Tensor, blind: Tensor | None) -> Tensor:
-    """The mask with these rows open, so that their softmax and its gradients are finite."""
+    """Opens these rows of the mask, so that their softmax and its gradients are finite."""
     if blind is None:
         return attn_mask
     if attn_mask.dtype == torch.bool:

@@ -24,7 +24,7 @@ def pad(x: Tensor, width: int) -> Tensor:
 
 
 def round_up(width: int, step: int) -> int:
-    """The next multiple of a step."""
+    """Returns the next multiple of a step."""
     return -(-width // step) * step
 
 
@@ -34,16 +34,7 @@ def cpu_width(width: int) -> int:
 
 
 def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    """``Backend.attend`` of a backend that takes queries, keys and values of heads, at the widths that it wants.
-
-    Args:
-        backend: which takes such calls.
-        facts: of the call.
-        q, k, v, options: see ``Backend.attend``.
-
-    Returns:
-        (B, H, N, Dv).
-    """
+    """Computes ``Backend.attend`` at the widths that the backend wants; ``options`` follow q, k and v there. -> (B, H, N, Dv)"""
     assert backend.attend is not None
     key_width, value_width = backend.widths(facts)
     y = backend.attend(pad(q, key_width), pad(k, key_width), pad(v, value_width), *options)
@@ -51,7 +42,7 @@ def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tenso
 
 
 def pad_call(call: TuckerCall, key_width: int, value_width: int) -> TuckerCall:
-    """Tucker Attention whose queries, keys and values have these widths, an even key width where they rotate."""
+    """Pads queries, keys and values of Tucker Attention to these widths, an even key width where they rotate."""
     if call.k.shape[2] == key_width and call.v.shape[2] == value_width:
         return call
     angles = call.angles

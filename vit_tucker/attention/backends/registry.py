@@ -1,4 +1,4 @@
-"""The registry of attention backends, and how one is chosen: by the facts of a call, said in the log, never silently."""
+"""The registry of attention backends, and how one is chosen: by the facts of a call, which are logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 class Choice(NamedTuple):
-    """Which backend takes calls of a kind, and why.
+    """Which backend computes calls of a kind, and why.
 
     Attributes:
         name: of the backend.
@@ -33,7 +33,7 @@ class Choices(dict[tuple[Facts, str], Choice]):
     """Which backend took each kind of call, by its facts and what was asked for, in the order of first calls."""
 
     def lines(self) -> list[str]:
-        """Returns what ran and why, as the log says it."""
+        """Returns what ran and why, line by line."""
         return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in self.items()]
 
     def add(self, facts: Facts, wanted: str, choice: Choice) -> Choice:
@@ -44,7 +44,7 @@ class Choices(dict[tuple[Facts, str], Choice]):
 
 
 _RECORDINGS = [Choices()]
-"""The innermost recording is the last; the first one has what ran outside all of them, so that the log says it once."""
+"""The innermost recording is the last; the first has what ran outside of all, so that each kind of call is logged once."""
 _COMPILED: set[str] = set()
 """Backends in code that torch compiled."""
 
@@ -72,7 +72,7 @@ def recorded_choices() -> Iterator[Choices]:
 
 
 def register_backend(backend: Backend) -> Backend:
-    """Make a backend available by its name, in Python and in the YAML's ``attention.backend``.
+    """Makes a backend available by its name, in Python and in the YAML's ``attention.backend``.
 
     Raises:
         ConfigError: the name is taken.
@@ -89,7 +89,7 @@ def list_backends() -> list[str]:
 
 
 def get_backend(name: str) -> Backend:
-    """A backend by its name.
+    """Returns a backend by its name.
 
     Raises:
         ConfigError: no such backend.
@@ -106,15 +106,11 @@ def is_whole(name: str) -> bool:
 
 
 def choose(facts: Facts, wanted: str = AUTO) -> Choice:
-    """The backend for calls with these facts. A backend asked for by name takes them or the call fails: there is no fallback.
-
-    Args:
-        facts: of the call.
-        wanted: a backend's name, or "auto".
+    """Chooses the backend for calls with these facts; one asked for by name takes them or the call fails, there is no fallback.
 
     Raises:
         ConfigError: no backend has this name.
-        PatchError: the backend asked for can't take such calls; says why, and which can.
+        PatchError: the backend asked for does not support such calls; says why, and which do.
     """
     if torch.compiler.is_compiling():
         return Choice(_choose_while_compiling(wanted, *facts), "")
@@ -127,7 +123,7 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
 
 @torch.compiler.assume_constant_result
 def _choose_while_compiling(wanted: str, *facts: Any) -> str:
-    """``choose`` as torch.compile runs it: once, as it traces the call. It hands over plain values, and takes back a name."""
+    """Runs ``choose`` once, as torch.compile traces the call, which hands over plain values and takes back a name."""
     given = Facts(*facts)
     choice = decide(given, wanted)
     _COMPILED.add(choice.name)
@@ -136,7 +132,7 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
 
 
 def decide(facts: Facts, wanted: str) -> Choice:
-    """``choose`` without memory or log."""
+    """Decides as ``choose`` does, without memory or log."""
     if wanted != AUTO:
         reason = get_backend(wanted).refuses(facts)
         if reason is None:
@@ -155,10 +151,10 @@ def decide(facts: Facts, wanted: str) -> Choice:
 
 
 def _chosen(name: str, facts: Facts, reasons: list[str]) -> Choice:
-    """A choice with its reasons and the backend's own remark."""
+    """Returns a choice with its reasons and the backend's own remark."""
     remark = get_backend(name).remark
-    said = [reason for reason in reasons if reason]
-    return Choice(name, "; ".join(said if remark is None else [*said, remark(facts)]))
+    given = [reason for reason in reasons if reason]
+    return Choice(name, "; ".join(given if remark is None else [*given, remark(facts)]))
 
 
 def preferences(facts: Facts) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ def remark(facts: Facts) -> str:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """See ``Backend.attend``."""
+    """Returns softmax(Q K^T) V by torch's function, with heads that share a key packed where that pays."""
     heads, kv_heads = q.shape[1], k.shape[1]
     if is_causal:
         attn_mask = None

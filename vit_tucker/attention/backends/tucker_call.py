@@ -12,19 +12,13 @@ from vit_tucker.attention.rope import rotate
 from vit_tucker.attention.tracing import own_only
 
 MANY_TOKENS = 1024
-"""Of a batch: below, a training step with a dense layer's attention takes some ten megabytes."""
+"""Of a batch: below, a training step with a dense layer's attention takes some ten megabytes, and forming queries twice costs
+more than the rest gains."""
 
 
 @torch.fx.wrap
 def attend_whole(call: TuckerCall, backend: str) -> Tensor:
-    """The call by a backend or by "auto".
-
-    Returns:
-        (B, N, r2t).
-
-    Raises:
-        PatchError: the backend can't take the call.
-    """
+    """Returns z (B, N, r2t) by a backend or by "auto"; raises PatchError if the backend can't take the call."""
     facts = facts_of_call(call)
     chosen = get_backend(choose(facts, backend).name)
     call = pad_call(call, *chosen.widths(facts))
@@ -42,25 +36,21 @@ def attend_whole(call: TuckerCall, backend: str) -> Tensor:
 
 
 def facts_of_call(call: TuckerCall) -> Facts:
-    """What backends may need to know of it."""
+    """Returns the facts of a call."""
     p, k, v, pre, post = tensors = call[:5]
     mask, mask_grad = mask_facts(call.attn_mask, call.is_causal)
     recording = torch.is_grad_enabled()
     angles_grad = recording and call.angles is not None and any(angle.requires_grad for angle in call.angles)
     grad = recording and (mask_grad or any(t.requires_grad for t in tensors))
     ranks = (p.shape[2], k.shape[2], post.shape[1], v.shape[2])
-    more = keeps_more(ranks, pre.shape[0], call.scale) and many_tokens(p)
+    many = torch.compiler.is_compiling() or p.shape[0] * p.shape[1] >= MANY_TOKENS  # open numbers count as many
+    more = keeps_more(ranks, pre.shape[0], call.scale) and many
     return Facts(device_type(p), p.dtype, pre.shape[0], 1, k.shape[2], v.shape[2],
                  mask, mask_grad, drops(call.dropout), grad, own_only(), ranks, angles_grad, more)  # fmt: skip
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:
-    """See ``Facts``: whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
+    """Whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
     4 H D numbers; the scale is 1 / sqrt(D)."""
     r2, r3, _, r3t = ranks
     return r2 + r3 + r3t + 2 * heads * cpu_width(max(r3, r3t)) > 4 * heads / scale**2
-
-
-def many_tokens(p: Tensor) -> bool:
-    """Whether memory matters: for few tokens forming queries twice costs more than the rest gains. Open numbers count as many."""
-    return torch.compiler.is_compiling() or p.shape[0] * p.shape[1] >= MANY_TOKENS

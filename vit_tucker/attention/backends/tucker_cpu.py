@@ -36,7 +36,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def refuses(facts: Facts) -> str | None:
-    """Tucker Attention on the CPU, without mask, dropout and trained angles."""
+    """Refuses all but Tucker Attention on the CPU without mask, dropout and trained angles."""
     if facts.ranks is None:
         return "it computes Tucker Attention as a whole, not heads' queries and keys"
     if facts.device != "cpu":
@@ -51,7 +51,7 @@ def refuses(facts: Facts) -> str | None:
 
 
 def whole(call: TuckerCall) -> Tensor:
-    """See ``Backend.whole``."""
+    """Returns Tucker Attention between its projections, some images at a time."""
     p, k, v, pre, post = call[:5]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (p, k, v, pre, post))
     sin, cos = (None, None) if call.angles is None else call.angles
@@ -70,13 +70,11 @@ def latent_attention(
     scale: float,
     grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Z, and what the backward pass needs of the way there.
+    """Computes Z, and what the backward pass needs of the way there.
 
     Args:
-        p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t); k rotated already.
-        pre, post: T (H, r2, r3), S (H, r2t, r3t).
-        sin, cos: by which the queries rotate, (N, r3/2) or (B, N, r3/2), or None.
-        scale: factor on the scores.
+        p, k, v, pre, post, scale: see ``TuckerCall``.
+        sin, cos: the call's angles, or None.
         grad: a backward pass follows.
 
     Returns:
@@ -84,7 +82,7 @@ def latent_attention(
     """
     B, N, H = *p.shape[:2], pre.shape[0]
     pre, post = pre_columns(pre), post_rows(post)
-    z, y, lse = room(p, v, H, post.shape[1], grad)
+    z, y, lse = allocate(p, v, H, post.shape[1], grad)
     for images in blocks(B):
         q = queries(p[images], pre, H, sin, cos, images)
         y_part, rows = (t.squeeze(1) for t in _flash(*packed(q, k[images], v[images]), 0.0, False, scale=scale))
@@ -96,11 +94,11 @@ def latent_attention(
 
 @latent_attention.register_fake
 def _(p: Tensor, k: Tensor, v: Tensor, pre: Tensor, post: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return room(p, v, pre.shape[0], post.shape[1], rest[-1])
+    return allocate(p, v, pre.shape[0], post.shape[1], rest[-1])
 
 
-def room(p: Tensor, v: Tensor, heads: int, width: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for z, y and the log-sum-exp."""
+def allocate(p: Tensor, v: Tensor, heads: int, width: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Allocates memory for z, y and the log-sum-exp."""
     B, N = p.shape[:2]
     y = p.new_empty(B if grad else 0, N * heads, v.shape[2])
     sums = torch.promote_types(p.dtype, torch.float32)
@@ -134,7 +132,7 @@ def latent_attention_backward(
         given = packed(dy, q, k[images], v[images], y_part, lse[images])
         dq, dk_part, dv_part = (t.squeeze(1) for t in _flash_backward(*given, 0.0, False, scale=scale))
         dk[images], dv[images] = dk_part, dv_part
-        dq = turned(dq.view(-1, N, H, k.shape[2]), back, cos, images).flatten(2)
+        dq = rotated(dq.view(-1, N, H, k.shape[2]), back, cos, images).flatten(2)
         torch.matmul(dq, columns.mT, out=dp[images])
         dpre += p[images].flatten(0, 1).mT @ dq.flatten(0, 1)
         dpost += y_part.reshape(-1, H * v.shape[2]).mT @ dz_part.flatten(0, 1)
@@ -163,22 +161,22 @@ def packed(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def pre_columns(pre: Tensor) -> Tensor:
-    """(H, r2, r3) -> (r2, H*r3)"""
+    """Reshapes (H, r2, r3) to (r2, H*r3)."""
     return pre.transpose(0, 1).flatten(1)
 
 
 def post_rows(post: Tensor) -> Tensor:
-    """(H, r2t, r3t) -> (H*r3t, r2t)"""
+    """Reshapes (H, r2t, r3t) to (H*r3t, r2t)."""
     return post.transpose(1, 2).flatten(0, 1)
 
 
 def queries(p: Tensor, pre: Tensor, heads: int, sin: Tensor | None, cos: Tensor | None, images: slice) -> Tensor:
-    """All heads' queries of some images, token by token: (images, N*H, r3)"""
-    return turned((p @ pre).unflatten(2, (heads, -1)), sin, cos, images).flatten(1, 2)
+    """Returns all heads' queries of some images, token by token: (images, N*H, r3)."""
+    return rotated((p @ pre).unflatten(2, (heads, -1)), sin, cos, images).flatten(1, 2)
 
 
-def turned(x: Tensor, sin: Tensor | None, cos: Tensor | None, images: slice) -> Tensor:
-    """Rotated pairs of (images, N, H, r3), see ``latent_attention``."""
+def rotated(x: Tensor, sin: Tensor | None, cos: Tensor | None, images: slice) -> Tensor:
+    """Rotates the pairs of (images, N, H, r3), see ``latent_attention``."""
     if sin is None or cos is None:
         return x
     sin, cos = (t[images].unsqueeze(2) if t.ndim == 3 else t.unsqueeze(1) for t in (sin, cos))

@@ -15,7 +15,7 @@ MASKS = {"none": "none", "causal": "none", "boolean": "boolean", "additive": "ad
 
 
 def refuses(facts: Facts) -> str | None:
-    """Tucker Attention on CUDA (or in Triton's interpreter), without dropout and trained masks."""
+    """Refuses all but Tucker Attention on CUDA (or in Triton's interpreter) without dropout and trained masks."""
     if facts.ranks is None:
         return "it computes Tucker Attention as a whole, not heads' queries and keys"
     if facts.own_only:
@@ -36,7 +36,7 @@ def refuses(facts: Facts) -> str | None:
 
 
 def whole(call: TuckerCall) -> Tensor:
-    """See ``Backend.whole``."""
+    """Returns Tucker Attention between its projections by our Triton kernels."""
     p, k, v, pre, post = call[:5]
     mask, causal, angles = call.attn_mask, call.is_causal, call.angles
     return tucker_attention(p, k, v, pre, post, scale=call.scale, attn_mask=mask, is_causal=causal, angles=angles)

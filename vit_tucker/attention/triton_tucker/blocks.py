@@ -33,7 +33,7 @@ def load_block(
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> Block:
-    """Rows first + ``rows`` below row_end and columns below COLUMNS of a matrix; zeros elsewhere.
+    """Loads rows first + ``rows`` below row_end and columns below COLUMNS of a matrix; zeros elsewhere.
 
     The block's address has 64 bits, offsets in it 32.
     """
@@ -57,7 +57,7 @@ def store_block(
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """The inverse of ``load_block`` for rows whose entries are neighbours, rounded to the dtype of the memory."""
+    """Stores rows whose entries are neighbours, rounded to the dtype of the memory: the inverse of ``load_block``."""
     inside = (first + rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
     corner = start + tl.cast(first, tl.int64) * row_stride
     if EMULATE and start.dtype.element_ty == tl.bfloat16:
@@ -67,7 +67,7 @@ def store_block(
 
 @triton.jit
 def rounded(block: "Block", LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
-    """A float32 block as an operand of a product in the inputs' dtype LOW."""
+    """Rounds a float32 block to an operand of a product in the inputs' dtype LOW."""
     if EMULATE:  # to nearest, ties to even
         bits = block.to(tl.uint32, bitcast=True)
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
@@ -79,13 +79,13 @@ def rounded(block: "Block", LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
 
 @triton.jit
 def product(a: "Block", b: "Block") -> Block:
-    """A product of blocks with float32 sums; float32 operands are not rounded to TF32."""
+    """Multiplies blocks with float32 sums; float32 operands are not rounded to TF32."""
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
 def rotate(block: "Block", sin: "Block", cos: "Block") -> Block:
-    """Each pair of neighbours (2 p, 2 p + 1) of a (M, R) block by its angle; sin, cos (M, R/2). See ``rope.rotate``."""
+    """Rotates each pair of neighbours (2 p, 2 p + 1) of a (M, R) block by its angle; sin, cos (M, R/2). See ``rope.rotate``."""
     first, second = tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))
     return tl.interleave(first * cos - second * sin, second * cos + first * sin)
 

@@ -71,7 +71,7 @@ def forward_kernel(
     LOW: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """One block of ROWS rows of one image, for one part of the heads.
+    """Computes one block of ROWS rows of one image, for one part of the heads.
 
     Program numbers run over row blocks, then parts of the heads, then images. ``z`` is (splits, B, N, r2t), ``lse`` (B, H, N)
     in base 2; +inf marks a row in which everything is masked, whose Y is zero. Cores are contiguous, (H, r2, r3) and

@@ -73,7 +73,7 @@ class Inputs:
         return tiles.Ranks(*self.pre.shape[1:], *self.post.shape[1:])
 
     def images(self, start: int, end: int) -> Inputs:
-        """The same for some of the images: views."""
+        """Returns the same for some of the images: views."""
         angles = (a if a is None or a.ndim == 2 else a[start:end] for a in (self.sin, self.cos))
         mask = None if self.mask is None else self.mask[start:end]
         p, k, v = (x[start:end] for x in (self.p, self.k, self.v))
@@ -81,7 +81,7 @@ class Inputs:
         return replace(self, p=p, k=k, v=v, mask=mask, sin=sin, cos=cos)
 
     def constants(self) -> dict[str, Any]:
-        """Compile-time constants that all kernels have."""
+        """Returns compile-time constants that all kernels have."""
         kind = 3 if self.is_causal else 0 if self.mask is None else 1 if self.mask.dtype == torch.uint8 else 2
         return {
             **tiles.rank_constants(self.ranks),
@@ -91,11 +91,11 @@ class Inputs:
         }
 
     def mask_arguments(self) -> tuple[Tensor, tuple[int, ...]]:
-        """The mask, or any tensor in its place, and its strides."""
+        """Returns the mask, or any tensor in its place, and its strides."""
         return (self.p, (0,) * 4) if self.mask is None else (self.mask, self.mask.stride())
 
     def angle_arguments(self) -> tuple[Tensor, Tensor, int]:
-        """Sines, cosines, or any tensor in their place, and their stride from image to image."""
+        """Returns sines, cosines, or any tensor in their place, and their stride from image to image."""
         if self.sin is None or self.cos is None:
             return self.p, self.p, 0
         return self.sin, self.cos, self.sin.stride(0) if self.sin.ndim == 3 else 0

@@ -19,7 +19,7 @@ CHUNK_BYTES = 32 * 2**20
 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """z (B, N, r2t) and the log-sum-exp in base 2, (B, H, N) float32."""
+    """Computes z (B, N, r2t) and the log-sum-exp in base 2, (B, H, N) float32."""
     B, N, H = inputs.sizes
     lse = inputs.p.new_empty(B, H, N, dtype=torch.float32)
     tile = choose("forward", inputs)
@@ -36,7 +36,7 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
         **options(tile),
         ROPE=inputs.sin is not None,
     )
-    return added(z, inputs.p.dtype), lse
+    return z[0] if splits == 1 else z.sum(0).to(inputs.p.dtype), lse
 
 
 def backward(dz: Tensor, inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ def images_per_chunk(inputs: Inputs) -> int:
 
 
 def run_rows(inputs: Inputs, dz: Tensor, lse: Tensor) -> Buffers:
-    """The kernel over rows."""
+    """Launches the kernel over rows."""
     B, N, H = inputs.sizes
     dq, q = (inputs.p.new_empty(B, N, H, inputs.ranks.r3) for _ in range(2))
     y, dy = (inputs.p.new_empty(B, N, H, inputs.ranks.r3t) for _ in range(2))
@@ -100,7 +100,7 @@ def run_rows(inputs: Inputs, dz: Tensor, lse: Tensor) -> Buffers:
 
 
 def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tensor) -> None:
-    """The kernel over keys; writes dk (B, N, r3) and dv (B, N, r3t)."""
+    """Launches the kernel over keys, which writes dk (B, N, r3) and dv (B, N, r3t)."""
     B, N, H = inputs.sizes
     tile = choose("keys", inputs)
     blocks = triton.cdiv(N, tile.columns)
@@ -119,7 +119,7 @@ def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tens
 
 
 def choose(kernel: tiles.KernelName, inputs: Inputs) -> tiles.Tile:
-    """The kernel's tile on this device."""
+    """Returns the kernel's tile on this device."""
     size, rope = inputs.p.element_size(), inputs.sin is not None
     tile = tiles.choose(kernel, inputs.ranks, size, rope, inputs.mask is not None, tiles.shared_memory(inputs.p.device))
     if tile is None:
@@ -130,20 +130,15 @@ def choose(kernel: tiles.KernelName, inputs: Inputs) -> tiles.Tile:
 
 
 def options(tile: tiles.Tile) -> dict[str, int]:
-    """A tile as keyword arguments of a launch."""
+    """Returns a tile as keyword arguments of a launch."""
     return {"ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def parts(programs: int, inputs: Inputs) -> int:
-    """Into how many parts the heads go, see ``tiles.parts_of_heads``."""
+    """Returns into how many parts the heads go, see ``tiles.parts_of_heads``."""
     return tiles.parts_of_heads(programs, inputs.sizes[2], tiles.multiprocessors(inputs.p.device))
 
 
 def partial_sums(splits: int, B: int, N: int, rank: int, like: Tensor) -> Tensor:
-    """(splits, B, N, rank), float32 if there is anything to add."""
+    """Allocates (splits, B, N, rank), float32 if there is anything to add."""
     return like.new_empty(splits, B, N, rank, dtype=like.dtype if splits == 1 else torch.float32)
-
-
-def added(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """(splits, ...) -> their sum."""
-    return sums[0] if sums.shape[0] == 1 else sums.sum(0).to(dtype)

@@ -39,7 +39,7 @@ def tucker_attention(
     is_causal: bool = False,
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """sum_i softmax(scale P T_i K^T + mask) V S_i^T (arXiv 2603.30033, Eqs 2-6), no queries and no heads' outputs in memory.
+    """Computes sum_i softmax(scale P T_i K^T + mask) V S_i^T (arXiv 2603.30033, Eqs 2-6), without heads' queries in memory.
 
     A row in which everything is masked gives zeros and passes no gradient on, as scaled_dot_product_attention does in recent
     versions of torch. Rows whose additive mask is the lowest finite float32 everywhere count as such.
@@ -91,7 +91,7 @@ def unsupported(
     angles_require_grad: bool = False,
     shared_memory: int | None = None,
 ) -> str | None:
-    """Why a call can't be taken, or None if it can; from static facts alone.
+    """Returns why a call can't be taken, or None if it can; from static facts alone.
 
     Args:
         dtype: of p, k, v and the cores.
@@ -122,7 +122,7 @@ def unsupported(
 
 
 def available(device: torch.device) -> str | None:
-    """Why the kernels can't run on a device, or None if they can: CUDA from sm_80 on, or Triton's interpreter.
+    """Returns why the kernels can't run on a device, or None if they can: CUDA from sm_80 on, or Triton's interpreter.
 
     For sm_90 the compiler of Triton 3.2 ends the whole process over the forward kernel of ranks above 64.
     """
@@ -138,17 +138,12 @@ def available(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} is below {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}"
-    if capability >= (9, 0) and _triton_version() < (3, 3):
-        return "compute capability 9.0 and above needs Triton 3.3 or later"
+    if capability >= (9, 0):
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+            return "compute capability 9.0 and above needs Triton 3.3 or later"
     return None
-
-
-def _triton_version() -> tuple[int, int]:
-    """Major and minor number."""
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 def _wrong_shapes(
@@ -160,7 +155,7 @@ def _wrong_shapes(
     attn_mask: Tensor | None,
     angles: tuple[Tensor, Tensor] | None,
 ) -> str | None:
-    """What doesn't fit together, or None."""
+    """Returns what doesn't fit together, or None."""
     if (p.ndim, k.ndim, v.ndim, pre.ndim, post.ndim) != (3,) * 5:
         return "p, k, v, pre and post have three dimensions each"
     B, N = p.shape[:2]
@@ -192,7 +187,7 @@ def _wrong_shapes(
 
 @torch.library.custom_op("vit_tucker::triton_tucker_attention", mutates_args=(), schema=FORWARD)
 def forward_op(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """z (B, N, r2t) and the log-sum-exp in base 2, (B, H, N) float32, which gets no gradient."""
+    """Computes z (B, N, r2t) and the log-sum-exp in base 2, (B, H, N) float32, which gets no gradient."""
     launch = _kernels(p.device)
     with torch.cuda.device_of(p):
         return launch.forward(launch.Inputs.of(p, *rest))
@@ -200,14 +195,14 @@ def forward_op(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("vit_tucker::triton_tucker_attention_backward", mutates_args=(), schema=BACKWARD)
 def backward_op(dz: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of p, k, v, pre and post."""
+    """Computes the gradients of p, k, v, pre and post."""
     launch = _kernels(dz.device)
     with torch.cuda.device_of(dz):
         return launch.backward(dz, launch.Inputs.of(*inputs), lse)
 
 
 def _kernels(device: torch.device) -> Any:
-    """The module that launches them."""
+    """Returns the module that launches the kernels."""
     if reason := available(device):
         raise RuntimeError(f"tucker_attention: {reason}")
     from vit_tucker.attention.triton_tucker import launch

@@ -13,7 +13,7 @@ import torch
 KernelName = Literal["forward", "rows", "keys"]
 KERNELS: tuple[KernelName, ...] = ("forward", "rows", "keys")
 WITHOUT_DEVICE = 101376
-"""Bytes of shared memory that the interpreter is said to have: those of sm_86, the least of all supported GPUs."""
+"""Bytes of shared memory assumed for the interpreter: those of sm_86, the least of all supported GPUs."""
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
@@ -86,7 +86,7 @@ CHOICES: dict[KernelName, tuple[TileChoice, ...]] = {
 
 
 def width(rank: int) -> int:
-    """Of the block that holds a rank: the next power of two, at least 16 as tensor cores want it."""
+    """Returns the width of the block that holds a rank: the next power of two, at least 16 as tensor cores want it."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
@@ -138,12 +138,12 @@ def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, m
 
 
 def parts_of_heads(programs: int, heads: int, multiprocessors: int) -> int:
-    """Into how many parts the heads go, so that a grid of ``programs`` fills the device."""
+    """Returns into how many parts the heads go, so that a grid of ``programs`` fills the device."""
     return max(1, min(heads, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))))
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 without one."""
+    """Returns the number of multiprocessors of a GPU; 1 without one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -52,7 +52,7 @@ class GQAConfig(PerHeadConfig):
     )
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError unless the groups divide the heads, and for norms of heads with conversion='svd'."""
         if spec.num_heads % self.num_kv_heads:
             divisors = [g for g in range(1, spec.num_heads + 1) if spec.num_heads % g == 0]
             raise PatchError(
@@ -66,20 +66,20 @@ class GQAConfig(PerHeadConfig):
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "GQAConfig":
-        """As many key/value heads as heads."""
+        """Returns the config with as many key/value heads as heads."""
         return cls(num_kv_heads=spec.num_heads)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "GQAConfig":
-        """Multi-query attention."""
+        """Returns multi-query attention."""
         return cls(num_kv_heads=1)
 
     def build(self, spec: HostSpec, **factory: Any) -> "GQA":
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return GQA(spec, self, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """C HD + 2 C GD + HD O weights (2 d^2 + 2 G D d, Table 1)."""
+        """Counts C HD + 2 C GD + HD O weights (2 d^2 + 2 G D d, Table 1)."""
         kv_dim = self.num_kv_heads * spec.head_dim
         weights = spec.embed_dim * (spec.attn_dim + 2 * kv_dim) + spec.attn_dim * spec.out_dim
         biases = (spec.attn_dim + (1 + spec.key_bias) * kv_dim) * spec.qkv_bias + spec.out_dim * has_proj_bias(
@@ -89,7 +89,7 @@ class GQAConfig(PerHeadConfig):
 
 
 def has_proj_bias(spec: HostSpec, config: GQAConfig) -> bool:
-    """The SVD conversion folds value biases into the output bias, which then must exist."""
+    """Whether the layer has an output bias: the SVD conversion folds value biases into it."""
     return spec.proj_bias or (config.conversion == "svd" and spec.qkv_bias)
 
 
@@ -109,14 +109,14 @@ class GQA(PerHeadModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal with timm's standard deviation."""
+        """Draws normal weights with timm's standard deviation."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
@@ -124,21 +124,20 @@ class GQA(PerHeadModule):
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """Exact where num_kv_heads is num_heads; else each group's mean, or its best basis."""
+        """Converts exactly where num_kv_heads is num_heads; else to each group's mean, or its best basis."""
         if self.conversion == "mean":
             self._set(mean_pool_groups(weights, self.num_kv_heads))
         else:
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """Best bases on the tokens with conversion='svd'; means stay means, and only the read-out is fitted afterwards."""
+        """Finds the best bases on the tokens with conversion='svd'; means stay means, and only the read-out is fitted."""
         if self.conversion == "mean":
             self.convert_from(weights)
         else:
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
 
     def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def _set(self, converted: MHAWeights) -> None:
@@ -151,7 +150,6 @@ class GQA(PerHeadModule):
         set_linear(self.proj, converted.out.flatten(0, 1), converted.out_bias)
 
     def dense_weights(self) -> MHAWeights:
-        """See base class."""
         group = self.num_heads // self.num_kv_heads
         return MHAWeights(
             query=head_weight(self.q_proj, self.num_heads),
@@ -180,7 +178,7 @@ def svd_groups(
     moments: Moments | None = None,
     damping: float = 0.0,
 ) -> MHAWeights:
-    """Best rank-D key and value basis of each group's weight tensors; queries and outputs absorb the change of basis.
+    """Finds the best rank-D key and value basis of each group's weight tensors; queries and outputs absorb the change of basis.
 
     For a group with heads i, the key basis U (C, D) minimises sum_i ||WQ_i WK_i^T (I - U U^T)||^2, so that the new key is x U
     and the new query weight WQ_i (WK_i^T U); values likewise with WO_i. With moments the norms are those of the error on the
@@ -240,7 +238,7 @@ def group_bases(
             root = metric_root(mean_metric(metric), damping)
             left, right = left_root @ left * head_weights(metric)[:, None, None], root.root @ right
         if isinstance(tensor, RotaryPairs):
-            basis, change = best_pair_each(RotaryPairs(left, right, tensor.columns[part]))
+            basis, change = best_pair_each(RotaryPairs(left, right, tensor.rotations[part]))
         else:
             basis = leading_eigenvectors(gram_right(Pairs(left, right)), right.shape[-1])
             change = right.mT @ basis

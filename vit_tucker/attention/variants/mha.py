@@ -35,24 +35,24 @@ class MHAConfig(PerHeadConfig):
     method: Literal["mha"] = "mha"
 
     def check(self, spec: HostSpec) -> None:
-        """See base class: any host will do."""
+        """Accepts any host."""
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MHAConfig":
-        """There is only one."""
+        """Returns the only config there is."""
         return cls()
 
     @classmethod
     def example(cls, spec: HostSpec) -> "MHAConfig":
-        """There is only one."""
+        """Returns the only config there is."""
         return cls()
 
     def build(self, spec: HostSpec, **factory: Any) -> "MHA":
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return MHA(spec, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """3 C HD + HD O weights (4 d^2, Table 1)."""
+        """Counts 3 C HD + HD O weights (4 d^2, Table 1)."""
         weights = spec.attn_dim * (3 * spec.embed_dim + spec.out_dim)
         biases = (2 + spec.key_bias) * spec.attn_dim * spec.qkv_bias + spec.out_dim * spec.proj_bias
         return ParameterCount(weights, biases + count_extras(spec))
@@ -76,7 +76,7 @@ class MHA(PerHeadModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal with timm's standard deviation."""
+        """Draws normal weights with timm's standard deviation."""
         for linear in (self.qkv, self.proj):
             init_linear(linear, DENSE_INIT_STD)
         for bias in (self.q_bias, self.v_bias):
@@ -86,7 +86,7 @@ class MHA(PerHeadModule):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
         B, N, _ = x.shape
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
@@ -96,25 +96,24 @@ class MHA(PerHeadModule):
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """Exact."""
+        """Copies the weights, with zeros for biases that have none."""
         qkv = torch.cat([join_heads(w) for w in (weights.query, weights.key, weights.value)], -1)
-        biases = [b for b in (weights.query_bias, weights.key_bias, weights.value_bias) if b is not None]
+        given = (weights.query_bias, weights.key_bias, weights.value_bias)
+        biases = [qkv.new_zeros(self.attn_dim) if bias is None else bias.flatten() for bias in given]
         if self.q_bias is not None and self.v_bias is not None:
-            self.q_bias.copy_(biases[0].flatten())
-            self.v_bias.copy_(biases[-1].flatten())
-        set_linear(self.qkv, qkv, torch.cat([b.flatten() for b in biases]) if biases else None)
+            self.q_bias.copy_(biases[0])
+            self.v_bias.copy_(biases[2])
+        set_linear(self.qkv, qkv, torch.cat(biases))
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """Exact without looking at tokens."""
+        """Copies the weights: the conversion is exact whatever the tokens are."""
         self.convert_from(weights)
 
     def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
         return [self.qkv]
 
     def dense_weights(self) -> MHAWeights:
-        """See base class."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
         biases = head_bias(self.qkv, 3 * self.num_heads)
         query_bias, key_bias, value_bias = (None, None, None) if biases is None else biases.chunk(3)

@@ -52,32 +52,32 @@ class MLAConfig(PerHeadConfig):
     )
 
     def rank_options(self) -> dict[str, Any]:
-        """See base class."""
+        """Returns the widths of both latents."""
         return {"q_lora_rank": self.q_lora_rank, "kv_lora_rank": self.kv_lora_rank}
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError for latents above their full rank, or odd ones that rotate."""
         refuse_ranks(spec, self.q_lora_rank, self.kv_lora_rank, self.shared_kv)
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":
-        """Latents as wide as the projections' ranks."""
+        """Returns latents as wide as the projections' ranks."""
         shared = not spec.rotates_latent
         query, key_value = full_latents(spec, shared)
         return cls(q_lora_rank=query, kv_lora_rank=key_value, shared_kv=shared)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "MLAConfig":
-        """Latents of an eighth of the width."""
+        """Returns latents of an eighth of the width."""
         rank = max(1, spec.embed_dim // 8)
         return cls(q_lora_rank=rank, kv_lora_rank=even_rank(rank) if spec.rotates_latent else rank)
 
     def build(self, spec: HostSpec, **factory: Any) -> MLA:
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return MLA(spec, self.q_lora_rank, self.kv_lora_rank, shared_kv=self.shared_kv, **factory)
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """cQ (C + HD) + cKV (C + 2 HD) + HD O weights (d^2 + 5 d c, Table 1); two latents: cKV C more (d^2 + 6 d c)."""
+        """Counts cQ (C + HD) + cKV (C + 2 HD) + HD O weights (d^2 + 5 d c, Table 1); two latents: cKV C more (d^2 + 6 d c)."""
         query = self.q_lora_rank * (spec.embed_dim + spec.attn_dim)
         latents = 1 if self.shared_kv else 2
         key_value = self.kv_lora_rank * (latents * spec.embed_dim + 2 * spec.attn_dim)
@@ -86,7 +86,7 @@ class MLAConfig(PerHeadConfig):
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class, for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
+        """Counts the products for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
         values, and the products of up projections that a batch forms once. With RoPE and wide latents: the same widths, no such
         products."""
         heads, width, rank = spec.num_heads, spec.head_dim, self.kv_lora_rank

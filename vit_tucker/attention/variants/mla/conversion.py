@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.latent_rope import latent_keys
@@ -16,7 +17,7 @@ from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
 
 class MLATarget(NamedTuple):
-    """What a layer has room for.
+    """Widths and options of the layer that a conversion fills.
 
     Attributes:
         query: width of the query latent, cQ.
@@ -45,7 +46,7 @@ class KeyValue(NamedTuple):
 
 
 class Latents(NamedTuple):
-    """What a layer is made of, the output projection apart.
+    """Weights of an MLA layer, the output projection apart.
 
     Attributes:
         q_down, q_up: (C, cQ) and (cQ, H*D); with rotated latent keys each head's pairs are side by side.
@@ -63,16 +64,12 @@ class Latents(NamedTuple):
 def fit_latents(
     weights: MHAWeights, target: MLATarget, moments: Moments | None = None, damping: float = 0.0
 ) -> Latents:
-    """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank.
+    """Fits a shared latent by the SVD of [WK | WV] and the query latent by that of WQ; exact at full rank.
 
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
     the other; query and value biases take up the tokens' mean.
 
-    Args:
-        weights: float64.
-        target: of the layer.
-        moments: of its tokens, float64, or None.
-        damping: of the moments, relative to their mean eigenvalue.
+    All are float64; the damping of the moments is relative to their mean eigenvalue.
     """
     query, value = join_heads(weights.query), join_heads(weights.value)  # (C, H*D)
     q_bias, v_bias = (None if bias is None else bias.flatten() for bias in (weights.query_bias, weights.value_bias))
@@ -94,12 +91,12 @@ def fit_latents(
 
 
 def paired(x: Tensor, heads: int, rope: RopeSpec) -> Tensor:
-    """Columns of the heads, (..., H*D), with the two of each rotation side by side."""
+    """Reorders columns of the heads, (..., H*D), so that the two of each rotation are side by side."""
     return adjacent_pairs(x.unflatten(-1, (heads, -1)), rope.half).flatten(-2)
 
 
 def plain_latents(weights: MHAWeights, target: MLATarget, metrics: "ErrorMetrics") -> KeyValue:
-    """Best latents of keys and values."""
+    """Finds the best latents of keys and values."""
     key, value = join_heads(weights.key), join_heads(weights.value)
     width, rank = key.shape[1], target.key_value
     k_bias = None if weights.key_bias is None else weights.key_bias.flatten()
@@ -118,19 +115,20 @@ def rotary_latents(
     moments: Moments | None,
     damping: float,
 ) -> KeyValue:
-    """The same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
+    """Finds the same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
     value, rank = join_heads(weights.value), target.key_value
     width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
     shared = None if not target.shared_kv else value if v_grad is None else value @ v_grad
     keys = latent_keys(weights, rope, rank, moments, damping, shared, metrics.tokens)
-    k_down, k_up = keys.basis[:width], join_heads(keys.lifted.pairs.right)
-    bias = keys.basis[width] if len(keys.basis) > width else None
+    basis = keys.lifted.basis
+    k_down, k_up = basis[:width], join_heads(keys.lifted.pairs.right)
+    bias = basis[width] if len(basis) > width else None
     if not target.shared_kv:
         v_down, v_up = latent(value, rank, metrics.tokens, v_grad)
     else:
         root = identity_root(width, value).root if metrics.tokens is None else metrics.tokens.root
         v_down, v_up = k_down, torch.linalg.lstsq(root @ k_down, root @ value).solution
-    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.columns)
+    return KeyValue(k_down, k_up, v_down, v_up, down_bias=bias, rotations=keys.lifted.rotations)
 
 
 class ErrorMetrics(NamedTuple):
@@ -155,13 +153,7 @@ class ErrorMetrics(NamedTuple):
 
 
 def read_metrics(moments: Moments | None, centred: bool, damping: float) -> ErrorMetrics:
-    """Metrics from the moments of a layer.
-
-    Args:
-        moments: float64, or None.
-        centred: biases take up the tokens' mean, so that it costs nothing.
-        damping: see ``metric_root``.
-    """
+    """Returns metrics from the moments of a layer; ``centred``: biases take up the tokens' mean, so that it costs nothing."""
     if moments is None:
         return ErrorMetrics(None, None, None)
     tokens = moments.token_covariance if centred else moments.query[:-1, :-1]
@@ -170,23 +162,15 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
 
 
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Best factors of a matrix, matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
-
-    Args:
-        matrix: (C, K), float64.
-        rank: width of the latent, R.
-        left: root of the left metric (C, C), or None.
-        right: root of the right metric (K, K), or None.
+    """Finds the best factors of a matrix (C, K), matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
 
     Returns:
-        down (C, R) and up (R, K), with the least ||left (matrix - down up) right||_F.
+        down (C, rank) and up (rank, K), with the least ||left (matrix - down up) right||_F, left (C, C) and right (K, K).
     """
     whitened = matrix if left is None else left.root @ matrix
     weighted = whitened if right is None else whitened @ right
     basis = leading_eigenvectors(weighted @ weighted.mT, min(rank, len(matrix)))
-    basis = torch.nn.functional.pad(
-        basis, (0, rank - basis.shape[1])
-    )  # rotated keys may need more columns than tokens have
+    basis = pad(basis, (0, rank - basis.shape[1]))  # rotated keys may need more columns than tokens have
     return basis if left is None else left.inverse @ basis, basis.mT @ whitened
 
 

@@ -57,7 +57,7 @@ class MLA(LatentModule, PerHeadModule):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Normal; each product of a down and an up projection has timm's standard deviation, split evenly between them."""
+        """Draws normal weights, so that each product of a down and an up projection has timm's standard deviation."""
         for down, up in ((self.q_down, self.q_up), (self.kv_down, self.k_up), (self.v_down, self.v_up)):
             std = (DENSE_INIT_STD / up.in_features**0.5) ** 0.5
             if down is not None:
@@ -67,7 +67,7 @@ class MLA(LatentModule, PerHeadModule):
         self.init_rotations()
 
     def run(self, call: Call) -> Tensor:
-        """See AttentionModule: in absorbed form where that costs less."""
+        """Computes the layer in absorbed form where that costs less."""
         ups = (self.q_up, self.k_up, self.v_up, self.proj)
         if self.absorbs(call.x) and is_plain(*self.input_projections(), *ups):
             return self.run_absorbed(call)
@@ -83,7 +83,7 @@ class MLA(LatentModule, PerHeadModule):
         return absorbing_saves(self.spec, q_lora_rank, kv_lora_rank, *x.shape[:2])
 
     def run_absorbed(self, call: Call) -> Tensor:
-        """The layer without heads' keys and values: queries' and output's projection take in WUK_i, WUV_i. -> (B, N, O)"""
+        """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
         B, N, _ = call.x.shape
         H = self.num_heads
         latent, k, v = self.latents(call.x)
@@ -109,7 +109,7 @@ class MLA(LatentModule, PerHeadModule):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
         B, N, _ = x.shape
         latents = self.latents(x)
         # flat, (B*N, ...): torch adds a bias within a product of a slice only where its rows are one dimension
@@ -124,16 +124,7 @@ class MLA(LatentModule, PerHeadModule):
     def attend_latent(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
     ) -> Tensor:
-        """Attention in the latent space, where keys are rotated.
-
-        Args:
-            q: (B, H, N, D).
-            k, v: latents of keys and values, (B, N, cKV).
-            attn_mask, is_causal, rope: as for the layer.
-
-        Returns:
-            The heads' outputs, (B, N, H*D).
-        """
+        """Attends in the latent space, where keys are rotated. q (B, H, N, D), latents k and v (B, N, cKV) -> (B, N, H*D)"""
         plain = is_plain(self.k_up, self.v_up)
         q = q @ by_heads(self.k_up.weight if plain else called_weight(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
         q, key = self.rotate_latent(q, k.unsqueeze(1), rope)  # (B, H, N, cKV)
@@ -149,19 +140,19 @@ class MLA(LatentModule, PerHeadModule):
         return y.transpose(1, 2).flatten(2)  # (B, N, H*D)
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """Joint SVD of [WK | WV] for a shared latent, SVD of WQ for the query latent; exact at full rank."""
-        self._take_over(weights, fit_latents(weights, self._target()))
+        """Converts by the SVD of [WK | WV] for a shared latent and that of WQ for the query latent; exact at full rank."""
+        self._set(weights, fit_latents(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
         the other; query and value biases take up the tokens' mean."""
-        self._take_over(weights, fit_latents(weights, self._target(), moments, damping))
+        self._set(weights, fit_latents(weights, self._target(), moments, damping))
 
     def _target(self) -> MLATarget:
         rope = None if self.pair_rotations is None else self.spec.rope
         return MLATarget(self.q_down.out_features, self.kv_down.out_features, self.v_down is None, rope)
 
-    def _take_over(self, weights: MHAWeights, latents: Latents) -> None:
+    def _set(self, weights: MHAWeights, latents: Latents) -> None:
         parts = latents.key_value
         set_linear(self.q_down, latents.q_down)
         set_linear(self.q_up, latents.q_up, latents.q_bias)
@@ -175,11 +166,10 @@ class MLA(LatentModule, PerHeadModule):
             self.pair_rotations.copy_(parts.rotations)
 
     def rank_options(self) -> dict[str, Any]:
-        """See base class."""
         return {"q_lora_rank": self.q_down.out_features, "kv_lora_rank": self.kv_down.out_features}
 
     def _resize(self, **options: Any) -> None:
-        """See base class: each product of a down and an up projection as by its SVD, keys and values of one latent together."""
+        """Resizes each product of a down and an up projection as by its SVD, keys and values of one latent together."""
         q_lora_rank, kv_lora_rank = options["q_lora_rank"], options["kv_lora_rank"]
         refuse_ranks(self.spec, q_lora_rank, kv_lora_rank, self.v_down is None)
         self._resize_latent(self.q_down, [self.q_up], q_lora_rank)
@@ -212,7 +202,6 @@ class MLA(LatentModule, PerHeadModule):
         return self.q_down, self.kv_down, self.v_down
 
     def dense_weights(self) -> MHAWeights:
-        """See base class."""
         latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
         value_bias = head_bias(self.v_up, self.num_heads)
         latent_bias = linear_bias(self.kv_down)
@@ -231,7 +220,7 @@ class MLA(LatentModule, PerHeadModule):
         )
 
     def rotary_pairs(self) -> RotaryPairs:
-        """See base class; pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
+        """Returns pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
         if self.pair_rotations is None:
             return super().rotary_pairs()
         k_up = head_weight(self.k_up, self.num_heads)  # (H, cKV, D)
@@ -246,5 +235,5 @@ class MLA(LatentModule, PerHeadModule):
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
-    """(H*D, ...) -> (H, D, ...)"""
+    """Reshapes (H*D, ...) to (H, D, ...)."""
     return x.unflatten(0, (heads, -1))

@@ -6,13 +6,13 @@ from vit_tucker.errors import PatchError
 
 
 def full_latents(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
-    """The largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
+    """Returns the largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
     key_value = spec.attn_dim * (2 if shared_kv else 1)
     return min(spec.embed_dim, spec.attn_dim), key_value if spec.rotates_latent else min(spec.embed_dim, key_value)
 
 
 def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv: bool) -> None:
-    """Raise PatchError for latents that a layer in place of such a host can't have; names the limit."""
+    """Raises PatchError for latents that a layer in place of such a host can't have; names the limit."""
     refuse_odd(spec, "kv_lora_rank", kv_lora_rank)
     given = {"q_lora_rank": q_lora_rank, "kv_lora_rank": kv_lora_rank}
     for (name, rank), limit in zip(given.items(), full_latents(spec, shared_kv), strict=True):
@@ -21,7 +21,7 @@ def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv:
 
 
 def can_absorb(spec: HostSpec) -> bool:
-    """Nothing comes between the projections and the attention, or the attention and the output's projection: these can be one."""
+    """Whether nothing comes between projections and attention, or attention and output projection, so that these can be one."""
     return all(feature in CALL_FEATURES for feature in spec.extras)
 
 
@@ -45,5 +45,5 @@ def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images:
 
 
 def has_head_key_bias(spec: HostSpec) -> bool:
-    """Each head's key has a bias: it cancels in the softmax unless a norm follows it."""
+    """Whether each head's key has a bias: it cancels in the softmax unless a norm follows it."""
     return spec.has_key_bias and "qk_norm" in spec.extras

@@ -63,7 +63,7 @@ class TuckerConfig(AttentionConfig):
 
     @property
     def rank_rule(self) -> RankRule | None:
-        """See base class."""
+        """The rule by which the ranks are yet to be chosen; None where they are given."""
         return self.ranks if isinstance(self.ranks, RankRule) else None
 
     @property
@@ -79,15 +79,15 @@ class TuckerConfig(AttentionConfig):
         return self.post_ranks or self.pre
 
     def rank_options(self) -> dict[str, Any]:
-        """See base class."""
+        """Returns the ranks of both tensors."""
         return {"ranks": self.pre, "post_ranks": self.post}
 
     def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> "TuckerConfig":
-        """See base class."""
+        """Returns the config with other ranks; ``post`` None: those of ``pre``."""
         return self.model_copy(update={"ranks": pre, "post_ranks": None if post == pre else post})
 
     def check(self, spec: HostSpec) -> None:
-        """See base class."""
+        """Raises PatchError for ranks that such a host can't have, and for options that exclude each other."""
         if self.rank_rule is not None:
             if self.post_ranks is not None:
                 raise PatchError(
@@ -109,18 +109,18 @@ class TuckerConfig(AttentionConfig):
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "TuckerConfig":
-        """The full ranks of both tensors."""
+        """Returns the full ranks of both tensors."""
         pre, post = full_ranks(spec)
         return cls(ranks=pre, post_ranks=post)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "TuckerConfig":
-        """Ranks of an eighth of the width, head rank below the number of heads."""
+        """Returns ranks of an eighth of the width, the head rank below the number of heads."""
         rank = max(1, spec.embed_dim // 8) if spec.rope is None else even_rank(spec.embed_dim // 8)
         return cls(ranks=(max(1, 2 * spec.num_heads // 3), rank, rank))
 
     def build(self, spec: HostSpec, **factory: Any) -> TuckerAttention:
-        """See base class."""
+        """Returns the layer with its own random initialisation."""
         return TuckerAttention(
             spec,
             self.pre,
@@ -132,7 +132,7 @@ class TuckerConfig(AttentionConfig):
         )
 
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
+        """Counts H r1 + r1 r2 r3 + C r2 + C r3 for each tensor (Table 1); shared_kv saves the second key/value basis."""
         heads, width = spec.num_heads, spec.embed_dim
         weights = tensor_weights(*self.pre, heads, width, width) + tensor_weights(
             *self.post, heads, spec.out_dim, width
@@ -144,7 +144,7 @@ class TuckerConfig(AttentionConfig):
         return ParameterCount(weights, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """See base class. Includes folding the head factors into the cores, which a batch does once."""
+        """Counts all products, also folding the head factors into the cores, which a batch does once."""
         heads, width = spec.num_heads, spec.embed_dim
         macs = tensor_macs(*self.pre, heads, width, width, num_tokens)
         macs += tensor_macs(*self.post, heads, spec.out_dim, width, num_tokens)

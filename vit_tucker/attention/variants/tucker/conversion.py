@@ -21,7 +21,7 @@ from vit_tucker.tensor.weighted import joint_weighted_basis, weighted_tucker, wh
 
 
 class TuckerTarget(NamedTuple):
-    """What a layer has room for.
+    """Ranks and options of the layer that a conversion fills.
 
     Attributes:
         pre: ranks [head, query, key] of the pre-softmax tensor.
@@ -39,7 +39,7 @@ class TuckerTarget(NamedTuple):
 
 
 class TuckerTensors(NamedTuple):
-    """What a layer is made of.
+    """Tensors and bias of a Tucker layer.
 
     Attributes:
         pre: pre-softmax tensor, modes (H, C or C + 1, C), or C + 1 keys with a key bias: biases are the last rows.
@@ -55,19 +55,16 @@ class TuckerTensors(NamedTuple):
 
 
 def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosvd") -> TuckerTensors:
-    """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks.
+    """Decomposes both weight tensors by HOSVD (App. C.1.4) or HOOI; exact at full ranks.
 
-    Args:
-        weights: float64.
-        target: of the layer.
-        conversion: "hosvd" or "hooi", the latter without RoPE and without shared_kv.
+    ``conversion`` is "hosvd" or "hooi", the latter without RoPE and without shared_kv.
     """
     pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
     out_bias, rotations = weights.folded_out_bias(), None
     if target.rope is not None:
         pre, rotations = rotary_pre(weights, target.rope, target)
         post = hosvd(post_pairs, target.post) if not target.shared_kv else whitened_hosvd(
-            post_pairs, target.post, right=_key_basis(pre, weights))  # fmt: skip
+            post_pairs, target.post, right=pre.right[: weights.key.shape[1]])  # fmt: skip
     elif target.shared_kv:
         basis = joint_right_basis(pre_pairs, post_pairs, target.pre[2])
         pre, post = hosvd(pre_pairs, target.pre, right=basis), hosvd(post_pairs, target.post, right=basis)
@@ -78,7 +75,7 @@ def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosv
 
 
 def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Moments, damping: float) -> TuckerTensors:
-    """The decompositions with the least error on the tokens, to first order, head by head.
+    """Finds the decompositions with the least error on the tokens, to first order, head by head.
 
     Query mode: E[x~ x~^T] with x~ = [x, 1]; key mode: how much each head's scores matter (``Moments.key``); value mode: the
     covariance of the heads' averaged tokens, their mean going into the output bias exactly; output mode: E[g g^T].
@@ -98,7 +95,7 @@ def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Mom
     basis, rotations = None, None
     if target.rope is not None:
         pre, rotations = rotary_pre(weights, target.rope, target, moments, damping, value)
-        basis = _key_basis(pre, weights) if target.shared_kv else None
+        basis = pre.right[: weights.key.shape[1]] if target.shared_kv else None
     else:
         if target.shared_kv:
             basis = joint_weighted_basis(
@@ -120,27 +117,20 @@ def rotary_pre(
     damping: float = 0.0,
     value: Tensor | None = None,
 ) -> tuple[Tucker, Tensor]:
-    """The pre-softmax tensor of a host with RoPE on a latent key, and the rotations of its pairs.
+    """Returns the pre-softmax tensor of a host with RoPE on a latent key, and the rotations of its pairs.
 
-    Args:
-        weights, rope, target, moments, damping: see ``decompose_calibrated``.
-        value: metric of the values (C, C), where they share the latent; None for the identity.
+    ``value`` is the metric of the values (C, C), where they share the latent; None for the identity.
     """
     columns = value_columns(weights.out, weights.value) if target.shared_kv else None
     root = None if value is None or columns is None else metric_root(value, damping)
     keys = latent_keys(weights, rope, target.pre[2], moments, damping, columns, root)
-    return keys.tucker(target.pre), keys.columns
-
-
-def _key_basis(pre: Tucker, weights: MHAWeights) -> Tensor:
-    """The key factor without its bias, (C, R3)."""
-    return pre.right[: weights.key.shape[1]]
+    return keys.tucker(target.pre), keys.lifted.rotations
 
 
 def refit_post(
     post: Tucker, moments: LinearMoments, bias: bool, out_root: Root, damping: float
 ) -> tuple[Tucker, Tensor]:
-    """Output factor, head factor and core of the post-softmax tensor by reduced-rank regression on the host's outputs.
+    """Fits output factor, head factor and core of the post-softmax tensor to the host's outputs by reduced-rank regression.
 
     Args:
         post: the present one, float64; its key/value factor stays.

@@ -71,12 +71,12 @@ class TuckerFactors(LatentModule):
         self.init_weights()
 
     def extra_repr(self) -> str:
-        """Ranks, for print(model)."""
+        """Returns the ranks, for print(model)."""
         shared = ", shared_kv=True" if self.v_proj is None else ""
         return f"ranks={tuple(self.pre_core.shape)}, post_ranks={tuple(self.post_core.shape)}{shared}"
 
     def init_weights(self) -> None:
-        """Normal factors with columns of unit expected length, cores so that the tensors' entries have the dense init's std.
+        """Draws normal factors with columns of unit expected length; the tensors' entries have the dense init's std.
 
         A dense init with standard deviation s gives W_i = WQ_i WK_i^T entries of standard deviation sqrt(D) s^2; independent
         factors and core multiply variances, times r1 r2 r3.
@@ -98,25 +98,25 @@ class TuckerFactors(LatentModule):
             nn.init.normal_(core, std=target / (spread * core.numel() ** 0.5))
 
     def convert_from(self, weights: MHAWeights) -> None:
-        """HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
+        """Converts by HOSVD (App. C.1.4) or HOOI of both weight tensors; exact at full ranks."""
         self.set_tensors(*decompose(self._kept(weights), self._target(), self.conversion))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """The decompositions with the least error on the tokens, to first order, see ``decompose_calibrated``.
+        """Converts with the least error on the tokens, to first order, see ``decompose_calibrated``.
 
         The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
         """
         self.set_tensors(*decompose_calibrated(self._kept(weights), self._target(), moments, damping))
 
     def _kept(self, weights: MHAWeights) -> MHAWeights:
-        """The host's weights, without a query bias that the layer has no place for."""
+        """Returns the host's weights, without a query bias that the layer has no place for."""
         return weights if self.q_proj.bias is not None else replace(weights, query_bias=None)
 
     def _target(self) -> TuckerTarget:
         return TuckerTarget(*self.ranks, self.v_proj is None, self.has_out_bias, self.spec.rope)
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
-        """See base class: output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
+        """Fits output factor, head factor and core of the post-softmax tensor, by reduced-rank regression."""
         post, out_bias = refit_post(self.tucker_form()[1], moments, self.has_out_bias, out_root, damping)
         set_linear(self.proj, post.left.mT, out_bias)
         self.post_head.copy_(post.head)
@@ -128,7 +128,7 @@ class TuckerFactors(LatentModule):
         return self.q_proj, self.k_proj, self.v_proj
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """See base class: the layer's own parameters; one key/value factor with shared_kv. A query bias left out is zero."""
+        """Returns the layer's own parameters; one key/value factor with shared_kv. A query bias left out is zero."""
         query, (key, value) = augmented_weight(self.q_proj), self.latent_bases()
         if self.spec.qkv_bias and self.q_proj.bias is None:
             query = torch.cat([query, torch.zeros_like(query[:1])])
@@ -143,18 +143,16 @@ class TuckerFactors(LatentModule):
         return tuple(self.pre_core.shape), tuple(self.post_core.shape)  # type: ignore[return-value]
 
     def factors(self) -> dict[str, Tensor]:
-        """See base class: core, head, left and right of "pre" and "post", as in "pre.core"; one right factor with shared_kv."""
+        """Returns core, head, left and right of "pre" and "post", as in "pre.core"; one right factor with shared_kv."""
         pre = (self.pre_core, self.pre_head, self.q_proj.weight, self.k_proj.weight)
         post = (self.post_core, self.post_head, self.proj.weight, self.value_projection.weight)
         return {f"{tensor}.{role}": factor for tensor, factors in (("pre", pre), ("post", post))
                 for role, factor in zip(Tucker._fields, factors, strict=True)}  # fmt: skip
 
     def rank_options(self) -> dict[str, Any]:
-        """See base class."""
         return dict(zip(("ranks", "post_ranks"), self.ranks, strict=True))
 
     def _resize(self, **options: Any) -> None:
-        """See base class."""
         ranks, post_ranks = tuple(options["ranks"]), tuple(options["post_ranks"])
         refuse_ranks(self.spec, ranks, post_ranks, self.v_proj is None, self.q_proj.bias is not None)
         out_bias = self.folded_out_bias()
@@ -172,13 +170,7 @@ class TuckerFactors(LatentModule):
         self.set_tensors(pre, post, out_bias)
 
     def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None, rotations: Tensor | None = None) -> None:
-        """Copy two Tucker decompositions in, see ``TuckerTensors``.
-
-        Args:
-            pre, post: the pre- and the post-softmax tensor.
-            out_bias: (O,) or None.
-            rotations: of the latent pairs, (r3/2,), with RoPE.
-        """
+        """Copies two Tucker decompositions into the parameters; for the arguments see ``TuckerTensors``."""
         set_augmented(self.q_proj, pre.left)
         set_augmented(self.k_proj, pre.right)
         if self.v_proj is not None:
@@ -193,29 +185,28 @@ class TuckerFactors(LatentModule):
             self.pair_rotations.copy_(rotations)
 
     def folded_out_bias(self) -> Tensor | None:
-        """See base class."""
         bias, key_bias = linear_bias(self.proj), linear_bias(self.k_proj)
         if bias is None or self.v_proj is not None or key_bias is None:
             return bias
         return bias + constant_output(self.tucker_form()[1], key_bias)
 
     def pre_pairs(self) -> Pairs:
-        """See base class; pairs of width r2: left U2, right U3 T_i^T."""
+        """Returns pairs of width r2: left U2, right U3 T_i^T."""
         pre = self.tucker_form()[0]
         return tucker_pairs(pre._replace(right=pre.right[: self.k_proj.in_features]))
 
     def rotary_pairs(self) -> RotaryPairs:
-        """See base class; pairs of width r3: left U2 T_i, right U3."""
+        """Returns pairs of width r3: left U2 T_i, right U3."""
         if self.pair_rotations is None:
             return super().rotary_pairs()
         core, head, left, right = self.tucker_form()[0]
         return self.shared_rotary_pairs(left @ torch.tensordot(head, core, 1), right)
 
     def post_pairs(self) -> Pairs:
-        """See base class; pairs of width r2t: left U2t, right U3t S_i^T."""
+        """Returns pairs of width r2t: left U2t, right U3t S_i^T."""
         return tucker_pairs(self.tucker_form()[1])
 
 
 def constant_output(post: Tucker, value: Tensor) -> Tensor:
-    """Output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
+    """Returns the output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
     return post.left @ (torch.tensordot(post.head, post.core, 1).sum(0) @ value)

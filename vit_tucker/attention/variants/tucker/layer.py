@@ -11,11 +11,11 @@ Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; D
 from torch import Tensor
 
 from vit_tucker.attention import contraction
+from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.backends import AUTO, is_whole, tucker_call
 from vit_tucker.attention.backends.base import TuckerCall
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.contraction import folds, is_plain
-from vit_tucker.attention.rope import rotate_key
 from vit_tucker.attention.variants.tucker.factors import TuckerFactors
 
 
@@ -23,7 +23,7 @@ class TuckerAttention(TuckerFactors):
     """Tucker self-attention, computed as a whole or head by head; for its arguments and parameters see ``TuckerFactors``."""
 
     def run(self, call: Call) -> Tensor:
-        """See AttentionModule. Between its projections the layer runs as a whole, unless hooks are to see maps or cores fold into
+        """Computes the layer as a whole between its projections, unless hooks are to see maps or cores fold into
         the projections."""
         if not self.fused_attn or (not is_whole(self.backend) and self.folds(call.x)):
             return super().run(call)
@@ -43,11 +43,11 @@ class TuckerAttention(TuckerFactors):
         return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values
 
     def attend_whole(self, call: Call) -> Tensor:
-        """sum_i Y_i S_i^T. -> (B, N, r2t)"""
+        """Returns sum_i Y_i S_i^T, (B, N, r2t)."""
         p, k, v = self.latents(call.x)
         angles = None
         if self.pair_rotations is not None and self.spec.rope is not None and call.rope is not None:
-            k, angles = rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
+            k, angles = rotary.rotate_key(k, call.rope, self.pair_rotations, self.spec.rope)
         dropout = self.attn_drop.p if self.attn_drop.training else 0.0
         cores = self.pre_heads(), self.post_heads()
         whole = TuckerCall(p, k, v, *cores, call.attn_mask, call.is_causal, self.scale, dropout, angles)
@@ -55,21 +55,21 @@ class TuckerAttention(TuckerFactors):
 
     @property
     def heads_backend(self) -> str:
-        """See AttentionModule. Where the heads' outputs are asked for, a backend of the whole has no say."""
+        """The backend for queries, keys and values of heads: a backend that computes the whole takes none."""
         return AUTO if is_whole(self.backend) else self.backend
 
     def pre_heads(self) -> Tensor:
-        """T = C x1 U1, (H, r2, r3)"""
+        """Returns T = C x1 U1, (H, r2, r3)."""
         return (self.pre_head @ self.pre_core.flatten(1)).unflatten(1, self.pre_core.shape[1:])
 
     def post_heads(self) -> Tensor:
-        """S = Ct x1 U1t, (H, r2t, r3t)"""
+        """Returns S = Ct x1 U1t, (H, r2t, r3t)."""
         return (self.post_head @ self.post_core.flatten(1)).unflatten(1, self.post_core.shape[1:])
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """See AttentionModule. x (B, N, C) -> Y, (B, N, H*r3t)"""
+        """Returns the heads' latent outputs Y side by side, (B, N, H*r3t), of tokens (B, N, C)."""
         B, N, _ = x.shape
         linears = self.input_projections()
         pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
@@ -88,7 +88,7 @@ class TuckerAttention(TuckerFactors):
         return y.transpose(1, 2).reshape(B, N, -1)
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """See AttentionModule. Y (B, N, H*r3t) -> (sum_i Y_i S_i^T) U2t^T + b, (B, N, O)"""
+        """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O), of Y (B, N, H*r3t)."""
         post = self.post_heads().transpose(1, 2).flatten(0, 1)  # (H*r3t, r2t)
         if is_plain(self.proj):
             return contraction.latent_outputs(mixed, post, self.proj.weight, self.proj.bias)

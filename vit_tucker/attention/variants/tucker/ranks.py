@@ -26,7 +26,7 @@ MODES = ("head", "query/output", "key/value")
 
 
 def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
-    """The largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2).
+    """Returns the largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2).
 
     With RoPE each head's pairs keep their rotations, so that the latent key must hold all H*D columns.
     """
@@ -37,19 +37,19 @@ def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
 
 
 def even_rank(rank: int) -> int:
-    """The next lower even number, 2 at least: what latent RoPE, which rotates pairs, makes of a rank."""
+    """Returns the next lower even number, 2 at least: what latent RoPE, which rotates pairs, makes of a rank."""
     return max(2, rank - rank % 2)
 
 
 def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
-    """Raise PatchError for a latent key of odd width on a host with RoPE."""
+    """Raises PatchError for a latent key of odd width on a host with RoPE."""
     if spec.rotates_latent and rank % 2:
         lower = f"{rank - 1} or " if rank > 1 else ""
         raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
 
 
 def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query_bias: bool) -> None:
-    """Raise PatchError for ranks that a Tucker layer in place of such a host can't have; names the mode and its limit."""
+    """Raises PatchError for ranks that a Tucker layer in place of such a host can't have; names the mode and its limit."""
     full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and query_bias))
     for name, ranks, limits in (("ranks", pre, full[0]), ("post_ranks", post, full[1])):
         for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
@@ -61,12 +61,12 @@ def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query
 
 
 def has_out_bias(spec: HostSpec) -> bool:
-    """The output bias also holds the host's value biases."""
+    """Whether the layer has an output bias, which also holds the host's value biases."""
     return spec.proj_bias or spec.qkv_bias
 
 
 def tensor_weights(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int) -> Any:
-    """H r1 + r1 r2 r3 + I r2 + J r3 (Table 1), of numbers or of tensors that broadcast.
+    """Counts H r1 + r1 r2 r3 + I r2 + J r3 weights (Table 1), of numbers or of tensors that broadcast.
 
     Args:
         r1, r2, r3: ranks.
@@ -106,7 +106,7 @@ def whiten(
 
 @dataclass(frozen=True)
 class LayerTables:
-    """What a rule knows of one layer.
+    """Cost tables of one layer for a rank rule.
 
     Attributes:
         pre, post: tables of both tensors.

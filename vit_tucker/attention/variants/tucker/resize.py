@@ -47,7 +47,7 @@ def resize_tensors(
 
 
 def resize_tucker(tucker: Tucker, ranks: Ranks, right: Resized, spec: HostSpec) -> Tucker:
-    """The tensor with other ranks, its right factor given."""
+    """Returns the tensor with other ranks, its right factor given."""
     head = resize_factor(tucker.head, mode_gram(tucker, HEAD), ranks[0], len(tucker.head))
     left = resize_factor(tucker.left, mode_gram(tucker, LEFT), ranks[1], min(len(tucker.left), spec.embed_dim))
     core = tucker.core
