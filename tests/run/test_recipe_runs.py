@@ -228,8 +228,9 @@ def test_a_whole_recipe_is_exact_over_a_stop(policy):
     run(config("output_dir=b", *recipe))
     assert same(weights("a"), weights("b"))
     assert Path("a/summary.csv").read_text() == Path("b/summary.csv").read_text()
-    run(config("output_dir=c", *recipe, "data.reprob=0"))
-    assert not same(weights("a"), weights("c"))
+    if policy == "3a":  # twin: the comparison sees one augmentation less
+        run(config("output_dir=c", *recipe, "data.reprob=0"))
+        assert not same(weights("a"), weights("c"))
 
 
 def test_checkpoints_by_epochs_and_the_last_k():
