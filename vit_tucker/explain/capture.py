@@ -71,7 +71,8 @@ def record_attention(
     """Records attention maps and what a picture needs besides: the output, where the tokens lie, what else mixes them.
 
     Args:
-        model, images, layers: see ``attention_maps``.
+        model, layers: see ``attention_maps``.
+        images: (B, channels, height, width).
         reduce: called with (name, map, grid) as soon as a layer has run; its result is kept in place of the map.
         grad: record gradients, so that the output can be differentiated by the maps.
 
