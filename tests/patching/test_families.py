@@ -75,7 +75,7 @@ FAMILIES: dict[str, dict] = {
     },
     "fastvit_sa12": {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 64)},
     "visformer_tiny": {"img_size": 64, "embed_dim": 48, "depth": (1, 1, 1)},
-    "crossvit_tiny_240": {"embed_dim": (24, 48), "depth": ((1, 1, 0),), "num_heads": (2, 2)},
+    "crossvit_tiny_240": {"embed_dim": (24, 48), "depth": ((1, 1, 0), (1, 1, 0)), "num_heads": (2, 2)},
     "naflexvit_base_patch16_gap": {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 64},
     "mobilevit_xxs": {},
     "beit3_base_patch16_224": PLAIN,
