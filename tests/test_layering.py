@@ -37,11 +37,15 @@ ALLOWED = {
         "checkpoint",
         "training",
     },
-    "inference": {"errors", "config", "hosts", "checkpoint", "data"},
+    "inference": {
+        *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
+        *("analysis", "run"),
+    },
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
             "errors",
+            "storage",
             "attention",
             "config",
             "hosts",
@@ -106,10 +110,12 @@ ALLOWED = {
 """What each room may import, from the bottom up."""
 PARTS = {
     "tracing": "common",
+    "gradients": "common",
     "rope": "common",
     "options": "common",
     "host": "common",
     "effective": "weights",
+    "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
     "triton_tucker": "kernels",
@@ -119,6 +125,7 @@ PARTS = {
     "moments": "layers",
     "module": "layers",
     "heads": "layers",
+    "latent_layer": "layers",
     "latent_rope": "layers",
     "base": "methods",
     "registry": "methods",

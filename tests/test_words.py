@@ -37,11 +37,17 @@ CLEARED = (
     "attention",
     "checkpoint",
     "conversion",
+    "data",
     "explain",
     "export",
+    "hosts",
+    "linear",
+    "patching",
     "report",
+    "run",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

@@ -1,7 +1,8 @@
 """Errors that a user can mend: one clear line each, exit status 2 on the command line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MAX_MESSAGE = 2000
 """Characters of a message: what a user gave may be of any length."""
@@ -20,6 +21,15 @@ class PatchError(VitTuckerError):
 
 class WeightsError(PatchError):
     """Weights that are not what their module computes with, or are NaN or infinite; nothing has been changed."""
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Puts a module's full name in front of the message of a PatchError that is raised inside."""
+    try:
+        yield
+    except PatchError as error:
+        raise type(error)(f"{module}: {error}") from None
 
 
 class ConfigError(VitTuckerError):
@@ -76,6 +86,11 @@ def shorten(text: object, most: int = 120) -> str:
         return line
     line = " ".join(part for part in line.splitlines() if part.strip())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def one_line(text: object, most: int | None = None) -> str:
+    """Returns another library's message in one line, each white space one blank, cut after so many characters."""
+    return " ".join(str(text).split())[:most]
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:

@@ -11,7 +11,6 @@ from tests.conversion.test_calibrate import pictures
 from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spectra
 from vit_tucker.hosts.families import read_host
 from vit_tucker.report.spectra import draw_spectra, rank_summary
-from vit_tucker.tensor.modes import unfold
 
 
 def by_mode(rows, layer="blocks.0.attn", whitened=False):
@@ -28,7 +27,7 @@ def test_spectra_are_those_of_the_hosts_tensors(make_vit):
     for tensor, pairs in (("pre", weights.pre_pairs()), ("post", weights.post_pairs())):
         names = ("head", "query", "key") if tensor == "pre" else ("head", "output", "value")
         for mode, name in enumerate(names):
-            expected = torch.linalg.svdvals(unfold(pairs.dense(), mode))
+            expected = torch.linalg.svdvals(pairs.dense().movedim(mode, 0).flatten(1))
             values = found[tensor, name].values
             torch.testing.assert_close(values, expected[: len(values)], rtol=1e-10, atol=1e-10)
 
@@ -137,3 +136,10 @@ def test_an_artificial_cliff_is_noted(make_vit):
     assert values[17] < 0.05 * values[16]
     assert not analyse(make_vit(), [pictures(16)]).notes
     assert not analyse(make_vit()).notes
+
+
+def test_layers_with_one_token_are_refused_by_name(make_vit):
+    model = make_vit(img_size=4, class_token=False, global_pool="avg")
+    images = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.0\.attn: calibration: the second moments are zero"):
+        analyse(model, [images])

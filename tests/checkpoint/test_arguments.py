@@ -1,6 +1,9 @@
 """A folder's config.json chooses sizes of a model, and nothing else: no file, address or code, whatever timm there is."""
 
 import json
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,12 +38,31 @@ def marker(tmp_path: Path) -> Path:
     return tmp_path / "marker"
 
 
-def saved(folder: Path, patched: bool = True) -> nn.Module:
+@cache
+def small(patched: bool) -> nn.Module:
+    """Returns the model of ``saved``."""
     model = timm.create_model(HOST, **SMALL).eval()
     if patched:
         vt.patch(model, vt.GQAConfig(num_kv_heads=1))
-    vt.save(model, folder, model_args=SMALL)
     return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Where the patched and the dense model are saved."""
+    place = tmp_path_factory.mktemp("folders")
+    return {patched: vt.save(small(patched), place / str(patched), model_args=SMALL) for patched in (True, False)}
+
+
+@pytest.fixture
+def saved(folders: dict[bool, Path], tmp_path: Path) -> Callable[..., nn.Module]:
+    """Puts a saved model into the folder m, and returns it."""
+
+    def copied(patched: bool = True) -> nn.Module:
+        shutil.copytree(folders[patched], tmp_path / "m")
+        return small(patched)
+
+    return copied
 
 
 def edit(folder: Path, section: str, **values: object) -> None:
@@ -83,9 +105,9 @@ FOREIGN = {
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "dense"])
 @pytest.mark.parametrize("name", FOREIGN)
-def test_other_arguments_are_refused_by_name(tmp_path, marker, monkeypatch, name, patched):
+def test_other_arguments_are_refused_by_name(saved, tmp_path, marker, monkeypatch, name, patched):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    saved(tmp_path / "m", patched)
+    saved(patched)
     value = json.loads(json.dumps(FOREIGN[name]).replace("{0}", tmp_path.as_posix()))
     edit(tmp_path / "m", "model_args", **{name: value})
     ways = [
@@ -104,8 +126,8 @@ def test_other_arguments_are_refused_by_name(tmp_path, marker, monkeypatch, name
 
 @pytest.mark.skipif(not has_local_dir(), reason="this timm has no local-dir: models")
 @pytest.mark.parametrize("name", ["checkpoint_path", "scriptable", "model_cls", "imgsize"])
-def test_timms_own_function_goes_the_same_way(tmp_path, marker, name):
-    saved(tmp_path / "m")
+def test_timms_own_function_goes_the_same_way(saved, tmp_path, marker, name):
+    saved()
     value = json.loads(json.dumps(FOREIGN[name]).replace("{0}", tmp_path.as_posix()))
     assert timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True) is not None
     edit(tmp_path / "m", "model_args", **{name: value})
@@ -115,8 +137,8 @@ def test_timms_own_function_goes_the_same_way(tmp_path, marker, name):
 
 
 @pytest.mark.parametrize("host", ["vit_tucker_patched", "local-dir:{0}", "os.system", None, 3])
-def test_hosts_are_names_of_timm(tmp_path, marker, host):
-    saved(tmp_path / "m")
+def test_hosts_are_names_of_timm(saved, tmp_path, marker, host):
+    saved()
     edit(tmp_path / "m", "model_args", host=host.replace("{0}", str(tmp_path / "m")) if isinstance(host, str) else host)
     with pytest.raises(vt.CheckpointError) as caught:
         vt.load(tmp_path / "m")
@@ -124,10 +146,10 @@ def test_hosts_are_names_of_timm(tmp_path, marker, host):
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "dense"])
-def test_sources_of_other_weights_are_not_heeded(tmp_path, marker, monkeypatch, patched):
+def test_sources_of_other_weights_are_not_heeded(saved, tmp_path, marker, monkeypatch, patched):
     """pretrained_cfg may name a file or an address: the weights are those of the folder, and the model forgets the rest."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    model = saved(tmp_path / "m", patched)
+    model = saved(patched)
     evil = str(tmp_path / "evil.pth")
     sources = {
         "file": evil,
@@ -147,9 +169,9 @@ def test_sources_of_other_weights_are_not_heeded(tmp_path, marker, monkeypatch, 
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "dense"])
-def test_pickled_weights_beside_config_json_are_not_executed(tmp_path, marker, monkeypatch, patched):
+def test_pickled_weights_beside_config_json_are_not_executed(saved, tmp_path, marker, monkeypatch, patched):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    saved(tmp_path / "m", patched)
+    saved(patched)
     (tmp_path / "m" / "model.safetensors").unlink()
     (tmp_path / "m" / "pytorch_model.bin").write_bytes((tmp_path / "evil.pth").read_bytes())
     with pytest.raises(vt.CheckpointError, match="pytorch_model.bin"):
@@ -163,9 +185,9 @@ def test_pickled_weights_beside_config_json_are_not_executed(tmp_path, marker, m
     assert not marker.exists()
 
 
-def test_what_a_user_passes_is_the_users(tmp_path):
+def test_what_a_user_passes_is_the_users(saved, tmp_path):
     """Overrides of ``load`` are code, not data; and what says where things are does not get into a folder."""
-    saved(tmp_path / "m")
+    saved()
     assert vt.load(tmp_path / "m", img_size=32, drop_path_rate=0.1, scriptable=True).patch_embed.img_size == (32, 32)
     assert own_arguments({**SMALL, "cache_dir": "x", "checkpoint_path": "y"}) == SMALL
     with pytest.raises(vt.CheckpointError, match="model_args.cache_dir"):

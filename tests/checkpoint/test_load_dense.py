@@ -4,14 +4,10 @@ import copy
 import shutil
 
 import pytest
-import timm
 import torch
 
 import vit_tucker as vt
-from tests.checkpoint.test_save_load import CONFIG, SMALL, TIMM_TELLS, model, x
-from tests.conftest import randomise
-
-__all__ = ["model", "x"]  # fixtures
+from tests.checkpoint.small_vit import CONFIG, SMALL, TIMM_TELLS, dense_vit
 
 
 class TestDenseWeights:
@@ -19,12 +15,12 @@ class TestDenseWeights:
 
     @pytest.fixture
     def dense(self):
-        return randomise(timm.create_model("vit_tiny_patch16_224", **SMALL), seed=5).eval()
+        return dense_vit(5)
 
     @pytest.mark.parametrize("method", vt.list_methods())
     def test_conversion_is_the_patchs_own(self, dense, x, tmp_path, method):
         config = vt.full_rank_config(dense, method)
-        model = randomise(timm.create_model("vit_tiny_patch16_224", **SMALL), seed=6).eval()
+        model = dense_vit(6)
         vt.patch(model, config)
         assert (model(x) - dense(x)).abs().max() > 1e-2
         vt.load_dense(model, dense.state_dict(), **({} if TIMM_TELLS else {"model_args": SMALL}))
@@ -43,9 +39,7 @@ class TestDenseWeights:
             assert torch.equal(target(x), expected(x))
 
     def test_other_classes_and_sizes_are_adapted_as_timm_does_it(self, model):
-        other = randomise(
-            timm.create_model("vit_tiny_patch16_224", **{**SMALL, "num_classes": 3, "img_size": 64}), seed=5
-        )
+        other = dense_vit(5, num_classes=3, img_size=64)
         head = model.head.weight.clone()
         vt.load_dense(model, other.state_dict(), model_args=SMALL)
         assert torch.equal(model.head.weight, head)

@@ -8,7 +8,6 @@ import torch
 
 import vit_tucker as vt
 from tests.conftest import randomise
-from tests.patching.trios import METHODS
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
 
@@ -73,11 +72,13 @@ NAFLEX = {
 
 
 @pytest.mark.parametrize(
-    ("host", "method"),
-    [*(("vit", method) for method in METHODS), ("registers", "gqa"), ("eva02", "mla"), ("rope", "tucker")],
+    ("host", "method"), [("vit", "mha"), ("registers", "gqa"), ("eva02", "mla"), ("rope", "tucker")]
 )
 def test_vits_come_back_as_naflex_vits(tmp_path, host, method):
-    """Where timm's dense models do, by both ways; and the model can be saved again."""
+    """Where timm's dense models do, by both ways; and the model can be saved again.
+
+    Each host and each method once: what timm renames lies outside the patched layers.
+    """
     name, options = NAFLEX[host]
     model, x, expected = patched(name, method, **options)
     try:

@@ -21,12 +21,15 @@ from vit_tucker.export.export import export_model
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 
-READERS = (  # a family for each way in which timm keeps its weights
+BY_ALL = (  # hosts where rotations, position biases or missing biases are a method's own matter
     "vit_tiny_patch16_224",
     "beit_base_patch16_224",
     "eva02_tiny_patch14_224",
-    "eva02_base_patch16_clip_224",
     "vit_small_patch16_rope_mixed_224",
+)
+READERS = (  # a family for each way in which timm keeps its weights
+    *BY_ALL,
+    "eva02_base_patch16_clip_224",
     "vit_pe_core_tiny_patch16_384",
     "vit_relpos_small_patch16_224",
     "swin_tiny_patch4_window7_224",
@@ -56,13 +59,16 @@ def distance(model, other, x):
 
 @pytest.mark.parametrize("name", READERS)
 def test_dense_models_have_the_logits_of_the_patched(name):
-    """1e-10: float64 leaves 1e-15; the host itself is off by 3e-4 and more."""
+    """1e-10: float64 leaves 1e-15; the host itself is off by 3e-4 and more.
+
+    All methods hand the host's writer the same dense weights, so most hosts need one that shares keys and one that does not.
+    """
     dense = small_model(name)
     x, merged = image(dense, FAMILIES[name].get("img_size")), 0
-    for method in vt.list_methods():
+    for method in vt.list_methods() if name in BY_ALL else ("gqa", "tucker"):
         if refusal(method, dense) is not None:
             continue
-        model = patched(dense, small_config(dense, method))
+        model = patched(dense, small_config(dense, method).model_copy(update={"init": "random"}))
         before = {key: value.clone() for key, value in model.state_dict().items()}
         if any(getattr(layer, "latent_width", None) for layer in find_attention(model).values()):
             with pytest.raises(vt.PatchError, match="attn: its latent RoPE rotates one key for all heads together"):
@@ -79,7 +85,7 @@ def test_dense_models_have_the_logits_of_the_patched(name):
         fresh.load_state_dict(result.model.state_dict())  # strict: timm's own names and shapes
         assert distance(fresh, model, x) < 1e-10
         merged += 1
-    assert merged >= 2
+    assert merged
 
 
 def test_the_host_is_kept_given_or_made_anew(make_vit, images):

@@ -1,8 +1,8 @@
 """What a timm model costs with several attention methods: counted on models without weights, and measured if asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,6 +49,10 @@ class ModelCost:
     activation_bytes: int | None
     kv_bytes: int | None
     latency: Latency | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and tables; those of the latency are None or nested."""
+        return asdict(self)
 
 
 class HostFactory:

@@ -165,3 +165,19 @@ def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
     layer = config.build(sizes.spec, device="meta")
     weights = sum(p.numel() for name, p in layer.named_parameters() if not name.endswith("bias"))
     return weights, None if layer.kv_width is None else layer.kv_width * sizes.N
+
+
+def formula_rows(sizes: Sizes) -> list[tuple[Any, ...]]:
+    """Returns the rows of Table 1 for some sizes: method, its sizes, both formulas, and what they give beside built layers."""
+    rows: list[tuple[Any, ...]] = []
+    for row in TABLE_1:
+        own = " ".join(f"{letter}={shown(getattr(sizes, letter))}" for letter in row.options)
+        weights, entries = measure_layer(row, sizes)
+        values = row.count_weights(sizes), weights, row.count_entries(sizes), entries
+        rows.append((row.method, own, row.weights, row.entries, *values))
+    return rows
+
+
+def shown(value: Any) -> str:
+    """4 as '4', (8, 16, 16) as '[8,16,16]'."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

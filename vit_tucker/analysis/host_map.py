@@ -23,7 +23,6 @@ from vit_tucker.hosts.families import EXCLUDE, read_host
 from vit_tucker.hosts.find import find_attention, find_other_attention
 from vit_tucker.hosts.readers import Host
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.identity import PATCHED
 
 EXACT = "exact"
@@ -105,10 +104,9 @@ def model_entry(name: str, model: nn.Module) -> ModelEntry:
     found = find_attention(model)
     hosts: list[Host] = []
     unread: list[str] = []
-    mixed_rope = has_mixed_rope(model)
     for module in found.values():
         try:
-            hosts.append(read_host(module, mixed_rope))
+            hosts.append(read_host(module, model))
         except PatchError as error:
             unread.append(str(error).removesuffix(EXCLUDE).replace(full_name(module), short_name(full_name(module))))
     left_alone = Counter(short_name(full_name(model.get_submodule(other))) for other in find_other_attention(model))

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from vit_tucker.attention.effective import plain_layer, refuse_infinite
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.variants.tucker.ranks import whiten
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.observe import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts import find
 from vit_tucker.hosts.families import read_host
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.notes import token_notes
 from vit_tucker.tensor.mode_ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
@@ -82,12 +81,12 @@ class Shape:
     head_dim: int
 
 
-def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
+def attention_tensors(module: nn.Module, model: nn.Module) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
     """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
 
     Args:
-        module: of a model.
-        mixed_rope: see ``read_host``.
+        module: of the model.
+        model: dense or patched.
 
     Raises:
         PatchError: an attention class that we can't read, or weights that are not what it computes with.
@@ -96,7 +95,7 @@ def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[Host
         module = plain_layer(module)
         refuse_infinite(module.named_parameters())
         return module.spec, module.pre_tensor(), module.post_pairs()
-    host = read_host(module, mixed_rope)
+    host = read_host(module, model)
     host.refuse_not_finite()
     weights = host.weights.double()
     return host.spec, weights.pre_tensor(host.spec.rope), weights.post_pairs()
@@ -159,13 +158,12 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
     seen: set[int] = set()
     model = find.inner(model)
     find.refuse_adapted(model)
-    mixed_rope = has_mixed_rope(model)
     for name, module in find.find_attention(model).items():
         if id(module) in seen:
             continue
         seen.add(id(module))
         try:
-            spec, pre, post = attention_tensors(module, mixed_rope)
+            spec, pre, post = attention_tensors(module, model)
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
         except PatchError:
@@ -173,14 +171,15 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))
         rows += spectra_of(name, pre, post)
         if batches is not None and not isinstance(module, AttentionModule):
-            readable.append(WatchedLayer(name, module, read_host(module, mixed_rope)))
+            readable.append(WatchedLayer(name, module, read_host(module, model)))
     if not shapes:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
     if batches is not None:
         for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
             weights = layer.host.weights.double()
             spec = layer.host.spec
-            pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
+            with located(layer.name):
+                pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
     return Analysis(rows, shapes, token_notes(readable))
 

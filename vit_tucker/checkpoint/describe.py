@@ -13,13 +13,14 @@ from timm.models import is_model
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
+from vit_tucker.attention.effective import full_name, is_adapter
 from vit_tucker.attention.options import MethodConfig
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.hosts.images import built_size, input_channels, input_shape
 from vit_tucker.hosts.normalisation import fit_channels
 from vit_tucker.hosts.slot import ATTENTION, SLOTS, slot_of
@@ -212,7 +213,7 @@ def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
     try:
         rebuilt = create_structure(config)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
     found = list(differences(model, rebuilt))
     if found:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import refuse_integers
 from vit_tucker.checkpoint.trial import refuse_indices
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_channels
 from vit_tucker.hosts.slot import LINEAR
@@ -58,7 +58,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
             filter_fn=None if fits else checkpoint_filter(model),
         )
     except RuntimeError as error:
-        raise CheckpointError(f"{origin}: of another model: {' '.join(str(error).split())[:300]}") from None
+        raise CheckpointError(f"{origin}: of another model: {one_line(error, 300)}") from None
 
 
 def checkpoint_filter(model: nn.Module) -> Any:

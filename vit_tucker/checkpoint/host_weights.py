@@ -17,7 +17,7 @@ from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model, module_names
 from vit_tucker.checkpoint.read import read_state, weights_only
 from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.hosts.structure import without_weights
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.weights import weights_metadata
@@ -167,7 +167,7 @@ def open_jax(file: Path, what: str) -> HostWeights:
         with np.load(file, allow_pickle=False) as arrays:
             shapes = {key: tuple(arrays[key].shape) for key in arrays.files}
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         raise CheckpointError(f"{what}: {file} can't be read as NumPy arrays: {reason}") from None
     if not shapes:
         raise CheckpointError(f"{what}: {file} holds no arrays")
@@ -205,7 +205,7 @@ def create_loaded(
         left_out = (*weights.left_out, *unused_arrays(weights, load))
         report = check_load(load, origin, added, weights.source, left_out)
     except (CheckpointError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error, 300) or type(error).__name__
         if isinstance(error, KeyError | AttributeError | IndexError):
             reason = f"timm can't convert it ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{what}: {origin} does not fit {name}: {reason}; it is {look_of(weights)}") from None

@@ -14,7 +14,7 @@ from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weig
 from vit_tucker.checkpoint.layout import check_layout
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
-from vit_tucker.errors import CheckpointError, VitTuckerError
+from vit_tucker.errors import CheckpointError, VitTuckerError, one_line
 from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.hosts.structure import on_meta
 from vit_tucker.patching.patch import patch
@@ -117,13 +117,13 @@ def rebuild_model(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
     except VitTuckerError as error:
         raise CheckpointError(f"{origin}: the model can't be built: {in_one_line(error)}") from None
     except Exception as error:  # timm's constructors raise many kinds for arguments that they do not expect
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         raise CheckpointError(f"{origin}: the model can't be built: {reason}") from None
 
 
 def in_one_line(error: Exception) -> str:
     """Returns what an error says, without line breaks and endless names that a config.json may have put into it."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
     return text if len(text) <= 600 else f"{text[:597]}..."
 

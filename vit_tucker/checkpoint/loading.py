@@ -11,7 +11,7 @@ import timm.models._builder as builder
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 
 Shapes = dict[str, tuple[int, ...]]
 SHOWN = 6
@@ -125,7 +125,7 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
         except TypeError:  # of one argument, in older models
             return filter_fn(state)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
         what = f"{describe_misfit(missing, strange)}; " if missing or strange else ""
         raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None

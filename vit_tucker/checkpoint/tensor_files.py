@@ -10,7 +10,7 @@ from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from vit_tucker.checkpoint.read import read_state
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.patching.identity import PATCHED
 from vit_tucker.storage.digests import verify_beside
 
@@ -109,7 +109,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         KeyError,
         AttributeError,
     ) as error:  # the last two for kinds of numbers unknown here
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None
 
 
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -122,4 +122,4 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(str(file), framework="np") as opened:
             return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None

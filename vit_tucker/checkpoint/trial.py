@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import Shapes, module_names
-from vit_tucker.errors import CheckpointError, shorten
+from vit_tucker.errors import CheckpointError, one_line, shorten
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.slot import LINEAR
@@ -106,7 +106,7 @@ def try_once(model: nn.Module, where: str) -> None:
     try:
         output = model(torch.zeros(1, *shape))
     except Exception as error:  # timm's modules raise many kinds for arguments that don't go together
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         raise CheckpointError(f"{where}: the model does not run on an image of {shape}: {reason}") from None
     if isinstance(output, Tensor) and output.shape[0] != 1:
         raise CheckpointError(f"{where}: the model makes {tuple(output.shape)} of one image")

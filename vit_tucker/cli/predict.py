@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Prints or writes the likeliest classes of each image."""
     from tqdm import tqdm
 
     from vit_tucker.data.image_files import list_images

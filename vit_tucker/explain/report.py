@@ -54,6 +54,16 @@ class Finding:
         """Plain values, for JSON."""
         return {key: value for key, value in vars(self).items() if key != "rows"}
 
+    def __str__(self) -> str:
+        said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in self.predictions.items()]
+        if values := self.agreement:
+            mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
+            said.append(f"maps differ by {mean:.3f} (most in {worst}: {values[worst]:.3f})")
+        if self.picture_agreement is not None:
+            said.append(f"{self.kind} by {self.picture_agreement:.3f}")
+        lines = [f"{self.image}: {'; '.join(said)}" if said else self.image]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
 
 def explain_images(
     subjects: Sequence[Subject],

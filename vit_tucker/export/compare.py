@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vit_tucker.errors import MismatchError
+from vit_tucker.errors import MismatchError, one_line
 
 ImageFunction = Callable[[Tensor], Tensor]
 """Images (B, channels, H, W) to logits (B, classes)."""
@@ -92,7 +92,7 @@ def compare(
             try:
                 got = run(images)
             except Exception as error:
-                said = " ".join(str(error).split())[:300]
+                said = one_line(error, 300)
                 raise MismatchError(f"the file does not run on images {tuple(images.shape)}: {said}") from None
             results[name].add(expected, got, labels)
     return results

@@ -34,10 +34,3 @@ def torch_export_runner(file: Path) -> ImageFunction:
         return logits
 
     return run
-
-
-def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a file of ours."""
-    extra = {METADATA: ""}
-    torch.export.load(file, extra_files=extra)
-    return json.loads(extra[METADATA])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 from vit_tucker.storage import json_files
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
@@ -96,7 +96,7 @@ def results_in(file: Path) -> list[Results]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
+        raise ConfigError(f"{file}: can't be read: {one_line(error, 120)}") from None
     parts = text.splitlines() if file.suffix == ".jsonl" else [text]
     entries = []
     for number, part in enumerate(parts, start=1):

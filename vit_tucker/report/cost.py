@@ -1,7 +1,7 @@
 """Tables of costs: parameters, operations, memory and latency, as Markdown, CSV or LaTeX."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,32 @@ def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[s
     return CostTable(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
 
 
-def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
-    """A model with several methods; rows with latency are longer."""
-    columns = MODEL_COLUMNS + (LATENCY_COLUMNS if len(rows[0]) > len(MODEL_COLUMNS) else ())
-    return CostTable(title, columns, rows, 1, notes)
+def model_table(model: str, costs: Sequence[Mapping[str, Any]], precision: str, batch_size: int) -> CostTable:
+    """A model with several methods, the dense one first.
+
+    Args:
+        model: its name.
+        costs: of ``vit_tucker.run.costs.costs``, each ``to_dict()``.
+        precision: "no", "bf16" or "fp16", of what was counted and measured.
+        batch_size: images per step and per measured pass.
+    """
+    dense, latency = costs[0]["attention_params"], costs[0]["latency"]
+    columns = MODEL_COLUMNS + (() if latency is None else LATENCY_COLUMNS)
+    rows = []
+    for cost in costs:
+        of_dense = cost["attention_params"] / dense if dense else None
+        values = {**cost, **(cost["latency"] or {}), "attention": cost["label"], "of_dense": of_dense}
+        rows.append([values[column.key] for column in columns])
+    bits = {"no": "float32"}.get(precision, precision)
+    notes = [
+        "per image; FLOPs: 2 per multiply-add, forward pass; attention params and FLOPs: of the self-attention layers",
+        f"activations: of a training step in {bits} with batch size {batch_size}, divided by it, with the CPU's kernels; MB "
+        f"are 10^6 bytes; KV: of all layers in {bits}",
+    ]
+    if latency is not None:
+        notes.append(
+            f"latency: forward pass in {bits}, batch size {batch_size}, on {latency['device']}, {latency['threads']} thread(s); "
+            f"time of dense: to the dense model's in the same turn, median and quartiles of {latency['turns']} turns; peak: "
+            "beyond model and images"
+        )
+    return CostTable(f"{model}: cost of attention", columns, rows, 1, notes)

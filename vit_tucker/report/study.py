@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 from vit_tucker.report.ablations import (
     ablation_table,
     check_options,
@@ -128,7 +128,7 @@ def read_sweep(paths: Sequence[Path]) -> SweepNotes | None:
     try:
         content: Any = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file}: not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a mapping of keys")
     title, about = (" ".join(str(content.get(key) or "").split()) for key in ("title", "about"))

@@ -14,7 +14,7 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.storage.json_files import Strict, checked, read_object
 from vit_tucker.storage.weights import replace_text, save_weights
 
@@ -75,7 +75,7 @@ def tensors_of(file: Path) -> dict[str, str]:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
             return {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {' '.join(str(error).split())[:200]}") from None
+        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:

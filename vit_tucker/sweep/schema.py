@@ -62,6 +62,7 @@ class ExecutorConfig(Checked):
     jobs: int | None = Field(
         default=None,
         ge=1,
+        le=100_000,
         description="Runs at a time (--jobs): null is 1 on this machine, and what Slurm allows on a cluster, else its jobs of "
         "one array.",
     )
@@ -69,19 +70,26 @@ class ExecutorConfig(Checked):
         default=None, description="Arguments of accelerate launch, which then starts each run (--launch)."
     )
     time: int = Field(
-        default=1440, ge=1, description="Slurm: minutes of a job; a run that needs more is queued again (--time)."
+        default=1440,
+        ge=1,
+        le=1_000_000,
+        description="Slurm: minutes of a job; a run that needs more is queued again (--time).",
     )
     partition: str | None = Field(default=None, description="Slurm: partition (--partition).")
     account: str | None = Field(default=None, description="Slurm: account.")
     gpus: int | None = Field(
         default=None,
         ge=0,
+        le=4096,
         description="Slurm: GPUs of a run; several are used by DDP, unless launch says how (--gpus).",
     )
-    cpus: int | None = Field(default=None, ge=1, description="Slurm: CPU cores of a run.")
-    memory: float | None = Field(default=None, gt=0, description="Slurm: memory of a run in GB.")
+    cpus: int | None = Field(default=None, ge=1, le=4096, description="Slurm: CPU cores of a run.")
+    memory: float | None = Field(default=None, gt=0, le=1e6, description="Slurm: memory of a run in GB.")
     signal_seconds: int = Field(
-        default=300, ge=1, description="Slurm: seconds before the time limit at which a run saves its state and leaves."
+        default=300,
+        ge=1,
+        le=86_400,
+        description="Slurm: seconds before the time limit at which a run saves its state and leaves.",
     )
     setup: tuple[str, ...] = Field(default=(), description="Slurm: shell lines before a run, as 'module load cuda'.")
     slurm: dict[str, str | int | bool] = Field(
