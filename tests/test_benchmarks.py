@@ -14,6 +14,8 @@ import torch
 import vit_tucker
 from tests.conftest import process_environment
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(vit_tucker.__file__).parents[1]
 QUICK = ("--turns", "2", "--seconds", "0")
 

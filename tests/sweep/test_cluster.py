@@ -23,6 +23,8 @@ from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.runner import Runner, read_statuses
 from vit_tucker.sweep.schema import ExecutorConfig
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("submitit")
 FILE = """
 base: digits/base.yaml
