@@ -21,11 +21,11 @@ ALLOWED = {
     "linear": {"errors", "attention"},
     "hosts": {"errors", "tensor", "attention", "linear"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
-    "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion"},
+    "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
     "data": {"errors", "storage", "config", "hosts"},
-    "training": {"errors", "validation", "storage", "config", "data"},
+    "training": {"errors", "validation", "storage", "config", "data", "show"},
     "analysis": {
         "errors",
         "tensor",
@@ -36,6 +36,7 @@ ALLOWED = {
         "patching",
         "checkpoint",
         "training",
+        "show",
     },
     "inference": {
         *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),

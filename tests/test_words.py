@@ -45,6 +45,7 @@ CLEARED = (
     "patching",
     "report",
     "run",
+    "show",
     "storage",
     "tensor",
     "training",

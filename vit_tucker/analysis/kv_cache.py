@@ -11,10 +11,10 @@ from vit_tucker.hosts.tokens import count_tokens
 
 
 def count_kv_entries(model: nn.Module, img_size: int | tuple[int, int] | None = None) -> int | None:
-    """Numbers in the KV cache of all self-attention layers for one image.
+    """Counts the numbers in the KV cache of all self-attention layers for one image.
 
     Args:
-        model: dense or patched; it is not touched.
+        model: dense or patched; it is not changed.
         img_size: pixels; the model's own size if None.
 
     Returns:

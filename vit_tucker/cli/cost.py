@@ -17,7 +17,7 @@ from vit_tucker.cli.common import (
 from vit_tucker.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vit_tucker.report.cost import CostTable
+    from vit_tucker.show.tables import Table
 
 EXAMPLES = """examples:
   cost vit_base_patch16_224 --method "tucker ranks=[8,16,16]" --method "gqa num_kv_heads=1"
@@ -80,7 +80,7 @@ def cost(args: argparse.Namespace) -> int:
     return 0
 
 
-def _paper(args: argparse.Namespace) -> "CostTable":
+def _paper(args: argparse.Namespace) -> "Table":
     from vit_tucker.analysis.formulas import formula_rows, read_sizes
     from vit_tucker.analysis.published import published_rows
     from vit_tucker.config.source import read_overrides
@@ -96,7 +96,7 @@ def _paper(args: argparse.Namespace) -> "CostTable":
     return published_table(*published_rows(args.table))
 
 
-def _model(args: argparse.Namespace) -> "CostTable":
+def _model(args: argparse.Namespace) -> "Table":
     from vit_tucker.report.cost import model_table
     from vit_tucker.run.costs import costs
 

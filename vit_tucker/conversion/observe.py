@@ -43,6 +43,7 @@ class WatchedLayer:
     tokens: int = 0
 
 
+Item = TypeVar("Item")
 Layer = TypeVar("Layer", bound=WatchedLayer)
 
 
@@ -126,14 +127,19 @@ def located(name: str) -> Iterator[None]:
 
 def layers_per_pass(layers: list[Layer]) -> Iterator[list[Layer]]:
     """Yields the layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
-    group: list[Layer] = []
+    return groups_within(layers, lambda layer: Moments.bytes(layer.host.spec), MOMENT_BYTES)
+
+
+def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Yields the items in order, in groups whose sizes sum to ``limit`` at most; a single item may be larger."""
+    group: list[Item] = []
     used = 0
-    for layer in layers:
-        needed = Moments.bytes(layer.host.spec)
-        if group and used + needed > MOMENT_BYTES:
+    for item in items:
+        needed = size(item)
+        if group and used + needed > limit:
             yield group
             group, used = [], 0
-        group.append(layer)
+        group.append(item)
         used += needed
     if group:
         yield group

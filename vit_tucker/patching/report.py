@@ -6,6 +6,7 @@ from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.hosts.slot import ATTENTION, SLOTS
+from vit_tucker.show.tables import plain
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class PatchReport:
         count = f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}"
         total = _params(self.params_before, self.params_after)
         rows.append((count, "", "", *total, *("" for _ in slot.columns), *_costs(self)))
-        lines = format_table([header, *rows], rule_after=(0, len(self.layers)))
+        lines = [plain([header, *rows], left=range(3), rule_after=(0, len(self.layers)))]
         lines.append(f"{slot.legend}; FLOPs: 2 per multiply-add, {slot.name} layers only")
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
@@ -125,18 +126,6 @@ class PatchReport:
         if not self.applied:
             lines.append("plan only: nothing was changed")
         return "\n".join(lines)
-
-
-def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...]) -> list[str]:
-    """Returns the lines of a plain table: three columns left, the others right aligned, a rule below the given rows."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-        if number in rule_after:
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines
 
 
 def _row_values(layer: LayerReport) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from torch import nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.show.tables import plain
 
 try:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -179,13 +180,7 @@ def group_table(groups: Iterable[Group]) -> str:
         sizes = (f"{g.tensors}", f"{g.parameters:,}")
         rates = (f"{g.weight_decay:g}", f"{g.lr_scale:.4g}", f"{g.lr:.3g}")
         rows.append((g.layer, *sizes, *rates, ", ".join(g.examples)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        numbers = [n.rjust(w) for n, w in zip(row[1:-1], widths[1:-1], strict=True)]
-        cells = [row[0].ljust(widths[0]), *numbers, row[-1]]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return plain(rows, left=(0, len(rows[0]) - 1))
 
 
 def _split_common(names: list[str]) -> tuple[str, list[str]]:
