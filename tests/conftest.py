@@ -61,7 +61,9 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-QUICK = "--quick leaves out tests marked slow, and all but the first case of a parametrised test for each attention method"
+QUICK = (
+    "--quick leaves out tests marked slow, and all but the first case of a parametrised test for each attention method"
+)
 LEFT_OUT = pytest.StashKey[int]()
 
 
@@ -83,12 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: dict[str, pytest.Item] = {}
     for item in items:
         if item.get_closest_marker("slow") is None:
-            kept.setdefault(_case(item), item)
+            kept.setdefault(quick_case(item), item)
     config.stash[LEFT_OUT] = len(items) - len(kept)
     items[:] = kept.values()
 
 
-def _case(item: pytest.Item) -> str:
+def quick_case(item: pytest.Item) -> str:
     """Returns a test's name with the attention methods among its parameters."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     names = {str(getattr(value, "method", value)) for value in parameters}
