@@ -2,7 +2,8 @@
 # The front door. Every command sets the project up first (a virtual environment in .venv; quick when nothing changed).
 #
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
-#   ./run.sh test [pytest args]       all tests; -p mymethod.py tests/contract: those that a method of yours must pass
+#   ./run.sh test [pytest args]       all tests; -p mymethod.py tests/contract: those that a method of yours must pass;
+#                                     --quick: under a minute, for the inner loop; it says what it leaves out
 #   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
 #   ./run.sh sweep --cfg sweeps/X     methods x options x seeds, from one dense model per seed
 #   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
@@ -93,6 +94,6 @@ case "$command" in
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "" && train "$@" ;;
   sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  -h | --help | help) sed -n '2,17s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  -h | --help | help) sed -n '2,18s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
   *) setup "" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

@@ -119,10 +119,10 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="model.csv, model.md")
     args = parser.parse_args()
     try:
-        machine = start(args, backends=[args.backend])
         unknown = [name for name in args.models if not timm.is_model(name)]
         if unknown:
             parser.error(f"timm has no model {', '.join(unknown)}")
+        machine = start(args, backends=[args.backend])
     except VitTuckerError as error:
         parser.error(str(error))
     rows: list[dict[str, Any]] = []

@@ -58,7 +58,7 @@ def start(args: argparse.Namespace, backends: Iterable[str]) -> Machine:
         torch.set_num_threads(args.threads)
     args.recording = ExitStack()  # until the process ends
     args.choices = args.recording.enter_context(recorded_choices())
-    return measure_machine(device, args.precision)
+    return measure_machine(device, args.precision, min(7, args.turns))
 
 
 def describe(args: argparse.Namespace, machine: Machine) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from turns import DTYPES
@@ -30,8 +31,9 @@ class Machine:
     bandwidth: float
 
 
-def measure_machine(device: torch.device, precision: str) -> Machine:
-    """The rates, each the best of several tries."""
+@cache
+def measure_machine(device: torch.device, precision: str, tries: int = 7) -> Machine:
+    """Measures the rates, each the best of several tries; once per process."""
     dtype = DTYPES[precision]
     size = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -41,7 +43,7 @@ def measure_machine(device: torch.device, precision: str) -> Machine:
     copy = torch.empty_like(large)
     with torch.inference_mode():
         best = {
-            name: min(seconds_per_call(call, repeats, device) for _ in range(7))
+            name: min(seconds_per_call(call, repeats, device) for _ in range(tries))
             for name, call, repeats in (
                 ("product", lambda: a @ b, 3),
                 ("exp", lambda: torch.exp(some, out=out), 50),

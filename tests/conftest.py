@@ -61,6 +61,60 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
+QUICK = (
+    "--quick leaves out tests marked slow, and all but the first case of a parametrised test for each attention method"
+)
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --quick, for the inner loop."""
+    parser.addoption("--quick", action="store_true", help=QUICK.partition(" ")[2])
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Says at the start what is left out."""
+    if session.config.option.quick and not hasattr(session.config, "workerinput"):
+        print(QUICK)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Removes what --quick leaves out; each of xdist's processes does so."""
+    if not config.option.quick:
+        return
+    kept: dict[str, pytest.Item] = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            kept.setdefault(quick_case(item), item)
+    config.stash[LEFT_OUT] = len(items) - len(kept)
+    items[:] = kept.values()
+
+
+def quick_case(item: pytest.Item) -> str:
+    """Returns a test's name with the attention methods among its parameters."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    names = {str(getattr(value, "method", value)) for value in parameters}
+    return item.nodeid.partition("[")[0] + str(sorted(names.intersection(vit_tucker.list_methods())))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands the number of tests left out from xdist's processes to the first one."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over that number."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says at the end how many tests were left out."""
+    if config.option.quick:
+        terminalreporter.write_line(f"{QUICK}: {config.stash.get(LEFT_OUT, 0):,} left out here; ./run.sh test runs all")
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """For whole runs in this process: a folder of their own, and none of Accelerate's state left for the next."""

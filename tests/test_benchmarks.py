@@ -12,27 +12,16 @@ import timm
 import torch
 
 import vit_tucker
-from tests.conftest import process_environment
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(vit_tucker.__file__).parents[1]
 QUICK = ("--turns", "2", "--seconds", "0")
 
 
-def run(script, *arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=process_environment(ROOT, OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """The same in this process, which has imported everything already."""
+    """A script as __main__ in this process, which has imported everything already: what it returned and printed."""
 
     def call(script, *arguments):
         monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -50,9 +39,9 @@ def rows_of(file):
         return list(csv.DictReader(stream))
 
 
-def test_layers(tmp_path):
-    done = run("attention.py", *QUICK, "--no-peers", "--shapes", "2x9x24x3", "--ranks", 4, 8, "--backends", "sdpa", "blocked",
-               "triton", "--precision", "bf16", "--save", tmp_path)  # fmt: skip
+def test_layers(tmp_path, run_here):
+    shape = ("--no-peers", "--shapes", "2x9x24x3", "--ranks", 4, 8, "--precision", "bf16")
+    done = run_here("attention.py", *QUICK, *shape, "--backends", "sdpa", "blocked", "triton", "--save", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "attention.csv")
     names = [row["layer"] for row in rows]
@@ -93,8 +82,8 @@ def test_layers_with_rope(tmp_path, run_here):
 
 
 @pytest.mark.skipif(not timm.is_model("test_vit"), reason="this timm has no test_vit")
-def test_models(tmp_path):
-    done = run("model.py", *QUICK, "--models", "test_vit", "--ranks", 8, "--batch-size", 1, "--save", tmp_path)
+def test_models(tmp_path, run_here):
+    done = run_here("model.py", *QUICK, "--models", "test_vit", "--ranks", 8, "--batch-size", 1, "--save", tmp_path)
     assert done.returncode == 0, done.stderr
     dense, tucker = rows_of(tmp_path / "model.csv")
     assert (dense["attention"], tucker["attention"]) == ("dense", "Tucker (2,8,8)")

@@ -11,6 +11,8 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import patch
 from vit_tucker.run.model import classes_and_channels
 
+pytestmark = pytest.mark.slow
+
 
 def make(*overrides):
     config = load_config("fashion_mnist/vit_c", ["model.depth=1", *overrides])

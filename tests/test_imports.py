@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vit_tucker
 from tests.conftest import process_environment
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import ast, importlib, json, logging, multiprocessing, os, random, signal, sys, warnings

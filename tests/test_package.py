@@ -13,6 +13,8 @@ import vit_tucker
 from tests.conftest import process_environment
 from vit_tucker.config.find import package_configs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 SCRIPT = """

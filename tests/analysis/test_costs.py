@@ -11,6 +11,8 @@ from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import ConfigError, PatchError
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"name": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 SIZE = (3, 32, 32)
 METHODS = [

@@ -12,6 +12,8 @@ from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spect
 from vit_tucker.hosts.families import read_host
 from vit_tucker.report.spectra import draw_spectra, rank_summary, spectra_figure
 
+pytestmark = pytest.mark.slow
+
 
 def by_mode(rows, layer="blocks.0.attn", whitened=False):
     return {(r.tensor, r.mode): r for r in rows if r.layer == layer and r.whitened == whitened}

@@ -11,6 +11,8 @@ from tests.conftest import all_configs, make_spec, randomise, rope_of
 from vit_tucker.attention.backends import choose, flash, get_backend, recorded_choices
 from vit_tucker.attention.rope import RopeSpec
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 9
 MASK = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
 SPECS = {

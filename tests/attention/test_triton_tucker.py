@@ -17,6 +17,8 @@ from tests.conftest import process_environment
 from vit_tucker.attention.triton_tucker import available, tiles, tucker_attention, unsupported
 from vit_tucker.attention.triton_tucker.tiles import KERNELS, Ranks, Tile
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(vit_tucker.__file__).parents[1]
 CASES = ("triton_tucker_cases.py", "backends/triton_layer_cases.py")
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ from timm.models._hub import has_hf_hub
 from tests.checkpoint.stand_in_hub import stand_in_hub
 from tests.conftest import process_environment
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, sys, timm, torch, vit_tucker as vt
 torch.manual_seed(0)

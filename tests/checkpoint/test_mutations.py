@@ -29,6 +29,8 @@ from vit_tucker.training.saved_state import read_progress
 from vit_tucker.training.state import flatten, load_checkpoint, save_checkpoint
 from vit_tucker.training.step import OrdinaryStep, restore_rule
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = int(os.environ.get("VIT_TUCKER_EXAMPLES", "0"))
 SIZES = {"img_size": 16, "patch_size": 8, "depth": 1, "num_heads": 2, "num_classes": 3}
 SETTINGS = {

@@ -190,6 +190,7 @@ def test_adapters_are_to_be_merged_first(model, x, tmp_path):
         vt.save(merged, tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"], r=2))
@@ -200,6 +201,7 @@ def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_pat
     torch.testing.assert_close(vt.load(tmp_path)(x), y)
 
 
+@pytest.mark.slow
 def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(vt.CheckpointError, match="num_heads is 4, not 3"):
@@ -225,6 +227,7 @@ def test_models_of_no_timm_name_are_refused(tmp_path):
         vt.save(timm.create_model("vit_tiny_patch16_224", **SMALL), tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -16,7 +16,7 @@ import vit_tucker as vt
 from vit_tucker.cli import build_parser, main
 from vit_tucker.data.datasets import load_digits
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 TINY = ["model.depth=1", "model.img_size=32", "model.embed_dim=48", "model.num_heads=4"]
 METHOD = ["--method", "tucker ranks=[2,8,8]"]
 

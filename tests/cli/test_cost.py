@@ -8,6 +8,8 @@ import pytest
 
 from vit_tucker.cli import main
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cost.md"
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cost"
 SMALL = ["vit_tiny_patch16_224", "model.depth=1", "model.img_size=32", "model.embed_dim=48", "model.num_heads=4"]

@@ -13,6 +13,8 @@ import vit_tucker as vt
 from tests.conftest import randomise
 from vit_tucker.cli import main
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4, "num_classes": 10, "in_chans": 1}
 PT2 = ("--format", "torch_export")
 TIMM_TELLS = hasattr(timm.models, "get_model_args")

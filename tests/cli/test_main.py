@@ -11,6 +11,8 @@ import timm
 from tests.conftest import process_environment
 from vit_tucker.cli import main, train_main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = ["model.depth=1", "model.embed_dim=32", "train.epochs=1", "train.warmup_epochs=0"]
 

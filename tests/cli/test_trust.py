@@ -21,6 +21,8 @@ from vit_tucker.config.load import load_config
 from vit_tucker.config.plugins import command_plugins, load_plugins, trust_plugins
 from vit_tucker.inference.predict import classes_for, open_model, run_config
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "in_chans": 1, "num_classes": 10}
 HOST = "vit_tiny_patch16_224"
 MARKER = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"

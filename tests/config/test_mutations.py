@@ -27,6 +27,8 @@ from vit_tucker.config.source import read_with_bases, read_yaml
 from vit_tucker.errors import MAX_MESSAGE
 from vit_tucker.sweep.plan import load_sweep
 
+pytestmark = pytest.mark.slow
+
 COUNT = int(os.environ.get("VIT_TUCKER_MUTATIONS", "0"))
 RUNS = [find_config(name).resolve() for name in config_names()]
 SWEEPS = [find_config(name).resolve() for name in config_names(sweeps=True)]

@@ -9,6 +9,8 @@ import pytest
 
 from vit_tucker.attention import registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PLUGIN = """
 from typing import Literal

@@ -11,6 +11,8 @@ import vit_tucker as vt
 from tests.conftest import all_configs, make_spec
 from vit_tucker.conversion import observe
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = {
     "tucker": vt.TuckerConfig(ranks=(4, 8, 8)),
     "tucker, cut heads": vt.TuckerConfig(ranks=(2, 8, 8)),

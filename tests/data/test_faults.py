@@ -14,6 +14,8 @@ from vit_tucker.data.loaders import build_loaders
 from vit_tucker.data.samples import calibration_images, evaluation_images
 from vit_tucker.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 RESOLVED = {"input_size": (3, 16, 16), "mean": (0.0,) * 3, "std": (1.0,) * 3}
 RESOLVED |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
 COUNT = 8

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from vit_tucker.data.workers import end_workers, init_worker
 
+pytestmark = pytest.mark.slow
+
 
 class Squares(torch.utils.data.Dataset):
     def __len__(self):

@@ -13,6 +13,8 @@ from docs.hooks import ROOT
 from tests.docs.blocks import Block, check_page, code_blocks
 from vit_tucker.attention import registry
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SIZES = {"img_size": 32, "patch_size": 16, "depth": 3}
 WIDTHS = {"base": 96, "small": 48, "tiny": 48}

@@ -19,6 +19,8 @@ from vit_tucker.data.datasets import DatasetInfo
 from vit_tucker.data.transforms import describe_data, resolve_data
 from vit_tucker.errors import CheckpointError
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs/formats.md"
 NAMED = re.compile(r"`(?P<file>tests/[\w/]+\.py)?(?:::(?P<name>[\w:]+)(?:\[[^\]]*\])?)?`")
 

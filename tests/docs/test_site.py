@@ -17,6 +17,8 @@ from docs.hooks.tables import config_reference, fields_table, layering, layering
 from tests.test_layering import ALLOWED
 from vit_tucker.config.schema import RunConfig, TrainConfig
 
+pytestmark = pytest.mark.slow
+
 
 def test_links_out_of_docs_point_into_the_site():
     text = (

@@ -21,6 +21,8 @@ from vit_tucker.export.export import export_model
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 
+pytestmark = pytest.mark.slow
+
 BY_ALL = (  # hosts where rotations, position biases or missing biases are a method's own matter
     "vit_tiny_patch16_224",
     "beit_base_patch16_224",

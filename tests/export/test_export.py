@@ -23,6 +23,8 @@ from vit_tucker.export.metadata import file_metadata
 from vit_tucker.export.torch_file import METADATA
 from vit_tucker.hosts.images import input_shape
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4, "num_classes": 7}
 PT2 = ExportOptions("torch_export")
 

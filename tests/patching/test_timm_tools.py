@@ -29,6 +29,8 @@ from tests.patching.trios import (
 )
 from vit_tucker.hosts.find import find_attention
 
+pytestmark = pytest.mark.slow
+
 TRACED = ("vit_1", "eva02_1", "mixed_1", "beit", "swin")
 """One host of each kind of call, and windows. Rotated halves and biases of a module take the same way through a graph."""
 COMPILED = ("eva02_1", "mixed_1", "swin")

@@ -9,6 +9,8 @@ from vit_tucker.report.sections import sections
 from vit_tucker.report.stats import Bounds
 from vit_tucker.report.tables import headline_table, matched_table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):

@@ -18,6 +18,8 @@ from vit_tucker.report.sections import sections
 from vit_tucker.report.study import write_study
 from vit_tucker.report.verdicts import verdicts
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SWEEP = "title: Accuracy over parameters\nabout: |\n  Does Tucker\n  need fewer?\noutput_dir: runs/fig3\n"
 

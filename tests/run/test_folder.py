@@ -15,7 +15,7 @@ from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
 from vit_tucker.storage.run_dir import LOGGER, log_lines
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 SHORT = ["train.epochs=1", "data.num_samples=64", "train.cpu=true"]  # one step per epoch
 FULL = Path("/dev/full")
 full_disk = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full to stand for a full disk")

@@ -20,7 +20,7 @@ from vit_tucker.config.load import load_config
 from vit_tucker.run.run import run as run_shown
 from vit_tucker.run.trainer import checkpoint_activations
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 LOW = "attention={method: tucker, ranks: [2, 4, 4]}"
 
 

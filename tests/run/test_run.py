@@ -25,7 +25,7 @@ from vit_tucker.data.transforms import eval_transform
 from vit_tucker.report.compare import comparison, save_comparison
 from vit_tucker.run.run import run as run_shown
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.explain.images import data_images
 from vit_tucker.inference.predict import classes_for, image_options, open_model
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 SMALL = [
     "model.depth=1",
     "model.img_size=8",

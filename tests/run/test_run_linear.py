@@ -17,6 +17,8 @@ from vit_tucker.linear.base import LINEAR_METHODS
 from vit_tucker.patching.record import patch_records
 from vit_tucker.run.convert import convert, plan
 
+pytestmark = pytest.mark.slow
+
 PLUGIN = """
 from typing import Literal
 from torch import nn

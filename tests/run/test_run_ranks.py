@@ -12,7 +12,7 @@ from vit_tucker.report.compare import comparison
 from vit_tucker.run.run import run as run_shown
 from vit_tucker.storage.weights import weights_metadata
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 BUDGET = "attention.ranks={budget: 0.4, multiple_of: 4}"
 
 

@@ -14,7 +14,7 @@ from tests.data.trees import COLOURS
 from tests.run.test_run_folders import command, config  # noqa: F401
 from tests.run.tiny import run
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 ORDERS = {"train": ["red", "blue", "green"], "validation": ["green", "red", "blue"]}
 
 

@@ -19,7 +19,7 @@ from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 
 RECIPE = ["train.epochs=1", "train.warmup_epochs=0", "train.global_batch_size=64", "data.num_samples=128", "seed=3"]
 SIZES = [f"model.{key}={value}" for key, value in MODEL.items() if key != "name"]

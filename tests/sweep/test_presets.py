@@ -12,7 +12,7 @@ from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
 from vit_tucker.sweep.plan import load_sweep
 
 PRESETS = sorted(f.stem for f in (package_configs() / "sweeps").glob("fig3_*_vit_*.yaml"))
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -20,6 +20,8 @@ from vit_tucker.sweep.process import log_file, share_machine
 from vit_tucker.sweep.status import last_words
 from vit_tucker.training.lock import RunLock
 
+pytestmark = pytest.mark.slow
+
 FILE = """
 title: A try
 base: digits/base.yaml

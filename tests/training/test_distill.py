@@ -14,6 +14,8 @@ from vit_tucker.config.schema import DistillConfig
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.distill import Distiller, distillation_loss
 
+pytestmark = pytest.mark.slow
+
 LABEL_LOSS = nn.CrossEntropyLoss()
 
 

@@ -12,6 +12,8 @@ from tests.data.test_datasets import idx
 from tests.training.processes import finish, saved_steps, start_all
 from tests.training.rules import plugin
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPE = [
     "--cfg",

@@ -33,7 +33,7 @@ from vit_tucker.training.resume import Saved
 from vit_tucker.training.saved_state import read_progress
 from vit_tucker.training.step import OrdinaryStep
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 WILD = ["train.lr=1000", "train.weight_decay=1000", "train.opt=sgd", "train.clip_grad=null", "train.warmup_epochs=0"]
 
 

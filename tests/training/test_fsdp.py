@@ -15,10 +15,13 @@ from tests.training.processes import finish, saved_steps, start_all
 from tests.training.test_distributed import RECIPE, data_root
 
 __all__ = ["data_root"]
-pytestmark = pytest.mark.skipif(
-    "fsdp_version" not in {f.name for f in dataclasses.fields(FullyShardedDataParallelPlugin)},
-    reason="this Accelerate has no FSDP2",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "fsdp_version" not in {f.name for f in dataclasses.fields(FullyShardedDataParallelPlugin)},
+        reason="this Accelerate has no FSDP2",
+    ),
+]
 
 PLUGIN = """
 import os, signal

@@ -19,6 +19,8 @@ from vit_tucker.training import state as state_module
 from vit_tucker.training.state import save_checkpoint
 
 FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.slow
+
 RECIPE = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "attention.ranks=[3, 8, 8]", "train.lr=2e-3"]
 RECIPE += ["model.drop_path_rate=0.1", "model.proj_drop_rate=0.1", "data.reprob=0.2", "data.num_workers=1"]
 RECIPE += ["data.num_samples=352", "train.global_batch_size=32", "train.mixup=0.4", "train.model_ema=true"]

@@ -23,6 +23,8 @@ from vit_tucker.cli import train_main
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.run.trainer import name_blocks
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = ROOT / "experiments" / "accelerate"
 PROCESSES = {"cpu": 1, "cpu2": 2, "gpu1": 1, "gpu8": 8, "nodes2x8": 16, "fsdp2": 8}
 SCRIPT = str(ROOT / "experiments" / "train_vit.py")

@@ -13,6 +13,8 @@ from tests.training.rules import plugin
 from tests.training.test_kills import RECIPE, outcome
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 
+pytestmark = pytest.mark.slow
+
 SLOW = plugin('time.sleep(0.3 if "TORCHELASTIC_RUN_ID" in os.environ else 0)')
 
 

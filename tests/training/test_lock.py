@@ -17,7 +17,7 @@ from vit_tucker.cli import main, train_main
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.lock import RunLock
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 FORK = multiprocessing.get_context("fork")
 RUN = ["--cfg", "digits/dense", "model.depth=1", "train.cpu=true", "output_dir=a"]
 

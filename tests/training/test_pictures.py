@@ -7,6 +7,8 @@ import torch
 
 from vit_tucker.training.pictures import RIGHT, WRONG, denormalise, prediction_figure
 
+pytestmark = pytest.mark.slow
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

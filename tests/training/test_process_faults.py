@@ -11,6 +11,8 @@ from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.rules import plugin
 from tests.training.test_faults import WILD
 
+pytestmark = pytest.mark.slow
+
 FAULTY = "train.step_rule=faulty"
 
 

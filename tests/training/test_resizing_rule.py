@@ -13,7 +13,7 @@ from vit_tucker.patching.patch import config_of
 from vit_tucker.training.monitor import NullMonitor
 from vit_tucker.training.progress import Progress
 
-pytestmark = pytest.mark.usefixtures("in_tmp")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 FILE = Path(__file__).with_name("halve_rank.py")
 RULE = [f"plugins=[{FILE}]", "train.step_rule=halve_rank", "attention.ranks=[4, 8, 8]", "data.num_workers=0"]
 RULE += [

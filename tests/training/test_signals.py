@@ -18,6 +18,8 @@ from vit_tucker.run.main import resume_command
 from vit_tucker.training.coordination import Coordinator, VoteResult
 from vit_tucker.training.interrupt import Signals, catch_signals
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COMMAND = [
     "--cfg",

@@ -15,6 +15,8 @@ from accelerate.commands.launch import launch_command_parser
 
 from tests.training.test_distributed import ROOT
 
+pytestmark = pytest.mark.slow
+
 SRUN = """#!/usr/bin/env bash
 # Starts the command once per node, as srun does with one task per node, and hands USR1 on to the tasks.
 while [ "$1" != bash ]; do case $1 in --nodes) nodes=$2 ;; esac; shift; done

@@ -1,8 +1,8 @@
 """``sweep`` and ``experiments/sweep.py``: methods x options x seeds from one file."""
 
 import argparse
+import json
 import shlex
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ DESCRIPTION = (
 )
 
 EXECUTORS = ("local", "slurm")
+FLAGS = {"executor": "kind", **{name: name for name in ("jobs", "launch", "time", "partition", "gpus")}}
+"""Options that set keys of the sweep's executor section."""
 
 
 def add_parser(commands: Any) -> None:
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARGS",
         help="start each run by accelerate launch with these arguments, in one string (executor.launch)",
     )
+    parser.add_argument("--time", metavar="MINUTES", help="of a cluster's job (executor.time)")
+    parser.add_argument("--partition", metavar="NAME", help="of the cluster (executor.partition)")
+    parser.add_argument("--gpus", metavar="N", help="of each run on a cluster (executor.gpus)")
     parser.add_argument(
         "--done",
         nargs="+",
@@ -73,7 +78,7 @@ def sweep(args: argparse.Namespace) -> int:
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
-    from vit_tucker.sweep.cluster import ClusterExecutor, refuse_missing_cluster
+    from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
     from vit_tucker.sweep.plan import load_sweep, select_jobs
     from vit_tucker.sweep.process import share_machine, visible_gpus
     from vit_tucker.sweep.progress_table import Display
@@ -83,11 +88,15 @@ def sweep(args: argparse.Namespace) -> int:
     for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
         values[:] = [text for text in values if "=" not in text]
+    flags = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
+    texts = ("launch", "partition")
+    args.overrides += [f"executor.{key}={json.dumps(value) if key in texts else value}" for key, value in flags.items()]
     planned = load_sweep(args.cfg, args.overrides)
-    given = {"kind": args.executor, "jobs": args.jobs, "launch": args.launch}
-    where = planned.executor.model_copy(update={key: value for key, value in given.items() if value is not None})
+    where = planned.executor
     if where.kind == "slurm":
         refuse_missing_cluster()
+    else:
+        refuse_cluster_keys(args.overrides)
     jobs = select_jobs(planned, args.only, args.seeds)
     refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
@@ -100,7 +109,7 @@ def sweep(args: argparse.Namespace) -> int:
             print(describe_cost(training_flops(left, flops)))
         return 0
     planned.output_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(planned.file, planned.output_dir / SWEEP)
+    (planned.output_dir / SWEEP).write_bytes(planned.file.read_bytes())
     if where.kind == "slurm":
         executor: Executor = ClusterExecutor(where, planned.output_dir)
     else:

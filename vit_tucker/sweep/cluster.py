@@ -20,6 +20,7 @@ from vit_tucker.sweep.cluster_job import WARNING, ClusterJob
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import log_file, write_config
 from vit_tucker.sweep.schema import ExecutorConfig
+from vit_tucker.sweep.status import last_words
 
 FOLDER = ".submitit"
 """Below the sweep's folder: pickles, scripts and output of the jobs; no cell has such a name."""
@@ -27,30 +28,39 @@ ACTIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "PREEMPTED", "SUSPENDE
 CANCEL_SECONDS = 120.0
 """After which a cancelled job is given up, where the cluster does not tell that it has ended."""
 ASK_SECONDS = 2.0
+LOCAL_KEYS = ("kind", "jobs", "launch")
 
 
 def refuse_missing_cluster() -> None:
     """Raises ConfigError if this machine can't submit jobs; says what to install, or where to go."""
     if importlib.util.find_spec("submitit") is None:
         raise ConfigError("executor: slurm needs submitit: pip install 'vit_tucker[slurm]'")
-    if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+    if missing := [name for name in ("sbatch", "srun", "sacct", "scancel") if shutil.which(name) is None]:
         raise ConfigError(
             f"executor: slurm: there is no {missing[0]} here: start the sweep on a login node of the cluster, "
             "or use --executor local"
         )
 
 
+def refuse_cluster_keys(overrides: Sequence[str]) -> None:
+    """Raises ConfigError if the command line has a key of the executor that means nothing on this machine."""
+    for key in (override.partition("=")[0] for override in overrides):
+        name = key.removeprefix("executor.").partition(".")[0]
+        if key.startswith("executor.") and name in ExecutorConfig.model_fields and name not in LOCAL_KEYS:
+            raise ConfigError(f"{key}: only a cluster's jobs have it: --executor slurm; here --jobs N shares the GPUs")
+
+
 @dataclass
 class ClusterRun:
-    """A run as a job of a cluster; see ``StartedRun``.
+    """A run as a job of a cluster.
 
     Attributes:
-        job, log, said: see there.
+        job: the run.
+        said: bytes that were in its log before.
         submitted: submitit's job.
     """
 
     job: Job
-    log: Path
     said: int
     submitted: Any
     _cancelled: float | None = None
@@ -77,15 +87,14 @@ class ClusterRun:
             "REQUEUED",
         )
 
-    @property
-    def ending(self) -> str:
-        """How it ended: the status of its process, else what the cluster says."""
-        job = f"job {self.submitted.job_id}"
-        return (
-            f"{job}, status {self.status}"
-            if self.submitted.paths.result_pickle.exists()
-            else f"{job}, {self.submitted.state}"
-        )
+    def describe_ending(self) -> str:
+        """Returns its process' status, else what the cluster says, and the last words of the run, else of the job."""
+        paths, log, start = self.submitted.paths, log_file(self.job), self.said
+        how = f"status {self.status}" if paths.result_pickle.exists() else self.submitted.state
+        if not log.exists() or log.stat().st_size == start:
+            log, start = paths.stderr, 0
+        words = last_words(log, start)
+        return f"job {self.submitted.job_id}, {how}" + (f": {words}; see {log}" if words else "")
 
     def send(self, number: int) -> None:
         """Cancels the job, at which a run saves its state; a second time it is killed."""
@@ -140,7 +149,7 @@ class ClusterExecutor:
         """Submits runs as one array; a run whose job of an earlier sweep is still there is followed instead.
 
         Raises:
-            ConfigError: the cluster refuses the jobs.
+            ConfigError: the cluster refuses the jobs, or their files can't be written.
         """
         said = {job.key: log_file(job).stat().st_size if log_file(job).exists() else 0 for job in jobs}
         submitted = {job.key: earlier for job in jobs if (earlier := self._earlier(job)) is not None}
@@ -148,7 +157,7 @@ class ClusterExecutor:
         for job, started in zip(new, self._submit([self._payload(job) for job in new]), strict=True):
             submitted[job.key] = started
             job_file(job).write_text(started.job_id)
-        return [ClusterRun(job, log_file(job), said[job.key], submitted[job.key]) for job in jobs]
+        return [ClusterRun(job, said[job.key], submitted[job.key]) for job in jobs]
 
     def _payload(self, job: Job) -> ClusterJob:
         log_file(job).parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +175,7 @@ class ClusterExecutor:
                 return self._executor.submit_array(payloads) if payloads else []
         except Exception as error:
             lines = (str(error) or said.getvalue() or type(error).__name__).split("\n")
-            raise ConfigError(f"executor: the cluster refused the jobs: {' '.join(lines[-1].split())[:300]}") from error
+            raise ConfigError(f"executor: the jobs can't be submitted: {' '.join(lines[-1].split())[:300]}") from error
 
     def _earlier(self, job: Job) -> Any:
         """The job that an earlier sweep submitted for a run, if the cluster still has it."""

@@ -1,8 +1,7 @@
 """The runs of a sweep on this machine: forked from a server that has imported everything, or started by accelerate launch.
 
-submitit's local executor would do this too, but imports everything anew for each run: 8 tiny digits runs,
-2 at a time, took 117 s with it and 27 s with the fork server (one pair of sweeps on a busy machine). A run holds a lock
-on its log file as long as it lives, so that two sweeps on one folder don't train the same run twice.
+A run holds a lock on its log file as long as it lives, so that two sweeps on one folder don't train the same run twice.
+docs/design.md has why submitit's local executor is not used here.
 """
 
 import fcntl
@@ -22,6 +21,7 @@ from vit_tucker.config.load import dump_config
 from vit_tucker.config.plugins import plugin_arguments
 from vit_tucker.sweep.command import SCRIPT, run_command
 from vit_tucker.sweep.plan import Job
+from vit_tucker.sweep.status import last_words
 
 PRELOADED = [
     "vit_tucker.run.run",
@@ -37,13 +37,9 @@ class StartedRun(Protocol):
 
     Attributes:
         job: the run.
-        log: file with all that it prints.
-        said: bytes that were in it before.
     """
 
     job: Job
-    log: Path
-    said: int
 
     @property
     def status(self) -> int | None:
@@ -53,9 +49,8 @@ class StartedRun(Protocol):
     def queued(self) -> bool:
         """Whether it waits for a place."""
 
-    @property
-    def ending(self) -> str:
-        """How it ended, for people."""
+    def describe_ending(self) -> str:
+        """Returns how and why a run ended that is not done."""
 
     def send(self, number: int) -> None:
         """Sends a signal to it and to the processes it started."""
@@ -78,10 +73,16 @@ class Executor(Protocol):
 
 @dataclass
 class RunProcess:
-    """A run on this machine; see ``StartedRun``."""
+    """A run on this machine.
+
+    Attributes:
+        job: the run.
+        said: bytes that were in its log before.
+        process: its process.
+        gpu: the CUDA device that it was dealt.
+    """
 
     job: Job
-    log: Path
     said: int
     process: "ForkServerProcess | subprocess.Popen[bytes]"
     gpu: str | None = None
@@ -91,9 +92,8 @@ class RunProcess:
     def status(self) -> int | None:
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
-    @property
-    def ending(self) -> str:
-        return f"status {self.status}"
+    def describe_ending(self) -> str:
+        return f"status {self.status}: {last_words(log_file(self.job), self.said)}; see {log_file(self.job)}"
 
     def send(self, number: int) -> None:
         if self.status is None and self.process.pid is not None:
@@ -150,7 +150,7 @@ class LocalExecutor:
                 process = fork_server().Process(target=_train, args=arguments)
                 fcntl.flock(log, fcntl.LOCK_UN)  # the process takes it over
                 process.start()
-        self._started.append(RunProcess(job, log_file(job), said, process, gpu))
+        self._started.append(RunProcess(job, said, process, gpu))
         return self._started[-1]
 
 

@@ -14,7 +14,7 @@ from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import Executor, StartedRun
 from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.schema import START
-from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
+from vit_tucker.sweep.status import State, Status, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.lock import RunLock
 
@@ -89,10 +89,19 @@ class Runner:
                 process.send(signal.SIGKILL)
 
     def _fill(self) -> None:
-        """Start runs while there are free places."""
+        """Starts runs while there are free places; what a cluster refuses has failed, unless nothing else is left."""
         ready = self._ready()[: max(0, self._executor.capacity - len(self._running))]
         self._tried |= {job.key for job in ready}
-        for job, process in zip(ready, self._executor.start(ready) if ready else (), strict=True):
+        try:
+            started = self._executor.start(ready) if ready else ()
+        except ConfigError as error:
+            if not self._running:
+                raise
+            for job in ready:
+                vars(self._statuses[job.key]).update(state=State.FAILED, reason=str(error))
+                self._display.say(self._event(job, self._statuses[job.key]))
+            return
+        for job, process in zip(ready, started, strict=True):
             status = self._statuses[job.key]
             if process is None:
                 status.state, status.reason = State.ELSEWHERE, "another sweep runs it"
@@ -135,10 +144,7 @@ class Runner:
             elif (refusal := refused(job)) is not None:
                 after.state, after.reason = State.ELSEWHERE, refusal
             else:
-                after.state, after.reason = (
-                    State.FAILED,
-                    f"{process.ending}: {last_words(process.log, process.said)}; see {process.log}",
-                )
+                after.state, after.reason = State.FAILED, process.describe_ending()
             vars(status).update(vars(after))
             self._display.say(self._event(job, status))
 

@@ -1,6 +1,7 @@
 """The YAML schema of a sweep."""
 
 import re
+import shlex
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -41,6 +42,17 @@ class CellConfig(Checked):
         return vary
 
 
+SBATCH_OPTIONS = {
+    **{key: key for key in ("time", "partition", "account", "gpus")},
+    "gpus-per-node": "gpus",
+    "cpus-per-task": "cpus",
+    "mem": "memory",
+    "signal": "signal_seconds",
+    "array": "jobs",
+}
+"""The key of ExecutorConfig that sets an option of sbatch."""
+
+
 class ExecutorConfig(Checked):
     """Where the runs are trained; command-line values override the file: executor.time=600."""
 
@@ -58,15 +70,18 @@ class ExecutorConfig(Checked):
         default=None, description="Arguments of accelerate launch, which then starts each run (--launch)."
     )
     time: int = Field(
-        default=1440, ge=1, le=1_000_000, description="Slurm: minutes of a job; a run that needs more is queued again."
+        default=1440,
+        ge=1,
+        le=1_000_000,
+        description="Slurm: minutes of a job; a run that needs more is queued again (--time).",
     )
-    partition: str | None = Field(default=None, description="Slurm: partition.")
+    partition: str | None = Field(default=None, description="Slurm: partition (--partition).")
     account: str | None = Field(default=None, description="Slurm: account.")
     gpus: int | None = Field(
         default=None,
         ge=0,
         le=4096,
-        description="Slurm: GPUs of a run; several are used by DDP, unless launch says how.",
+        description="Slurm: GPUs of a run; several are used by DDP, unless launch says how (--gpus).",
     )
     cpus: int | None = Field(default=None, ge=1, le=4096, description="Slurm: CPU cores of a run.")
     memory: float | None = Field(default=None, gt=0, le=1e6, description="Slurm: memory of a run in GB.")
@@ -80,6 +95,27 @@ class ExecutorConfig(Checked):
     slurm: dict[str, str | int | bool] = Field(
         default={}, description="Other options of sbatch by their long names: {qos: high, gres: 'gpu:a100:4'}."
     )
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _minutes(cls, time: Any) -> Any:
+        if isinstance(time, str):
+            raise ValueError(f"a whole number of minutes, as 90, or 1440 for a day, not '{time}'")
+        return time
+
+    @field_validator("launch")
+    @classmethod
+    def _quoted(cls, launch: str | None) -> str | None:
+        shlex.split(launch or "")  # "No closing quotation"
+        return launch
+
+    @field_validator("slurm")
+    @classmethod
+    def _others(cls, slurm: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        for option in slurm:
+            if (key := SBATCH_OPTIONS.get(option.replace("_", "-"))) is not None:
+                raise ValueError(f"{option} is set by executor.{key}")
+        return slurm
 
     @model_validator(mode="after")
     def _time_to_train(self) -> "ExecutorConfig":
