@@ -1,21 +1,25 @@
-"""Data sets held in memory: the same images as one by one where nothing is random, timm's recipe in batches where it is."""
+"""Data sets held in memory: the same images as those read one by one."""
+
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.random_erasing import RandomErasing
 
 from tests.data.test_faults import BAD, COUNT, build, colours, damage, write_images
-from tests.data.test_loaders import AUGMENTED, RESOLVED, first_step
+from tests.data.test_loaders import AUGMENTED, RESOLVED
 from tests.data.test_loaders import build as build_digits
 from tests.data.test_streams import write_shards
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data import preparation
-from vit_tucker.data.augmentation import Parameters
+from vit_tucker.data.batches import augmentation_seed
 from vit_tucker.data.datasets import ArrayDataset, subset
-from vit_tucker.data.memory import AugmentedBatches, HeldImages, array_size, erase
-from vit_tucker.data.preparation import Preparation, batched_obstacle, choose_preparation, describe_preparation
+from vit_tucker.data.memory import is_array
+from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
+from vit_tucker.data.sampler import TrainSampler
+from vit_tucker.data.seeding import seed_transforms
+from vit_tucker.data.splits import open_split
 from vit_tucker.data.transforms import train_transform
 from vit_tucker.data.vision import ConvertedDataset
 from vit_tucker.errors import ConfigError, DataError
@@ -48,80 +52,31 @@ def test_training_without_augmentation_is_bit_equal():
         assert torch.equal(batch.labels, expected.labels)
 
 
-def test_one_by_one_is_what_it_was():
-    """The path that `false` keeps: the augmentation of the per-image transform, not that of the batches."""
-    held, single = first_step(build_digits(digits("auto")))[0], first_step(build_digits(digits(False)))[0]
-    assert torch.equal(held.labels, single.labels)
-    assert not torch.equal(held.images, single.images)
+def single_image(picture, key, data, resolved, seed=0):
+    """timm's own transform, with generators seeded by (seed, epoch, image, repeat)."""
+    seed_transforms(augmentation_seed(seed, *key))
+    return train_transform(data, resolved)(picture)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_follow_from_image_and_epoch_only(workers):
-    alone = digits(True, hflip=0.5, interpolation="random", recount=2, num_samples=64)
-    data = alone.model_copy(update={"num_workers": workers})
-    whole = list(build_digits(data).train.steps(2, 1))
-    resumed = list(build_digits(alone).train.steps(2, 3))
-    for (batch,), (again,) in zip(whole[2:], resumed, strict=True):
-        assert torch.equal(batch.images, again.images)
-    parts = [list(build_digits(data, rank, 2, grad_accum_steps=2).train.steps(2, 1)) for rank in (0, 1)]
-    for number, (batch,) in enumerate(whole):
-        united = torch.cat([micro.images for rank in parts for micro in rank[number]])
-        assert {x.numpy().tobytes() for x in united} == {x.numpy().tobytes() for x in batch.images}
-    for other in (build_digits(alone, seed=1).train.steps(2, 3), build_digits(alone).train.steps(3, 3)):
-        assert not torch.equal(next(iter(other))[0].images, resumed[0][0].images)
-
-
-def held(count=6, height=20, width=24, channels=3):
-    pixels = np.random.default_rng(0).integers(0, 256, (count, height, channels, width), dtype=np.uint8)
-    return HeldImages(torch.from_numpy(pixels), torch.arange(count), {})
-
-
-def test_the_whole_transform_is_timms_with_the_same_parameters():
-    """Crops of each interpolation, both flips and the normalisation in one."""
-    images, size = held(), (16, 16)
-    data = DataConfig(reprob=0.0)
-    batches = AugmentedBatches(images, data, RGB, 0)
-    rng = np.random.default_rng(1)
-    h, w = rng.integers(4, 20, 6), rng.integers(4, 24, 6)
-    boxes = np.stack([rng.integers(0, 20 - h + 1), rng.integers(0, 24 - w + 1), h, w], axis=1)
-    flags = np.array([[0, 0, 1, 1, 0, 1], [0, 1, 0, 1, 1, 0], [1, 0, 0, 1, 0, 1]], dtype=bool)
-    ours = batches.transform(images.pixels, Parameters(boxes, *flags, [[]] * 6, np.zeros(6)))
-    for i in range(6):
-        picture = Image.fromarray(images.pixels[i].numpy().transpose(0, 2, 1).copy())
-        top, left, height, width = boxes[i].tolist()
-        mode = Image.BICUBIC if flags[0, i] else Image.BILINEAR
-        picture = picture.crop((left, top, left + width, top + height)).resize((16, height), mode).resize(size, mode)
-        picture = picture.transpose(Image.FLIP_LEFT_RIGHT) if flags[1, i] else picture
-        picture = picture.transpose(Image.FLIP_TOP_BOTTOM) if flags[2, i] else picture
-        tail = train_transform(DataConfig(no_aug=True), RGB)  # of an image of that size only the normalisation is left
-        scaled = (ours[i] - tail(picture)) * torch.tensor(RGB["std"]).view(3, 1, 1) * 255
-        assert scaled.abs().max() < 2.01  # see test_resample.assert_rounding_only
-        assert (scaled.abs() > 0.01).float().mean() < 0.05
-
-
-@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
-def test_erasing_fills_its_boxes_as_timm_does(mode):
-    image = torch.full((3, 64, 64), 7.0)
-    erase(image, [(2, 3, 40, 50), (60, 60, 4, 4)], mode, 5)
-    inside = torch.zeros(64, 64, dtype=torch.bool)
-    inside[2:42, 3:53] = inside[60:, 60:] = True
-    assert torch.equal(image[:, ~inside], torch.full((3, int((~inside).sum())), 7.0))
-    box, theirs = image[:, 2:42, 3:53], torch.full((3, 64, 64), 7.0)
-    RandomErasing(1.0, mode=mode, device="cpu")(theirs)
-    erased = theirs[0] != 7
-    # how many values a channel's box holds: one zero, one colour, or noise in each pixel; timm's and ours
-    for values in (box, theirs[:, erased]):
-        distinct = [len(channel.unique()) for channel in values]
-        assert all(n == 1 for n in distinct) if mode != "pixel" else all(n > 100 for n in distinct)
-        assert (values.unique().numel() == 1) == (mode == "const")
-    if mode == "pixel":  # standard normal: 6,000 values, 5 standard errors
-        assert abs(box.mean()) < 5 / 6000**0.5
-        assert abs(box.std() - 1) < 5 / (2 * 6000) ** 0.5
-    again = torch.full((3, 64, 64), 7.0)
-    erase(again, [(2, 3, 40, 50), (60, 60, 4, 4)], mode, 5)
-    assert torch.equal(again, image)
-    erase(again, [(2, 3, 40, 50)], mode, 6)
-    assert torch.equal(again, image) == (mode == "const")
+@pytest.mark.parametrize("options", [{"interpolation": "random", "recount": 2}, {"aa": "rand-m9-mstd0.5-inc1"}])
+def test_the_augmentation_of_an_image_is_timms_by_its_own_seed(options):
+    """Of any processes, micro-batches, workers, and after a resume: each image is what timm makes of it by its key."""
+    data = digits("auto", num_samples=64, **options)
+    train = build_digits(data, resolved=RGB).train
+    assert train.description == "64 images in memory, augmented one by one"
+    dataset = subset(open_split(data, "train", True, 3), 64)
+    for rank, world_size, accumulation, workers, start in ((0, 1, 1, 0, 0), (1, 2, 2, 1, 2)):
+        setting = data.model_copy(update={"num_workers": workers})
+        loaders = build_digits(setting, rank, world_size, resolved=RGB, grad_accum_steps=accumulation)
+        sampler = TrainSampler(64, 16, 0, rank, world_size, accumulation)
+        sampler.set_position(2, start)
+        keys = iter(sampler)
+        for step in loaders.train.steps(2, start):
+            for batch in step:
+                expected = [single_image(dataset[key[1]][0], key, data, RGB) for key in next(keys)]
+                assert torch.equal(batch.images, torch.stack(expected))
+        assert next(keys, None) is None
+        loaders.close()
 
 
 def test_auto_holds_arrays_and_true_holds_files(tmp_path):
@@ -133,9 +88,12 @@ def test_auto_holds_arrays_and_true_holds_files(tmp_path):
     plain = build(tmp_path, no_aug=True)
     for (batch,), (expected,) in zip(kept.train.steps(0), plain.train.steps(0), strict=True):
         assert torch.equal(batch.images, expected.images)
-    augmented = build(tmp_path, in_memory=True, workers=1)
-    assert augmented.train.description == "8 images in memory, augmented in batches by 1 worker"
-    assert sorted(colours(torch.cat([b.images for (b,) in augmented.train.steps(0)]))) == list(range(COUNT))
+    augmented, single = build(tmp_path, in_memory=True, workers=1), list(files.train.steps(0))
+    assert augmented.train.description == "8 images in memory, augmented one by one by 1 worker"
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / split)  # nothing is read from the files again
+    for (batch,), (expected,) in zip(augmented.train.steps(0), single, strict=True):
+        assert torch.equal(batch.images, expected.images)
 
 
 @pytest.mark.parametrize("options", [{"no_aug": True}, {"hflip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}])
@@ -162,55 +120,25 @@ def test_bad_images_of_a_held_set(tmp_path, options):
         list(build(tmp_path, in_memory=True, limit=100, **options).train.steps(0))
 
 
-REFUSED = [
-    ({"aa": "3a"}, "data.aa needs single PIL images"),
-    ({"color_jitter": 0.4}, "data.color_jitter needs"),
-    ({"train_crop_mode": "rkrc"}, "data.train_crop_mode=rkrc needs"),
-    ({"interpolation": "lanczos"}, "data.interpolation=lanczos needs"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_what_needs_single_images_is_read_one_by_one_or_refused(options, message):
-    data = digits("auto", **options)
-    loaders = build_digits(data)
-    assert loaders.train.description == f"1,437 images read one by one: {message.partition(' ')[0]} needs PIL"
-    assert first_step(loaders)[0].images.shape == (16, 1, 8, 8)
-    with pytest.raises(ConfigError, match=rf"^data.in_memory=true: {message}") as caught:
-        build_digits(data.model_copy(update={"in_memory": True}))
-    assert "\n" not in str(caught.value)
-    fixed = data.model_copy(update={"no_aug": True})  # which asks for none of these
-    assert batched_obstacle(fixed) is None
-
-
-def test_true_is_refused_for_streams_and_for_mixed_sizes(tmp_path):
+def test_true_is_refused_for_streams_and_holds_images_of_any_size(tmp_path):
     write_shards(tmp_path / "wds")
     with pytest.raises(ConfigError, match=r"^data.in_memory=true: a streamed data set can't be held in memory; choose"):
         build(tmp_path / "wds", dataset="wds/", in_memory=True, batch=2)
     write_images(tmp_path / "mixed")
     Image.new("RGB", (20, 16)).save(tmp_path / "mixed" / "train" / "a" / "5.png")
-    with pytest.raises(
-        ConfigError,
-        match=r"must be of one size, but .*/5.png of split 'train' is 20x16 pixels, the first one 16x16; choose",
-    ):
-        build(tmp_path / "mixed", in_memory=True)
-    build(tmp_path / "mixed", in_memory="auto")
+    assert sum(len(batch.labels) for (batch,) in build(tmp_path / "mixed", in_memory=True).train.steps(0)) == COUNT
 
 
 def test_large_sets_are_not_held(monkeypatch):
     shape = (1, 8, 8)
     dataset = ArrayDataset(np.zeros((100, 4, 4), np.uint8), np.zeros(100, int), "L")
     data = DataConfig()
-    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 16)
-    assert choose_preparation(data, dataset, shape, training=True) == Preparation("augmented")
-    assert choose_preparation(data, dataset, shape, training=False).kind == "image"  # 8x8 of each is what would be kept
+    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64 - 1)
+    assert choose_preparation(data, dataset, shape, training=True) == Preparation("array")  # which is there anyway
+    assert "too many to hold" in choose_preparation(data, dataset, shape, training=False).reason
+    assert choose_preparation(data.model_copy(update={"in_memory": True}), dataset, shape, False).kind == "kept"
     monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64)
     assert choose_preparation(data, dataset, shape, training=False) == Preparation("kept")
-    monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 16 - 1)
-    assert "too many to hold" in choose_preparation(data, dataset, shape, training=True).reason
-    assert choose_preparation(data.model_copy(update={"in_memory": True}), dataset, shape, True) == Preparation(
-        "augmented"
-    )
 
 
 def test_arrays_are_known_as_such():
@@ -218,20 +146,16 @@ def test_arrays_are_known_as_such():
         def __init__(self, data):
             self.data = data
 
-    assert array_size(subset(ArrayDataset(np.zeros((9, 4, 5), np.uint8), np.zeros(9), "L"), 3)) == (4, 5)
-    for stored, size in (
-        (np.zeros((2, 32, 24, 3), np.uint8), (32, 24)),
-        (np.zeros((2, 3, 32, 24), np.uint8), (32, 24)),
-    ):
-        assert array_size(ConvertedDataset(Torchvision(stored), "RGB")) == size
-    assert array_size(ConvertedDataset(Torchvision(torch.zeros(2, 28, 28, dtype=torch.uint8)), "L")) == (28, 28)
+    assert is_array(subset(ArrayDataset(np.zeros((9, 4, 5), np.uint8), np.zeros(9), "L"), 3))
+    for stored in (np.zeros((2, 32, 24, 3), np.uint8), torch.zeros(2, 28, 28, dtype=torch.uint8)):
+        assert is_array(ConvertedDataset(Torchvision(stored), "RGB"))
     for stored in (np.zeros((2, 8, 8)), None, ["a.png"]):
-        assert array_size(ConvertedDataset(Torchvision(stored), "L")) is None
+        assert not is_array(ConvertedDataset(Torchvision(stored), "L"))
 
 
 def test_descriptions():
     assert build_digits(digits("auto", num_workers=2)).describe() == (
-        "training: 1,437 images in memory, augmented in batches by 2 workers; evaluation: 360 images in memory, transformed once"
+        "training: 1,437 images in memory, augmented one by one by 2 workers; evaluation: 360 images in memory, transformed once"
     )
-    one_by_one = describe_preparation(Preparation("image", "data.aa needs PIL"), None, 1)
-    assert one_by_one == "images read one by one by 1 worker: data.aa needs PIL"
+    one_by_one = describe_preparation(Preparation("image", "data.in_memory=false"), None, 1)
+    assert one_by_one == "images read one by one by 1 worker: data.in_memory=false"

@@ -107,7 +107,7 @@ class DataConfig(Checked):
     )
     in_memory: Literal["auto"] | bool = Field(
         default="auto",
-        description="Hold the images in memory and augment whole batches; auto: where set and transform allow it.",
+        description="Hold the images in memory, transformed once where nothing is random; auto: sets that are arrays anyway.",
     )
     max_bad_images: int = Field(
         default=0,

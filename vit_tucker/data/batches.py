@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from vit_tucker.data.datasets import image_name
 from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.data.sampler import Key
-from vit_tucker.data.seeding import derive_seed, seed_transforms
+from vit_tucker.data.seeding import derive_seed, restored_generators, seed_transforms
 from vit_tucker.data.workers import end_workers
 from vit_tucker.errors import DataError
 
@@ -60,7 +60,7 @@ def read_image(dataset: Any, index: int, split: str) -> tuple[Image.Image, int]:
 class SeededDataset(Dataset):
     """A data set with a transform whose randomness depends on (seed, epoch, index, repeat) alone.
 
-    Reading an image leaves the global random generators seeded by it.
+    Loaders read whole batches, which leaves the global random generators as they were; a single image leaves them seeded by it.
 
     Args:
         dataset: map-style, yields (PIL image, int).
@@ -79,6 +79,10 @@ class SeededDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        with restored_generators():
+            return [self[key] for key in keys]
 
     def __getitem__(self, key: Key) -> Sample:
         epoch, index, repeat = key

@@ -12,7 +12,7 @@ from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.batches import Batch, Normalise, SeededDataset, checked_batches, collate
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.data.memory import AugmentedBatches, KeptSamples, as_it_is, hold_images
+from vit_tucker.data.memory import HeldImages, KeptSamples
 from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
@@ -215,12 +215,10 @@ def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
         reader = sources.stream(split, data.train_split, sources.rank, sources.world_size)
         stream = TrainStream(reader, transform, sources.seed, sources.rank)
         loader = sources.load(stream, batch_size=sources.micro_batch, drop_last=True)
-    elif preparation.kind == "augmented":
-        held = hold_images(split, data.train_split, sources.faults)
-        batches = AugmentedBatches(held, data, sources.resolved, sources.seed)
-        loader = sources.load(batches, batch_size=None, sampler=sampler, collate_fn=as_it_is)
     else:
         limit = data.max_bad_images
+        if preparation.kind == "held":
+            split = HeldImages(split, data.train_split, sources.faults)
         samples = SeededDataset(split, transform, sources.seed, data.train_split, replace=True, limit=limit)
         loader = sources.load_samples(samples, sampler, preparation)
     description = describe_preparation(preparation, total, loader.num_workers)

@@ -1,16 +1,15 @@
-"""How the images of a split are read: held in memory and augmented in batches, or read and transformed one by one."""
+"""How the images of a split are read: from memory or from files, transformed anew or once."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import is_iterable
-from vit_tucker.data.memory import array_size
+from vit_tucker.data.memory import is_array
 from vit_tucker.errors import ConfigError
 
 LIMIT_BYTES = 2**30
-"""``data.in_memory=auto`` holds no more; ``true`` has no limit."""
-BATCHED_INTERPOLATIONS = (None, "bilinear", "bicubic", "random")
+"""``data.in_memory=auto`` keeps no more transformed images; ``true`` has no limit."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Preparation:
     """How the images of a split are read.
 
     Attributes:
-        kind: "image" one by one, "augmented" held and augmented in batches, "kept" transformed once and kept.
+        kind: "image" one by one, "array" from the set's own array, "held" decoded once, "kept" transformed once.
         reason: why one by one; '' otherwise.
     """
 
@@ -26,23 +25,8 @@ class Preparation:
     reason: str = ""
 
 
-def batched_obstacle(data: DataConfig) -> str | None:
-    """Returns the key of what in the training transform works on single PIL images only; None if nothing does."""
-    if data.no_aug:
-        return None
-    if data.aa:
-        return "data.aa"
-    if data.color_jitter:
-        return "data.color_jitter"
-    if data.train_crop_mode not in (None, "rrc"):
-        return f"data.train_crop_mode={data.train_crop_mode}"
-    if data.interpolation not in BATCHED_INTERPOLATIONS:
-        return f"data.interpolation={data.interpolation}"
-    return None
-
-
 def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, int], training: bool) -> Preparation:
-    """Returns the fastest preparation that the config allows.
+    """Returns the fastest way that the config allows.
 
     Args:
         data: config section.
@@ -51,7 +35,7 @@ def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, in
         training: with the training transform.
 
     Raises:
-        ConfigError: ``data.in_memory=true`` where that can't be.
+        ConfigError: ``data.in_memory=true`` for a stream.
     """
     wanted = data.in_memory is True
     if data.in_memory is False:
@@ -60,23 +44,16 @@ def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, in
         if wanted:
             raise ConfigError("data.in_memory=true: a streamed data set can't be held in memory; choose auto or false")
         return Preparation("image", "a stream")
-    if training and (obstacle := batched_obstacle(data)) is not None:
-        if wanted:
-            raise ConfigError(
-                f"data.in_memory=true: {obstacle} needs single PIL images; leave it out, or choose data.in_memory=auto"
-            )
-        return Preparation("image", f"{obstacle} needs PIL")
-    kind = "augmented" if training and not data.no_aug else "kept"
-    if wanted:
-        return Preparation(kind)
-    stored = array_size(dataset)
-    if stored is None:
+    stored = is_array(dataset)
+    if not stored and not wanted:
         return Preparation("image", "the images are files; data.in_memory=true would hold them")
-    height, width = stored if kind == "augmented" else shape[1:]
-    size = len(dataset) * shape[0] * height * width
-    if size > LIMIT_BYTES:
+    if training and not data.no_aug:
+        return Preparation("array" if stored else "held")
+    channels, height, width = shape
+    size = len(dataset) * channels * height * width
+    if size > LIMIT_BYTES and not wanted:
         return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
-    return Preparation(kind)
+    return Preparation("kept")
 
 
 def describe_preparation(preparation: Preparation, images: int | None, workers: int) -> str:
@@ -91,6 +68,6 @@ def describe_preparation(preparation: Preparation, images: int | None, workers: 
     if preparation.kind == "kept":
         return f"{count} in memory, transformed once"
     by = f" by {workers} worker{'s' * (workers != 1)}" if workers else ""
-    if preparation.kind == "augmented":
-        return f"{count} in memory, augmented in batches{by}"
+    if preparation.kind in ("array", "held"):
+        return f"{count} in memory, augmented one by one{by}"
     return f"{count} read one by one{by}: {preparation.reason}"

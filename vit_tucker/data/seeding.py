@@ -4,7 +4,9 @@ Nothing is drawn from a running stream, so the number of processes, of loader wo
 and no RNG state needs saving.
 """
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -23,7 +25,19 @@ def seed_everything(seed: int) -> None:
 
 
 def seed_transforms(seed: int) -> None:
-    """Seeds what transforms draw from: Python's, NumPy's and torch's CPU generators; not restored, which would cost far more."""
+    """Seeds what transforms draw from: Python's, NumPy's and torch's CPU generators; see ``restored_generators``."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # timm's transforms draw from the global state
     torch.default_generator.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def restored_generators() -> Iterator[None]:
+    """Gives Python's, NumPy's and torch's CPU generators their states back at the end; costs more than seeding them."""
+    own, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(own)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
