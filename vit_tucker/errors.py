@@ -1,7 +1,7 @@
 """Errors that a user can mend: one clear line each, exit status 2 on the command line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 
 MAX_MESSAGE = 2000
 """Characters of a message: what a user gave may be of any length."""
@@ -76,6 +76,16 @@ def shorten(text: object, most: int = 120) -> str:
         return line
     line = " ".join(part for part in line.splitlines() if part.strip())
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Returns what an error says in one line of at most so many characters; its class if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def and_more(names: Sized, shown: int = 1) -> str:
+    """Returns ' (and 3 more)' where a message names only the first of several things; '' where it names all."""
+    return f" (and {len(names) - shown} more)" if len(names) > shown else ""
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:

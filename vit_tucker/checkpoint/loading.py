@@ -11,7 +11,7 @@ import timm.models._builder as builder
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 
 Shapes = dict[str, tuple[int, ...]]
 SHOWN = 6
@@ -125,10 +125,9 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
         except TypeError:  # of one argument, in older models
             return filter_fn(state)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
         missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
         what = f"{describe_misfit(missing, strange)}; " if missing or strange else ""
-        raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None
+        raise CheckpointError(f"{what}timm can't adapt it ({reason_of(error, 150)})") from None
 
 
 def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
@@ -175,8 +174,8 @@ def refuse_other_sizes(loaded: Shapes, own: Shapes) -> None:
     """Raises CheckpointError if tensors have other sizes than the model's."""
     other = [key for key in own if key in loaded and loaded[key] != own[key]]
     if other:
-        first, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        raise CheckpointError(f"{first} is {loaded[first]} in the weights, {own[first]} in the model{more}")
+        first = other[0]
+        raise CheckpointError(f"{first} is {loaded[first]} in the weights, {own[first]} in the model{and_more(other)}")
 
 
 def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
@@ -199,12 +198,12 @@ def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]
         Names of the tensors that were not set.
     """
     before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    state = model.state_dict()
-    with torch.no_grad():
-        for name in before:
-            state[name].fill_(math.nan)
-    load()
     missing = []
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in before:
+                value.fill_(math.nan)
+    load()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name in before and bool((unset := value.isnan()).any()):

@@ -16,7 +16,7 @@ TRAINING_ONLY = {"Dropout", "DropPath", "Identity", "PatchDropout"}
 
 
 def differences(model: nn.Module, other: nn.Module) -> Iterator[str]:
-    """What differs between two models, most telling first: module classes, then shapes, then plain values.
+    """Yields what differs between two models, most telling first: module classes, then shapes, then plain values.
 
     Args:
         model: as it is.
