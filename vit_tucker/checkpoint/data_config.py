@@ -15,7 +15,7 @@ RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
 def data_config_beside(file: Path) -> dict[str, Any]:
-    """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights says it.
+    """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights has it.
 
     Read are config.json of timm's layout, preprocessor_config.json of Hugging Face and open_clip_config.json.
 

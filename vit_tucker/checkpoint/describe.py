@@ -30,7 +30,7 @@ from vit_tucker.patching.record import patch_records
 from vit_tucker.version import __version__
 
 OPTIONS = "_image_options"
-"""Attribute of a model that says how its image files are read, see ``image_options``."""
+"""Attribute of a model with the way its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
 
 
@@ -46,14 +46,14 @@ def describe(
     Args:
         model: made by ``timm.create_model``.
         label_names: of the classes, in their order; those of pretrained_cfg if None.
-        data: how images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
-        model_args: arguments of ``timm.create_model`` beyond those that the model tells.
+        data: how images are prepared, if not as in pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` beyond those that can be read off the model.
 
     Returns:
         JSON values.
 
     Raises:
-        CheckpointError: the model isn't what timm builds from these; says what differs.
+        CheckpointError: the model isn't what timm builds from these; names what differs.
     """
     records = patch_records(model)
     record = next(iter(records.values()), None)

@@ -1,7 +1,7 @@
 """Patched models as an architecture of timm's registry.
 
 With vit_tucker imported, ``timm.create_model("hf-hub:owner/name", pretrained=True)`` and ``"local-dir:folder"`` build patched
-models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and says so.
+models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and raises an error.
 """
 
 import json

@@ -144,11 +144,7 @@ def structure_keys(architecture: str) -> frozenset[str]:
 
 
 def open_jax(file: Path, what: str) -> HostWeights:
-    """Opens a JAX file of a ViT (.npz), which timm's own function loads.
-
-    Raises:
-        CheckpointError: it can't be read, or holds no arrays.
-    """
+    """Opens a JAX file of a ViT (.npz), which timm's own function loads; raises CheckpointError if it holds no arrays."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             shapes = {key: tuple(arrays[key].shape) for key in arrays.files}
@@ -177,7 +173,7 @@ def create_loaded(
         arguments: of ``timm.create_model``.
 
     Raises:
-        CheckpointError: the weights are not of this model; says of which they look like. Errors of timm for bad arguments.
+        CheckpointError: the weights are not of this model; names the one that they look like. Errors of timm for bad arguments.
     """
     origin = str(weights.origin or "state dict")
     try:
@@ -202,7 +198,7 @@ def create_loaded(
 
 
 def look_of(weights: HostWeights) -> str:
-    """Returns what weights look like, and what the config beside them says, for messages."""
+    """Returns what weights look like, and which architecture the config beside them names, for messages."""
     look = looks_like(weights.state) if weights.state is not None else "a JAX model"
     architecture = config_beside(weights.origin).get("architecture") if weights.origin is not None else None
     return f"{look}, and config.json beside it names {architecture}" if isinstance(architecture, str) else look

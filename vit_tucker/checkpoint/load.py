@@ -10,7 +10,7 @@ from torch import nn
 from vit_tucker.checkpoint.describe import layer_options, set_image_options
 from vit_tucker.checkpoint.entry import create, forget_source
 from vit_tucker.checkpoint.fill import fill
-from vit_tucker.checkpoint.layout import check_layout
+from vit_tucker.checkpoint.layout import Layout
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
 from vit_tucker.errors import CheckpointError, VitTuckerError, reason_of
@@ -19,7 +19,7 @@ from vit_tucker.hosts.structure import on_meta
 from vit_tucker.patching.record import patch_records
 from vit_tucker.storage.digests import CONFIG
 from vit_tucker.storage.digests import verify as verify_files
-from vit_tucker.storage.json_files import read_object
+from vit_tucker.storage.json_files import checked, read_object
 
 LOGGER = logging.getLogger("vit_tucker.checkpoint")
 PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -45,7 +45,7 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
         timm model; ``vit_tucker.patch_record(model)`` the patch.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, or it is of another model than its config says.
+        CheckpointError: nothing is there, it is damaged, or it is of another model than its config describes.
     """
     folder, hub_id = find(where)
     config = read_config(folder, hub_id)
@@ -58,7 +58,7 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
             f"note: {place}: {CONFIG} has no digests (an older vit_tucker or timm wrote it), so whether it or the weights have "
             "changed since can't be seen"
         )
-    check_layout(config, f"{place}: {CONFIG}")
+    checked(Layout, config, f"{place}: {CONFIG}")
     tell_classes(config)
     if not verified:
         check_sizes(config, file, place)
@@ -100,7 +100,7 @@ def rebuild_model(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
 
 
 def in_one_line(error: VitTuckerError) -> str:
-    """Returns what an error says, without the endless names that a config.json may have put into it."""
+    """Returns the message of an error, without the endless names that a config.json may have put into it."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:597]}..."
 

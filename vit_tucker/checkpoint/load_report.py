@@ -1,4 +1,4 @@
-"""What was loaded into a model: whether it may be used so, and the line that says it."""
+"""What was loaded into a model: whether the model may be used so, and a report of it in one line."""
 
 import math
 import re
@@ -61,11 +61,11 @@ class LoadReport:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the model's classifier comes from the weights."""
+        """Returns whether the model's classifier comes from the weights."""
         return bool(self.classifier) and not set(self.new) & set(self.classifier)
 
     def __str__(self) -> str:
-        """One line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
+        """Returns one line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
         parts = [f"{self.total - len(self.new)} of {self.total} tensors"]
         if self.source:
             parts[0] += f" ({self.source})"
@@ -149,7 +149,7 @@ def refuse_pre_logits(load: ObservedLoad, classifier: Collection[str]) -> None:
 
 
 def pooling_hint(load: ObservedLoad, missing: list[str], strange: list[str]) -> str:
-    """Returns which global_pool the weights were trained with, where their last norm says that it is another one."""
+    """Returns which global_pool the weights were trained with, where their last norm shows that it is another one."""
     if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
         return "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
     if "fc_norm.weight" in missing and "norm.weight" in load.filtered:

@@ -116,7 +116,7 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
     """Returns a state dict after timm's filter of the model.
 
     Raises:
-        CheckpointError: timm can't adapt it; says which tensors only one of both has.
+        CheckpointError: timm can't adapt it; names tensors that only one of both has.
     """
     given, own = shapes_of(state), shapes_of(model.state_dict())
     try:
@@ -144,17 +144,12 @@ def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
 
 
 def id_of(value: Tensor) -> tuple[int, int]:
-    """Returns what tells whether two tensors are the same values in memory, whatever their shapes."""
+    """Returns address and size of a tensor: equal for two views of the same values, whatever their shapes."""
     return value.data_ptr(), value.numel()
 
 
 def describe_source(cfg: dict[str, Any], state: Shapes) -> None:
-    """Has timm's configuration of the weights say what they are: their number of classes, and their image channels.
-
-    Args:
-        cfg: timm's pretrained_cfg, of weights in hand (``state_dict``); that of published weights stays as it is.
-        state: shapes of the tensors, in timm's names.
-    """
+    """Sets the number of classes and the image channels of weights in hand (``state_dict``) in timm's pretrained_cfg of them."""
     if not cfg.get("state_dict"):
         return
     heads = [state[f"{name}.weight"] for name in module_names(cfg.get("classifier")) if f"{name}.weight" in state]
@@ -188,14 +183,9 @@ def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]:
-    """Loads weights by a function that does not tell what it has set, as timm's for JAX files.
+    """Calls a function that loads weights into a model, as timm's for JAX files; returns the names of tensors that it left out.
 
-    Args:
-        model: on the CPU; what is not loaded keeps its initialisation.
-        load: sets parameters of the model.
-
-    Returns:
-        Names of the tensors that were not set.
+    These keep their initialisation. The model is on the CPU.
     """
     before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
     missing = []

@@ -35,14 +35,14 @@ def save(
         model: made by ``timm.create_model``, maybe patched; also inside torch.compile or DDP.
         folder: made if it is not there; a model that is there is replaced.
         label_names: of the classes, in their order; those that the model has (timm's label_names) if None.
-        data: how its images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
-        model_args: arguments of ``timm.create_model`` that the model was made with, where it does not tell them itself.
+        data: how its images are prepared, if not as in pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` that the model was made with, where timm has not recorded them.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the model can't be rebuilt from what it tells; nothing was written.
+        CheckpointError: the model can't be rebuilt from its name and arguments; nothing was written.
         OSError: the folder can't be written to.
     """
     bare = unwrapped(model)

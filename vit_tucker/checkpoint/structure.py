@@ -49,7 +49,7 @@ def _name(module: nn.Module | None) -> str:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that are numbers, strings or tuples of these, and public."""
+    """Returns the attributes of a module that are numbers, strings or tuples of these, and public."""
     return {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(module).items()

@@ -25,7 +25,7 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     that timm writes; nothing in them is executed.
 
     Raises:
-        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them names.
     """
     if state := cfg.get("state_dict"):
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

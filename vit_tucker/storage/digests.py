@@ -19,7 +19,7 @@ from vit_tucker.storage.json_files import Strict, checked, read_object
 from vit_tucker.storage.weights import replace_text, save_weights
 
 CONFIG = "config.json"
-"""What says of which model the weights are, in timm's layout."""
+"""Describes the model of the weights, in timm's layout."""
 SECTION, ENTRY = "vit_tucker", "stored"
 SKIP = f"verify=False loads it anyway, and so does taking {SECTION}.{ENTRY} out of {CONFIG}"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -40,7 +40,7 @@ class StoredFile(Strict):
 
 
 class Stored(Strict):
-    """All that config.json says of how it and its weights were saved; see the module."""
+    """Digests of a saved config.json and its weights; see the module."""
 
     config: Digest
     files: Annotated[dict[str, StoredFile], Field(min_length=1)]
@@ -84,12 +84,12 @@ def tensors_of(file: Path) -> dict[str, str]:
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Returns what config.json is to say of a safetensors file, whose SHA-256 may be known."""
+    """Returns what config.json has to hold of a safetensors file, whose SHA-256 may be known."""
     return {"sha256": sha256 or sha256_of(file), "tensors": tensors_of(file)}
 
 
 def with_stored(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a config.json that says how it and its weights were saved.
+    """Returns a config.json with the digests of itself and of its weights.
 
     Args:
         config: JSON values.
@@ -100,10 +100,10 @@ def with_stored(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]
 
 
 def read_stored(config: Mapping[str, Any], where: str) -> Stored | None:
-    """Returns how a config.json says that it was saved; None if it does not, being older or timm's own.
+    """Returns the digests in a config.json; None if it has none, being older or timm's own.
 
     Raises:
-        CheckpointError: it says it in another form.
+        CheckpointError: they have another form.
     """
     section = config.get(SECTION)
     if not isinstance(section, Mapping) or ENTRY not in section:
@@ -114,7 +114,7 @@ def read_stored(config: Mapping[str, Any], where: str) -> Stored | None:
 def save_model(
     folder: Path, name: str, state: Mapping[str, Tensor], metadata: dict[str, str], config: Mapping[str, Any]
 ) -> None:
-    """Write weights and the config.json beside them, each replaced as a whole.
+    """Writes weights and the config.json beside them, each replaced as a whole.
 
     A kill at any time leaves a folder that is refused when it is loaded, or one that loads: where both are of one model, as a
     run's best weights are, config.json accepts the weights before these until they are replaced.
@@ -152,7 +152,7 @@ def replaced(folder: Path, name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, replaced as a whole."""
+    """Writes config.json, replaced as a whole."""
     replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -166,7 +166,7 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
         siblings: the other weights files of the folder must be there as well.
 
     Returns:
-        False if config.json does not say what was saved.
+        False if config.json has no digests.
 
     Raises:
         CheckpointError: one of them is something else.
@@ -187,7 +187,7 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
 
 
 def verify_file(file: Path, stored: StoredFile, where: str) -> None:
-    """Raise CheckpointError if a weights file is not the one that was saved; says which tensor differs in its header."""
+    """Raises CheckpointError if a weights file is not the one that was saved; names a tensor that differs in its header."""
     try:
         found = sha256_of(file)
     except OSError as error:
@@ -210,7 +210,7 @@ def verify_file(file: Path, stored: StoredFile, where: str) -> None:
 
 
 def verify_beside(file: Path, siblings: bool = True) -> bool:
-    """Like ``verify``, of a weights file and the config.json beside it; False if there is none, or it says nothing of it."""
+    """Like ``verify``, of a weights file and the config.json beside it; False if there is none, or it has no digests."""
     if not (file.parent / CONFIG).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file each, replaced as a whole, its header says of which model. Nothing is unpickled."""
+"""Weights on disk: one safetensors file each, replaced as a whole, with the model in its header. Nothing is unpickled."""
 
 import os
 import re
