@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import vit_tucker
+from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope, read_host
 
 PLAIN = {"embed_dim": 48, "depth": 3, "num_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -76,12 +76,12 @@ def example(model: nn.Module, method: str) -> vit_tucker.AttentionConfig:
     Raises:
         PatchError: the method takes none of the model's layers.
     """
-    mixed, cls = has_mixed_rope(model), vit_tucker.get_method(method)
+    cls = vit_tucker.get_method(method)
     fitting: dict[Any, list[str]] = {}
     refusal = vit_tucker.PatchError("no attention")
     for name, module in find_attention(model).items():
         try:
-            spec = read_host(module, mixed).spec
+            spec = read_host(module, model).spec
             config = cls.example(spec)
             config.refuse_features(spec)
             config.check(spec)

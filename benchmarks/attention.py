@@ -23,7 +23,7 @@ from roofline import Machine, floor_ms
 from turns import Timing, in_turns, inference, peak_megabytes, training
 
 import vit_tucker as vt
-from vit_tucker.errors import VitTuckerError
+from vit_tucker.errors import VitTuckerError, one_line
 from vit_tucker.show.tables import markdown
 
 SHAPES = ("8x197x768x12", "8x65x384x6", "8x197x1024x16")
@@ -54,7 +54,7 @@ def measure(shape: Shape, args: argparse.Namespace, machine: Machine) -> list[di
             training(module, x, args.precision)()
             modules[name] = module
         except (VitTuckerError, ImportError, torch.OutOfMemoryError) as error:
-            print(f"{shape} {name}: left out: {' '.join(str(error).split())}", flush=True)
+            print(f"{shape} {name}: left out: {one_line(error)}", flush=True)
     timings = {
         kind: in_turns({n: call(m, x, args.precision) for n, m in modules.items()}, device, args.turns, args.seconds)
         for kind, call in (("infer", inference), ("train", training))

@@ -1,6 +1,7 @@
 """Augmentation of small data sets in memory: this package's batches against timm's, torchvision's and torch's own means.
 
     python benchmarks/augmentation.py [--epochs 2] [--turns 3] [--samples 3000] [--out benchmarks/results/augmentation]
+    python benchmarks/augmentation.py --top1 0 1 2 3 4 [--case digits] [--epochs 15]
 
 Whole training runs of digits and Fashion-MNIST, the same model and steps, in turns in this process, no loader workers.
 Seconds are of the processor (user and system) in training steps, so that other jobs on the machine count less. The ways:
@@ -10,6 +11,8 @@ Seconds are of the processor (user and system) in training steps, so that other 
 - v2: torchvision.transforms.v2 on the pixels of single images in memory, seeded likewise;
 - v2_grid: the parameters of torchvision's RandomResizedCrop for each image, seeded likewise, and one `grid_sample` for the batch;
 - grid: this package's parameters, and one `grid_sample` for the batch. It has no antialiasing and does not round as Pillow does.
+
+With `--top1` it trains once for each seed by `own` and by `timm` and writes the best top-1 of each run to top1.csv instead.
 """
 
 import argparse
@@ -194,6 +197,36 @@ def measure(case: str, way: str, epochs: int, samples: int, root: Path) -> dict[
     }
 
 
+def best_top1(case: str, way: str, seed: int, epochs: int, samples: int) -> float:
+    """Runs a whole training; returns the best top-1 of its evaluations, in percent."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"seed={seed}", f"train.epochs={epochs}", "data.num_workers=0", f"output_dir={folder}/run"]
+        overrides += [f"data.in_memory={'false' if way == 'timm' else 'auto'}"]
+        overrides += [f"data.num_samples={samples}"] if case == "fashion_mnist" else []
+        run(load_config(CASES[case], overrides))
+        with next(Path(folder).rglob("summary.csv")).open() as file:
+            return max(float(row["eval_top1"]) for row in csv.DictReader(file))
+
+
+def write_top1(args: argparse.Namespace) -> None:
+    """Trains by this package's and by timm's transform, in turns, and adds a row for each run to top1.csv."""
+    file = args.out / "top1.csv"
+    new = not file.is_file()
+    for seed in args.top1:
+        for way in ("own", "timm"):
+            top1 = best_top1(args.case, way, seed, args.epochs, args.samples)
+            samples = args.samples if args.case == "fashion_mnist" else "all"
+            row = {"data": args.case, "config": CASES[args.case], "epochs": args.epochs, "images": samples}
+            row |= {"way": way, "seed": seed, "top1": f"{top1:.2f}"}
+            print(row, flush=True)
+            with file.open("a", newline="") as out:
+                writer = csv.DictWriter(out, row, lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                new = False
+                writer.writerow(row)
+
+
 def main() -> None:
     """Writes augmentation.csv, and prints how much slower each way is than this package's."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -201,8 +234,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--samples", type=int, default=3000, help="training images of Fashion-MNIST")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--top1", type=int, nargs="+", metavar="SEED", help="compare top-1 by these seeds")
+    parser.add_argument("--case", choices=CASES, default="digits", help="of --top1")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/augmentation"))
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.top1:
+        write_top1(args)
+        return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         small_fashion_mnist(Path(folder))
@@ -213,7 +252,6 @@ def main() -> None:
                     measured = measure(case, way, args.epochs, args.samples, Path(folder))
                     rows.append({"data": case, "way": way, "turn": turn, **measured})
                     print(rows[-1], flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "augmentation.csv").open("w", newline="") as file:
         versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
         file.write(f"# {versions}, Python {platform.python_version()}, {torch.get_num_threads()} threads, no workers\n")

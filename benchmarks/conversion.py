@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 import vit_tucker as vt
-from vit_tucker.tensor.modes import tucker_to_tensor
 from vit_tucker.tensor.tucker import Pairs, Tucker, hooi, hosvd
 
 MODELS = {
@@ -72,7 +71,7 @@ def layer_rows(rounds: int) -> list[dict[str, Any]]:
     norm = tensor.norm()
 
     def error(core: Tensor, factors: list[Tensor]) -> float:
-        return ((tensor - tucker_to_tensor(core, factors)).norm() / norm).item()
+        return ((tensor - torch.einsum("abc,ha,ib,jc->hij", core, *factors)).norm() / norm).item()
 
     def ours(result: Tucker) -> float:
         return error(result.core, [result.head, result.left, result.right])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from vit_tucker.attention.variants.tucker.layer import TuckerAttention
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import dump_config, load_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.batches import Collate, SeededDataset
+from vit_tucker.data.batches import SeededDataset, collate
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.splits import open_split
@@ -181,10 +182,10 @@ def measure(args: argparse.Namespace, config: RunConfig) -> Iterator[dict[str, A
     split = open_split(config.data, config.data.val_split, False, channels)
     test = SeededDataset(split, eval_transform(data), 0, config.data.val_split, replace=False)
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(1))
-    collate = Collate(data["input_size"])
-    unseen = [collate([test[0, int(i), 0] for i in part]).images for part in order[: args.eval_images].split(16)]
+    to_batch = partial(collate, shape=data["input_size"])
+    unseen = [to_batch([test[0, int(i), 0] for i in part]).images for part in order[: args.eval_images].split(16)]
     keys = [(0, int(i), 0) for i in order[: args.top1_images]]
-    loader = DataLoader(test, batch_size=128, sampler=keys, collate_fn=collate)
+    loader = DataLoader(test, batch_size=128, sampler=keys, collate_fn=to_batch)
     calibration = list(calibration_images(config.data, data, args.images, 16, 0))
     reference, calls = features(model, unseen), layer_calls(model, unseen[0])
     if args.top1:

@@ -26,7 +26,6 @@ from vit_tucker.errors import VitTuckerError
 from vit_tucker.export.export import export_model
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.show.tables import csv_text
 
 COLUMNS = ("model", "method", "onnx_relative_error", "file_over_weights", "dense_relative_error", "refused")
@@ -38,7 +37,7 @@ def measure(name: str, method: str) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         model = small_model(name)
-        spec = read_host(next(iter(find_attention(model).values())), has_mixed_rope(model)).spec
+        spec = read_host(next(iter(find_attention(model).values())), model).spec
         host = copy.deepcopy(model)
         vt.patch(model, vt.get_method(method).example(spec), keep_originals=False)
         if method == "gqa":

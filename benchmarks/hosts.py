@@ -24,6 +24,7 @@ from torch import nn
 
 import vit_tucker as vt
 from vit_tucker.analysis.host_map import build_structure, model_entry, model_names
+from vit_tucker.errors import one_line
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
@@ -145,7 +146,7 @@ def run(names: list[str], file: Path) -> list[str]:
             try:
                 rows = check(name)
             except Exception as error:
-                failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                failed.append(f"{name}: {type(error).__name__}: {one_line(error, 200)}")
                 print(failed[-1], flush=True)
                 continue
             for row in rows:

@@ -15,8 +15,9 @@ import numpy as np
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data import loaders
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset
+from vit_tucker.data.datasets import ArrayDataset
 from vit_tucker.data.loaders import Loaders, build_loaders
+from vit_tucker.data.vision import ConvertedDataset
 
 DIGITS = {"scale": (0.75, 1.0), "ratio": (0.85, 1.18), "interpolation": "bilinear", "hflip": 0.0}
 FASHION = {"scale": (0.85, 1.0), "ratio": (0.9, 1.11), "interpolation": "bilinear"}

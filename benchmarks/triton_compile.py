@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 import triton
+from kernel_usage import ITEMSIZE, compile_kernel
 
 from vit_tucker.attention.triton_tucker import tiles
-from vit_tucker.attention.triton_tucker.compiled import ITEMSIZE, compile_kernel
 from vit_tucker.attention.triton_tucker.tiles import KERNELS, KernelName, Ranks
 
 LIMITS = {80: 166912, 86: 101376, 90: 232448}

@@ -21,11 +21,11 @@ ALLOWED = {
     "linear": {"errors", "attention"},
     "hosts": {"errors", "tensor", "attention", "linear"},
     "conversion": {"errors", "tensor", "attention", "hosts"},
-    "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion"},
+    "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
     "data": {"errors", "storage", "config", "hosts"},
-    "training": {"errors", "validation", "storage", "config", "data"},
+    "training": {"errors", "validation", "storage", "config", "data", "show"},
     "analysis": {
         "errors",
         "tensor",
@@ -36,12 +36,17 @@ ALLOWED = {
         "patching",
         "checkpoint",
         "training",
+        "show",
     },
-    "inference": {"errors", "config", "hosts", "checkpoint", "data"},
+    "inference": {
+        *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
+        *("analysis", "run"),
+    },
     "report": {"errors", "storage", "show"},
     "explain": {
         *(
             "errors",
+            "storage",
             "attention",
             "config",
             "hosts",
@@ -106,10 +111,12 @@ ALLOWED = {
 """What each room may import, from the bottom up."""
 PARTS = {
     "tracing": "common",
+    "gradients": "common",
     "rope": "common",
     "options": "common",
     "host": "common",
     "effective": "weights",
+    "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
     "triton_tucker": "kernels",
@@ -119,6 +126,7 @@ PARTS = {
     "moments": "layers",
     "module": "layers",
     "heads": "layers",
+    "latent_layer": "layers",
     "latent_rope": "layers",
     "base": "methods",
     "registry": "methods",

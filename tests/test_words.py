@@ -37,11 +37,18 @@ CLEARED = (
     "attention",
     "checkpoint",
     "conversion",
+    "data",
     "explain",
     "export",
+    "hosts",
+    "linear",
+    "patching",
     "report",
+    "run",
+    "show",
     "storage",
     "tensor",
+    "training",
     "validation",
 )
 

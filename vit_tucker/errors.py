@@ -1,7 +1,8 @@
 """Errors that a user can mend: one clear line each, exit status 2 on the command line."""
 
 import difflib
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 
 MAX_MESSAGE = 2000
 """Characters of a message: what a user gave may be of any length."""
@@ -20,6 +21,15 @@ class PatchError(VitTuckerError):
 
 class WeightsError(PatchError):
     """Weights that are not what their module computes with, or are NaN or infinite; nothing has been changed."""
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Puts a module's full name in front of the message of a PatchError that is raised inside."""
+    try:
+        yield
+    except PatchError as error:
+        raise type(error)(f"{module}: {error}") from None
 
 
 class ConfigError(VitTuckerError):
@@ -78,9 +88,14 @@ def shorten(text: object, most: int = 120) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
+def one_line(text: object, most: int | None = None) -> str:
+    """Returns another library's message in one line, each white space one blank, cut after so many characters."""
+    return " ".join(str(text).split())[:most]
+
+
 def reason_of(error: BaseException, most: int = 200) -> str:
     """Returns what an error says in one line of at most so many characters; its class if it says nothing."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+    return one_line(error, most) or type(error).__name__
 
 
 def and_more(names: Sized, shown: int = 1) -> str:

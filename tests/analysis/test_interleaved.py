@@ -10,7 +10,7 @@ from torch import nn
 from vit_tucker.analysis.bench import bench_models
 from vit_tucker.analysis.cost import latency_to_dense
 from vit_tucker.analysis.interleaved import WARM_UP, compare_turns
-from vit_tucker.cli.bench import as_table
+from vit_tucker.report.bench import bench_table
 
 DENSE = [0.040, 0.060, 0.076, 0.071, 0.090, 0.071, 0.072, 0.118, 0.059]
 OWN = [0.034, 0.071, 0.064, 0.060, 0.077, 0.060, 0.073, 0.100, 0.071]
@@ -64,7 +64,7 @@ def test_bench_rows_agree(models, kind):
 
 def test_the_printed_table_agrees(models):
     rows = bench_models(models(), (3, 4, 4), 1, torch.device("cpu"), turns=len(DENSE), seconds=0.0)
-    dense, own = ([cell.strip() for cell in line.split("|")[1:-1]] for line in as_table(rows).splitlines()[2:])
+    dense, own = ([cell.strip() for cell in line.split("|")[1:-1]] for line in bench_table(rows).splitlines()[2:])
     assert (dense[4], dense[5]) == ("14.1", "71.00")
     assert float(own[4]) / float(dense[4]) == pytest.approx(float(own[6].partition("x")[0]), abs=0.01)
     assert float(dense[5]) / float(own[5]) == pytest.approx(float(own[6].partition("x")[0]), abs=0.01)

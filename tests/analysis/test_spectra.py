@@ -10,8 +10,7 @@ import vit_tucker as vt
 from tests.conversion.test_calibrate import pictures
 from vit_tucker.analysis.spectra import Shape, analyse, rank_scalars, save_spectra
 from vit_tucker.hosts.families import read_host
-from vit_tucker.report.spectra import draw_spectra, rank_summary
-from vit_tucker.tensor.modes import unfold
+from vit_tucker.report.spectra import draw_spectra, rank_summary, spectra_figure
 
 
 def by_mode(rows, layer="blocks.0.attn", whitened=False):
@@ -28,7 +27,7 @@ def test_spectra_are_those_of_the_hosts_tensors(make_vit):
     for tensor, pairs in (("pre", weights.pre_pairs()), ("post", weights.post_pairs())):
         names = ("head", "query", "key") if tensor == "pre" else ("head", "output", "value")
         for mode, name in enumerate(names):
-            expected = torch.linalg.svdvals(unfold(pairs.dense(), mode))
+            expected = torch.linalg.svdvals(pairs.dense().movedim(mode, 0).flatten(1))
             values = found[tensor, name].values
             torch.testing.assert_close(values, expected[: len(values)], rtol=1e-10, atol=1e-10)
 
@@ -83,22 +82,28 @@ def test_models_without_attention_are_refused():
 
 
 def test_files_and_figure(make_vit, tmp_path):
-    save_spectra(tmp_path, *analyse(make_vit(), [pictures(16)])[:2])
+    rows, shapes, _ = analyse(make_vit(depth=2), [pictures(16)])
+    save_spectra(tmp_path, rows, shapes)
     with (tmp_path / "singular_values.csv").open() as stream:
         lines = list(csv.DictReader(stream))
-    assert len(lines) == 2 * 3 * (4 + 24 + 24 + 4 + 24 + 24)
+    assert len(lines) == 2 * 2 * (4 + 24 + 24 + 4 + 24 + 24)
     values = [
-        float(x["value"]) for x in lines if (x["layer"], x["mode"], x["whitened"]) == ("blocks.2.attn", "key", "True")
+        float(x["value"]) for x in lines if (x["layer"], x["mode"], x["whitened"]) == ("blocks.1.attn", "key", "True")
     ]
     assert values == sorted(values, reverse=True)
     table = rank_summary(tmp_path)
     assert "| pre | key | 24 |" in table
     assert "| post, whitened | value | 24 |" in table
-    files = [draw_spectra(tmp_path, whitened, gqa=(2,), mla=(6, 3)) for whitened in (False, True)]
-    for file in files:
-        assert file.stat().st_size > 20_000
-        assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
-    assert files[0].read_bytes() != files[1].read_bytes()
+    file = draw_spectra(tmp_path, whitened=True)
+    assert file.name == "spectra_whitened.png"
+    assert file.stat().st_size > 20_000
+    assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    for whitened in (False, True):
+        figure = spectra_figure(tmp_path, whitened, gqa=(2,), mla=(6, 3))
+        (axis,) = (axis for axis in figure.axes if axis.get_title() == "pre-softmax, key mode")
+        curve = by_mode(rows, "blocks.1.attn", whitened)["pre", "key"].values
+        assert axis.lines[1].get_ydata() == pytest.approx((curve / curve[0]).tolist(), rel=1e-6)
+        assert [text.get_text() for text in axis.texts] == ["MLA-3", "MLA-6", "GQA-2"]  # at ranks 3, 6 and 2 * 6
 
 
 @pytest.mark.parametrize("patched", [True, False])
@@ -137,3 +142,10 @@ def test_an_artificial_cliff_is_noted(make_vit):
     assert values[17] < 0.05 * values[16]
     assert not analyse(make_vit(), [pictures(16)]).notes
     assert not analyse(make_vit()).notes
+
+
+def test_layers_with_one_token_are_refused_by_name(make_vit):
+    model = make_vit(img_size=4, class_token=False, global_pool="avg")
+    images = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.0\.attn: calibration: the second moments are zero"):
+        analyse(model, [images])

@@ -161,6 +161,7 @@ def test_optimizer_state_is_exact(tiny, opt):
     if opt in ("muon", "kron") and opt not in getattr(timm.optim, "list_optimizers", list)():
         pytest.skip(f"this timm has no {opt}")
     config = TrainConfig(opt=opt, momentum=0.9)
+    tiny.blocks = tiny.blocks[:1]  # the others' parameters have the same shapes
     parameters = list(tiny.parameters())
     found = optimizer_bytes(parameters, config)
     with torch.compiler.set_stance("force_eager"):

@@ -193,7 +193,8 @@ def test_kernels_compile_for_a_gpu_within_the_bound(kernel, dtype, ranks, mask, 
     triton = pytest.importorskip("triton")
     if numbers(triton.__version__) < (3, 3):
         pytest.skip("Triton's compiler has another interface before 3.3")
-    from vit_tucker.attention.triton_tucker.compiled import ITEMSIZE, compile_kernel
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from kernel_usage import ITEMSIZE, compile_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     widths, in_memory = Ranks(*map(tiles.width, ranks)), mask in ("boolean", "additive")

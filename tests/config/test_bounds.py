@@ -15,7 +15,8 @@ from vit_tucker.config.data_section import DataConfig
 from vit_tucker.config.load import validate_as
 from vit_tucker.config.schema import DistillConfig, ModelConfig, RunConfig, TrainConfig
 from vit_tucker.config.source import Source
-from vit_tucker.sweep.schema import CellConfig, SweepConfig
+from vit_tucker.linear.base import LinearConfig
+from vit_tucker.sweep.schema import CellConfig, ExecutorConfig, SweepConfig
 from vit_tucker.validation.mistakes import models_in
 
 METHODS = [vt.get_method(name) for name in vt.list_methods()]
@@ -27,6 +28,7 @@ MODELS = (
     DistillConfig,
     SweepConfig,
     CellConfig,
+    ExecutorConfig,
     Calibration,
     RankRule,
     Rule,
@@ -90,7 +92,7 @@ def test_all_models_of_the_schema_are_walked():
         return parts.union(*(within(part) for part in parts))
 
     found = set().union(*(within(model) | {model} for model in (RunConfig, SweepConfig, *METHODS)))
-    assert found - {vt.AttentionConfig} == set(MODELS)
+    assert found - {vt.AttentionConfig, LinearConfig} == set(MODELS)
     assert len(CASES) > 200
 
 

@@ -91,8 +91,7 @@ def test_changed_sweeps_are_read_or_refused_in_one_line(file, rng):
 @given(RANDOMS)
 @some(35)
 def test_changed_overrides_and_method_strings_are_read_or_refused_in_one_line(rng):
-    from vit_tucker.cli.cost import read_method
-    from vit_tucker.config.schema import ModelConfig
+    from vit_tucker.config.method_string import read_method
 
     values = read_with_bases(package_configs() / "digits" / "tucker_r16_calibrated.yaml").values
     path = rng.choice(places(values))
@@ -102,7 +101,7 @@ def test_changed_overrides_and_method_strings_are_read_or_refused_in_one_line(rn
     key = ".".join(map(str, path))
     for read in (
         lambda: load_config("digits/tucker_r16", [f"{key}={text}"]),
-        lambda: read_method(f"tucker {path[-1]}={text}", ModelConfig(name="vit_tiny_patch16_224")),
+        lambda: read_method(f"tucker {path[-1]}={text}"),
     ):
         try:
             read()

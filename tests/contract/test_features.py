@@ -12,7 +12,6 @@ from tests.conftest import make_spec, randomise
 from vit_tucker.attention.host import REASONS
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 VIT = {"img_size": 32, "embed_dim": 48, "depth": 1, "num_heads": 4}
 HOSTS = {
@@ -40,7 +39,7 @@ def make_host(feature: str) -> nn.Module:
 
 def specs_of(model: nn.Module) -> dict[str, vit_tucker.HostSpec]:
     """The hosts' specs by module name."""
-    return {name: read_host(m, has_mixed_rope(model)).spec for name, m in find_attention(model).items()}
+    return {name: read_host(m, model).spec for name, m in find_attention(model).items()}
 
 
 def test_there_is_a_host_for_every_feature():

@@ -35,8 +35,10 @@ def distance(model, reference, x):
         return ((model(x) - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.parametrize("objective", ["features", "layer"])
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [*((name, "features") for name in EXAMPLES), *((name, "layer") for name in ("tucker", "gqa svd", "mla"))],
+)
 def test_calibrated_conversions_are_nearer_on_unseen_images(make_vit, name, objective):
     model, unseen = make_vit(), pictures(seed=1)
     reference = model(unseen).detach()
@@ -103,7 +105,7 @@ def test_images_and_loaders(make_vit):
         (b for b in [pictures(8)]),
         [torch.cat([pictures(8), pictures(8, seed=5)])],
     ):
-        model = make_vit()
+        model = make_vit(depth=1)
         config = EXAMPLES["tucker"].model_copy(update={"calibration": vt.Calibration(images=8)})
         vt.patch(model, config, calibration=batches)
         states.append(model.state_dict())
@@ -136,7 +138,11 @@ def without_biases(make_vit):
 
 @pytest.mark.parametrize(
     ("name", "host"),
-    [("gqa mean", with_norms), ("mla", with_norms), *((name, without_biases) for name in EXAMPLES)],
+    [
+        ("gqa mean", with_norms),
+        ("mla", with_norms),
+        *((name, without_biases) for name in ("tucker, cut heads", "tucker, shared", "gqa svd", "mla")),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_hosts_with_norms_and_without_biases(make_vit, name, host):

@@ -156,3 +156,12 @@ def test_refusals(make_vit):
         vt.PatchError, match=r"blocks.0.attn: ranks .* are chosen from weights, but these are on the meta"
     ):
         vt.plan(make_vit().to("meta"), rule(budget=0.5))
+
+
+def test_layers_with_one_token_are_refused_by_name(make_vit):
+    """Their scores are constant: no rank of them can be chosen by images."""
+    model = make_vit(img_size=4, class_token=False, global_pool="avg")
+    images = torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(vt.PatchError, match=r"^blocks\.0\.attn: calibration: the second moments are zero"):
+        vt.patch(model, rule(budget=0.5), calibration=images)
+    assert patch_record(model) is None

@@ -95,7 +95,7 @@ def test_loss_is_the_error_up_to_a_constant(centre):
     metric = root.T @ root
     sums = LinearMoments.like(f, y, centre)
     sums.add(f[:25], y[:25], weights[:25])
-    rest = sums.empty()
+    rest = LinearMoments.zeros(sums.f_shift, sums.y_shift)
     rest.add(f[25:], y[25:], weights[25:])
     sums = sums.plus(rest)
 

@@ -6,6 +6,7 @@ import io
 import pickle
 import struct
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.datasets import dataset_info, load_dataset, subset
 from vit_tucker.data.idx import read_idx
+from vit_tucker.data.split_source import SplitSource
 from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
@@ -24,7 +26,7 @@ RNG = np.random.default_rng(0)
 def load(name, split="train", mode="RGB", root="nowhere", **options):
     if name in ("folder", "imagenet") or name.startswith(("wds/", "hfds/")):
         return open_split(DataConfig(dataset=name, root=str(root)), split, split == "train", 3)
-    return load_dataset(name, split, split == "train", mode, str(root), options)
+    return load_dataset(SplitSource(name, split, "train", mode, Path(root), options=options), split == "train")
 
 
 def test_digits_split_is_fixed_and_stratified():

@@ -8,10 +8,11 @@ from tests.data.test_datasets import write_folder
 from tests.data.trees import opened, tree
 from vit_tucker.config.schema import DataConfig, TrainConfig
 from vit_tucker.data.classes import refuse_label
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset
+from vit_tucker.data.datasets import ArrayDataset
 from vit_tucker.data.labels import check_labels, labels_of
 from vit_tucker.data.loaders import build_loaders
 from vit_tucker.data.splits import open_split
+from vit_tucker.data.vision import ConvertedDataset
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,)}

@@ -36,23 +36,25 @@ def first_step(loaders, epoch=0, start=0):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_depends_on_image_and_epoch_only(workers):
-    data = AUGMENTED.model_copy(update={"num_workers": workers})
-    ((images, labels, _),) = first_step(build())
+    alone = AUGMENTED.model_copy(update={"num_samples": 128})
+    data = alone.model_copy(update={"num_workers": workers})
+    ((images, labels, _),) = first_step(build(alone))
     ((again, same, _),) = first_step(build(data))
     assert torch.equal(images, again)
     assert torch.equal(labels, same)
     halves = [first_step(build(data, rank, 2))[0] for rank in (0, 1)]
     united = torch.cat([half[0] for half in halves])
     assert {x.numpy().tobytes() for x in united} == {x.numpy().tobytes() for x in images}
-    ((other, *_),) = first_step(build(data, seed=1))
+    ((other, *_),) = first_step(build(alone, seed=1))
     assert not torch.equal(images, other)
-    ((later, *_),) = first_step(build(data), epoch=1)
+    ((later, *_),) = first_step(build(alone), epoch=1)
     assert not torch.equal(images, later)
 
 
 def test_resuming_in_mid_epoch_gives_the_same_batches():
-    whole = list(build().train.steps(2))
-    rest = list(build().train.steps(2, 5))
+    data = AUGMENTED.model_copy(update={"num_samples": 128})
+    whole = list(build(data).train.steps(2))
+    rest = list(build(data).train.steps(2, 5))
     assert len(rest) == len(whole) - 5
     assert torch.equal(rest[0][0][0], whole[5][0][0])
 
@@ -106,7 +108,7 @@ def test_streamed_training_has_the_promised_steps(tmp_path):
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_repeated_augmentation_shows_an_image_anew(in_memory):
-    data = AUGMENTED.model_copy(update={"in_memory": in_memory})
+    data = AUGMENTED.model_copy(update={"in_memory": in_memory, "num_samples": 128})
     repeated = data.model_copy(update={"aug_repeats": 4})
     ((images, labels, _),) = first_step(build(repeated))
     assert torch.equal(labels, labels[:4].repeat(4))

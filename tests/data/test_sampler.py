@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vit_tucker.data.sampler import EvalSampler, TrainSampler, shard
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.errors import ConfigError
 
 
 def steps(world_size, accumulation=1, epoch=0, start=0, num=50, batch=8, seed=0):
@@ -61,11 +62,13 @@ def test_evaluation_counts_each_image_once(num, batch_size, world_size):
 
 
 def test_impossible_batches_are_refused():
-    with pytest.raises(ValueError, match="global_batch_size=9 can't be split evenly over 2 processes x 2 accumulation"):
+    with pytest.raises(
+        ConfigError, match="global_batch_size=9 can't be split evenly over 2 processes x 2 accumulation"
+    ):
         TrainSampler(50, 9, 0, 0, 2, 2)
-    with pytest.raises(ValueError, match="global_batch_size=64 is larger than the 50 training images"):
+    with pytest.raises(ConfigError, match="global_batch_size=64 is larger than the 50 training images"):
         TrainSampler(50, 64, 0, 0, 1, 1)
-    with pytest.raises(ValueError, match=r"data.aug_repeats=3: train.global_batch_size=8 must be a multiple of it"):
+    with pytest.raises(ConfigError, match=r"data.aug_repeats=3: train.global_batch_size=8 must be a multiple of it"):
         TrainSampler(50, 8, 0, 0, 1, 1, repeats=3)
 
 

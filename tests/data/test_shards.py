@@ -11,8 +11,9 @@ from PIL import Image
 from tests.data.test_datasets import write_shards
 from tests.data.test_streams import build
 from vit_tucker.config.schema import DataConfig
+from vit_tucker.data.labels import class_names
 from vit_tucker.data.samples import calibration_images, evaluation_images
-from vit_tucker.data.splits import class_names, open_split
+from vit_tucker.data.splits import open_split
 from vit_tucker.errors import DataError
 
 RESOLVED = {"input_size": (3, 8, 8), "mean": (0.0,) * 3, "std": (1.0,) * 3}
@@ -127,7 +128,7 @@ def test_names_as_labels_go_by_a_class_map_or_the_info_file(tmp_path):
         labels_of(opened(root, class_map={"dog": 0}))
     named = write(tmp_path / "named", samples, class_names=["cat", "dog"])
     assert labels_of(opened(named)) == [1, 0, 1]
-    assert class_names(DataConfig(dataset="wds/"), opened(named)) == ("cat", "dog")
+    assert class_names(opened(named)) == ("cat", "dog")
     # the run's classes go before those of this file, for names and for numbers
     numbers = write(tmp_path / "numbers", [{"jpeg": encoded(0), "cls": 0}], class_names=["cat", "dog"])
     for folder, expected in ((named, [1, 2, 1]), (numbers, [2])):

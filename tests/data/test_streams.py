@@ -56,7 +56,7 @@ def reds(batches):
     return sorted(round(x[0, 0, 0].item() * 255 / 20) for batch in batches for x in batch.images)
 
 
-@pytest.mark.parametrize(("workers", "rank", "world_size"), [(0, 0, 1), (2, 0, 1), (1, 1, 2)])
+@pytest.mark.parametrize(("workers", "rank", "world_size"), [(0, 0, 1), (2, 1, 2)])
 def test_an_epoch_goes_on_exactly_in_a_new_process_state(tmp_path, workers, rank, world_size):
     write_shards(tmp_path, sizes=(6, 6, 6, 6))
 
@@ -107,7 +107,7 @@ def test_a_hugging_face_stream_goes_on_exactly(tmp_path, workers):
     assert not equal(first, second)
 
 
-@pytest.mark.parametrize(("workers", "world_size", "download"), [(0, 1, True), (0, 2, False), (2, 2, False)])
+@pytest.mark.parametrize(("workers", "world_size", "download"), [(0, 1, True), (2, 2, False)])
 def test_num_samples_of_a_hugging_face_stream_are_its_first_ones(tmp_path, workers, world_size, download):
     write_folder(
         tmp_path / "images", splits=("train", "test"), count=8

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.data.test_datasets import idx, write_cifar
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.labels import labels_of
-from vit_tucker.data.splits import class_names, open_split, open_splits
+from vit_tucker.data.labels import class_names, labels_of
+from vit_tucker.data.splits import open_split, open_splits
 from vit_tucker.errors import DataError
 
 
@@ -21,10 +21,6 @@ def config(name, root, **data):
 
 def opened(name, root, split="train", **data):
     return open_split(config(name, root, **data), split, False, 3)
-
-
-def names(name, dataset):
-    return class_names(config(name, "."), dataset)
 
 
 def write_images(root, folders, mode="RGB", ending="JPEG"):
@@ -42,7 +38,7 @@ def test_imagenets_names_are_strings(tmp_path):
     write_images(tmp_path, [f"{split}/{wnid}" for split in ("train", "val") for wnid in wnids])
     for split in ("train", "val", "validation"):
         data = opened("imagenet", tmp_path, split)
-        assert names("imagenet", data) == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+        assert class_names(data) == ("tench, Tinca tinca", "goldfish, Carassius auratus")
         assert [label for _, label in (data[0], data[1])] == labels_of(data).tolist() == [0, 1]
     for split in ("test", "trian"):
         with pytest.raises(
@@ -70,8 +66,8 @@ MNIST_FILES = [(f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte") fo
 def test_mnist_and_its_kin(tmp_path, name, folder, first):
     write_mnist(tmp_path / folder / "raw", MNIST_FILES, [3, 1, 9])
     data = opened(name, tmp_path)
-    assert names(name, data)[0] == first
-    assert len(names(name, data)) == 10
+    assert class_names(data)[0] == first
+    assert len(class_names(data)) == 10
     assert labels_of(data).tolist() == [3, 1, 9]
     image, label = data[0]
     assert (image.mode, image.size, label) == ("RGB", (28, 28), 3)
@@ -95,13 +91,13 @@ def test_qmnists_labels_have_the_writers_too(tmp_path):
         (folder / f"qmnist-{part}-labels-idx2-int").write_bytes(header + table.tobytes())
     data = opened("qmnist", tmp_path)
     assert labels_of(data).tolist() == [data[0][1], data[1][1]] == [4, 2]
-    assert names("qmnist", data)[4] == "4 - four"
+    assert class_names(data)[4] == "4 - four"
 
 
 def test_cifars_names(tmp_path, monkeypatch):
     write_cifar(tmp_path, "cifar10", monkeypatch)
     data = opened("cifar10", tmp_path, "test")
-    assert names("cifar10", data) == tuple("abcdefghij")
+    assert class_names(data) == tuple("abcdefghij")
     assert labels_of(data).tolist() == [5, 9, 2, 6]
     with pytest.raises(DataError, match="torch/cifar10 has no split 'extra'"):
         opened("cifar10", tmp_path, "extra")
@@ -121,7 +117,7 @@ def test_places365(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(tv.Places365, "_FILE_LIST_META", lists)
     data = opened("places365", tmp_path)
-    assert names("places365", data) == ("/a/airfield", "/b/bar")
+    assert class_names(data) == ("/a/airfield", "/b/bar")
     assert labels_of(data).tolist() == [0, 1]
     with pytest.raises(DataError, match="torch/places365 has no split 'test'"):  # which has no labels
         opened("places365", tmp_path, "test")
@@ -131,7 +127,7 @@ def test_inaturalists_names(tmp_path):
     kinds = [f"{number:05d}_Animalia_Chordata_Aves_Order_Family_Genus_species{number}" for number in range(2)]
     write_images(tmp_path / "2021_train", kinds, ending="jpg")
     data = opened("inaturalist", tmp_path)
-    assert names("inaturalist", data) == tuple(kinds)
+    assert class_names(data) == tuple(kinds)
     assert labels_of(data).tolist() == [label for _, label in (data[0], data[1])]
     with pytest.raises(
         DataError, match="data set 'torch/inaturalist' .* can't be opened: ValueError: Unknown value '2021_tra'"
@@ -142,7 +138,7 @@ def test_inaturalists_names(tmp_path):
 def test_folders_of_torchvision_need_the_split(tmp_path):
     write_images(tmp_path, ["train/a", "train/b"], mode="I;16", ending="png")
     data = opened("folder", tmp_path)
-    assert names("folder", data) == ("a", "b")
+    assert class_names(data) == ("a", "b")
     assert data[0][0].getpixel((0, 0)) == (128, 128, 128)  # torchvision's own loader makes it white
     with pytest.raises(DataError, match=r"torch/folder: no image folder for split 'validation', searched .*<class>"):
         opened("folder", tmp_path, "validation")  # timm would read the root

@@ -1,8 +1,7 @@
 """Loader workers and signals, with real processes."""
 
-import signal
+import multiprocessing
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from tests.conftest import process_environment
 from vit_tucker.data.workers import end_workers, init_worker
 
 
@@ -25,9 +23,11 @@ class Squares(torch.utils.data.Dataset):
 
 def start(init=init_worker):
     """A loader that is being read, its iterator, and its workers' processes."""
-    loader = DataLoader(Squares(), num_workers=2, batch_size=2, persistent_workers=True, worker_init_fn=init)
+    # lists, not tensors: these come through a socket of the worker, whose end may be noticed there first, in other words
+    options = {"num_workers": 2, "batch_size": 2, "persistent_workers": True, "collate_fn": list}
+    loader = DataLoader(Squares(), worker_init_fn=init, **options)
     iterator = iter(loader)
-    values = next(iterator).tolist()
+    values = next(iterator)
     return loader, iterator, values, loader._iterator._workers
 
 
@@ -43,7 +43,7 @@ def send_and_read(name, workers, iterator):
 
 
 def rest(iterator):
-    return [value for batch in iterator for value in batch.tolist()]
+    return [value for batch in iterator for value in batch]
 
 
 def gone_within(seconds, alive):
@@ -86,22 +86,23 @@ def test_the_parent_ends_them_with_one_sigterm():
     end_workers(loader)
 
 
+def start_and_sleep(pipe):
+    """Starts workers, sends their process ids, and waits to be killed."""
+    kept = start()
+    pipe.send([worker.pid for worker in kept[3]])
+    time.sleep(60)
+
+
 def test_they_end_when_the_parent_is_killed():
-    script = (
-        "import time; from tests.data.test_workers import start\n"
-        "kept = start(); print(*[worker.pid for worker in kept[3]], flush=True); time.sleep(60)\n"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env=process_environment(Path(__file__).parents[2]),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    parent = context.Process(target=start_and_sleep, args=(there,))
+    parent.start()
+    pids = here.recv()
     assert len(pids) == 2
     assert all(running(pid) for pid in pids)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
+    parent.kill()
+    parent.join()
     assert gone_within(3, lambda: any(running(pid) for pid in pids))  # torch alone needs up to 5 s
 
 

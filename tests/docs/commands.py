@@ -11,9 +11,8 @@ import timm
 
 from docs.hooks import ROOT
 from docs.hooks.commands import command_parsers
-from vit_tucker.cli.cost import read_method
 from vit_tucker.config.load import load_config
-from vit_tucker.config.schema import ModelConfig
+from vit_tucker.config.method_string import read_method
 from vit_tucker.sweep.plan import load_sweep
 
 ASSIGNMENT = re.compile(r"^[A-Z_]+=")
@@ -182,4 +181,4 @@ def check_parsed(command: str, args: argparse.Namespace) -> None:
         expect(timm.is_model(name), f"timm has no model '{name}'")
     methods = getattr(args, "method", None) or []
     for method in [methods] if isinstance(methods, str) else methods:
-        read_method(method, ModelConfig(name="vit_base_patch16_224"))
+        read_method(method)

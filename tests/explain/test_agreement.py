@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import vit_tucker as vt
+from vit_tucker.conversion.observe import groups_within
 from vit_tucker.errors import ExplainError
-from vit_tucker.explain import agreement
-from vit_tucker.explain.agreement import compare_attention, cosine, layers_within_memory, total_variation
+from vit_tucker.explain.agreement import compare_attention, cosine, total_variation
 from vit_tucker.explain.capture import attention_maps
 
 SAME = torch.tensor([[1.0, 0], [0.5, 0.5]])
@@ -38,14 +38,10 @@ def test_a_patched_model_beside_its_host(make_vit, images):
     assert min(row.total_variation for row in other) > 1e-3
 
 
-def test_groups_within_the_memory(monkeypatch):
-    monkeypatch.setattr(agreement, "MAP_BYTES", 100)
-    assert list(layers_within_memory("abcde", {"a": 20, "b": 30, "c": 1, "d": 500, "e": 1})) == [
-        ["a", "b"],
-        ["c"],
-        ["d"],
-        ["e"],
-    ]
+def test_groups_within_the_memory():
+    sizes = {"a": 40, "b": 60, "c": 2, "d": 1000, "e": 2}
+    assert list(groups_within("abcde", sizes.get, 100)) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert list(groups_within([], len, 100)) == []
 
 
 def test_other_heads_or_tokens(make_vit, images):

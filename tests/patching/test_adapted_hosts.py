@@ -69,7 +69,7 @@ def test_adapters_are_merged_exactly(kind):
     planned = vt.plan(model, vt.MHAConfig(), img_size=size)
     assert planned.layers[0].flops_before is not None
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    for method in vt.list_methods():
+    for method in vt.list_methods() if kind == "one qkv" else ["gqa", "tucker"]:  # all get the same merged weights
         config = vt.full_rank_config(model, method)
         report = vt.patch(model, config, img_size=size)
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)

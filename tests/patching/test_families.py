@@ -1,6 +1,7 @@
 """A fixed sample of timm's families, small models of the real classes: every method carries what its map says, exactly."""
 
 from importlib import import_module
+from itertools import chain
 
 import pytest
 import timm
@@ -19,7 +20,7 @@ PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_head
 STAGES = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
 FAMILIES: dict[str, dict] = {
     "vit_tiny_patch16_224": PLAIN,
-    "vit_wee_patch16_reg1_gap_256": {"depth": 2, "img_size": 64},
+    "vit_wee_patch16_reg1_gap_256": PLAIN,
     "vit_base_patch16_clip_224": PLAIN,
     "vit_base_patch16_siglip_224": {**PLAIN, "num_classes": 0},
     "vit_small_patch14_reg4_dinov2": PLAIN,
@@ -46,8 +47,8 @@ FAMILIES: dict[str, dict] = {
         "depths": (2, 2),
         "num_heads": (2, 4),
     },
-    "maxvit_rmlp_pico_rw_256": {"img_size": 64, "depths": (1, 1, 1, 1)},
-    "coatnet_nano_rw_224": {"img_size": 64, "depths": (1, 1, 1, 1)},
+    "maxvit_rmlp_pico_rw_256": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64)},
+    "coatnet_nano_rw_224": {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64)},
     "davit_tiny": {"embed_dims": (16, 16, 32, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)},
     "nest.Nest": {
         "img_size": 64,
@@ -72,13 +73,29 @@ FAMILIES: dict[str, dict] = {
         "token_mixers": (nn.Identity, Attention),
         "norm_layers": (LayerNorm2dNoBias, LayerNormNoBias),
     },
-    "fastvit_sa12": {"layers": (1, 1, 1, 1)},
+    "fastvit_sa12": {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 32, 64)},
     "visformer_tiny": {"img_size": 64, "embed_dim": 48, "depth": (1, 1, 1)},
-    "crossvit_tiny_240": {},
+    "crossvit_tiny_240": {"embed_dim": (24, 48), "depth": ((1, 1, 0),), "num_heads": (2, 2)},
     "naflexvit_base_patch16_gap": {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 64},
     "mobilevit_xxs": {},
     "beit3_base_patch16_224": PLAIN,
 }
+
+PIXELS = {"davit_tiny": 64, "metaformer.MetaFormer": 64, "fastvit_sa12": 64, "mobilevit_xxs": 64}
+"""Sides of the images of families that are not built for a size."""
+SAME_ATTENTION = {
+    "vit_tiny_patch16_224": (
+        "vit_wee_patch16_reg1_gap_256",
+        "vit_base_patch16_clip_224",
+        "vit_medium_patch32_clip_224",
+        "deit_tiny_distilled_patch16_224",
+        "deit3_small_patch16_224",
+        "flexivit_small",
+    ),
+    "beit_base_patch16_224": ("beitv2_base_patch16_224",),
+    "eva_giant_patch14_224": ("vit_betwixt_patch16_rope_reg4_gap_256",),
+}
+"""Families whose attention is that of another: class, features, layout and rotations."""
 
 
 def small_model(name: str, **more) -> nn.Module:
@@ -98,10 +115,30 @@ def image(model: nn.Module, size: int | None = None) -> torch.Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def kinds_of_attention(name: str) -> set[tuple]:
+    """Returns class, features, layout and rotations of a family's attention layers."""
+    model = small_model(name)
+    kinds = set()
+    for module in find_attention(model).values():
+        spec = read_host(module, model).spec
+        rope = None if spec.rope is None else (spec.rope.half, spec.rope.per_head)
+        kinds.add((type(module), tuple(spec.features), spec.layout, rope))
+    return kinds
+
+
+@pytest.mark.parametrize("name", SAME_ATTENTION)
+def test_families_with_the_same_attention(name):
+    expected = kinds_of_attention(name)
+    assert all(kinds_of_attention(other) == expected for other in SAME_ATTENTION[name])
+    others = SAME_ATTENTION.keys() - {name}
+    assert all(kinds_of_attention(other) != expected for other in others)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in chain(*SAME_ATTENTION.values())])
+@torch.no_grad()
 def test_every_method_is_exact_where_the_map_says_so(name):
     model = small_model(name)
-    x = image(model, FAMILIES[name].get("img_size"))
+    x = image(model, PIXELS.get(name, FAMILIES[name].get("img_size")))
     expected = model(x)
     entry = model_entry(name, model)
     assert entry.patchable("gqa"), entry
@@ -111,7 +148,7 @@ def test_every_method_is_exact_where_the_map_says_so(name):
             assert "can't carry" in status
             first = next(iter(find_attention(model).values()))
             with pytest.raises(vt.PatchError, match="can't carry"):
-                vt.patch(model, vt.get_method(method).example(read_host(first).spec))
+                vt.patch(model, vt.get_method(method).example(read_host(first, model).spec))
             with pytest.raises(vt.PatchError, match="can't carry"):
                 vt.full_rank_config(model, method)
             continue

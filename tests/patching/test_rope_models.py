@@ -1,5 +1,7 @@
 """Models with RoPE and with position biases through conversion, calibration, rank rules and reports."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 ROPE = ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "vit_small_patch16_dinov3"]
 BIASED = ["beit_base_patch16_224", "vit_srelpos_small_patch16_224", "swin_tiny_patch4_window7_224"]
-OTHER = ["volo.VOLO", "coatnet_nano_rw_224", "nest.Nest", "davit_tiny"]
+METHODS = vt.list_methods()
 CONFIGS = {
     "tucker": vt.TuckerConfig(ranks=(2, 6, 6)),
     "tucker shared": vt.TuckerConfig(ranks=(2, 6, 6), shared_kv=True),
@@ -25,11 +27,18 @@ def batch(name, model, count=24, seed=1):
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("name", [*ROPE, *BIASED, *OTHER[:1]])
+CALIBRATED = [
+    *((name, config) for name in ROPE for config in CONFIGS),
+    *((BIASED[i % len(BIASED)], config) for i, config in enumerate(CONFIGS)),
+    ("volo.VOLO", "tucker"),
+]
+"""Rotations are part of the tensors that are converted, each way of its own; a bias or a grid is part of the call alone."""
+
+
+@pytest.mark.parametrize(("name", "config"), CALIBRATED)
 def test_calibrated_conversions_beat_the_weights_alone(name, config):
-    model = small_model(name)
-    images = batch(name, model)
+    model, config = small_model(name), CONFIGS[config]
+    images = batch(name, model, 8 if name == "volo.VOLO" else 24)
     vt.patch(model, config)
     record = vt.patch_record(model)
     dense = list(record.originals.values())
@@ -69,9 +78,15 @@ def layer_errors(model, images):
     return [sums[name][0] for name in originals]
 
 
-@pytest.mark.parametrize("name", [*ROPE, BIASED[0]])
-@pytest.mark.parametrize("calibrated", [False, True])
-@pytest.mark.parametrize("rule", [{"budget": 0.2}, {"flops": 0.3}, {"energy": 0.9, "multiple_of": 3}], ids=str)
+RULES = {"budget": 0.2}, {"flops": 0.3}, {"energy": 0.9, "multiple_of": 3}
+RULED = [
+    *((ROPE[0], calibrated, rule) for calibrated in (False, True) for rule in RULES),
+    *((name, bool(i % 2), rule) for i, (name, rule) in enumerate(product([*ROPE[1:], BIASED[0]], RULES))),
+]
+"""One model with every rule, the others with each once: the search sees tables of errors and costs, not models."""
+
+
+@pytest.mark.parametrize(("name", "calibrated", "rule"), RULED, ids=str)
 def test_rank_rules(name, calibrated, rule):
     model = small_model(name)
     config = vt.TuckerConfig(ranks={"multiple_of": 2, **rule})
@@ -224,10 +239,11 @@ def naflex_images():
     }
 
 
-@pytest.mark.parametrize("kind", NAFLEX)
-@pytest.mark.parametrize("method", vt.list_methods())
+@pytest.mark.parametrize(
+    ("kind", "method"), list(zip([*NAFLEX, *NAFLEX], [*METHODS, *METHODS[1:], METHODS[0]], strict=True))
+)
 def test_images_of_several_shapes_in_one_batch(kind, method):
-    """NaFlexVit: each image has a table and a mask of its own."""
+    """NaFlexVit: each image has a table and a mask of its own. Each kind of table with two methods."""
     try:
         model = small_model("naflexvit_base_patch16_gap", **NAFLEX[kind])
     except (TypeError, AttributeError, ValueError):

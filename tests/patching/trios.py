@@ -18,7 +18,6 @@ import vit_tucker as vt
 from tests.patching.test_families import FAMILIES, image, small_model
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 
 METHODS = vt.list_methods()
 HOSTS: dict[str, tuple[str, dict[str, Any]]] = {  # with the number of prefix tokens
@@ -36,12 +35,23 @@ HOSTS: dict[str, tuple[str, dict[str, Any]]] = {  # with the number of prefix to
 }
 ROPE_HOSTS = ("eva02_1", "axial_0", "mixed_1", "dinov3_5")
 VIT_HOSTS = ("vit_1", "vit_0", "vit_5")
+KINDS = (VIT_HOSTS, ("axial_0", "eva02_1"), ("mixed_1",), ("dinov3_5",), ("beit", "swin"), ("srelpos", "relpos"))
+"""Hosts by what their attention is called with: tokens alone; a table of rotations, one for each head, one of halves; a position
+bias of its own, or of a module."""
 TRAINING = {"drop_path_rate": 0.5, "proj_drop_rate": 0.2}
 
 
 def over(*hosts: str) -> pytest.MarkDecorator:
-    """A test over all registered methods and these hosts, all if none are given."""
-    pairs = [(host, method) for host in hosts or HOSTS for method in METHODS]
+    """Runs a test over pairs of a host and a method: every method with every kind of host, and every host at least once.
+
+    The other pairs are redundant: what a layer of ours computes depends on the kind of its call, see ``KINDS``, and what timm
+    does with a host depends on the host alone.
+
+    Args:
+        hosts: names; all if none are given.
+    """
+    kinds = [[host for host in kind if host in (hosts or HOSTS)] for kind in KINDS]
+    pairs = [(kind[i % len(kind)], method) for kind in kinds if kind for i, method in enumerate(METHODS)]
     return pytest.mark.parametrize(("host", "method"), pairs, ids=["-".join(pair) for pair in pairs])
 
 
@@ -63,9 +73,8 @@ def make_dense(host: str, **options: Any) -> nn.Module:
 
 def refusal(method: str, model: nn.Module) -> str | None:
     """Why a method does not take a model's attention, by its own word; None if it does."""
-    mixed = has_mixed_rope(model)
     for module in find_attention(model).values():
-        spec = read_host(module, mixed).spec
+        spec = read_host(module, model).spec
         try:
             config = vt.get_method(method).example(spec)
             config.refuse_features(spec)
@@ -77,7 +86,7 @@ def refusal(method: str, model: nn.Module) -> str | None:
 
 def small_config(model: nn.Module, method: str) -> vt.AttentionConfig:
     """A config that fits the first layer and changes the output: random weights where there is nothing to compress."""
-    spec = read_host(next(iter(find_attention(model).values())), has_mixed_rope(model)).spec
+    spec = read_host(next(iter(find_attention(model).values())), model).spec
     cls = vt.get_method(method)
     config = cls.example(spec)
     return config.model_copy(update={"init": "random"}) if config == cls.full_rank(spec) else config

@@ -24,7 +24,7 @@ def test_one_table_in_three_formats():
 def test_latency_makes_the_table_longer():
     assert "time of dense" not in model_table("vit", [VALUES], []).render("markdown")
     table = model_table("vit", [[*VALUES, *TIMES]], [])
-    assert len(table.columns) == len(MODEL_COLUMNS) + len(LATENCY_COLUMNS)
+    assert len(table.header) == len(MODEL_COLUMNS) + len(LATENCY_COLUMNS)
     cells = table.render("markdown").splitlines()[-1].replace(" ", "").split("|")
     assert cells[-6:-1] == ["12.3", "0.500", "0.450", "0.550", "2.50"]
 

@@ -48,7 +48,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["Tucker, HOSVD"].get_xdata()) == [
         params for _, params in TUCKER
     ]  # the front only, without "worse"
-    means = [s.top1_mean for s in section.of_method("tucker") if s.name != "worse"]
+    means = [s.top1_mean for s in section.comparable if s.method == "tucker" and s.name != "worse"]
     assert list(lines["Tucker, HOSVD"].get_ydata()) == means
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
@@ -107,9 +107,13 @@ def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
     panels = [axis for axis in drawn[0].axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == ["Tucker, HOSVD", "GQA, mean-pool", "MLA, joint SVD"]
     assert [len(axis.lines) for axis in panels] == [5, 4, 5]  # with dense
-    setting = section.of_method("tucker")[0]
+    setting = next(s for s in section.comparable if s.method == "tucker")
     means = np.mean([[row["eval_top1"] for row in run["curve"]] for run in setting.runs], axis=0)
     assert panels[0].lines[0].get_ydata() == pytest.approx(means)
+    short = study(seeds=1)
+    for run in short:
+        run["curve"] = run["curve"][-1:]
+    assert draw_curves(*sections(short), tmp_path) is None
     draw_curves(section, tmp_path, ["gqa*"])
     assert [axis.get_title() for axis in drawn[1].axes if axis.get_title()] == ["GQA, mean-pool"]
     with pytest.raises(ConfigError, match="--curves gqa9: no such config; did you mean 'gqa"):

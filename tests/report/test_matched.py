@@ -63,11 +63,11 @@ def test_out_of_reach_is_a_bound():
     found = comparison(study(noise=0.0))
     never = at(found, "tucker-8-32-32")
     assert str(never.factors["gqa"]) == ">2x [2, >2]"
-    assert never.factors["gqa"].verdict == "more"
+    assert never.factors["gqa"].against() == "more"
     assert never.dense == pytest.approx(2.64, abs=0.01)  # dense MHA reaches it
     already = at(found, "tucker-2-4-4")
     assert str(already.factors["gqa"].value) == "<7.8"
-    assert already.factors["gqa"].verdict == "unclear"
+    assert already.factors["gqa"].against() == "unclear"
 
 
 def test_an_accuracy_above_dense_has_no_dense_factor():
@@ -118,14 +118,14 @@ def test_the_smallest_settings_as_good_as_dense():
     assert gqa.ours is None
     assert gqa.theirs.params == 70_000
     assert str(gqa.at_dense) == "<0.7x [<0.7, 0.7]"  # Tucker's largest has 100,000
-    assert gqa.at_dense.verdict == "fewer"
+    assert gqa.at_dense.against() == "fewer"
 
 
 def test_one_seed_has_factors_without_intervals():
     found = comparison(study(seeds=1, noise=0.0))
     factor = at(found, "tucker-4-8-8").factors["gqa"]
     assert factor.interval is None
-    assert factor.verdict == "unclear"
+    assert factor.against() == "unclear"
     assert str(factor) == f"{factor.value}x"
     assert found.headlines[0].at_dense is None
     assert "one seed" in found.headlines[0].why_not

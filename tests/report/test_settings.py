@@ -49,11 +49,11 @@ def test_seeds_make_a_setting_and_the_dense_reference_is_of_the_common_recipe():
     )  # the start's is a point lower
     assert section.describe_recipe(section.settings[0]) == "start: epochs=30"
     assert {s.method for s in section.comparable} == {"tucker", "gqa", "mla"}
-    tucker = section.of_method("tucker")[0]
+    tucker = next(s for s in section.comparable if s.method == "tucker")
     values = [run["last"]["eval_top1"] for run in runs if run["name"] == tucker.name]
     assert tucker.top1_mean == np.mean(values)
     assert tucker.top1_std == pytest.approx(np.std(values) * np.sqrt(3 / 2))  # n - 1
-    assert tucker.label == "Tucker ranks=2,4,4, HOSVD"
+    assert (tucker.display.name, tucker.options, tucker.init) == ("Tucker", "ranks=2,4,4", "HOSVD")
 
 
 def test_without_a_fine_tuned_dense_model_the_start_is_the_reference():

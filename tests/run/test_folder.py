@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, weights
 from tests.training.rules import StopAt
 from vit_tucker.cli import main, train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
-from vit_tucker.run.run import run
 from vit_tucker.storage.run_dir import LOGGER, log_lines
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-SHORT = ["train.epochs=1", "train.global_batch_size=256", "data.num_workers=0", "train.cpu=true"]
+SHORT = ["train.epochs=1", "data.num_samples=64", "train.cpu=true"]  # one step per epoch
 FULL = Path("/dev/full")
 full_disk = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full to stand for a full disk")
 
@@ -32,7 +31,7 @@ def fail(error: Exception, *overrides: str) -> None:
         run(short(*overrides), step_rule=StopAt(0, error))
 
 
-def test_a_crash_before_the_first_checkpoint_leaves_its_traceback_and_takes_the_corrected_config(capsys):
+def test_a_crash_before_the_first_checkpoint_logs_its_traceback_and_accepts_the_corrected_config(capsys):
     fail(RuntimeError("out of tokens"), "output_dir=a")
     log = Path("a/train.log").read_text()
     assert "Traceback (most recent call last):" in log
@@ -65,7 +64,7 @@ def test_mistakes_are_a_line_in_the_log_once_the_run_has_begun():
 
 
 @full_disk
-def test_a_full_disk_takes_the_metrics_with_one_warning_each_and_not_the_run(capfd):
+def test_a_full_disk_costs_the_metrics_with_one_warning_each_and_not_the_run(capfd):
     Path("a").mkdir()
     for name in ("train.log", ".summary.csv.tmp"):
         Path("a", name).symlink_to(FULL)

@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.models import _manipulate
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, trained, weights
 from tests.training.rules import StopAt
 from vit_tucker.cli import train_main
 from vit_tucker.config.load import load_config
-from vit_tucker.run.run import run
+from vit_tucker.run.run import run as run_shown
 from vit_tucker.run.trainer import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -26,19 +26,19 @@ LOW = "attention={method: tucker, ranks: [2, 4, 4]}"
 
 @pytest.fixture
 def dense():
-    run(config("output_dir=dense", base="digits/dense"))
+    trained(config("output_dir=dense", base="digits/dense"))
     return "model.checkpoint=dense"
 
 
 def test_a_patched_model_learns_from_its_dense_host(dense):
     """Stopped, and continued without the dense run: the run keeps its teacher, and its weights are not those without one."""
     distill = ["train.distill={alpha: 0.9, temperature: 2.0, features: 0.1}", dense, LOW]
-    given = config("output_dir=a", *distill, "train.checkpoint_steps=10", base="digits/dense")
+    given = config("output_dir=a", *distill, "train.checkpoint_steps=2", base="digits/dense")
     whole = run(given)
     run(config("output_dir=c", dense, LOW, base="digits/dense"))
     parts = given.model_copy(update={"output_dir": "b"})
     with pytest.raises(KeyboardInterrupt):
-        run(parts, step_rule=StopAt(13))
+        run(parts, step_rule=StopAt(3))
     shutil.rmtree("dense")
     assert run(parts)["last"] == whole["last"]
     assert same(weights("a"), weights("b"))
@@ -56,9 +56,9 @@ def test_attention_alone_is_trained(dense, capsys):
     assert {name for name in end if name not in start or not torch.equal(start[name], end[name])} == {
         name for name in end if ".attn." in name
     }
-    told = "".join(capsys.readouterr())
-    assert "train.only: 628 of 6,398 parameters are trained" in told
-    assert "stay as initialised" not in told
+    said = "".join(capsys.readouterr())
+    assert "train.only: 628 of 6,398 parameters are trained" in said
+    assert "stay as initialised" not in said
     run(config("output_dir=b", dense, LOW, "train.only=attention", "model.num_classes=11"), dry_run=True)
     assert "train.only: head.weight, head.bias did not come from the weights and stay" in "".join(capsys.readouterr())
 
@@ -97,7 +97,6 @@ def test_recomputed_activations_change_nothing():
     recomputed = run(
         config("output_dir=b", "model.depth=2", "model.drop_path_rate=0.1", "train.grad_checkpointing=true")
     )
-    # float32, the same operations
     assert recomputed["last"]["train_loss"] == pytest.approx(
         kept["last"]["train_loss"], rel=1e-6
     )  # float32, same operations
@@ -116,7 +115,7 @@ def test_compiled_runs_have_plain_checkpoints(monkeypatch):
         real(self, backend="eager")
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    run(config("output_dir=a"))
+    trained(config("output_dir=a"))
     assert not compiled
     run(config("output_dir=b", "train.compile=true", "train.model_ema=true", "train.epochs=1"))
     assert len(compiled) == 1
@@ -150,12 +149,12 @@ def test_trackers_get_what_tensorboard_gets(monkeypatch):
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Notebook)
     monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD, tracking.LoggerType.MLFLOW])
     monkeypatch.setattr(Notebook, "pages", [])
-    results = run(config("output_dir=a", "train.trackers=[mlflow, tensorboard]", "train.log_interval=10"))
+    results = run_shown(config("output_dir=a", "train.trackers=[mlflow, tensorboard]", "train.log_interval=3"))
     pages = Notebook.pages
     assert pages[0][0] == "config"
     assert pages[0][1]["train.lr"] == 2e-3
     losses = [values["train/loss"] for step, values in pages if "train/loss" in values]
-    assert len(losses) == 44
+    assert len(losses) == 10
     assert [v["eval/top1"] for _, v in pages if "eval/top1" in v][-1] == results["last"]["eval_top1"]
     assert pages[-1][0] == "finished"
     with pytest.raises(vt.ConfigError, match="train.trackers: 'wandbb' is none of .*did you mean 'wandb'"):
@@ -163,18 +162,18 @@ def test_trackers_get_what_tensorboard_gets(monkeypatch):
 
 
 def test_tensorboard_shows_the_run():
-    run(config("output_dir=a", "train.layer_decay=0.5", "train.clip_grad=null", "train.log_interval=10"))
+    run_shown(config("output_dir=a", "train.layer_decay=0.5", "train.clip_grad=null", "train.log_interval=3"))
     events = EventAccumulator("a", size_guidance={"images": 0, "tensors": 0}).Reload()
     tags = events.Tags()
     assert {"train/grad_norm", "train/data_wait_share", "train/memory_gb"} <= set(tags["scalars"])
     norms = events.Scalars("train/grad_norm")
-    assert [e.step for e in norms] == [10, 20, 22, 30, 40, 44]  # where losses are logged
+    assert [e.step for e in norms] == [3, 5, 6, 9, 10]  # where losses are logged
     assert all(0 < e.value < 100 for e in norms)
     rates = {tag: events.Scalars(tag)[0].value for tag in tags["scalars"] if tag.startswith("lr/")}
     block = next(v for k, v in rates.items() if "blocks.0 decayed" in k)
     head = next(v for k, v in rates.items() if k.endswith("head decayed"))
     assert block == pytest.approx(head * 0.5)
-    assert [image.step for image in events.Images("eval/predictions")] == [22, 44]
+    assert [image.step for image in events.Images("eval/predictions")] == [5, 10]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "layer_decay: 0.5" in text
 
@@ -196,10 +195,10 @@ def test_the_plan_of_a_run_writes_nothing(capsys):
     assert "memory: about" in said
     assert "dry run: nothing was trained or written" in said
     assert not Path("a").exists()
-    run(config("output_dir=a", "train.epochs=1"))
+    trained(config("output_dir=a", "train.epochs=1"))
     before = {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()}
     run(config("output_dir=a", "train.epochs=1"), dry_run=True)
-    assert "22 in all, 0 to do" in capsys.readouterr().out
+    assert "5 in all, 0 to do" in capsys.readouterr().out
     assert {f: f.read_bytes() for f in Path("a").rglob("*") if f.is_file()} == before
 
 
@@ -220,12 +219,12 @@ def test_a_whole_recipe_is_exact_over_a_stop(policy):
         "train.smoothing=0.1",
         "train.layer_decay=0.8",
     ]
-    recipe += ["train.model_ema=true", "train.sched=linear", "train.grad_accum_steps=2", "train.checkpoint_steps=4"]
-    recipe += ["data.num_samples=320", "train.log_interval=3", "data.num_workers=1"]  # 5 steps per epoch
-    whole = run(config("output_dir=a", *recipe))
+    recipe += ["train.model_ema=true", "train.sched=linear", "train.grad_accum_steps=2", "train.checkpoint_steps=2"]
+    recipe += ["data.num_samples=96", "train.global_batch_size=32", "train.log_interval=3", "data.num_workers=1"]
+    whole = run(config("output_dir=a", *recipe))  # 3 steps per epoch
     assert whole["last"]["train_loss"] < 2.5
     with pytest.raises(KeyboardInterrupt):
-        run(config("output_dir=b", *recipe), step_rule=StopAt(7))
+        run(config("output_dir=b", *recipe), step_rule=StopAt(5))
     run(config("output_dir=b", *recipe))
     assert same(weights("a"), weights("b"))
     assert Path("a/summary.csv").read_text() == Path("b/summary.csv").read_text()
@@ -235,7 +234,7 @@ def test_a_whole_recipe_is_exact_over_a_stop(policy):
 
 def test_checkpoints_by_epochs_and_the_last_k():
     run(config("output_dir=a", "train.epochs=5", "train.checkpoint_epochs=2", "train.checkpoint_hist=2"))
-    assert sorted(p.name for p in Path("a/checkpoints").glob("step-*")) == ["step-00000088", "step-00000110"]
+    assert sorted(p.name for p in Path("a/checkpoints").glob("step-*")) == ["step-00000020", "step-00000025"]
     with safe_open("a/checkpoints/best/model.safetensors", framework="pt") as opened:
         best = json.loads(opened.metadata()["best"])
     assert best == json.loads(Path("a/results.json").read_text())["best"]

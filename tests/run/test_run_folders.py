@@ -10,12 +10,12 @@ from PIL import Image
 
 import vit_tucker as vt
 from tests.data.trees import COLOURS, image
+from tests.run.tiny import run
 from vit_tucker.cli import main
 from vit_tucker.config.load import load_config
 from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.explain.images import data_images
 from vit_tucker.inference.predict import classes_for, image_options, open_model
-from vit_tucker.run.run import run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 SMALL = [

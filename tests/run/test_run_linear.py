@@ -1,15 +1,21 @@
-"""A run whose YAML has ``attention:`` and ``linear:``, by a user's plug-in: it trains, goes on, is evaluated and loaded."""
+"""Runs whose YAML has ``linear:``, beside ``attention:`` or alone: training, resuming, evaluation, tables."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import yaml
 
 import vit_tucker as vt
+from tests.run.tiny import run
+from vit_tucker.cli.main import main
 from vit_tucker.config.load import load_config
 from vit_tucker.linear.base import LINEAR_METHODS
-from vit_tucker.run.run import run
+from vit_tucker.patching.record import patch_records
+from vit_tucker.run.convert import convert, plan
 
 PLUGIN = """
 from typing import Literal
@@ -46,32 +52,76 @@ class KeptConfig(vt.LinearConfig):
 """
 
 
-def test_both_sections_train_go_on_and_are_evaluated(in_tmp: Path) -> None:
+@pytest.fixture
+def write_config(in_tmp: Path) -> Iterator[Callable[..., str]]:
+    """Makes the file of a tiny run with ``linear:``, given its other sections."""
     Path("kept.py").write_text(PLUGIN)
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    values = {
-        "plugins": ["kept.py"],
-        "output_dir": "out",
-        "model": {"name": "vit_tiny_patch16_224", **sizes},
-        "attention": {"method": "tucker", "ranks": [1, 8, 8]},
-        "linear": {"method": "kept", "layers": "blocks.*.mlp.fc1"},
-        "data": {"dataset": "digits", "num_workers": 0},
-        "train": {"epochs": 1, "warmup_epochs": 0, "cpu": True, "global_batch_size": 256},
-    }
-    Path("both.yaml").write_text(yaml.safe_dump(values))
-    try:
-        results = run(load_config("both.yaml"))
-        assert [row["name"] for row in results["linear"]["layers"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
-        assert results["patch"]["layers"][0]["method"] == "tucker"
-        assert results["config"]["linear"]["method"] == "kept"
-        stored = json.loads(Path("out/patch.json").read_text())
-        assert stored["linear"] == results["linear"]
-        assert run(load_config("both.yaml"))["evaluation"]["count"] > 0
-        resumed = run(load_config("both.yaml", ["train.epochs=2"]), allow_changes=True)
-        assert resumed["epochs"] == 2
-        assert resumed["linear"] == results["linear"]
-        loaded = vt.load("out")
-        assert vt.patch_record(loaded, "linear").config.method == "kept"
-        assert loaded(torch.zeros(1, loaded.patch_embed.proj.in_channels, 16, 16)).isfinite().all()
-    finally:
-        LINEAR_METHODS.entries.pop("kept", None)
+
+    def write(**sections: Any) -> str:
+        train = {"epochs": 1, "warmup_epochs": 0, "cpu": True, "global_batch_size": 256, "sched": "constant"}
+        values = {
+            "plugins": ["kept.py"],
+            "output_dir": "out",
+            "model": {"name": "vit_tiny_patch16_224", **sizes},
+            "linear": {"method": "kept", "layers": "blocks.*.mlp.fc1"},
+            "data": {"dataset": "digits", "num_workers": 0},
+            "train": train,
+            **sections,
+        }
+        Path("run.yaml").write_text(yaml.safe_dump(values))
+        return "run.yaml"
+
+    yield write
+    LINEAR_METHODS.entries.pop("kept", None)
+
+
+def test_both_sections_train_go_on_and_are_evaluated(write_config: Callable[..., str]) -> None:
+    file = write_config(attention={"method": "tucker", "ranks": [1, 8, 8]})
+    planned = plan(None, None, file)
+    assert [report.slot for report in planned.reports] == ["attention", "linear"]
+    done = convert(None, None, Path("converted"), file)
+    assert [report.params_after for report in done.reports] == [report.params_after for report in planned.reports]
+    assert set(patch_records(vt.load("converted"))) == {"attention", "linear"}
+    results = run(load_config(file))
+    assert [row["name"] for row in results["linear"]["layers"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    assert results["patch"]["layers"][0]["method"] == "tucker"
+    assert results["config"]["linear"]["method"] == "kept"
+    stored = json.loads(Path("out/patch.json").read_text())
+    assert stored["linear"] == results["linear"]
+    assert run(load_config(file))["evaluation"]["count"] > 0
+    resumed = run(load_config(file, ["train.epochs=2"]), allow_changes=True)
+    assert resumed["epochs"] == 2
+    assert resumed["linear"] == results["linear"]
+    loaded = vt.load("out")
+    assert vt.patch_record(loaded, "linear").config.method == "kept"
+    assert loaded(torch.zeros(1, loaded.patch_embed.proj.in_channels, 16, 16)).isfinite().all()
+
+
+def test_a_linear_patch_alone_trains_resumes_and_is_reported(write_config: Callable[..., str]) -> None:
+    """A resumed run has the weights of one that was never stopped; commands that read runs know what was replaced."""
+    file = write_config()
+    results = run(load_config(file))
+    assert results["patch"] is None
+    assert [row["name"] for row in results["linear"]["layers"]] == ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"]
+    assert json.loads(Path("out/patch.json").read_text()) == {"linear": results["linear"]}
+    resumed = run(load_config(file, ["train.epochs=2"]), allow_changes=True)
+    assert resumed["linear"] == results["linear"]
+    run(load_config(file, ["train.epochs=2", "output_dir=straight"]))
+    loaded, straight = (
+        vt.load(folder).state_dict() for folder in ("out/checkpoints/last", "straight/checkpoints/last")
+    )
+    assert loaded.keys() == straight.keys()
+    assert all(torch.equal(value, straight[name]) for name, value in loaded.items())
+    model = vt.load("out")
+    assert vt.patch_record(model) is None
+    assert vt.patch_record(model, "linear").config.layers == "blocks.*.mlp.fc1"
+    assert main(["evaluate", "out", "--trust-plugins"]) == 0
+    assert main(["tables", "out", "--out", "tables"]) == 0
+    assert "| " in Path("tables/tables.md").read_text()
+
+
+def test_linear_methods_are_not_calibrated(write_config: Callable[..., str]) -> None:
+    with pytest.raises(vt.ConfigError, match=r"run\.yaml:\d+: linear\.calibration: ") as caught:
+        load_config(write_config(linear={"method": "kept", "calibration": {"images": 8}}))
+    assert "\n" not in str(caught.value)

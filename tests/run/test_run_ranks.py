@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
-from tests.run.test_run import config, weights
+from tests.run.tiny import config, run, trained, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.report.compare import comparison
-from vit_tucker.run.run import run
+from vit_tucker.run.run import run as run_shown
 from vit_tucker.storage.weights import weights_metadata
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -39,10 +39,11 @@ def test_chosen_ranks_are_in_config_results_and_weights(monkeypatch):
 
 
 def test_ranks_are_chosen_by_calibration_images():
-    dense = run(config("output_dir=dense", base="digits/dense"))
+    dense = trained(config("output_dir=dense", base="digits/dense"))
     calibrated = [BUDGET, "model.checkpoint=dense", "attention.calibration={images: 64}"]
-    results = run(config("output_dir=a", *calibrated, base="digits/tucker_r16_finetune"))
-    plain = run(config("output_dir=b", *calibrated[:2], base="digits/tucker_r16_finetune"))
+    short = "train.epochs=1"
+    results = run(config("output_dir=a", short, *calibrated, base="digits/tucker_r16_finetune"))
+    plain = run(config("output_dir=b", short, *calibrated[:2], base="digits/tucker_r16_finetune"))
     found, other = (r["config"]["attention"]["rules"][0] for r in (results, plain))
     assert (found["ranks"], found["post_ranks"]) != (other["ranks"], other["post_ranks"])
     assert results["patch"]["layers"][0]["output_error"] > 0
@@ -52,7 +53,7 @@ def test_ranks_are_chosen_by_calibration_images():
 def test_effective_ranks_reach_tensorboard():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(config("output_dir=a", "train.log_ranks=true"))
+    run_shown(config("output_dir=a", "train.log_ranks=true"))
     events = EventAccumulator("a").Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("ranks/")]
     assert len(tags) == 6

@@ -12,7 +12,7 @@ import vit_tucker as vt
 from tests.data.test_shards import write as write_shard
 from tests.data.trees import COLOURS
 from tests.run.test_run_folders import command, config  # noqa: F401
-from vit_tucker.run.run import run
+from tests.run.tiny import run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 ORDERS = {"train": ["red", "blue", "green"], "validation": ["green", "red", "blue"]}

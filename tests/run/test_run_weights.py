@@ -12,12 +12,12 @@ from timm.models._hub import has_hf_hub
 import vit_tucker as vt
 from tests.checkpoint import sources
 from tests.checkpoint.sources import MODEL, vit
+from tests.run.tiny import run
 from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.cli import main
 from vit_tucker.config.load import load_config
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError
-from vit_tucker.run.run import run
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -36,7 +36,7 @@ def published(file, depth=2, **options):
     return str(file)
 
 
-def test_the_log_says_what_was_loaded_and_how_images_are_prepared():
+def test_the_log_has_what_was_loaded_and_how_images_are_prepared():
     torch.save(sources.as_mae(vit(in_chans=1).state_dict()), "mae.pth")
     run(config("output_dir=a", "model.checkpoint=mae.pth", "model.global_pool=avg"))
     log = Path("a/train.log").read_text()
@@ -146,7 +146,7 @@ class TestRefusedBeforeTheFirstStep:
                 load_host(ModelConfig(**ignoring, **options), 3)
 
 
-def test_commands_say_what_they_loaded(capsys):
+def test_commands_print_what_they_loaded(capsys):
     published("w.pth")
     assert main(["plan", MODEL["name"], "--method", "gqa num_kv_heads=1", *SIZES, "model.checkpoint=w.pth"]) == 0
     assert capsys.readouterr().err == "note: weights: w.pth: 32 of 32 tensors\n"  # and five classes, as the file has

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 
 import vit_tucker as vt
 from tests.report.synthetic import run_results, study
-from vit_tucker.attention import registry
+from vit_tucker.attention.registry import METHODS
 from vit_tucker.attention.variants.gqa import GQAConfig
 from vit_tucker.config.load import load_config
 from vit_tucker.report import figures
@@ -47,7 +47,7 @@ def registered() -> Iterator[None]:
     vt.register_method("plain")(PlainConfig)
     yield
     for name in ("halved", "plain"):
-        registry._METHODS.pop(name)
+        METHODS.entries.pop(name)
 
 
 def results_of(method: str, folder: Path) -> dict:
@@ -72,7 +72,7 @@ def test_a_plug_in_is_shown_as_it_says_from_its_results_alone(tmp_path, monkeypa
         "plain": {"starts": SHIPPED["gqa"].starts},
         "gqa": None,
     }
-    monkeypatch.setattr(registry, "_METHODS", {})  # tables are made where the plug-in is not
+    monkeypatch.setattr(METHODS, "entries", {})  # tables are made where the plug-in is not
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure) or "x.png")
     runs = study(seeds=2)

@@ -2,10 +2,23 @@
 
 import csv
 import io
+import json
 
 import pytest
 
-from vit_tucker.show.tables import count, csv_text, decimal, escape_latex, latex, markdown, short_count, spread
+from vit_tucker.show.tables import (
+    Table,
+    count,
+    csv_text,
+    decimal,
+    escape_latex,
+    latex,
+    markdown,
+    plain,
+    share,
+    short_count,
+    spread,
+)
 
 HEADER = ("run", "top-1 %")
 ROWS = [("a_b|c", "98.61 ± 0.20"), ("50%", "-")]
@@ -20,6 +33,50 @@ def test_markdown_lines_up_text_left_numbers_right():
     assert markdown(("a",), []) == "| a   |\n| --- |"
     with pytest.raises(ValueError, match="zip"):
         markdown(HEADER, [("one cell",)])
+
+
+def test_plain_text_lines_up_with_rules_as_long_as_the_table():
+    rows = [HEADER, *ROWS, ("total", "")]
+    assert plain(rows, left=(0,), rule_after=(0, 2)).splitlines() == [
+        "run         top-1 %",
+        "-------------------",
+        "a_b|c  98.61 ± 0.20",
+        "50%               -",
+        "-------------------",
+        "total",
+    ]
+    assert plain(rows, left=(0, 1)).splitlines()[2] == "50%    -"
+
+
+def test_rules_without_colons_and_tables_that_do_not_line_up():
+    rows = [("xyz", "1|2")]
+    assert markdown(("a", "bcd"), rows, 2, colons=False).splitlines() == [
+        "| a   | bcd  |",
+        "|-----|------|",
+        r"| xyz | 1\|2 |",
+    ]
+    assert markdown(("a", "bcd"), rows, aligned=False, colons=False).splitlines() == [
+        "| a | bcd |",
+        "|---|---|",
+        r"| xyz | 1\|2 |",
+    ]
+    assert markdown(("a",), [], 1, colons=False) == "| a |\n|---|"
+
+
+def test_one_table_in_all_formats(tmp_path):
+    table = Table(
+        HEADER, ROWS, 1, ("run", "top1"), [("a", 98.61), ("b", None)], ["a `note`"], "title", "runs", ("run",)
+    )
+    assert table.markdown().splitlines() == ["title", "", *markdown(HEADER, ROWS).splitlines(), "", "- a `note`"]
+    assert table.latex() == latex(HEADER[1:], [row[1:] for row in ROWS], 0, "title\na note")
+    assert json.loads(table.render("json")) == {
+        "title": "title",
+        "rows": [{"run": "a", "top1": 98.61}, {"run": "b", "top1": None}],
+        "notes": ["a `note`"],
+    }
+    table.save(tmp_path)
+    assert (tmp_path / "runs.csv").read_text() == table.render("csv") == "run,top1\na,98.61\nb,\n"
+    assert (tmp_path / "runs.tex").read_text() == table.render("latex") == table.latex()
 
 
 def test_latex_is_escaped_and_balanced():
@@ -51,4 +108,5 @@ def test_short_counts(value, written):
 def test_numbers_that_are_missing_are_dashes():
     assert (count(50_240.4), count(None)) == ("50,240", "-")
     assert (decimal(1.005, 1), decimal(None)) == ("1.0", "-")
+    assert (share(0.0225), share(None)) == ("2.2%", "-")
     assert (spread(98.611, 0.2), spread(98.611, None), spread(None, None)) == ("98.61 ± 0.20", "98.61 ± -", "-")

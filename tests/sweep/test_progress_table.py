@@ -3,7 +3,7 @@
 import io
 
 from vit_tucker.sweep.plan import Job
-from vit_tucker.sweep.progress_table import Display, board
+from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.status import State, Status
 
 
@@ -24,7 +24,9 @@ STATES = {
 
 
 def test_rows_are_cells_and_columns_seeds():
-    assert [line.split() for line in board(*make(STATES))] == [
+    stream = io.StringIO()
+    Display(*make(STATES), stream).close()
+    assert [line.split() for line in stream.getvalue().splitlines()[:4]] == [
         ["cell", "seed", "0", "seed", "1", "mean", "top-1", "%"],
         ["mha", "98.00", "99.00", "98.50", "+-", "0.71"],
         ["gqa1", ">3/8", "97.2", "."],
@@ -51,19 +53,26 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_the_table_is_redrawn_in_place():
+def test_on_a_terminal_the_table_is_redrawn_in_place_and_events_stay_above_it():
     stream = Terminal()
-    display = Display(*make(STATES), stream)
-    display.draw("; about 0:01:00 left")
-    first = stream.getvalue()
-    assert first.count("\n") == 5
-    assert first.splitlines()[-1].endswith("; about 0:01:00 left")
-    display.draw("")
-    assert stream.getvalue()[len(first) :].startswith("\x1b[5F\x1b[J")
+    with (display := Display(*make(STATES), stream)):
+        display.draw("; about 0:01:00 left")
+        first = stream.getvalue()
+        assert first.splitlines()[0].endswith("cell     seed 0  seed 1   mean top-1 %")
+        assert first.splitlines()[-1] == "2 done, 1 failed, 1 running, 2 waiting; about 0:01:00 left"
+        display.say("an [event]")
+        again = stream.getvalue()[len(first) :]
+        assert again.count("\x1b[1A") == 4  # the four lines above the last are erased
+        assert again.index("an [event]\n") < again.index("mha")
+    display.close()
+    assert stream.getvalue().endswith("\n2 done, 1 failed, 1 running, 2 waiting\n")
 
 
 def test_a_table_higher_than_the_terminal_shows_what_runs(monkeypatch):
     monkeypatch.setenv("LINES", "6")
+    monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
-    Display(*make(STATES), stream).draw("")
-    assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["cell", "gqa1", "2"]
+    with (display := Display(*make(STATES), stream)):
+        display.draw("")
+        text = stream.getvalue().replace("\x1b[?25l", "")
+    assert [line.split()[0] for line in text.splitlines()] == ["cell", "gqa1", "2"]

@@ -14,9 +14,9 @@ import pytest
 
 from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.config.load import load_config
+from vit_tucker.sweep.command import launch_arguments
 from vit_tucker.sweep.plan import load_sweep
-from vit_tucker.sweep.process import launch_arguments, log_file
-from vit_tucker.sweep.runner import share_machine
+from vit_tucker.sweep.process import log_file, share_machine
 from vit_tucker.sweep.status import last_words
 from vit_tucker.training.lock import RunLock
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tests.tensor.test_mode_ranks import random_pairs
 from vit_tucker.tensor.metric import metric_root
-from vit_tucker.tensor.modes import tucker_to_tensor
 from vit_tucker.tensor.tucker import hosvd
 from vit_tucker.tensor.weighted import head_weights, mean_metric, weighted_tucker, whitened_hosvd
 
@@ -25,7 +24,7 @@ def metrics(heads=H, size=J):
 
 
 def dense(t):
-    return tucker_to_tensor(t.core, (t.head, t.left, t.right))
+    return torch.einsum("abc,ha,ib,jc->hij", *t)
 
 
 def weighted_error(tensor, approximation, left, rights, damping):

@@ -27,26 +27,37 @@ fork.set_forkserver_preload(
 )
 
 
-def train(arguments: Sequence[str], output: str, environment: dict[str, str]) -> None:
+def train_unshown(arguments: Sequence[str]) -> int:
+    """Train as `train_vit.py --cfg NAME OVERRIDES` does, without TensorBoard, whose pictures take most of the time."""
+    from vit_tucker.config.load import load_config
+    from vit_tucker.run.run import run
+    from vit_tucker.training.monitor import NullMonitor
+
+    run(load_config(arguments[1], arguments[2:]), monitor=NullMonitor())
+    return 0
+
+
+def train(arguments: Sequence[str], output: str, environment: dict[str, str], shown: bool = True) -> None:
     """`train_vit.py` with these arguments."""
     from vit_tucker.cli import train_main
 
+    command = train_main if shown else train_unshown
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by hand
     os.environ.update(environment)
     sys.argv = ["experiments/train_vit.py", *arguments]
     with open(output, "a", buffering=1) as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
-            status = train_main(arguments)
+            status = command(arguments)
         except Exception:
             traceback.print_exc()
             status = 1
     sys.exit(status)
 
 
-def start(arguments: Sequence[str], output: Path, **environment: str) -> multiprocessing.Process:
-    """Start one process; what it says is added to the file ``output``."""
-    process = fork.Process(target=train, args=(list(arguments), str(output), environment))
+def start(arguments: Sequence[str], output: Path, shown: bool = True, **environment: str) -> multiprocessing.Process:
+    """Start one process; what it prints is added to the file ``output``."""
+    process = fork.Process(target=train, args=(list(arguments), str(output), environment, shown))
     process.start()
     return process
 

@@ -1,4 +1,4 @@
-"""Distillation: the losses by hand and against timm's own, and a student that is watched in every kind of wrapper."""
+"""Distillation: the losses by hand and against timm's own, and a student in every kind of wrapper."""
 
 import copy
 
@@ -27,7 +27,7 @@ def pair(make_vit):
 
 
 def loss_of(distiller, model, images, targets, label_loss=LABEL_LOSS):
-    with distiller.watch():
+    with distiller.observe():
         logits = model(images)
     return distiller(images, logits, targets, label_loss)
 
@@ -67,7 +67,7 @@ def test_loss_and_gradients_follow_the_formula(pair, images, kind):
         assert not torch.allclose(loss, by_formula(student, teacher, images, targets, *wrong), rtol=1e-6)  # twins
 
 
-def test_temperature_scales_as_hinton_says():
+def test_temperature_scales_as_in_hintons_paper():
     """T^2 keeps the gradients' size: for large T they tend to (student - teacher) / classes, centred; without T^2 to zero."""
     student = torch.tensor([[0.2, -1.0, 0.5, 0.1]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[1.0, 0.3, -0.4, 0.0]], dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_the_teacher_stays_as_it_is(pair, images):
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_watching_leaves_no_trace(pair, images):
+def test_observing_leaves_no_trace(pair, images):
     teacher, student = pair
     keys, attributes = list(student.state_dict()), set(student.__dict__)
     distiller = Distiller(teacher, DistillConfig(features=1.0), student)
@@ -164,7 +164,7 @@ def test_watching_leaves_no_trace(pair, images):
         torch.testing.assert_close(
             copied(images), student(images) + 1.0, rtol=0, atol=1e-12
         )  # its own weights, float64
-    with pytest.raises(RuntimeError, match="interrupted"), distiller.watch():
+    with pytest.raises(RuntimeError, match="interrupted"), distiller.observe():
         raise RuntimeError("interrupted")
     assert set(student.__dict__) == attributes
 
@@ -245,7 +245,7 @@ def test_autocast_of_the_student_is_the_teachers_too(make_vit):
     teacher.head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     distiller = Distiller(teacher, DistillConfig(features=1.0), student, autocast)
     images = torch.randn(2, 3, 16, 16)
-    with distiller.watch(), autocast():
+    with distiller.observe(), autocast():
         logits = student(images)
     loss = distiller(images, logits, torch.tensor([1, 5]), LABEL_LOSS)
     assert seen == [torch.bfloat16]

@@ -20,9 +20,9 @@ from vit_tucker.training.state import save_checkpoint
 
 RECIPE = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "attention.ranks=[3, 8, 8]", "train.lr=2e-3"]
 RECIPE += ["model.drop_path_rate=0.1", "model.proj_drop_rate=0.1", "data.reprob=0.2", "data.num_workers=1"]
-RECIPE += ["train.epochs=12", "train.global_batch_size=128", "train.mixup=0.4", "train.model_ema=true"]
+RECIPE += ["data.num_samples=352", "train.global_batch_size=32", "train.mixup=0.4", "train.model_ema=true"]
 RECIPE += ["train.checkpoint_steps=2", "train.checkpoint_hist=1"]
-KILLS, EPOCHS = 20, 12
+KILLS, EPOCHS = 12, 8
 STEPS = EPOCHS * 11
 
 
@@ -33,22 +33,36 @@ from vit_tucker.training.step import OrdinaryStep
 
 @vit_tucker.register_step_rule("mortal")
 class Mortal(OrdinaryStep):
-    "Kills the process when the model named by KILL is evaluated in its second epoch."
+    "Sends SIGNAL to the process when MODEL meets its second batch of an evaluation in epoch EPOCH; a third one is an error."
     def __init__(self, options):
         super().__init__(options)
-        self.left = {"model": lambda t: t.bare, "average": lambda t: t.ema.module}.get(os.environ.get("KILL"))
+        self.signal, self.batches = int(os.environ.get("SIGNAL", 0)), 0
 
     def step(self, closure, trainer):
-        if self.left is not None and trainer.progress.epoch == 1:
-            self.left(trainer).register_forward_pre_hook(lambda m, _: None if m.training else os.kill(os.getpid(), 9))
-            self.left = None
+        if self.signal and self.batches == 0 and trainer.progress.epoch == int(os.environ["EPOCH"]):
+            model = trainer.bare if os.environ["MODEL"] == "model" else trainer.ema.module
+            model.register_forward_pre_hook(self.meet)
+            self.batches = 1
         return super().step(closure, trainer)
+
+    def meet(self, model, images):
+        if not model.training:
+            self.batches += 1
+            if self.batches == 3:
+                os.kill(os.getpid(), self.signal)
+            assert self.batches < 4, "the evaluation went on"
 """
 
 
+def mortal(folder: Path) -> list[str]:
+    """Overrides that have a run use the rule above."""
+    (folder / "mortal.py").write_text(MORTAL)
+    return [f"plugins=[{folder}/mortal.py]", "train.step_rule=mortal", "train.eval_batch_size=90"]
+
+
 def started(folder: Path, *extra: str, **environment: str) -> multiprocessing.Process:
-    arguments = ["--cfg", "digits/tucker_r16", *RECIPE, *extra, f"output_dir={folder}"]
-    return start(arguments, folder.with_suffix(".log"), **environment)
+    arguments = ["--cfg", "digits/tucker_r16", *RECIPE, f"train.epochs={EPOCHS}", *extra, f"output_dir={folder}"]
+    return start(arguments, folder.with_suffix(".log"), shown=False, **environment)
 
 
 def outcome(folder: Path) -> dict:
@@ -77,7 +91,17 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_a_run_killed_at_twenty_random_moments_ends_like_an_uninterrupted_one(whole, tmp_path):
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """The uninterrupted run of three epochs."""
+    folder = tmp_path_factory.mktemp("short")
+    process = started(folder, "train.epochs=3", "train.eval_batch_size=90")
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(whole, tmp_path):
     """A quarter of the kills comes within the start's first second; the others anywhere after some more steps."""
     folder, moments, reached = tmp_path / "run", random.Random(0), []
     for number in range(KILLS):
@@ -105,14 +129,13 @@ def test_a_run_killed_at_twenty_random_moments_ends_like_an_uninterrupted_one(wh
 
 
 @pytest.mark.parametrize("evaluated", ["model", "average"])
-def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(tmp_path, evaluated):
-    (tmp_path / "mortal.py").write_text(MORTAL)
-    extra = ["train.epochs=3", f"plugins=[{tmp_path}/mortal.py]", "train.step_rule=mortal"]
-    for folder, kill in (("whole", ""), ("run", evaluated), ("run", "")):
-        process = started(tmp_path / folder, *extra, KILL=kill)
+def test_a_run_killed_in_its_evaluation_ends_like_an_uninterrupted_one(short, tmp_path, evaluated):
+    killed = {"SIGNAL": "9", "EPOCH": "1", "MODEL": evaluated}
+    for environment, status in ((killed, -signal.SIGKILL), ({}, 0)):
+        process = started(tmp_path / "run", *mortal(tmp_path), "train.epochs=3", **environment)
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if kill else 0), (tmp_path / f"{folder}.log").read_text()
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+        assert process.exitcode == status, (tmp_path / "run.log").read_text()
+    assert outcome(tmp_path / "run") == outcome(short)
 
 
 def tiny_state(step: int) -> tuple[dict, tuple, dict]:

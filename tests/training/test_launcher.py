@@ -82,7 +82,7 @@ def orphaned(launched: bool, ignores: bool) -> str:
         return said.read()
 
 
-def test_only_a_launcher_takes_its_workers_with_it():
+def test_workers_end_with_a_launcher_and_with_no_other_parent():
     assert orphaned(launched=True, ignores=False) == "started"
     assert orphaned(launched=True, ignores=True) == "started"  # waiting for a peer that is gone
     assert orphaned(launched=False, ignores=False) == "started, trained on"

@@ -71,7 +71,7 @@ def test_a_second_run_is_refused_by_name_until_the_first_is_killed(holder):
 
 
 @pytest.mark.parametrize("option", [[], ["--dry-run"]], ids=["train", "dry run"])
-def test_the_command_says_so_in_one_line_and_changes_nothing(holder, capfd, option):
+def test_the_command_refuses_in_one_line_and_changes_nothing(holder, capfd, option):
     before = contents()
     assert train_main([*RUN, *option]) == 2
     said = capfd.readouterr().err
@@ -104,7 +104,7 @@ def test_one_process_can_not_hold_a_folder_twice():
     second.release()
 
 
-def test_what_the_file_system_can_not_tell_is_said(monkeypatch):
+def test_a_foreign_lock_and_a_file_system_without_locks_are_noted(monkeypatch):
     Path("a").mkdir()
     Path("a/run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 7, "started": "2026-01-01"}))
     lock = RunLock(Path("a"))

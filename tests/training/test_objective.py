@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import nn
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, trained, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.config.registries import PENALTIES
 from vit_tucker.data.loaders import Batch
-from vit_tucker.run.run import run
+from vit_tucker.run.run import run as run_shown
 from vit_tucker.training.engine import batch_gradient
 from vit_tucker.training.objective import Objective
 from vit_tucker.training.progress import Progress
@@ -23,14 +23,7 @@ from vit_tucker.training.progress import Progress
 pytestmark = pytest.mark.usefixtures("in_tmp")
 FILE = Path(__file__).with_name("norm_penalty.py")
 PLUGIN = f"plugins=[{FILE}]"
-SHORT = [
-    "train.epochs=1",
-    "train.warmup_epochs=0",
-    "train.global_batch_size=256",
-    "data.num_workers=0",
-    "train.lr=0.02",
-    PLUGIN,
-]
+SHORT = ["train.epochs=1", "train.warmup_epochs=0", "train.lr=0.02", PLUGIN]  # 5 steps
 
 
 def cores(folder: str) -> list[torch.Tensor]:
@@ -44,8 +37,8 @@ def distance(folder: str) -> float:
 def test_a_users_penalty_acts_on_every_core_and_is_logged():
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(config("output_dir=without", *SHORT))
-    results = run(config("output_dir=with", *SHORT, "train.penalties={normed_cores: 3.0}"))
+    trained(config("output_dir=without", *SHORT))
+    results = run_shown(config("output_dir=with", *SHORT, "train.penalties={normed_cores: 3.0}"))
     assert distance("with") < 0.8 * distance("without")
     assert all(not torch.equal(a, b) for a, b in zip(cores("with"), cores("without"), strict=True))
     (row,) = csv.DictReader(Path("with/summary.csv").read_text().splitlines())

@@ -175,11 +175,12 @@ def test_weight_decay_rule_by_name(method, layer_decay):
 @pytest.mark.parametrize("host", HOSTS)
 def test_patching_changes_no_other_parameters_decay(host):
     """Outside attention as in the dense host; a position bias that moved into the new layer stays undecayed."""
-    dense = undecayed_names(make_host(host))
+    dense_host = make_host(host)
+    dense = undecayed_names(dense_host)
     for method in ("tucker", "mla"):
         model = make_patched(host, method)
         names = dict(model.named_parameters())
-        shared = names.keys() & dict(make_host(host).named_parameters())
+        shared = names.keys() & dict(dense_host.named_parameters())
         assert undecayed_names(model) & shared == dense & shared
         moved = {n for n in names if ".position_bias." in n}
         assert moved <= undecayed_names(model)

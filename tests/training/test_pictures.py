@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from vit_tucker.training.pictures import RIGHT, WRONG, denormalise, prediction_figure, short_parameter_name
+from vit_tucker.training.pictures import RIGHT, WRONG, denormalise, prediction_figure
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -71,19 +71,17 @@ def test_the_texts_say_class_and_probability(monkeypatch):
     monkeypatch.setattr(
         Axes, "set_title", lambda axis, text, **options: titles.append(text) or own(axis, text, **options)
     )
-    names = ["cat, Felis catus", "$dog$", "a class name of many characters"]
     logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    prediction_figure(flat_images(2), torch.tensor([0, 2]), logits, MEAN, STD, names)
-    assert titles == ["$dog$  58%\ntrue: cat", "a class name of m…  91%\ntrue: a class name of m…"]
-    assert short_parameter_name(7, names) == short_parameter_name(7, None) == "7"
+    prediction_figure(flat_images(2), torch.tensor([0, 2]), logits, MEAN, STD)
+    assert titles == ["1  58%\ntrue: 0", "2  91%\ntrue: 2"]
 
 
 def test_no_more_than_sixteen_images_and_fast():
     labels = torch.zeros(40, dtype=torch.long)
     first = prediction_figure(flat_images(16), labels[:16], logits_for([0] * 16), MEAN, STD)
-    started = time.perf_counter()
+    started = time.process_time()
     picture = prediction_figure(flat_images(40), labels, logits_for([0] * 40), MEAN, STD)
-    assert time.perf_counter() - started < 3  # a third of a second on an idle core
+    assert time.process_time() - started < 3  # a third of a second
     assert torch.equal(picture, first)
     single = prediction_figure(flat_images(1), labels[:1], logits_for([0]), MEAN, STD)
     assert single.shape[1] < picture.shape[1]

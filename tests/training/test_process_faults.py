@@ -27,7 +27,7 @@ def failing(action: str) -> str:
     ],
     ids=["an error", "a kill"],
 )
-def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, said):
+def test_a_process_that_dies_ends_the_run_and_is_in_the_log(tmp_path, action, said):
     folder, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "plugin.py").write_text(failing(action))
     arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "model.embed_dim=32", "attention.ranks=[3, 8, 8]"]
@@ -55,7 +55,8 @@ def test_a_process_that_dies_ends_the_run_and_the_log_says_so(tmp_path, action, 
 def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path):
     log = tmp_path / "log"
     (tmp_path / "plugin.py").write_text(failing("os.kill(os.getpid(), 19)"))  # SIGSTOP
-    arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "train.cpu=true", "train.timeout_minutes=0.15"]
+    arguments = ["--cfg", "digits/tucker_r16", "model.depth=1", "model.embed_dim=32", "attention.ranks=[3, 8, 8]"]
+    arguments += ["data.num_samples=320", "train.cpu=true", "train.timeout_minutes=0.075"]
     arguments += [f"plugins=[{tmp_path}/plugin.py]", FAULTY, f"output_dir={tmp_path}/run"]
     processes = start_all(2, arguments, log)
     (first,) = finish(processes[:1], seconds=60)
@@ -64,7 +65,7 @@ def test_a_process_that_hangs_ends_the_run_within_the_timeout(tmp_path):
     finish(processes[1:], seconds=0)
     said = (tmp_path / "run" / "train.log").read_text()
     assert "process 0 failed: " in said
-    assert "9000ms" in said.splitlines()[-1]
+    assert "4500ms" in said.splitlines()[-1]
 
 
 def test_a_mistake_that_one_process_meets_in_its_set_up_is_everyones(tmp_path):

@@ -7,17 +7,21 @@ from pathlib import Path
 import pytest
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, weights
 from tests.training.processes import finish, start_all
 from vit_tucker.patching.patch import config_of
-from vit_tucker.run.run import run
 from vit_tucker.training.monitor import NullMonitor
 from vit_tucker.training.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 FILE = Path(__file__).with_name("halve_rank.py")
 RULE = [f"plugins=[{FILE}]", "train.step_rule=halve_rank", "attention.ranks=[4, 8, 8]", "data.num_workers=0"]
-RULE += ["train.global_batch_size=128", "train.checkpoint_steps=4", "train.model_ema=true"]  # 11 steps per epoch
+RULE += [
+    "data.num_samples=352",
+    "train.global_batch_size=32",
+    "train.checkpoint_steps=4",
+    "train.model_ema=true",
+]  # 11 steps per epoch
 
 
 class StopAfterEpoch(NullMonitor):
@@ -68,7 +72,6 @@ def test_two_processes_reshape_alike(tmp_path):
         )
     rows = [list(csv.DictReader((tmp_path / name / "summary.csv").read_text().splitlines())) for name in ("one", "two")]
     for a, b in zip(*rows, strict=True):
-        assert float(b["train_loss"]) == pytest.approx(
-            float(a["train_loss"]), rel=1e-4
-        )  # float32, other orders of summation
+        # float32, other orders of summation
+        assert float(b["train_loss"]) == pytest.approx(float(a["train_loss"]), rel=1e-4)
     assert weights(str(tmp_path / "two"))["blocks.0.attn.pre_core"].shape == (2, 8, 8)

@@ -11,18 +11,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import vit_tucker as vt
-from tests.run.test_run import config, same, weights
+from tests.run.tiny import config, run, same, weights
 from vit_tucker.config.load import load_config
 from vit_tucker.config.registries import STEP_RULES
 from vit_tucker.config.schema import TrainConfig
-from vit_tucker.run.run import run
 from vit_tucker.training.objective import Loss
 from vit_tucker.training.optim import create_optimizer
 from vit_tucker.training.reshape import replace_parameters
 from vit_tucker.training.step import OrdinaryStep, StepResult, create_step_rule, restore_rule
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
-SHORT = ["train.epochs=1", "train.warmup_epochs=0", "train.global_batch_size=128", "data.num_workers=0"]  # 11 steps
+SHORT = ["train.epochs=1", "train.warmup_epochs=0", "data.num_samples=352", "train.global_batch_size=32"]  # 11 steps
 RESTLESS = """
 import torch
 import vit_tucker
@@ -197,7 +196,7 @@ def test_reshaped_parameters_train_on_in_optimizer_and_average(opt):
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_rule_that_tells_of_the_wrong_parameters_is_stopped():
+def test_a_rule_that_reports_the_wrong_parameters_is_stopped():
     model = Wide()
     trainer = SimpleNamespace(bare=model, model=model)
     stray = nn.Parameter(torch.ones(2))

@@ -12,11 +12,11 @@ from vit_tucker.training.trackers import RUN_NAME, Trackers, check_trackers, fla
 
 
 class Recorder(registry.GeneralTracker):
-    """Keeps what it is told, in the place of a real tracker."""
+    """Records its calls, in the place of a real tracker."""
 
     name = "mlflow"
     requires_logging_directory = False
-    told: ClassVar[list] = []
+    calls: ClassVar[list] = []
     broken: ClassVar[tuple] = ()
 
     def __init__(self, project, **options):
@@ -37,7 +37,7 @@ class Recorder(registry.GeneralTracker):
         self._tell("finish")
 
     def _tell(self, what, *values):
-        self.told.append((what, *values))
+        self.calls.append((what, *values))
         if what in self.broken:
             raise OSError(f"no space for {what}")
 
@@ -48,7 +48,7 @@ def recorder(monkeypatch):
     monkeypatch.setitem(registry.LOGGER_TYPE_TO_CLASS, "mlflow", Recorder)
     installed = [registry.LoggerType.TENSORBOARD, registry.LoggerType.MLFLOW]
     monkeypatch.setattr(registry, "_available_trackers", installed)
-    monkeypatch.setattr(Recorder, "told", [])
+    monkeypatch.setattr(Recorder, "calls", [])
     return Recorder
 
 
@@ -80,7 +80,7 @@ def test_a_tracker_gets_config_scalars_and_the_end(recorder):
     trackers.log({"train/loss": 1, "eval/top1": None, "train/lr": 1e-3}, step=50)
     trackers.finish()
     trackers.log({"train/loss": 2.0}, step=51)  # after the end: to nobody
-    assert recorder.told == [
+    assert recorder.calls == [
         ("init", "vit_tucker", {"run_name": "digits-3"}),
         ("config", {"seed": 3, "train.lr": 0.1, "train.opt_betas": "None", "train.distill": "{}"}),
         ("log", {"train/loss": 1.0, "train/lr": 1e-3}, 50),
@@ -92,7 +92,7 @@ def test_without_names_nothing_is_started(recorder):
     trackers = started([])
     trackers.log({"train/loss": 1.0}, step=1)
     trackers.finish()
-    assert recorder.told == []
+    assert recorder.calls == []
     assert started(["tensorboard"]).accelerator.trackers == []
 
 
@@ -109,7 +109,7 @@ def test_a_failing_tracker_does_not_end_the_run(recorder, monkeypatch):
     for step in range(3):
         trackers.log({"train/loss": 1.0}, step)
     trackers.finish()
-    assert len(recorder.told) == 6  # it was asked each time
+    assert len(recorder.calls) == 6  # it was asked each time
     assert said == ["tracker mlflow failed, the run goes on: OSError: no space for log"]
 
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from vit_tucker.analysis.flops import known_flops
-from vit_tucker.analysis.interleaved import PRECISIONS, compare_turns, times_in_turns
+from vit_tucker.analysis.interleaved import PRECISIONS, Paired, compare_turns, times_in_turns
 from vit_tucker.analysis.latency import Latency, measure_latency
+from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.errors import ConfigError
-from vit_tucker.hosts.find import find_attention
 
 
 def bench_models(
@@ -24,13 +24,11 @@ def bench_models(
     seconds: float = 0.2,
     training: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time the models, each against the first in the same turn.
+    """Times the models, each against the first in the same turn.
 
     Args:
         models: by name; with ``training`` their weights change, and they go to the device.
-        input_size: (channels, height, width).
-        batch_size: images per pass.
-        device, precision, turns, seconds: see ``measure_latency``.
+        input_size, batch_size, device, precision, turns, seconds: see ``measure_latency``.
         training: also training steps: forward pass, cross-entropy, backward pass, a step of SGD.
 
     Returns:
@@ -45,61 +43,52 @@ def bench_models(
     if training and (bare := [name for name, model in models.items() if getattr(model, "num_classes", 0) < 1]):
         raise ConfigError(f"{bare[0]}: has no classifier to train; leave --train out")
     latencies = measure_latency(models, input_size, batch_size, device, precision, turns, seconds)
-    rows = {
-        name: inference_columns(name, model, latencies[name], input_size, batch_size) for name, model in models.items()
-    }
+    rows = {name: inference_columns(name, model, latencies[name], input_size) for name, model in models.items()}
     if training:
-        steps = {
-            name: training_step(model, input_size, batch_size, device, precision) for name, model in models.items()
-        }
+        steps = {name: training_step(model, input_size, batch_size, device, precision)
+                 for name, model in models.items()}  # fmt: skip
         times = times_in_turns(steps, device, turns, seconds)
         first = times[next(iter(times))]
         for name, row in rows.items():
-            row |= training_columns(first, times[name], input_size, batch_size)
+            paired = compare_turns(first, times[name])
+            row |= time_columns("train", paired.seconds, batch_size, input_size) | speedup_columns("train", paired)
     return list(rows.values())
 
 
 def inference_columns(
-    name: str, model: nn.Module, latency: Latency, input_size: tuple[int, int, int], batch_size: int
+    name: str, model: nn.Module, latency: Latency, input_size: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """What a row says of the model and its forward pass."""
+    """Returns what a row says of the model and its forward pass."""
     flops = known_flops(model, input_size)
+    params, attention_params = count_parameters(model)
     return {
         "model": name,
-        "infer_samples_per_sec": round(1e3 * batch_size / latency.ms, 2),
-        "infer_step_time": round(latency.ms, 3),
-        "infer_batch_size": batch_size,
-        "infer_img_size": input_size[-1],
+        **time_columns("infer", latency.ms / 1e3, latency.batch_size, input_size),
         "infer_gmacs": None if flops is None else round(flops / 2e9, 3),
-        "param_count": round(sum(p.numel() for p in model.parameters()) / 1e6, 3),
-        "attention_params": count_attention(model),
-        "infer_speedup": round(1 / latency.ratio, 3),
-        "infer_speedup_low": round(1 / latency.ratio_high, 3),
-        "infer_speedup_high": round(1 / latency.ratio_low, 3),
+        "param_count": round(params / 1e6, 3),
+        "attention_params": attention_params,
+        **speedup_columns("infer", latency),
         "infer_peak_mb": round(latency.peak_bytes / 1e6, 1),
     }
 
 
-def training_columns(
-    first: list[float], own: list[float], input_size: tuple[int, int, int], batch_size: int
-) -> dict[str, Any]:
-    """What a row says of the training steps, from seconds in each turn of the first model and of this one."""
-    paired = compare_turns(first, own)
-    return {
-        "train_samples_per_sec": round(batch_size / paired.seconds, 2),
-        "train_step_time": round(1e3 * paired.seconds, 3),
-        "train_batch_size": batch_size,
-        "train_img_size": input_size[-1],
-        "train_speedup": round(1 / paired.ratio, 3),
-        "train_speedup_low": round(1 / paired.ratio_high, 3),
-        "train_speedup_high": round(1 / paired.ratio_low, 3),
-    }
+def time_columns(kind: str, seconds: float, batch_size: int, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns what a row says of the time of a batch; ``kind`` is "infer" or "train"."""
+    columns = {"samples_per_sec": round(batch_size / seconds, 2), "step_time": round(1e3 * seconds, 3)}
+    columns |= {"batch_size": batch_size, "img_size": input_size[-1]}
+    return {f"{kind}_{name}": value for name, value in columns.items()}
+
+
+def speedup_columns(kind: str, times: Latency | Paired) -> dict[str, Any]:
+    """Returns what a row says of the speed against the first model; ``kind`` is "infer" or "train"."""
+    ratios = {"": times.ratio, "_low": times.ratio_high, "_high": times.ratio_low}
+    return {f"{kind}_speedup{end}": round(1 / ratio, 3) for end, ratio in ratios.items()}
 
 
 def training_step(
     model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device, precision: str
 ) -> Callable[[], None]:
-    """One training step on noise, as a call. The model goes to the device."""
+    """Returns one training step on noise, as a call. The model goes to the device."""
     model.to(device).train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, *input_size, generator=generator).to(device)
@@ -118,8 +107,3 @@ def training_step(
         optimizer.zero_grad()
 
     return step
-
-
-def count_attention(model: nn.Module) -> int:
-    """Parameters of all attention layers."""
-    return sum(p.numel() for p in {p for m in find_attention(model).values() for p in m.parameters()})

@@ -11,16 +11,12 @@ from vit_tucker.analysis.latency import measure_latency
 
 
 def count_cost(model: nn.Module, dense: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """The entry ``cost`` of a run's results.json before anything is measured.
+    """Returns the entry ``cost`` of a run's results.json before anything is measured: operations per image, see ``known_flops``.
 
     Args:
         model: patched, or the dense host itself.
         dense: the host before the patch; its structure is enough.
         input_size: (channels, height, width).
-
-    Returns:
-        ``flops`` and ``dense_flops``: operations of the forward pass per image, 2 per multiply-add, None if not known;
-        ``latency``: None.
     """
     return {"flops": known_flops(model, input_size), "dense_flops": known_flops(dense, input_size), "latency": None}
 
@@ -35,15 +31,11 @@ def latency_to_dense(
     turns: int = 15,
     seconds: float = 0.05,
 ) -> dict[str, Any]:
-    """The entry ``latency`` of ``cost``: the model and its dense host in turns.
+    """Measures the entry ``latency`` of ``cost``, the model and its dense host in turns: see ``Latency``, with dense_ms.
 
     Args:
         model, dense: on the device; a dense model is measured against another of its kind.
         input_size, batch_size, device, precision, turns, seconds: see ``measure_latency``.
-
-    Returns:
-        device, precision, threads, batch_size, turns; ms and dense_ms, medians per batch; ratio, ratio_low and ratio_high, median
-        and quartiles over turns of the model's time to the dense host's.
     """
     both = measure_latency({"dense": dense, "model": model}, input_size, batch_size, device, precision, turns, seconds)
     entry = {**asdict(both["model"]), "dense_ms": both["dense"].ms}

@@ -1,8 +1,8 @@
 """What a timm model costs with several attention methods: counted on models without weights, and measured if asked for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -50,6 +50,10 @@ class ModelCost:
     kv_bytes: int | None
     latency: Latency | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON and tables; those of the latency are None or nested."""
+        return asdict(self)
+
 
 class HostFactory:
     """Makes one timm model, as often as it is needed.
@@ -60,25 +64,19 @@ class HostFactory:
     """
 
     def __init__(self, config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> None:
-        self.config, self.num_classes, self.in_chans = config, num_classes, in_chans
-        self.bare = config.untrained()
+        self.config, self.sizes = config, (num_classes, in_chans)
 
     def structure(self) -> nn.Module:
-        """The model without weights, on the meta device where it can be."""
-        return without_weights(lambda: create_host(self.bare, self.num_classes, self.in_chans))
+        """Returns the model without weights, on the meta device where it can be."""
+        return without_weights(self.random)
 
     def random(self) -> nn.Module:
-        """The model with timm's initialisation."""
-        return create_host(self.bare, self.num_classes, self.in_chans)
+        """Returns the model with timm's initialisation."""
+        return create_host(self.config.untrained(), *self.sizes)
 
     def trained(self) -> nn.Module:
-        """The model with its weights."""
-        return create_host(self.config, self.num_classes, self.in_chans)
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the config names trained weights."""
-        return self.config.is_trained
+        """Returns the model with its weights."""
+        return create_host(self.config, *self.sizes)
 
 
 def model_costs(
@@ -90,7 +88,7 @@ def model_costs(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> list[ModelCost]:
-    """The dense model, and the model with each method.
+    """Counts, and measures if asked for, what the dense model costs, and the model with each method.
 
     Args:
         host: of all of them.
@@ -126,15 +124,7 @@ def count_costs(
     batch_size: int,
     latency: Latency | None,
 ) -> ModelCost:
-    """Everything that is counted.
-
-    Args:
-        model: dense, without weights; it gets the method.
-        label, config: of the method; None for the dense model.
-        size: (channels, height, width).
-        precision, batch_size: see ``model_costs``.
-        latency: what was measured.
-    """
+    """Returns all that is counted on a dense model without weights, which gets the method, beside what was measured."""
     attention_flops = dense_attention_flops(model, size)
     record = patch_record(patched(model, label, config, size))
     if record is not None and attention_flops is not None:
@@ -142,20 +132,13 @@ def count_costs(
         attention_flops = None if before is None or after is None else attention_flops - before + after
     entries = count_kv_entries(model, size[1:])
     total, attention = count_parameters(model)
-    return ModelCost(
-        label=label,
-        attention_params=attention,
-        params=total,
-        attention_flops=attention_flops,
-        flops=count_model_flops(model, size),
-        activation_bytes=activations_per_image(model, size, batch_size, precision),
-        kv_bytes=None if entries is None else entries * PRECISIONS[precision].itemsize,
-        latency=latency,
-    )
+    kv_bytes = None if entries is None else entries * PRECISIONS[precision].itemsize
+    activations, flops = activations_per_image(model, size, batch_size, precision), count_model_flops(model, size)
+    return ModelCost(label, attention, total, attention_flops, flops, activations, kv_bytes, latency)
 
 
 def resolved(host: HostFactory, label: str, config: AttentionConfig) -> AttentionConfig:
-    """The config with nothing left to convert or to choose; ranks are chosen by the weights alone.
+    """Returns the config with nothing left to convert or to choose; ranks are chosen by the weights alone.
 
     Raises:
         ConfigError: ranks are to be chosen from weights, and there are none.
@@ -163,7 +146,7 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
     config = config.unconverted()
     if config.rank_rule is None or any(rule.chosen_by == config.rank_rule for rule in config.rules):
         return config
-    if not host.has_weights:
+    if not host.config.is_trained:
         raise ConfigError(
             f"{label}: ranks {config.rank_rule} are chosen from weights; add model.pretrained=true or model.checkpoint=FILE, "
             "or give the ranks"
@@ -176,7 +159,7 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
 def patched(
     model: nn.Module, label: str, config: AttentionConfig | None, size: tuple[int, int, int] | None
 ) -> nn.Module:
-    """The model itself with the method in it; as it is for None."""
+    """Patches a model in place and returns it; as it is for None."""
     if config is not None:
         try:
             patch(model, config, keep_originals=False, img_size=None if size is None else size[1:])
@@ -186,7 +169,7 @@ def patched(
 
 
 def dense_attention_flops(model: nn.Module, size: tuple[int, int, int]) -> int | None:
-    """Operations of a dense model's attention layers per image, None if one of them is not known."""
+    """Returns the operations of a dense model's attention layers per image, None if one of them is not known."""
     try:
         return plan(model, MHAConfig(init="random"), img_size=size[1:]).flops_before
     except PatchError:
@@ -196,7 +179,7 @@ def dense_attention_flops(model: nn.Module, size: tuple[int, int, int]) -> int |
 def activations_per_image(
     model: nn.Module, size: tuple[int, int, int], batch_size: int, precision: Precision
 ) -> int | None:
-    """Bytes of a training pass per image, with fake tensors: those of the CPU's kernels, without memory or arithmetic.
+    """Returns bytes of a training pass per image, by fake tensors: those of the CPU's kernels, without memory or arithmetic.
 
     None if the model computes with values, which fake tensors don't have.
     """

@@ -12,7 +12,7 @@ from vit_tucker.patching.record import patch_records, shared_records
 
 
 def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Floating point operations of the forward pass in eval mode, for one image.
+    """Counts floating point operations of the forward pass in eval mode, for one image.
 
     Matrix products and convolutions count, 2 per multiply-add; norms, softmax, activations and biases do not. Attention counts
     as its two matrix products, whatever kernel the model uses. What a patched model does once per batch, folding head factors
@@ -40,7 +40,7 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
 
 
 def known_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
-    """``count_model_flops``, or None where the forward pass of an unknown host does not run without values."""
+    """Returns ``count_model_flops``, or None where the forward pass of an unknown host does not run without values."""
     try:
         return count_model_flops(model, input_size)
     except Exception:  # whatever it raises on the meta device: no reason not to train it

@@ -38,12 +38,12 @@ class Sizes:
 
     @property
     def D(self) -> int:
-        """Head width."""
+        """Returns the head width."""
         return self.d // self.H
 
     @property
     def spec(self) -> HostSpec:
-        """The host that these sizes describe."""
+        """Returns the host that these sizes describe."""
         return HostSpec(embed_dim=self.d, num_heads=self.H, head_dim=self.D, out_dim=self.d)
 
 
@@ -70,18 +70,13 @@ class Formula:
 
 
 def tucker_weights(s: Sizes) -> int:
-    """Both tensors' factors and cores."""
+    """Returns the weights of both tensors' factors and cores."""
     r1, r2, r3 = s.r
     return 2 * (s.H * r1 + r1 * r2 * r3 + s.d * r2 + s.d * r3)
 
 
 TABLE_1 = (
-    Formula(
-        *("MHA", (), "4 d^2", "2 N d"),
-        lambda s: 4 * s.d**2,
-        lambda s: 2 * s.N * s.d,
-        lambda s: MHAConfig(),
-    ),
+    Formula(*("MHA", (), "4 d^2", "2 N d"), lambda s: 4 * s.d**2, lambda s: 2 * s.N * s.d, lambda s: MHAConfig()),
     Formula(
         *("MQA", (), "2 d^2 + 2 D d", "2 N D"),
         lambda s: 2 * s.d**2 + 2 * s.D * s.d,
@@ -123,7 +118,7 @@ FORMULAS: Mapping[str, Formula] = {formula.method: formula for formula in TABLE_
 
 
 def read_sizes(given: Mapping[str, Any]) -> Sizes:
-    """The default sizes with some replaced.
+    """Returns the default sizes with some replaced.
 
     Args:
         given: by letter, positive integers; r a list of three.
@@ -137,7 +132,8 @@ def read_sizes(given: Mapping[str, Any]) -> Sizes:
             raise ConfigError(f"{letter}: unknown size{nearest(letter, letters)}; Table 1 has {', '.join(letters)}")
         numbers = value if letter == "r" else [value]
         wanted = "three positive integers, [8, 16, 16]" if letter == "r" else "a positive integer"
-        if not isinstance(numbers, list) or (letter == "r" and len(numbers) != 3) or not all(map(is_count, numbers)):
+        counts = isinstance(numbers, list) and all(type(number) is int and number > 0 for number in numbers)
+        if not counts or (letter == "r" and len(numbers) != 3):
             raise ConfigError(f"{letter}={value}: must be {wanted}")
     values: dict[str, Any] = {**given, "r": tuple(given.get("r", Sizes.r))}
     sizes = replace(Sizes(), **values)
@@ -146,13 +142,8 @@ def read_sizes(given: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
-def is_count(value: Any) -> bool:
-    """Whether it is a positive integer; True is none."""
-    return type(value) is int and value > 0
-
-
 def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
-    """Weights and KV cache entries of a layer that is built, without values.
+    """Counts weights and KV cache entries of a layer that is built, without values.
 
     Raises:
         ConfigError: the method can't have these sizes.
@@ -165,3 +156,19 @@ def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
     layer = config.build(sizes.spec, device="meta")
     weights = sum(p.numel() for name, p in layer.named_parameters() if not name.endswith("bias"))
     return weights, None if layer.kv_width is None else layer.kv_width * sizes.N
+
+
+def formula_rows(sizes: Sizes) -> list[tuple[Any, ...]]:
+    """Returns the rows of Table 1 for some sizes: method, its sizes, both formulas, and what they give beside built layers."""
+    rows: list[tuple[Any, ...]] = []
+    for row in TABLE_1:
+        own = " ".join(f"{letter}={shown(getattr(sizes, letter))}" for letter in row.options)
+        weights, entries = measure_layer(row, sizes)
+        values = row.count_weights(sizes), weights, row.count_entries(sizes), entries
+        rows.append((row.method, own, row.weights, row.entries, *values))
+    return rows
+
+
+def shown(value: Any) -> str:
+    """4 as '4', (8, 16, 16) as '[8,16,16]'."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -23,7 +23,6 @@ from vit_tucker.hosts.families import EXCLUDE, read_host
 from vit_tucker.hosts.find import find_attention, find_other_attention
 from vit_tucker.hosts.readers import Host
 from vit_tucker.hosts.structure import without_weights
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.identity import PATCHED
 
 EXACT = "exact"
@@ -51,16 +50,16 @@ class ModelEntry:
     methods: dict[str, str]
 
     def patchable(self, method: str) -> bool:
-        """Whether ``patch`` takes the whole model."""
+        """Returns whether ``patch`` can replace all attention layers of the model."""
         return self.methods[method] in (EXACT, LATENT)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
 def model_names(pattern: str | None = None) -> list[str]:
-    """Names of timm's models, all or by a wildcard.
+    """Returns names of timm's models, all or by a wildcard.
 
     Raises:
         ConfigError: none matches; names the nearest.
@@ -72,7 +71,7 @@ def model_names(pattern: str | None = None) -> list[str]:
 
 
 def nearest_pattern(pattern: str) -> str:
-    """'; did you mean X?' for the model, or with wildcards for the part of names, that is nearest."""
+    """Returns '; did you mean X?' for the model that is nearest, or with wildcards for the nearest part of names."""
     names, core = timm.list_models(), pattern.strip("*")
     if core == pattern:
         return nearest(pattern, names)
@@ -86,7 +85,7 @@ def nearest_pattern(pattern: str) -> str:
 
 
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
-    """The entries of all models that have attention."""
+    """Yields the entries of all models that have attention."""
     for name in names:
         entry = model_entry(name, build_structure(name))
         if entry.layers or entry.left_alone:
@@ -94,41 +93,40 @@ def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
 
 
 def build_structure(name: str) -> nn.Module:
-    """A timm model without weights, see ``without_weights``."""
+    """Builds a timm model without weights, on the meta device."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return without_weights(lambda: timm.create_model(name, pretrained=False))
 
 
 def model_entry(name: str, model: nn.Module) -> ModelEntry:
-    """The entry of one model, dense, on any device."""
-    found = find_attention(model)
+    """Returns the entry of one model, dense, on any device."""
+    found = list(find_attention(model).values())
+    others = (model.get_submodule(other) for other in find_other_attention(model))
     hosts: list[Host] = []
     unread: list[str] = []
-    mixed_rope = has_mixed_rope(model)
-    for module in found.values():
+    for module in found:
         try:
-            hosts.append(read_host(module, mixed_rope))
+            hosts.append(read_host(module, model))
         except PatchError as error:
-            unread.append(str(error).removesuffix(EXCLUDE).replace(full_name(module), short_name(full_name(module))))
-    left_alone = Counter(short_name(full_name(model.get_submodule(other))) for other in find_other_attention(model))
+            unread.append(str(error).removesuffix(EXCLUDE).replace(full_name(module), short_name(module)))
     return ModelEntry(
         name=name,
-        layers=dict(Counter(short_name(full_name(module)) for module in found.values())),
+        layers=dict(Counter(map(short_name, found))),
         features=tuple(sorted({feature for host in hosts for feature in host.spec.features})),
-        heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found.values()})),
-        left_alone=dict(left_alone),
+        heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found})),
+        left_alone=dict(Counter(map(short_name, others))),
         methods={method: status(method, hosts, unread) for method in list_methods()},
     )
 
 
-def short_name(place: str) -> str:
-    """'timm.models.eva.EvaAttention' -> 'eva.EvaAttention'"""
-    return ".".join(place.split(".")[-2:])
+def short_name(module: nn.Module) -> str:
+    """Returns 'eva.EvaAttention' for a timm.models.eva.EvaAttention."""
+    return ".".join(full_name(module).split(".")[-2:])
 
 
 def status(method: str, hosts: list[Host], unread: list[str]) -> str:
-    """What a method makes of a model's layers.
+    """Returns what a method makes of a model's layers.
 
     Args:
         method: name.

@@ -1,11 +1,9 @@
-"""Timing in turns: everything that is compared runs in one process, one after the other, several times, in alternating order, so
-that what else the machine does hits all of it alike."""
+"""Timing in turns: what is compared runs in one process in alternating order, so that other load hits all of it alike."""
 
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ WARM_UP = 3
 def times_in_turns(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, turns: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, in each of its turns.
+    """Returns seconds per call of each, in each of its turns.
 
     Args:
         calls: by name.
@@ -40,8 +38,7 @@ def times_in_turns(
     return times
 
 
-@dataclass(frozen=True)
-class Paired:
+class Paired(NamedTuple):
     """Times of something against the first that it was measured with.
 
     Attributes:
@@ -64,7 +61,7 @@ def compare_turns(first: Sequence[float], own: Sequence[float]) -> Paired:
 
 
 def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Seconds per call."""
+    """Returns seconds per call."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -74,13 +71,13 @@ def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait for a GPU."""
+    """Waits for a GPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 
 
 def peak_bytes(call: Callable[[], Any], kept: Iterable[Tensor], device: torch.device) -> int:
-    """Most bytes that a call has alive at once, beyond tensors that are there before.
+    """Returns the most bytes that a call has alive at once, beyond tensors that are there before.
 
     On CUDA what the allocator handed out, workspaces included; elsewhere the results of operations, without what they use inside.
     """

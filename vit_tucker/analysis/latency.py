@@ -27,8 +27,7 @@ class Latency:
         ms: milliseconds per batch: the first model's median over turns times ``ratio``.
         ratio: of the model's time to the first model's in the same turn, median over turns.
         ratio_low, ratio_high: quartiles of that ratio.
-        peak_bytes: most bytes that a forward pass has alive at once, model and images apart. On CUDA what the allocator handed
-            out, workspaces included; elsewhere the results of operations alone.
+        peak_bytes: most bytes that a forward pass has alive at once, model and images apart, see ``interleaved.peak_bytes``.
     """
 
     device: str
@@ -52,7 +51,7 @@ def measure_latency(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> dict[str, Latency]:
-    """Time the forward passes of models, in eval mode and inference mode.
+    """Times the forward passes of models, in eval mode and inference mode.
 
     Weights are cast once, before the first turn, as far as autocast caches them. The order within a turn alternates.
 
@@ -79,33 +78,24 @@ def measure_latency(
         inputs = {name: _images(model, input_size, batch_size, device) for name, model in ready.items()}
         calls = {name: partial(model, inputs[name]) for name, model in ready.items()}
         times = times_in_turns(calls, device, turns, seconds)
-        peaks = {
-            name: peak_bytes(calls[name], [inputs[name], *model.parameters(), *model.buffers()], device)
-            for name, model in ready.items()
-        }
+        peaks = {name: peak_bytes(calls[name], [inputs[name], *model.parameters(), *model.buffers()], device)
+                 for name, model in ready.items()}  # fmt: skip
     first = times[next(iter(ready))]
-    where = {
-        "device": describe_device(device),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
-        "turns": turns,
-    }
+    where = describe_device(device), precision, torch.get_num_threads(), batch_size, turns
     results = {}
     for name, own in times.items():
-        paired = compare_turns(first, own)
-        ratios = {"ratio": paired.ratio, "ratio_low": paired.ratio_low, "ratio_high": paired.ratio_high}
-        results[name] = Latency(**where, ms=1e3 * paired.seconds, **ratios, peak_bytes=peaks[name])  # type: ignore[arg-type]
+        seconds, ratio, low, high = compare_turns(first, own)
+        results[name] = Latency(*where, 1e3 * seconds, ratio, low, high, peaks[name])
     return results
 
 
 def describe_device(device: torch.device) -> str:
-    """'NVIDIA H200' or 'cpu'."""
+    """Returns 'NVIDIA H200' or 'cpu'."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model itself if it is there already, else a copy, without the dense layers that a patched model may keep."""
+    """Returns the model itself if it is there already, else a copy, without the dense layers that a patched model may keep."""
     index = device.index if device.index is not None or device.type != "cuda" else torch.cuda.current_device()
     if all((t.device.type, t.device.index) == (device.type, index) for t in (*model.parameters(), *model.buffers())):
         return model
@@ -113,6 +103,6 @@ def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _images(model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device) -> Tensor:
-    """Noise in the model's dtype: a GPU runs faster on zeros."""
+    """Returns noise in the model's dtype: a GPU runs faster on zeros."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

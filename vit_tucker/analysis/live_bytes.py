@@ -47,11 +47,11 @@ class LiveBytes(TorchDispatchMode):
         self._events.append((self._numbers.pop(key), False))
 
     def leave_out(self, tensor: Tensor) -> None:
-        """A tensor that was noted does not count after all."""
+        """Leaves out a tensor that was noted."""
         self._left_out.add(self._numbers.get(tensor.untyped_storage()._cdata, -1))
 
     def extrapolate(self, other: "LiveBytes", factor: float) -> "LiveBytes":
-        """What this would be with all sizes moved on by ``factor`` times their difference to those of ``other``.
+        """Returns what this would be with all sizes moved on by ``factor`` times their difference to those of ``other``.
 
         Raises:
             ValueError: the two did not make and free the same storages in the same order.
@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         return moved
 
     def peak(self) -> int:
-        """Highest sum of bytes alive at once."""
+        """Returns the highest sum of bytes alive at once."""
         live = highest = 0.0
         for number, came in self._events:
             if number not in self._left_out:

@@ -3,15 +3,14 @@
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Tables 2 and 3. A number that is not known here is None.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from vit_tucker.analysis.formulas import FORMULAS, Sizes
 
 
-@dataclass(frozen=True)
-class PublishedRow:
+class PublishedRow(NamedTuple):
     """One row as printed.
 
     Attributes:
@@ -31,8 +30,7 @@ class PublishedRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class PublishedTable:
+class PublishedTable(NamedTuple):
     """A table as printed, and the units of its numbers.
 
     Attributes:
@@ -64,14 +62,7 @@ TABLE_2 = PublishedTable(
     attention_bytes=2,
     rows=(
         PublishedRow("MHA", "MHA", {}, "56.62", "37.74"),
-        PublishedRow(
-            "GQA-4",
-            "GQA",
-            {"G": 4},
-            "37.74",
-            "12.85",
-            "the formula's KV cache with two digits swapped",
-        ),
+        PublishedRow("GQA-4", "GQA", {"G": 4}, "37.74", "12.85", "the formula's KV cache with two digits swapped"),
         PublishedRow("GQA-2", "GQA", {"G": 2}, "33.02", "6.29"),
         PublishedRow("MLA 128", "MLA, shared latent", {"c": 128}, "26.00", "3.14"),
         PublishedRow("Tucker [8,128,128]", "Tucker", {"r": (8, 128, 128)}, "15.74", "6.28"),
@@ -95,7 +86,8 @@ TABLE_3 = PublishedTable(
             "MLA, separate latents",
             {"c": 128},
             "93.3",
-            note="separate latents are nearer than a shared one",
+            None,
+            "separate latents are nearer than a shared one",
         ),
         PublishedRow("Tucker [32,128,128]", "Tucker", {"r": (32, 128, 128)}, "33.5"),
         PublishedRow("Tucker [32,128,64]", "Tucker", {"r": (32, 128, 64)}, "21.0"),
@@ -105,8 +97,7 @@ TABLE_3 = PublishedTable(
 PUBLISHED = {2: TABLE_2, 3: TABLE_3}
 
 
-@dataclass(frozen=True)
-class PrintedValue:
+class PrintedValue(NamedTuple):
     """A formula's value beside the printed one.
 
     Attributes:
@@ -119,8 +110,11 @@ class PrintedValue:
 
     @property
     def verdict(self) -> str:
-        """'equal' (rounded to the printed digits), 'cut' (equal with further digits dropped), '+0.27' (printed minus formula's
-        value, as printed), or '-' without a printed value."""
+        """Returns how the printed value compares with the formula's.
+
+        'equal' if that rounds to it, 'cut' if its further digits are dropped there, '+0.27' for printed minus rounded value, '-'
+        without a printed value.
+        """
         if self.printed is None:
             return "-"
         printed = Decimal(self.printed)
@@ -132,13 +126,28 @@ class PrintedValue:
 
     @property
     def rounded(self) -> Decimal:
-        """The value to the digits that are printed, two where none are."""
+        """Returns the value to the digits that are printed, two where none are."""
         return self.value.quantize(Decimal(self.printed or "0.01"), ROUND_HALF_UP)
 
 
 def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[PrintedValue, PrintedValue]:
-    """Attention parameters and KV cache of a row, by formula and as printed."""
+    """Compares attention parameters and KV cache of a row, by formula and as printed."""
     formula, sizes = FORMULAS[row.method], replace(table.sizes, **row.options)
     attention = formula.count_weights(sizes) * table.layers * table.attention_bytes
     kv = formula.count_entries(sizes) * table.layers * KV_BYTES
     return PrintedValue(Decimal(attention) / 10**6, row.attention), PrintedValue(Decimal(kv) / 10**6, row.kv)
+
+
+def published_rows(number: int) -> tuple[str, list[tuple[object, ...]], list[str]]:
+    """Returns title, rows and notes of Table 2 or 3: formulas beside the printed numbers."""
+    table = PUBLISHED[number]
+    dense = compare_row(table, table.rows[0])[0].value
+    rows: list[tuple[object, ...]] = []
+    for row in table.rows:
+        attention, kv = compare_row(table, row)
+        parts = [(str(x.rounded), x.printed, x.verdict) for x in (attention, kv)]
+        rows.append((row.label, row.method, *parts[0], round(float(attention.value / dense), 4), *parts[1]))
+    sizes = table.sizes
+    title = f"Table {number}: {table.model} (d={sizes.d} H={sizes.H} N={sizes.N}, {table.layers} layers)"
+    notes = [f"attention: {table.attention_unit}; KV cache: {table.kv_unit}"]
+    return title, rows, [*notes, *(f"{row.label}: {row.note}" for row in table.rows if row.note)]

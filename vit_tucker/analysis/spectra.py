@@ -4,9 +4,8 @@ Two tensors per layer, three modes each: pre-softmax (head, query, key) and post
 weights. Whitened: in the metrics of the activation-aware conversion, where it counts what matters for the tokens.
 """
 
-import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +15,15 @@ from torch import Tensor, nn
 from vit_tucker.attention.effective import plain_layer, refuse_infinite
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
-from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration
+from vit_tucker.attention.variants.tucker.ranks import whiten
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.observe import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts import find
 from vit_tucker.hosts.families import read_host
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.patching.notes import token_notes
+from vit_tucker.show.tables import csv_text
 from vit_tucker.tensor.mode_ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
 from vit_tucker.tensor.tucker import Pairs
@@ -55,25 +54,18 @@ class ModeSpectrum:
     values: Tensor
 
     def summary(self) -> dict[str, Any]:
-        """The spectrum in numbers, a row of ranks.csv."""
+        """Returns the spectrum in numbers, a row of ranks.csv."""
         facts = {k: v for k, v in vars(self).items() if k != "values"}
         if not self.values[0] > 0:
-            return {**facts, "largest": 0.0, "numerical_rank": 0, **dict.fromkeys(("effective_rank", "stable_rank"), 0.0),
-                    "rank_90": 0, "rank_95": 0, "rank_99": 0}  # fmt: skip
-        return {
-            **facts,
-            "largest": self.values[0].item(),
-            "numerical_rank": numerical_rank(self.values, self.size**2),
-            "effective_rank": effective_rank(self.values),
-            "stable_rank": stable_rank(self.values),
-            "rank_90": energy_rank(self.values, 0.90),
-            "rank_95": energy_rank(self.values, 0.95),
-            "rank_99": energy_rank(self.values, 0.99),
-        }
+            ranks: dict[str, float] = {"numerical_rank": 0, "effective_rank": 0.0, "stable_rank": 0.0}
+            return {**facts, "largest": 0.0, **ranks, "rank_90": 0, "rank_95": 0, "rank_99": 0}
+        energies = {f"rank_{percent}": energy_rank(self.values, percent / 100) for percent in (90, 95, 99)}
+        ranks = {"numerical_rank": numerical_rank(self.values, self.size**2)}
+        ranks |= {"effective_rank": effective_rank(self.values), "stable_rank": stable_rank(self.values)}
+        return {**facts, "largest": self.values[0].item(), **ranks, **energies}
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What bounds a layer's ranks: for the marks of the figure."""
 
     layer: str
@@ -82,12 +74,12 @@ class Shape:
     head_dim: int
 
 
-def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
-    """Shape, pre- and post-softmax tensor (float64) of a host's attention module or of a layer of ours.
+def attention_tensors(module: nn.Module, model: nn.Module) -> tuple[HostSpec, Pairs | RotaryPairs, Pairs]:
+    """Returns shape, pre- and post-softmax tensor (float64) of a host's attention, see ``read_host``, or of a layer of ours.
 
     Args:
-        module: of a model.
-        mixed_rope: see ``read_host``.
+        module: of the model.
+        model: dense or patched.
 
     Raises:
         PatchError: an attention class that we can't read, or weights that are not what it computes with.
@@ -96,20 +88,14 @@ def attention_tensors(module: nn.Module, mixed_rope: bool = False) -> tuple[Host
         module = plain_layer(module)
         refuse_infinite(module.named_parameters())
         return module.spec, module.pre_tensor(), module.post_pairs()
-    host = read_host(module, mixed_rope)
+    host = read_host(module, model)
     host.refuse_not_finite()
     weights = host.weights.double()
     return host.spec, weights.pre_tensor(host.spec.rope), weights.post_pairs()
 
 
 def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
-    """The six spectra of one layer. A key mode with RoPE: what its latent pairs hold, two equal values each.
-
-    Args:
-        name: of the layer.
-        pre, post: its tensors.
-        whitened: they are in the metrics of the tokens.
-    """
+    """Returns the six spectra of a layer's tensors. A key mode with RoPE: what its latent pairs hold, two equal values each."""
     rows = []
     for tensor, given in (("pre", pre), ("post", post)):
         if isinstance(given, RotaryPairs):
@@ -139,7 +125,7 @@ class Analysis(NamedTuple):
 
 
 def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Calibration | None = None) -> Analysis:
-    """Spectra of all attention layers of a model, plain and, with images, whitened.
+    """Returns spectra of all attention layers of a model, plain and, with images, whitened.
 
     Args:
         model: a timm model, dense or patched.
@@ -147,7 +133,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         options: of the pass over the images.
 
     Returns:
-        Spectra, shapes and notes. Layers that we can't read are left out.
+        Spectra; layers that can't be read are left out.
 
     Raises:
         PatchError: no attention layer that we can read, or bad images.
@@ -156,16 +142,14 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
     rows: list[ModeSpectrum] = []
     shapes: list[Shape] = []
     readable: list[WatchedLayer] = []
-    seen: set[int] = set()
     model = find.inner(model)
     find.refuse_adapted(model)
-    mixed_rope = has_mixed_rope(model)
+    names: dict[nn.Module, str] = {}
     for name, module in find.find_attention(model).items():
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+        names.setdefault(module, name)
+    for module, name in names.items():
         try:
-            spec, pre, post = attention_tensors(module, mixed_rope)
+            spec, pre, post = attention_tensors(module, model)
         except WeightsError as error:
             raise WeightsError(f"{name}: {error}") from None
         except PatchError:
@@ -173,47 +157,36 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
         shapes.append(Shape(name, spec.embed_dim, spec.num_heads, spec.head_dim))
         rows += spectra_of(name, pre, post)
         if batches is not None and not isinstance(module, AttentionModule):
-            readable.append(WatchedLayer(name, module, read_host(module, mixed_rope)))
+            readable.append(WatchedLayer(name, module, read_host(module, model)))
     if not shapes:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
     if batches is not None:
         for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
             weights = layer.host.weights.double()
             spec = layer.host.spec
-            pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
+            with located(layer.name):
+                pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
     return Analysis(rows, shapes, token_notes(readable))
 
 
 @torch.no_grad()
 def rank_scalars(model: nn.Module) -> dict[str, float]:
-    """Effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
-    scalars = {}
-    for row in analyse(model).rows:
-        if row.values[0] > 0:
-            scalars[f"ranks/{row.tensor}_{row.mode}/{row.layer}"] = effective_rank(row.values)
-    return scalars
+    """Returns the effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
+    rows = (row for row in analyse(model).rows if row.values[0] > 0)
+    return {f"ranks/{row.tensor}_{row.mode}/{row.layer}": effective_rank(row.values) for row in rows}
 
 
 def save_spectra(folder: Path, rows: list[ModeSpectrum], shapes: list[Shape]) -> None:
-    """Write ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
+    """Writes ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "layers.csv", [asdict(shape) for shape in shapes])
-    _write(folder / "ranks.csv", [row.summary() for row in rows])
-    names = ("layer", "tensor", "mode", "whitened")
+    summaries = [row.summary() for row in rows]
     values = (
-        {**{name: getattr(row, name) for name in names}, "index": index, "value": f"{value:.8g}"}
+        (row.layer, row.tensor, row.mode, row.whitened, index, f"{value:.8g}")
         for row in rows
         for index, value in enumerate(row.values.tolist(), 1)
     )
-    _write(folder / "singular_values.csv", values)
-
-
-def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    iterator = iter(rows)
-    first = next(iterator)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(first), lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(first)
-        writer.writerows(iterator)
+    (folder / "layers.csv").write_text(csv_text(Shape._fields, shapes))
+    (folder / "ranks.csv").write_text(csv_text(summaries[0], (summary.values() for summary in summaries)))
+    header = ("layer", "tensor", "mode", "whitened", "index", "value")
+    (folder / "singular_values.csv").write_text(csv_text(header, values))

@@ -6,9 +6,9 @@ counted: the CUDA context, the allocator's fragmentation, workspaces of cuBLAS a
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum: gradients and activations are not at their highest at once, so that the peak is a little below it."""
+        """Returns the sum: gradients and activations are not at their highest at once, so that the peak is a little below it."""
         return sum(astuple(self))
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ def estimate_memory(
     teacher: nn.Module | None = None,
     processes: int = 1,
 ) -> MemoryEstimate:
-    """Measure a model and a recipe; neither the model nor the random generators are changed.
+    """Measures a model and a recipe; neither the model nor the random generators are changed.
 
     Args:
         model: patched, with weights, on the device where it is measured; activations of another device's kernels may differ.
@@ -86,32 +86,20 @@ def estimate_memory(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all different tensors."""
+    """Returns the bytes of all different tensors."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
-    """Bytes of an optimizer's state: it keeps state for each tensor by itself, so each shape is tried alone.
-
-    Args:
-        parameters: trainable.
-        config: opt and its options count.
-
-    Raises:
-        ConfigError: see ``create_optimizer``.
-    """
-    sizes: dict[tuple[Any, ...], int] = {}
-    total = 0
-    for parameter in parameters:
-        key = (tuple(parameter.shape), parameter.dtype)
-        if key not in sizes:
-            sizes[key] = _state_of_one(torch.zeros_like(parameter, device="cpu"), config)
-        total += sizes[key]
-    return total
+    """Returns the bytes of an optimizer's state: it keeps state for each tensor by itself, so each shape is tried alone."""
+    kinds = Counter((parameter.shape, parameter.dtype) for parameter in parameters)
+    return sum(
+        count * _state_of_one(torch.zeros(shape, dtype=dtype), config) for (shape, dtype), count in kinds.items()
+    )
 
 
 def _state_of_one(value: Tensor, config: TrainConfig) -> int:
-    """Bytes of the state for one parameter, after as many steps as the optimizer needs to have all of it."""
+    """Returns bytes of the state for one parameter, after as many steps as the optimizer needs to have all of it."""
     holder = nn.Module()
     parameter = holder.parameter = nn.Parameter(value)
     optimizer = create_optimizer(holder, config.model_copy(update={"layer_decay": None}))
@@ -126,13 +114,11 @@ def _state_of_one(value: Tensor, config: TrainConfig) -> int:
 def activation_bytes(
     model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
 ) -> int:
-    """Highest sum of bytes beyond the model and its gradients in a training pass, extrapolated from PROBE.
+    """Returns the highest sum of bytes beyond the model and its gradients in a training pass, extrapolated from PROBE.
 
     Args:
         model: is copied.
-        input_shape: (channels, height, width).
-        micro_batch: images.
-        precision: "no", "bf16" or "fp16".
+        input_shape, micro_batch, precision: see ``estimate_memory``.
         checkpointed: recompute the blocks in the backward pass.
     """
     return own_activation_bytes(copy.deepcopy(model), input_shape, micro_batch, precision, checkpointed)
@@ -141,7 +127,7 @@ def activation_bytes(
 def own_activation_bytes(
     model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
 ) -> int:
-    """``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
+    """Returns ``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
     model.train()
     if checkpointed:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
@@ -157,7 +143,7 @@ def own_activation_bytes(
 
 
 def _training_pass(model: nn.Module, images: Tensor, device: torch.device, precision: str) -> LiveBytes:
-    """Note a forward and backward pass; gradients are left out, each goes as soon as it is there."""
+    """Notes a forward and backward pass; gradients are left out, each goes as soon as it is there."""
     counter = LiveBytes([*model.parameters(), *model.buffers()])
 
     def drop(parameter: Tensor) -> None:

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends import AUTO, choose, get_backend
+from vit_tucker.attention.backends import AUTO, choose, get_backend, heads
 from vit_tucker.attention.backends.base import facts_of
 from vit_tucker.attention.backends.eager import attention_weights
-from vit_tucker.attention.backends.heads import expand_heads
 from vit_tucker.attention.backends.padding import attend_padded
 from vit_tucker.errors import PatchError
 
@@ -48,7 +47,7 @@ def attend(
     if isinstance(q, Tensor):  # and not an fx proxy
         choose(facts_of(q, k, v, attn_mask, is_causal, attn_drop.p if attn_drop.training else 0.0), "eager")
     attn = attn_drop(attention_weights(q, k, attn_mask, is_causal, scale))
-    return attn @ expand_heads(v, q.shape[1])
+    return attn @ heads.expand_heads(v, q.shape[1])
 
 
 @torch.fx.wrap

@@ -52,19 +52,9 @@ class PositionBias(nn.Module):
         source.set_window_size(window_size)
 
 
-def to_sequences(x: Tensor, layout: str) -> Tensor:
-    """Tokens of a host as (B, N, C); see ``HostSpec.layout``."""
-    return _flatten(x, layout)
-
-
-def from_sequences(y: Tensor, like: Tensor, layout: str) -> Tensor:
-    """(B, N, O) in the layout of the host's tokens ``like``."""
-    return _unflatten(y, like, layout)
-
-
 @torch.fx.wrap
-def _flatten(x: Tensor, layout: str) -> Tensor:
-    """A leaf in fx graphs, as all functions here that look at shapes."""
+def to_sequences(x: Tensor, layout: str) -> Tensor:
+    """Returns tokens of a host as (B, N, C); see ``HostSpec.layout``."""
     if layout == "channels_first":
         return x.flatten(2).transpose(1, 2)
     if x.ndim == 3:
@@ -73,7 +63,8 @@ def _flatten(x: Tensor, layout: str) -> Tensor:
 
 
 @torch.fx.wrap
-def _unflatten(y: Tensor, like: Tensor, layout: str) -> Tensor:
+def from_sequences(y: Tensor, like: Tensor, layout: str) -> Tensor:
+    """Returns (B, N, O) in the layout of the host's tokens ``like``."""
     if layout == "channels_first":
         return y.transpose(1, 2).unflatten(2, like.shape[2:])
     return y if like.ndim == 3 else y.reshape(*like.shape[:-1], -1)

@@ -43,7 +43,7 @@ def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
     return left * right * (tokens + inner) < tokens * inner * (left + right)
 
 
-def is_plain(*linears: nn.Linear) -> bool:
+def is_plain(*linears: nn.Module) -> bool:
     """Whether these are Linears and nothing else: no adapter, quantisation, parametrisation, hook or sharding of their own, which
     a product with their weights would pass by."""
     return all(
@@ -73,6 +73,7 @@ def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     return _joint_linear(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
 
 
+@torch.fx.wrap
 def latent_inputs(
     x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
@@ -87,9 +88,16 @@ def latent_inputs(
     Returns:
         q (B, N, H*r3), k (B, N, r3), and v (B, N, r3t) unless they share one.
     """
-    return _latent_inputs(x, pre, weights, biases)
+    inner, width = pre.shape
+    query, bias = weights[0], biases[0]
+    if folds(x, x.shape[2], inner, width):
+        query, bias = pre.mT @ query, None if bias is None else bias @ pre
+        return _joint_linear(x, [query, *weights[1:]], [bias, *biases[1:]])
+    p, *rest = _joint_linear(x, weights, biases)
+    return p @ pre, *rest
 
 
+@torch.fx.wrap
 def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(sum_i Y_i S_i^T) U2t^T + b.
 
@@ -102,7 +110,10 @@ def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None)
     Returns:
         (B, N, O).
     """
-    return _latent_outputs(y, post, weight, bias)
+    width, inner = post.shape
+    if folds(y, width, inner, weight.shape[0]):
+        return F.linear(y, weight @ post.mT, bias)
+    return F.linear(y @ post, weight, bias)
 
 
 @torch.fx.wrap
@@ -130,24 +141,3 @@ def joint_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor
         return None if first is None else F.pad(first, (0, sum(widths) - widths[0]))
     given = next(bias for bias in biases if bias is not None)
     return torch.cat([given.new_zeros(n) if bias is None else bias for n, bias in zip(widths, biases, strict=True)])
-
-
-@torch.fx.wrap
-def _latent_inputs(
-    x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    inner, width = pre.shape
-    query, bias = weights[0], biases[0]
-    if folds(x, x.shape[2], inner, width):
-        query, bias = pre.mT @ query, None if bias is None else bias @ pre
-        return _joint_linear(x, [query, *weights[1:]], [bias, *biases[1:]])
-    p, *rest = _joint_linear(x, weights, biases)
-    return p @ pre, *rest
-
-
-@torch.fx.wrap
-def _latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    width, inner = post.shape
-    if folds(y, width, inner, weight.shape[0]):
-        return F.linear(y, weight @ post.mT, bias)
-    return F.linear(y @ post, weight, bias)

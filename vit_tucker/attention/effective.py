@@ -13,12 +13,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from vit_tucker.errors import WeightsError
+from vit_tucker.attention.parametrized import FUNCTIONAL, free_copy, functional_hooks, without_parametrizations
+from vit_tucker.errors import WeightsError, one_line
 
 Layer = TypeVar("Layer", bound=nn.Module)
 PROJECTIONS = (nn.Linear, nn.Conv2d)
@@ -28,8 +27,6 @@ CALL_HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forwa
 """Attributes of a module with hooks that may change what it computes."""
 HOOKS = {**CALL_HOOKS, "_backward_pre_hooks": "backward pre-hook", "_backward_hooks": "backward hook"}
 """Attributes of a module with hooks of users."""
-FUNCTIONAL = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
-"""Pre-hooks of torch's own that compute a tensor of their module."""
 TOLERANCE = 1e-9
 """Largest relative difference, in float64, between an adapted module and what its adapters were merged into."""
 
@@ -53,11 +50,6 @@ def is_tuner(module: nn.Module) -> bool:
 def is_adapter(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
     return is_tuner(module) or isinstance(module, peft_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
-
-
-def functional_hooks(module: nn.Module) -> list[Any]:
-    """The module's pre-hooks of old weight norm, spectral norm and pruning."""
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, FUNCTIONAL)]
 
 
 def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iterator[str]:
@@ -181,38 +173,6 @@ def refuse_unreadable(part: nn.Module) -> None:
             )
 
 
-def without_parametrizations(part: nn.Module) -> nn.Module:
-    """A copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
-    new = free_copy(part).eval()  # eval: spectral norms change their vectors in training
-    try:
-        if parametrize.is_parametrized(new):
-            values = {name: getattr(new, name).detach() for name in new.parametrizations}  # type: ignore[union-attr]
-            new.__class__ = parametrize.type_before_parametrizations(new)  # torch's removal changes it for all of them
-            del new.parametrizations
-            for name, value in values.items():
-                new.register_parameter(name, nn.Parameter(value, requires_grad=False))
-        for hook in functional_hooks(new):
-            if isinstance(hook, WeightNorm):
-                remove_weight_norm(new, hook.name)
-            elif isinstance(hook, SpectralNorm):
-                remove_spectral_norm(new, hook.name)
-            else:
-                prune.remove(new, hook._tensor_name)
-    except Exception as error:  # a parametrization may be any module of a user's
-        raise WeightsError(f"is parametrized, and has no value ({' '.join(str(error).split())})") from None
-    return new
-
-
-def free_copy(module: nn.Module) -> nn.Module:
-    """A deep copy, also of modules that hold tensors with a graph, as old weight norms do."""
-    memo: dict[int, Any] = {}
-    for part in module.modules():
-        for value in vars(part).values():
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(module, memo)
-
-
 def merged(layer: Any) -> nn.Module:
     """What a module of PEFT's computes at present, as one module of the kind that it is around.
 
@@ -242,9 +202,7 @@ def merged(layer: Any) -> nn.Module:
     except WeightsError:
         raise
     except Exception as error:  # adapters of many kinds: each has its own words for what it can't merge
-        raise WeightsError(
-            f"is a {full_name(layer)}, which can't be merged: {' '.join(str(error).split())[:150]}"
-        ) from None
+        raise WeightsError(f"is a {full_name(layer)}, which can't be merged: {one_line(error, 150)}") from None
     if (
         got is not None
         and expected is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_tucker.attention.backends.heads import expand_heads
+from vit_tucker.attention.backends import heads
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_weight, set_linear
 from vit_tucker.attention.module import AttentionModule
@@ -68,7 +68,7 @@ class PerHeadModule(AttentionModule):
         q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope is not None:
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
-                k, v = expand_heads(k, self.num_heads), expand_heads(v, self.num_heads)
+                k, v = heads.expand_heads(k, self.num_heads), heads.expand_heads(v, self.num_heads)
             q, k = (rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
         y = self.attend(q, k, v, attn_mask, is_causal)
         return self.finish(x, y.transpose(1, 2).flatten(2))

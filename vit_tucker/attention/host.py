@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,6 @@ from torch import Tensor, nn
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs, pair_columns
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs
-
-if TYPE_CHECKING:
-    pass
-
 
 DENSE_INIT_STD = 0.02
 """Standard deviation of timm's ViT initialisation (trunc_normal_, std=.02) of each dense projection."""
@@ -125,10 +121,14 @@ class MHAWeights:
     value_bias: Tensor | None = None
     out_bias: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> MHAWeights:
+        """Returns the same in another precision, detached."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return MHAWeights(**{name: value.detach().to(dtype) for name, value in given.items()})
+
     def double(self) -> MHAWeights:
-        """The same in float64, detached: conversions are computed so."""
-        tensors = {name: value for name, value in vars(self).items() if value is not None}
-        return MHAWeights(**{name: value.detach().double() for name, value in tensors.items()})
+        """Returns the same in float64, detached: conversions are computed so."""
+        return self.to(torch.float64)
 
     def pre_pairs(self) -> Pairs:
         """Pre-softmax tensor stack_i [WQ_i; bQ_i] WK_i^T: modes head, query (C, or C + 1 with a query bias), key (C).
@@ -146,9 +146,7 @@ class MHAWeights:
 
     def rotary_pairs(self, rope: RopeSpec) -> RotaryPairs:
         """The pre-softmax tensor of a host with RoPE: with a row for the key bias, which rotations keep from cancelling."""
-        query, key = self.query, self.key
-        if self.query_bias is not None:
-            query = torch.cat([query, self.query_bias.unsqueeze(1)], 1)
+        query, key = self.pre_pairs()
         if self.key_bias is not None:
             key = torch.cat([key, self.key_bias.unsqueeze(1)], 1)
         heads, _, width = key.shape

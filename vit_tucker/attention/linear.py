@@ -15,6 +15,14 @@ def linear_weight(linear: nn.Module) -> Tensor:
     return weight.detach().double().mT
 
 
+def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
+    """Returns the weight (out, in) of a Linear that is more than its weight, by calling it once on the identity."""
+    width: int = linear.in_features  # type: ignore[assignment]
+    identity = torch.eye(width, dtype=like.dtype, device=like.device)
+    rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
+    return (rows[1:] - rows[:1]).mT
+
+
 def augmented_weight(linear: nn.Module) -> Tensor:
     """Weight (in, out) of a Linear with its bias as a last row, float64."""
     weight, bias = linear_weight(linear), linear_bias(linear)
@@ -25,6 +33,11 @@ def linear_bias(linear: nn.Module) -> Tensor | None:
     """Bias of a Linear, (out,), float64, detached, or None."""
     bias: Tensor | None = readable(linear).bias
     return None if bias is None else bias.detach().double()
+
+
+def head_weight(linear: nn.Module, num_heads: int) -> Tensor:
+    """Returns the weight of a Linear by heads of its output, (num_heads, in, D), float64, detached."""
+    return split_heads(linear_weight(linear), num_heads)
 
 
 def head_bias(linear: nn.Module, num_heads: int, repeat: int = 1) -> Tensor | None:
@@ -41,6 +54,12 @@ def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) ->
             linear.bias.zero_()
         else:
             linear.bias.copy_(bias)
+
+
+def set_augmented(linear: nn.Linear, weight: Tensor) -> None:
+    """Copies a weight (in, out), or (in + 1, out) with the bias as a last row, into a Linear: see ``augmented_weight``."""
+    width = linear.in_features
+    set_linear(linear, weight[:width], weight[width] if len(weight) > width else None)
 
 
 def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:

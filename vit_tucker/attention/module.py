@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention import call as calls
 from vit_tucker.attention.attend import attend
 from vit_tucker.attention.backends import AUTO
-from vit_tucker.attention.call import Call, PositionBias, from_sequences, read_call
+from vit_tucker.attention.call import Call, PositionBias, read_call
 from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_bias
 from vit_tucker.attention.moments import Moments
-from vit_tucker.errors import PatchError, nearest
+from vit_tucker.attention.options import refuse_rank_options
+from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.regression import LinearMoments
@@ -26,10 +28,6 @@ from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
 
 class AttentionModule(nn.Module):
     """Base of all attention layers: timm's call contracts and the attributes that timm's tools look for.
-
-    ``forward(x, attn_mask=None, is_causal=False, rope=None, ...)`` maps (B, N, C), or the host's own layout of tokens, to the
-    same with O channels. A boolean mask is True where attention is allowed, any other mask is added to the scores; both
-    broadcast to (B, H, N, N). ``is_causal`` takes precedence. The position bias of the host is kept, as ``position_bias``.
 
     ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``. ``fused_attn`` = False (timm's switch)
     computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see.
@@ -61,11 +59,12 @@ class AttentionModule(nn.Module):
         shared_rel_pos: Tensor | None = None,
         shared_rel_pos_bias: Tensor | None = None,
     ) -> Tensor:
-        """See the class.
+        """Returns the layer's output (B, N, O) for tokens (B, N, C), both in the host's own layout.
 
         Args:
-            x: tokens in the layout of the host.
-            attn_mask, is_causal: see the class.
+            x: tokens.
+            attn_mask: boolean (True: attend) or added to the scores, broadcasts to (B, H, N, N).
+            is_causal: attend to earlier tokens and the token itself; takes precedence over the mask.
             rope: table of sines and cosines, see ``vit_tucker.attention.rope``.
             mask: (W, N, N), additive, of each window (Swin).
             shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
@@ -77,18 +76,9 @@ class AttentionModule(nn.Module):
             raise PatchError(
                 f"{type(self).__name__} got a table of rotations, but the layer that it replaced had no RoPE"
             )
-        call = read_call(
-            self.spec.layout,
-            self.position_bias,
-            x,
-            attn_mask,
-            is_causal,
-            rope,
-            mask=mask,
-            shared_rel_pos=shared_rel_pos,
-            shared_rel_pos_bias=shared_rel_pos_bias,
-        )
-        return from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
+        call = read_call(self.spec.layout, self.position_bias, x, attn_mask, is_causal, rope,
+                         mask=mask, shared_rel_pos=shared_rel_pos, shared_rel_pos_bias=shared_rel_pos_bias)  # fmt: skip
+        return calls.from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
 
     def run(self, call: Call) -> Tensor:
         """The layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
@@ -122,16 +112,14 @@ class AttentionModule(nn.Module):
     @property
     def latent_width(self) -> int | None:
         """Width of the one key that rotates for all heads (latent RoPE); None without one."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        return None if columns is None else 2 * len(columns)
+        return None
 
     def factors(self) -> dict[str, Tensor]:
-        """The live weights by role, shared ones as the same object. Here: those of the layer's own Linears, by their names;
-        Tucker layers name core, head, left and right of both tensors."""
+        """Returns the live weights by role, shared ones as the same object: those of the layer's own Linears, by their names."""
         return {name: part.weight for name, part in self.named_children() if isinstance(part, nn.Linear)}
 
     def rank_options(self) -> dict[str, Any]:
-        """The options of the method that ``resize`` can change, as the layer's parameters have them now. Here: none."""
+        """Returns the options of the method that ``resize`` can change, as the layer's parameters have them now."""
         return {}
 
     def resize(self, **options: Any) -> dict[Tensor, Tensor]:
@@ -149,40 +137,23 @@ class AttentionModule(nn.Module):
             PatchError: the method has no such option, or the ranks are impossible; nothing has changed.
         """
         current, name = self.rank_options(), type(self).__name__
-        for option in options:
-            if option not in current:
-                known = f"what can be resized: {', '.join(current)}" if current else "it has no ranks"
-                raise PatchError(f"{name} can't resize '{option}', {known}{nearest(option, list(current))}")
-            given, kind = options[option], current[option]
-            entries = given if isinstance(kind, tuple) and isinstance(given, tuple | list) else (given,)
-            length = len(kind) if isinstance(kind, tuple) else 1
-            if len(entries) != length or not all(type(rank) is int and rank >= 1 for rank in entries):
-                raise PatchError(
-                    f"{option}={given!r}: must be {'a whole number' if length == 1 else f'{length} whole numbers'} above 0"
-                )
-        parts: Any = [part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part)]
-        if not is_plain(*parts):
+        refuse_rank_options(name, options, current)
+        if not is_plain(*(part for part in self.children() if isinstance(part, nn.Linear) or is_adapter(part))):
             raise PatchError(
                 f"{name} can't be resized with adapters, hooks or parametrizations on its Linears: merge them"
             )
         before = dict(self.named_parameters())
         with torch.no_grad():
-            self._resize(**{**current, **options})
+            self._resize(**current | options)
         after = dict(self.named_parameters())
         return {old: after[key] for key, old in before.items() if after[key] is not old}
 
     def _resize(self, **options: Any) -> None:
         """Takes these ranks over; called under no_grad, only of methods with ``rank_options``."""
 
-    def index_limits(self) -> dict[str, int]:
-        """How many things each index buffer chooses from, by name: stored numbers must lie below. Here: columns of the table."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        return {} if columns is None else {"pair_rotations": self.num_heads * (self.head_dim // 2)}
-
     @property
     def kv_width(self) -> int | None:
-        """Numbers per token that later tokens need of it, in a KV cache: of keys and values, or of their latents before they are
-        expanded to heads. None if the method does not say."""
+        """Numbers per token in a KV cache: of keys and values, or of their latents; None if the method does not say."""
         return None
 
     @abstractmethod
@@ -194,8 +165,7 @@ class AttentionModule(nn.Module):
         self.init_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Integer buffers are copied: averages of weights (timm's ModelEmaV2) are written into a state dict's tensors, and would
-        round numbers of columns down."""
+        """Copies integer buffers: averages of weights (timm's ModelEmaV2) are written into a state dict, and would round them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, buffer in self._buffers.items():
             if buffer is not None and not buffer.is_floating_point() and prefix + name in destination:
@@ -249,13 +219,9 @@ class AttentionModule(nn.Module):
         return [proj] if isinstance(proj, nn.Linear) else []
 
     def folded_out_bias(self) -> Tensor | None:
-        """The output bias with the value biases in it, (O,), float64, or None. Here: that of ``proj``."""
-        proj = getattr(self, "proj", None)
-        return (
-            linear_bias(proj)
-            if isinstance(proj, nn.Linear) or (isinstance(proj, nn.Module) and is_adapter(proj))
-            else None
-        )
+        """Returns the output bias with the value biases in it, (O,), float64, or None; here that of ``proj``."""
+        proj: Any = getattr(self, "proj", None)
+        return linear_bias(proj) if isinstance(proj, nn.Linear) or is_adapter(proj) else None
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """Exact Tucker decompositions of the pre- and post-softmax tensors, float64. Here: HOSVDs at the numerical ranks."""
@@ -272,14 +238,12 @@ class AttentionModule(nn.Module):
 
     def rotary_pairs(self) -> RotaryPairs:
         """The pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
-        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
+        lacks = "has no RoPE here" if self.spec.rope is None else "does not say what its rotations are"
+        raise PatchError(f"{type(self).__name__} {lacks}")
 
     def latent_columns(self) -> Tensor:
         """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
-        columns: Tensor | None = getattr(self, "pair_rotations", None)
-        if columns is None:
-            raise PatchError(f"{type(self).__name__} does not say what its rotations are")
-        return columns
+        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
     @abstractmethod
     def post_pairs(self) -> Pairs:

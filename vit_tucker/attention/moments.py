@@ -23,9 +23,8 @@ from torch import Tensor
 from vit_tucker.attention.backends.masks import masked_softmax
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.rope import angle_kernel, rotate_heads
-from vit_tucker.tensor.metric import covariance, mean_metric, metric_root
-from vit_tucker.tensor.rotary import RotaryPairs, pair_shares, whiten_rotary
-from vit_tucker.tensor.tucker import Pairs
+from vit_tucker.tensor.metric import covariance
+from vit_tucker.tensor.rotary import pair_shares
 
 CONSTANT = 1e-11
 """Variance of the tokens over their squared mean below which they count as constant: float32 rounding is 1e-14."""
@@ -109,8 +108,7 @@ class MomentSums:
         self.spec = spec
         like = weights.query
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        given = {name: value for name, value in vars(weights).items() if value is not None}
-        self.weights = MHAWeights(**{name: value.detach().to(self.dtype) for name, value in given.items()})
+        self.weights = weights.to(self.dtype)
         heads, c, out, hd = spec.num_heads, spec.embed_dim, spec.out_dim, spec.attn_dim
         key = c if spec.rope is None else c + 1
         shapes = {"query": (c + 1, c + 1), "key": (heads, key, key), "value": (heads, c, c), "value_mean": (heads, c),
@@ -219,33 +217,6 @@ class MomentSums:
             value_mean=shifted_mean + self.shift.double(),
             **per_token,
         )
-
-
-def whiten(
-    pre: Pairs | RotaryPairs, post: Pairs, moments: Moments, scale: float, damping: float
-) -> tuple[Pairs | RotaryPairs, Pairs]:
-    """Both weight tensors in the metrics of the tokens: the squared norm of a change is the error it makes, to first order.
-
-    Args:
-        pre, post: of the layer, float64.
-        moments: of its tokens.
-        scale: softmax scale.
-        damping: of the metrics, relative to their mean eigenvalue.
-
-    Returns:
-        Tensors of the same kinds and shapes. The unit is that of E (g . dy)^2, see above; heads are weighted by their
-        influence.
-    """
-    rows, columns = pre.left.shape[1], pre.right.shape[1]
-    query = metric_root(moments.query[:rows, :rows], damping)
-    key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
-    output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
-    traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
-    heads = scale * traces.sqrt()
-    whitened_post = Pairs(output.root @ post.left, value.root @ post.right)
-    if isinstance(pre, RotaryPairs):
-        return whiten_rotary(pre, query.root, key.root, heads), whitened_post
-    return Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right), whitened_post
 
 
 def host_attention(

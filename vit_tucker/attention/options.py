@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from typing_extensions import Self
 
+from vit_tucker.errors import PatchError, nearest
 from vit_tucker.validation.checked import MAX_INTEGER, Checked, refuse_unusable
 
 MAX_RANK = 2**20
@@ -16,6 +17,25 @@ Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Layer = Annotated[int, Field(ge=-10_000, le=10_000)]
 Selection = _Layer | str | tuple[_Layer | str, ...]
 """Modules by name, pattern, index or range."""
+
+
+def refuse_rank_options(layer: str, given: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises PatchError for ranks that a layer's ``resize`` can't have.
+
+    Args:
+        layer: name of its class.
+        given: ranks by option.
+        current: all of the layer's options with its present ranks: a number, or a tuple of them.
+    """
+    for option, ranks in given.items():
+        if option not in current:
+            known = f"what can be resized: {', '.join(current)}" if current else "it has no ranks"
+            raise PatchError(f"{layer} can't resize '{option}', {known}{nearest(option, list(current))}")
+        length = len(current[option]) if isinstance(current[option], tuple) else 1
+        entries = ranks if isinstance(current[option], tuple) and isinstance(ranks, tuple | list) else (ranks,)
+        if len(entries) != length or not all(type(rank) is int and rank >= 1 for rank in entries):
+            wanted = "a whole number" if length == 1 else f"{length} whole numbers"
+            raise PatchError(f"{option}={ranks!r}: must be {wanted} above 0")
 
 
 class RankRule(Checked):

@@ -15,7 +15,7 @@ Source: Klein et al., Tucker Attention, arXiv 2603.30033, Appendix B.
 """
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from vit_tucker.attention.variants.tucker.layer import TuckerAttention
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.split import Split, split_width
 from vit_tucker.tensor.tucker import Tucker
+
+Form = TypeVar("Form", bound=AttentionModule)
 
 
 class DenseTensors(NamedTuple):
@@ -75,20 +77,15 @@ def to_tucker(layer: AttentionModule) -> TuckerAttention:
         PatchError: the layer's attention is not bilinear in its tokens.
     """
     refuse_nonlinear(layer, rope=True)
-    given, layer = layer, plain_layer(layer)
-    spec = layer.spec
-    like = next(layer.parameters())
-    pre, post = layer.tucker_form()
-    shared = pre.right is post.right
-    tucker = TuckerAttention(
-        spec, ranks_of(pre), ranks_of(post), shared_kv=shared, device=like.device, dtype=like.dtype
-    )
-    tucker.fused_attn, tucker.backend = layer.fused_attn, layer.backend
+    plain = plain_layer(layer)
+    pre, post = plain.tucker_form()
+    like = next(plain.parameters())
+    tucker = TuckerAttention(plain.spec, ranks_of(pre), ranks_of(post), shared_kv=pre.right is post.right,
+                             device=like.device, dtype=like.dtype)  # fmt: skip
     with torch.no_grad():
-        rotations = None if spec.rope is None else layer.latent_columns()
-        tucker.set_tensors(pre, post, layer.folded_out_bias(), rotations)
-    keep_position_bias(layer, tucker)
-    return tucker.requires_grad_(trains(given)).train(layer.training)
+        rotations = None if plain.spec.rope is None else plain.latent_columns()
+        tucker.set_tensors(pre, post, plain.folded_out_bias(), rotations)
+    return with_settings(tucker, layer, plain, layer.backend)
 
 
 def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
@@ -106,18 +103,15 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
     """
     refuse_nonlinear(layer)
     weights = heads_form(layer, tolerance=tolerance).weights
-    given, layer = layer, plain_layer(layer)
-    like = next(layer.parameters())
+    plain = plain_layer(layer)
+    like = next(plain.parameters())
     mha = MHAConfig().build(layer.spec, device=like.device, dtype=like.dtype)
-    mha.fused_attn = layer.fused_attn
-    mha.backend = AUTO if is_whole(layer.backend) else layer.backend
     places = mha.dense_weights()
     zeros = {name: torch.zeros_like(place) for name, place in vars(places).items() if place is not None}
     fitted = {name: value for name, value in vars(fit_biases(weights, places)).items() if value is not None}
     with torch.no_grad():
         mha.convert_from(MHAWeights(**(zeros | fitted)))
-    keep_position_bias(layer, mha)
-    return mha.requires_grad_(trains(given)).train(layer.training)
+    return with_settings(mha, layer, plain, AUTO if is_whole(layer.backend) else layer.backend)
 
 
 class HeadsForm(NamedTuple):
@@ -229,9 +223,11 @@ def refuse_nonlinear(layer: AttentionModule, rope: bool = False) -> None:
         raise PatchError(f"{type(layer).__name__} with {', '.join(features)} is not bilinear in its tokens")
 
 
-def keep_position_bias(layer: AttentionModule, new: AttentionModule) -> None:
-    """Give a new layer a copy of the other's position bias, which adds to the scores whatever made them."""
-    new.position_bias = copy.deepcopy(layer.position_bias)
+def with_settings(new: Form, layer: AttentionModule, plain: AttentionModule, backend: str) -> Form:
+    """Returns a new layer with the settings of another and a copy of the position bias of its plain form."""
+    new.fused_attn, new.backend = layer.fused_attn, backend
+    new.position_bias = copy.deepcopy(plain.position_bias)
+    return new.requires_grad_(trains(layer)).train(layer.training)
 
 
 def ranks_of(tucker: Tucker) -> tuple[int, int, int]:

@@ -1,4 +1,8 @@
-"""Whether a call of a layer is only computed, or recorded too: compiled, exported, traced or transformed."""
+"""Whether a call of a layer is only computed, or recorded too: compiled, exported, traced or transformed.
+
+Functions under ``torch.fx.wrap`` are leaves of fx graphs where they are looked up in their own module: code that torch.fx may
+trace calls ``masks.cast_mask``, not a ``cast_mask`` that it has imported.
+"""
 
 import torch
 

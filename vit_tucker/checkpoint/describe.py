@@ -13,8 +13,9 @@ from timm.models import is_model
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from vit_tucker.attention.effective import full_name, functional_hooks, is_adapter
+from vit_tucker.attention.effective import full_name, is_adapter
 from vit_tucker.attention.options import MethodConfig
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure

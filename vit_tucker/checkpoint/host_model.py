@@ -17,7 +17,7 @@ from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
 from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
-from vit_tucker.checkpoint.read import one_line, weights_only
+from vit_tucker.checkpoint.read import short_reason, weights_only
 from vit_tucker.config.schema import DistillConfig, ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.hosts.find import find_attention
@@ -214,7 +214,7 @@ def refuse_stored(name: str) -> None:
 
 def timm_reason(error: Exception) -> str:
     """Returns timm's reason why it can't build a model, in one line."""
-    reason = one_line(error)
+    reason = short_reason(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
         reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
     return reason

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vit_tucker.checkpoint.files import INDEX, shards_of
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 
 ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
@@ -140,7 +140,7 @@ def read_values(file: Path, what: str) -> Any:
         with weights_only():
             return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{what}: {file} can't be read as weights: {one_line(error)}") from None
+        raise CheckpointError(f"{what}: {file} can't be read as weights: {short_reason(error)}") from None
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         raise CheckpointError(f"{what}: {file} can't be read as weights: {unreadable(error, file)}") from None
 
@@ -152,7 +152,7 @@ def unreadable(error: Exception, file: Path) -> str:
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # not even a pickle
         unsafe = []
-    return unsafe_objects(unsafe) if unsafe else one_line(error)
+    return unsafe_objects(unsafe) if unsafe else short_reason(error)
 
 
 def unsafe_objects(names: Iterable[str]) -> str:
@@ -163,9 +163,9 @@ def unsafe_objects(names: Iterable[str]) -> str:
     )
 
 
-def one_line(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
     """Returns the text of an error in one line, without advice to load unsafely; its class if it has none."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if (found := UNSAFE.search(text)) is not None:
         return unsafe_objects((found[1] or found[2]).split(", "))
     text = text.partition("WeightsUnpickler error: ")[2] or text

@@ -101,7 +101,7 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
 
 
 def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    """``--method``; read it by ``vit_tucker.cli.cost.read_method``."""
+    """``--method``; read it by ``vit_tucker.config.method_string.read_method``."""
     how = "; may be given several times" if several else ""
     parser.add_argument(
         "--method",
@@ -110,6 +110,23 @@ def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:
         metavar="'NAME key=value ...'",
         help=f"a method and its options, values in YAML as in a config's attention section{how}",
     )
+
+
+def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | None, list[str]]:
+    """Returns the model's name, None where ``--cfg`` names it, and the ``key=value`` strings of ``args.overrides``.
+
+    Args:
+        args: with ``overrides`` and ``cfg``.
+        sources: what may name the model, for the message.
+
+    Raises:
+        ConfigError: not exactly one model is named.
+    """
+    names = [text for text in args.overrides if "=" not in text]
+    if len(names) + (args.cfg is not None) != 1:
+        found = f", not {len(names)} models" if names else ""
+        raise ConfigError(f"{args.command} needs one of {sources}{found}")
+    return next(iter(names), None), [text for text in args.overrides if "=" in text]
 
 
 def positive(text: str) -> int:

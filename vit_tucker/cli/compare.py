@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Prints the table of runs side by side, and keeps it where asked."""
     from vit_tucker.report.compare import compared_rows, comparison, save_comparison
     from vit_tucker.storage.paths import refuse_unwritable
 

@@ -2,15 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, print_notes, to_json
-from vit_tucker.errors import ConfigError
 
-if TYPE_CHECKING:
-    from vit_tucker.explain.images import NamedImage
-    from vit_tucker.explain.report import Finding
-    from vit_tucker.explain.sources import Subject
+OPTIONS = ("data", "dense", "out", "tensorboard", "head_fusion", "discard_ratio", "queries", "relevance", "target")
+"""Arguments that ``vit_tucker.explain.stored.explain_stored`` has under the same names."""
 
 EXAMPLES = """examples:
   explain runs/digits-tucker_r16_finetune-0 --data 4
@@ -79,100 +76,25 @@ def add_parser(commands: Any) -> None:
 
 
 def explain(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Explains the images and prints what is found of each."""
     from tqdm import tqdm
 
-    from vit_tucker.explain.report import explain_images
-    from vit_tucker.storage.paths import refuse_unwritable
+    from vit_tucker.explain.stored import explain_stored
 
-    folder, log_folder = places(args)
-    refuse_unwritable("--out", folder, folder=True)
-    if log_folder is not None:
-        refuse_unwritable("--tensorboard", log_folder, folder=True)
-    subjects, images = prepare(args)
-    print_notes([subject.weights for subject in subjects if subject.weights])
-    options = {
-        "layers": read_layers(args.layers),
-        "head_fusion": args.head_fusion,
-        "discard_ratio": args.discard_ratio,
-        "queries": args.queries,
-        "weighted": args.relevance,
-        "target": args.target,
-    }
+    options = {key: value for key, value in vars(args).items() if key in OPTIONS}
+    options |= {"layers": read_layers(args.layers), "device": choose_device(args.device)}
+    work = explain_stored(args.where, args.images, tell=print_notes, **options)
     findings = []
-    bar = tqdm(images, unit="images", disable=True if len(images) == 1 else None, leave=False)
-    for finding in explain_images(subjects, bar, folder, options, log_folder):
+    for finding in work.findings:
         findings.append(finding)
         if not args.json:
-            tqdm.write(describe_finding(finding))
+            tqdm.write(str(finding))
     if args.json:
-        emit(to_json({"folder": folder, "images": [finding.to_dict() for finding in findings]}))
+        emit(to_json({"folder": work.folder, "images": [finding.to_dict() for finding in findings]}))
     else:
-        print(
-            f"{folder}: {sum(len(f.files) for f in findings)} pictures{', agreement.csv' if len(subjects) > 1 else ''}"
-        )
+        count, table = sum(len(finding.files) for finding in findings), ", agreement.csv" if work.compared else ""
+        print(f"{work.folder}: {count} pictures{table}")
     return 0
-
-
-def places(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Where pictures and TensorBoard events go.
-
-    Raises:
-        ConfigError: the model is no folder, and --out is missing.
-    """
-    run = Path(args.where).expanduser()
-    if args.out is None and not run.is_dir():
-        raise ConfigError(f"{args.where}: no folder here; name one for the pictures with --out")
-    folder = args.out or run / "attention"
-    return folder, (args.out or run) if args.tensorboard else None
-
-
-def prepare(args: argparse.Namespace) -> tuple[list["Subject"], list["NamedImage"]]:
-    """Models, dense first, and images; everything that can be refused is refused here.
-
-    Raises:
-        VitTuckerError: see ``open_subject``, ``open_dense``, ``images_in_files`` and ``data_images``.
-    """
-    from vit_tucker.data.image_files import image_mode
-    from vit_tucker.explain.images import data_images, images_in_files, named_apart
-    from vit_tucker.explain.sources import open_dense, open_subject, refuse_different, refuse_target
-    from vit_tucker.hosts.find import find_attention
-    from vit_tucker.inference.predict import classes_for, image_options, run_config
-    from vit_tucker.patching.selection import select
-
-    if not args.images and args.data is None:
-        raise ConfigError("explain needs images: files, folders, or --data N")
-    refuse_clashes(args)
-    device = choose_device(args.device)
-    config = run_config(args.where)
-    if args.data is not None and config is None:
-        raise ConfigError(f"--data: {args.where} is no run, so that its data set is not known; name image files")
-    run = open_subject(args.where)
-    select(read_layers(args.layers), list(find_attention(run.model)))
-    mode = image_mode(run.data["input_size"][0])
-    images = images_in_files(args.images, mode, image_options(run.model))
-    if args.data is not None and config is not None:
-        classes, notes = classes_for(run.model, args.where, config.data)
-        print_notes(notes)
-        images = named_apart([*images, *data_images(config.data, args.data, mode, classes)])
-    dense = open_dense(args.dense, run, config, args.where)
-    subjects = [run] if dense is None else [dense, run]
-    refuse_different(subjects)
-    if args.relevance:
-        refuse_target(subjects, args.target)
-    for subject in subjects:
-        subject.model.to(device)
-    return subjects, images
-
-
-def refuse_clashes(args: argparse.Namespace) -> None:
-    """Raise ConfigError for options that don't go together, or values out of range."""
-    if not 0 <= args.discard_ratio < 1:
-        raise ConfigError(f"--discard-ratio {args.discard_ratio:g}: must be at least 0 and below 1")
-    if args.relevance and (args.discard_ratio or args.head_fusion != "mean"):
-        raise ConfigError("--relevance: weighs heads by gradients: it takes no --head-fusion and no --discard-ratio")
-    if args.target is not None and not args.relevance:
-        raise ConfigError("--target: is the class of --relevance; rollout is of no class")
 
 
 def read_layers(text: str | None) -> list[int | str] | None:
@@ -180,15 +102,3 @@ def read_layers(text: str | None) -> list[int | str] | None:
     if text is None:
         return None
     return [int(part) if part.lstrip("-").isdigit() else part for part in text.split(",")]
-
-
-def describe_finding(finding: "Finding") -> str:
-    """Lines for people."""
-    said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in finding.predictions.items()]
-    if values := finding.agreement:
-        mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
-        said.append(f"maps differ by {mean:.3f} (most in {worst}: {values[worst]:.3f})")
-    if finding.picture_agreement is not None:
-        said.append(f"{finding.kind} by {finding.picture_agreement:.3f}")
-    lines = [f"{finding.image}: {'; '.join(said)}" if said else finding.image]
-    return "\n".join([*lines, *(f"  {note}" for note in finding.notes)])

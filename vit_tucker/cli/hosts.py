@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
 
 
 def hosts(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Surveys the models and prints or writes the map."""
     import timm
     from tqdm import tqdm
 

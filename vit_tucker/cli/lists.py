@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 
 
 def list_methods(args: argparse.Namespace) -> int:
-    """The command ``methods``."""
+    """Prints the names of the registered methods."""
     from vit_tucker.attention.registry import list_methods
 
     names = list_methods()
@@ -39,7 +39,7 @@ def list_configs(args: argparse.Namespace) -> int:
 
 
 def print_schema(args: argparse.Namespace) -> int:
-    """The command ``schema``."""
+    """Prints the JSON schema of a config or of a sweep."""
     from vit_tucker.config.schema import json_schema
     from vit_tucker.sweep.schema import SweepConfig
 

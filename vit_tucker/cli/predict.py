@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def predict(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Prints or writes the likeliest classes of each image."""
     from tqdm import tqdm
 
     from vit_tucker.data.image_files import list_images
@@ -73,12 +73,11 @@ def predict(args: argparse.Namespace) -> int:
 
 def as_text(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
     """A line per image: its file, and classes with probabilities."""
-    width = max(len(str(file)) for file, _ in rows)
-    lines = []
-    for file, guesses in rows:
-        parts = [f"{guess.label} {guess.probability:.1%}" for guess in guesses]
-        lines.append(f"{str(file).ljust(width)}  {', '.join(parts)}")
-    return "\n".join(lines)
+    from vit_tucker.show.tables import plain
+
+    lines = [(str(file), ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
+             for file, guesses in rows]  # fmt: skip
+    return plain(lines, left=(0, 1))
 
 
 def as_csv(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:

@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> None:
 
 
 def push(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Uploads the model and prints its address."""
     from vit_tucker.checkpoint.save import push_to_hub
     from vit_tucker.errors import ConfigError, FailedError
     from vit_tucker.inference.predict import open_model

@@ -42,7 +42,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def ranks(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Analyses the model, writes tables and figures, and prints the ranks."""
     from vit_tucker.analysis.spectra import analyse, save_spectra
     from vit_tucker.attention.options import Calibration
     from vit_tucker.report.spectra import draw_spectra, rank_rows, rank_summary

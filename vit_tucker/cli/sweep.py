@@ -5,15 +5,20 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vit_tucker.cli.common import Parser, add_plugins, parse_with_overrides, positive, run_command
 from vit_tucker.run.status import guarded
+
+if TYPE_CHECKING:
+    from vit_tucker.sweep.process import Executor
 
 DESCRIPTION = (
     "Run a sweep: methods x options x seeds, all from one dense model per seed. The same command goes on where it was stopped: "
     "finished runs are not run again, interrupted ones continue."
 )
+
+EXECUTORS = ("local", "slurm")
 
 
 def add_parser(commands: Any) -> None:
@@ -26,13 +31,20 @@ def add_parser(commands: Any) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
-    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="runs at a time; GPUs are dealt to them")
+    parser.add_argument(
+        "--executor", choices=EXECUTORS, help="runs on this machine, or as a cluster's jobs (executor.kind)"
+    )
+    parser.add_argument(
+        "--jobs", type=positive, metavar="N", help="runs at a time; GPUs are dealt to them (executor.jobs)"
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
     )
     parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="some of the sweep's seeds")
     parser.add_argument(
-        "--launch", metavar="ARGS", help="start each run by accelerate launch with these arguments, in one string"
+        "--launch",
+        metavar="ARGS",
+        help="start each run by accelerate launch with these arguments, in one string (executor.launch)",
     )
     parser.add_argument(
         "--done",
@@ -61,15 +73,21 @@ def sweep(args: argparse.Namespace) -> int:
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
+    from vit_tucker.sweep.cluster import ClusterExecutor, refuse_missing_cluster
     from vit_tucker.sweep.plan import load_sweep, select_jobs
+    from vit_tucker.sweep.process import share_machine, visible_gpus
     from vit_tucker.sweep.progress_table import Display
-    from vit_tucker.sweep.runner import Runner, read_statuses, share_machine, visible_gpus
+    from vit_tucker.sweep.runner import Runner, read_statuses
     from vit_tucker.sweep.status import State, read_records
 
     for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
         values[:] = [text for text in values if "=" not in text]
     planned = load_sweep(args.cfg, args.overrides)
+    given = {"kind": args.executor, "jobs": args.jobs, "launch": args.launch}
+    where = planned.executor.model_copy(update={key: value for key, value in given.items() if value is not None})
+    if where.kind == "slurm":
+        refuse_missing_cluster()
     jobs = select_jobs(planned, args.only, args.seeds)
     refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
@@ -83,8 +101,12 @@ def sweep(args: argparse.Namespace) -> int:
         return 0
     planned.output_dir.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(planned.file, planned.output_dir / SWEEP)
-    slots = share_machine(args.jobs, args.launch, visible_gpus(), planned.keep_checkpoints)
-    status = Runner(jobs, statuses, slots, display).run()
+    if where.kind == "slurm":
+        executor: Executor = ClusterExecutor(where, planned.output_dir)
+    else:
+        executor = share_machine(where.jobs or 1, where.launch, visible_gpus())
+    with display:
+        status = Runner(jobs, statuses, executor, display, planned.keep_checkpoints).run()
     display.close()
     if status == 0:
         print(f"all done; tables and figures: python -m vit_tucker tables {shlex.quote(str(planned.output_dir))}")

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from vit_tucker.config.find import find_config, package_configs, stored_by_name
 from vit_tucker.config.places import absolute, map_paths, seen_from_here
 from vit_tucker.config.plugins import load_config_plugins
-from vit_tucker.config.schema import RunConfig, run_config_model
+from vit_tucker.config.schema import ModelConfig, RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
     merge_values,
@@ -22,7 +23,7 @@ from vit_tucker.config.source import (
 from vit_tucker.config.yaml_text import Dumper
 from vit_tucker.errors import ConfigError
 from vit_tucker.storage.paths import checked_name, checked_path
-from vit_tucker.validation.mistakes import describe_mistake
+from vit_tucker.validation.mistakes import describe_mistake, models_in
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -89,6 +90,28 @@ def validate_as(model: type[AnyModel], source: Source) -> AnyModel:
         raise ConfigError(describe_mistake(error, model, source.values, source.where)) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source.where(())}: {error}") from None
+
+
+def validate_section(section: type[AnyModel], source: Source) -> AnyModel:
+    """Validates one section of a run's config by itself; the other sections need not be there, and are not looked at.
+
+    Args:
+        section: class of the section: DataConfig, ModelConfig, TrainConfig, or AttentionConfig for any registered method.
+        source: with the section's values under its name; what is not given has its default.
+
+    Raises:
+        ConfigError: see ``load_config``; the key is named with its section.
+    """
+    name = next(name for name, info in RunConfig.model_fields.items() if section in models_in(info.annotation))
+    alone = Source({name: source.values.get(name, {})}, source.origin, source.stored)
+    found: AnyModel = getattr(validate_as(section_model(run_config_model()), alone), name)
+    return found
+
+
+@lru_cache
+def section_model(run: type[RunConfig]) -> type[RunConfig]:
+    """Returns the model of a run's config in which no section is required: it knows all keys, for the hints of messages."""
+    return create_model("Sections", __base__=run, model=(ModelConfig | None, None))
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:

@@ -22,12 +22,11 @@ from vit_tucker.conversion.observe import (
     WatchedLayer,
     collect_images,
     evaluating,
-    final_features,
     layers_per_pass,
     located,
     run_with_probes,
+    show_calls,
     timed,
-    watching,
 )
 from vit_tucker.conversion.refine import refine
 from vit_tucker.tensor.metric import metric_root
@@ -50,7 +49,7 @@ class CalibratedLayer(WatchedLayer):
 
 
 def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibration, batches: Iterable[Any]) -> None:
-    """Convert the layers' replacements; fills in their seconds and output errors. The model is not changed.
+    """Converts the layers' replacements, and fills in their seconds and output errors. The model is not changed.
 
     Args:
         model: dense, on its device.
@@ -77,7 +76,7 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
 def sum_moments(
     model: nn.Module, layers: list[Layer], images: list[Tensor], options: Calibration
 ) -> tuple[dict[str, MomentSums], dict[str, list[Tensor]]]:
-    """First pass: by layer's name the sums behind its moments, and the token weights of each of its calls."""
+    """Sums each layer's moments over the images, the first pass; returns them and the token weights of its calls, by name."""
     sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in layers}
     weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -95,7 +94,7 @@ def sum_moments(
 def collect_moments(
     model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
 ) -> Iterator[tuple[Layer, Moments]]:
-    """The moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
+    """Returns the moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
     images = collect_images(model, batches, options.images)
     with evaluating(model):
         for group in layers_per_pass(layers):
@@ -115,7 +114,7 @@ class KeptMoments:
 
 
 def convert_layer(layer: CalibratedLayer, sums: MomentSums, damping: float) -> KeptMoments:
-    """Convert one layer from its moments.
+    """Converts one layer from its moments.
 
     Raises:
         PatchError: too few tokens, or moments that are constant or not finite.
@@ -139,7 +138,7 @@ def fit_readouts(
     metrics: Mapping[str, KeptMoments],
     damping: float,
 ) -> None:
-    """Second pass: fit each replacement's read-out to the host's outputs on the host's inputs; an exact one is left alone."""
+    """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone."""
     sums: dict[str, HeldOut] = {}
     errors = {layer.name: ErrorSums() for layer in layers}
     remaining = {name: iter(values) for name, values in weights.items()}
@@ -153,9 +152,8 @@ def fit_readouts(
                 sums[layer.name] = HeldOut.like(mixed, y, centre=layer.replacement.has_out_bias)
             sums[layer.name].add(mixed, y, next(remaining[layer.name]))
 
-    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
-        for batch in images:
-            final_features(model, batch)
+    with evaluating(*(layer.replacement for layer in layers)):
+        show_calls(model, layers, images, see)
     for layer in layers:
         if errors[layer.name].relative() ** 2 > EXACT:
             with timed(layer), located(layer.name), evaluating(layer.replacement):
@@ -172,7 +170,7 @@ def refine_layer(
     metrics: KeptMoments,
     options: Calibration,
 ) -> None:
-    """Refine one converted layer on its calls; these are kept in memory while it lasts."""
+    """Refines one converted layer on its calls; these are kept in memory while it lasts."""
     calls: list[LayerCall] = []
     remaining = iter(weights)
 
@@ -180,9 +178,7 @@ def refine_layer(
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
         calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
 
-    with watching([layer], see):
-        for batch in images:
-            final_features(model, batch)
+    show_calls(model, [layer], images, see)
     with evaluating(layer.replacement), located(layer.name):
         roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
         refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
@@ -190,15 +186,14 @@ def refine_layer(
 
 @torch.no_grad()
 def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor]) -> None:
-    """Fill in each layer's output error, on the tokens of the dense model."""
+    """Fills in each layer's output error, on the tokens of the dense model."""
     errors = {layer.name: ErrorSums() for layer in layers}
 
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
         errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
 
-    with evaluating(*(layer.replacement for layer in layers)), watching(layers, see):
-        for batch in images:
-            final_features(model, batch)
+    with evaluating(*(layer.replacement for layer in layers)):
+        show_calls(model, layers, images, see)
     for layer in layers:
         layer.output_error = errors[layer.name].relative()
 
@@ -213,7 +208,7 @@ class ErrorSums:
     mean_sum: Tensor | None = None
 
     def add(self, output: Tensor, y: Tensor) -> None:
-        """Add outputs and targets, both (..., O)."""
+        """Adds outputs and targets, both (..., O)."""
         y = y.double().flatten(0, -2)
         self.squares += (output.double().flatten(0, -2) - y).square().sum().item()
         self.total += y.square().sum().item()
@@ -221,7 +216,7 @@ class ErrorSums:
         self.mean_sum = y.sum(0) if self.mean_sum is None else self.mean_sum + y.sum(0)
 
     def relative(self) -> float:
-        """The error; of a constant y against its norm."""
+        """Returns the error; of a constant y against its norm."""
         if self.mean_sum is None:
             return 0.0
         variance = self.total - self.mean_sum.square().sum().item() / self.count

@@ -8,12 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.moments import whiten
 from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Rule
 from vit_tucker.attention.variants.mha import MHAConfig
-from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables
+from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables, whiten
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.observe import WatchedLayer
+from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
 from vit_tucker.tensor.rotary import ordinary
@@ -47,7 +46,7 @@ def resolve_ranks(
     tokens: Mapping[str, tuple[int, int]],
     images: list[Tensor] | None,
 ) -> Config:
-    """The config with rules for the layers whose ranks are yet to be chosen.
+    """Returns the config with rules for the layers whose ranks are yet to be chosen.
 
     Args:
         model: dense.
@@ -128,7 +127,7 @@ def _dense_cost(layer: OpenLayer, calls: int, num_tokens: int) -> int:
 def _tensors(
     model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Tensor]] | None
 ) -> Iterator[tuple[OpenLayer, Pairs, Pairs]]:
-    """Both tensors of each layer, in units that compare.
+    """Returns both tensors of each layer, in units that compare.
 
     By weights alone: shares of their norms. On images: errors of the layer's output relative to its size; of the final features,
     to first order, over the root of what the layer's output as a whole does to them. That is half-way between absolute and
@@ -144,17 +143,18 @@ def _tensors(
     for layer, moments in collect_moments(model, layers, options, images):
         weights, scale = layer.host.weights.double(), layer.host.spec.scale
         given = weights.pre_tensor(layer.host.spec.rope)
-        whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
+        with located(layer.name):
+            whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
         pre = ordinary(whitened)
         unit = squared_norm(post) ** (1.0 if options.objective == "layer" else 0.5)
         yield layer, _divided(pre, unit / PRE_WEIGHT), _divided(post, unit)
 
 
 def _divided(pairs: Pairs, unit: Tensor) -> Pairs:
-    """The tensor with its squared norm divided; a zero unit divides nothing."""
+    """Returns the tensor with its squared norm divided; a zero unit divides nothing."""
     return Pairs(pairs.left / torch.where(unit > 0, unit, 1.0).sqrt(), pairs.right)
 
 
 def _exactly(name: str) -> str:
-    """A selection of this very module, whatever characters its name has."""
+    """Returns a selection of this very module, whatever characters its name has."""
     return name if re.fullmatch(r"[\w.]*[A-Za-z_][\w.]*", name) else f"re:{re.escape(name)}"

@@ -37,12 +37,12 @@ class HeldOut:
 
     @classmethod
     def like(cls, mixed: Tensor, y: Tensor, centre: bool) -> HeldOut:
-        """Empty sums for features (B, N, F) and targets (B, N, O)."""
+        """Returns empty sums for features (B, N, F) and targets (B, N, O)."""
         kept = LinearMoments.like(tokens(mixed), tokens(y), centre)
-        return cls(kept, kept.empty())
+        return cls(kept, LinearMoments.zeros(kept.f_shift, kept.y_shift))
 
     def add(self, mixed: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add features (B, N, F) and targets (B, N, O) with weights (B, N)."""
+        """Adds features (B, N, F) and targets (B, N, O) with weights (B, N)."""
         number = torch.arange(len(mixed), device=mixed.device) + self.sequences
         held = number % HELD_OUT == HELD_OUT - 1
         for sums, part in ((self.kept, ~held), (self.held, held)):
@@ -53,12 +53,12 @@ class HeldOut:
 
 
 def tokens(x: Tensor) -> Tensor:
-    """(B, N, F) -> (B*N, F); float64 stays, anything narrower becomes float32."""
+    """Flattens (B, N, F) to (B*N, F); float64 stays, anything narrower becomes float32."""
     return (x if x.dtype == torch.float64 else x.float()).flatten(0, -2)
 
 
 def fit_readout(module: AttentionModule, sums: HeldOut, out_root: Root, damping: float) -> None:
-    """Fit the read-out, with the ridge that is best for the held-out sequences; left alone where none gains.
+    """Fits the read-out, with the ridge that is best for the held-out sequences; left alone where none gains.
 
     Args:
         module: converted, in eval mode; called under no_grad.
@@ -84,7 +84,7 @@ def fit_readout(module: AttentionModule, sums: HeldOut, out_root: Root, damping:
 
 
 def linear_map(module: AttentionModule, features: int) -> tuple[Tensor, Tensor]:
-    """The read-out as a matrix (O, F) and a bias (O,), float64."""
+    """Returns the read-out as a matrix (O, F) and a bias (O,), float64."""
     like = next(module.parameters())
     bias = module.readout(like.new_zeros(1, 1, features))[0, 0]
     columns = module.readout(torch.eye(features, dtype=like.dtype, device=like.device).unsqueeze(0))[0] - bias

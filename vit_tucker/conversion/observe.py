@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, reason_of
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.readers import Host
 
@@ -43,11 +43,12 @@ class WatchedLayer:
     tokens: int = 0
 
 
+Item = TypeVar("Item")
 Layer = TypeVar("Layer", bound=WatchedLayer)
 
 
 def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
-    """The first ``limit`` images, in batches, on the model's device and in its dtype.
+    """Collects the first ``limit`` images, in batches, on the model's device and in its dtype.
 
     Raises:
         PatchError: nothing there, no image tensors, values that are not finite, or images that the model does not take.
@@ -77,7 +78,7 @@ def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list
 
 @torch.no_grad()
 def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
-    """Raise PatchError for images of a size or number of channels that the model does not take: by one of them."""
+    """Tries one of the images; raises PatchError for a size or number of channels that the model does not take."""
     if len(images) == 0:
         return
     try:
@@ -86,7 +87,7 @@ def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models complain in many ways
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         expected = "x".join(map(str, input_shape(model)))
         given = "x".join(map(str, images.shape[1:]))
         raise PatchError(
@@ -96,7 +97,7 @@ def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
 
 @contextmanager
 def evaluating(*roots: nn.Module) -> Iterator[None]:
-    """The modules in eval mode, every submodule's own mode restored afterwards."""
+    """Puts modules into eval mode; every submodule's own mode is restored afterwards."""
     modes = {module: module.training for root in roots for module in root.modules()}
     for root in roots:
         root.eval()
@@ -125,15 +126,20 @@ def located(name: str) -> Iterator[None]:
 
 
 def layers_per_pass(layers: list[Layer]) -> Iterator[list[Layer]]:
-    """The layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
-    group: list[Layer] = []
+    """Yields the layers in order, in groups whose moments fit into MOMENT_BYTES (a single layer always does)."""
+    return groups_within(layers, lambda layer: Moments.bytes(layer.host.spec), MOMENT_BYTES)
+
+
+def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Yields the items in order, in groups whose sizes sum to ``limit`` at most; a single item may be larger."""
+    group: list[Item] = []
     used = 0
-    for layer in layers:
-        needed = Moments.bytes(layer.host.spec)
-        if group and used + needed > MOMENT_BYTES:
+    for item in items:
+        needed = size(item)
+        if group and used + needed > limit:
             yield group
             group, used = [], 0
-        group.append(layer)
+        group.append(item)
         used += needed
     if group:
         yield group
@@ -160,8 +166,17 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
             handle.remove()
 
 
+def show_calls(
+    model: nn.Module, layers: Iterable[Layer], images: list[Tensor], see: Callable[[Layer, Call, Tensor], None]
+) -> None:
+    """Runs the images through the model and shows each layer's calls to ``see``, see ``watching``."""
+    with watching(layers, see):
+        for batch in images:
+            final_features(model, batch)
+
+
 def detached(call: Call) -> Call:
-    """The call without the graph that made it."""
+    """Returns the call without the graph that made it."""
     mask, rope = (None if value is None else value.detach() for value in (call.attn_mask, call.rope))
     return call._replace(x=call.x.detach(), attn_mask=mask, rope=rope)
 
@@ -173,7 +188,7 @@ def run_with_probes(
     options: Calibration,
     see: Callable[[Layer, LayerCall], None],
 ) -> None:
-    """Show each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
+    """Shows each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
     generator = torch.Generator().manual_seed(options.seed)
     backward = options.objective == "features"
     if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
@@ -209,7 +224,7 @@ def run_with_probes(
 
 
 def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]) -> Tensor:
-    """A scalar whose gradient is random in the space of the features.
+    """Returns a scalar whose gradient is random in the space of the features.
 
     Raises:
         PatchError: no feature has gradients.
@@ -224,7 +239,7 @@ def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]
 
 
 def final_features(model: Any, images: Tensor) -> list[Tensor]:
-    """The model's features before its head (timm's forward_features), else its outputs: all maps of a model of features."""
+    """Returns the features before the head (timm's forward_features), else the outputs: all maps of a model of features."""
     forward = getattr(model, "forward_features", model)
     parts = tree_leaves(forward(images))
     return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]

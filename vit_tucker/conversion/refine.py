@@ -22,35 +22,32 @@ CHECK_EVERY = 10
 
 
 class Whitened(nn.Module):
-    """Parametrisation of a Linear's weight (out, in) by V: out_inverse V in_inverse.
+    """Parametrisation of a Linear's weight (out, in) by V = root weight, or by V = weight root.
 
     Args:
-        out_root, in_root: roots of the metrics of the output and of the input; None for the identity.
+        metric: root of the metric of the output, or of the input.
+        output: which of the two.
+        dtype: of the weight.
     """
 
-    def __init__(self, out_root: Root | None, in_root: Root | None, dtype: torch.dtype) -> None:
+    def __init__(self, metric: Root, output: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.out = None if out_root is None else tuple(part.to(dtype) for part in out_root)
-        self.input = None if in_root is None else tuple(part.to(dtype) for part in in_root)
+        self.root, self.inverse = (part.to(dtype) for part in metric)
+        self.output = output
 
     def forward(self, v: Tensor) -> Tensor:
-        """V -> weight"""
-        return self._map(v, 1)
+        """Maps V to a weight."""
+        return self.inverse @ v if self.output else v @ self.inverse
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Weight -> V"""
-        return self._map(weight, 0)
-
-    def _map(self, matrix: Tensor, which: int) -> Tensor:
-        if self.out is not None:
-            matrix = self.out[which] @ matrix
-        return matrix if self.input is None else matrix @ self.input[which]
+        """Maps a weight to V."""
+        return self.root @ weight if self.output else weight @ self.root
 
 
 def refine(
     layer: AttentionModule, calls: list[LayerCall], in_root: Root, out_root: Root, *, steps: int, lr: float, seed: int
 ) -> tuple[float, float]:
-    """Fit a layer's output to the host's on given calls, in place.
+    """Fits a layer's output to the host's on given calls, in place.
 
     Args:
         layer: converted, in eval mode; any dtype, refined in float32 (float64 if it is).
@@ -68,9 +65,9 @@ def refine(
     dtype = torch.float64 if next(layer.parameters()).dtype == torch.float64 else torch.float32
     work = copy.deepcopy(layer).to(dtype).requires_grad_(True)
     for linear in work.input_projections():
-        parametrize.register_parametrization(linear, "weight", Whitened(None, in_root, dtype))
+        parametrize.register_parametrization(linear, "weight", Whitened(in_root, False, dtype))
     for linear in work.output_projections():
-        parametrize.register_parametrization(linear, "weight", Whitened(out_root, None, dtype))
+        parametrize.register_parametrization(linear, "weight", Whitened(out_root, True, dtype))
     metric = out_root.root.to(dtype)
     generator = torch.Generator().manual_seed(seed)
     held = [slice(0, max(1, call.x.shape[0] // 8)) for call in calls]
@@ -115,7 +112,7 @@ def refine(
 
 
 def _loss(layer: AttentionModule | None, call: LayerCall, metric: Tensor) -> Tensor:
-    """Weighted squared error on a call in the output metric; without a layer the variance of the targets."""
+    """Returns the weighted squared error on a call in the output metric; without a layer the variance of the targets."""
     y = call.y.to(metric.dtype)
     if layer is None:
         difference = y - y.mean((0, 1))

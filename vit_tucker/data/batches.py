@@ -43,7 +43,7 @@ class BadImageError(DataError):
 
 
 def read_image(dataset: Any, index: int, split: str) -> tuple[Image.Image, int]:
-    """Read image ``index`` of a map-style data set.
+    """Reads image ``index`` of a map-style data set.
 
     Raises:
         BadImageError: it can't be read, for whatever reason its reader gives.
@@ -97,31 +97,27 @@ class SeededDataset(Dataset):
 
 
 def augmentation_seed(seed: int, epoch: int, index: int, repeat: int) -> int:
-    """Seed of one augmentation; the first one of an image is that of a run without repeated augmentation."""
+    """Returns the seed of one augmentation; the first one of an image is that of a run without repeated augmentation."""
     return derive_seed(seed, epoch, 1, index, *([repeat] if repeat else []))
 
 
-class Collate:
-    """Samples -> Batch; without the bad ones, and so perhaps empty.
+def collate(samples: list[Sample], shape: tuple[int, int, int]) -> Batch:
+    """Returns samples as a batch, without the bad ones and so perhaps empty.
 
     Args:
+        samples: of one batch.
         shape: (channels, height, width) of the images.
     """
-
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self.shape = tuple(shape)
-
-    def __call__(self, samples: list[Sample]) -> Batch:
-        good = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-        faults = tuple(line for sample in samples for line in sample.faults)
-        if not good:
-            return Batch(torch.empty(0, *self.shape), torch.empty(0, dtype=torch.int64), faults)
-        images, labels = default_collate(good)  # in a worker it collates into shared memory
-        return Batch(images, labels, faults)
+    good = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    faults = tuple(line for sample in samples for line in sample.faults)
+    if not good:
+        return Batch(torch.empty(0, *shape), torch.empty(0, dtype=torch.int64), faults)
+    images, labels = default_collate(good)  # in a worker it collates into shared memory
+    return Batch(images, labels, faults)
 
 
 class Normalise:
-    """Images as the model takes them, on its device: 8-bit ones are normalised there, which is a quarter of the way to it.
+    """Images as the model needs them, on its device; 8-bit ones, a quarter of the bytes to copy, are normalised there.
 
     Args:
         mean, std: of each channel, in [0, 1].
@@ -133,17 +129,16 @@ class Normalise:
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, channels, height, width), uint8 or float32 -> float32"""
+        """Returns float32 images for uint8 or float32 ones of (B, channels, height, width)."""
         images = images.to(self.device, non_blocking=True)
         if images.dtype != torch.uint8:
             return images
-        return (
-            images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        )  # torchvision's own steps, so bit-equal
+        images = images.to(torch.float32)
+        return images.div_(255).sub_(self.mean).div_(self.std)  # torchvision's own steps, so bit-equal
 
 
 def checked_batches(loader: Iterable[Any], faults: FaultLog, normalise: Normalise) -> Iterator[Batch]:
-    """The loader's batches, normalised, their bad images noted; errors of its worker processes are the one line that they were.
+    """Yields the loader's batches, normalised, and logs their bad images; a worker's DataError is raised as its one line.
 
     Raises:
         DataError: too many bad images; or what a worker raised.

@@ -1,4 +1,4 @@
-"""``data.check``: every image is opened once before a run, so that all bad ones are known."""
+"""The check of ``data.check``: every image is opened once before a run, so that all bad ones are known."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ MANY = 512
 
 
 class Readings(Dataset):
-    """What reading each image of a share says: its fault line, or None.
+    """The result of reading each image of a share: its fault line, or None.
 
     Args:
         dataset: map-style, yields (PIL image, int).
@@ -49,7 +49,7 @@ def unreadable(
     rank: int,
     world_size: int,
 ) -> list[str]:
-    """Reads this process's share of a run's images.
+    """Reads this process's share of a run's images, every world_size-th of each split; of a stream nothing.
 
     Args:
         data, channels, with_train, classes, num_classes: see ``open_splits``.
@@ -64,43 +64,22 @@ def unreadable(
     splits = open_splits(data, channels, with_train=with_train, classes=classes, num_classes=num_classes)
     opened = {data.train_split: splits.train} if with_train else {}
     opened[data.val_split] = splits.eval
-    lines = []
-    for split, dataset in opened.items():
-        lines += bad_images(dataset, split, data.num_workers, rank, world_size, show=rank == 0)
-    return lines
-
-
-def bad_images(
-    dataset: Any, split: str, num_workers: int, rank: int = 0, world_size: int = 1, show: bool = True
-) -> list[str]:
-    """Reads every world_size-th image of a split.
-
-    Args:
-        dataset: as ``open_split`` returns it, or a subset of it; of a stream nothing is read.
-        split: its name.
-        num_workers: processes that read, if there are many images.
-        rank, world_size: this process.
-        show: a progress bar, on a terminal.
-
-    Returns:
-        The fault lines of those that can't be read.
-    """
-    if is_iterable(dataset):
-        return []
-    readings = Readings(dataset, split, range(rank, len(dataset), world_size))
-    workers = num_workers if len(readings) >= MANY else 0
-    loader = DataLoader(
-        readings,
-        batch_size=32,
-        collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
     lines: list[str] = []
-    title = f"checking split '{split}'"
-    with tqdm(total=len(readings), desc=title, unit="images", disable=None if show else True, leave=False) as bar:
-        for batch in loader:
-            lines += [line for line in batch if line is not None]
-            bar.update(len(batch))
+    for split, dataset in opened.items():
+        if is_iterable(dataset):
+            continue
+        readings = Readings(dataset, split, range(rank, len(dataset), world_size))
+        loader = DataLoader(
+            readings,
+            batch_size=32,
+            collate_fn=list,
+            num_workers=data.num_workers if len(readings) >= MANY else 0,
+            worker_init_fn=init_worker,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        title, hidden = f"checking split '{split}'", None if rank == 0 else True
+        with tqdm(total=len(readings), desc=title, unit="images", disable=hidden, leave=False) as bar:
+            for batch in loader:
+                lines += [line for line in batch if line is not None]
+                bar.update(len(batch))
     return lines

@@ -62,7 +62,7 @@ class Targets:
 
     @property
     def where(self) -> str:
-        """The split as messages name it."""
+        """Name of the split in messages."""
         return f"{self.source}, split '{self.split}'"
 
     def refuse(self, number: int, count: int | None, where: str) -> NoReturn:

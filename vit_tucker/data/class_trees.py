@@ -33,7 +33,7 @@ class Scan:
     numeric: bool = False
 
 
-def bare(split: str, folder: Path, images: Sequence[str]) -> str:
+def unlabelled_message(split: str, folder: Path, images: Sequence[str]) -> str:
     """Returns the message for images whose classes nothing tells."""
     return (
         f"split '{split}': all {len(images):,} images lie directly in {folder}, e.g. {images[0]}, so that nothing tells their "
@@ -72,11 +72,11 @@ def by_folders(folder: Path, split: str, found: Found, notes: Sequence[str], lev
         "leaf": tuple(parts[place][-1] for place in places),
     }
     if level is None and len({tuple(part[1:]) for part in parts.values()}) > 1:
-        raise DataError(ambiguous(split, folder, images, by_level["first"], by_level["leaf"]))
+        raise DataError(ambiguous_message(split, folder, images, by_level["first"], by_level["leaf"]))
     names = by_level[level or "first"]
     present = set(names)
     if len(present) == 1 and names[0].lower() in BARE_FOLDERS:
-        raise DataError(bare(split, folder / names[0], [name.rpartition("/")[2] for name in images]))
+        raise DataError(unlabelled_message(split, folder / names[0], [name.rpartition("/")[2] for name in images]))
     if level == "leaf":
         lines += merged_note(split, parts)
     elif empty := [name for name in found.folders if name not in present]:
@@ -84,7 +84,9 @@ def by_folders(folder: Path, split: str, found: Found, notes: Sequence[str], lev
     return Scan(folder, images, names, tuple(lines))
 
 
-def ambiguous(split: str, folder: Path, images: Sequence[str], first: Sequence[str], leaf: Sequence[str]) -> str:
+def ambiguous_message(
+    split: str, folder: Path, images: Sequence[str], first: Sequence[str], leaf: Sequence[str]
+) -> str:
     """Returns the message for folders in folders that can be read in two ways."""
     depths = Counter(name.count("/") for name in images)
     shortest, longest = min(images, key=lambda name: name.count("/")), max(images, key=lambda name: name.count("/"))
@@ -101,12 +103,7 @@ def ambiguous(split: str, folder: Path, images: Sequence[str], first: Sequence[s
 
 
 def merged_note(split: str, places: Mapping[str, Sequence[str]]) -> list[str]:
-    """Returns a line about classes that have images in several folders of the same name; none if there are none.
-
-    Args:
-        split: name of the split.
-        places: folders with images, each with its parts.
-    """
+    """Returns a line about classes that have images in several folders of the same name (path to its parts); none without."""
     folders: dict[str, list[str]] = {}
     for place, parts in places.items():
         folders.setdefault(parts[-1], []).append(place)

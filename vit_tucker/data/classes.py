@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vit_tucker.data.naming import listed
-from vit_tucker.errors import DataError, nearest
+from vit_tucker.errors import DataError, nearest, one_line
 from vit_tucker.storage.run_files import CLASSES_FILE
 
 ENDINGS = (".txt", ".json")
@@ -50,7 +50,7 @@ def read_class_map(given: Mapping[str, int] | str, folders: Sequence[Path]) -> d
         text = file.read_text(encoding="utf-8-sig")
         content = json.loads(text, object_pairs_hook=list) if file.suffix.lower() == ".json" else None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: can't be read: {' '.join(str(error).split())[:120]}") from None
+        raise DataError(f"{where}: can't be read: {one_line(error, 120)}") from None
     if content is None:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return checked_map(text_map(lines), where)
@@ -70,11 +70,7 @@ def text_map(lines: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def checked_map(pairs: Sequence[tuple[str, object]], where: str) -> dict[str, int]:
-    """Returns the pairs as a class map.
-
-    Raises:
-        DataError: see ``read_class_map``.
-    """
+    """Returns pairs of names and numbers as a class map; raises DataError as ``read_class_map`` does."""
     numbers: dict[str, int] = {}
     for name, number in pairs:
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
@@ -94,11 +90,7 @@ def checked_map(pairs: Sequence[tuple[str, object]], where: str) -> dict[str, in
 
 
 def find_class_file(given: str, folders: Sequence[Path], key: str) -> Path:
-    """Finds a file of the config: absolute, relative to where the command runs, or to one of the folders.
-
-    Raises:
-        DataError: it is nowhere.
-    """
+    """Finds a file of the config, absolute or relative to the current or one of the folders; raises DataError without one."""
     path = Path(given).expanduser()
     for place in (Path(), *folders):
         if (place / path).is_file():
@@ -108,11 +100,7 @@ def find_class_file(given: str, folders: Sequence[Path], key: str) -> Path:
 
 
 def stored_classes(folder: Path | None) -> tuple[str, ...] | None:
-    """Returns the class map of a run folder: names in the order of their numbers; None if there is none.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Returns the class names of a run folder in the order of their numbers; None if there are none stored."""
     file = None if folder is None else folder / CLASSES_FILE
     if file is None or not file.is_file():
         return None
@@ -135,14 +123,7 @@ def unpadded(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_unknown(names: Sequence[str], known: Mapping[str, int], split: str, source: str) -> None:
-    """Raises DataError if a split has classes that the class map lacks.
-
-    Args:
-        names: of the split.
-        known: the class map.
-        split: name of the split.
-        source: where the class map comes from, for the message.
-    """
+    """Raises DataError if a split has classes that the class map lacks; ``source`` names where the map comes from."""
     unknown = [name for name in names if name not in known]
     if not unknown:
         return
@@ -155,13 +136,7 @@ def refuse_unknown(names: Sequence[str], known: Mapping[str, int], split: str, s
 
 
 def refuse_changed(own: Sequence[str], stored: Sequence[str], split: str) -> None:
-    """Raises DataError if the training split of a run that goes on has other classes than it began with.
-
-    Args:
-        own: names of the training split as it is now.
-        stored: names in the run's class map.
-        split: name of the training split.
-    """
+    """Raises DataError if the training split's ``own`` classes are not those that the run began with, ``stored``."""
     if tuple(own) == tuple(stored):
         return
     new, gone = [name for name in own if name not in stored], [name for name in stored if name not in own]
@@ -176,13 +151,7 @@ def refuse_changed(own: Sequence[str], stored: Sequence[str], split: str) -> Non
 
 
 def missing_note(present: Sequence[str], names: Sequence[str], split: str) -> list[str]:
-    """Returns a line about classes of the map that a split has no images of; none if there is an image of each.
-
-    Args:
-        present: names with images.
-        names: in the class map.
-        split: name of the split.
-    """
+    """Returns a line about ``names`` of the class map that are not ``present`` in a split; none if all are."""
     there = set(present)
     missing = [name for name in unpadded(names) if name not in there]
     if not missing:
@@ -194,10 +163,10 @@ def refuse_label(label: int, count: int | None, split: str, image: str) -> NoRet
     """Raises DataError for a label that is no number of a class.
 
     Args:
-        label: what was found.
+        label: of the image.
         count: number of classes; None where it does not matter, for labels below 0.
         split: name of the split.
-        image: one that has the label: its path, or "image 17".
+        image: its path, or "image 17".
     """
     if label < 0:
         raise DataError(

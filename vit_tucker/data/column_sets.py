@@ -62,9 +62,9 @@ def open_columns(source: SplitSource) -> ColumnDataset:
         DataError: a split, column, label or class that can't be.
     """
     source.check_options(MAP_OPTIONS)
-    builder = columns.open_builder(source)
+    builder = columns.load_by_datasets("load_dataset_builder", source)
     columns.check_split(builder, source)
-    table = load_split(source)
+    table = columns.load_by_datasets("load_dataset", source, split=source.split)
     columns.check_columns(table.features, source)
     image_key, label_key = columns.columns_of(source)
     raw = label_column(table, source)
@@ -83,11 +83,7 @@ def open_columns(source: SplitSource) -> ColumnDataset:
 
 
 def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[list[int], list[str]]:
-    """Returns which images have a class of ``data.class_map``, and a note about the others.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Returns the images with a class of ``data.class_map`` and a note about the others; raises DataError if none has one."""
     assert source.class_map is not None
     known = {label: targets.mapped_key(label) is not None for label in set(raw)}
     left_out = in_order(targets.name_of(label) for label, kept in known.items() if not kept)
@@ -103,25 +99,6 @@ def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[l
     return keep, [f"{line}{len(left_out):,} classes: {listed(left_out)}"]
 
 
-def load_split(source: SplitSource) -> Any:
-    """Returns the table of a split.
-
-    Raises:
-        DataError: `datasets` can't read it.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(
-            columns.repository(source.name),
-            split=source.split,
-            cache_dir=str(source.root),
-            **columns.without_code(datasets.load_dataset),
-        )
-    except Exception as error:
-        raise columns.cant_open(source, error) from error
-
-
 def undecoded(table: Any, key: str) -> Any:
     """Returns a table, or stream, whose column of images is read as files, bytes or paths."""
     from datasets import Image as ImageFeature
@@ -132,11 +109,7 @@ def undecoded(table: Any, key: str) -> Any:
 
 
 def label_column(table: Any, source: SplitSource) -> list[Raw]:
-    """Returns all labels of a split.
-
-    Raises:
-        DataError: images without a label.
-    """
+    """Returns all labels of a split; raises DataError for images without one."""
     _, key = columns.columns_of(source)
     column = table.select_columns([key]).with_format("arrow")[:].column(key)
     if column.null_count:
@@ -195,10 +168,12 @@ def label_values(builder: Any, source: SplitSource, raw: Sequence[Raw] | None, o
         builder: of the data set.
         source: the split.
         raw: all labels of the split that is opened; None for a stream.
-        other: that is another split.
+        other: ``source`` is another one than that.
     """
     if raw is not None:
-        return set(label_column(load_split(source), source) if other else raw)
+        return set(
+            label_column(columns.load_by_datasets("load_dataset", source, split=source.split), source) if other else raw
+        )
     _, key = columns.columns_of(source)
     stream = builder.as_streaming_dataset(split=source.split).select_columns([key])
     return {label for batch in stream.iter(batch_size=1000) for label in batch[key] if label is not None}
@@ -211,11 +186,7 @@ def read_stored(stored: Any, source: SplitSource) -> Image.Image:
 
 
 def open_stored(stored: Any) -> BinaryIO:
-    """Opens the file of a stored image.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Opens the file of a stored image; raises ValueError if there is none."""
     content, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (None, stored)
     if isinstance(path, bytes):
         content = path

@@ -73,20 +73,16 @@ class ColumnStream(Stream):
 
 
 def open_column_stream(source: SplitSource) -> ColumnStream:
-    """Opens a split of a streamed set; its columns are checked, no image is read.
-
-    Raises:
-        DataError: a split, column or class that can't be.
-    """
+    """Opens a split of a streamed set, checking its columns but reading no image; raises DataError as ``open_columns`` does."""
     source.check_options(STREAM_OPTIONS)
-    builder = columns.open_builder(source)
+    builder = columns.load_by_datasets("load_dataset_builder", source)
     columns.check_split(builder, source)
     try:
         if source.options.get("download"):
             builder.download_and_prepare()
         features = with_features(builder.as_streaming_dataset(split=source.split)).features
     except Exception as error:
-        raise columns.cant_open(source, error) from error
+        raise source.cant_open(error) from error
     columns.check_columns(features, source)
     _, label_key = columns.columns_of(source)
     targets = split_targets(builder, source, features[label_key], None)

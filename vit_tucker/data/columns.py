@@ -3,12 +3,12 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vit_tucker.data.naming import listed
-from vit_tucker.data.split_source import SplitSource, reason
+from vit_tucker.data.split_source import SplitSource
 from vit_tucker.errors import DataError, nearest
 
 IMAGE_KEY, LABEL_KEY = "image", "label"
@@ -24,8 +24,13 @@ SPLIT_WORDS = {
 """Names of files and folders that `datasets` merges into one split."""
 
 
-def open_builder(source: SplitSource) -> Any:
-    """Returns the builder of a data set, which knows its splits and files.
+def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
+    """Calls ``load_dataset`` or ``load_dataset_builder``, whose builder knows the splits and files; executes nothing of a set.
+
+    Args:
+        function: its name.
+        source: what is read.
+        options: further arguments.
 
     Raises:
         DataError: `datasets` is not installed, or can't find or read the data set.
@@ -34,35 +39,13 @@ def open_builder(source: SplitSource) -> Any:
         import datasets
     except ImportError:
         raise DataError(f"{source.name}: needs the package datasets: pip install vit_tucker[data]") from None
+    load = getattr(datasets, function)
+    if "trust_remote_code" in inspect.signature(load).parameters:  # of datasets < 4; later ones can't
+        options["trust_remote_code"] = False
     try:
-        return datasets.load_dataset_builder(
-            repository(source.name), cache_dir=str(source.root), **without_code(datasets.load_dataset_builder)
-        )
+        return load(source.name.partition("/")[2], cache_dir=str(source.root), **options)
     except Exception as error:
-        raise cant_open(source, error) from error
-
-
-def without_code(load: Callable[..., Any]) -> dict[str, bool]:
-    """Returns the argument by which datasets < 4 executes nothing of a data set, without asking; later ones can't."""
-    return {"trust_remote_code": False} if "trust_remote_code" in inspect.signature(load).parameters else {}
-
-
-def repository(name: str) -> str:
-    """Returns a data set's name or folder without our prefix."""
-    return name.partition("/")[2]
-
-
-def cant_open(source: SplitSource, error: BaseException) -> DataError:
-    """Returns the error for a data set that `datasets` refuses."""
-    text = reason(error)
-    hint = (
-        "; open it by datasets.load_from_disk and write a file of each split by to_parquet"
-        if "load_from_disk" in text
-        else ""
-    )
-    return DataError(
-        f"data set '{source.name}' (split '{source.split}', folder {source.root}) can't be opened: {text}{hint}"
-    )
+        raise source.cant_open(error) from error
 
 
 def split_names(builder: Any) -> list[str]:
@@ -79,11 +62,7 @@ def base_splits(split: str) -> list[str]:
 
 
 def check_split(builder: Any, source: SplitSource) -> None:
-    """Refuses a split that is not there by exactly that name, and one that is made of `val` and `validation` together.
-
-    Raises:
-        DataError: names the splits that are there.
-    """
+    """Raises DataError for a split that is not there by exactly that name, or made of `val` and `validation` together."""
     known = split_names(builder)
     for name in base_splits(source.split):
         if known and name not in (*known, "all"):
@@ -101,7 +80,7 @@ def check_split(builder: Any, source: SplitSource) -> None:
 
 
 def nearest_split(name: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' for the split of a like meaning, else of a like name."""
+    """Returns '; did you mean X?' for the split of a similar meaning, else of a similar name."""
     for words in SPLIT_WORDS.values():
         if name in words and (alike := [split for split in known if split in words]):
             return f"; did you mean '{alike[0]}'?"
@@ -163,14 +142,11 @@ def file_names(file: Path, key: str) -> tuple[str, ...] | None:
 
 
 def check_columns(features: Mapping[str, Any], source: SplitSource) -> None:
-    """Refuses columns of images and labels that are not there or of another type.
+    """Raises DataError if the columns that ``input_key`` and ``target_key`` name are not there or of another type.
 
     Args:
-        features: of the split, by column.
-        source: its ``input_key`` and ``target_key`` name the columns.
-
-    Raises:
-        DataError: one line with the split, its columns with their types, and what to set.
+        features: types of the split's columns, by name.
+        source: the split.
     """
     image_key, label_key = columns_of(source)
     faults = []
@@ -209,7 +185,7 @@ def holds_images(feature: Any) -> bool:
 
 
 def holds_labels(feature: Any) -> bool:
-    """Whether a column can hold labels: class numbers or names."""
+    """Returns whether a column can hold labels: class numbers or names."""
     if type(feature).__name__ == "ClassLabel":
         return True
     return type(feature).__name__ == "Value" and re.sub(r"\d+$", "", str(feature.dtype)) in LABEL_TYPES

@@ -4,7 +4,6 @@ A map-style data set yields (PIL image, int label); transforms are applied later
 """
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,17 @@ from torchvision import datasets as tv
 
 from vit_tucker.data.folders import is_folder_set
 from vit_tucker.data.idx import read_idx
-from vit_tucker.data.image_files import AS_STORED, ImageOptions, to_mode
 from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
-from vit_tucker.data.split_source import reason
-from vit_tucker.data.vision import open_vision
+from vit_tucker.data.split_source import SplitSource
+from vit_tucker.data.vision import ConvertedDataset, open_vision
 from vit_tucker.errors import DataError, nearest
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 DEFAULT_ROOT = Path("data")
+FASHION_MNIST = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
 EVAL_SPLITS = (*VALIDATION_SPLITS, "test")
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SPLIT_SEED = 0
@@ -60,7 +62,7 @@ FACTORY_PREFIXES = ("wds", "hfds", "hfids", "tfds", "torch")
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """Facts about a data set; only 3 channels are known of one that timm's factory reads.
+    """Returns facts about a data set; only 3 channels are known of one that timm's factory reads.
 
     Raises:
         DataError: a name that neither we nor timm's factory know.
@@ -80,10 +82,13 @@ class ArrayDataset(Dataset):
         images: (n, height, width) uint8.
         labels: (n,) integers.
         mode: PIL mode of the returned images, "L" or "RGB".
+        class_names: in the order of their numbers; None if unknown.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, mode: str) -> None:
-        self.images, self.labels, self.mode = images, labels, mode
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, mode: str, class_names: tuple[str, ...] | None = None
+    ) -> None:
+        self.images, self.labels, self.mode, self.class_names = images, labels, mode, class_names
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,43 +97,19 @@ class ArrayDataset(Dataset):
         return Image.fromarray(self.images[index]).convert(self.mode), int(self.labels[index])
 
 
-class ConvertedDataset(Dataset):
-    """A data set of PIL images, converted to another PIL mode.
-
-    Args:
-        dataset: of torchvision.
-        mode: PIL mode of the returned images.
-        options: see ``ImageOptions``.
-    """
-
-    def __init__(self, dataset: Any, mode: str, options: ImageOptions = AS_STORED) -> None:
-        self.dataset, self.mode, self.options = dataset, mode, options
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = self.dataset[index]
-        return to_mode(image, self.mode, self.options), int(label)
-
-
 def image_name(dataset: Any, index: int) -> str:
-    """The path of an image where the data set has one, else "image 17", counted in the whole split."""
+    """Returns the path of an image where the data set has one, else "image 17", counted in the whole split."""
     if isinstance(dataset, Subset):
         return image_name(dataset.dataset, dataset.indices[index])
-    if isinstance(dataset, ConvertedDataset):
-        return image_name(dataset.dataset, index)
     path: Any = None
     if hasattr(dataset, "image_name"):
         with contextlib.suppress(Exception):  # what is to be named is an error already
             path = dataset.image_name(index)
-    elif isinstance(samples := getattr(dataset, "samples", None), list):  # torchvision's folders
-        path = samples[index][0]
     return str(path) if path else f"image {index}"
 
 
 def load_digits(train: bool, mode: str) -> ArrayDataset:
-    """scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML): a fixed stratified split, 20% for evaluation."""
+    """Returns scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML), in a fixed stratified split, 20% for evaluation."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -138,11 +119,11 @@ def load_digits(train: bool, mode: str) -> ArrayDataset:
         np.arange(len(images)), test_size=DIGITS_TEST_SHARE, stratify=bunch.target, random_state=DIGITS_SPLIT_SEED
     )
     index = np.sort(train_index if train else test_index)
-    return ArrayDataset(images[index], bunch.target[index], mode)
+    return ArrayDataset(images[index], bunch.target[index], mode, tuple("0123456789"))
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
-    """Fashion-MNIST (70,000 images of 28x28): torchvision's layout below ``root``.
+    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout below ``root``.
 
     The Debian package's folder is read only if ``root`` is the default: a folder that the user names is not left for another.
     """
@@ -162,7 +143,7 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
                 pixels, classes = read_idx(images, 3), read_idx(labels, 1)
                 if len(pixels) != len(classes):
                     raise DataError(f"{folder}: {len(pixels)} {prefix} images but {len(classes)} labels")
-                return ArrayDataset(pixels, classes, mode)
+                return ArrayDataset(pixels, classes, mode, FASHION_MNIST)
     searched = ", ".join(str(folder) for folder in folders)
     debian = "" if own else f", which is in {DEBIAN_FASHION_MNIST}, and read where data.root is left at {DEFAULT_ROOT}"
     raise DataError(
@@ -172,7 +153,7 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
 
 
 def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) -> ConvertedDataset:
-    """CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
+    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
     cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
     try:
         return ConvertedDataset(cls(str(root), train=train, download=download), mode)
@@ -185,42 +166,24 @@ def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) ->
         ) from None
 
 
-def load_factory(
-    name: str, split: str, training: bool, mode: str, root: Path, options: dict[str, Any], images: ImageOptions
-) -> Any:
-    """What timm.data.create_dataset reads beside image folders; ``options`` are its arguments."""
-    if name.partition("/")[0].lower() == "torch":
-        return ConvertedDataset(open_vision(name, split, root, options), mode, images)
+def load_factory(source: SplitSource, training: bool) -> Any:
+    """Opens what timm.data.create_dataset reads beside image folders; streams shuffle when ``training``."""
+    if source.name.partition("/")[0].lower() == "torch":
+        return ConvertedDataset(open_vision(source), source.mode, source.images)
+    options = {**source.options, "is_training": training, "input_img_mode": source.mode}
     try:
-        opened = create_dataset(
-            name, root=str(root), split=split, is_training=training, input_img_mode=mode, **options
-        )  # fmt: skip
+        opened = create_dataset(source.name, root=str(source.root), split=source.split, **options)
     except Exception as error:
-        raise DataError(
-            f"data set '{name}' (split '{split}', folder {root}) can't be opened: {reason(error)}"
-        ) from error
-    return opened if is_iterable(opened) else ConvertedDataset(opened, mode, images)
+        raise source.cant_open(error) from error
+    return opened if is_iterable(opened) else ConvertedDataset(opened, source.mode, source.images)
 
 
-def load_dataset(
-    name: str,
-    split: str,
-    training: bool,
-    mode: str,
-    root: str,
-    options: dict[str, Any],
-    images: ImageOptions = AS_STORED,
-) -> Any:
-    """Open a data set that is no image folder; see ``splits.open_split`` for any.
+def load_dataset(source: SplitSource, training: bool) -> Any:
+    """Opens a data set that is no image folder; see ``splits.open_split`` for any.
 
     Args:
-        name: see ``DataConfig.dataset``.
-        split: "train", "validation", or a split's name in the set.
+        source: the split, "train", "validation" or a name in the set; its options are ``download`` and timm's factory's.
         training: iterable sets shuffle when training.
-        mode: PIL mode of the images, "L" or "RGB".
-        root: folder of the data sets.
-        options: ``download`` and other arguments of timm's factory.
-        images: how image files are read.
 
     Returns:
         A map-style data set of (PIL image, int), or an iterable one.
@@ -228,31 +191,29 @@ def load_dataset(
     Raises:
         DataError: missing or malformed; says which folder was searched and how to get it.
     """
+    name, split, mode, root = source.name, source.split, source.mode, source.root
     dataset_info(name)
-    folder = Path(root).expanduser()
+    if name not in INFO:
+        return load_factory(source, training)
     train = split in TRAIN_SPLITS
-    download = bool(options.get("download", False))
-    loaders: dict[str, Callable[[], Any]] = {
-        "digits": lambda: load_digits(train, mode),
-        "fashion_mnist": lambda: load_fashion_mnist(train, mode, folder, download),
-        "cifar10": lambda: load_cifar("cifar10", train, mode, folder, download),
-        "cifar100": lambda: load_cifar("cifar100", train, mode, folder, download),
-    }
-    if name in loaders:
-        if not train and split not in EVAL_SPLITS:  # a misspelt training split must not become the test set
-            splits = (*TRAIN_SPLITS, *EVAL_SPLITS)
-            raise DataError(f"{name} has no split '{split}', known: {', '.join(splits)}{nearest(split, splits)}")
-        return loaders[name]()
-    return load_factory(name, split, training, mode, folder, options, images)
+    if not train and split not in EVAL_SPLITS:  # a misspelt training split must not become the test set
+        splits = (*TRAIN_SPLITS, *EVAL_SPLITS)
+        raise DataError(f"{name} has no split '{split}', known: {', '.join(splits)}{nearest(split, splits)}")
+    download = bool(source.options.get("download", False))
+    if name == "digits":
+        return load_digits(train, mode)
+    if name == "fashion_mnist":
+        return load_fashion_mnist(train, mode, root, download)
+    return load_cifar(name, train, mode, root, download)
 
 
 def is_iterable(dataset: Any) -> bool:
-    """Whether the data set only streams, so that its own reader splits it among processes."""
+    """Returns whether the data set only streams, so that its own reader splits it among processes."""
     return isinstance(dataset, IterableDataset)
 
 
 def subset(dataset: Any, num_samples: int | None) -> Any:
-    """The first ``num_samples`` of a fixed shuffle, of a stream in the order of its files; all for None.
+    """Returns the first ``num_samples`` of a fixed shuffle, of a stream in the order of its files; all for None.
 
     Raises:
         DataError: more samples than there are, or a stream of TFDS.

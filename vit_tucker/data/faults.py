@@ -9,7 +9,7 @@ SHOWN = 3
 
 
 def fault_line(name: str, split: str, error: BaseException, reason: str | None = None) -> str:
-    """One line for a bad image, the same one in every process and epoch.
+    """Returns one line for a bad image, the same one in every process and epoch.
 
     Args:
         name: path, or "image 17" where the data set has none.
@@ -36,21 +36,14 @@ class FaultLog:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """One line per bad image, in the order in which they were met."""
+        """Lines of the bad images, in the order in which they were met."""
         return tuple(self._lines)
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def add(self, lines: Iterable[str]) -> tuple[str, ...]:
-        """Take note of bad images.
-
-        Returns:
-            Those that were not known yet.
-
-        Raises:
-            DataError: more than the limit; names the first three.
-        """
+        """Adds bad images and returns those that were not known yet; raises DataError for more than the limit."""
         new = tuple(dict.fromkeys(line for line in lines if line not in self._lines))
         self._lines.update(dict.fromkeys(new))
         if len(self._lines) > self.limit:
@@ -58,12 +51,12 @@ class FaultLog:
         return new
 
     def merge(self, processes: Iterable[Iterable[str]]) -> tuple[str, ...]:
-        """``add`` for the lines of all processes; the same call in each process keeps the logs alike."""
+        """Adds the lines of all processes; called in each process alike, all logs are the same."""
         return self.add(line for lines in processes for line in lines)
 
 
 def too_many(lines: tuple[str, ...], limit: int) -> str:
-    """The message for more bad images than allowed."""
+    """Returns the message for more bad images than allowed."""
     count = f"{len(lines)} images" if len(lines) != 1 else "1 image"
     more = f" (and {len(lines) - SHOWN} more)" if len(lines) > SHOWN else ""
     return f"{count} could not be read, data.max_bad_images allows {limit}: {'; '.join(lines[:SHOWN])}{more}"

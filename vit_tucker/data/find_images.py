@@ -83,12 +83,12 @@ def walk(folder: Path, endings: Collection[str], ignored: Collection[Path] = ())
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is no part of a data set: hidden, or the operating system's own."""
+    """Returns whether a file or folder is no part of a data set: hidden, or the operating system's own."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES or name.lower() in SYSTEM_FOLDERS
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link that leads nowhere is a file, which can't be opened."""
+    """Returns whether an entry is a folder, or a link to one; a link that leads nowhere is a file, which can't be opened."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -102,11 +102,7 @@ def identity(folder: Path) -> tuple[int, int]:
 
 
 def entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns the files and folders in a folder.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Returns the files and folders in a folder; raises DataError if it can't be read."""
     try:
         with os.scandir(folder) as found:
             return list(found)

@@ -9,14 +9,7 @@ from torch.utils.data import Dataset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.class_trees import Scan
-from vit_tucker.data.classes import (
-    missing_note,
-    names_of,
-    numbers_of,
-    read_class_map,
-    refuse_label,
-    refuse_unknown,
-)
+from vit_tucker.data.classes import missing_note, names_of, numbers_of, read_class_map, refuse_label, refuse_unknown
 from vit_tucker.data.image_files import ImageOptions, to_mode
 from vit_tucker.data.layouts import data_root, has_own_list, label_list, scan_split, split_folder
 from vit_tucker.data.naming import in_order, listed
@@ -66,7 +59,7 @@ class FolderDataset(Dataset):
 
 
 def is_folder_set(name: str) -> bool:
-    """Whether a value of ``data.dataset`` means image folders."""
+    """Returns whether a value of ``data.dataset`` means image folders."""
     return name in NAMES
 
 
@@ -106,11 +99,7 @@ def open_folder(data: DataConfig, split: str, mode: str, classes: Sequence[str] 
 
 
 def folder_classes(data: DataConfig) -> tuple[str, ...]:
-    """Returns the class map that an image folder set has by itself: ``data.class_map``, else the training split's.
-
-    Raises:
-        DataError: the training split is missing, or its layout does not tell classes.
-    """
+    """Returns the names in ``data.class_map``, else of the training split's classes; raises DataError without either."""
     given = data.class_map or data.dataset_kwargs.get("class_map")
     if given:
         folder = split_folder(data, data.train_split)[0]
@@ -119,11 +108,7 @@ def folder_classes(data: DataConfig) -> tuple[str, ...]:
 
 
 def own_names(scan: Scan, split: str) -> tuple[str, ...]:
-    """Returns the names of the classes of a split, in order; of classes that are numbers, those from 0 to the largest.
-
-    Raises:
-        DataError: a negative number.
-    """
+    """Returns the names of a split's classes, in order; of numbers, those from 0 to the largest (DataError for negative ones)."""
     if not scan.numeric:
         return in_order(scan.names)
     values = [int(name) for name in scan.names]
@@ -156,23 +141,19 @@ def chosen_map(
 
 
 def is_training_split(data: DataConfig, split: str, scan: Scan) -> bool:
-    """Whether a split is the one that is trained on, perhaps by another name."""
+    """Returns whether a split is the one that is trained on, perhaps by another name."""
     folder = split_folder(data, data.train_split)[0]
     same = folder is not None and folder.resolve() == scan.folder.resolve()
     return split == data.train_split or (same and label_list(data, split) == label_list(data, data.train_split))
 
 
 def has_training_split(data: DataConfig) -> bool:
-    """Whether there is a training split to number classes by."""
+    """Returns whether there is a training split to number classes by."""
     return split_folder(data, data.train_split)[0] is not None or has_own_list(data, data.train_split)
 
 
 def mapped(scan: Scan, numbers: Mapping[str, int], split: str, notes: list[str]) -> Scan:
-    """Returns the images whose classes ``data.class_map`` has, and adds a note about the others.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Returns the images with a class of ``data.class_map`` and adds a note about the others; raises DataError if none has."""
     keep = [name in numbers or scan.numeric for name in scan.names]
     left_out = in_order(name for name, kept in zip(scan.names, keep, strict=True) if not kept)
     if not left_out:
@@ -194,11 +175,7 @@ def mapped(scan: Scan, numbers: Mapping[str, int], split: str, notes: list[str])
 
 
 def numbers_for(scan: Scan, numbers: Mapping[str, int], count: int, split: str) -> np.ndarray:
-    """Returns the number of each image's class, (n,) int64; classes of a CSV file may be numbers already.
-
-    Raises:
-        DataError: a number that is none of a class.
-    """
+    """Returns the number of each image's class, (n,) int64; raises DataError for a number in a CSV file that is none."""
     labels = np.empty(len(scan.names), dtype=np.int64)
     for index, name in enumerate(scan.names):
         label = numbers.get(name)

@@ -12,14 +12,11 @@ _UINT8 = 0x08
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Array of a uint8 IDX file.
+    """Returns the array of a uint8 IDX file.
 
     Args:
         path: the file, gzipped if its name ends in .gz.
         ndim: expected number of dimensions (3 for images, 1 for labels).
-
-    Returns:
-        uint8 array.
 
     Raises:
         DataError: unreadable, truncated, or not a uint8 IDX file of that many dimensions.

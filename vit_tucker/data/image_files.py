@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vit_tucker.data.find_images import walk
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, one_line
 
 NO_PICTURES = frozenset({"PDF", "EPS", "MPEG", "HDF5", "FITS", "GRIB", "BUFR", "WMF", "IPTC"})
 """Formats that Pillow lists and only identifies, or that are documents."""
@@ -96,26 +96,22 @@ def image_endings() -> frozenset[str]:
 
 
 def list_images(paths: Sequence[Path]) -> list[Path]:
-    """Returns files, and all images in folders and the folders inside them, by name.
-
-    Args:
-        paths: files, whatever their names, and folders.
+    """Returns files, whatever their names, and all images in folders and the folders inside them, by name.
 
     Raises:
         DataError: a path that is missing, or a folder without images.
     """
-    return [file for path in paths for file in files_of(path)]
-
-
-def files_of(path: Path) -> list[Path]:
-    """Returns a file itself; the images of a folder, by their endings."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder")
-    files = sorted(path / name for name in walk(path, image_endings()).images)
-    if not files:
-        raise DataError(f"{path}: the folder has no images")
+    files = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+            continue
+        if not path.is_dir():
+            raise DataError(f"{path}: no such file or folder")
+        found = sorted(path / name for name in walk(path, image_endings()).images)
+        if not found:
+            raise DataError(f"{path}: the folder has no images")
+        files += found
     return files
 
 
@@ -134,5 +130,5 @@ def read_image_file(file: Path, mode: str, options: ImageOptions = AS_STORED) ->
         with Image.open(file) as opened:
             return to_mode(opened, mode, options)
     except Exception as error:  # decoders raise anything
-        reason = " ".join(str(error).split()).replace(f" {str(file)!r}", "")
+        reason = one_line(error).replace(f" {str(file)!r}", "")
         raise DataError(f"{file}: can't be read as an image: {reason or type(error).__name__}") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.data.naming import listed
-from vit_tucker.errors import DataError, nearest
+from vit_tucker.errors import DataError, nearest, one_line
 
 TINY_FILE = "val_annotations.txt"
 KAGGLE_FILE = "LOC_val_solution.csv"
@@ -40,14 +40,7 @@ def find_label_file(folder: Path, root: Path) -> Path | None:
 
 
 def tiny_labels(file: Path) -> dict[str, str]:
-    """Reads Tiny-ImageNet's val_annotations.txt: file name, class and four numbers of a box in each line, with tabs between.
-
-    Returns:
-        The class of each file name.
-
-    Raises:
-        DataError: another format.
-    """
+    """Reads Tiny-ImageNet's val_annotations.txt: file name, class and a box in each line; returns each file's class."""
     labels = {}
     for number, line in enumerate(lines_of(file), 1):
         parts = line.split("\t") if "\t" in line else line.split()
@@ -58,14 +51,7 @@ def tiny_labels(file: Path) -> dict[str, str]:
 
 
 def kaggle_labels(file: Path) -> dict[str, str]:
-    """Reads Kaggle's LOC_val_solution.csv: the image's name without ending, and its class followed by boxes.
-
-    Returns:
-        The class (a WordNet ID) of each name.
-
-    Raises:
-        DataError: another format.
-    """
+    """Reads Kaggle's LOC_val_solution.csv, a class and boxes for each name without ending; returns each name's class."""
     rows = csv_rows(file, ("ImageId", "PredictionString"))
     return {image: boxes.split()[0] for image, boxes in rows if boxes.split()}
 
@@ -104,14 +90,7 @@ def truth_labels(file: Path, images: Sequence[str]) -> dict[str, str]:
 
 
 def synsets(meta: Path) -> dict[int, str]:
-    """Reads meta.mat of ImageNet's development kit.
-
-    Returns:
-        The WordNet ID of each ILSVRC2012_ID.
-
-    Raises:
-        DataError: another format.
-    """
+    """Reads meta.mat of ImageNet's development kit; returns the WordNet ID of each ILSVRC2012_ID."""
     from scipy.io import loadmat  # type: ignore[import-untyped]  # comes with scikit-learn
 
     try:
@@ -169,13 +148,9 @@ def csv_rows(file: Path, columns: tuple[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def lines_of(file: Path) -> list[str]:
-    """Returns the lines of a text file that are not blank, without their ends.
-
-    Raises:
-        DataError: it can't be read as UTF-8.
-    """
+    """Returns the lines of a UTF-8 file that are not blank, without their ends; raises DataError if it can't be read."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: can't be read as text: {' '.join(str(error).split())[:120]}") from None
+        raise DataError(f"{file}: can't be read as text: {one_line(error, 120)}") from None
     return [line for line in text.splitlines() if line.strip()]

@@ -8,34 +8,19 @@ import numpy as np
 from torch.utils.data import Subset
 
 from vit_tucker.data.classes import refuse_label
-from vit_tucker.data.column_sets import ColumnDataset
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
-from vit_tucker.data.folders import FolderDataset
-from vit_tucker.data.stream_base import Stream
-from vit_tucker.data.vision import vision_labels, vision_names
-
-FASHION_MNIST = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
-OWN = {"digits": tuple("0123456789"), "fashion_mnist": FASHION_MNIST}
+from vit_tucker.data.datasets import image_name
 
 
-def label_names(name: str, dataset: Any) -> tuple[str, ...] | None:
-    """Returns the names of the classes of an opened data set; None if it has none.
+def class_names(dataset: Any) -> tuple[str, ...] | None:
+    """Returns the names of the classes of an opened split, in the order of their numbers; None if it doesn't tell.
 
     Args:
-        name: see ``DataConfig.dataset``.
-        dataset: as ``load_dataset`` opens it.
+        dataset: as ``open_split`` returns it, or a subset of it.
     """
-    if name in OWN:
-        return OWN[name]
     if isinstance(dataset, Subset):
-        return label_names(name, dataset.dataset)
-    if isinstance(dataset, ColumnDataset | FolderDataset | Stream):
+        return class_names(dataset.dataset)
+    if hasattr(dataset, "class_names"):
         return dataset.class_names
-    if isinstance(dataset, ConvertedDataset):  # of torchvision
-        return vision_names(dataset.dataset)
     numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)  # of TFDS
     if isinstance(numbers, Mapping) and sorted(numbers.values()) == list(range(len(numbers))):
         return tuple(sorted(numbers, key=lambda label: numbers[label]))
@@ -51,11 +36,7 @@ def labels_of(dataset: Any) -> np.ndarray | None:
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[np.asarray(dataset.indices, dtype=np.int64)]
-    if isinstance(dataset, ArrayDataset | ColumnDataset | FolderDataset):
-        return np.asarray(dataset.labels).astype(np.int64)
-    found: Any = None
-    if isinstance(dataset, ConvertedDataset):  # of torchvision
-        found = vision_labels(dataset.dataset)
+    found = getattr(dataset, "labels", None)
     if found is None:
         return None
     try:
@@ -84,7 +65,7 @@ def check_labels(dataset: Any, num_classes: int, split: str) -> None:
 
 @lru_cache
 def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:
-    """Short descriptions of ImageNet's classes, by class number, from timm."""
+    """Returns short descriptions of ImageNet's classes, by class number, from timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo(subset)
@@ -93,7 +74,7 @@ def imagenet_names(subset: str = "imagenet-1k") -> tuple[str, ...]:
 
 @lru_cache
 def synset_names(subset: str = "imagenet-1k") -> dict[str, str]:
-    """Short descriptions of ImageNet's classes, by the synsets that name the data set's folders, from timm."""
+    """Returns short descriptions of ImageNet's classes, by the synsets that name the data set's folders, from timm."""
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo(subset)

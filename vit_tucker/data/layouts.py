@@ -4,19 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vit_tucker.config.schema import DataConfig
-from vit_tucker.data.class_trees import Scan, bare, by_folders
+from vit_tucker.data import label_files
+from vit_tucker.data.class_trees import Scan, by_folders, unlabelled_message
 from vit_tucker.data.classes import find_class_file
 from vit_tucker.data.find_images import Found, walk
 from vit_tucker.data.image_files import image_endings
-from vit_tucker.data.label_files import (
-    KAGGLE_FILE,
-    TINY_FILE,
-    csv_labels,
-    find_label_file,
-    kaggle_labels,
-    tiny_labels,
-    truth_labels,
-)
 from vit_tucker.data.listed_images import labelled
 from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
 from vit_tucker.errors import DataError, nearest
@@ -32,15 +24,7 @@ def data_root(data: DataConfig) -> Path:
 
 
 def split_folder(data: DataConfig, split: str) -> tuple[Path | None, list[str]]:
-    """Finds the folder of a split.
-
-    Args:
-        data: section of a config.
-        split: name of the folder, or of another of the same meaning.
-
-    Returns:
-        The folder; None if there is none. Lines for the log.
-    """
+    """Returns the folder of a split, by its name or one of the same meaning, or None; and lines for the log."""
     root = data_root(data)
     group = next((names for names in SYNONYMS if split in names), (split,))
     there = [name for name in dict.fromkeys((split, *group)) if (root / name).is_dir()]
@@ -55,11 +39,7 @@ def split_folder(data: DataConfig, split: str) -> tuple[Path | None, list[str]]:
 
 
 def label_list(data: DataConfig, split: str) -> str | None:
-    """Returns what ``data.labels`` names for a split: a CSV file; None for none.
-
-    Raises:
-        DataError: it names a split that there can't be.
-    """
+    """Returns the CSV file that ``data.labels`` names for a split, None without; raises DataError for splits that can't be."""
     if not isinstance(data.labels, dict):
         return data.labels
     known = {data.train_split, data.val_split, split, "test", *(name for names in SYNONYMS for name in names)}
@@ -73,20 +53,12 @@ def label_list(data: DataConfig, split: str) -> str | None:
 
 
 def has_own_list(data: DataConfig, split: str) -> bool:
-    """Whether ``data.labels`` names a list for this split alone, so that it needs no folder of its own."""
+    """Returns whether ``data.labels`` names a list for this split alone, so that it needs no folder of its own."""
     return isinstance(data.labels, dict) and label_list(data, split) is not None and data_root(data).is_dir()
 
 
 def scan_split(data: DataConfig, split: str) -> Scan:
-    """Finds the images of a split and their classes.
-
-    Args:
-        data: section of a config.
-        split: name of the split.
-
-    Raises:
-        DataError: no images, or a layout that does not tell their classes.
-    """
+    """Finds the images of a split and their classes; raises DataError for none, or a layout that does not tell classes."""
     folder, notes = split_folder(data, split)
     given = label_list(data, split)
     if folder is None and has_own_list(data, split):
@@ -100,27 +72,29 @@ def scan_split(data: DataConfig, split: str) -> Scan:
     if given is not None:
         file = find_class_file(given, [folder, data_root(data)], "data.labels")
         found = found_images(folder, split, [file])
-        return labelled(folder, split, found, notes, csv_labels(file, data.label_columns), file, data_root(data), True)
-    tiny = folder / TINY_FILE
+        return labelled(
+            folder, split, found, notes, label_files.csv_labels(file, data.label_columns), file, data_root(data), True
+        )
+    tiny = folder / label_files.TINY_FILE
     if tiny.is_file():
         found = found_images(folder, split, [tiny])
-        return labelled(folder, split, found, notes, tiny_labels(tiny), tiny, data_root(data))
+        return labelled(folder, split, found, notes, label_files.tiny_labels(tiny), tiny, data_root(data))
     found = found_images(folder, split)
     if not any("/" in name for name in found.images):
-        listing = find_label_file(folder, data_root(data))
+        listing = label_files.find_label_file(folder, data_root(data))
         if listing is None:
-            raise DataError(bare(split, folder, found.images))
-        labels = kaggle_labels(listing) if listing.name == KAGGLE_FILE else truth_labels(listing, found.images)
+            raise DataError(unlabelled_message(split, folder, found.images))
+        labels = (
+            label_files.kaggle_labels(listing)
+            if listing.name == label_files.KAGGLE_FILE
+            else label_files.truth_labels(listing, found.images)
+        )
         return labelled(folder, split, found, notes, labels, listing, data_root(data))
     return by_folders(folder, split, found, notes, data.class_level)
 
 
 def found_images(folder: Path, split: str, ignored: Sequence[Path] = ()) -> Found:
-    """Returns the images below the folder of a split.
-
-    Raises:
-        DataError: there are none.
-    """
+    """Returns the images below the folder of a split; raises DataError if there are none."""
     found = walk(folder, image_endings(), ignored)
     if not found.images:
         left_out = "; ".join(found.notes(split))

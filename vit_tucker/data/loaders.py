@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.batches import Batch, Collate, Normalise, SeededDataset, checked_batches
+from vit_tucker.data.batches import Batch, Normalise, SeededDataset, checked_batches, collate
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.data.memory import AugmentedBatches, KeptBatches, hold_images
+from vit_tucker.data.memory import AugmentedBatches, KeptSamples, as_it_is, hold_images
 from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
@@ -23,62 +24,14 @@ from vit_tucker.errors import ConfigError, DataError
 
 
 @dataclass
-class TrainLoader:
-    """Training batches of one process, grouped into optimizer steps.
-
-    Attributes:
-        loader: yields micro-batches.
-        sampler: of a map-style set; None if streamed.
-        num_samples: images in the training split.
-        steps_per_epoch: optimizer steps per epoch.
-        accumulation: micro-batches per step.
-        faults: bad images of this process so far.
-        normalise: on the model's device.
-        description: which way the images take, and why; for the log.
-    """
-
-    loader: DataLoader
-    sampler: TrainSampler | None
-    num_samples: int
-    steps_per_epoch: int
-    accumulation: int
-    faults: FaultLog
-    normalise: Normalise
-    description: str
-
-    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Micro-batches of each optimizer step of an epoch, from ``start_step`` on.
-
-        Raises:
-            DataError: more bad images than ``data.max_bad_images``.
-        """
-        if self.sampler is not None:
-            self.sampler.set_position(epoch, start_step)
-            done = start_step
-        else:
-            self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
-            done = 0  # a stream starts at its beginning; what is done already is read and dropped
-        micro_batches: list[Batch] = []
-        for batch in checked_batches(self.loader, self.faults, self.normalise):
-            micro_batches.append(batch)
-            if len(micro_batches) == self.accumulation:
-                if done >= start_step:
-                    yield micro_batches
-                micro_batches = []
-                done += 1
-                if done == self.steps_per_epoch:
-                    return
-
-
-@dataclass
-class EvalLoader:
-    """Evaluation batches of one process's share; bad images are left out, so that a batch may be empty.
+class BatchLoader:
+    """Batches of one process. At evaluation bad images are left out, so that a batch may be empty.
 
     Attributes:
         loader: yields batches.
         faults: bad images of this process so far.
         normalise: on the model's device.
-        description: which way the images take, and why; for the log.
+        description: how the images are read, and why; for the log.
     """
 
     loader: DataLoader
@@ -88,6 +41,42 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return checked_batches(self.loader, self.faults, self.normalise)
+
+
+@dataclass
+class TrainLoader(BatchLoader):
+    """Training batches of one process, grouped into optimizer steps.
+
+    Attributes:
+        sampler: of a map-style set; None if streamed.
+        num_samples: images in the training split.
+        steps_per_epoch: optimizer steps per epoch.
+        accumulation: batches per step.
+    """
+
+    sampler: TrainSampler | None
+    num_samples: int
+    steps_per_epoch: int
+    accumulation: int
+
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yields each optimizer step's micro-batches, from ``start_step`` on; raises DataError for too many bad images."""
+        done = start_step
+        if self.sampler is not None:
+            self.sampler.set_position(epoch, start_step)
+        else:  # a stream starts at its beginning; what is done already is read and dropped
+            self.loader.dataset.set_epoch(epoch)  # type: ignore[attr-defined]
+            done = 0
+        micro_batches: list[Batch] = []
+        for batch in self:
+            micro_batches.append(batch)
+            if len(micro_batches) == self.accumulation:
+                if done >= start_step:
+                    yield micro_batches
+                micro_batches = []
+                done += 1
+                if done == self.steps_per_epoch:
+                    return
 
 
 @dataclass
@@ -104,24 +93,24 @@ class Loaders:
     """
 
     train: TrainLoader | None
-    eval: EvalLoader
+    eval: BatchLoader
     num_eval: int | None
     faults: FaultLog
     label_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """One line for the log: which way the images of each split take, and why."""
+        """Returns one line for the log: how the images of each split are read, and why."""
         training = f"training: {self.train.description}; " if self.train is not None else ""
         return f"{training}evaluation: {self.eval.description}"
 
     def note_bad_images(self, lines: Sequence[str]) -> None:
-        """Add bad images that are known before the first step, as fault lines; no more than ``data.max_bad_images``."""
+        """Adds bad images that are known before the first step, as fault lines; no more than ``data.max_bad_images``."""
         self.faults.add(lines)
         self.notes += tuple(f"bad image: {line}" for line in lines)
 
     def close(self) -> None:
-        """End all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
+        """Ends all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
         for part in (self.train, self.eval):
             if part is not None:
                 end_workers(part.loader)
@@ -140,7 +129,7 @@ def build_loaders(
     classes: Sequence[str] | None = None,
     num_classes: int | None = None,
 ) -> Loaders:
-    """Loaders of one process.
+    """Opens the splits of a run and builds the loaders of one process.
 
     Args:
         data, train: config sections.
@@ -150,33 +139,24 @@ def build_loaders(
         pin_memory: for copies to a GPU.
         with_train: open the training split too.
         device: of the model, where the batches go.
-        classes: stored class map: names in the order of their numbers; the training split's if None.
-        num_classes: of the model: labels beyond it are refused; None if they may be any.
+        classes, num_classes: see ``open_splits``.
 
     Raises:
-        DataError: a split is missing or empty. ConfigError: a batch size that doesn't fit, ``data.in_memory`` or
-            ``data.aug_repeats`` where they can't be.
+        DataError: a split is missing or empty. ConfigError: an impossible batch size, ``data.in_memory`` or ``data.aug_repeats``.
     """
     normalise = Normalise(resolved["mean"], resolved["std"], device)
     faults = FaultLog(data.max_bad_images)
-    place = LoaderSources(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise, num_classes)
-    splits = open_splits(
-        data,
-        resolved["input_size"][0],
-        with_train=with_train,
-        classes=classes,
-        num_classes=num_classes,
-        batch_size=place.micro_batch,
-        seed=seed,
-    )
-    train_loader = _train_loader(place, splits.train) if with_train else None
-    eval_loader, num_eval = _eval_loader(place, splits.eval)
-    return Loaders(train_loader, eval_loader, num_eval, place.faults, splits.classes, splits.notes)
+    sources = LoaderSources(data, train, resolved, seed, rank, world_size, pin_memory, faults, normalise, num_classes)
+    options: dict[str, Any] = {"num_classes": num_classes, "batch_size": sources.micro_batch, "seed": seed}
+    splits = open_splits(data, resolved["input_size"][0], with_train=with_train, classes=classes, **options)
+    train_loader = _train_loader(sources, splits.train) if with_train else None
+    eval_loader, num_eval = _eval_loader(sources, splits.eval)
+    return Loaders(train_loader, eval_loader, num_eval, faults, splits.classes, splits.notes)
 
 
 @dataclass(frozen=True)
 class LoaderSources:
-    """What both loaders of one process are built from, see ``build_loaders``."""
+    """The arguments of ``build_loaders`` that both loaders of one process are built from."""
 
     data: DataConfig
     train: TrainConfig
@@ -191,19 +171,17 @@ class LoaderSources:
 
     @property
     def micro_batch(self) -> int:
-        """Images of one process and accumulation step."""
+        """Number of images of one process and accumulation step."""
         return self.train.global_batch_size // (self.world_size * self.train.grad_accum_steps)
 
     def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
-        """The reader of a streamed set; it splits by loader workers and must know their number."""
-        if hasattr(dataset, "set_loader_cfg"):
-            dataset.set_loader_cfg(
-                num_workers=max(1, self.data.num_workers)
-            )  # old timm takes 0 to mean no shard at all
+        """Returns the reader of a streamed set; it splits by loader workers and must know their number."""
+        if hasattr(dataset, "set_loader_cfg"):  # where old timm takes 0 to mean no shard at all
+            dataset.set_loader_cfg(num_workers=max(1, self.data.num_workers))
         return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
-        """DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
+        """Returns a DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
         workers = 0 if in_process else self.data.num_workers
         return DataLoader(
             dataset,
@@ -212,83 +190,60 @@ class LoaderSources:
             persistent_workers=workers > 0,
             worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
-            **{"collate_fn": Collate(self.resolved["input_size"]), **options},
+            **{"collate_fn": partial(collate, shape=self.resolved["input_size"]), **options},
         )
 
-    def load_batches(self, dataset: Dataset, sampler: Any, in_process: bool = False) -> DataLoader:
-        """DataLoader of a data set whose items are batches already."""
-        return self.load(dataset, in_process, batch_size=None, sampler=sampler, collate_fn=as_it_is)
+    def load_samples(self, samples: SeededDataset, sampler: Sampler, preparation: Preparation) -> DataLoader:
+        """Returns the DataLoader of a map-style data set; one that is transformed once is read in this process."""
+        if preparation.kind == "kept":
+            return self.load(KeptSamples(samples), in_process=True, batch_sampler=sampler)
+        return self.load(samples, batch_sampler=sampler)
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """Collates what is a batch already; a function of the module, so that it can go to worker processes."""
-    return batch
-
-
-def _train_loader(place: LoaderSources, split: Any) -> TrainLoader:
-    data, train = place.data, place.train
+def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:
+    data, train = sources.data, sources.train
     streamed = is_iterable(split)
     total = stream_size(split, data.train_split) if streamed else len(split)
     repeats = max(1, data.aug_repeats)
     if streamed and repeats > 1:
         raise ConfigError(f"data.aug_repeats={repeats}: a streamed data set can't repeat its images; choose 0")
-    shares = place.rank, place.world_size, train.grad_accum_steps
-    try:
-        sampler = TrainSampler(total, train.global_batch_size, place.seed, *shares, repeats)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    way = choose_preparation(data, split, place.resolved["input_size"], training=True)
-    name, limit = data.train_split, data.max_bad_images
+    shares = sources.rank, sources.world_size, train.grad_accum_steps
+    sampler = TrainSampler(total, train.global_batch_size, sources.seed, *shares, repeats)
+    preparation = choose_preparation(data, split, sources.resolved["input_size"], training=True)
+    transform = train_transform(data, sources.resolved, normalize=bool(data.reprob) and preparation.kind != "kept")
     if streamed:
-        reader = place.stream(split, name, place.rank, place.world_size)
-        stream = TrainStream(
-            reader, train_transform(data, place.resolved, normalize=bool(data.reprob)), place.seed, place.rank
-        )
-        loader = place.load(stream, batch_size=place.micro_batch, drop_last=True)
-    elif way.kind == "augmented":
-        held = hold_images(split, name, place.faults)
-        loader = place.load_batches(AugmentedBatches(held, data, place.resolved, place.seed), sampler)
-    elif way.kind == "kept":
-        fixed = train_transform(data, place.resolved, normalize=False)
-        kept = KeptBatches(split, fixed, place.resolved, name, True, limit)
-        loader = place.load_batches(kept, sampler, in_process=True)
+        reader = sources.stream(split, data.train_split, sources.rank, sources.world_size)
+        stream = TrainStream(reader, transform, sources.seed, sources.rank)
+        loader = sources.load(stream, batch_size=sources.micro_batch, drop_last=True)
+    elif preparation.kind == "augmented":
+        held = hold_images(split, data.train_split, sources.faults)
+        batches = AugmentedBatches(held, data, sources.resolved, sources.seed)
+        loader = sources.load(batches, batch_size=None, sampler=sampler, collate_fn=as_it_is)
     else:
-        dataset = SeededDataset(
-            split, train_transform(data, place.resolved, normalize=bool(data.reprob)), place.seed, name, True, limit
-        )
-        loader = place.load(dataset, batch_sampler=sampler)
-    return TrainLoader(
-        loader,
-        None if streamed else sampler,
-        total,
-        sampler.steps_per_epoch,
-        train.grad_accum_steps,
-        place.faults,
-        place.normalise,
-        describe_preparation(way, total, loader.num_workers),
-    )
+        limit = data.max_bad_images
+        samples = SeededDataset(split, transform, sources.seed, data.train_split, replace=True, limit=limit)
+        loader = sources.load_samples(samples, sampler, preparation)
+    description = describe_preparation(preparation, total, loader.num_workers)
+    shared = loader, sources.faults, sources.normalise, description
+    return TrainLoader(*shared, None if streamed else sampler, total, sampler.steps_per_epoch, train.grad_accum_steps)
 
 
-def _eval_loader(place: LoaderSources, split: Any) -> tuple[EvalLoader, int | None]:
-    data = place.data
-    batch_size = place.train.eval_batch_size or max(1, place.micro_batch)
+def _eval_loader(sources: LoaderSources, split: Any) -> tuple[BatchLoader, int | None]:
+    data = sources.data
+    batch_size = sources.train.eval_batch_size or max(1, sources.micro_batch)
+    transform = eval_transform(sources.resolved, normalize=False)
     if is_iterable(split):
-        reader = place.stream(split, data.val_split, 0, 1)
-        stream = EvalStream(reader, eval_transform(place.resolved, normalize=False), place.rank, place.world_size)
-        loader = place.load(stream, batch_size=batch_size)
-        description = describe_preparation(Preparation("image", "a stream"), None, loader.num_workers)
-        return EvalLoader(loader, place.faults, place.normalise, description), None
-    if len(split) == 0:
-        raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
-    sampler = EvalSampler(len(split), batch_size, place.rank, place.world_size)
-    way = choose_preparation(data, split, place.resolved["input_size"], training=False)
-    if way.kind == "kept":
-        fixed = eval_transform(place.resolved, normalize=False)
-        loader = place.load_batches(KeptBatches(split, fixed, place.resolved, data.val_split, False), sampler, True)
+        reader = sources.stream(split, data.val_split, 0, 1)
+        stream = EvalStream(reader, transform, sources.rank, sources.world_size)
+        loader = sources.load(stream, batch_size=batch_size)
+        count, preparation = None, Preparation("image", "a stream")
     else:
-        dataset = SeededDataset(
-            split, eval_transform(place.resolved, normalize=False), place.seed, data.val_split, False
-        )
-        loader = place.load(dataset, batch_sampler=sampler)
-    description = describe_preparation(way, len(split), loader.num_workers)
-    return EvalLoader(loader, place.faults, place.normalise, description), len(split)
+        count = len(split)
+        if count == 0:
+            raise DataError(f"data.val_split: split '{data.val_split}' of {data.dataset} is empty")
+        sampler = EvalSampler(count, batch_size, sources.rank, sources.world_size)
+        preparation = choose_preparation(data, split, sources.resolved["input_size"], training=False)
+        samples = SeededDataset(split, transform, sources.seed, data.val_split, replace=False)
+        loader = sources.load_samples(samples, sampler, preparation)
+    description = describe_preparation(preparation, count, loader.num_workers)
+    return BatchLoader(loader, sources.faults, sources.normalise, description), count

@@ -1,6 +1,5 @@
 """Small data sets held in memory: training images augmented in batches, fixed transforms done once for each image."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +10,18 @@ from torch.utils.data import Dataset, Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.augmentation import Parameters, draw_parameters
-from vit_tucker.data.batches import BadImageError, Batch, Normalise, read_image
-from vit_tucker.data.datasets import ArrayDataset, ConvertedDataset, image_name
+from vit_tucker.data.batches import BadImageError, Batch, Sample, SeededDataset, read_image
+from vit_tucker.data.datasets import ArrayDataset, image_name
 from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.resample import crop_resize
 from vit_tucker.data.sampler import Key
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.data.vision import ConvertedDataset
 from vit_tucker.errors import ConfigError, DataError
 
 
 def array_size(dataset: Any) -> tuple[int, int] | None:
-    """(height, width) of a set whose images lie in memory as one array already; None for any other."""
+    """Returns (height, width) of a set whose images lie in memory as one array already; None for any other."""
     if isinstance(dataset, Subset):
         return array_size(dataset.dataset)
     if isinstance(dataset, ArrayDataset):
@@ -53,19 +53,19 @@ class HeldImages:
     faults: dict[int, str]
 
     def readable(self, index: int) -> int:
-        """The next readable image from ``index`` on."""
+        """Returns the next readable image from ``index`` on."""
         while index in self.faults:
             index = (index + 1) % len(self.labels)
         return index
 
 
 def hold_images(dataset: Any, split: str, log: FaultLog) -> HeldImages:
-    """Read all images.
+    """Reads all images of a split.
 
     Args:
         dataset: map-style, yields (PIL image, int).
         split: its name.
-        log: notes bad images.
+        log: for bad images.
 
     Raises:
         ConfigError: images of different sizes. DataError: too many bad images, or none that can be read.
@@ -145,7 +145,7 @@ class AugmentedBatches(Dataset):
 
 
 def erase(image: Tensor, boxes: list[tuple[int, int, int, int]], mode: str, seed: int) -> None:
-    """Fill boxes of a normalised image (channels, height, width) in place, with zeros or noise as timm's RandomErasing."""
+    """Fills boxes of a normalised image (channels, height, width) in place, with zeros or noise as timm's RandomErasing."""
     generator = torch.Generator().manual_seed(seed)
     for top, left, height, width in boxes:
         box = image[:, top : top + height, left : left + width]
@@ -156,65 +156,28 @@ def erase(image: Tensor, boxes: list[tuple[int, int, int, int]], mode: str, seed
             box.copy_(torch.randn(shape, generator=generator))
 
 
-class KeptBatches(Dataset):
-    """Images with a fixed transform, which is done once for each; an item is a batch. Bit-equal to doing it anew.
+def as_it_is(batch: Batch) -> Batch:
+    """Returns what is a batch already; a function of the module, so that it can be sent to worker processes."""
+    return batch
 
-    Kept as 8-bit values, normalised by the batch. To be read in one process: each would keep its own.
+
+class KeptSamples(Dataset):
+    """Transforms each image once and returns the same sample from then on.
+
+    To be read in one process, since each would hold samples of its own.
 
     Args:
-        dataset: map-style, yields (PIL image, int).
-        transform: PIL image -> uint8 (channels, height, width), without randomness.
-        resolved: timm's data config, see ``resolve_data``.
-        split: its name.
-        replace: take the next readable image in the place of a bad one (training); else leave it out.
-        limit: bad images in a row before the search for a replacement ends; the run stops then.
+        dataset: with a transform without randomness, of 8-bit results.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        transform: Callable[[Any], Tensor],
-        resolved: dict[str, Any],
-        split: str,
-        replace: bool,
-        limit: int = 0,
-    ) -> None:
-        self.dataset, self.transform, self.split, self.replace, self.limit = dataset, transform, split, replace, limit
-        self.normalise = Normalise(resolved["mean"], resolved["std"])
-        self.pixels = torch.empty(
-            len(dataset), *resolved["input_size"], dtype=torch.uint8
-        )  # not touched, so not yet there
-        self.labels = torch.full((len(dataset),), -1)
-        self.known = np.zeros(len(dataset), dtype=bool)
-        self.faults: dict[int, str] = {}
+    def __init__(self, dataset: SeededDataset) -> None:
+        self.dataset, self.samples = dataset, dict[int, Sample]()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, keys: list[Key]) -> Batch:
-        faults: list[str] = []
-        chosen = [self._choose(index, faults) for _, index, _ in keys]
-        indices = torch.tensor([index for index in chosen if index is not None], dtype=torch.int64)
-        return Batch(self.normalise(self.pixels[indices]), self.labels[indices], tuple(faults))
-
-    def _choose(self, index: int, faults: list[str]) -> int | None:
-        """The image to show for ``index``: itself, a replacement, or none."""
-        for offset in range(len(self.dataset)):
-            candidate = (index + offset) % len(self.dataset)
-            if not self.known[candidate]:
-                self._keep(candidate)
-            if candidate not in self.faults:
-                return candidate
-            faults.append(self.faults[candidate])
-            if not self.replace or offset >= self.limit:
-                return None
-        raise DataError(f"none of the {len(self.dataset)} images of split '{self.split}' can be read: {faults[0]}")
-
-    def _keep(self, index: int) -> None:
-        try:
-            image, label = read_image(self.dataset, index, self.split)
-        except BadImageError as error:
-            self.faults[index] = str(error)
-        else:
-            self.pixels[index], self.labels[index] = self.transform(image), label
-        self.known[index] = True
+    def __getitem__(self, key: Key) -> Sample:
+        _, index, _ = key
+        if index not in self.samples:
+            self.samples[index] = self.dataset[key]
+        return self.samples[index]

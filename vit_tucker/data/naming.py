@@ -11,11 +11,7 @@ DIGITS = re.compile(r"(\d+)")
 
 
 def natural_key(name: str) -> list[str | int]:
-    """Returns the key by which timm sorts names: digits as numbers, upper and lower case alike.
-
-    Args:
-        name: of a class or file; digits of any script are numbers, superscripts are text.
-    """
+    """Returns the key by which timm sorts names: digits of any script as numbers, upper and lower case alike."""
     parts: list[str | int] = list(DIGITS.split(name.lower()))
     parts[1::2] = [int(part) for part in parts[1::2]]
     return parts

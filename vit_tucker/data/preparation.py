@@ -1,4 +1,4 @@
-"""Which way images take: held in memory and augmented in batches, or read and transformed one by one."""
+"""How the images of a split are read: held in memory and augmented in batches, or read and transformed one by one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ class Preparation:
 
 
 def batched_obstacle(data: DataConfig) -> str | None:
-    """What of the training transform works on single PIL images only, by its key; None if nothing."""
+    """Returns the key of what in the training transform works on single PIL images only; None if nothing does."""
     if data.no_aug:
         return None
     if data.aa:
@@ -42,7 +42,7 @@ def batched_obstacle(data: DataConfig) -> str | None:
 
 
 def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, int], training: bool) -> Preparation:
-    """The fastest way that the config allows.
+    """Returns the fastest preparation that the config allows.
 
     Args:
         data: config section.
@@ -79,18 +79,18 @@ def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, in
     return Preparation(kind)
 
 
-def describe_preparation(way: Preparation, images: int | None, workers: int) -> str:
-    """One phrase for the log.
+def describe_preparation(preparation: Preparation, images: int | None, workers: int) -> str:
+    """Returns one phrase for the log.
 
     Args:
-        way: of the split.
+        preparation: of the split.
         images: in the split; None for a stream of unknown size.
         workers: loader processes.
     """
     count = "images" if images is None else f"{images:,} images"
-    if way.kind == "kept":
+    if preparation.kind == "kept":
         return f"{count} in memory, transformed once"
     by = f" by {workers} worker{'s' * (workers != 1)}" if workers else ""
-    if way.kind == "augmented":
+    if preparation.kind == "augmented":
         return f"{count} in memory, augmented in batches{by}"
-    return f"{count} read one by one{by}: {way.reason}"
+    return f"{count} read one by one{by}: {preparation.reason}"

@@ -92,15 +92,11 @@ def fields_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def look_at(sample: Mapping[str, Any], source: SplitSource, label_field: str | None) -> None:
-    """Refuses samples whose image or label is not where it is looked for.
+def check_sample(sample: Mapping[str, Any], source: SplitSource, label_field: str | None) -> None:
+    """Raises DataError if the first sample of a split has no image or label where they are looked for.
 
     Args:
-        sample: the first one of a split.
-        source, label_field: see ``label_of``.
-
-    Raises:
-        DataError: one line with the keys of the sample and what to set.
+        sample, source, label_field: see ``label_of``.
     """
     faults = []
     settings = {name: source.options.get(name) for name in ("input_key", "target_key")}

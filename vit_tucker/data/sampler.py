@@ -11,22 +11,20 @@ import torch
 from torch.utils.data import Sampler
 
 from vit_tucker.data.seeding import derive_seed
+from vit_tucker.errors import ConfigError
 
 Key = tuple[int, int, int]  # epoch, index, number of the repeat
 
 
 def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
-    """Part ``number`` of a global batch: a slice from the front and its mirror image from the back.
+    """Returns part ``number`` of a global batch: a slice from the front and its mirror image from the back.
 
     timm's mixup pairs image i with image n-1-i of what it gets; mirrored shards keep the pairs of the global batch.
 
     Args:
-        batch: (n, ...) indices, n divisible by ``shards``.
+        batch: (n, ...) indices, n divisible by ``shards``, of which (n / shards, ...) are returned.
         number: 0 <= number < shards.
         shards: number of parts.
-
-    Returns:
-        (n / shards, ...) indices.
     """
     size = len(batch) // shards
     if size % 2:
@@ -50,7 +48,7 @@ class TrainSampler(Sampler[list[Key]]):
             images, as in timm's and DeiT's samplers (repeated augmentation, Hoffer et al. 2020).
 
     Raises:
-        ValueError: a global batch that is larger than the data set or can't be split evenly.
+        ConfigError: a global batch that is larger than the data set or can't be split evenly.
     """
 
     def __init__(
@@ -64,16 +62,16 @@ class TrainSampler(Sampler[list[Key]]):
         repeats: int = 1,
     ) -> None:
         if global_batch_size % (world_size * accumulation):
-            raise ValueError(
+            raise ConfigError(
                 f"train.global_batch_size={global_batch_size} can't be split evenly over {world_size} processes x "
                 f"{accumulation} accumulation steps"
             )
         if global_batch_size > num_samples:
-            raise ValueError(
+            raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is larger than the {num_samples} training images"
             )
         if global_batch_size % repeats:
-            raise ValueError(
+            raise ConfigError(
                 f"data.aug_repeats={repeats}: train.global_batch_size={global_batch_size} must be a multiple of it, so that "
                 "all repeats of an image are in one batch"
             )
@@ -84,11 +82,11 @@ class TrainSampler(Sampler[list[Key]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
+        """Number of optimizer steps per epoch."""
         return self.num_samples // self.global_batch_size
 
     def set_position(self, epoch: int, start_step: int = 0) -> None:
-        """Epoch to draw, and the first step of it that is still to do."""
+        """Sets the epoch to draw, and the first step of it that is still to do."""
         self.epoch, self.start_step = epoch, start_step
 
     def __len__(self) -> int:
@@ -102,9 +100,8 @@ class TrainSampler(Sampler[list[Key]]):
         repeat = torch.arange(self.repeats).repeat_interleave(drawn)
         for step in range(self.start_step, self.steps_per_epoch):
             # a b c a b c, not a a b b c c: mixup's pairs, from the front and the back, are then of different images
-            batch = torch.stack(
-                [order[step * drawn : (step + 1) * drawn].repeat(self.repeats), repeat], dim=1
-            )  # (n, 2)
+            images = order[step * drawn : (step + 1) * drawn].repeat(self.repeats)
+            batch = torch.stack([images, repeat], dim=1)  # (n, 2)
             for micro in range(self.accumulation):
                 part = shard(batch, micro * self.world_size + self.rank, self.world_size * self.accumulation)
                 yield [(epoch, index, number) for index, number in part.tolist()]

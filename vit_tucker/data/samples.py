@@ -26,7 +26,7 @@ Labelled = tuple[Tensor, Tensor | None]
 def evaluation_images(
     data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, classes: Sequence[str] | None = None
 ) -> Iterator[Labelled]:
-    """Batches of the evaluation split: a fixed sample of it, since folders come sorted by class.
+    """Returns batches of the evaluation split: a fixed sample of it, since folders come sorted by class.
 
     Args:
         data: config section.
@@ -47,7 +47,7 @@ def evaluation_images(
 def calibration_images(
     data: DataConfig, resolved: dict[str, Any], images: int, batch_size: int, seed: int
 ) -> Iterator[Tensor]:
-    """Yields batches of training images with the evaluation's transform; the same ones in every process.
+    """Yields batches (B, channels, height, width) of training images with the evaluation's transform, alike in every process.
 
     Args:
         data: config section; ``num_samples`` holds here too.
@@ -55,9 +55,6 @@ def calibration_images(
         images: how many, drawn without replacement by ``seed``; the first ones of a streamed set.
         batch_size: images per batch.
         seed: of the choice.
-
-    Yields:
-        (B, channels, height, width), float32.
 
     Raises:
         DataError: the split is missing, has fewer images, or more bad ones than ``data.max_bad_images``.
@@ -109,7 +106,7 @@ def file_images(
     batch_size: int,
     options: ImageOptions = AS_STORED,
 ) -> Iterator[Labelled]:
-    """Batches of image files; folders are searched through. No labels.
+    """Returns batches of image files; folders are searched through. No labels.
 
     Args:
         paths: files and folders.
@@ -128,7 +125,7 @@ def file_images(
 
 
 def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:
-    """PIL images with labels (or None), transformed and stacked."""
+    """Yields PIL images with labels (or None), transformed and stacked."""
     transform, rest = eval_transform(resolved), iter(samples)
     while batch := list(itertools.islice(rest, size)):
         labels = [label for _, label in batch]

@@ -11,19 +11,19 @@ import torch
 
 
 def derive_seed(*keys: int) -> int:
-    """A 32-bit seed from non-negative integers; different keys give independent streams (numpy's SeedSequence)."""
+    """Returns a 32-bit seed from non-negative integers; different keys give independent streams (numpy's SeedSequence)."""
     return int(np.random.SeedSequence(keys).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
+    """Seeds Python, NumPy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # timm's transforms and mixup draw from the global state
     torch.manual_seed(seed)
 
 
 def seed_transforms(seed: int) -> None:
-    """Seed what transforms draw from: Python's, NumPy's and torch's CPU generators; not restored, which would cost far more."""
+    """Seeds what transforms draw from: Python's, NumPy's and torch's CPU generators; not restored, which would cost far more."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # timm's transforms draw from the global state
     torch.default_generator.manual_seed(seed)

@@ -11,13 +11,13 @@ from typing import Any
 from vit_tucker.data.columns import nearest_split
 from vit_tucker.data.naming import listed
 from vit_tucker.data.split_source import SplitSource
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, one_line
 
 INFO_FILES = ("_info.json", "info.json")
 CLASS_NAMES = "class_names"
 """Key of an _info.json that lists the names of the classes."""
 PLAIN = re.compile(r"[\w.~:/?@+,=%-]+", re.ASCII)
-"""Addresses without what a shell heeds inside quotes: some versions of webdataset hand them to one."""
+"""Addresses without what a shell interprets inside quotes: some versions of webdataset hand them to one."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,7 @@ def shards_by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tup
 
 
 def absolute_shards(root: Path, files: list[str]) -> list[str]:
-    """Returns shards as they are opened; names are relative to the root.
-
-    Raises:
-        DataError: one is no path or plain address: webdataset would run a command by it.
-    """
+    """Returns shards as they are opened, named from the root; raises DataError where webdataset would run a command."""
     shards = [os.path.join(root, str(file)) for file in files]
     for shard in shards:
         scheme, colon, _ = shard.partition(":")
@@ -105,18 +101,14 @@ def absolute_shards(root: Path, files: list[str]) -> list[str]:
 
 
 def read_info(root: Path) -> dict[str, Any]:
-    """Returns the content of the _info.json in a folder; empty without one.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Returns the content of the _info.json in a folder, empty without one; raises DataError if it can't be read."""
     file = next((root / name for name in INFO_FILES if (root / name).is_file()), None)
     if file is None:
         return {}
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: can't be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{file}: can't be read: {one_line(error)}") from None
     if not isinstance(info, dict) or not isinstance(info.get("splits", {}), dict):
         raise DataError(f"{file}: expected an object with 'splits'")
     return info

@@ -10,7 +10,7 @@ from PIL import Image
 from vit_tucker.data.class_numbers import Targets
 from vit_tucker.data.faults import fault_line
 from vit_tucker.data.image_files import to_mode
-from vit_tucker.data.sample_keys import image_key, label_of, look_at
+from vit_tucker.data.sample_keys import check_sample, image_key, label_of
 from vit_tucker.data.shard_lists import ShardList, list_shards
 from vit_tucker.data.split_source import SplitSource, reason
 from vit_tucker.data.stream_base import Record, Share, Stream
@@ -68,11 +68,11 @@ class ShardStream(Stream):
 
 
 class ShardFaults:
-    """webdataset's handler of errors: takes note of what can't be read, and goes on with the next sample.
+    """Handles webdataset's errors: records what can't be read, and goes on with the next sample.
 
     Args:
         split: of the data set.
-        record: takes a fault line.
+        record: see ``Record``.
     """
 
     def __init__(self, split: str, record: Record) -> None:
@@ -92,19 +92,13 @@ class ShardFaults:
         return True
 
     def finish(self) -> None:
-        """Takes note of an error that no second one has named."""
+        """Records an error that no second one has named."""
         if self.unnamed is not None:
             self.record(self.unnamed)
 
 
 def read_shards(files: Sequence[str], handler: Any, stages: Sequence[Any] = ()) -> Any:
-    """Returns an iterable of the undecoded samples of some shards.
-
-    Args:
-        files: paths or addresses.
-        handler: of errors, see webdataset.
-        stages: of its pipeline, after the reading.
-    """
+    """Returns an iterable of the undecoded samples of some shards, by webdataset's ``handler`` of errors and further stages."""
     import webdataset as wds
 
     if not files:
@@ -125,7 +119,7 @@ def open_shards(source: SplitSource) -> ShardStream:
     source.check_options(OPTIONS)
     shards = list_shards(source)
     first = first_sample(source, shards.files)
-    look_at(first, source, shards.label_field)
+    check_sample(first, source, shards.label_field)
     names = shards.class_names
     targets = Targets(source.name, source.split, names, source.classes or names, source.class_map, source.num_classes)
     stream = ShardStream(source, shards, targets)
@@ -134,11 +128,7 @@ def open_shards(source: SplitSource) -> ShardStream:
 
 
 def first_sample(source: SplitSource, files: Sequence[str]) -> dict[str, Any]:
-    """Returns the first sample of the first shard that can be read.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Returns the first sample of the first shard that can be read; raises DataError if there is none."""
     fault: list[str] = []
 
     def note(error: Exception) -> bool:

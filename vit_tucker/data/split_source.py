@@ -1,4 +1,4 @@
-"""What is asked of a data set that is no image folder: which split, how its images and labels are to be read."""
+"""A split of a data set that is no image folder: its name and options, and how its images and labels are read."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,18 +44,20 @@ class SplitSource:
 
     @property
     def where(self) -> str:
-        """The split as messages name it."""
+        """Name of the split in messages."""
         return f"{self.name}, split '{self.split}'"
 
+    def cant_open(self, error: BaseException) -> DataError:
+        """Returns the error for a data set that the library which reads it refuses."""
+        text = reason(error)
+        hint = "; open it by datasets.load_from_disk and write a file of each split by to_parquet"
+        return DataError(
+            f"data set '{self.name}' (split '{self.split}', folder {self.root}) can't be opened: {text}"
+            f"{hint if 'load_from_disk' in text else ''}"
+        )
+
     def check_options(self, known: Iterable[str]) -> None:
-        """Raises DataError for entries of ``data.dataset_kwargs`` that the format does not have.
-
-        Args:
-            known: names that the format has.
-
-        Raises:
-            DataError: names the option, and the known ones.
-        """
+        """Raises DataError for entries of ``data.dataset_kwargs`` that are none of the format's known ones."""
         names = tuple(known)
         for name, value in self.options.items():
             if name not in (*names, *OWN_OPTIONS, "trust_remote_code") and value is not None:
@@ -66,11 +68,7 @@ class SplitSource:
                 )
 
     def count(self, name: str) -> int | None:
-        """Returns an option that is a positive number; None if it isn't set.
-
-        Raises:
-            DataError: it is something else.
-        """
+        """Returns an option that is a positive number, None if it isn't set; raises DataError for anything else."""
         value = self.options.get(name)
         if value is None:
             return None
@@ -80,11 +78,7 @@ class SplitSource:
 
 
 def refuse_remote_code(options: dict[str, Any]) -> None:
-    """Refuses ``trust_remote_code``: data sets are read, nothing of them is executed.
-
-    Raises:
-        DataError: it is set.
-    """
+    """Raises DataError if ``trust_remote_code`` is set: data sets are read, nothing of them is executed."""
     if options.get("trust_remote_code"):
         raise DataError(
             "data.dataset_kwargs.trust_remote_code: code of a data set is never run; leave it out, and use a data set of parquet "

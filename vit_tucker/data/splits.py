@@ -9,15 +9,20 @@ from torch.utils.data import Subset
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.classes import read_class_map, refuse_changed
+from vit_tucker.data.column_sets import open_columns
+from vit_tucker.data.column_streams import open_column_stream
 from vit_tucker.data.datasets import INFO, is_iterable, load_dataset, subset
 from vit_tucker.data.folders import folder_classes, has_training_split, is_folder_set, open_folder, own_names
-from vit_tucker.data.format_openers import has_opener, open_source
 from vit_tucker.data.image_files import ImageOptions, image_mode
-from vit_tucker.data.labels import check_labels, label_names, labels_of
+from vit_tucker.data.labels import check_labels, class_names, labels_of
 from vit_tucker.data.layouts import scan_split
 from vit_tucker.data.naming import listed
+from vit_tucker.data.shards import open_shards
 from vit_tucker.data.split_source import SplitSource, refuse_remote_code
 from vit_tucker.errors import ConfigError, DataError
+
+OPENERS = {"hfds": open_columns, "hfids": open_column_stream, "wds": open_shards}
+"""What opens the formats that are read by their columns or keys, by the prefix of ``data.dataset``."""
 
 
 class Splits(NamedTuple):
@@ -63,13 +68,13 @@ def open_splits(
     train = None
     if with_train:
         train = open_split(data, data.train_split, True, channels, **options)
-        own = class_names(data, train)
+        own = class_names(train)
         if classes and own:
             refuse_changed(own, classes, data.train_split)
         classes = own or classes
         train = subset(train, data.num_samples)
     evaluation = open_split(data, data.val_split, False, channels, classes=classes, **options)
-    names = class_names(data, evaluation) or (tuple(classes) if classes else None)
+    names = class_names(evaluation) or (tuple(classes) if classes else None)
     notes = (*split_notes(train), *split_notes(evaluation))
     if data.check and any(dataset is not None and is_iterable(dataset) for dataset in (train, evaluation)):
         notes = (*notes, "data.check: images of a stream are only seen as they are read")
@@ -143,23 +148,26 @@ def open_split(
     given = data.class_map if data.class_map is not None else data.dataset_kwargs.get("class_map")
     numbers = None if given is None else read_class_map(given, [root])
     options = {"download": data.download, "batch_size": batch_size, "seed": seed, **data.dataset_kwargs}
+    source = SplitSource(
+        name=data.dataset,
+        split=split,
+        train_split=data.train_split,
+        mode=mode,
+        root=root,
+        images=ImageOptions.of(data),
+        options={**options, "class_map": numbers},
+        classes=classes,
+        num_classes=num_classes,
+        class_map=numbers,
+    )
     if has_opener(data.dataset):
-        return open_source(
-            SplitSource(
-                name=data.dataset,
-                split=split,
-                train_split=data.train_split,
-                mode=mode,
-                root=root,
-                images=ImageOptions.of(data),
-                options=options,
-                classes=classes,
-                num_classes=num_classes,
-                class_map=numbers,
-            )
-        )
-    options["class_map"] = numbers
-    return load_dataset(data.dataset, split, training, mode, data.root, options, ImageOptions.of(data))
+        return OPENERS[data.dataset.partition("/")[0].lower()](source)
+    return load_dataset(source, training)
+
+
+def has_opener(name: str) -> bool:
+    """Returns whether a data set, by its name in a config, is read by its columns or keys."""
+    return name.partition("/")[0].lower() in OPENERS and "/" in name
 
 
 def refuse_folder_keys(data: DataConfig) -> None:
@@ -171,17 +179,13 @@ def refuse_folder_keys(data: DataConfig) -> None:
 
 
 def inferred_classes(data: DataConfig) -> int | None:
-    """Returns the number of classes that a data set's files tell; None if they don't.
-
-    Raises:
-        DataError: the training split is missing, or does not tell its classes.
-    """
+    """Returns the number of classes that a data set's training split has, by its files; None if they don't tell."""
     if is_folder_set(data.dataset):
         return len(folder_classes(data))
     if not has_opener(data.dataset):
         return None
     split = open_split(data, data.train_split, False, 3)
-    if (names := class_names(data, split)) is not None:
+    if (names := class_names(split)) is not None:
         return len(names)
     labels = labels_of(split)
     return None if labels is None or not len(labels) else int(labels.max()) + 1
@@ -212,7 +216,7 @@ def choose_classes(
     if is_folder_set(data.dataset):
         names = own_names(scan_split(data, data.val_split), data.val_split)
     elif has_opener(data.dataset):
-        names = class_names(data, open_split(data, data.val_split, False, 3)) or ()
+        names = class_names(open_split(data, data.val_split, False, 3)) or ()
     else:
         return None, []
     for known in (stored, label_names):
@@ -231,22 +235,8 @@ def choose_classes(
     ]
 
 
-def class_names(data: DataConfig, dataset: Any) -> tuple[str, ...] | None:
-    """Returns the names of the classes of an opened split, in the order of their numbers; None if it doesn't tell.
-
-    Args:
-        data: section of a config.
-        dataset: as ``open_split`` returns it, or a subset of it.
-    """
-    return label_names(data.dataset, dataset)
-
-
 def split_notes(dataset: Any) -> tuple[str, ...]:
-    """Returns what the log has to say about an opened split: files left out, classes without images, the folder read.
-
-    Args:
-        dataset: as ``open_split`` returns it, or a subset of it; None for none.
-    """
+    """Returns lines for the log about an opened split, or None: files left out, classes without images, the folder read."""
     if isinstance(dataset, Subset):
         return split_notes(dataset.dataset)
     return tuple(getattr(dataset, "notes", ()))

@@ -15,7 +15,7 @@ from vit_tucker.data.faults import FaultLog, fault_line
 from vit_tucker.errors import DataError
 
 Record = Callable[[str], None]
-"""Takes the fault line of a bad image; raises DataError where there are too many."""
+"""Records the fault line of a bad image; raises DataError for too many."""
 PREFIX_BUFFER = 4096
 """Samples of a stream's prefix that are shuffled together."""
 
@@ -40,7 +40,7 @@ class Share:
 
     @property
     def number(self) -> int:
-        """This worker among those of all processes."""
+        """Number of this worker among those of all processes."""
         return self.rank * self.workers + self.worker
 
     @property
@@ -83,7 +83,7 @@ class Stream(IterableDataset):
         Args:
             share: what to read.
             generator: of the shuffle buffer, in its state after earlier passes.
-            record: takes bad parts of files.
+            record: called for bad parts of files.
         """
 
     @abstractmethod
@@ -92,11 +92,7 @@ class Stream(IterableDataset):
 
     @abstractmethod
     def label(self, row: Any) -> int:
-        """Returns the class number of a sample.
-
-        Raises:
-            DataError: a label that can't be; it ends the stream. Other exceptions: a damaged sample.
-        """
+        """Returns the class number of a sample; a DataError ends the stream, other exceptions mean a damaged sample."""
 
     @abstractmethod
     def image(self, row: Any) -> Image.Image:
@@ -107,11 +103,7 @@ class Stream(IterableDataset):
         """Returns the name of a sample, for messages."""
 
     def first(self, samples: int) -> "Stream":
-        """Returns the stream cut to its first samples in the order of the files.
-
-        Raises:
-            DataError: more than there are, as far as that is known.
-        """
+        """Returns the stream cut to its first samples in the order of the files; raises DataError for more than there are."""
         if self.size is not None and samples > self.size:
             raise DataError(f"data.num_samples={samples}: the training split has {self.size} images")
         self.size = self.limit = samples
@@ -152,7 +144,7 @@ class Stream(IterableDataset):
         return rows if share.seed is None else shuffled(rows, PREFIX_BUFFER, generator)
 
     def _share_of_prefix(self, share: Share, record: Record) -> Iterator[Any]:
-        """Every n-th of the first samples: each worker reads all of them and decodes its own."""
+        """Yields every n-th of the first samples: each worker reads all of them and decodes its own."""
         assert self.limit is not None
         seen, number, count = 0, share.number, share.count
         if number >= self.limit:  # more workers than samples: the workers of a process then read the same
@@ -197,11 +189,7 @@ def shuffled(rows: Iterator[Any], size: int, generator: random.Random) -> Iterat
 
 
 def stream_size(dataset: Any, split: str) -> int:
-    """Returns the number of training images of a streamed data set.
-
-    Raises:
-        DataError: it is unknown.
-    """
+    """Returns the number of training images of a streamed data set; raises DataError if it is unknown."""
     size = dataset.size if isinstance(dataset, Stream) else dataset.reader.num_samples
     if not size:
         raise DataError(

@@ -80,12 +80,12 @@ class StreamReader:
 
 
 def reopen(reader: Any, seed: int | None) -> None:
-    """Build the pipeline of timm's reader, anew where its shuffle buffer would go on drawing from the last epoch's generator."""
+    """Builds the pipeline of timm's reader, anew where its shuffle buffer would go on drawing from the last epoch's generator."""
     if not hasattr(reader, "ds") or not hasattr(reader, "_lazy_init"):
         return
     if seed is not None and hasattr(reader, "worker_seed"):
         if reader.ds is None:
-            reader._lazy_init()  # the first time it takes over what torch says of this worker, its seed too
+            reader._lazy_init()  # the first time it adopts torch's settings of this worker, its seed too
         reader.worker_seed, reader.ds = seed, None
     if reader.ds is None:
         reader._lazy_init()
@@ -106,7 +106,7 @@ class TrainStream(IterableDataset):
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
-        """Epoch that the next iteration reads."""
+        """Sets the epoch that the next iteration reads."""
         self.epoch.fill_(epoch)
         if hasattr(self.reader.dataset, "set_epoch"):
             self.reader.dataset.set_epoch(epoch)

@@ -64,8 +64,7 @@ def describe_data(config: DataConfig, info: DatasetInfo, resolved: Mapping[str, 
     """Returns one line for the log: how images are prepared, and whose mean and standard deviation they get.
 
     Args:
-        config, info: see ``resolve_data``.
-        resolved: what it has returned.
+        config, info: see ``resolve_data``, which has returned ``resolved``.
         weights: names the weights that the model starts from; None for timm's initialisation.
     """
     source = "the model's pretrained_cfg"

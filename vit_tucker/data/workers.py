@@ -9,7 +9,7 @@ PARENT_CHECK_SECONDS = 1.0
 
 
 def init_worker(worker_id: int) -> None:
-    """The ``worker_init_fn`` of all loaders.
+    """Prepares a loader's worker process for signals; the ``worker_init_fn`` of all loaders.
 
     Ctrl-C and Slurm signal whole process groups. A worker that died of that would take the training process with it before it
     could save, so workers ignore SIGINT and SIGUSR1 and survive the first SIGTERM; the second ends them. The training process
@@ -22,11 +22,11 @@ def init_worker(worker_id: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # everywhere but on macOS; there torch's own handling stays
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_watch, args=(os.getppid(),), name="signals", daemon=True).start()
+        threading.Thread(target=_end_on_signals, args=(os.getppid(),), name="signals", daemon=True).start()
 
 
-def _watch(parent: int) -> None:
-    """End the process when its parent says so or is gone, or on the second SIGTERM of another.
+def _end_on_signals(parent: int) -> None:
+    """Ends the process when its parent ends it or is gone, or on the second SIGTERM of another.
 
     A thread that waits for the signal, not a handler: only so is the sender known, and code in C does not delay it.
     torch's own watchdog looks for the parent every 5 s, and only between batches.
@@ -45,7 +45,7 @@ def _watch(parent: int) -> None:
 
 
 def end_workers(loader: Any) -> None:
-    """End a loader's persistent workers now; the next iteration starts new ones.
+    """Ends a loader's persistent workers now; the next iteration starts new ones.
 
     After an error they would else end 5 s late: the error's traceback holds the iterator in a cycle, and the garbage collector
     may close the queues to the workers before the iterator can tell them through these.

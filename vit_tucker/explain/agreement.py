@@ -1,14 +1,15 @@
 """How far the attention of two models agrees on the same image, layer by layer and head by head."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.conversion.observe import groups_within
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import record_attention
-from vit_tucker.explain.grid import PADDING, TokenGrid
+from vit_tucker.explain.grid import PADDING
 
 MAP_BYTES = 2**30
 """Maps of both models that are in memory at a time; a single layer always is."""
@@ -32,20 +33,18 @@ class HeadAgreement(NamedTuple):
 
 
 def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tensor:
-    """Mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
+    """Returns the mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
 
     Args:
         a, b: maps, (S, H, n, n).
         queries: (S, n) boolean, the queries that count; all if None.
     """
     distance = (a - b).abs().sum(-1) / 2  # (S, H, n)
-    if queries is None:
-        return distance.mean((0, 2))
-    return distance.transpose(0, 1)[:, queries].mean(1)
+    return distance.mean((0, 2)) if queries is None else distance.transpose(0, 1)[:, queries].mean(1)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of two maps of each head as vectors. (S, H, n, n) twice -> (H,)"""
+    """Returns the cosine of two maps of each head as vectors. (S, H, n, n) twice -> (H,)"""
     one, other = (x.transpose(0, 1).flatten(1) for x in (a, b))
     return torch.nn.functional.cosine_similarity(one, other, dim=1)
 
@@ -56,7 +55,7 @@ def compare_attention(
     layers: Sequence[str],
     map_bytes: Mapping[str, int],
 ) -> list[HeadAgreement]:
-    """Compare two models' attention on one image. Layers are worked off in groups whose maps fit into ``MAP_BYTES``.
+    """Compares two models' attention on one image, in groups of layers whose maps fit into ``MAP_BYTES``.
 
     Args:
         dense, patched: models with the same layers and tokens, each with the image as it takes it, (channels, height, width).
@@ -67,40 +66,19 @@ def compare_attention(
         ExplainError: a layer is not in both models, or has other heads or tokens.
     """
     rows = []
-    for names in layers_within_memory(layers, map_bytes):
+    for names in groups_within(layers, lambda name: 2 * map_bytes.get(name, 0), MAP_BYTES):
         one, other = (record_attention(model, image[None], names) for model, image in (dense, patched))
         for name in names:
             a, b = (recording.maps[name].float() for recording in (one, other))
             if a.shape != b.shape:
                 raise ExplainError(f"{name}: maps of {shape(a)} and of {shape(b)} can't be compared")
-            values = total_variation(a, b, real_queries(one.grids[name])), cosine(a, b)
-            rows += [
-                HeadAgreement(name, i, tv, cos)
-                for i, (tv, cos) in enumerate(zip(*map(Tensor.tolist, values), strict=True))
-            ]
+            grid = one.grids[name]
+            distances = total_variation(a, b, None if grid is None else grid.index != PADDING)
+            both = zip(distances.tolist(), cosine(a, b).tolist(), strict=True)
+            rows += [HeadAgreement(name, head, *values) for head, values in enumerate(both)]
     return rows
 
 
-def real_queries(grid: TokenGrid | None) -> Tensor | None:
-    """(S, n) boolean: tokens that are no padding."""
-    return None if grid is None else grid.index != PADDING
-
-
 def shape(attn: Tensor) -> str:
-    """'3 heads and 197 tokens'"""
+    """Returns '3 heads and 197 tokens'."""
     return f"{attn.shape[1]} heads and {attn.shape[-1]} tokens"
-
-
-def layers_within_memory(layers: Sequence[str], map_bytes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The layers in order, in groups whose maps, of two models, fit into ``MAP_BYTES``."""
-    group: list[str] = []
-    used = 0
-    for name in layers:
-        needed = 2 * map_bytes.get(name, 0)
-        if group and used + needed > MAP_BYTES:
-            yield group
-            group, used = [], 0
-        group.append(name)
-        used += needed
-    if group:
-        yield group

@@ -1,8 +1,8 @@
 """Attention maps of a model, dense or patched, from one forward pass; the model is left as it was."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +13,7 @@ from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.grid import TokenGrid
 from vit_tucker.explain.locate import CallSite, Shape, locate
-from vit_tucker.explain.map_modules import (
-    MapModule,
-    check_rows,
-    choose_map_modules,
-    eager,
-    heads_apart,
-    layout_of,
-    unfused,
-)
+from vit_tucker.explain.map_modules import MapModule, check_rows, choose_map_modules, heads_apart, layout_of, unfused
 from vit_tucker.explain.token_mixing import find_token_mixers, is_pool
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection
@@ -31,7 +23,7 @@ Reduce = Callable[[str, Tensor, TokenGrid | None], Any]
 
 @dataclass
 class Recording:
-    """What one forward pass showed.
+    """Output, attention maps and places of tokens of one forward pass.
 
     Attributes:
         output: of the model.
@@ -51,7 +43,7 @@ class Recording:
 
 
 def attention_maps(model: nn.Module, images: Tensor, layers: Selection | None = None) -> dict[str, Tensor]:
-    """The attention maps of all heads, after the softmax and before dropout.
+    """Returns the attention maps of all heads, after the softmax and before dropout.
 
     Works for dense layers of timm and for all methods of ours. The pass runs in eval mode without gradients, with plain
     products in place of fused kernels; modes and switches are restored, also after an error. All maps together take
@@ -76,12 +68,10 @@ def attention_maps(model: nn.Module, images: Tensor, layers: Selection | None = 
 def record_attention(
     model: nn.Module, images: Tensor, layers: Selection | None = None, reduce: Reduce | None = None, grad: bool = False
 ) -> Recording:
-    """``attention_maps`` with all that a picture needs besides: the output, the places of the tokens, what else mixes them.
+    """Records attention maps and what a picture needs besides: the output, where the tokens lie, what else mixes them.
 
     Args:
-        model: see ``attention_maps``.
-        images: (B, channels, height, width).
-        layers: see ``attention_maps``.
+        model, images, layers: see ``attention_maps``.
         reduce: called with (name, map, grid) as soon as a layer has run; its result is kept in place of the map.
         grad: record gradients, so that the output can be differentiated by the maps.
 
@@ -92,14 +82,12 @@ def record_attention(
     found = find_attention(model)
     seen = choose_map_modules(found, layers)
     recording = Recording()
-    watch = Watch(model, images, seen, recording, reduce)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(unfused(module for module, _ in seen.values()))
-        stack.enter_context(eager())
-        stack.enter_context(torch.set_grad_enabled(grad))
-        stack.callback(watch.remove)
-        watch.start()
+    plain = unfused(module for module, _ in seen.values())
+    hooks = CaptureHooks(model, images, seen, recording, reduce)
+    stance = (
+        torch.compiler.set_stance
+    )  # hooks need modules that run uncompiled; what was compiled before stays compiled
+    with evaluating(model), plain, stance("force_eager"), torch.set_grad_enabled(grad), hooks:
         recording.output = model(images)
     missing = [name for name in seen if name not in recording.maps]
     if missing:
@@ -108,14 +96,13 @@ def record_attention(
     return recording
 
 
-class Watch:
-    """The hooks of one recording.
+class CaptureHooks:
+    """Context with the hooks of one recording.
 
     Args:
-        model, images: of the pass.
+        model, images, reduce: see ``record_attention``.
         seen: by full name of the layer.
-        recording: filled.
-        reduce: see ``record_attention``.
+        recording: is filled.
     """
 
     def __init__(
@@ -128,68 +115,60 @@ class Watch:
         for name, (module, _) in seen.items():
             self.names.setdefault(module, []).append(name)
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.mixers = find_token_mixers(model, self.names)
 
-    def start(self) -> None:
-        """Register all hooks."""
+    def __enter__(self) -> None:
         for module, names in self.names.items():
             place = self.seen[names[0]][1]
             if place is getattr(module, "attn_drop", None):
-                hook = lambda _, args, module=module: self.see(module, args[0])  # noqa: E731
-                self.handles.append(place.register_forward_pre_hook(hook))
+                self.handles.append(place.register_forward_pre_hook(partial(self.add_map, module)))
             else:
-                after = lambda _, args, output, module=module: self.see(module, output)  # noqa: E731
-                self.handles.append(place.register_forward_hook(after))
+                self.handles.append(place.register_forward_hook(partial(self.add_map, module)))
         around = {part for name in self.seen for part in (*self.around(name), self.modules[name])}
         for part in around:
-            self.handles.append(part.register_forward_pre_hook(self.note_shape, with_kwargs=True))
-        for name, mixer in find_token_mixers(self.model, self.names).items():
-            hook = lambda _, args, name=name: self.note_mixer(name, args)  # noqa: E731
-            self.handles.append(mixer.register_forward_pre_hook(hook))
+            self.handles.append(part.register_forward_pre_hook(self.add_shape, with_kwargs=True))
+        for name, mixer in self.mixers.items():
+            self.handles.append(mixer.register_forward_pre_hook(partial(self.add_mixer, name)))
 
-    def remove(self) -> None:
-        """Take all hooks away."""
+    def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
 
     def around(self, name: str) -> list[nn.Module]:
-        """The modules that hold a layer, the nearest first."""
+        """Returns the modules that hold a layer, the nearest first."""
         parts = name.split(".")
         return [self.modules[".".join(parts[:count])] for count in range(len(parts) - 1, -1, -1)]
 
-    def note_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the shape of a module's input."""
+    def add_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notes the shape of a module's input."""
         x = args[0] if args else next(iter(kwargs.values()), None)
         self.shapes[module] = tuple(x.shape) if isinstance(x, Tensor) else ()
 
-    def note_mixer(self, name: str, args: tuple[Any, ...]) -> None:
-        """Remember that something else mixed tokens."""
+    def add_mixer(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Notes that something else mixed tokens."""
         self.recording.events.append(("mixer", name))
         if is_pool(self.modules[name]) and args:
             self.recording.pooled[name] = args[0].detach()
 
-    def see(self, module: nn.Module, attn: Tensor) -> None:
-        """A layer's map: checked, located, reduced, kept."""
+    def add_map(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
+        """Checks, locates, reduces and notes a layer's map: the input of its dropout, or the output of its softmax."""
+        attn = args[0] if output is None else output
         names = self.names[module]
         name = next((n for n in names if n not in self.recording.maps), None)
         if name is None:
             raise ExplainError(f"{names[0]}: ran more than once in one forward pass")
         attn = heads_apart(attn, module)
         check_rows(name, attn.detach())
-        grid = locate(self.place(name, module, attn)) if attn.shape[-2] == attn.shape[-1] else None
+        grid = locate(self.call_site(name, module, attn)) if attn.shape[-2] == attn.shape[-1] else None
         self.recording.events.append(("attention", name))
         self.recording.grids[name] = grid
         self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
 
-    def place(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
-        """What is known of the call."""
+    def call_site(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
+        """Returns what is known of the call."""
         declared = getattr(self.model, "num_prefix_tokens", None)
-        return CallSite(
-            name=name,
-            sequences=attn.shape[0] // self.images.shape[0],
-            tokens=attn.shape[-1],
-            shape=self.shapes[module],
-            layout=layout_of(module),
-            around=[(part, self.shapes.get(part, ())) for part in self.around(name)],
-            prefixes=list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2])),
-            image=(self.images.shape[-2], self.images.shape[-1]),
-        )
+        prefixes = list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2]))
+        around = [(part, self.shapes.get(part, ())) for part in self.around(name)]
+        images, _, *size = self.images.shape
+        counts, shape = (attn.shape[0] // images, attn.shape[-1]), self.shapes[module]
+        return CallSite(name, *counts, shape, layout_of(module), around, prefixes, (size[0], size[1]))

@@ -1,7 +1,6 @@
 """What a model's attention does with one image: maps of each head and rollout, as pictures over the image."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.selection import Selection, select
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """Pictures of one image's attention. Values are relative to uniform attention: 1 is a token's even share.
 
     Attributes:
@@ -44,7 +42,7 @@ class Explanation:
 
     @property
     def rollout(self) -> Tensor | None:
-        """The picture of ``flow``, (height, width)."""
+        """Returns the picture of ``flow``, (height, width)."""
         return None if self.flow is None else self.flow.picture
 
 
@@ -59,7 +57,7 @@ def explain_image(
     weighted: bool = False,
     target: int | None = None,
 ) -> Explanation:
-    """Attention of all heads and rollout for one image. Maps are reduced layer by layer, none is kept.
+    """Explains one image by the attention of all heads and by rollout. Maps are reduced layer by layer, none is kept.
 
     Rollout goes through windows and through merged patches (Swin) exactly: a window's map is a block of the map of the whole
     image. It is not defined where something else mixes tokens between the attention layers, such as MaxViT's convolutions.
@@ -105,44 +103,29 @@ def explain_image(
         flow = roll_out(model, recording, fused, queries, discard_ratio, weighted)
     except RolloutError as error:
         obstacle = str(error)
-    return Explanation(
-        output=recording.output[0].cpu(),
-        heads={name: picture for name, picture in heads.items() if picture is not None},
-        unplaced=tuple(name for name, picture in heads.items() if picture is None),
-        flow=flow,
-        obstacle=obstacle,
-        queries="" if last is None else read_out(model, last, queries).label,
-        map_bytes=kept_bytes,
-    )
+    shown = {name: picture for name, picture in heads.items() if picture is not None}
+    unplaced = tuple(name for name, picture in heads.items() if picture is None)
+    label = "" if last is None else read_out(model, last, queries).label
+    return Explanation(recording.output[0].cpu(), shown, unplaced, flow, obstacle, label, kept_bytes)
 
 
 def head_pictures(attn: Tensor, grid: TokenGrid, chosen: ReadOut) -> Tensor:
-    """What the tokens read out attend to, head by head, relative to uniform attention.
-
-    Args:
-        attn: (S, H, n, n), of one image.
-        grid: of the layer.
-        chosen: the tokens read out.
-
-    Returns:
-        (H, height, width)
-    """
+    """Returns what chosen tokens attend to, head by head, relative to uniform attention. (S, H, n, n) -> (H, height, width)"""
     rows = grid.gather(chosen.rows(grid).to(attn))  # (S, n)
     received = torch.einsum("si,shij->hsj", rows, attn)
     return grid.patches(grid.scatter(received)) * grid.num_tokens
 
 
 def check_output(model: nn.Module, images: Tensor, output: Any) -> None:
-    """Raise ExplainError unless the model gives the same output while nobody looks.
+    """Raises ExplainError unless the output equals that of the uninstrumented model.
 
     Fused kernels sum the same products in another order: rounding, which a trained network may amplify a thousandfold. A map that
     lacks a mask, a bias or the scale shows in the first digits. Hence ten thousand units of rounding of the largest output, but
     no more than a tenth of it (in half precision).
     """
     if not isinstance(output, Tensor):
-        raise ExplainError(
-            f"{type(model).__name__} gives a {type(output).__name__}; explain needs a model with one output tensor"
-        )
+        what = f"{type(model).__name__} gives a {type(output).__name__}"
+        raise ExplainError(f"{what}; explain needs a model with one output tensor")
     with torch.no_grad(), evaluating(model):
         plain = model(images)
     tolerance = min(1e4 * torch.finfo(plain.dtype).eps, 0.1) * plain.abs().max().item()

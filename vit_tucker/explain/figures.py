@@ -2,9 +2,8 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
@@ -26,8 +25,7 @@ LARGEST = 12_000
 """Pixels of a picture's longer side at most; many layers and heads get smaller cells."""
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One model's part of a picture.
 
     Attributes:
@@ -44,20 +42,14 @@ class Panel:
 
 
 def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: str = "rollout") -> Figure:
-    """The image, and each model's rollout over it, all on one scale.
-
-    Args:
-        image: (height, width, 3), uint8, as the model sees it.
-        panels: of the models.
-        title: of the image.
-        kind: rollout or relevance, for the scale.
-    """
+    """Draws an image, (height, width, 3) uint8, and each model's rollout (or relevance) over it, all on one scale."""
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
     with rc_context(FONTS):
         width = COLUMN / 2 * (1 + len(panels)) + 0.55
         figure = new_figure(width, COLUMN / 2 * image.shape[0] / image.shape[1] + 0.4, "constrained")
         axes = figure.subplots(1, 1 + len(panels), squeeze=False)[0]
-        show_image(axes[0], image)
+        axes[0].imshow(image, interpolation="nearest" if image.shape[0] < 64 else "antialiased")
+        axes[0].set(xticks=[], yticks=[])
         axes[0].set_title(title, parse_math=False)
         scale = Normalize(0, max((top(rollout) for rollout in shown), default=1.0))
         for axis, panel in zip(axes[1:], panels, strict=True):
@@ -73,7 +65,7 @@ def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: s
 
 
 def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, float] | None = None) -> Figure:
-    """A grid of heads by layers for each model, side by side; a head has the same scale in both.
+    """Draws a grid of heads by layers for each model, side by side; a head has the same scale in both.
 
     Args:
         panels: of the models.
@@ -109,7 +101,7 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
 
 
 def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
-    """The heads of one layer of one model, each with the scale of all models' heads of that number."""
+    """Returns the heads of one layer of one model, each with the scale of all models' heads of that number."""
     heads = panels[number].heads.get(name)
     if heads is None:
         return []
@@ -118,43 +110,31 @@ def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor
 
 
 def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
-    """'blocks.3.attn' as 'blocks.3', with its agreement."""
+    """Returns 'blocks.3' for blocks.3.attn, with its agreement."""
     short = name.removesuffix(".attn")
     return short if agreement is None or name not in agreement else f"{short}\nTV {agreement[name]:.2f}"
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
-    """A figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
+    """Returns a figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)), layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
 
 
-def show_image(axis: Any, image: np.ndarray) -> None:
-    """The image alone."""
-    axis.imshow(image, interpolation="nearest" if image.shape[0] < 64 else "antialiased")
-    axis.set(xticks=[], yticks=[])
-
-
 def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) -> Any:
-    """Values in colour over the grey image; returns what a colour bar needs."""
+    """Draws values in colour over the grey image; returns what a colour bar needs."""
     grey = image.mean(-1)
     height, width = grey.shape
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    drawn = axis.imshow(
-        values.numpy(),
-        cmap=COLOURS,
-        norm=scale,
-        alpha=0.65,
-        interpolation="nearest",
-        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-    )
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    drawn = axis.imshow(values.numpy(), cmap=COLOURS, norm=scale, alpha=0.65, interpolation="nearest", extent=place)
     axis.set(xticks=[], yticks=[])
     return drawn
 
 
 def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
-    """A sentence in place of a picture of the same shape."""
+    """Writes a sentence in place of a picture of the same shape."""
     axis.imshow(np.full((*shape[:2], 3), 255, np.uint8))
     axis.set(xticks=[], yticks=[])
     lines = textwrap.fill(text, 30, break_on_hyphens=False)
@@ -163,17 +143,17 @@ def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
 
 
 def top(values: Tensor) -> float:
-    """End of a scale, above 0."""
+    """Returns the end of a scale, above 0."""
     return max(float(np.quantile(values.numpy(), SHARE_SHOWN)), 1e-12)
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A drawn figure as RGB, (height, width, 3), uint8."""
+    """Returns a drawn figure as RGB, (height, width, 3), uint8."""
     canvas: Any = figure.canvas
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def save_png(figure: Figure, file: Path) -> None:
-    """The same bytes for the same data."""
+    """Writes a figure, the same bytes for the same data."""
     figure.savefig(file, dpi=figure.dpi, metadata={"Software": None})

@@ -35,7 +35,7 @@ def roll_out(
     discard_ratio: float = 0.0,
     weighted: bool = False,
 ) -> Flow:
-    """Rollout of one recorded image, from the output back to the patches.
+    """Does rollout of one recorded image, from the output back to the patches.
 
     Args:
         model: that was recorded.
@@ -69,7 +69,7 @@ def roll_out(
 
 
 def refuse_mixers(model: nn.Module, recording: Recording) -> None:
-    """Raise RolloutError where rollout is not defined: tokens are mixed by something whose shares are not known."""
+    """Raises RolloutError where rollout is not defined: tokens are mixed by something whose shares are not known."""
     for name, grid in recording.grids.items():
         if grid is None:
             raise RolloutError(f"where the tokens of {name} lie in the image can't be known")
@@ -86,7 +86,7 @@ def refuse_mixers(model: nn.Module, recording: Recording) -> None:
 
 
 def parallel_groups(names: Iterable[str]) -> list[list[str]]:
-    """Layers in order, those that stand side by side in one block together: 'blocks.0.attns.0.attn', 'blocks.0.attns.1.attn'."""
+    """Returns layers in order, those side by side in one block together: 'blocks.0.attns.0.attn', 'blocks.0.attns.1.attn'."""
     groups: dict[str, list[str]] = {}
     for name in names:
         block = re.match(r"(.*\battns)\.\d+\.", name)

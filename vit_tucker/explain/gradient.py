@@ -12,7 +12,7 @@ from vit_tucker.explain.capture import record_attention
 
 
 def class_relevance(model: nn.Module, image: Tensor, target: int | None = None) -> dict[str, Tensor]:
-    """Each layer's map for one class, all heads in one.
+    """Returns each layer's map for one class, all heads in one.
 
     All maps of all heads are in memory, with what their gradients need; gradients of parameters are neither computed nor changed.
 
@@ -44,5 +44,5 @@ def class_relevance(model: nn.Module, image: Tensor, target: int | None = None) 
 
 
 def weigh(attn: Tensor, gradient: Tensor) -> Tensor:
-    """Mean over heads of what speaks for the class. (S, H, n, n) twice -> (S, n, n), float32"""
+    """Returns the mean over heads of what speaks for the class. (S, H, n, n) twice -> (S, n, n), float32"""
     return (attn.float() * gradient.float()).clamp_min(0).mean(1)

@@ -31,20 +31,20 @@ class TokenGrid:
 
     @property
     def num_tokens(self) -> int:
-        """Of an image, prefix tokens included, padding left out."""
+        """Returns the number of tokens of an image, prefix tokens included, padding left out."""
         return self.num_prefix + self.height * self.width
 
     @property
     def is_whole(self) -> bool:
-        """All tokens of the image attend to each other, in their own order."""
+        """Returns whether all tokens of the image attend to each other, in their own order."""
         return self.index.shape[0] == 1 and self.index.shape[1] == self.num_tokens
 
     def gather(self, values: Tensor) -> Tensor:
-        """Values of an image's tokens, sequence by sequence; 0 for padding. (..., T) -> (..., S, n)"""
+        """Gathers values of an image's tokens, sequence by sequence; 0 for padding. (..., T) -> (..., S, n)"""
         return F.pad(values, (0, 1))[..., self.index]  # PADDING, -1, reads the last entry: the added zero
 
     def scatter(self, values: Tensor) -> Tensor:
-        """The inverse of ``gather``: values of padding are dropped. (..., S, n) -> (..., T)"""
+        """Undoes ``gather``: values of padding are dropped. (..., S, n) -> (..., T)"""
         flat = self.index.flatten()
         order = flat.new_zeros(self.num_tokens)
         real = flat != PADDING
@@ -52,22 +52,22 @@ class TokenGrid:
         return values.flatten(-2)[..., order]
 
     def patches(self, values: Tensor) -> Tensor:
-        """The patches' values as pictures, without prefix tokens. (..., T) -> (..., height, width)"""
+        """Returns the patches' values as pictures, without prefix tokens. (..., T) -> (..., height, width)"""
         return values[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
 
 
 def patch_numbers(height: int, width: int) -> Tensor:
-    """Patches counted row by row, (height, width)."""
+    """Returns the numbers of patches counted row by row, (height, width)."""
     return torch.arange(height * width).view(height, width)
 
 
 def whole_grid(height: int, width: int, num_prefix: int = 0) -> TokenGrid:
-    """All tokens in one sequence."""
+    """Returns a grid of all tokens in one sequence."""
     return TokenGrid(height, width, num_prefix, torch.arange(num_prefix + height * width)[None])
 
 
 def window_grid(height: int, width: int, window: tuple[int, int], shift: tuple[int, int] = (0, 0)) -> TokenGrid:
-    """Windows side by side, row by row, after a cyclic shift to the upper left; filled up on the right and below.
+    """Returns windows side by side, row by row, after a cyclic shift to the upper left; filled up on the right and below.
 
     Args:
         height, width: of the grid of patches.
@@ -81,7 +81,7 @@ def window_grid(height: int, width: int, window: tuple[int, int], shift: tuple[i
 
 
 def strided_grid(height: int, width: int, size: tuple[int, int]) -> TokenGrid:
-    """Sequences of ``size`` tokens that lie ``height / size[0]`` rows and ``width / size[1]`` columns apart (MaxViT's grids).
+    """Returns sequences of ``size`` tokens, ``height / size[0]`` rows and ``width / size[1]`` columns apart (MaxViT's grids).
 
     Args:
         height, width: of the grid of patches, multiples of ``size``.

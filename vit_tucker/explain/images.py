@@ -40,12 +40,11 @@ class NamedImage:
 
 
 def images_in_files(paths: Sequence[Path], mode: str, options: ImageOptions = AS_STORED) -> list[NamedImage]:
-    """The images of files and folders, those of folders in the order of their names; all are read once, to be sure.
+    """Lists the images of files and folders, those of folders in the order of their names; all are read once, to be sure.
 
     Args:
         paths: files, and folders with images in them.
-        mode: of PIL, "L" or "RGB".
-        options: how the files are read.
+        mode, options: how the files are read, see ``read_image_file``.
 
     Raises:
         DataError: a path that is missing, a folder without images, or a file that can't be read.
@@ -59,7 +58,7 @@ def images_in_files(paths: Sequence[Path], mode: str, options: ImageOptions = AS
 
 
 def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
-    """The images, those whose name has been before with a number: 'cat', 'cat-2'."""
+    """Returns the images, those whose name came before with a number: 'cat', 'cat-2'."""
     taken: dict[str, NamedImage] = {}
     for image in images:
         name = image.name
@@ -74,7 +73,7 @@ def named_apart(images: Sequence[NamedImage]) -> list[NamedImage]:
 
 
 def data_images(data: DataConfig, count: int, mode: str, classes: Sequence[str] | None = None) -> list[NamedImage]:
-    """The first evaluation images of a data set.
+    """Returns the first evaluation images of a data set.
 
     Args:
         data: section of a config.
@@ -107,12 +106,12 @@ def _read(dataset: object, index: int, split: str) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, transform: Callable[[Image.Image], object]) -> Tensor:
-    """What the model sees, before normalisation: (channels, height, width), uint8."""
+    """Returns what the model sees, before normalisation: (channels, height, width), uint8."""
     pixels = torch.tensor(np.asarray(transform(image)))
     return pixels if pixels.ndim == 3 else pixels[None]
 
 
 def to_picture(pixels: Tensor) -> np.ndarray:
-    """(channels, height, width) as (height, width, 3) to look at; grey in three equal channels."""
+    """Returns (channels, height, width) as (height, width, 3) to look at; grey in three equal channels."""
     shown = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
     return shown.permute(1, 2, 0).numpy()

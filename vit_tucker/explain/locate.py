@@ -39,7 +39,7 @@ class CallSite(NamedTuple):
 
 
 def locate(place: CallSite) -> TokenGrid | None:
-    """The grid of the layer's tokens; None if it can't be known."""
+    """Returns the grid of the layer's tokens; None if it can't be known."""
     for rule in RULES:
         grid = rule(place)
         if grid is not None and tuple(grid.index.shape) == (place.sequences, place.tokens):
@@ -48,27 +48,25 @@ def locate(place: CallSite) -> TokenGrid | None:
 
 
 def pair(value: Any) -> tuple[int, int]:
-    """3 as (3, 3)."""
+    """Returns (3, 3) for 3."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
 def sizes(shape: Shape, channels: int) -> list[tuple[int, int]]:
-    """Height and width of a (B, H, W, C) or (B, C, H, W) tensor with so many channels; both readings where both fit."""
+    """Returns height and width of a (B, H, W, C) or (B, C, H, W) tensor with so many channels; both readings where both fit."""
     if len(shape) != 4:
         return []
-    readings = {shape[-1]: (shape[1], shape[2]), shape[1]: (shape[2], shape[3])}
-    if shape[-1] == shape[1] == channels:
-        return [(shape[1], shape[2]), (shape[2], shape[3])]
-    return [readings[channels]] if channels in readings else []
+    readings = ((shape[3], (shape[1], shape[2])), (shape[1], (shape[2], shape[3])))
+    return [size for width, size in readings if width == channels]
 
 
 def token_channels(place: CallSite) -> int:
-    """Width of the tokens."""
+    """Returns the width of the tokens."""
     return place.shape[1] if place.layout == "channels_first" else place.shape[-1]
 
 
 def windows(place: CallSite) -> TokenGrid | None:
-    """Swin, SAM, DaViT: the parent has a window size, and a shift if it shifts."""
+    """Reads windows of Swin, SAM, DaViT: the parent has a window size, and a shift if it shifts."""
     parent, shape = place.around[0]
     size = getattr(parent, "window_size", None)
     if not size or isinstance(size, nn.Module):
@@ -79,7 +77,7 @@ def windows(place: CallSite) -> TokenGrid | None:
 
 
 def partitions(place: CallSite) -> TokenGrid | None:
-    """MaxViT: the parent cuts blocks, or grids of tokens that lie far apart."""
+    """Reads partitions of MaxViT: the parent cuts blocks, or grids of tokens that lie far apart."""
     parent, shape = place.around[0]
     size = getattr(parent, "partition_size", None)
     if size is None:
@@ -92,7 +90,7 @@ def partitions(place: CallSite) -> TokenGrid | None:
 
 
 def stacked_blocks(place: CallSite) -> TokenGrid | None:
-    """NesT: square blocks in a dimension of their own, (B, S, n, C)."""
+    """Reads NesT's square blocks, which have a dimension of their own, (B, S, n, C)."""
     if place.layout != "sequence" or len(place.shape) != 4:
         return None
     across, side = math.isqrt(place.sequences), math.isqrt(place.tokens)
@@ -102,7 +100,7 @@ def stacked_blocks(place: CallSite) -> TokenGrid | None:
 
 
 def interleaved_patches(place: CallSite) -> TokenGrid | None:
-    """MobileViT: a sequence for each position within the patches."""
+    """Reads MobileViT's sequences, one for each position within the patches."""
     for module, shape in place.around:
         if getattr(module, "patch_area", None) == place.sequences and len(shape) == 4:
             patch = pair(module.patch_size)
@@ -112,7 +110,7 @@ def interleaved_patches(place: CallSite) -> TokenGrid | None:
 
 
 def pixels_of_patches(place: CallSite) -> TokenGrid | None:
-    """TNT's inner attention: a sequence for each patch, of its pixels."""
+    """Reads TNT's inner attention: a sequence for each patch, of its pixels."""
     side = math.isqrt(place.tokens)
     if not hasattr(place.around[0][0], "attn_in") or side**2 != place.tokens:
         return None
@@ -122,7 +120,7 @@ def pixels_of_patches(place: CallSite) -> TokenGrid | None:
 
 
 def feature_map(place: CallSite) -> TokenGrid | None:
-    """Tokens that come as (B, H, W, C) or (B, C, H, W)."""
+    """Reads tokens that come as (B, H, W, C) or (B, C, H, W)."""
     if place.sequences != 1 or place.layout == "sequence" or len(place.shape) != 4:
         return None
     height, width = place.shape[2:] if place.layout == "channels_first" else place.shape[1:3]
@@ -130,7 +128,7 @@ def feature_map(place: CallSite) -> TokenGrid | None:
 
 
 def sequence(place: CallSite) -> TokenGrid | None:
-    """Tokens that come as (B, N, C), prefix tokens first, then patches in the proportions of the image."""
+    """Reads tokens that come as (B, N, C), prefix tokens first, then patches in the proportions of the image."""
     if place.sequences != 1:
         return None
     for num_prefix in place.prefixes:
@@ -141,7 +139,7 @@ def sequence(place: CallSite) -> TokenGrid | None:
 
 
 def proportional(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
-    """Rows and columns of so many patches in an image; None if it can't be cut into as many.
+    """Returns rows and columns of so many patches in an image; None if it can't be cut into as many.
 
     Patches are square, and parts of them at the right and lower edges are left out everywhere or nowhere.
     """
@@ -153,7 +151,7 @@ def proportional(count: int, image: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def fits(grid: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether patches of one size give so many rows and columns, by rounding both down or both up."""
+    """Returns whether patches of one size give so many rows and columns, by rounding both down or both up."""
     most = [side / n for side, n in zip(image, grid, strict=True)]  # patch sizes for which nothing is left over
     down = max(side / (n + 1) for side, n in zip(image, grid, strict=True)) < min(most)
     up = max(most) < min(side / (n - 1) if n > 1 else math.inf for side, n in zip(image, grid, strict=True))

@@ -17,7 +17,7 @@ MapModule = tuple[nn.Module, nn.Module]
 
 
 def choose_map_modules(found: dict[str, nn.Module], layers: Selection | None) -> dict[str, MapModule]:
-    """The layers to record, with the places where their maps show.
+    """Returns the layers to record, with the places where their maps show.
 
     Raises:
         ExplainError: none shows its maps, or a chosen one does not.
@@ -33,17 +33,14 @@ def choose_map_modules(found: dict[str, nn.Module], layers: Selection | None) ->
 
 
 def map_module_of(module: nn.Module) -> nn.Module | None:
-    """Where a layer's map passes through a module; None if nowhere."""
-    for name in ("attn_drop", "softmax"):
-        place = getattr(module, name, None)
-        if isinstance(place, nn.Module):
-            return place
-    return None
+    """Returns where a layer's map passes through a module; None if nowhere."""
+    places = (getattr(module, name, None) for name in ("attn_drop", "softmax"))
+    return next((place for place in places if isinstance(place, nn.Module)), None)
 
 
 @contextlib.contextmanager
 def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The attention layers with plain products instead of fused kernels; their switches restored afterwards."""
+    """Context in which attention layers use plain products instead of fused kernels; their switches are restored afterwards."""
     switches: dict[Any, bool] = {m: m.fused_attn for m in modules if hasattr(m, "fused_attn")}  # type: ignore[misc]
     try:
         for module in switches:
@@ -54,23 +51,15 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
             module.fused_attn = switch
 
 
-@contextlib.contextmanager
-def eager() -> Iterator[None]:
-    """Compiled modules run uncompiled, so that hooks see tensors; what was compiled before stays compiled."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    with stance("force_eager") if stance is not None else contextlib.nullcontext():
-        yield
-
-
 def heads_apart(attn: Tensor, module: Any) -> Tensor:
-    """A map as (B * S, H, n, n); NesT forms (B, H, S, n, n), SAM (B * S * H, n, n)."""
+    """Returns a map as (B * S, H, n, n); NesT forms (B, H, S, n, n), SAM (B * S * H, n, n)."""
     if attn.ndim == 5:
         return attn.transpose(1, 2).flatten(0, 1)
     return attn.unflatten(0, (-1, module.num_heads)) if attn.ndim == 3 else attn
 
 
 def layout_of(module: nn.Module) -> str:
-    """Of the layer's input, see ``HostSpec``."""
+    """Returns the layout of the layer's input, see ``HostSpec``."""
     if isinstance(module, AttentionModule):
         return module.spec.layout
     try:
@@ -80,7 +69,7 @@ def layout_of(module: nn.Module) -> str:
 
 
 def check_rows(name: str, attn: Tensor) -> None:
-    """Raise ExplainError unless every row of a map is a distribution, or zeros where a query may attend to nothing.
+    """Raises ExplainError unless every row of a map is a distribution, or zeros where a query may attend to nothing.
 
     A softmax row of N numbers is off by the rounding of its sum, at most N units, and of its own divisions.
     """

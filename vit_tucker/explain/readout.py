@@ -1,7 +1,7 @@
 """Which tokens a model reads its answer from: the class token, all patches alike, or what its attention pooling weighs."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from vit_tucker.explain.grid import TokenGrid
 from vit_tucker.explain.map_modules import unfused
 
 Queries = Literal["auto", "class", "patches"]
-QUERIES = ("auto", "class", "patches")
+QUERIES = get_args(Queries)
 
 
 class ReadOut(NamedTuple):
@@ -28,7 +28,7 @@ class ReadOut(NamedTuple):
     label: str
 
     def rows(self, grid: TokenGrid) -> Tensor:
-        """Their shares among an image's tokens, (T,), float32; they sum to 1. A layer without prefix tokens: all patches."""
+        """Returns their shares among an image's tokens, (T,), which sum to 1. A layer without prefix tokens: all patches."""
         first, stop = (self.first, self.stop) if grid.num_prefix else (0, None)
         stop = stop or grid.num_tokens
         rows = torch.zeros(grid.num_tokens)
@@ -37,7 +37,7 @@ class ReadOut(NamedTuple):
 
 
 def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> ReadOut:
-    """The tokens that a model reads out, by its own pooling, or those asked for.
+    """Returns the tokens that a model reads out, by its own pooling, or those asked for.
 
     Args:
         model: of timm.
@@ -49,17 +49,16 @@ def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> Re
     """
     if queries not in QUERIES:
         raise ExplainError(f"queries '{queries}': one of {', '.join(QUERIES)}{nearest(queries, QUERIES)}")
-    parts: Any = model
     named = [name.rpartition(".")[2] for name, _ in model.named_parameters()]
     has_class = grid.num_prefix > 0 and any(name.startswith("cls_token") for name in named)
     if queries == "class" and not has_class:
         raise ExplainError(f"queries 'class': {type(model).__name__} has no class token here; choose patches")
-    pool = getattr(parts, "global_pool", None) or "token"
+    pool = getattr(model, "global_pool", None) or "token"
     if queries == "class" or (queries == "auto" and has_class and pool == "token"):
-        if getattr(parts, "dist_token", None) is not None and queries == "auto":
+        if getattr(model, "dist_token", None) is not None and queries == "auto":
             return ReadOut(0, 2, "class and distillation token")  # the mean of both heads is its answer
         return ReadOut(0, 1, "class token")
-    if queries == "auto" and getattr(parts, "pool_include_prefix", False):
+    if queries == "auto" and getattr(model, "pool_include_prefix", False):
         return ReadOut(0, None, "mean over all tokens")
     return ReadOut(grid.num_prefix, None, "mean over patches")
 
@@ -67,16 +66,11 @@ def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> Re
 def final_rows(
     model: nn.Module, pooled: Mapping[str, Tensor], grid: TokenGrid, queries: Queries = "auto"
 ) -> tuple[Tensor, str]:
-    """Shares of the last layer's tokens in what is read out: attention pooling's own weights where there is one.
+    """Returns the shares of the last layer's tokens in what is read out, (1, 1, T), and the tokens read out in words.
 
     Args:
-        model: of timm.
-        pooled: inputs of its attention pooling, for one image, see ``Recording``.
-        grid: of its last attention layer.
-        queries: see ``read_out``.
-
-    Returns:
-        (1, 1, T), and the tokens read out in words.
+        model, grid, queries: see ``read_out``.
+        pooled: inputs of its attention pooling, whose own weights count where there is one; see ``Recording``.
     """
     if queries == "auto" and len(pooled) == 1:
         name, x = next(iter(pooled.items()))
@@ -87,15 +81,15 @@ def final_rows(
     return chosen.rows(grid)[None, None], chosen.label
 
 
-class SoftmaxWatch(TorchFunctionMode):
-    """Keeps the results of all softmaxes computed in here."""
+class SoftmaxRecorder(TorchFunctionMode):
+    """Context that remembers the results of all softmaxes computed in it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """See torch."""
+        """Runs the function, and remembers its result if it is a softmax."""
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") in ("softmax", "_softmax"):
             self.seen.append(result)
@@ -103,16 +97,11 @@ class SoftmaxWatch(TorchFunctionMode):
 
 
 def pool_weights(pool: nn.Module, x: Tensor) -> Tensor | None:
-    """Weights that attention pooling gives its tokens, mean over its heads and queries; None if it shows none.
+    """Returns the weights that attention pooling gives its tokens (B, N, C), mean over its heads and queries: (B, 1, N).
 
-    Args:
-        pool: timm's AttentionPoolLatent or one like it.
-        x: its input, (B, N, C).
-
-    Returns:
-        (B, 1, N)
+    None if the module, timm's AttentionPoolLatent or one like it, computes no softmax or several.
     """
-    with torch.no_grad(), unfused([pool]), SoftmaxWatch() as watch:
+    with torch.no_grad(), unfused([pool]), SoftmaxRecorder() as recorder:
         pool(x)
-    maps = [w for w in watch.seen if w.ndim == 4 and w.shape[0] == x.shape[0] and w.shape[-1] == x.shape[1]]
+    maps = [w for w in recorder.seen if w.ndim == 4 and w.shape[0] == x.shape[0] and w.shape[-1] == x.shape[1]]
     return maps[0].mean((1, 2))[:, None] if len(maps) == 1 else None

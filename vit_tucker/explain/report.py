@@ -1,6 +1,5 @@
 """Explains images with one or two models and writes what it finds: pictures, a table of agreement, TensorBoard images."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,9 +16,12 @@ from vit_tucker.explain.agreement import HeadAgreement, compare_attention
 from vit_tucker.explain.explanation import Explanation, explain_image
 from vit_tucker.explain.images import NamedImage, to_picture, to_pixels
 from vit_tucker.explain.sources import Subject, subject_names
+from vit_tucker.show.tables import csv_text
 
 AGREEMENT = "agreement.csv"
 COLUMNS = ("image", "layer", "head", "total_variation", "cosine")
+LABEL_LENGTH = 22
+"""Characters of a class's name that fit above a picture."""
 KINDS = {False: "rollout", True: "relevance"}
 """What is drawn over the image, by ``weighted``; stands in the column of layers for the agreement of both pictures."""
 
@@ -51,8 +53,18 @@ class Finding:
     rows: list[tuple[Any, ...]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {key: value for key, value in vars(self).items() if key != "rows"}
+
+    def __str__(self) -> str:
+        said = [f"{model} {p['label']} ({p['probability']:.1%})" for model, p in self.predictions.items()]
+        if values := self.agreement:
+            mean, worst = sum(values.values()) / len(values), max(values, key=lambda name: values[name])
+            said.append(f"maps differ by {mean:.3f} (most in {worst}: {values[worst]:.3f})")
+        if self.picture_agreement is not None:
+            said.append(f"{self.kind} by {self.picture_agreement:.3f}")
+        lines = [f"{self.image}: {'; '.join(said)}" if said else self.image]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
 def explain_images(
@@ -62,7 +74,7 @@ def explain_images(
     options: Mapping[str, Any],
     log_folder: Path | None = None,
 ) -> Iterator[Finding]:
-    """Explain images one by one, and write pictures as soon as they are drawn; the table at the end.
+    """Explains images one by one, and writes pictures as soon as they are drawn; the table at the end.
 
     Args:
         subjects: one model, or the dense and the patched one.
@@ -87,7 +99,9 @@ def explain_images(
             finding, figures = explain_one(subjects, image, to_pixels(image.read(), transform), options)
             folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
             if log is None and log_folder is not None:
-                log = stack.enter_context(writer(log_folder))
+                from torch.utils.tensorboard import SummaryWriter
+
+                log = stack.enter_context(SummaryWriter(str(log_folder)))
             for kind, figure in figures.items():
                 finding.files.append(f"{image.name}_{kind}.png")
                 save_png(figure, folder / finding.files[-1])
@@ -96,13 +110,14 @@ def explain_images(
             rows += finding.rows
             yield finding
     if rows:
-        write_table(folder / AGREEMENT, rows)
+        cells = ([*row[:3], f"{row[3]:.6f}", f"{row[4]:.6f}"] for row in rows)
+        (folder / AGREEMENT).write_text(csv_text(COLUMNS, cells))
 
 
 def explain_one(
     subjects: Sequence[Subject], image: NamedImage, seen: Tensor, options: Mapping[str, Any]
 ) -> tuple[Finding, dict[str, Any]]:
-    """One image by all models: what was found, and its figures by name, rollout and heads."""
+    """Explains one image by all models. Returns what was found, and its figures by name, rollout and heads."""
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
     inputs = [Normalise(one.data["mean"], one.data["std"], one.device)(seen) for one in subjects]
@@ -116,10 +131,8 @@ def explain_one(
         add_agreement(finding, compare_attention(pairs[0], pairs[1], layers, found[0].map_bytes), found)
     finding.notes = notes(names, found, kind)
     titles = [model_title(name, said) for name, said in zip(names, predictions, strict=True)]
-    panels = [
-        Panel(title, one.rollout, f"no {kind}: {one.obstacle}", one.heads)
-        for title, one in zip(titles, found, strict=True)
-    ]
+    panels = [Panel(title, one.rollout, f"no {kind}: {one.obstacle}", one.heads)
+              for title, one in zip(titles, found, strict=True)]  # fmt: skip
     true = "" if image.label is None else f" (true: {class_label(subjects[-1], image.label)})"
     figures = {}
     if any(panel.rollout is not None for panel in panels):
@@ -131,7 +144,7 @@ def explain_one(
 
 
 def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
-    """Rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
+    """Adds rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
     by_layer: dict[str, list[float]] = defaultdict(list)
     for row in heads:
         by_layer[row.layer].append(row.total_variation)
@@ -146,59 +159,36 @@ def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Seque
 
 
 def prediction(one: Subject, explanation: Explanation) -> dict[str, Any]:
-    """Class, label and probability that a model gives an image; empty if it doesn't classify."""
+    """Returns class, label and probability that a model gives an image; empty if it doesn't classify."""
     if not one.classifies or explanation.output.ndim != 1:
         return {}
     probability, number = explanation.output.float().softmax(-1).max(-1)
-    return {
-        "class": int(number),
-        "label": class_label(one, int(number)),
-        "probability": round(float(probability), 6),
-    }
+    label = class_label(one, int(number))
+    return {"class": int(number), "label": label, "probability": round(float(probability), 6)}
 
 
 def class_label(one: Subject, number: int) -> str:
-    """Name of a class, its number where it has none."""
+    """Returns the name of a class, its number where it has none."""
     names = one.label_names
     return str(number) if names is None or number >= len(names) else names[number].split(",")[0]
 
 
 def model_title(name: str, said: Mapping[str, Any]) -> str:
-    """'tucker: tabby cat (87%)'"""
+    """Returns 'tucker: tabby cat (87%)'."""
     if not said:
         return name
-    probability = said["probability"]
-    return f"{name}: {shortened(said['label'])} ({probability:{'.0%' if probability >= 0.1 else '.1%'}})"
-
-
-def shortened(label: str, length: int = 22) -> str:
-    """Cut to fit above a picture."""
-    return label if len(label) <= length else label[: length - 1] + "\u2026"
+    label, probability = said["label"], said["probability"]
+    short = label if len(label) <= LABEL_LENGTH else label[: LABEL_LENGTH - 1] + "\u2026"
+    return f"{name}: {short} ({probability:{'.0%' if probability >= 0.1 else '.1%'}})"
 
 
 def notes(names: Sequence[str], found: Sequence[Explanation], kind: str) -> list[str]:
-    """What could not be shown, once for all models of which it holds."""
+    """Returns what could not be shown, once for all models of which it holds."""
     said: dict[str, list[str]] = defaultdict(list)
     for name, explanation in zip(names, found, strict=True):
         if explanation.obstacle:
             said[f"no {kind}: {explanation.obstacle}"].append(name)
         if explanation.unplaced:
-            said[
-                f"no pictures of heads: where the tokens lie can't be known: {', '.join(explanation.unplaced)}"
-            ].append(name)
+            layers = ", ".join(explanation.unplaced)
+            said[f"no pictures of heads: where the tokens lie can't be known: {layers}"].append(name)
     return [text if len(who) == len(names) else f"{', '.join(who)}: {text}" for text, who in said.items()]
-
-
-def write_table(file: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """The agreement of all images, layers and heads as CSV."""
-    with file.open("w", newline="") as stream:
-        table = csv.writer(stream, lineterminator="\n")
-        table.writerow(COLUMNS)
-        table.writerows([*row[:3], f"{row[3]:.6f}", f"{row[4]:.6f}"] for row in rows)
-
-
-def writer(folder: Path) -> Any:
-    """TensorBoard's writer."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))

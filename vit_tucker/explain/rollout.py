@@ -9,7 +9,7 @@ their maps.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,30 +24,22 @@ class RolloutError(ExplainError):
 
 
 Fusion = Literal["mean", "max", "min"]
-FUSIONS = ("mean", "max", "min")
+FUSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}
 
 
 def fuse_heads(attn: Tensor, fusion: Fusion = "mean") -> Tensor:
-    """One map for all heads. (B, H, N, N) -> (B, N, N)
-
-    Args:
-        attn: maps of the heads.
-        fusion: mean, max or min over heads.
+    """Returns one map for all heads, their mean, maximum or minimum. (B, H, N, N) -> (B, N, N)
 
     Raises:
         ExplainError: another fusion.
     """
-    if fusion == "mean":
-        return attn.mean(1)
-    if fusion == "max":
-        return attn.amax(1)
-    if fusion == "min":
-        return attn.amin(1)
-    raise ExplainError(f"head fusion '{fusion}': one of {', '.join(FUSIONS)}{nearest(fusion, FUSIONS)}")
+    if fusion not in FUSIONS:
+        raise ExplainError(f"head fusion '{fusion}': one of {', '.join(FUSIONS)}{nearest(fusion, FUSIONS)}")
+    return FUSIONS[fusion](attn, 1)
 
 
 def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
-    """The smallest entries of each image's map set to 0.
+    """Sets the smallest entries of each image's map to 0.
 
     Args:
         fused: (B, S, n, n), the S sequences of an image.
@@ -59,17 +51,16 @@ def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
     """
     if not 0 <= ratio < 1:
         raise ExplainError(f"discard ratio {ratio:g}: must be at least 0 and below 1")
-    flat = fused.flatten(1).clone()
+    flat = fused.flatten(1)
     smallest = flat.topk(int(flat.shape[1] * ratio), largest=False).indices
-    first = flat[:, 0].clone()
-    flat.scatter_(1, smallest, 0.0)
+    kept = flat.scatter(1, smallest, 0.0)
     if keep_first:
-        flat[:, 0] = first
-    return flat.view_as(fused)
+        kept[:, 0] = flat[:, 0]
+    return kept.view_as(fused)
 
 
 def with_residual(fused: Tensor) -> Tensor:
-    """(A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
+    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
     both = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
     return both / both.sum(-1, keepdim=True)
 
@@ -81,7 +72,7 @@ def attention_rollout(
     discard_ratio: float = 0.0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Rollout over layers in which all tokens of an image attend to each other, see the module.
+    """Does rollout over layers in which all tokens of an image attend to each other, see the module.
 
     Args:
         maps: of the layers from the first to the last, (B, H, N, N) each, as ``attention_maps`` gives them.
@@ -116,17 +107,14 @@ def attention_rollout(
 def roll_back(
     rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0, normalised: bool = True
 ) -> Tensor:
-    """One step of rollout through a layer, whatever its sequences.
+    """Does one step of rollout through a layer, whatever its sequences. What goes to padding is lost.
 
     Args:
-        rows: (B, R, T), shares of the layer's outputs, T tokens of an image.
+        rows: (B, R, T), shares of the layer's outputs, T tokens of an image; those of its inputs are returned.
         fused: (B * S, n, n).
         grid: of the layer.
         discard_ratio: see ``attention_rollout``.
         normalised: by (A + I) / 2, else by A + I.
-
-    Returns:
-        (B, R, T), shares of the layer's inputs; what goes to padding is lost.
     """
     if grid.within_patch:
         return rows
@@ -136,7 +124,7 @@ def roll_back(
 
 
 def spread_rows(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
-    """Shares of merged patches spread evenly over the patches that were merged. (B, R, T) -> (B, R, T')
+    """Spreads shares of merged patches evenly over the patches that were merged. (B, R, T) -> (B, R, T')
 
     A class token that joins the patches between both layers (ConViT) keeps its share.
 

@@ -46,12 +46,22 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Returns where the model is."""
         return next(self.model.parameters()).device
+
+    @property
+    def num_classes(self) -> int:
+        """Returns the classes of the model, 0 without a classifier."""
+        return int(getattr(self.model, "num_classes", 0))
+
+    @property
+    def num_channels(self) -> int:
+        """Returns the channels of its images."""
+        return input_channels(self.model) or int(self.data["input_size"][0])
 
 
 def open_subject(where: str) -> Subject:
-    """The model that is stored at a place, see ``vit_tucker.inference.predict.open_model``.
+    """Opens the model that is stored at a place, see ``vit_tucker.inference.predict.open_model``.
 
     Raises:
         CheckpointError: nothing is there.
@@ -60,7 +70,7 @@ def open_subject(where: str) -> Subject:
 
 
 def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
-    """A model with what its pretrained_cfg tells.
+    """Returns a model with what its pretrained_cfg says.
 
     Args:
         model: of timm, patched or not.
@@ -69,15 +79,14 @@ def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bo
     """
     size = input_shape(model)
     resolved = resolve_data_config({"input_size": size}, model=model) if data is None else data
-    resolved = {**resolved, **{name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}}
+    normalisation = {name: fit_channels(resolved[name], size[0]) for name in ("mean", "std")}
+    resolved = {**resolved, **normalisation, "input_size": size}
     classifies = classifies and bool(getattr(model, "num_classes", 0))
-    return Subject(
-        method_of(model), model.eval(), {**resolved, "input_size": size}, model_class_names(model), classifies
-    )
+    return Subject(method_of(model), model.eval(), resolved, model_class_names(model), classifies)
 
 
 def method_of(model: nn.Module) -> str:
-    """'dense', or the method that a patched model has."""
+    """Returns 'dense', or the method that a patched model has."""
     record = patch_record(model)
     if record is not None:
         return record.config.method
@@ -85,7 +94,7 @@ def method_of(model: nn.Module) -> str:
 
 
 def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) -> Subject | None:
-    """The dense model beside a run's.
+    """Opens the dense model beside a run's.
 
     Args:
         choice: "host" the dense model that the run started from, None if it started from random weights; "pretrained" timm's
@@ -119,42 +128,40 @@ def open_dense(choice: str, run: Subject, config: RunConfig | None, where: str) 
 
 
 def host_of(config: RunConfig, run: Subject) -> Subject | None:
-    """The dense model that a run started from, with the run's normalisation; None if that had random weights."""
+    """Returns the dense model that a run started from, with the run's normalisation; None if that had random weights."""
     kept = Path(str(config.output_dir)) / "teacher" / "model.safetensors"
     if config.train.distill is not None and kept.is_file():
-        classes = int(getattr(run.model, "num_classes", 0))
-        teacher, _ = create_teacher(config.model, config.train.distill, kept, None, classes, subject_channels(run))
+        sizes = run.num_classes, run.num_channels
+        teacher, _ = create_teacher(config.model, config.train.distill, kept, None, *sizes)
         return subject(teacher, run.data)
     if config.model.checkpoint is not None:
         start = seen_from_run(Path(config.model.checkpoint).expanduser(), Path(str(config.output_dir)))
-        return weights_subject(
-            config.model.model_copy(update={"checkpoint": str(start)}), run, "the run's model.checkpoint"
-        )
+        model_config = config.model.model_copy(update={"checkpoint": str(start)})
+        return weights_subject(model_config, run, "the run's model.checkpoint")
     if config.model.pretrained:
         bare = config.model.model_copy(update={"num_classes": None})
-        return subject(create_host(bare, None, subject_channels(run)), run.data)
+        return subject(create_host(bare, None, run.num_channels), run.data)
     return None
 
 
 def seen_from_run(path: Path, run: Path) -> Path:
-    """A relative path of a run's config: from here, else from one of the folders that hold the run, where it was once started."""
+    """Returns a relative path of a run's config from here, else from a folder that holds the run, where it was started."""
     if path.is_absolute() or path.exists():
         return path
     return next((found for folder in run.resolve().parents if (found := folder / path).exists()), path)
 
 
 def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
-    """A dense model from a weights file or run folder, with the run's normalisation; without a head if it has other classes.
+    """Opens a dense model from a weights file or run folder, with the run's normalisation; without a head for other classes.
 
     Raises:
         CheckpointError: missing, or not of this model; the message starts with ``what``.
     """
-    classes = int(getattr(run.model, "num_classes", 0))
     try:
         found = open_weights(Path(str(config.checkpoint)).expanduser(), config.name).num_classes
-        same = found == classes and classes > 0
+        same = found == run.num_classes > 0
         bare = config.model_copy(update={"num_classes": None})
-        model, report = load_host(bare, classes if same else 0, subject_channels(run))
+        model, report = load_host(bare, run.num_classes if same else 0, run.num_channels)
     except CheckpointError as error:
         hint = "; --dense names another, --dense none leaves it out"
         raise CheckpointError(str(error).replace("model.checkpoint", what, 1) + hint) from None
@@ -162,7 +169,7 @@ def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
 
 
 def stored_host(run: Subject, file: Path) -> Subject:
-    """The dense host of a stored model, with the weights of a file.
+    """Returns the dense host of a stored model, with the weights of a file.
 
     Raises:
         CheckpointError: they are not of that host.
@@ -171,11 +178,11 @@ def stored_host(run: Subject, file: Path) -> Subject:
         dense = dense_host(run.model, file)
     except CheckpointError as error:
         raise CheckpointError(str(error).replace("load_dense", "--dense", 1)) from None
-    return subject(dense, run.data, classifies=dense.num_classes == run.model.num_classes)
+    return subject(dense, run.data, classifies=getattr(dense, "num_classes", 0) == run.num_classes)
 
 
 def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
-    """timm's pretrained weights of the run's architecture.
+    """Returns timm's pretrained weights of the run's architecture.
 
     Raises:
         ConfigError: the architecture is not known. CheckpointError: there are no weights.
@@ -192,39 +199,30 @@ def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subje
     else:
         model_config = config.model
     bare = model_config.model_copy(update={"pretrained": True, "checkpoint": None, "num_classes": None})
-    return subject(create_host(bare, None, subject_channels(run)))
-
-
-def subject_channels(run: Subject) -> int:
-    """Channels of the run's images."""
-    return input_channels(run.model) or int(run.data["input_size"][0])
+    return subject(create_host(bare, None, run.num_channels))
 
 
 def subject_names(subjects: Sequence[Subject]) -> list[str]:
-    """'dense' and the method's name; numbered if they are the same."""
+    """Returns 'dense' and the method's name; numbered if they are the same."""
     kinds = [one.kind for one in subjects]
     return kinds if len(set(kinds)) == len(kinds) else [f"{kind} {i}" for i, kind in enumerate(kinds, 1)]
 
 
 def refuse_target(subjects: Sequence[Subject], target: int | None) -> None:
-    """Raise ExplainError unless all models have a trained classifier with that class."""
+    """Raises ExplainError unless all models have a trained classifier with that class."""
     for name, one in zip(subject_names(subjects), subjects, strict=True):
-        classes = int(getattr(one.model, "num_classes", 0))
         if not one.classifies:
-            raise ExplainError(
-                f"--relevance: the {name} model has no trained classifier; --dense none leaves the dense one out"
-            )
-        if target is not None and not 0 <= target < classes:
-            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {classes - 1}")
+            what = f"the {name} model has no trained classifier"
+            raise ExplainError(f"--relevance: {what}; --dense none leaves the dense one out")
+        if target is not None and not 0 <= target < one.num_classes:
+            raise ExplainError(f"--target {target}: the {name} model has the classes 0 to {one.num_classes - 1}")
 
 
 def refuse_different(subjects: Sequence[Subject]) -> None:
-    """Raise ExplainError unless both models have the same attention layers."""
+    """Raises ExplainError unless both models have the same attention layers."""
     if len(subjects) < 2:
         return
     one, other = (set(find_attention(subject.model)) for subject in subjects)
     if one != other:
-        example = sorted(one ^ other)[0]
-        raise ExplainError(
-            f"--dense: is another architecture: only one of both models has the attention layer {example}"
-        )
+        layer = min(one ^ other)
+        raise ExplainError(f"--dense: is another architecture: only one of both models has the attention layer {layer}")

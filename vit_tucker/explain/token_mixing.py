@@ -8,13 +8,12 @@ from vit_tucker.hosts.find import find_attention, find_other_attention
 
 
 def is_pool(module: nn.Module) -> bool:
-    """Attention of a learned query that reads the tokens out."""
+    """Returns whether a module is attention of a learned query that reads the tokens out."""
     return type(module).__name__.startswith("AttentionPool")
 
 
 def find_token_mixers(model: nn.Module, attention: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    """What moves information between tokens besides the given layers, by full name: convolutions and pooling over places, and
-    other attention."""
+    """Finds modules that mix tokens besides the given layers, by full name: convolutions, pooling and other attention."""
     known = set(attention)
     inside = {part for layer in known for part in layer.modules()}
     others = {name: model.get_submodule(name) for name in find_other_attention(model)}

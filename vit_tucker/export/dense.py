@@ -62,7 +62,18 @@ def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate:
 
 
 def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """Returns what ``dense_model`` does, and for each layer whether it is exact or what is lost; with the same arguments."""
+    """Makes the model of ``dense_model``, with an account of each layer.
+
+    Args:
+        model: patched or plain; it is not touched.
+        host, approximate: see ``dense_model``.
+
+    Returns:
+        The dense model, and for each layer whether it is exact or what is lost.
+
+    Raises:
+        PatchError: see ``dense_model``.
+    """
     if host is None and any(record.originals is None for record in patch_records(model).values()):
         architecture = host_name(model)
         if architecture is None:

@@ -25,13 +25,13 @@ class Family:
     Attributes:
         self_attention: classes in which tokens attend to each other, whether a method of ours can take their place or not.
         left_alone: classes beside self-attention that stay as they are, and why.
-        read: reads a module, see ``read_host``.
+        read: reads a module, see ``read_host``: called with the module, its model and ``plain``.
         follow: resizes a module's position bias as that of its replacement was.
     """
 
     self_attention: tuple[type[nn.Module], ...]
     left_alone: Mapping[type[nn.Module], str]
-    read: Callable[[nn.Module, bool, bool], Host]
+    read: Callable[[nn.Module, nn.Module | None, bool], Host]
     follow: Callable[[nn.Module, PositionBias], None]
 
 
@@ -50,16 +50,16 @@ def _family_of(cls: Hashable) -> Family | None:
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """The family of a module's class or of what that derives from; None for classes of other libraries."""
+    """Returns the family of a module's class or of what that derives from; None for classes of other libraries."""
     return _family_of(cast(Hashable, type(module)))
 
 
-def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True) -> Host:
-    """Read an attention module.
+def read_host(module: nn.Module, model: nn.Module | None = None, *, plain: bool = True) -> Host:
+    """Reads an attention module.
 
     Args:
         module: of a model.
-        mixed_rope: the model makes its tables of rotations head by head.
+        model: dense or patched: it alone says whether its tables of rotations differ from head to head; None where they don't.
         plain: merge what stands around its weights, or refuse it; False: only its shape counts.
 
     Raises:
@@ -71,4 +71,4 @@ def read_host(module: nn.Module, mixed_rope: bool = False, *, plain: bool = True
     family = family_of(module)
     if family is None:
         raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
-    return family.read(module, mixed_rope, plain)
+    return family.read(module, model, plain)

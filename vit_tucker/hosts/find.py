@@ -9,13 +9,13 @@ from vit_tucker.hosts.families import family_of
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """By the class's name and a number of heads: what a user may take for attention, known to us or not."""
+    """Returns whether a user may take a module for attention, by its class's name and a number of heads, known to us or not."""
     name = type(module).__name__.lower()
     return ("attention" in name or name.endswith("attn")) and hasattr(module, "num_heads")
 
 
 def is_self_attention(module: nn.Module) -> bool:
-    """Whether tokens attend to each other in it: a known class, or a name like one.
+    """Returns whether tokens attend to each other in it: a known class, or a name like one.
 
     Attention pooling (timm's AttentionPool...) reads tokens out with a learned query, cross-attention takes its queries from
     elsewhere, other modules of that name let channels or one token attend: no weights of ours fit them.
@@ -30,7 +30,7 @@ def is_self_attention(module: nn.Module) -> bool:
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Whether a module is of a class that stands beside self-attention and stays as it is."""
+    """Returns whether a module is of a class that stands beside self-attention and stays as it is."""
     family = family_of(module)
     return family is not None and type(module) in family.left_alone
 
@@ -42,14 +42,14 @@ def own_parts(model: nn.Module) -> set[int]:
 
 
 def find_attention(model: nn.Module) -> dict[str, nn.Module]:
-    """All self-attention modules of a model by full name, in the model's order; a shared module under each of its names."""
+    """Finds all self-attention modules of a model by full name, in its order; a shared module under each of its names."""
     inside = own_parts(model)
     modules = model.named_modules(remove_duplicate=False)
     return {name: module for name, module in modules if is_self_attention(module) and id(module) not in inside}
 
 
 def find_other_attention(model: nn.Module) -> list[str]:
-    """Full names of attention that no method replaces: pooling, cross-attention, attention of channels or of one token."""
+    """Finds attention that no method replaces, by full name: pooling, cross-attention, attention of channels or of one token."""
     inside = own_parts(model)
     return [
         name
@@ -77,7 +77,7 @@ PEFT_MODELS = {
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
+    """Returns the model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
     for place, attribute in PEFT_MODELS.items():
         if isinstance(model, peft_class(*place)):
             return inner(getattr(model, attribute))
@@ -85,7 +85,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
+    """Raises PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
     for name, module in model.named_modules():
         advice = WRAPPERS.get(type(module).__name__)
         if advice is not None:
@@ -95,7 +95,7 @@ def refuse_wrapped(model: nn.Module) -> None:
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Raise WeightsError for a model of PEFT's with adapters on the own parameters of an attention module."""
+    """Raises WeightsError for a model of PEFT's with adapters on the own parameters of an attention module."""
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None) if is_tuner(module) else None
         if base is not None and is_self_attention(base):

@@ -54,16 +54,21 @@ def recorded_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
 def runs_at(model: nn.Module, size: tuple[int, int]) -> bool:
     """Returns whether a model takes images of this height and width; True if it can't run without values, which is no answer."""
-    probe = structure_copy(model).eval()
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    structure = structure_copy(model)
     try:
-        with torch.no_grad():
-            probe(torch.empty(1, input_channels(model) or 3, *size, device="meta", dtype=dtype))
+        dry_run(structure, (input_channels(model) or 3, *size))
     except NotImplementedError:
         return True
     except Exception:
         return False
     return True
+
+
+def dry_run(structure: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Runs a model without values, see ``structure_copy``, on one image of channels, height and width."""
+    dtype = next((p.dtype for p in structure.parameters() if p.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        structure.eval()(torch.empty(1, *shape, device="meta", dtype=dtype))
 
 
 def as_pair(size: Any) -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from vit_tucker.attention.effective import full_name, is_adapter, readable, refu
 from vit_tucker.attention.options import Selection
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.find import find_attention, find_other_attention
+from vit_tucker.hosts.images import pretrained_cfg
 from vit_tucker.hosts.plain import is_same
 from vit_tucker.linear.base import LinearModule, LinearSpec, LinearWeights
 
@@ -36,12 +37,12 @@ class LinearHost:
         return self.weights.weight
 
     def refuse_not_finite(self) -> None:
-        """Raise WeightsError for weights that are NaN or infinite."""
+        """Raises WeightsError for weights that are NaN or infinite."""
         refuse_infinite(vars(self.weights).items())
 
 
 def find_linear(model: nn.Module, layers: Selection | None = None) -> dict[str, nn.Module]:
-    """All linear layers outside of attention by full name, in the model's order; a shared one under each of its names.
+    """Finds all linear layers outside of attention by full name, in the model's order; a shared one under each of its names.
 
     Args:
         model: any.
@@ -61,7 +62,7 @@ def find_linear(model: nn.Module, layers: Selection | None = None) -> dict[str, 
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a Linear, also one with PEFT's adapters around it, or stands in the place of one."""
+    """Returns whether a module is a Linear, also one with PEFT's adapters around it, or stands in the place of one."""
     if is_adapter(module):
         base = getattr(module, "base_layer", getattr(module, "original_module", None))
         return isinstance(base, nn.Module) and is_linear(base)
@@ -69,9 +70,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the classifier's modules: as timm says, by ``pretrained_cfg`` or ``get_classifier``; else 'head'."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    named = cfg.get("classifier") if isinstance(cfg, dict) else None
+    """Returns the full names of the classifier's modules, by timm's ``pretrained_cfg`` or ``get_classifier``; else 'head'."""
+    named = pretrained_cfg(model).get("classifier")
     names = [named] if isinstance(named, str) else list(named or ())
     get = getattr(model, "get_classifier", None)
     own = get() if callable(get) else None
@@ -81,7 +81,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def read_linear(module: nn.Module) -> LinearHost:
-    """Read a linear layer; adapters and parametrizations are merged.
+    """Reads a linear layer; adapters and parametrizations are merged.
 
     Raises:
         PatchError: it has been replaced already, or computes something else than its weights say; lacks the module's name.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def fit_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Mean or standard deviation per channel; for a model of other channels (grey images, RGB values) their mean, as in timm.
+    """Returns means or deviations for a model's channels; where it has others than the images, their mean for each, as in timm.
 
     Args:
         values: one per channel of some images.

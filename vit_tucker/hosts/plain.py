@@ -1,11 +1,12 @@
 """Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from vit_tucker.attention.effective import full_name, functional_hooks, with_plain_parts
+from vit_tucker.attention.effective import full_name, with_plain_parts
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.errors import WeightsError
 
 PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
@@ -13,7 +14,7 @@ PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
 
 
 def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A module of timm's with plain parts, see ``with_plain_parts``, and the classes of those that were not, by name.
+    """Makes the parts of a module of timm's plain, see ``with_plain_parts``; also returns the classes of those that were not.
 
     Args:
         module: of a known class; it is not changed.
@@ -27,8 +28,8 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
     plain = with_plain_parts(module, PROJECTIONS)
     parts = dict(module.named_children())
     merged = {name: full_name(part) for name, part in parts.items() if not is_same(getattr(plain, name), part)}
-    qkv: Any = parts.get("qkv")
-    if "qkv" in merged and reads_weight(module) and differ(qkv.weight, plain.qkv.weight):  # type: ignore[union-attr, arg-type]
+    qkv, read = (cast(Any, each)._modules.get("qkv") for each in (module, plain))
+    if "qkv" in merged and reads_weight(module) and not (qkv.weight.is_meta or torch.equal(qkv.weight, read.weight)):
         raise WeightsError(
             f"its qkv is a {full_name(qkv)}, whose weight it reads without calling it: the adapter has no effect; "
             "merge_and_unload() or unload() it first"
@@ -37,22 +38,17 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def refuse_other_forward(module: nn.Module) -> None:
-    """Raise WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
+    """Raises WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
     written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
     if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
         raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
 
 
 def reads_weight(module: Any) -> bool:
-    """Whether a module multiplies by the weight of its ``qkv`` instead of calling it: BEiT's and EVA's with biases apart."""
+    """Returns whether a module multiplies by the weight of ``qkv`` instead of calling it: BEiT's, EVA's with biases apart."""
     return getattr(module, "q_bias", None) is not None and not getattr(module, "qkv_bias_separate", False)
 
 
 def is_same(plain: nn.Module, part: nn.Module) -> bool:
-    """Whether a plain part is what stood there, hooks of gradients apart."""
+    """Returns whether a plain part is what stood there, hooks of gradients apart."""
     return type(plain) is type(part) and not functional_hooks(part)
-
-
-def differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors hold other values; on the meta device there are none."""
-    return not one.is_meta and not torch.equal(one, other)

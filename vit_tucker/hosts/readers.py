@@ -37,7 +37,7 @@ class Host:
         return self.weights.query
 
     def refuse_not_finite(self) -> None:
-        """Raise WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
+        """Raises WeightsError for weights, norms or biases that are NaN or infinite; names the first."""
         tensors = dict(vars(self.own))
         for parts in self.spec.extras.values():
             for name, part in parts.items():
@@ -53,7 +53,7 @@ Keys and values may have fewer heads than queries."""
 
 
 def read_fused(m: Any, heads_first: bool = False) -> Projections:
-    """One projection ``qkv`` for all, Linear or 1x1 convolution, its outputs ordered (qkv, head, D) or (head, qkv, D)."""
+    """Reads one projection ``qkv``, a Linear or 1x1 convolution, with outputs ordered (qkv, head, D) or (head, qkv, D)."""
     order = (m.num_heads, 3, -1) if heads_first else (3, m.num_heads, -1)
 
     def split(rows: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def read_unfused(m: Any) -> Projections:
 
 
 def for_all_heads(projections: Projections, heads: int) -> Projections:
-    """Each key/value head once for each head of its group, so that there are H of everything."""
+    """Repeats each key/value head for each head of its group, so that there are H of everything."""
     return {
         name: part if part is None or len(part) == heads else part.repeat_interleave(heads // len(part), 0)
         for name, part in projections.items()
@@ -90,7 +90,7 @@ def for_all_heads(projections: Projections, heads: int) -> Projections:
 
 
 def read_split(m: Any) -> Projections:
-    """TNT: one projection ``qk`` for queries and keys, one ``v`` for values."""
+    """Reads TNT's projections: one ``qk`` for queries and keys, one ``v`` for values."""
     weights: Projections = {}
     for names, linear in ((("query", "key"), m.qk), (("value",), m.v)):
         parts = linear.weight.unflatten(0, (len(names), m.num_heads, -1)).mT
@@ -109,7 +109,7 @@ def make_host(
     fused_attn: bool = True,
     **options: Any,
 ) -> Host:
-    """Host of a module from its projections; norms, gate and rates are asked of the module: older classes lack some.
+    """Makes the Host of a module from its projections; norms, gate and rates are looked up in it: older classes lack some.
 
     Args:
         m: the module, with ``proj``.

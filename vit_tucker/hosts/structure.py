@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vit_tucker.attention.effective import CALL_HOOKS, HOOKS, functional_hooks
+from vit_tucker.attention.effective import CALL_HOOKS, HOOKS
+from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.errors import ConfigError
 
 
@@ -21,19 +22,19 @@ class ReadableLinspace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """See torch."""
+        """Calls the function, on the CPU if it is ``torch.linspace``."""
         options = {"device": "cpu"} if func is torch.linspace else {}
         return func(*args, **(kwargs or {}) | options)
 
 
 def on_meta(create: Callable[[], nn.Module]) -> nn.Module:
-    """What a function creates, on the meta device; whatever it raises where its constructor computes with values."""
+    """Runs a constructor on the meta device; raises whatever it raises where it computes with values."""
     with torch.device("meta"), ReadableLinspace():
         return create()
 
 
 def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
-    """What a function creates, on the meta device; on the CPU where a constructor computes with values.
+    """Runs a constructor on the meta device; on the CPU where it computes with values.
 
     Args:
         create: makes a model, without pretrained weights.
@@ -46,7 +47,7 @@ def without_weights(create: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """No hooks of torch's for all modules (``register_module_forward_hook`` and the like) in here."""
+    """Switches off torch's hooks for all modules (``register_module_forward_hook`` and the like)."""
     tables = [vars(nn.modules.module).get(f"_global{kind}") for kind in CALL_HOOKS]
     kept = [(table, dict(table)) for table in tables if table]
     for table, _ in kept:
@@ -59,8 +60,7 @@ def without_global_hooks() -> Iterator[None]:
 
 
 def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[object] = ()) -> nn.Module:
-    """The model's structure, with parameters and buffers that hold no values; the model itself is not touched. Hooks of the model
-    are left out: they are a user's, and made for values.
+    """Copies a model's structure, with parameters and buffers that hold no values, and without hooks, which are made for values.
 
     Args:
         model: any.

@@ -6,6 +6,7 @@ A host is recognised by its exact class; a subclass may compute something else. 
 import copy
 import importlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,20 +23,16 @@ from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, read_unfused
 
 
-def rope_of(m: Any, per_head: bool) -> RopeSpec:
-    """How a module of EVA's kind rotates its queries and keys."""
-    return RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
-
-
 def read_rotary(m: Any, per_head: bool) -> Host:
-    """AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
     if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
         raise PatchError("fused projections with fewer key/value heads")
-    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope_of(m, per_head))
+    rope = RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
+    return make_host(m, read_unfused(m) if m.qkv is None else read_fused(m), rope=rope)
 
 
 def bias_table(m: Any, *kept: str) -> PositionBias | None:
-    """The bias of BEiT and Swin, a table in the attention module itself: a copy of the module with nothing else in it."""
+    """Returns the bias of BEiT and Swin, a table in the attention module: a copy of the module with nothing else in it."""
     if m.relative_position_bias_table is None:
         return None
     source = copy.copy(m)
@@ -46,18 +43,23 @@ def bias_table(m: Any, *kept: str) -> PositionBias | None:
 
 
 def read_table(m: Any) -> Host:
-    """BEiT's Attention and Swin's WindowAttention."""
+    """Reads BEiT's Attention and Swin's WindowAttention."""
     bias = bias_table(m, "relative_position_bias_table", "relative_position_index")
     return make_host(m, read_fused(m), bias)
 
 
 def bias_module(m: Any) -> PositionBias | None:
-    """The bias of a ``rel_pos`` module."""
+    """Returns the bias of a ``rel_pos`` module."""
     return None if m.rel_pos is None else PositionBias(m.rel_pos, "get_bias")
 
 
+def read_maxxvit(m: Any, layout: str) -> Host:
+    """Reads the attention of MaxViT and CoAtNet."""
+    return make_host(m, read_fused(m, m.head_first), bias_module(m), layout=layout)
+
+
 def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
-    """Resize a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+    """Resizes a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
     source: Any = getattr(module, "rel_pos", module)
     like: Any = bias.source
     if tuple(source.window_size) != tuple(like.window_size):
@@ -65,7 +67,7 @@ def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
 
 
 def read_sam(m: Any) -> Host:
-    """SAM's ViT without relative positions."""
+    """Reads SAM's ViT without relative positions."""
     if m.use_rel_pos:
         raise PatchError(BY_QUERIES)
     if m.rope is not None:
@@ -78,12 +80,8 @@ READERS: dict[str, Callable[[Any], Host]] = {
     "timm.models.beit.Attention": read_table,
     "timm.models.swin_transformer.WindowAttention": read_table,
     "timm.models.vision_transformer_relpos.RelPosAttention": lambda m: make_host(m, read_fused(m), bias_module(m)),
-    "timm.models.maxxvit.AttentionCl": lambda m: make_host(
-        m, read_fused(m, m.head_first), bias_module(m), layout="grid"
-    ),
-    "timm.models.maxxvit.Attention2d": lambda m: make_host(
-        m, read_fused(m, m.head_first), bias_module(m), layout="channels_first"
-    ),
+    "timm.models.maxxvit.AttentionCl": lambda m: read_maxxvit(m, "grid"),
+    "timm.models.maxxvit.Attention2d": lambda m: read_maxxvit(m, "channels_first"),
     "timm.models.vision_transformer_sam.Attention": read_sam,
     "timm.models.davit.WindowAttention": lambda m: make_host(m, read_fused(m)),
     "timm.models.nest.Attention": lambda m: make_host(m, read_fused(m), heads_last=True),
@@ -156,24 +154,21 @@ MIXED_FLAGS = ("rope_mixed", "rope_is_mixed")
 """How timm's models with RoPE (Eva, NaFlexVit) say that theirs do."""
 
 
-def class_at(place: str) -> type[nn.Module] | None:
-    """The class at a place 'module.Class'; None where this timm has none."""
-    module, _, name = place.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name, None)
-    except ImportError:
-        return None
-    return found if isinstance(found, type) else None
-
-
 def classes_at(places: Iterable[str]) -> dict[type[nn.Module], str]:
-    """The classes that this timm has, with their places."""
-    found = {class_at(place): place for place in places}
-    return {cls: place for cls, place in found.items() if cls is not None}
+    """Returns the classes that this timm has of those at places 'module.Class', with their places."""
+    found: dict[type[nn.Module], str] = {}
+    for place in places:
+        module, _, name = place.rpartition(".")
+        with suppress(ImportError):
+            cls = getattr(importlib.import_module(module), name, None)
+            if isinstance(cls, type):
+                found[cls] = place
+    return found
 
 
 READERS_BY_CLASS = {cls: READERS[place] for cls, place in classes_at(READERS).items()}
 ROTARY_CLASSES = tuple(classes_at(ROTARY))
+MIXED_ROPE_CLASSES = tuple(classes_at([MIXED_ROPE]))
 REASONS_BY_CLASS = {cls: REFUSED[place] for cls, place in classes_at(REFUSED).items()}
 LEFT_ALONE_BY_CLASS = {cls: LEFT_ALONE[place] for cls, place in classes_at(LEFT_ALONE).items()}
 SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
@@ -181,16 +176,15 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 
 
 def has_mixed_rope(model: nn.Module) -> bool:
-    """Whether the model makes its tables of rotations head by head: it says so, or its embedding is timm's or derived from it."""
-    embeddings = tuple(classes_at([MIXED_ROPE]))
+    """Returns whether a model rotates head by head: it says so, or its embedding is timm's or derived from it."""
     return any(
-        isinstance(module, embeddings) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
+        isinstance(module, MIXED_ROPE_CLASSES) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()
     )
 
 
-def read_timm(module: nn.Module, mixed_rope: bool, plain: bool) -> Host:
-    """Read an attention module of timm's, see ``vit_tucker.hosts.families.read_host``."""
+def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
+    """Reads an attention module of timm's; arguments and errors are those of ``vit_tucker.hosts.families.read_host``."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:
@@ -198,7 +192,10 @@ def read_timm(module: nn.Module, mixed_rope: bool, plain: bool) -> Host:
     with torch.no_grad():
         if cls in (*ROTARY_CLASSES, *READERS_BY_CLASS):
             part, merged = plain_host(module) if plain else (module, {})
-            host = read_rotary(part, mixed_rope) if cls in ROTARY_CLASSES else READERS_BY_CLASS[cls](part)
+            if cls in ROTARY_CLASSES:
+                host = read_rotary(part, model is not None and has_mixed_rope(model))
+            else:
+                host = READERS_BY_CLASS[cls](part)
             return replace(host, merged=merged)
     raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
 

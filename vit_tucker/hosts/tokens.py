@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from vit_tucker.attention.call import to_sequences
-from vit_tucker.hosts.images import input_shape
+from vit_tucker.hosts.images import dry_run, input_shape
 from vit_tucker.hosts.structure import structure_copy, without_global_hooks
 
 Shape = tuple[int, int]
@@ -39,7 +38,7 @@ def count_calls(
     img_size: int | tuple[int, int] | None = None,
     shared: Iterable[object] = (),
 ) -> dict[str, Shape]:
-    """What each named module receives of one image.
+    """Counts what each named module receives of one image.
 
     Args:
         model: any model that maps (B, 3, H, W) images; it is not touched.
@@ -51,7 +50,7 @@ def count_calls(
         name -> (sequences, tokens); empty if the model can't run on the meta device.
     """
     try:
-        probe = structure_copy(model, shared=shared).eval()
+        structure = structure_copy(model, shared=shared)
         seen: dict[str, Shape] = {}
 
         def note(name: str) -> Any:
@@ -61,10 +60,9 @@ def count_calls(
             return hook
 
         for name in counters:
-            probe.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), without_global_hooks():
-            probe(torch.empty(1, *input_shape(model, img_size), device="meta", dtype=dtype))
+            structure.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True)
+        with without_global_hooks():
+            dry_run(structure, input_shape(model, img_size))
     except Exception:
         return {}
     return seen

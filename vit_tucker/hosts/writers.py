@@ -3,6 +3,7 @@
 So that the order of heads and projections in each class of timm is told once, by its reader.
 """
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,28 +20,30 @@ from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.linear.base import LinearModule
 
 
-def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, mixed_rope: bool = False) -> None:
-    """Give a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
+def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, model: nn.Module | None = None) -> None:
+    """Gives a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
 
     Args:
         module: of the class, and with the shape, of the module that the layer replaced.
         layer: of ours.
         weights: of the layer's heads, see ``heads_form``; H heads.
-        mixed_rope: the model makes its tables of rotations head by head.
+        model: that the layer is from, see ``read_host``.
 
     Raises:
         PatchError: the module can't hold the layer's attention; it may be half written then.
     """
     ATTENTION.restore(module, layer)
-    host = read_host(module, mixed_rope)
+    host = read_host(module, model)
     weights = fit_biases(weights, host.own)
     with torch.no_grad():
         for name, place in vars(host.own).items():
             if place is not None:
                 write_heads(place, getattr(weights, name))
-    for name, part in carried_parts(host.spec.extras).items():
-        part.load_state_dict(own_part(layer, name).state_dict())
-    written = read_host(module, mixed_rope).weights
+    for name, part in chain(*(parts.items() for parts in host.spec.extras.values())):
+        if name != "position_bias" and not isinstance(layer, PerHeadModule):
+            raise PatchError(f"{type(layer).__name__} has no {name}, the host has one")
+        part.load_state_dict(getattr(layer, name).state_dict())
+    written = read_host(module, model).weights
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
@@ -48,7 +51,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
 
 
 def write_linear(module: Any, layer: LinearModule) -> None:
-    """Give a Linear of the host's the weights that a layer of ours comes to. In place.
+    """Gives a Linear of the host's the weights that a layer of ours comes to. In place.
 
     Raises:
         PatchError: the layer has a bias, or a shape, that the Linear has no place for.
@@ -63,7 +66,7 @@ def write_linear(module: Any, layer: LinearModule) -> None:
 
 
 def write_heads(place: Tensor, value: Tensor | None) -> None:
-    """Copy weights or biases of H heads into a place for as many, or for G key/value heads.
+    """Copies weights or biases of H heads into a place for as many, or for G key/value heads.
 
     Raises:
         PatchError: heads that share a key or a value have different ones.
@@ -77,16 +80,3 @@ def write_heads(place: Tensor, value: Tensor | None) -> None:
             raise PatchError(f"its heads have keys and values of their own, the host has {len(place)} key/value heads")
         value = groups[:, 0]
     place.copy_(value)
-
-
-def carried_parts(extras: Any) -> dict[str, nn.Module]:
-    """The host's own norms, gate and position bias by name."""
-    return {name: part for group in extras.values() for name, part in group.items()}
-
-
-def own_part(layer: AttentionModule, name: str) -> nn.Module:
-    """The layer's copy of one of these."""
-    if name != "position_bias" and not isinstance(layer, PerHeadModule):
-        raise PatchError(f"{type(layer).__name__} has no {name}, the host has one")
-    part: nn.Module = getattr(layer, name)
-    return part

@@ -109,12 +109,14 @@ def image_options(model: nn.Module) -> ImageOptions:
         raise CheckpointError(f"config.json: vit_tucker.images: {options!r} is no way to read images") from None
 
 
-def classes_for(model: nn.Module, where: str | Path, data: DataConfig) -> tuple[tuple[str, ...] | None, list[str]]:
+def classes_for(
+    model: nn.Module, where: str | Path | None, data: DataConfig
+) -> tuple[tuple[str, ...] | None, list[str]]:
     """Returns the class map by which a stored model is to be scored on a data set, and lines for the user.
 
     Args:
         model: with timm's pretrained_cfg.
-        where: what it was opened from, see ``open_model``.
+        where: what it was opened from, see ``open_model``; None for a model that was not.
         data: section of a config.
 
     Returns:
@@ -123,8 +125,7 @@ def classes_for(model: nn.Module, where: str | Path, data: DataConfig) -> tuple[
     Raises:
         DataError: nothing tells which class of the data set is which of the model.
     """
-    run = run_config(where)
-    stored = stored_classes(run_folder(where))
+    run, stored = (None, None) if where is None else (run_config(where), stored_classes(run_folder(where)))
     cfg = getattr(model, "pretrained_cfg", None) or {}
     own = run is not None and run.data.dataset == data.dataset
     return choose_classes(data, stored, cfg.get("label_names"), int(getattr(model, "num_classes", 0)), own)

@@ -42,7 +42,7 @@ class LinearWeights:
     bias: Tensor | None
 
     def double(self) -> LinearWeights:
-        """The weights in float64, detached."""
+        """Returns the weights in float64, detached."""
         bias = None if self.bias is None else self.bias.detach().double()
         return LinearWeights(self.weight.detach().double(), bias)
 
@@ -56,16 +56,16 @@ class LinearModule(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def rank_options(self) -> dict[str, Any]:
-        """The options of the config that say the layer's present ranks, where they can change. Here: none."""
+        """Returns the options of the config that say the layer's present ranks, where they can change. Here: none."""
         return {}
 
     @abstractmethod
     def convert_from(self, weights: LinearWeights) -> None:
-        """Take over the host's weights, float64, as well as the layer can; called under no_grad."""
+        """Takes over the host's weights, float64, as well as the layer can; called under no_grad."""
 
     @abstractmethod
     def dense_weights(self) -> LinearWeights:
-        """The dense weights that the layer comes to, float64, detached."""
+        """Returns the dense weights that the layer comes to, float64, detached."""
 
 
 class LinearConfig(MethodConfig):
@@ -83,11 +83,11 @@ class LinearConfig(MethodConfig):
     exclude: Selection | None = Field(default=None, description="Linear layers to leave alone, written as in layers.")
 
     def check(self, spec: LinearSpec) -> None:
-        """Raise PatchError with the reason if the method with these options can't replace such a layer."""
+        """Raises PatchError with the reason if the method with these options can't replace such a layer."""
 
     @abstractmethod
     def build(self, spec: LinearSpec, **factory: Any) -> LinearModule:
-        """The layer with the method's own random initialisation; ``factory``: device, dtype."""
+        """Returns the layer with the method's own random initialisation; ``factory``: device, dtype."""
 
     @abstractmethod
     def count_parameters(self, spec: LinearSpec) -> ParameterCount:
@@ -95,7 +95,7 @@ class LinearConfig(MethodConfig):
 
     @abstractmethod
     def count_flops(self, spec: LinearSpec, num_tokens: int) -> int:
-        """Floating point operations (2 per multiply-add) of the matrix products for N tokens."""
+        """Returns the floating point operations (2 per multiply-add) of the matrix products for N tokens."""
 
 
 LINEAR_METHODS = MethodRegistry("linear method", LinearConfig)  # type: ignore[type-abstract]

@@ -6,6 +6,7 @@ which stand for the same projections in another form, follow the replacement's.
 """
 
 from collections.abc import Collection, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ PLACES = ("position_bias.source.", "rel_pos.")
 
 
 def refuse_lost(name: str, original: nn.Module, current: nn.Module) -> None:
-    """Raise PatchError if a host's module has no values to go where its replacement has some.
+    """Raises PatchError if a host's module has no values to go where its replacement has some.
 
     Args:
         name: full name of the module.
@@ -31,7 +32,7 @@ def refuse_lost(name: str, original: nn.Module, current: nn.Module) -> None:
 
 
 def follow(pairs: Collection[tuple[nn.Module, nn.Module]]) -> None:
-    """Give the host's modules the device, dtype, mode and requires_grad of what stands in their place, in place.
+    """Gives the host's modules the device, dtype, mode and requires_grad of what stands in their place, in place.
 
     Args:
         pairs: each module of the host with its replacement; they may share tensors with each other.
@@ -83,24 +84,20 @@ def _dtypes(original: nn.Module, current: nn.Module) -> Iterator[tuple[Tensor, t
 
 
 def _projection_dtype(tensors: dict[str, Tensor], shared: set[str]) -> torch.dtype | None:
-    """The dtype of the first matrix that only one of the two modules has; of the first at all if there is none."""
+    """Returns the dtype of the first matrix that only one of the two modules has; of the first at all if there is none."""
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.ndim > 1}
     own = [tensor for name, tensor in matrices.items() if _tail(name) not in shared]
     return next((tensor.dtype for tensor in [*own, *matrices.values()]), None)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of floating point, by name."""
-    return {name: tensor for name, tensor in _named(module) if tensor.is_floating_point()}
-
-
-def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    """Returns the parameters and buffers of floating point, by name."""
+    named = chain(module.named_parameters(), module.named_buffers())
+    return {name: tensor for name, tensor in named if tensor.is_floating_point()}
 
 
 def _tail(name: str) -> str:
-    """The name of a tensor or module without the place of the position bias."""
+    """Returns the name of a tensor or module without the place of the position bias."""
     for place in PLACES:
         name = name.removeprefix(place)
     return name

@@ -13,7 +13,7 @@ ATTENTION = "attention"
 
 
 def freeze_except_attention(model: nn.Module, *, keep: str | Sequence[str] = ()) -> tuple[str, ...]:
-    """Set ``requires_grad`` so that only the model's self-attention layers are trained; call it before making the optimizer.
+    """Sets ``requires_grad`` so that only the model's self-attention layers are trained; call it before making the optimizer.
 
     Args:
         model: patched or dense.
@@ -29,7 +29,7 @@ def freeze_except_attention(model: nn.Module, *, keep: str | Sequence[str] = ())
 
 
 def freeze_except(model: nn.Module, only: str | Sequence[str], what: str) -> tuple[str, ...]:
-    """Set ``requires_grad`` of all parameters: True for those that are named, False for the others.
+    """Sets ``requires_grad`` of all parameters: True for those that are named, False for the others.
 
     Args:
         model: patched or dense.
@@ -77,6 +77,6 @@ def _matching(item: str, model: nn.Module, names: Collection[str], what: str) ->
 
 
 def _and_parents(name: str) -> list[str]:
-    """'a.b.c' -> 'a.b.c', 'a.b', 'a'"""
+    """Returns a full name and those of its parents: 'a.b.c' -> 'a.b.c', 'a.b', 'a'."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]

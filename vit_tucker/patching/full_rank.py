@@ -5,14 +5,14 @@ from torch import nn
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Rule
 from vit_tucker.attention.registry import get_method
-from vit_tucker.errors import PatchError
-from vit_tucker.hosts.find import inner
-from vit_tucker.hosts.slot import ATTENTION
+from vit_tucker.errors import PatchError, naming
+from vit_tucker.hosts.families import read_host
+from vit_tucker.hosts.find import find_attention, inner
 from vit_tucker.patching.layer_configs import PLACEMENT_FIELDS
 
 
 def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
-    """The exact config of a method for a model: patched with it, the model gives its own outputs, to rounding.
+    """Returns the exact config of a method for a model: patched with it, the model gives its own outputs, to rounding.
 
     Args:
         model: a dense timm model; it is not touched, and may be on the meta device.
@@ -25,15 +25,13 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
         PatchError: no attention, or a layer that the method can't carry; names it.
     """
     model = inner(model)
-    cls, reader, configs = get_method(method), ATTENTION.reader(model), {}
-    for name, module in ATTENTION.find(model).items():
-        try:
-            spec = reader(module).spec
+    cls, configs = get_method(method), {}
+    for name, module in find_attention(model).items():
+        with naming(name):
+            spec = read_host(module, model).spec
             configs[name] = cls.full_rank(spec)
             configs[name].refuse_features(spec)
             configs[name].check(spec)
-        except PatchError as error:
-            raise type(error)(f"{name}: {error}") from None
     if not configs:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
     first = next(iter(configs.values()))

@@ -18,8 +18,6 @@ PATCHED = "vit_tucker_patched"
 """Name of a patched model's architecture in timm's registry, see ``vit_tucker.checkpoint.entry``."""
 OWN_ARGUMENTS = frozenset({"host", *(slot.argument for slot in SLOTS.values())})
 """Arguments of that architecture beside those of the host."""
-ATTRIBUTES = ("pretrained_cfg", "default_cfg", "_model_args")
-"""Where timm looks: configuration of the weights (under two names), and the arguments of ``create_model``."""
 
 
 @dataclass(frozen=True)
@@ -28,57 +26,48 @@ class Identity:
 
     Attributes:
         architecture: timm name, without a tag; None if the model does not tell.
-        attributes: by name, those of ``ATTRIBUTES`` that it had.
+        has_arguments: whether it had the arguments of ``create_model``.
     """
 
     architecture: str | None
-    attributes: dict[str, Any]
+    has_arguments: bool
 
 
 def patch_values(config: MethodConfig) -> dict[str, Any]:
-    """The config of a patch as JSON values: all that another machine needs, so without the backend."""
+    """Returns the config of a patch as JSON values: all that another machine needs, so without the backend."""
     return config.portable().model_dump(mode="json")
 
 
 def identity_of(model: nn.Module) -> Identity:
-    """What a model that is not patched says of itself."""
-    told = {name: vars(model)[name] for name in ATTRIBUTES if name in vars(model)}
-    cfg = told.get("pretrained_cfg")
-    return Identity(cfg.get("architecture") if isinstance(cfg, dict) else None, told)
+    """Returns what a model that is not patched says of itself."""
+    cfg = vars(model).get("pretrained_cfg")
+    return Identity(cfg.get("architecture") if isinstance(cfg, dict) else None, "_model_args" in vars(model))
 
 
 def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identity) -> None:
-    """Give a patched model the identity of one, if it said what it was.
+    """Makes a model tell timm of its patches; what timm itself has recorded since, such as another image size, stays.
 
     Args:
-        model: patched.
+        model: one that told its architecture before; others stay as they are.
         configs: of its patches by slot, with the ranks that rank rules chose; empty for a model that is no longer patched.
         identity: of the model before.
     """
     if identity.architecture is None:
         return
-    unmark(model, identity)
-    if configs:
-        set_pretrained_cfg(model, {**vars(model)["pretrained_cfg"], "architecture": PATCHED})
-        patches = {slot.argument: patch_values(configs[name]) for name, slot in SLOTS.items() if name in configs}
-        arguments = {**(vars(model).get("_model_args") or {}), "host": identity.architecture, **patches}
-        model._model_args = arguments  # type: ignore[assignment]
-
-
-def unmark(model: nn.Module, identity: Identity) -> None:
-    """Give a model back what it said of itself; what timm has recorded since, such as another image size, stays."""
-    if identity.architecture is None:
-        return
-    set_pretrained_cfg(model, {**vars(model)["pretrained_cfg"], "architecture": identity.architecture})
     told = vars(model).get("_model_args") or {}
     arguments = {name: value for name, value in told.items() if name not in OWN_ARGUMENTS}
-    if arguments or "_model_args" in identity.attributes:
+    if configs:
+        arguments["host"] = identity.architecture
+        arguments |= {slot.argument: patch_values(configs[name]) for name, slot in SLOTS.items() if name in configs}
+    architecture = PATCHED if configs else identity.architecture
+    set_pretrained_cfg(model, {**vars(model)["pretrained_cfg"], "architecture": architecture})
+    if arguments or identity.has_arguments:
         model._model_args = arguments  # type: ignore[assignment]
     else:
         vars(model).pop("_model_args", None)
 
 
 def set_pretrained_cfg(model: nn.Module, cfg: dict[str, Any]) -> None:
-    """Set timm's configuration of the weights, under both of its names."""
+    """Sets timm's configuration of the weights, under both of its names."""
     model.pretrained_cfg = cfg  # type: ignore[assignment]
     model.default_cfg = cfg  # type: ignore[assignment]

@@ -31,7 +31,7 @@ def choose_layers(config: MethodConfig, names: list[str]) -> list[str]:
 
 
 def layer_configs(config: Config, names: list[str], chosen: Iterable[str]) -> dict[str, Config]:
-    """The config of each chosen layer: the rules in order, a later one on top of an earlier one.
+    """Returns the config of each chosen layer: the rules in order, a later one on top of an earlier one.
 
     Ranks that a rank rule chose hold only where the layer's ranks still are that rule: who changes it gets others.
 
@@ -55,7 +55,7 @@ def layer_configs(config: Config, names: list[str], chosen: Iterable[str]) -> di
 
 
 def without_stale_choices(config: Config, names: list[str], chosen: Iterable[str]) -> Config:
-    """The config without ranks that were chosen by a rule which no layer has any more."""
+    """Returns the config without ranks that were chosen by a rule which no layer has any more."""
     written = config.without_choices()
     current = {layer.rank_rule for layer in layer_configs(written, names, chosen).values()}
     kept = tuple(rule for rule in config.rules if rule.chosen_by is None or rule.chosen_by in current)
@@ -74,7 +74,7 @@ def _with_options(config: Config, extra: dict[str, Any], name: str) -> Config:
 
 
 def describe_options(config: MethodConfig) -> str:
-    """The method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
+    """Returns the method's own options that differ from their defaults, 'ranks=8,16,16 shared_kv=True'."""
     parts = []
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)

@@ -7,13 +7,11 @@ from typing import Any
 from torch import nn
 
 from vit_tucker.attention.effective import is_adapter, plain_part, readable, trains
-from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import HeadsForm, heads_form
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, naming, one_line
 from vit_tucker.hosts import find
 from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.slot import ATTENTION, LINEAR
-from vit_tucker.hosts.timm_classes import has_mixed_rope
 from vit_tucker.hosts.writers import write_layer, write_linear
 from vit_tucker.patching.identity import mark
 from vit_tucker.patching.record import patch_records, set_module, set_records, shared_records
@@ -54,7 +52,7 @@ class Merged:
 
 
 def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """Write the attention of a patched model into modules of timm's. See ``vit_tucker.dense_model``, which also makes hosts.
+    """Writes the attention of a patched model into modules of timm's; ``vit_tucker.dense_model`` makes hosts, too.
 
     Args:
         model: patched.
@@ -67,13 +65,15 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
     model = find.inner(model)
     find.refuse_wrapped(model)
     layers: dict[str, Any] = ATTENTION.layers(model)
-    forms = {name: _form(name, layer, approximate) for name, layer in layers.items()}
-    mixed_rope = has_mixed_rope(model)
+    forms: dict[str, HeadsForm] = {}
+    for name, layer in layers.items():
+        with naming(name):
+            forms[name] = heads_form(layer, approximate)
     layers |= LINEAR.layers(model)
     modules: dict[int, nn.Module] = {}  # a layer that stands at several places gets one module
     for name, layer in layers.items():
         if id(layer) not in modules:
-            modules[id(layer)] = _written(name, _host_module(model, host, name), layer, forms.get(name), mixed_rope)
+            modules[id(layer)] = _written(name, _host_module(model, host, name), layer, forms.get(name), model)
     result = _without_record(model)
     for name, layer in layers.items():
         set_module(result, name, modules[id(layer)])
@@ -86,7 +86,7 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Put plain modules in place of a model's modules with adapters, wherever they are. In place.
+    """Puts plain modules in place of a model's modules with adapters, wherever they are. In place.
 
     Raises:
         PatchError: one can't be merged; names it.
@@ -102,15 +102,8 @@ def merge_adapters(model: nn.Module) -> None:
         set_module(model, name, plain)
 
 
-def _form(name: str, layer: AttentionModule, approximate: bool) -> HeadsForm:
-    try:
-        return heads_form(layer, approximate)
-    except PatchError as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
 def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Module:
-    """The module of timm's that once stood there."""
+    """Returns the module of timm's that once stood there."""
     if host is not None:
         try:
             return host.get_submodule(name)
@@ -122,13 +115,11 @@ def _host_module(model: nn.Module, host: nn.Module | None, name: str) -> nn.Modu
     return originals[name]
 
 
-def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, mixed_rope: bool) -> nn.Module:
-    """A copy of the host's module that computes what the layer does."""
+def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, model: nn.Module) -> nn.Module:
+    """Returns a copy of the host's module that computes what the layer does."""
     like = next(layer.parameters())
-    try:
+    with naming(name):
         new = copy.deepcopy(readable(module) if form is None else plain_host(module)[0])
-    except PatchError as error:
-        raise type(error)(f"{name}: {error}") from None
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
         raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
     new = new.to(like.device, like.dtype)
@@ -136,14 +127,14 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
         if form is None:
             write_linear(new, layer)
         else:
-            write_layer(new, layer, form.weights, mixed_rope)
+            write_layer(new, layer, form.weights, model)
     except (PatchError, RuntimeError) as error:  # RuntimeError: shapes that differ
-        raise PatchError(f"{name}: {' '.join(str(error).split())}") from None
+        raise PatchError(f"{name}: {one_line(error)}") from None
     return new.requires_grad_(trains(layer)).train(layer.training)
 
 
 def _without_record(model: nn.Module) -> nn.Module:
-    """A copy that does not know of its patch, and is freed of the replaced modules."""
+    """Returns a copy that does not know of its patch, and is freed of the replaced modules."""
     result = copy.deepcopy(model, shared_records(model))
     for record in patch_records(model).values():
         mark(result, {}, record.identity)

@@ -17,7 +17,7 @@ ARGUMENTS = ("layers", "exclude", "calibration", "keep_originals", "img_size")
 
 
 def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> MethodConfig:
-    """The config that a call means.
+    """Returns the config that a call means.
 
     Args:
         model: what is to be patched, for its type alone.
@@ -58,7 +58,7 @@ def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> Met
 
 
 def named(name: str) -> type[MethodConfig]:
-    """Config class of the method of a name, of whatever slot; attention methods come first.
+    """Returns the config class of the method of a name, of whatever slot; attention methods come first.
 
     Raises:
         ConfigError: no such method.

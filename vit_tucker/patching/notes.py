@@ -17,7 +17,7 @@ CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by 
 
 
 def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """What becomes of the rotations of hosts with RoPE where one latent key takes the place of the heads' own.
+    """Notes what becomes of a host's rotations (RoPE) where one latent key takes the place of the heads' own.
 
     Args:
         hosts, layers: what was there and what replaces it, by full module name.
@@ -36,7 +36,7 @@ def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -
 
 
 def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
-    """What too few images do to moments, and so to whitened spectra, ranks and conversions.
+    """Notes what too few images do to moments, and so to whitened spectra, ranks and conversions.
 
     Args:
         layers: with moments.
@@ -64,7 +64,7 @@ def _count(number: int, what: str) -> str:
 
 
 def weight_notes(hosts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """What stood around the weights of replaced modules: adapters and parametrizations that are merged, hooks that are left.
+    """Notes what stood around the weights of replaced modules: adapters that are merged, hooks that are left.
 
     Args:
         hosts, modules: what is replaced, by full module name.
@@ -84,7 +84,7 @@ def weight_notes(hosts: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
 
 
 def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
-    """Every hook of users on a module, its parts and its parameters: 'forward hook of blocks.0.attn'."""
+    """Returns every hook of users on a module, its parts and its parameters: 'forward hook of blocks.0.attn'."""
     for part_name, part in module.named_modules(prefix=name):
         for kind in user_hooks(part):
             yield f"{kind} of {part_name}"
@@ -94,7 +94,7 @@ def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
-    """What an optimizer that was made before the patch misses.
+    """Notes which optimizers were made before the patch, and so hold parameters that it replaces.
 
     Args:
         modules: to be replaced.
@@ -117,7 +117,7 @@ def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
 
 
 def _is_held_elsewhere(module: nn.Module) -> bool:
-    """Whether anything but the module refers to a parameter of it, by its count of references: a cheap first look."""
+    """Returns whether anything but the module refers to a parameter of it, by its count of references: a cheap first look."""
     usual, *_ = _reference_counts(nn.LayerNorm(1))  # which draws no random numbers
     return any(count > usual for count in _reference_counts(module))
 
@@ -127,5 +127,5 @@ def _reference_counts(module: nn.Module) -> list[int]:
 
 
 def in_words(numbers: Sequence[int]) -> str:
-    """'16', or '16 to 48'; of rising numbers."""
+    """Writes rising numbers as '16', or as '16 to 48'."""
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"

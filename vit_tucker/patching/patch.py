@@ -29,7 +29,7 @@ def patch(
     img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> PatchReport:
-    """Replace attention modules of a timm model, or linear layers, in place: the config's class says which.
+    """Replaces attention modules of a timm model, or linear layers, in place: the config's class says which.
 
     Both can be patched, in either order, each by a call of its own. ``calibration`` is for attention.
 
@@ -94,7 +94,7 @@ def plan(
     img_size: int | tuple[int, int] | None = None,
     **options: Any,
 ) -> PatchReport:
-    """The report, and the errors, that ``patch`` would give.
+    """Returns the report, or raises the errors, that ``patch`` would give.
 
     Nothing is touched: neither the model, nor the random number generators.
 
@@ -121,7 +121,7 @@ def plan(
 
 
 def unpatch(model: nn.Module, slot: str | None = None) -> None:
-    """Put the original modules back: the same objects with the same tensors.
+    """Puts the original modules back: the same objects with the same tensors.
 
     They follow what has changed since the patch: device, dtype, train/eval mode and requires_grad are those of the replacements,
     see ``vit_tucker.patching.follow``. Position biases are resized if timm's ``set_input_size`` has resized those of the
@@ -179,7 +179,7 @@ def config_of(model: nn.Module, slot: str = ATTENTION.name) -> Any:
 
 
 def _placed(config: MethodConfig, layers: Selection | None, exclude: Selection | None) -> MethodConfig:
-    """The config with ``layers`` and ``exclude`` of the call, so that the record tells the whole patch."""
+    """Returns the config with ``layers`` and ``exclude`` of the call, so that the record tells the whole patch."""
     given = {"layers": layers, "exclude": exclude}
     update = {k: v if isinstance(v, int | str) else tuple(v) for k, v in given.items() if v is not None}
     return config.model_copy(update=update) if update else config

@@ -12,7 +12,7 @@ from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
 from vit_tucker.conversion.observe import collect_images, timed
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import Slot, slot_of
 from vit_tucker.hosts.tokens import count_calls
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
@@ -76,8 +76,7 @@ def prepare(
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)
     notes = optimizer_notes(found[name] for name in chosen)
-    reader = slot.reader(model)
-    read = {name: _read(name, found[name], configs[name], reader) for name in chosen}
+    read = {name: _read(slot, name, found[name], configs[name], model) for name in chosen}
     counters = {name: slot.counter(host) for name, host in read.items()}
     tokens = count_calls(model, counters, img_size, patch_records(model).values())
     images = None
@@ -98,7 +97,7 @@ def prepare(
     converted = _convert(model, config, list(built.values()), images)
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(_row(slot, name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
-    left = tuple([name for name in found if name not in read] + slot.left_alone(model))
+    left = tuple([name for name in found if name not in read] + slot.find_others(model))
     replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
     notes += token_notes([layer for layer in built.values() if layer.images])
@@ -106,20 +105,18 @@ def prepare(
     return Prepared(config, replacements, report)
 
 
-def _read(name: str, module: nn.Module, config: MethodConfig, reader: Callable[[nn.Module], Any]) -> Any:
-    try:
-        host = reader(module)
+def _read(slot: Slot, name: str, module: nn.Module, config: MethodConfig, model: nn.Module) -> Any:
+    with naming(name):
+        host = slot.read(module, model)
         config.refuse_features(host.spec)
         config.check(host.spec)
         if config.init == "pretrained":
             host.refuse_not_finite()
-    except PatchError as error:
-        raise type(error)(f"{name}: {error}") from None
     return host
 
 
 def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> CalibratedLayer:
-    """The new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
+    """Returns the new module, newly initialised, with device, dtype, mode and requires_grad of the old one."""
     replacement = config.build(host.spec, device=host.like.device, dtype=host.like.dtype)
     config.settle(replacement)
     replacement.requires_grad_(trains(module))
@@ -129,7 +126,7 @@ def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> Cal
 def _convert(
     model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
 ) -> bool:
-    """Convert the host's weights, for the images if there are any. Returns whether there was something to convert."""
+    """Converts the hosts' weights, for the images if there are any; returns whether there was something to convert."""
     if config.init != "pretrained" or any(layer.host.like.is_meta for layer in layers):
         return False
     if config.fitted_to is not None:

@@ -33,7 +33,7 @@ class PatchRecord:
 
 
 def patch_record(model: nn.Module, slot: str = ATTENTION.name) -> PatchRecord | None:
-    """Config, report and originals of a patched model.
+    """Returns config, report and originals of a patched model.
 
     Args:
         model: any module.
@@ -49,7 +49,7 @@ def patch_record(model: nn.Module, slot: str = ATTENTION.name) -> PatchRecord | 
 
 
 def patch_records(model: nn.Module) -> dict[str, PatchRecord]:
-    """The records of a model by slot, with the ranks that its layers have by now; empty if it is not patched."""
+    """Returns the records of a model by slot, with the ranks that its layers have by now; empty if it is not patched."""
     model = inner(model)
     records: dict[str, PatchRecord] = dict(vars(model).get(RECORDS, {}))
     for record in records.values():
@@ -68,7 +68,7 @@ def host_name(model: nn.Module) -> str | None:
 
 
 def set_records(model: nn.Module, records: dict[str, PatchRecord]) -> None:
-    """Set the records of a model; without any it is as if it had never been patched."""
+    """Sets the records of a model; without any it is as if it had never been patched."""
     if records:
         vars(model)[RECORDS] = records
     else:
@@ -76,16 +76,16 @@ def set_records(model: nn.Module, records: dict[str, PatchRecord]) -> None:
 
 
 def configs_of(records: dict[str, PatchRecord]) -> dict[str, MethodConfig]:
-    """The configs of records by slot."""
+    """Returns the configs of records by slot."""
     return {name: record.config for name, record in records.items()}
 
 
 def shared_records(model: nn.Module) -> dict[int, Any]:
-    """The records of a model, for ``copy.deepcopy``: a copy shares them, and so has no copies of the replaced modules."""
+    """Returns the records for ``copy.deepcopy``: a copy shares them, and so has no copies of the replaced modules."""
     return {id(record): record for record in patch_records(model).values()}
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of the one of that full name."""
+    """Puts a module in the place of the one of that full name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -6,6 +6,7 @@ from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.hosts.slot import ATTENTION, SLOTS
+from vit_tucker.show.tables import plain
 
 
 @dataclass(frozen=True)
@@ -95,40 +96,29 @@ class PatchReport:
         return sum(known) if known else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        layers = [_row_values(layer) for layer in self.layers]
-        totals = {
-            name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")
+        """Returns plain values for JSON."""
+        return {
+            "applied": self.applied,
+            "layers": [_row_values(layer) for layer in self.layers],
+            "left_alone": list(self.left_alone),
+            "notes": list(self.notes),
+            **{name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")},
         }
-        lists = {"left_alone": list(self.left_alone), "notes": list(self.notes)}
-        return {"applied": self.applied, "layers": layers, **lists, **totals}
 
     def __str__(self) -> str:
         slot = SLOTS[self.slot]
         header = ("module", "method", "options", f"{slot.name} params", "share", *slot.columns.values(),
                   "seconds", "MFLOPs/image")  # fmt: skip
-        rows = [
-            (
-                x.name if x.shared_with is None else f"{x.name} = {x.shared_with}",
-                x.method,
-                x.options,
-                *_params(x.params_before.total, x.params_after.total),
-                *(_error(x.errors[key]) for key in slot.columns),
-                "-" if x.seconds is None else f"{x.seconds:.1f}",
-                _flops(x.flops_before, x.flops_after),
-            )
-            for x in self.layers
-        ]
-        total = (
-            f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}",
-            "",
-            "",
-            *_params(self.params_before, self.params_after),
-            *("" for _ in slot.columns),
-            "-" if self.seconds is None else f"{self.seconds:.1f}",
-            _flops(self.flops_before, self.flops_after),
-        )
-        lines = format_table([header, *rows, total], rule_after=(0, len(rows)))
+        rows = []
+        for x in self.layers:
+            name = x.name if x.shared_with is None else f"{x.name} = {x.shared_with}"
+            params = x.params_before.total, x.params_after.total
+            errors = [_error(x.errors[key]) for key in slot.columns]
+            rows.append((name, x.method, x.options, *_params(*params), *errors, *_costs(x)))
+        count = f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}"
+        total = _params(self.params_before, self.params_after)
+        rows.append((count, "", "", *total, *("" for _ in slot.columns), *_costs(self)))
+        lines = [plain([header, *rows], left=range(3), rule_after=(0, len(self.layers)))]
         lines.append(f"{slot.legend}; FLOPs: 2 per multiply-add, {slot.name} layers only")
         if self.left_alone:
             lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
@@ -138,20 +128,8 @@ class PatchReport:
         return "\n".join(lines)
 
 
-def format_table(rows: list[tuple[str, ...]], rule_after: tuple[int, ...] = (0,)) -> list[str]:
-    """Lines of a plain table: three columns left, the others right aligned, a rule below the given rows."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-        if number in rule_after:
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return lines
-
-
 def _row_values(layer: LayerReport) -> dict[str, Any]:
-    """Plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
+    """Returns the plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
     values: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if name == "errors":
@@ -175,7 +153,9 @@ def _error(value: float | None) -> str:
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
 
 
-def _flops(before: int | None, after: int | None) -> str:
-    if before is None or after is None:
-        return "-"
-    return f"{before / 1e6:,.1f} -> {after / 1e6:,.1f}"
+def _costs(of: LayerReport | PatchReport) -> tuple[str, str]:
+    """Returns the cells of seconds and operations."""
+    seconds = "-" if of.seconds is None else f"{of.seconds:.1f}"
+    if of.flops_before is None or of.flops_after is None:
+        return seconds, "-"
+    return seconds, f"{of.flops_before / 1e6:,.1f} -> {of.flops_after / 1e6:,.1f}"

@@ -17,7 +17,7 @@ from vit_tucker.patching.report import LayerReport, PatchReport
 
 
 def current_config(model: nn.Module, config: Config) -> Config:
-    """The config of a patch with the ranks that the layers have: the very same if none was resized, else with a rule for each.
+    """Returns a patch's config with the ranks that the layers have: itself if none was resized, else with a rule for each.
 
     Args:
         model: patched.
@@ -53,7 +53,7 @@ def current_report(
     config: MethodConfig,
     shared: Iterable[object] = (),
 ) -> PatchReport:
-    """The report with other rows for the layers that were resized: the errors of their conversion tell nothing any more.
+    """Returns the report with new rows for resized layers: the errors of their conversion tell nothing any more.
 
     Args:
         model: patched.

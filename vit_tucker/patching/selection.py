@@ -11,7 +11,7 @@ Selection = Item | Iterable[Item]
 
 
 def matches(item: Item, names: Sequence[str], noun: str = "attention module") -> set[str]:
-    """The names that one item selects.
+    """Returns the names that one item selects.
 
     Args:
         item: an index (negative from the end), an index range 'first-last' (inclusive; '6-' to the end), 're:' and a regular

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
-from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.report.settings import Setting
 from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save, subplots
 from vit_tucker.show.tables import Table, spread
 
@@ -18,10 +18,7 @@ INIT = "init"
 """How the attention starts, as one option; it stands for the keys below."""
 INIT_KEYS = ("attention.init", "attention.conversion", "attention.calibration")
 RANKS = tuple(f"attention.ranks.{mode}" for mode in range(3))
-USUAL = (
-    *(INIT, *RANKS, f"{RANKS[1]},{RANKS[2]}"),
-    *("attention.shared_kv", "attention.query_bias", "train.epochs"),
-)
+USUAL = (INIT, *RANKS, f"{RANKS[1]},{RANKS[2]}", "attention.shared_kv", "attention.query_bias", "train.epochs")
 """Options that are looked at without being asked for."""
 NAMES = {
     INIT: "start",
@@ -54,21 +51,16 @@ class Line(NamedTuple):
     settings: list[Setting]
 
 
-def replaced_settings(section: Section) -> list[Setting]:
-    """Settings whose attention is not the host's, of any recipe."""
-    return [s for s in section.settings if s.method != DENSE]
-
-
 def usual_options(section: Section) -> list[str]:
-    """Those of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
+    """Returns the options of ``USUAL`` that vary while all else is equal; ranks that only vary together, together."""
     options = [option for option in USUAL if option_lines(section, option)]
     alone = {o for o in options if "," not in o}
     return [o for o in options if o in alone or not alone.intersection(o.split(","))]
 
 
 def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
-    """Raise ConfigError for an option that no setting of any section has."""
-    known = {key for section in parts for s in replaced_settings(section) for key in s.config} | {INIT}
+    """Raises ConfigError for an option that no setting of any section has."""
+    known = {key for section in parts for s in section.replaced for key in s.config} | {INIT}
     for option in options:
         for key in option.split(","):
             if key not in known:
@@ -76,38 +68,35 @@ def check_options(options: Sequence[str], parts: Sequence[Section]) -> None:
 
 
 def covers(key: str, option: str) -> bool:
-    """Whether a key of the config belongs to an option: INIT, or keys joined by commas."""
+    """Returns whether a key of the config belongs to an option: INIT, or keys joined by commas."""
     return is_below(key, INIT_KEYS if option == INIT else option.split(","))
 
 
 def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
-    """The option's value in a setting."""
+    """Returns the option's value in a setting."""
     if option == INIT:
         return (setting.init,)
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
 def option_lines(section: Section, option: str) -> list[Line]:
-    """Groups of at least two settings that differ in the option alone, by size of the option."""
-    settings = replaced_settings(section)
+    """Returns groups of at least two settings that differ in the option alone, by size of the option."""
     groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
-    for setting in settings:
+    for setting in section.replaced:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
         groups.setdefault(json.dumps(rest, sort_keys=True), {})[value_of(setting, option)] = setting
-    varied = {text: members for text, members in groups.items() if len(members) > 1}
-    rests = [json.loads(text) for text in varied]
+    varied = [(json.loads(text), members) for text, members in groups.items() if len(members) > 1]
     lines = []
-    for own, members in zip(rests, varied.values(), strict=True):
+    for own, members in varied:
         values = sorted(members, key=lambda value: [(isinstance(v, str), v) for v in value])
-        label = line_label(own, rests, members[values[0]], option)
-        lines.append(
-            Line(label, [", ".join(map(str, value)) for value in values], [members[value] for value in values])
-        )
+        label = line_label(own, [rest for rest, _ in varied], members[values[0]], option)
+        names = [", ".join(map(str, value)) for value in values]
+        lines.append(Line(label, names, [members[value] for value in values]))
     return sorted(lines, key=lambda line: table_order(line.settings[0]))
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
-    """'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
         name, equals, value = part.partition("=")
@@ -122,12 +111,12 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """'ranks.0' for attention.ranks.0."""
+    """Returns 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
 def ablation_table(option: str, lines: Sequence[Line]) -> Table:
-    """A row for each line, a column for each value; as CSV a row for each setting."""
+    """Returns a table with a row for each line, a column for each value; as CSV a row for each setting."""
     values = categories(lines)
     rows, raw = [], []
     for line in lines:
@@ -138,35 +127,32 @@ def ablation_table(option: str, lines: Sequence[Line]) -> Table:
         ]
     raw_header = ["settings", "value", "config", "attention_params", "top1_mean", "top1_std", "seeds"]
     note = f"top-1 %, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in all else."
-    return Table(stem_of(option), [name_of(option), *values], rows, 1, raw_header, raw, [note])
+    return Table([name_of(option), *values], rows, 1, raw_header, raw, [note], stem=stem_of(option))
 
 
 def categories(lines: Sequence[Line]) -> list[str]:
-    """All values of the lines: numbers in order, words as they come."""
+    """Returns all values of the lines: numbers in order, words as they come."""
     values = list(dict.fromkeys(value for line in lines for value in line.values))
-    numbers = [as_number(value) for value in values]
-    return values if None in numbers else sorted(values, key=float)
+    return values if any(as_number(value) is None for value in values) else sorted(values, key=float)
 
 
 def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Accuracy over the option's values, a line per group; the name of the PNG."""
+    """Draws accuracy over the option's values, a line per group; returns the name of the PNG."""
     values = categories(lines)
-    numbers = [as_number(value) for value in values]
-    ticks = [float(number if number is not None and None not in numbers else i) for i, number in enumerate(numbers)]
-    places = dict(zip(values, ticks, strict=True))
-    width = max(COLUMN, TICK * len(values)) if None in numbers else COLUMN
+    numbers = [number for value in values if (number := as_number(value)) is not None]
+    numeric = len(numbers) == len(values)
+    places = dict(zip(values, numbers if numeric else map(float, range(len(values))), strict=True))
+    ticks = list(places.values())
+    width = COLUMN if numeric else max(COLUMN, TICK * len(values))
     with subplots(width, HEIGHT + ROW * len(lines)) as (figure, axis):
         for i, line in enumerate(lines):
-            style: dict[str, Any] = {
-                "color": PALETTE[i % len(PALETTE)],
-                "marker": SHAPES[i % len(SHAPES)],
-                "markersize": 3.6,
-            }
+            style: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "marker": SHAPES[i % len(SHAPES)]}
+            style["markersize"] = 3.6
             x, means = [places[value] for value in line.values], [s.top1_mean for s in line.settings]
             errors = [s.top1_std or 0.0 for s in line.settings]
             axis.errorbar(x, means, errors, linestyle="none", capsize=1.3, elinewidth=0.7, **style)
             axis.plot(x, means, LINES[i // len(PALETTE) % len(LINES)], linewidth=0.9, label=line.label, **style)
-        if None not in numbers and ticks[0] > 0 and ticks[-1] >= WIDE * ticks[0]:
+        if numeric and ticks[0] > 0 and ticks[-1] >= WIDE * ticks[0]:
             axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [fill(value, TICK_WIDTH) for value in values])
         axis.minorticks_off()
@@ -180,7 +166,7 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """The number that a text is."""
+    """Returns the number that a text is, None if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -188,10 +174,10 @@ def as_number(text: str) -> float | None:
 
 
 def name_of(option: str) -> str:
-    """'head rank' for attention.ranks.0; other keys as they are."""
+    """Returns 'head rank' for attention.ranks.0; other keys as they are."""
     return ", ".join(NAMES.get(key, key) for key in option.split(","))
 
 
 def stem_of(option: str) -> str:
-    """'by_ranks_0' for attention.ranks.0."""
+    """Returns 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

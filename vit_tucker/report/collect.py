@@ -3,11 +3,10 @@
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 from vit_tucker.storage import json_files
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
@@ -32,8 +31,7 @@ NOT_COMPARED_KEYS = IGNORED_KEYS | {"train.cpu"}
 """Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     """Results that were found.
 
     Attributes:
@@ -46,7 +44,7 @@ class Collection:
 
 
 def collect(paths: Sequence[Path]) -> Collection:
-    """Results of all finished runs at or below some paths.
+    """Collects the results of all finished runs at or below some paths.
 
     Args:
         paths: run folders, results.json files, folders that contain runs, results.jsonl files. A results.jsonl inside a folder is
@@ -55,12 +53,8 @@ def collect(paths: Sequence[Path]) -> Collection:
     Raises:
         ConfigError: a path is not there, a file is not of that kind, or no run is finished.
     """
-    files: dict[Path, None] = {}
-    unfinished: dict[Path, None] = {}
-    for path in paths:
-        found, open_runs = find_results(path)
-        files |= dict.fromkeys(found)
-        unfinished |= dict.fromkeys(open_runs)
+    found = [find_results(path) for path in paths]
+    files, unfinished = (dict.fromkeys(path for part in parts for path in part) for parts in zip(*found, strict=True))
     results, notes = newest([entry for file in files for entry in results_in(file)])
     if unfinished:
         notes.append(f"not finished, left out: {', '.join(map(str, unfinished))}")
@@ -70,7 +64,7 @@ def collect(paths: Sequence[Path]) -> Collection:
 
 
 def find_results(path: Path) -> tuple[list[Path], list[Path]]:
-    """Files with results at or below a path, and folders of runs that are not finished.
+    """Returns files with results at or below a path, and folders of runs that are not finished.
 
     Raises:
         ConfigError: there is nothing.
@@ -81,14 +75,12 @@ def find_results(path: Path) -> tuple[list[Path], list[Path]]:
         raise ConfigError(f"{path}: no such file or folder")
     files = sorted(path.rglob("results.json"))
     kept = [file for file in sorted(path.rglob(KEPT)) if not any(file.parent in run.parents for run in files)]
-    unfinished = [
-        config.parent for config in sorted(path.rglob("config.yaml")) if config.parent / "results.json" not in files
-    ]
-    return files + kept, unfinished
+    runs = [config.parent for config in sorted(path.rglob("config.yaml"))]
+    return files + kept, [run for run in runs if run / "results.json" not in files]
 
 
 def results_in(file: Path) -> list[Results]:
-    """Results in a results.json, or in a results.jsonl, one per line.
+    """Reads the results in a results.json, or in a results.jsonl, one per line.
 
     Raises:
         ConfigError: the file is no such thing.
@@ -96,17 +88,16 @@ def results_in(file: Path) -> list[Results]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: can't be read: {' '.join(str(error).split())[:120]}") from None
-    parts = text.splitlines() if file.suffix == ".jsonl" else [text]
-    entries = []
-    for number, part in enumerate(parts, start=1):
-        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-        entries.append(checked_results(parse_object(part, where, ConfigError, all_finite=False), where))
-    return entries
+        raise ConfigError(f"{file}: can't be read: {one_line(error, 120)}") from None
+    parts = {str(file): text}
+    if file.suffix == ".jsonl":
+        parts = {f"{file}, line {number}": line for number, line in enumerate(text.splitlines(), start=1)}
+    return [checked_results(parse_object(part, where, ConfigError, all_finite=False), where)
+            for where, part in parts.items()]  # fmt: skip
 
 
 def checked_results(entry: Any, where: str) -> Results:
-    """The results of a run, with all that tables need.
+    """Returns the results of a run, with all that tables need.
 
     Raises:
         ConfigError: a key is missing, or is no number where one is needed. The best epoch may be unknown (null).
@@ -125,12 +116,12 @@ def checked_results(entry: Any, where: str) -> Results:
 
 
 def write_results(file: Path, results: Iterable[Results]) -> None:
-    """Keep results, one per line."""
+    """Writes results, one per line."""
     file.write_text("".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in results))
 
 
 def dotted_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key; nulls and empty ones are left out."""
+    """Returns {'attention.ranks.0': 8, ...}: leaves of nested mappings and lists by dotted key, without nulls and empty ones."""
     if isinstance(value, dict | list):
         items: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
         nested = (dotted_leaves(part, f"{prefix}.{name}" if prefix else str(name)) for name, part in items)
@@ -139,7 +130,7 @@ def dotted_leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def written_config(results: Results) -> dict[str, Any]:
-    """What decides a run's result beside the seed, as its author wrote it: dotted keys, without ranks that a rule chose.
+    """Returns what decides a run's result beside the seed, as its author wrote it: dotted keys, without ranks that a rule chose.
 
     Files of one seed (the dense start, a teacher) have ``*`` in its place, so that all seeds of one config agree.
     """
@@ -154,17 +145,17 @@ def written_config(results: Results) -> dict[str, Any]:
 
 
 def is_below(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of these, or inside one."""
+    """Returns whether a dotted key is one of these, or inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def setting_key(results: Results) -> tuple[str, str]:
-    """Equal for the seeds of one setting: its config and what it was evaluated on."""
+    """Returns what is equal for the seeds of one setting: its config and what it was evaluated on."""
     return json.dumps(written_config(results), sort_keys=True), json.dumps(results["data"], sort_keys=True)
 
 
 def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
-    """One run per config and seed, that which finished last (of one day: the last one given), and notes on the others."""
+    """Returns one run per config and seed, the last to finish (of one day: the last one given), and notes on the others."""
     chosen: dict[tuple[Any, ...], Results] = {}
     notes = []
     for entry in entries:
@@ -180,7 +171,7 @@ def newest(entries: Sequence[Results]) -> tuple[list[Results], list[str]]:
 
 
 def sort_key(results: Results) -> tuple[Any, ...]:
-    """By data set, host, name and seed."""
+    """Returns what runs are sorted by: data set, host, name and seed."""
     config = results["config"]
     data, model = config["data"]["dataset"], config["model"]["name"]
     return data, model, str(results["name"]), setting_key(results), config["seed"]

@@ -6,28 +6,17 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import checked_results
-from vit_tucker.show.tables import decimal, markdown
+from vit_tucker.show.tables import decimal, markdown, share
 from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.paths import checked_name
 
-COLUMNS = (
-    "run",
-    "attention",
-    "attention params",
-    "of dense",
-    "params",
-    "top-1 %",
-    "best epoch %",
-    "top-5 %",
-    "epochs",
-    "train s",
-)
-TEXT_COLUMNS = 2
+COLUMNS = ("run", "attention", "attention params", "of dense", "params", "top-1 %", "best epoch %", "top-5 %", "epochs",
+           "train s")  # fmt: skip
 KEPT_FILES = ("config.yaml", "summary.csv", "results.json")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished run.
+    """Reads results.json of a finished run.
 
     Raises:
         ConfigError: the folder holds no finished run.
@@ -39,7 +28,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def describe_attention(results: dict[str, Any]) -> str:
-    """'dense', or the method with its options, or with the rule that chose its ranks."""
+    """Returns 'dense', or the method with its options, or with the rule that chose its ranks."""
     patch = results["patch"]
     if patch is None:
         return "dense"
@@ -51,7 +40,7 @@ def describe_attention(results: dict[str, Any]) -> str:
 
 
 def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
-    """What a comparison says of each finished run, as plain values.
+    """Returns what a comparison says of each finished run, as plain values.
 
     Raises:
         ConfigError: a run is not finished.
@@ -60,52 +49,27 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         results = read_results(folder)
         params, last = results["params"], results["last"]
-        rows.append(
-            {
-                "run": results["name"],
-                "folder": str(folder),
-                "attention": describe_attention(results),
-                "attention_params": params["attention"],
-                "of_dense": params["attention"] / params["dense_attention"],
-                "params": params["total"],
-                "eval_top1": last["eval_top1"],
-                "best_top1": results["best"] and results["best"]["top1"],
-                "eval_top5": last["eval_top5"],
-                "epochs": results["epochs"],
-                "train_seconds": results.get("train_seconds"),
-            }
-        )
+        row = {"run": results["name"], "folder": str(folder), "attention": describe_attention(results)}
+        row |= {"attention_params": params["attention"], "of_dense": params["attention"] / params["dense_attention"]}
+        row |= {"params": params["total"], "eval_top1": last["eval_top1"]}
+        row |= {"best_top1": results["best"] and results["best"]["top1"], "eval_top5": last["eval_top5"]}
+        rows.append({**row, "epochs": results["epochs"], "train_seconds": results.get("train_seconds")})
     return rows
 
 
 def comparison(folders: list[Path]) -> str:
-    """A Markdown table of finished runs: accuracy after the last epoch, and of the best one (chosen on the same images).
-
-    Args:
-        folders: run folders.
-
-    Returns:
-        The table's lines.
+    """Returns a Markdown table of finished runs: accuracy after the last epoch, and of the best one (on the same images).
 
     Raises:
         ConfigError: a run is not finished.
     """
     rows = [
-        (
-            row["run"],
-            row["attention"],
-            f"{row['attention_params']:,}",
-            f"{row['of_dense']:.1%}",
-            f"{row['params']:,}",
-            f"{row['eval_top1']:.2f}",
-            decimal(row["best_top1"]),
-            f"{row['eval_top5']:.2f}",
-            str(row["epochs"]),
-            decimal(row["train_seconds"], 0),
-        )
+        (row["run"], row["attention"], f"{row['attention_params']:,}", share(row["of_dense"]), f"{row['params']:,}",
+         decimal(row["eval_top1"]), decimal(row["best_top1"]), decimal(row["eval_top5"]), str(row["epochs"]),
+         decimal(row["train_seconds"], 0))
         for row in compared_rows(folders)
-    ]
-    return markdown(COLUMNS, rows, TEXT_COLUMNS)
+    ]  # fmt: skip
+    return markdown(COLUMNS, rows, text_columns=2)
 
 
 def kept_name(folder: Path, results: dict[str, Any]) -> str:
@@ -121,22 +85,16 @@ def kept_name(folder: Path, results: dict[str, Any]) -> str:
 
 
 def save_comparison(folders: list[Path], out: Path) -> None:
-    """Copy config.yaml, summary.csv and results.json of each run below ``out``, and write the table to its README.md.
-
-    Args:
-        folders: run folders.
-        out: where to.
+    """Copies config.yaml, summary.csv and results.json of each run below ``out``, and writes the table to its README.md.
 
     Raises:
         ConfigError: a run is not finished; nothing has been written.
     """
     table = comparison(folders)
-    for folder in folders:
-        kept_name(folder, read_results(folder))
+    runs = [(folder, read_results(folder)) for folder in folders]
+    places = [out / kept_name(folder, results) for folder, results in runs]
     lines = []
-    for folder in folders:
-        results = read_results(folder)
-        kept = out / kept_name(folder, results)
+    for (folder, results), kept in zip(runs, places, strict=True):
         kept.mkdir(parents=True, exist_ok=True)
         for name in KEPT_FILES:
             shutil.copyfile(folder / name, kept / name)

@@ -1,22 +1,19 @@
-"""Tables of costs: parameters, operations, memory and latency, as Markdown, CSV or LaTeX."""
+"""Tables of costs: parameters, operations, memory and latency."""
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from vit_tucker.show.tables import count, csv_text, decimal, latex, markdown
+from vit_tucker.show.tables import Table, count, decimal, share
 
 FORMATS = {"markdown": ".md", "csv": ".csv", "latex": ".tex", "json": ".json"}
 """Formats, and the endings of their files."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column.
+class Column(NamedTuple):
+    """A column of a table of plain values.
 
     Attributes:
-        key: its name in CSV files, where it holds plain values.
+        key: its name in CSV and JSON files, where it holds plain values.
         title: its name elsewhere.
         show: how its values are written elsewhere.
     """
@@ -26,48 +23,14 @@ class Column:
     show: Callable[[Any], str] = str
 
 
-@dataclass(frozen=True)
-class CostTable:
-    """Values, and how they are shown.
-
-    Attributes:
-        title: one line above.
-        columns: of the rows.
-        rows: plain values.
-        text_columns: how many of the first columns are text.
-        notes: lines below.
-    """
-
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[Any]]
-    text_columns: int
-    notes: Sequence[str] = ()
-
-    def render(self, style: str) -> str:
-        """The table as "markdown", "csv", "latex" or "json"."""
-        if style == "json":
-            keys = [column.key for column in self.columns]
-            rows = [dict(zip(keys, row, strict=True)) for row in self.rows]
-            return json.dumps({"title": self.title, "rows": rows, "notes": list(self.notes)}, indent=2) + "\n"
-        if style == "csv":
-            return csv_text([column.key for column in self.columns], self.rows)
-        header = [column.title for column in self.columns]
-        cells = [[column.show(value) for column, value in zip(self.columns, row, strict=True)] for row in self.rows]
-        if style == "latex":
-            return latex(header, cells, self.text_columns, "\n".join([self.title, *self.notes]))
-        notes = ["", *(f"- {note}" for note in self.notes)] if self.notes else []
-        return "\n".join([self.title, "", markdown(header, cells, self.text_columns), *notes, ""])
-
-
-def share(value: float | None) -> str:
-    """'2.3%', '-' for None."""
-    return "-" if value is None else f"{value:.1%}"
-
-
 def in_units(unit: float, digits: int) -> Callable[[Any], str]:
-    """Writes numbers in a unit: 1_500_000 in 1e6 is '1.5'."""
+    """Returns what writes numbers in a unit: 1_500_000 in 1e6 is '1.5'."""
     return lambda value: "-" if value is None else f"{value / unit:,.{digits}f}"
+
+
+def or_dash(text: str | None) -> str:
+    """Returns the text; '-' where there is none."""
+    return text or "-"
 
 
 FORMULA_COLUMNS = (
@@ -84,11 +47,11 @@ PUBLISHED_COLUMNS = (
     Column("row", "row"),
     Column("method", "method"),
     Column("attention", "attention"),
-    Column("attention_published", "published", lambda text: text or "-"),
+    Column("attention_published", "published", or_dash),
     Column("attention_deviation", "deviation"),
     Column("of_mha", "of MHA", share),
     Column("kv", "KV cache"),
-    Column("kv_published", "published", lambda text: text or "-"),
+    Column("kv_published", "published", or_dash),
     Column("kv_deviation", "deviation"),
 )
 MODEL_COLUMNS = (
@@ -110,29 +73,70 @@ LATENCY_COLUMNS = (
 )
 
 
-def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> CostTable:
-    """Table 1: formulas, what they give, and what layers that were built have."""
+def value_table(
+    title: str, columns: Sequence[Column], rows: Sequence[Sequence[Any]], text_columns: int, notes: Sequence[str]
+) -> Table:
+    """Returns a table of plain values, written as their columns say.
+
+    Args:
+        title: one line above.
+        columns: of the rows.
+        rows: plain values.
+        text_columns: how many of the first columns are text.
+        notes: lines below.
+    """
+    cells = [[column.show(value) for column, value in zip(columns, row, strict=True)] for row in rows]
+    header, keys = [column.title for column in columns], [column.key for column in columns]
+    return Table(header, cells, text_columns, keys, rows, notes, title)
+
+
+def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> Table:
+    """Returns Table 1: formulas, what they give, and what layers that were built have."""
     notes = (
         "parameters: of one attention layer, without biases",
         "letters: d embed_dim, H heads of width D = d / H, G key/value heads, c latent width, r1 r2 r3 ranks, N tokens",
         "of our layer: counted on the layer as built; KV: the numbers per token that later tokens need of it, times N",
     )
-    return CostTable(
-        f"Table 1: attention parameters and KV cache entries per layer, {sizes}", FORMULA_COLUMNS, rows, 4, notes
-    )
+    title = f"Table 1: attention parameters and KV cache entries per layer, {sizes}"
+    return value_table(title, FORMULA_COLUMNS, rows, 4, notes)
 
 
-def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
-    """Table 2 or 3: formulas beside the printed numbers."""
+def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
+    """Returns Table 2 or 3: formulas beside the printed numbers."""
     legend = (
         "published: as the paper prints it; - where we do not know it",
         "deviation: equal: the formula's value rounds to the published one; cut: its further digits are dropped there; a number: "
         "published minus rounded value, for reasons that we do not know where no note says them",
     )
-    return CostTable(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
+    return value_table(title, PUBLISHED_COLUMNS, rows, 2, (*notes, *legend))
 
 
-def model_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> CostTable:
-    """A model with several methods; rows with latency are longer."""
-    columns = MODEL_COLUMNS + (LATENCY_COLUMNS if len(rows[0]) > len(MODEL_COLUMNS) else ())
-    return CostTable(title, columns, rows, 1, notes)
+def model_table(model: str, costs: Sequence[Mapping[str, Any]], precision: str, batch_size: int) -> Table:
+    """Returns the table of a model with several methods, the dense one first.
+
+    Args:
+        model: its name.
+        costs: of ``vit_tucker.run.costs.costs``, each ``to_dict()``.
+        precision: "no", "bf16" or "fp16", of what was counted and measured.
+        batch_size: images per step and per measured pass.
+    """
+    dense, latency = costs[0]["attention_params"], costs[0]["latency"]
+    columns = MODEL_COLUMNS + (() if latency is None else LATENCY_COLUMNS)
+    rows = []
+    for cost in costs:
+        of_dense = cost["attention_params"] / dense if dense else None
+        values = {**cost, **(cost["latency"] or {}), "attention": cost["label"], "of_dense": of_dense}
+        rows.append([values[column.key] for column in columns])
+    bits = {"no": "float32"}.get(precision, precision)
+    notes = [
+        "per image; FLOPs: 2 per multiply-add, forward pass; attention params and FLOPs: of the self-attention layers",
+        f"activations: of a training step in {bits} with batch size {batch_size}, divided by it, with the CPU's kernels; MB "
+        f"are 10^6 bytes; KV: of all layers in {bits}",
+    ]
+    if latency is not None:
+        notes.append(
+            f"latency: forward pass in {bits}, batch size {batch_size}, on {latency['device']}, {latency['threads']} thread(s); "
+            f"time of dense: to the dense model's in the same turn, median and quartiles of {latency['turns']} turns; peak: "
+            "beyond model and images"
+        )
+    return value_table(f"{model}: cost of attention", columns, rows, 1, notes)

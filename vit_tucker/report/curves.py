@@ -23,7 +23,7 @@ ROWS = (("eval_top1", "top-1 accuracy, %"), ("train_loss", "training loss"))
 
 
 def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
-    """Epochs, and values of one key of ``curve`` as (seeds, epochs); None where a run lacks them or ran for other epochs."""
+    """Returns epochs, and values of one key of ``curve`` as (seeds, epochs); None where a run lacks them or has other epochs."""
     curves = [[row for row in run.get("curve") or [] if row.get(key) is not None] for run in setting.runs]
     epochs = [[int(row["epoch"]) for row in curve] for curve in curves]
     if not epochs[0] or any(other != epochs[0] for other in epochs):
@@ -32,13 +32,13 @@ def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
 
 
 def has_course(settings: Sequence[Setting]) -> bool:
-    """Some setting was seen at more than one epoch; else there is no curve to draw and no epoch to tell from another."""
+    """Returns whether some setting was evaluated at more than one epoch, so that there is a curve to draw."""
     curves = [curve_of(setting, key) for setting in settings for key, _ in ROWS]
     return any(curve is not None and len(curve[0]) > 1 for curve in curves)
 
 
 def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
-    """The first epoch at which the mean top-1 over seeds reaches an accuracy; None if it never does or there is no curve."""
+    """Returns the first epoch at which the mean top-1 over seeds reaches an accuracy; None if none does or there is no curve."""
     curve = curve_of(setting, "eval_top1")
     if curve is None:
         return None
@@ -46,7 +46,7 @@ def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
 
 
 def recovery_table(section: Section) -> Table | None:
-    """Epochs to come within some points of the dense mean; None without a dense setting or curves of several epochs."""
+    """Returns epochs to come within some points of the dense mean; None without a dense setting or curves of several epochs."""
     dense = section.dense
     settings = [s for s in section.comparable if curve_of(s, "eval_top1") is not None]
     if dense is None or not has_course(settings):
@@ -62,19 +62,12 @@ def recovery_table(section: Section) -> Table | None:
         "The first epoch after which the mean top-1 over seeds is at most so many points below that of dense after its last "
         f"epoch ({dense.top1_mean:.2f}%); `>n`: not in n epochs.",
     ]
-    raw_header = [
-        "config",
-        "method",
-        "options",
-        "init",
-        "attention_params",
-        *(f"dense_minus_{points:g}" for points in POINTS),
-    ]
-    return Table("recovery", header, rows, 4, raw_header, raw, notes)
+    raw_header = [name.replace(" - ", "_minus_").replace(" ", "_") for name in header]
+    return Table(header, rows, 4, raw_header, raw, notes, stem="recovery")
 
 
 def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:
-    """Raise ConfigError for a pattern that matches no config's name in any section."""
+    """Raises ConfigError for a pattern that matches no config's name in any section."""
     names = [setting.name for section in parts for setting in section.settings]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -82,10 +75,10 @@ def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:
 
 
 def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) -> str | None:
-    """Top-1 and training loss over epochs, a column per method and start, as curves.png and .pdf.
+    """Draws top-1 and training loss over epochs, a column per method and start, as curves.png and .pdf.
 
     Args:
-        section: its settings of the common recipe, and dense.
+        section: its settings of the common recipe, and dense, are drawn.
         folder: where to.
         patterns: names of configs, with wildcards; all if empty.
 
@@ -122,7 +115,7 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
 
 
 def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: str, scale: Any) -> None:
-    """Curves of one method and start, and dense where it has the same recipe."""
+    """Draws curves of one method and start, and dense where it has the same recipe."""
     for setting in settings:
         draw_curve(axis, setting, key, {"color": scale.to_rgba(setting.params)})
     if section.dense is not None and not section.differences(section.dense):
@@ -132,7 +125,7 @@ def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: st
 
 
 def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> None:
-    """The mean over seeds as a line, mean ± sample standard deviation as a band."""
+    """Draws the mean over seeds as a line, mean ± sample standard deviation as a band."""
     curve = curve_of(setting, key)
     if curve is None:
         return

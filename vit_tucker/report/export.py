@@ -23,7 +23,7 @@ WEIGHTS = {
 
 
 def export_text(values: Mapping[str, Any]) -> str:
-    """The outcome of the export command, from what it prints as JSON.
+    """Returns the outcome of the export command, from what it prints as JSON.
 
     Args:
         values: file, parameter_bytes, stages (label, bytes, random, real), int8_products, weight_bits, layers (name, pre_error,

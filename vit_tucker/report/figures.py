@@ -25,22 +25,17 @@ FAINT = 0.35
 
 
 def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None, list[str]]:
-    """Top-1 accuracy over a cost, as accuracy_<cost>.png and .pdf.
-
-    Args:
-        section: its settings of the common recipe are drawn.
-        cost: a key of ``COSTS``.
-        folder: where to.
+    """Draws top-1 accuracy over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost>.png and .pdf.
 
     Returns:
         The name of the PNG, None if no setting has that cost; and a note on settings that lack it.
     """
     label, of = COSTS[cost]
     drawn = [s for s in section.comparable if of(s) is not None]
-    missing = [s.name for s in section.comparable if of(s) is None]
+    missing = ", ".join(s.name for s in section.comparable if of(s) is None)
     if not drawn:
         return None, [f"No figure over {label}: no results have it."] if missing else []
-    notes = [f"Not in the figure over {label}, which their results lack: {', '.join(missing)}."] if missing else []
+    notes = [f"Not in the figure over {label}, which their results lack: {missing}."] if missing else []
     with subplots(COLUMN, 2.7) as (figure, axis):
         series = list(dict.fromkeys(s.series for s in drawn))
         for one in series:
@@ -64,19 +59,14 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
 def draw_series(
     axis: Any, settings: list[Setting], of: Cost, displays: dict[str, MethodDisplay], series: list[tuple[str, str]]
 ) -> None:
-    """Settings of one method and start with their error bars, and a line through their Pareto front; those off it are faint.
+    """Draws settings of one method and start with error bars, and a line through their Pareto front; those off it are faint.
 
     The start is told by the line and by full, hollow or half markers.
     """
     method, init = settings[0].series
     display = displays[method]
     number = [start for name, start in series if name == method].index(init)
-    style = {
-        "color": display.colour,
-        "marker": display.marker,
-        "markersize": 3.6,
-        "markeredgewidth": 0.8,
-    }
+    style = {"color": display.colour, "marker": display.marker, "markersize": 3.6, "markeredgewidth": 0.8}
     style |= {"fillstyle": FILLS[number % len(FILLS)], "markerfacecoloralt": "white"}
     costs, means = np.array([of(s) or 0.0 for s in settings]), np.array([s.top1_mean for s in settings])
     errors = np.array([s.top1_std or 0.0 for s in settings])
@@ -90,14 +80,14 @@ def draw_series(
 
 
 def draw_quartiles(axis: Any, settings: list[Setting], displays: dict[str, MethodDisplay]) -> None:
-    """Horizontal bars over the quartiles of measured latencies."""
+    """Draws horizontal bars over the quartiles of measured latencies."""
     for s in settings:
         low, high = s.latency_range
         axis.plot([low, high], [s.top1_mean] * 2, color=displays[s.method].colour, linewidth=0.6, alpha=0.6, zorder=2)
 
 
 def draw_dense(axis: Any, dense: Setting, of: Cost) -> list[float]:
-    """The dense host as a star, its standard deviation as a band over the whole width; its cost."""
+    """Draws the dense host as a star, its standard deviation as a band over the whole width; returns its cost."""
     mean, std = dense.top1_mean, dense.top1_std
     axis.axhline(mean, color="black", linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
     if std is not None:

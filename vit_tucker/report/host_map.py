@@ -1,7 +1,10 @@
 """The map of what can be patched, as Markdown: a summary, a table by kind of attention, a table by model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from vit_tucker.show.tables import markdown
 
 Entry = dict[str, Any]
 
@@ -39,7 +42,7 @@ class Notes:
         self.numbers: dict[str, int] = {}
 
     def cell(self, status: str) -> str:
-        """'exact', 'refused [3]' or '2 of 12 layers [4]'."""
+        """Returns 'exact', 'refused [3]' or '2 of 12 layers [4]'."""
         verdict, colon, reasons = status.partition(": ")
         if not colon:
             return status
@@ -47,44 +50,29 @@ class Notes:
         return f"{verdict} [{', '.join(marks)}]"
 
     def lines(self) -> list[str]:
-        """'[3] ...'"""
+        """Returns the notes, '[3] ...'."""
         return [f"- [{number}] {reason}" for reason, number in self.numbers.items()]
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], aligned: bool = True) -> list[str]:
-    """Lines of a table; aligned columns line up, which makes files of many rows several times larger."""
-    widths = [max(len(row[i]) for row in (header, *rows)) if aligned else 0 for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return [line(header), "|" + "|".join("-" * max(width + 2, 3) for width in widths) + "|", *map(line, rows)]
-
-
 def counts(values: dict[str, int]) -> str:
-    """'24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'"""
+    """Returns '24 eva.EvaAttention, 1 attention_pool.AttentionPoolLatent'."""
     return ", ".join(f"{count} {name}" for name, count in values.items())
 
 
-def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> list[str]:
-    """A row for each model."""
+def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> str:
+    """Returns a table with a row for each model."""
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
     rows = [
-        (
-            entry["name"],
-            counts(entry["layers"]),
-            ", ".join(map(str, entry["heads"])),
-            *(notes.cell(entry["methods"][method]) for method in methods),
-            counts(entry["left_alone"]),
-        )
+        (entry["name"], counts(entry["layers"]), ", ".join(map(str, entry["heads"])),
+         *(notes.cell(entry["methods"][method]) for method in methods), counts(entry["left_alone"]))
         for entry in entries
-    ]
-    return markdown_table(header, rows, aligned)
+    ]  # fmt: skip
+    return markdown(header, rows, len(header), aligned=aligned, colons=False)
 
 
-def kind_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
-    """A row for each kind of attention: classes, what they do beyond plain attention, and what methods make of them."""
+def kind_table(entries: Sequence[Entry], notes: Notes) -> str:
+    """Returns a table with a row for each kind of attention: its classes, its features, and the verdict of each method."""
     methods = list(entries[0]["methods"])
     kinds: dict[tuple[str, ...], list[str]] = {}
     for entry in entries:
@@ -93,28 +81,29 @@ def kind_table(entries: Sequence[Entry], notes: Notes) -> list[str]:
         kinds.setdefault(kind, []).append(entry["name"])
     rows = [(cells[0] or "none", cells[1], str(len(names)), names[0], *cells[2:]) for cells, names in kinds.items()]
     rows.sort(key=lambda row: -int(row[2]))
-    return markdown_table(("self-attention", "beyond plain attention", "models", "for example", *methods), rows)
+    header = ("self-attention", "beyond plain attention", "models", "for example", *methods)
+    return markdown(header, rows, len(header), colons=False)
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """How many models each method takes as a whole."""
-    taken = (
-        f"{method} {sum(entry['methods'][method].startswith('exact') for entry in entries)}"
-        for method in entries[0]["methods"]
+    """Returns a line that says how many models each method can replace as a whole."""
+    exact = Counter(
+        method for entry in entries for method in entry["methods"] if entry["methods"][method].startswith("exact")
     )
     models = "1 model" if len(entries) == 1 else f"{len(entries)} models"
-    return f"{models} with attention; patched as a whole by: {', '.join(taken)}"
+    taken = ", ".join(f"{method} {exact[method]}" for method in entries[0]["methods"])
+    return f"{models} with attention; patched as a whole by: {taken}"
 
 
 def terminal_map(entries: Sequence[Entry]) -> str:
-    """The table by model with its notes, for people at a terminal."""
+    """Returns the table by model with its notes, for people at a terminal."""
     notes = Notes()
     table = hosts_table(entries, notes)
-    return "\n".join([*table, "", *notes.lines(), summary(entries)])
+    return "\n".join([table, "", *notes.lines(), summary(entries)])
 
 
 def document(entries: Sequence[Entry], timm_version: str, file: str, pattern: str | None = None) -> str:
-    """The whole map as a Markdown file.
+    """Returns the whole map as a Markdown file.
 
     Args:
         entries: of the models.
@@ -126,4 +115,4 @@ def document(entries: Sequence[Entry], timm_version: str, file: str, pattern: st
     kinds, models = kind_table(entries, notes), hosts_table(entries, notes, aligned=False)
     which, option = ("", "") if pattern is None else (f"named `{pattern}` ", f"--filter '{pattern}' ")
     head = HEAD.format(version=timm_version, which=which, arguments=f"{option}--out {file}", summary=summary(entries))
-    return "\n".join([head, *kinds, LEGEND, *notes.lines(), "", "## By model", "", *models, ""])
+    return "\n".join([head, kinds, LEGEND, *notes.lines(), "", "## By model", "", models, ""])

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -42,13 +41,8 @@ class Factor(NamedTuple):
             return "not known"
         return f"{self.value}x{'' if self.interval is None else f' {self.interval}'}"
 
-    @property
-    def verdict(self) -> str:
-        """'more' or 'fewer' parameters where the whole interval says so, else 'unclear'."""
-        return self.against(1.0)
-
-    def against(self, threshold: float) -> str:
-        """Whether the factor is 'more' or 'fewer' than a threshold; 'unclear' where the interval includes it or is missing."""
+    def against(self, threshold: float = 1.0) -> str:
+        """Returns 'more' or 'fewer' for a factor above or below a threshold; 'unclear' where its interval does not decide."""
         if self.interval is None:
             return "unclear"
         if self.interval.lower.low > threshold:
@@ -56,8 +50,7 @@ class Factor(NamedTuple):
         return "fewer" if self.interval.upper.high < threshold else "unclear"
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """One Tucker setting against the other methods.
 
     Attributes:
@@ -73,8 +66,7 @@ class Match:
     dense: float | None
 
 
-@dataclass(frozen=True)
-class Headline:
+class Headline(NamedTuple):
     """All Tucker settings of the Pareto front against one method.
 
     Attributes:
@@ -111,20 +103,21 @@ class MethodComparison:
         self.boot = resampled_means(top1_scores(self.settings)) if self.settings else np.zeros((0, 0))
         self.ours = self._members(OURS)
         self.rivals = [method for method in section.methods if method not in REFERENCES]
-        self._factors: dict[str, tuple[list[Bounds], list[list[Bounds]] | None]] = {}
 
     def _members(self, method: str) -> list[int]:
         return [i for i, s in enumerate(self.settings) if s.method == method]
 
+    @cached_property
     def front(self) -> list[int]:
-        """Tucker's Pareto front."""
-        ours = self.ours
-        return [ours[i] for i in pareto_front(self.params[ours], self.means[ours])]
+        """Returns where in ``ours`` the settings of Tucker's Pareto front are."""
+        return pareto_front(self.params[self.ours], self.means[self.ours])
 
-    def factors(self, method: str) -> tuple[list[Bounds], list[list[Bounds]] | None]:
-        """Parameters of a method at the accuracy of each Tucker setting over the setting's; and the same in each resample."""
-        if method in self._factors:
-            return self._factors[method]
+    @cached_property
+    def factors(self) -> dict[str, tuple[list[Bounds], list[list[Bounds]] | None]]:
+        """Returns, by method, its parameters at each Tucker setting's accuracy over the setting's, measured and resampled."""
+        return {method: self._factors(method) for method in self.rivals}
+
+    def _factors(self, method: str) -> tuple[list[Bounds], list[list[Bounds]] | None]:
         theirs = self._members(method)
 
         def at(means: Floats) -> list[Bounds]:
@@ -133,27 +126,24 @@ class MethodComparison:
             front = Front(self.params[theirs], means[theirs])
             return [front.cost_to_reach(means[i]).over(self.params[i]) for i in self.ours]
 
-        repeated = self._repeated([*theirs, *self.ours])
-        self._factors[method] = at(self.means), [at(means) for means in self.boot] if repeated else None
-        return self._factors[method]
+        repeated = all(len(self.settings[i].runs) > 1 for i in (*theirs, *self.ours))
+        return at(self.means), [at(means) for means in self.boot] if repeated else None
 
-    def _repeated(self, members: Sequence[int]) -> bool:
-        return all(len(self.settings[i].runs) > 1 for i in members)
-
-    def smallest_above(self, method: str, means: Floats, floors: Floats) -> int | None:
-        """The smallest setting of a method whose mean is not below its floor."""
-        within = [i for i in self._members(method) if means[i] >= floors[i]]
-        return min(within, key=lambda i: self.params[i], default=None)
-
-    def at_dense(self, method: str) -> tuple[Factor | None, Setting | None, Setting | None]:
-        """The factor between the smallest settings within the seeds' noise of dense, and both settings."""
-        if self.dense is None or not self._repeated(range(len(self.settings))):
-            return None, None, None
+    def at_dense(self, method: str) -> tuple[Factor | None, Setting | None, Setting | None, str]:
+        """Returns the factor between the smallest settings as good as dense, both settings, and why there is no factor."""
+        if self.dense is None:
+            return None, None, None, "there is no dense run"
+        if any(len(setting.runs) < 2 for setting in self.settings):
+            return None, None, None, "some settings have one seed, whose noise is not known"
         theirs = self._members(method)
         noise = np.array([pooled_std(self.dense.top1, s.top1) for s in self.settings])
 
         def at(means: Floats) -> tuple[Bounds, int | None, int | None]:
-            our, their = (self.smallest_above(name, means, means[-1] - noise) for name in (OURS, method))
+            within = means >= means[-1] - noise
+            our, their = (
+                min((i for i in members if within[i]), key=lambda i: self.params[i], default=None)
+                for members in (self.ours, theirs)
+            )
             if our is None:
                 below = math.inf if their is None else self.params[their] / self.params[self.ours].max()
                 return Bounds(0.0, below), None, their
@@ -161,57 +151,44 @@ class MethodComparison:
             return cost.over(self.params[our]), our, their
 
         value, our, their = at(self.means)
-        known = our is not None or their is not None
-        factor = Factor(value, interval([at(means)[0] for means in self.boot])) if known else None
-        ours, theirs_at = (None if i is None else self.settings[i] for i in (our, their))
-        return factor, ours, theirs_at
+        if our is None and their is None:
+            return None, None, None, "no setting of either is within the seeds' noise of dense"
+        factor = Factor(value, interval([at(means)[0] for means in self.boot]))
+        ours, other = (None if i is None else self.settings[i] for i in (our, their))
+        return factor, ours, other, ""
 
     @cached_property
     def matches(self) -> list[Match]:
-        """Each Tucker setting against the other methods, from small to large."""
-        front = self.front()
-        columns = {method: self.factors(method) for method in self.rivals}
+        """Returns each Tucker setting against the other methods, from small to large."""
         matches = []
         for place, index in enumerate(self.ours):
             setting = self.settings[index]
             factors = {
                 method: Factor(values[place], None if boot is None else interval([b[place] for b in boot]))
-                for method, (values, boot) in columns.items()
+                for method, (values, boot) in self.factors.items()
             }
             reached = self.dense is not None and self.dense.top1_mean >= setting.top1_mean
-            matches.append(Match(setting, index in front, factors, 1 / setting.share if reached else None))
+            matches.append(Match(setting, place in self.front, factors, 1 / setting.share if reached else None))
         return sorted(matches, key=lambda match: match.setting.params)
 
     @cached_property
     def headlines(self) -> list[Headline]:
-        """One per other method."""
-        places = [self.ours.index(i) for i in self.front()]
+        """Returns a headline for each other method."""
         lines = []
-        for method in self.rivals:
-            values, boot = self.factors(method)
-            chosen = [values[place] for place in places]
-            resampled = None if boot is None else [[sample[place] for place in places] for sample in boot]
+        for method, (values, boot) in self.factors.items():
+            chosen = [values[place] for place in self.front]
+            resampled = None if boot is None else [[sample[place] for place in self.front] for sample in boot]
             largest, median = (
                 Factor(of(chosen), None if resampled is None else interval([of(sample) for sample in resampled]))
                 for of in (largest_of, median_of)
             )
-            at_dense, ours, theirs = self.at_dense(method)
-            why_not = "" if at_dense is not None else self.why_no_dense_accuracy()
             name = self.section.displays[method].name
-            lines.append(Headline(method, name, largest, median, at_dense, ours, theirs, why_not))
+            lines.append(Headline(method, name, largest, median, *self.at_dense(method)))
         return lines
-
-    def why_no_dense_accuracy(self) -> str:
-        """Why there are no settings as good as dense."""
-        if self.dense is None:
-            return "there is no dense run"
-        if not self._repeated(range(len(self.settings))):
-            return "some settings have one seed, whose noise is not known"
-        return "no setting of either is within the seeds' noise of dense"
 
 
 def top1_scores(settings: Sequence[Setting]) -> Floats:
-    """Top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
+    """Returns top-1 accuracies, (settings, seeds), NaN where a setting lacks a seed."""
     seeds = sorted({seed for setting in settings for seed in setting.seeds})
     table = np.full((len(settings), len(seeds)), np.nan)
     for row, setting in zip(table, settings, strict=True):
@@ -220,13 +197,13 @@ def top1_scores(settings: Sequence[Setting]) -> Floats:
 
 
 def largest_of(values: Sequence[Bounds]) -> Bounds:
-    """What is known of the largest of some numbers, those of which only an upper bound is known left out."""
+    """Returns what is known of the largest of some numbers, those of which only an upper bound is known left out."""
     measured = [value for value in values if value.low > 0]
     return Bounds(max(b.low for b in measured), max(b.high for b in measured)) if measured else UNKNOWN
 
 
 def median_of(values: Sequence[Bounds]) -> Bounds:
-    """What is known of the median of some numbers, those left out as above; of an even number of them the lower one."""
+    """Returns what is known of the median of some numbers, those left out as above; of an even number of them the lower one."""
     measured = [value for value in values if value.low > 0]
     middle = (len(measured) - 1) // 2
     lows, highs = (sorted(value[end] for value in measured) for end in (0, 1))
@@ -234,6 +211,6 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
 
 
 def compare_methods(section: Section) -> MethodComparison | None:
-    """The comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
+    """Returns the comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
     comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

@@ -15,14 +15,12 @@ from vit_tucker.report.verdicts import CLAIM, RULES, verdicts, word
 from vit_tucker.show.tables import markdown
 
 FIGURE = "accuracy_params.png"
-SUMMARY = (
-    *("study", "host and data", "against", "median factor", "fewer at equal accuracy"),
-    *("as good as dense", "fewer at dense accuracy"),
-)
+SUMMARY = ("study", "host and data", "against", "median factor", "fewer at equal accuracy", "as good as dense",
+           "fewer at dense accuracy")  # fmt: skip
 
 
 def write_report(folder: Path) -> Path:
-    """Write README.md over the studies in a folder.
+    """Writes README.md over the studies in a folder.
 
     Args:
         folder: each folder in it with a results.jsonl is a study, and gets tables if it has none; others with a README.md are
@@ -65,11 +63,11 @@ def write_report(folder: Path) -> Path:
 
 
 def chapter(study: Path, rows: list[list[str]]) -> list[str]:
-    """Lines on one study; its lines of the summary are added to ``rows``."""
+    """Returns lines on one study; its lines of the summary are added to ``rows``."""
     found = collect([study])
     sweep = read_sweep([study])
-    title = (sweep.title if sweep is not None else "") or study.name
-    lines = [f"## {title}", "", *([sweep.about, ""] if sweep is not None and sweep.about else [])]
+    title = sweep.title or study.name
+    lines = [f"## {title}", "", *([sweep.about, ""] if sweep.about else [])]
     parts = sections(found.results)
     for section in parts:
         lines += [f"### {section.title}", "", facts(section), ""]
@@ -79,7 +77,7 @@ def chapter(study: Path, rows: list[list[str]]) -> list[str]:
 
 
 def section_lines(section: Section, study: str, rows: list[list[str]], root: Path, folder: Path) -> list[str]:
-    """Figure, numbers and verdicts of one host and data set, whose files are in ``folder``; links are relative to ``root``."""
+    """Returns figure, numbers and verdicts of one host and data set with files in ``folder``; links are relative to ``root``."""
     comparison = compare_methods(section)
     if comparison is None:
         return ablation_lines(section, root, folder)
@@ -94,12 +92,12 @@ def section_lines(section: Section, study: str, rows: list[list[str]], root: Pat
 
 
 def picture(title: str, root: Path, file: Path) -> list[str]:
-    """A link to a figure, if it is there."""
+    """Returns a link to a figure, if it is there."""
     return [f"![{title}]({file.relative_to(root).as_posix()})", ""] if file.is_file() else []
 
 
 def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
-    """Accuracy against each option that varies alone, of a study that compares Tucker with itself."""
+    """Returns accuracy against each option that varies alone, of a study that compares Tucker with itself."""
     lines = []
     for option in usual_options(section):
         title = f"Accuracy by {name_of(option)}"
@@ -108,9 +106,9 @@ def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
     return lines or ["No settings that differ in one option alone.", ""]
 
 
-def commands(study: Path, sweep: SweepNotes | None) -> list[str]:
-    """What reproduces a study from nothing, or its tables from its results where no sweep file is there."""
+def commands(study: Path, sweep: SweepNotes) -> list[str]:
+    """Returns what reproduces a study, or its tables from its results where no sweep file is there."""
     place = Path(os.path.relpath(study)).as_posix()
-    if sweep is None:
+    if sweep.file is None:
         return [f"./run.sh tables {place}"]
     return [f"./run.sh sweep --cfg {place}/{SWEEP} && ./run.sh tables {sweep.output_dir} --out {place}"]

@@ -35,16 +35,16 @@ class Section:
 
     @property
     def slug(self) -> str:
-        """The title as a file name."""
+        """Returns the title as a file name."""
         return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")[:200]
 
     def differences(self, setting: Setting) -> dict[str, Any]:
-        """Keys of the recipe in which a setting differs, with its values; None where it lacks them."""
+        """Returns keys of the recipe in which a setting differs, with its values; None where it lacks them."""
         own = recipe_of(setting)
         return {key: own.get(key) for key in sorted({*own, *self.recipe}) if own.get(key) != self.recipe.get(key)}
 
     def describe_recipe(self, setting: Setting) -> str:
-        """'' for the recipe of most settings, else what differs: 'epochs=4'; 'start: epochs=30' for what others start from."""
+        """Returns '' for the recipe of most settings, else what differs, 'epochs=4'; 'start: epochs=30' for a start."""
         shown = {k: v for k, v in self.differences(setting).items() if not (setting.is_start and k in START_KEYS)}
         parts = [f"{key.removeprefix('train.')}={value}" for key, value in shown.items()]
         more = f" and {len(parts) - DIFFERENCES_SHOWN} more" if len(parts) > DIFFERENCES_SHOWN else ""
@@ -52,48 +52,45 @@ class Section:
             ", ".join(parts[:DIFFERENCES_SHOWN]) + more or "the same" * setting.is_start
         )
 
+    @property
+    def replaced(self) -> list[Setting]:
+        """Returns the settings whose attention is not the host's, of any recipe."""
+        return [s for s in self.settings if s.method != DENSE]
+
     @cached_property
     def comparable(self) -> tuple[Setting, ...]:
-        """Settings with replaced attention and the common recipe: what fronts and figures are made of."""
-        return tuple(s for s in self.settings if s.method != DENSE and not self.differences(s))
+        """Returns the settings with replaced attention and the common recipe: what fronts and figures are made of."""
+        return tuple(s for s in self.replaced if not self.differences(s))
 
     @cached_property
     def dense(self) -> Setting | None:
-        """The dense reference: that of the common recipe, else another one, the start last."""
+        """Returns the dense reference: that of the common recipe, else another one, the start last."""
         dense = [s for s in self.settings if s.method == DENSE]
         return min(dense, key=lambda s: (s.is_start, len(self.differences(s))), default=None)
 
-    def of_method(self, method: str) -> list[Setting]:
-        """Comparable settings of one method."""
-        return [s for s in self.comparable if s.method == method]
-
     @property
     def methods(self) -> list[str]:
-        """Of the comparable settings, in the order of tables."""
+        """Returns the methods of the comparable settings, in the order of tables."""
         return list(dict.fromkeys(s.method for s in self.comparable))
 
     @cached_property
     def displays(self) -> dict[str, MethodDisplay]:
-        """How each method is shown here, also in its colour."""
+        """Returns how each method is shown here, also in its colour."""
         return fill_in({setting.method: setting.display for setting in self.settings})
 
     @property
     def runs(self) -> list[Results]:
-        """Of all settings."""
+        """Returns the runs of all settings."""
         return [run for setting in self.settings for run in setting.runs]
 
 
 def recipe_of(setting: Setting) -> dict[str, Any]:
-    """The keys of a setting's config that say how it is trained, on what, and from where it starts."""
+    """Returns the keys of a setting's config that say how it is trained, on what, and from where it starts."""
     return {key: value for key, value in setting.config.items() if is_below(key, RECIPE_KEYS)}
 
 
 def group_settings(results: Sequence[Results]) -> list[Setting]:
-    """Settings, in the order of their first runs.
-
-    Args:
-        results: distinct runs.
-    """
+    """Returns the settings of distinct runs, in the order of their first runs."""
     groups: dict[tuple[str, str], list[Results]] = {}
     for entry in results:
         groups.setdefault(setting_key(entry), []).append(entry)
@@ -109,7 +106,7 @@ def group_settings(results: Sequence[Results]) -> list[Setting]:
 
 
 def host_key(setting: Setting) -> tuple[str, str]:
-    """Equal for settings that may be in one figure: the dense host and what it is evaluated on."""
+    """Returns what is equal for settings that may be in one figure: the dense host and what it is evaluated on."""
     model = {k: v for k, v in setting.config.items() if k.startswith("model.") and not is_below(k, RECIPE_KEYS)}
     data = setting.runs[0]["data"]
     evaluated = (setting.config["data.dataset"], data.get("input_size"), data.get("num_eval"))
@@ -117,11 +114,7 @@ def host_key(setting: Setting) -> tuple[str, str]:
 
 
 def sections(results: Sequence[Results]) -> list[Section]:
-    """Sections of settings, one for each host and data set.
-
-    Args:
-        results: distinct runs, sorted.
-    """
+    """Returns sections of settings, one for each host and data set, from distinct runs in order."""
     groups: dict[tuple[str, str], list[Setting]] = {}
     for setting in group_settings(results):
         groups.setdefault(host_key(setting), []).append(setting)
@@ -131,34 +124,26 @@ def sections(results: Sequence[Results]) -> list[Section]:
 
 
 def section_titles(hosts: Sequence[tuple[str, str]]) -> list[str]:
-    """'vit_tiny_patch16_224 on digits'; what else differs is named where that is not enough."""
-    models = [json.loads(model) for model, _ in hosts]
-    evaluated = [json.loads(data) for _, data in hosts]
-    titles = [f"{model['model.name']} on {data[0]}" for model, data in zip(models, evaluated, strict=True)]
-    known = Counter(titles)
+    """Returns 'vit_tiny_patch16_224 on digits'; what else differs is named where that is not enough."""
+    parsed = [(json.loads(model), json.loads(data)) for model, data in hosts]
+    titles = [f"{model['model.name']} on {data[0]}" for model, data in parsed]
+    leaves = [dotted_leaves([model, *data]) for model, data in parsed]
     full = []
-    for title, model, data in zip(titles, models, evaluated, strict=True):
-        if known[title] > 1:
-            rivals = [
-                dotted_leaves([other, *rest])
-                for other_title, other, rest in zip(titles, models, evaluated, strict=True)
-                if other_title == title
-            ]
-            own = dotted_leaves([model, *data])
-            differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
-            parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
-            title += f" ({', '.join(parts)})"
-        full.append(title)
+    for title, own in zip(titles, leaves, strict=True):
+        rivals = [other for known, other in zip(titles, leaves, strict=True) if known == title]
+        differing = [key for key in own if any(rival.get(key) != own[key] for rival in rivals)]
+        parts = [f"{key.partition('.')[2].removeprefix('model.')}={own[key]}" for key in differing]
+        full.append(f"{title} ({', '.join(parts)})" if len(rivals) > 1 else title)
     return full
 
 
 def common_recipe(settings: Sequence[Setting]) -> dict[str, Any]:
-    """The recipe of most settings with replaced attention; of the dense ones if there are no others."""
+    """Returns the recipe of most settings with replaced attention; of the dense ones if there are no others."""
     replaced = [s for s in settings if s.method != DENSE] or [s for s in settings if not s.is_start] or settings
     recipes = Counter(json.dumps(recipe_of(setting), sort_keys=True) for setting in replaced)
-    return dict(json.loads(max(recipes, key=lambda recipe: recipes[recipe])))
+    return dict(json.loads(recipes.most_common(1)[0][0]))
 
 
 def table_order(setting: Setting) -> tuple[Any, ...]:
-    """Dense first, then by method, start and size."""
+    """Returns what settings are sorted by: dense first, then method, start and size."""
     return setting.display.place(setting.method), not setting.is_start, setting.init, setting.params, setting.name

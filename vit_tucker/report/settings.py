@@ -16,7 +16,7 @@ DENSE = "dense"
 
 
 def describe_init(attention: dict[str, Any] | None, display: MethodDisplay) -> str:
-    """How the attention starts: 'random', or how it is converted: 'HOSVD', 'activation-aware, refined', 'mean-pool', ..."""
+    """Returns how the attention starts: 'random', or the conversion: 'HOSVD', 'activation-aware, refined', 'mean-pool', ..."""
     if attention is None:
         return "-"
     if attention.get("init") == "random":
@@ -24,18 +24,6 @@ def describe_init(attention: dict[str, Any] | None, display: MethodDisplay) -> s
     calibration = attention.get("calibration")
     start = display.start(attention.get("conversion"), calibration is not None)
     return f"{start}, refined" if calibration is not None and calibration.get("refine_steps") else start
-
-
-def options_text(results: Results) -> str:
-    """The method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
-    attention = results["config"]["attention"]
-    if attention is None:
-        return "-"
-    parts = [part for part in describe_attention(results).split()[1:] if not part.startswith("conversion=")]
-    parts += [f"{key}={attention[key]}" for key in ("layers", "exclude") if attention.get(key) is not None]
-    if any(rule.get("chosen_by") is None for rule in attention.get("rules") or []):
-        parts.append("with rules")
-    return " ".join(parts) or "-"
 
 
 @dataclass(frozen=True)
@@ -54,121 +42,121 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Names of the resolved configs."""
+        """Returns the names of the resolved configs."""
         return ", ".join(dict.fromkeys(str(run["name"]) for run in self.runs))
 
     @property
+    def attention(self) -> dict[str, Any] | None:
+        """Returns the section of the config; None for the dense host."""
+        section: dict[str, Any] | None = self.runs[0]["config"]["attention"]
+        return section
+
+    @property
     def method(self) -> str:
-        """'tucker', ..., or 'dense'."""
-        attention = self.runs[0]["config"]["attention"]
-        return DENSE if attention is None else str(attention["method"])
+        """Returns 'tucker', ..., or 'dense'."""
+        return DENSE if self.attention is None else str(self.attention["method"])
 
     @cached_property
     def display(self) -> MethodDisplay:
-        """How the method is shown: as its results say, else as the package's own method of this name, with its name filled in."""
+        """Returns how the method is shown: as its results say, else as the package's own of this name, its name filled in."""
         said = self.runs[0].get("display")
         display = SHIPPED.get(self.method, MethodDisplay()) if said is None else MethodDisplay(**said)
         return display.model_copy(update={"name": display.name or self.method})
 
     @cached_property
     def options(self) -> str:
-        """Of the method."""
-        return options_text(self.runs[0])
+        """Returns the method's options beyond how it starts, 'ranks=8,16,16'; '-' if there are none."""
+        attention = self.attention
+        if attention is None:
+            return "-"
+        parts = [part for part in describe_attention(self.runs[0]).split()[1:] if not part.startswith("conversion=")]
+        parts += [f"{key}={attention[key]}" for key in ("layers", "exclude") if attention.get(key) is not None]
+        if any(rule.get("chosen_by") is None for rule in attention.get("rules") or []):
+            parts.append("with rules")
+        return " ".join(parts) or "-"
 
     @cached_property
     def init(self) -> str:
-        """How the attention starts."""
-        return describe_init(self.runs[0]["config"]["attention"], self.display)
-
-    @property
-    def label(self) -> str:
-        """'Tucker ranks=8,16,16, HOSVD'"""
-        if self.method == DENSE:
-            return "dense"
-        return f"{self.display.name} {'' if self.options == '-' else self.options}".strip() + f", {self.init}"
+        """Returns how the attention starts."""
+        return describe_init(self.attention, self.display)
 
     @property
     def series(self) -> tuple[str, str]:
-        """Method and start: what one curve of a figure shows."""
+        """Returns method and start: what one curve of a figure shows."""
         return self.method, self.init
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """In order."""
+        """Returns the seeds in order."""
         return tuple(run["config"]["seed"] for run in self.runs)
 
     @cached_property
     def top1(self) -> Floats:
-        """Top-1 accuracy after the last epoch in percent, one per seed."""
+        """Returns top-1 accuracy after the last epoch in percent, one per seed."""
         return np.array([run["last"]["eval_top1"] for run in self.runs], dtype=float)
 
     @cached_property
     def top5(self) -> Floats:
-        """Top-5 accuracy after the last epoch in percent, one per seed."""
+        """Returns top-5 accuracy after the last epoch in percent, one per seed."""
         return np.array([run["last"]["eval_top5"] for run in self.runs], dtype=float)
 
     @property
     def best_top1_mean(self) -> float | None:
-        """Top-1 accuracy of the best epoch, chosen on the images that it is measured on; None where a run's is not known."""
+        """Returns top-1 accuracy of the best epoch, chosen on the images it is measured on; None where a run's is not known."""
         best = [run["best"] for run in self.runs]
         return None if None in best else mean([each["top1"] for each in best])
 
     @property
     def top1_mean(self) -> float:
-        """Over the seeds."""
+        """Returns the mean top-1 accuracy over the seeds."""
         return mean(self.top1)
 
     @property
     def top1_std(self) -> float | None:
-        """Over the seeds, sample standard deviation."""
+        """Returns the sample standard deviation of top-1 accuracy over the seeds."""
         return sample_std(self.top1)
 
     @cached_property
     def params(self) -> float:
-        """Attention parameters, mean over the seeds: ranks that a rule chooses may differ."""
+        """Returns attention parameters, mean over the seeds: ranks that a rule chooses may differ."""
         return mean([run["params"]["attention"] for run in self.runs])
 
     @property
     def share(self) -> float:
-        """Attention parameters over those of the dense host."""
-        return self.params / self.dense_params
-
-    @property
-    def dense_params(self) -> float:
-        """Attention parameters of the dense host."""
-        return float(self.runs[0]["params"]["dense_attention"])
+        """Returns attention parameters over those of the dense host."""
+        return self.params / float(self.runs[0]["params"]["dense_attention"])
 
     @cached_property
     def flops(self) -> float | None:
-        """Operations of the whole model per image, mean over the seeds; None where a run does not say."""
+        """Returns operations of the whole model per image, mean over the seeds; None where a run does not say."""
         costs = [cost["flops"] for run in self.runs if (cost := run.get("cost")) and cost["flops"] is not None]
         return mean(costs) if len(costs) == len(self.runs) else None
 
     @cached_property
     def latencies(self) -> list[dict[str, Any]]:
-        """Measurements, one per seed; none where a run lacks its own."""
+        """Returns measurements, one per seed; none where a run lacks its own."""
         measured = [latency for run in self.runs if (latency := (run.get("cost") or {}).get("latency"))]
         return measured if len(measured) == len(self.runs) else []
 
     @property
     def latency(self) -> float | None:
-        """Latency relative to the dense host, median over the seeds; None where a run does not say."""
+        """Returns latency relative to the dense host, median over the seeds; None where a run does not say."""
         return float(np.median([m["ratio"] for m in self.latencies])) if self.latencies else None
 
     @property
     def latency_range(self) -> tuple[float, float] | tuple[None, None]:
-        """The lowest lower and the highest upper quartile of the seeds' measurements."""
+        """Returns the lowest lower and the highest upper quartile of the seeds' measurements."""
         if not self.latencies:
             return None, None
         return min(m["ratio_low"] for m in self.latencies), max(m["ratio_high"] for m in self.latencies)
 
     @property
     def epochs(self) -> int:
-        """Trained."""
+        """Returns the number of epochs trained."""
         return int(self.runs[0]["epochs"])
 
     @property
     def commits(self) -> str:
-        """Of the sources, short."""
+        """Returns the commits of the sources, short."""
         commits = (str(run["environment"].get("commit") or "unknown") for run in self.runs)
         return ", ".join(dict.fromkeys(re.sub(r"^([0-9a-f]{9})[0-9a-f]*", r"\1", commit) for commit in commits))

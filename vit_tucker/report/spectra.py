@@ -1,5 +1,6 @@
 """Spectra of attention tensors as a table and as a figure, from the files that ``python -m vit_tucker ranks`` writes."""
 
+import ast
 import csv
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +11,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from vit_tucker.show.tables import markdown
+
 PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
 NUMBERS = ("effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "numerical_rank")
 FLOOR = 1e-4
@@ -17,65 +20,64 @@ FLOOR = 1e-4
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Lines of a CSV file."""
+    """Reads the lines of a CSV file."""
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
 
 
 def rank_rows(folder: Path) -> list[dict[str, Any]]:
-    """ranks.csv as values: numbers where they are some."""
+    """Returns the rows of a folder's ranks.csv as values: numbers where they are some."""
     return [{key: _value(text) for key, text in row.items()} for row in read_rows(folder / "ranks.csv")]
 
 
 def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         return text
 
 
 def rank_summary(folder: Path) -> str:
-    """Markdown: for each mode the ranks, mean over the layers with the smallest and the largest.
-
-    Args:
-        folder: with ranks.csv.
-    """
+    """Returns a Markdown table of a folder's ranks.csv: for each mode the ranks' means over layers, smallest and largest."""
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in read_rows(folder / "ranks.csv"):
         groups[row["whitened"], row["tensor"], row["mode"]].append(row)
-    lines = [
-        f"| tensor | mode | size | {' | '.join(n.replace('_', ' ') for n in NUMBERS)} |",
-        "|---" * (3 + len(NUMBERS)) + "|",
-    ]
+    lines = []
     for (whitened, tensor, mode), rows in groups.items():
         cells = []
         for name in NUMBERS:
             values = [float(row[name]) for row in rows]
             cells.append(f"{sum(values) / len(values):.1f} ({min(values):.4g}-{max(values):.4g})")
         label = f"{tensor}, whitened" if whitened == "True" else tensor
-        lines.append(f"| {label} | {mode} | {rows[0]['size']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([label, mode, rows[0]["size"], *cells])
+    header = ["tensor", "mode", "size", *(name.replace("_", " ") for name in NUMBERS)]
+    return markdown(header, lines, aligned=False, colons=False)
 
 
 def draw_spectra(
     folder: Path, whitened: bool = False, gqa: tuple[int, ...] | None = None, mla: tuple[int, ...] | None = None
 ) -> Path:
-    """Decay of each mode's singular values over the depth of the model, and the ranks that GQA and MLA could reach at most.
-
-    Args:
-        folder: with layers.csv and singular_values.csv; gets spectra.png and spectra.pdf (spectra_whitened.*).
-        whitened: draw the whitened spectra.
-        gqa: numbers of key/value heads to mark, rank G * head_dim of keys and values; a half and one if None.
-        mla: latent widths to mark, ranks of queries, keys and values; a quarter of embed_dim if None.
+    """Writes ``spectra_figure`` of the files in a folder as spectra.png and spectra.pdf (spectra_whitened.*) beside them.
 
     Returns:
         The PNG file.
+    """
+    figure, file = spectra_figure(folder, whitened, gqa, mla), folder / f"spectra{'_whitened' * whitened}.png"
+    for suffix in (".png", ".pdf"):
+        figure.savefig(file.with_suffix(suffix), dpi=200)
+    return file
+
+
+def spectra_figure(
+    folder: Path, whitened: bool = False, gqa: tuple[int, ...] | None = None, mla: tuple[int, ...] | None = None
+) -> Figure:
+    """Draws the decay of each mode's singular values over the depth of the model, and the ranks that GQA and MLA reach at most.
+
+    Args:
+        folder: with layers.csv and singular_values.csv.
+        whitened: draw the whitened spectra.
+        gqa: numbers of key/value heads to mark, rank G * head_dim of keys and values; a half and one if None.
+        mla: latent widths to mark, ranks of queries, keys and values; a quarter of embed_dim if None.
     """
     layers = read_rows(folder / "layers.csv")
     depth = {row["layer"]: number for number, row in enumerate(layers)}
@@ -113,14 +115,11 @@ def draw_spectra(
     bar.set_ticks([0, last])
     bar.set_label("layer", fontsize=7, labelpad=-6)
     bar.ax.tick_params(labelsize=7)
-    file = folder / ("spectra_whitened.png" if whitened else "spectra.png")
-    for suffix in (".png", ".pdf"):
-        figure.savefig(file.with_suffix(suffix), dpi=200)
-    return file
+    return figure
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
-    """Vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
+    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
     marks: dict[int, list[str]] = {}
     if mode == "head":
         marks[heads] = ["MHA, GQA, MLA"]

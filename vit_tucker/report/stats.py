@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
         return f"<{significant(self.high)}" if self.low <= 0 else f"{significant(self.low)}-{significant(self.high)}"
 
     def over(self, divisor: float) -> "Bounds":
-        """Both divided."""
+        """Returns both bounds divided."""
         return Bounds(self.low / divisor, self.high / divisor)
 
 
@@ -43,28 +43,28 @@ class Interval(NamedTuple):
 
 
 def significant(value: float) -> str:
-    """'0.85', '6.1', '12.3': two figures below ten, three above."""
+    """Returns '0.85', '6.1', '12.3': two figures below ten, three above."""
     return f"{value:.2g}" if abs(value) < 9.95 else f"{value:.3g}" if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def mean(values: Sequence[float] | Floats) -> float:
-    """Arithmetic mean."""
+    """Returns the arithmetic mean."""
     return float(np.mean(values))
 
 
 def sample_std(values: Sequence[float] | Floats) -> float | None:
-    """Standard deviation with n - 1; None for fewer than two values."""
+    """Returns the standard deviation with n - 1; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def pooled_std(first: Floats, second: Floats) -> float:
-    """Sample standard deviation about two means, from both groups; they have more than one value each."""
+    """Returns the sample standard deviation about two means, from both groups; they have more than one value each."""
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in (first, second))
     return math.sqrt(squares / (len(first) + len(second) - 2))
 
 
 def pareto_front(costs: Sequence[float] | Floats, values: Sequence[float] | Floats) -> list[int]:
-    """Indices of the points to which no other is both cheaper and better, from cheap to expensive; of ties the first.
+    """Returns indices of the points to which no other is both cheaper and better, from cheap to expensive; of ties the first.
 
     Args:
         costs: the less the better.
@@ -87,7 +87,7 @@ class Front:
         self.values = np.array([values[i] for i in front], dtype=float)
 
     def cost_to_reach(self, value: float) -> Bounds:
-        """The cost at which the front reaches a value, linear in the value and the log of the cost.
+        """Returns the cost at which the front reaches a value, linear in the value and the log of the cost.
 
         Returns:
             More than the method's largest cost, front or not, if no setting reaches the value; less than the smallest cost if the
@@ -102,13 +102,13 @@ class Front:
 
 
 def resampled_counts(num_seeds: int) -> Floats:
-    """Bootstrap over seeds: how often each seed is drawn in each resample, (RESAMPLES, num_seeds); the same at every call."""
+    """Returns how often each seed is drawn in each bootstrap resample, (RESAMPLES, num_seeds); the same at every call."""
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     return generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=RESAMPLES).astype(float)
 
 
 def resampled_means(scores: Floats) -> Floats:
-    """Means of settings in each resample. All settings get the same seeds, since the runs of a seed share their dense start.
+    """Returns means of settings in each resample. All settings get the same seeds: the runs of a seed share their dense start.
 
     Args:
         scores: (settings, seeds), NaN where a setting lacks a seed; that seed's draws then do not count for it.
@@ -123,7 +123,7 @@ def resampled_means(scores: Floats) -> Floats:
 
 
 def interval(samples: Sequence[Bounds]) -> Interval:
-    """The central 95% of resampled numbers, as wide as their bounds allow; its ends are order statistics."""
+    """Returns the central 95% of resampled numbers, as wide as their bounds allow; its ends are order statistics."""
     tail = (1 - CONFIDENCE) / 2
     pairs = np.array(samples)
     (low, low_at_most), (high_at_least, high) = (

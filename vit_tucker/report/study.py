@@ -2,26 +2,18 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
 
 import yaml
 
-from vit_tucker.errors import ConfigError
-from vit_tucker.report.ablations import (
-    ablation_table,
-    check_options,
-    draw_ablation,
-    name_of,
-    option_lines,
-    usual_options,
-)
+from vit_tucker.errors import ConfigError, one_line
+from vit_tucker.report import ablations
 from vit_tucker.report.collect import KEPT, SWEEP, collect, write_results
 from vit_tucker.report.curves import check_patterns, draw_curves, has_course, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
-from vit_tucker.report.matched import MethodComparison, compare_methods
+from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
 from vit_tucker.report.tables import headline_table, matched_table, seed_list, settings_table
 from vit_tucker.show.tables import Table
@@ -36,27 +28,23 @@ class Part(NamedTuple):
     figure: str | None
 
 
-@dataclass(frozen=True)
-class SectionOutput:
+class SectionOutput(NamedTuple):
     """What was made of a section.
 
     Attributes:
         section: the settings.
         folder: where its files are, relative to the study's.
-        comparison: of Tucker with the other methods, where there are such.
         parts: by title, in order.
         notes: what is missing.
     """
 
     section: Section
     folder: str
-    comparison: MethodComparison | None
     parts: dict[str, Part]
     notes: list[str]
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     """Some runs and what was made of them.
 
     Attributes:
@@ -72,7 +60,7 @@ class Study:
 
 
 def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = ()) -> Study:
-    """Read runs and write results.jsonl, tables.md and, for each table and figure, its own files.
+    """Reads runs and writes results.jsonl, tables.md and, for each table and figure, its own files.
 
     Args:
         paths: see ``collect``.
@@ -86,17 +74,15 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
     found = collect(paths)
     sweep = read_sweep([*paths, out])
     parts = sections(found.results)
-    check_options(options, parts)
+    ablations.check_options(options, parts)
     check_patterns(curves, parts)
     out.mkdir(parents=True, exist_ok=True)
     write_results(out / KEPT, found.results)
-    if sweep is not None and sweep.file.resolve() != (out / SWEEP).resolve():
+    if sweep.file is not None and sweep.file.resolve() != (out / SWEEP).resolve():
         shutil.copyfile(sweep.file, out / SWEEP)
-    outputs = [
-        write_section(section, out, section.slug if len(parts) > 1 else "", options, curves) for section in parts
-    ]
-    title = (sweep.title if sweep is not None else "") or out.resolve().name
-    study = Study(title, sweep.about if sweep is not None else "", outputs, found.notes)
+    names = [section.slug if len(parts) > 1 else "" for section in parts]
+    outputs = [write_section(section, out, name, options, curves) for section, name in zip(parts, names, strict=True)]
+    study = Study(sweep.title or out.resolve().name, sweep.about, outputs, found.notes)
     (out / "tables.md").write_text(study_page(study))
     return study
 
@@ -107,28 +93,28 @@ class SweepNotes(NamedTuple):
     Attributes:
         title, about: '' where it says nothing.
         output_dir: of its runs, as sweep.py has it for this file.
-        file: where it is.
+        file: where it is; None if there is none.
     """
 
-    title: str
-    about: str
-    output_dir: str
-    file: Path
+    title: str = ""
+    about: str = ""
+    output_dir: str = ""
+    file: Path | None = None
 
 
-def read_sweep(paths: Sequence[Path]) -> SweepNotes | None:
-    """The first sweep.yaml in some folders; None if there is none.
+def read_sweep(paths: Sequence[Path]) -> SweepNotes:
+    """Reads the first sweep.yaml in some folders.
 
     Raises:
         ConfigError: the file is no YAML mapping.
     """
     file = next((path / SWEEP for path in paths if (path / SWEEP).is_file()), None)
     if file is None:
-        return None
+        return SweepNotes()
     try:
         content: Any = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{file}: not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: not a mapping of keys")
     title, about = (" ".join(str(content.get(key) or "").split()) for key in ("title", "about"))
@@ -138,7 +124,7 @@ def read_sweep(paths: Sequence[Path]) -> SweepNotes | None:
 def write_section(
     section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
 ) -> SectionOutput:
-    """Tables and figures of one host and data set."""
+    """Writes tables and figures of one host and data set."""
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
@@ -154,20 +140,20 @@ def write_section(
     parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
     if not has_course(section.comparable):
         notes.append("No training curves, nor epochs to recover: no setting was evaluated after more than one epoch.")
-    for option in dict.fromkeys((*usual_options(section), *options)):
-        if lines := option_lines(section, option):
-            figure = draw_ablation(option, lines, folder)
-            parts[f"Accuracy by {name_of(option)}"] = Part(ablation_table(option, lines), figure)
+    for option in dict.fromkeys((*ablations.usual_options(section), *options)):
+        if lines := ablations.option_lines(section, option):
+            figure = ablations.draw_ablation(option, lines, folder)
+            parts[f"Accuracy by {ablations.name_of(option)}"] = Part(ablations.ablation_table(option, lines), figure)
         else:
             notes.append(f"No two settings differ in {option} alone.")
     for part in parts.values():
         if part.table is not None:
             part.table.save(folder)
-    return SectionOutput(section, name, comparison, {k: part for k, part in parts.items() if any(part)}, notes)
+    return SectionOutput(section, name, {title: part for title, part in parts.items() if any(part)}, notes)
 
 
 def study_page(study: Study) -> str:
-    """tables.md."""
+    """Returns the text of tables.md."""
     lines = [f"# {study.title}", "", *([study.about, ""] if study.about else [])]
     for output in study.outputs:
         lines += [f"## {output.section.title}", "", facts(output.section), ""]
@@ -182,7 +168,7 @@ def study_page(study: Study) -> str:
 
 
 def facts(section: Section) -> str:
-    """What was run, in one paragraph: data, recipe, seeds, machine, versions, commits, dates."""
+    """Returns what was run, in one paragraph: data, recipe, seeds, machine, versions, commits, dates."""
     runs = section.runs
     first = runs[0]
     seeds = sorted({seed for setting in section.settings for seed in setting.seeds})
@@ -208,5 +194,5 @@ def facts(section: Section) -> str:
 
 
 def distinct(texts: Any) -> str:
-    """Each text once."""
+    """Returns each text once, joined."""
     return "; or ".join(dict.fromkeys(texts))

@@ -26,14 +26,14 @@ DENSE_NOTE = (
 
 
 def seed_list(seeds: Sequence[int]) -> str:
-    """'5 (0-4)', '3 (0, 2, 7)': how many and which."""
+    """Returns '5 (0-4)', '3 (0, 2, 7)': how many and which."""
     together = len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1
     which = f"{seeds[0]}-{seeds[-1]}" if together else ", ".join(map(str, seeds))
     return f"{len(seeds)} ({which})"
 
 
 def settings_table(section: Section) -> Table:
-    """A row for each setting: what it is, what it costs, how well it does."""
+    """Returns a table with a row for each setting: what it is, what it costs, how well it does."""
     recipes = [section.describe_recipe(setting) for setting in section.settings]
     commits = dict.fromkeys(setting.commits for setting in section.settings)
     header = ["config", "method", "options", "init"]
@@ -64,13 +64,12 @@ def settings_table(section: Section) -> Table:
     if any(runs_with_choices(setting) for setting in section.settings):
         notes.append("Ranks chosen by a rule may differ from seed to seed; their parameters are the mean.")
     raw_rows = [list(line.values()) for line in raw]
-    return Table(
-        "settings", header, rows, text_columns, list(raw[0]), raw_rows, notes, ("config", "best epoch %", "commit")
-    )
+    hidden = ("config", "best epoch %", "commit")
+    return Table(header, rows, text_columns, list(raw[0]), raw_rows, notes, stem="settings", not_in_latex=hidden)
 
 
 def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
-    """A line of the CSV file."""
+    """Returns a line of the CSV file."""
     return {
         "config": setting.name,
         "method": setting.method,
@@ -96,19 +95,19 @@ def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
 
 
 def runs_with_choices(setting: Setting) -> bool:
-    """Whether a rank rule chose ranks."""
+    """Returns whether a rank rule chose ranks."""
     attention = setting.runs[0]["config"]["attention"]
     return attention is not None and any(rule.get("chosen_by") for rule in attention.get("rules") or [])
 
 
 def describe_latency(setting: Setting) -> str:
-    """'0.35 (0.33-0.40)'; '-' where it was not measured."""
+    """Returns '0.35 (0.33-0.40)'; '-' where it was not measured."""
     low, high = setting.latency_range
     return "-" if low is None or high is None else f"{decimal(setting.latency)} ({low:.2f}-{high:.2f})"
 
 
 def latency_conditions(section: Section) -> str:
-    """' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
+    """Returns ' (cpu, 1 thread(s), ...)': how latency was measured; '' where it was not."""
     measured = (run["cost"]["latency"] for run in section.runs if run.get("cost") and run["cost"].get("latency"))
     conditions = dict.fromkeys(
         f"{m['device']}, {m['threads']} thread(s), batch {m['batch_size']}, precision {m['precision']}"
@@ -119,7 +118,7 @@ def latency_conditions(section: Section) -> str:
 
 
 def matched_table(comparison: MethodComparison) -> Table:
-    """A row for each Tucker setting: the attention parameters that other methods need to reach its mean accuracy."""
+    """Returns a table with a row for each Tucker setting: attention parameters that other methods need for its mean accuracy."""
     rivals = comparison.rivals
     needs = [f"{name} needs" for name in (*(comparison.section.displays[method].name for method in rivals), DENSE)]
     header = ["Tucker setting", "init", "attention params", "top-1 %", *needs]
@@ -147,17 +146,17 @@ def matched_table(comparison: MethodComparison) -> Table:
         "`*`: on Tucker's own Pareto front.",
         BOOTSTRAP_NOTE,
     ]
-    return Table("matched", header, rows, 2, [*raw_header, "dense_factor"], raw, notes)
+    return Table(header, rows, 2, [*raw_header, "dense_factor"], raw, notes, stem="matched")
 
 
 def raw_factor(factor: Factor) -> tuple[float | None, ...]:
-    """Bounds of the factor and the outer bounds of its interval."""
+    """Returns the bounds of the factor and the outer bounds of its interval."""
     ends = (None, None) if factor.interval is None else (factor.interval.lower.low, factor.interval.upper.high)
     return (*factor.value, *ends)
 
 
 def headline_table(comparison: MethodComparison) -> Table:
-    """A row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
+    """Returns a row for each other method: largest and median factor, and that between the smallest settings as good as dense."""
     headlines = comparison.headlines
     header = ["against", "largest", "median", "as good as dense", "smallest such Tucker", "smallest such other"]
     raw_header = ["against"]
@@ -174,17 +173,17 @@ def headline_table(comparison: MethodComparison) -> Table:
         f"As good as dense: {DENSE_NOTE}",
         *dict.fromkeys(f"No factor at dense accuracy: {h.why_not}." for h in headlines if h.why_not),
     ]
-    return Table("headline", header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes)
+    return Table(header, rows, 1, raw_header, [raw_headline(h) for h in headlines], notes, stem="headline")
 
 
 def raw_headline(headline: Headline) -> list[object]:
-    """A line of the CSV file."""
+    """Returns a line of the CSV file."""
     factors = (headline.largest, headline.median, headline.at_dense)
     return [headline.method, *(n for f in factors for n in (raw_factor(f) if f is not None else (None,) * 4))]
 
 
 def brief(setting: Setting | None) -> str:
-    """'ranks=8,16,16, HOSVD (50.2k)'; 'none'."""
+    """Returns 'ranks=8,16,16, HOSVD (50.2k)'; 'none'."""
     if setting is None:
         return "none"
     what = "dense" if setting.method == DENSE else f"{setting.options}, {setting.init}"

@@ -25,12 +25,12 @@ RULES = (
 
 
 def word(factor: Factor | None, threshold: float = 1.0) -> str:
-    """Whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
+    """Returns whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
     return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
 
 
 def verdicts(comparison: MethodComparison) -> list[str]:
-    """Sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
+    """Returns sentences on each other method: at equal accuracy, as an order of magnitude, and at dense accuracy."""
     matches = [match for match in comparison.matches if match.on_front]
     return [
         sentence
@@ -40,15 +40,12 @@ def verdicts(comparison: MethodComparison) -> list[str]:
 
 
 def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]:
-    """A sentence for each verdict that some setting of Tucker's Pareto front has."""
+    """Returns a sentence for each verdict that some setting of Tucker's Pareto front has."""
     method, name, sentences = headline.method, headline.name, []
     for verdict, need in ((HOLDS, "needs more"), (FAILS, "needs fewer"), (UNCLEAR, "may need more or fewer")):
         chosen = [m for m in matches if word(m.factors[method]) == verdict]
         if chosen:
-            ends = (
-                min(chosen, key=lambda m: m.factors[method].value),
-                max(chosen, key=lambda m: m.factors[method].value),
-            )
+            ends = [end(chosen, key=lambda m: m.factors[method].value) for end in (min, max)]
             places = " to ".join(dict.fromkeys(f"{m.factors[method]} at {place(m.setting)}" for m in ends))
             sentences.append(
                 f"**Fewer parameters than {name}: {verdict}** at {len(chosen)} of {len(matches)} accuracies of "
@@ -58,31 +55,26 @@ def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]
 
 
 def place(setting: Setting) -> str:
-    """'the 94.06% of ranks=4,8,8, HOSVD (20k)'"""
+    """Returns 'the 94.06% of ranks=4,8,8, HOSVD (20k)'."""
     return f"the {setting.top1_mean:.2f}% of {brief(setting)}"
 
 
 def order_of_magnitude(headline: Headline) -> str:
-    """The largest and the median factor against that of the claim."""
-    name = headline.name
-    verdict = word(headline.median, ALMOST_AN_ORDER)
-    largest = word(headline.largest, ALMOST_AN_ORDER)
+    """Returns the sentence on the largest and the median factor against that of the claim."""
+    median, largest = (word(factor, ALMOST_AN_ORDER) for factor in (headline.median, headline.largest))
     return (
-        f"**Almost an order of magnitude fewer than {name}: {verdict}** for the median factor, {headline.median}; for the "
-        f"largest one, {headline.largest}: {largest}."
+        f"**Almost an order of magnitude fewer than {headline.name}: {median}** for the median factor, {headline.median}; for "
+        f"the largest one, {headline.largest}: {largest}."
     )
 
 
 def at_dense(headline: Headline) -> str:
-    """The smallest settings that are as good as the dense model."""
-    name = headline.name
-    factor = headline.at_dense
+    """Returns the sentence on the smallest settings that are as good as the dense model."""
+    name, factor = headline.name, headline.at_dense
     if factor is None:
         return f"**At dense accuracy, fewer than {name}: {UNCLEAR}**: {headline.why_not}."
     smallest = [
-        f"no {who} setting is"
-        if setting is None
-        else f"the smallest {who} is {brief(setting)}, {setting.share:.1%} of dense"
+        f"the smallest {who} is {brief(setting)}, {setting.share:.1%} of dense" if setting else f"no {who} setting is"
         for who, setting in ((SHIPPED[OURS].name, headline.ours), (name, headline.theirs))
     ]
     return (

@@ -13,11 +13,7 @@ from vit_tucker.training.trackers import check_trackers
 
 
 def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accelerator:
-    """Accelerator with the config's precision and trackers; 'auto' is what the launcher was told, else bf16 where GPUs have it.
-
-    Args:
-        config: the recipe.
-        folder: where trackers write files.
+    """Creates the accelerator of a run; the precision 'auto' is the launcher's, else bf16 where GPUs have it.
 
     Raises:
         ConfigError: a tracker that Accelerate doesn't know, or that is not installed.

@@ -1,4 +1,4 @@
-"""What is said of a run before it trains: in results.json, on the console, and by --dry-run."""
+"""Descriptions of a run before it trains: in results.json, on the console, and by --dry-run."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from vit_tucker.training.trainer import Trainer
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
-    """What results.json says of a run before it is trained."""
+    """Returns the entries of results.json that are known before a run is trained."""
     return {
         "name": config.name,
         **stored_display(built.attention),
@@ -43,14 +43,14 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
 
 
 def stored_display(attention: AttentionConfig | None) -> dict[str, Any]:
-    """What results.json keeps of how tables show a method that is not the package's own; tables know the others."""
+    """Returns how tables show a method that is not the package's own, for results.json; tables know the others."""
     if attention is None or attention.display == SHIPPED.get(attention.method, MethodDisplay()):
         return {}
     return {"display": attention.display.model_dump(exclude_defaults=True)}
 
 
 def report_entries(patch: dict[str, Any] | None) -> dict[str, Any]:
-    """What results.json says of patches: ``patch``, that of attention, and ``linear`` where there is one."""
+    """Returns the patch reports for results.json: ``patch``, that of attention, and ``linear`` where there is one."""
     attention = {key: value for key, value in (patch or {}).items() if key != LINEAR.name}
     linear = (patch or {}).get(LINEAR.name)
     return {"patch": attention or None, **({} if linear is None else {LINEAR.name: linear})}
@@ -59,7 +59,7 @@ def report_entries(patch: dict[str, Any] | None) -> dict[str, Any]:
 def latency_of_run(
     config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
 ) -> dict[str, Any] | None:
-    """The latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
+    """Measures the latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
     size, batch_size = built.data["input_size"], config.train.latency_batch_size
     if batch_size is None or is_sharded(model):
         return None
@@ -71,7 +71,7 @@ def latency_of_run(
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:
-    """What --dry-run prints beside ``log_run``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
+    """Returns what --dry-run prints beside ``log_run``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
     recipe = config.train
     micro_batch = recipe.global_batch_size // (accelerator.num_processes * recipe.grad_accum_steps)
     memory = estimate_memory(
@@ -106,7 +106,7 @@ def log_run(
     loaders: Loaders,
     trainer: Trainer,
 ) -> None:
-    """What is about to run: weights, patch, parameter groups, sizes."""
+    """Logs what is about to run: weights, patch, parameter groups, sizes."""
     for load in built.loads:
         LOGGER.info(str(load))
     info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None

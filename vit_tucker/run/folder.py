@@ -1,4 +1,4 @@
-"""A run's folder around its training: whose it is, which config it goes on with, what is written first, and what if it fails."""
+"""A run's folder around its training: who may write, which config it goes on with, the first files, and failures."""
 
 import sys
 import traceback
@@ -22,7 +22,7 @@ from vit_tucker.training.lock import RunLock
 
 @dataclass
 class Claim:
-    """What the processes of one run may do with its folder; only the first one holds the lock.
+    """Tracks what the processes of one run may do with its folder; only the first one holds the lock.
 
     Attributes:
         run_dir: the folder.
@@ -39,8 +39,8 @@ class Claim:
     def __post_init__(self) -> None:
         self.lock = RunLock(self.run_dir.path)
 
-    def take(self, peers: Coordinator, dry_run: bool) -> None:
-        """Make a folder that is there this run's own, on the first process for all; a dry run only asks.
+    def take(self, coordinator: Coordinator, dry_run: bool) -> None:
+        """Locks a folder that is there for this run, on the first process for all; a dry run only checks.
 
         Raises:
             ConfigError: another run is being trained there; nothing has changed.
@@ -55,21 +55,17 @@ class Claim:
                 self.lock.take()
             return not dry_run
 
-        self.taken = peers.on_main(ask)
+        self.taken = coordinator.on_main(ask)
 
     def kept_config(self, config: RunConfig) -> tuple[RunConfig, str]:
-        """The config as config.yaml and results.json are to have it, and the text of started.json, see ``as_stored``."""
+        """Returns the config for config.yaml and results.json, and the text of started.json, see ``as_stored``."""
         run_dir = self.run_dir
         stored = read_yaml(run_dir.config).values if run_dir.begun and run_dir.config.is_file() else {}
         values, started = as_stored(plain_values(config), stored, run_dir.path)
         return validate(Source(values)), started
 
     def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:
-        """Write what a run starts with; on the first process.
-
-        Args:
-            config, started: see ``kept_config``.
-            built, loaders: of the run.
+        """Writes what a run starts with; on the first process.
 
         Raises:
             ConfigError: another run has begun in the folder since this one looked. SaveError: it can't be written to.
@@ -95,30 +91,30 @@ class Claim:
 
 
 def unwritable(path: Path, error: OSError) -> SaveError:
-    """The error of a run that can't write what it can't do without."""
+    """Returns the error of a run that can't write a file that it needs."""
     reason = error.strerror or str(error)
     return SaveError(f"{path} can't be written to: {reason}; free some space there, then the same command goes on")
 
 
-def record_failure(claim: Claim, peers: Coordinator, error: Exception) -> None:
-    """Have a failure in train.log: the traceback of what is no user's mistake; of several processes, whose it was.
+def record_failure(claim: Claim, coordinator: Coordinator, error: Exception) -> None:
+    """Writes a failure to train.log: the traceback of what is no user's mistake; of several processes, whose it was.
 
-    Where the first process does not say it, a line goes to standard error too.
+    Where the first process does not report it, a line goes to standard error too.
     """
     expected = isinstance(error, VitTuckerError | FailedError)
-    alone = peers.num_processes > 1 and not peers.agreed
-    line = f"process {peers.rank} failed: {error_line(error)}" if alone else f"error: {error_line(error)}"
+    alone = coordinator.num_processes > 1 and not coordinator.agreed
+    line = f"process {coordinator.rank} failed: {error_line(error)}" if alone else f"error: {error_line(error)}"
     if claim.begun or (claim.taken and not expected):
         if not expected:
             claim.run_dir.log_failure("".join(traceback.format_exception(error)).rstrip())
-        if alone or (peers.rank == 0 and expected):
+        if alone or (coordinator.rank == 0 and expected):
             claim.run_dir.log_failure(line)
-    if alone and peers.rank != 0:
+    if alone and coordinator.rank != 0:
         print(f"error: {line}", file=sys.stderr, flush=True)
 
 
 def weights_to_evaluate(run_dir: RunDir) -> Path | None:
-    """The best weights of a run, else those of its last intact checkpoint (of the EMA if there is one), which is said.
+    """Returns the best weights of a run, else, with a warning, those of its last intact checkpoint (the EMA's if there is one).
 
     Returns:
         None for a run that has not got so far: it is at its start.

@@ -41,7 +41,7 @@ def train(
 
 
 def resume_command(folder: str, plugins: Sequence[str] = ()) -> str | None:
-    """The command that continues a run here, on as many processes as now and with its plug-ins; None on several machines."""
+    """Returns the command that continues a run here, on as many processes and with its plug-ins; None on several machines."""
     from vit_tucker.config.plugins import plugin_arguments
 
     processes, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))

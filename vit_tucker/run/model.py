@@ -32,7 +32,7 @@ from vit_tucker.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """The model of a run before training.
+    """Holds the model of a run before training.
 
     Attributes:
         model: patched, on the device.
@@ -61,11 +61,9 @@ class BuiltModel:
 
 
 def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None) -> tuple[int, int]:
-    """Number of classes and image channels: the model section's, else the data set's (3 channels for timm's weights).
+    """Returns the numbers of classes and channels: the model section's, else the data set's (3 channels for timm's weights).
 
-    Args:
-        config: of the run.
-        stored: class map of a run that has begun.
+    The class map of a run that has begun is ``stored``.
 
     Raises:
         ConfigError: neither names the number of classes. DataError: the data set, which would, is missing or malformed.
@@ -87,7 +85,7 @@ def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None)
 
 
 def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, training: bool = True) -> BuiltModel:
-    """Create the host, start it from its weights, patch it; and the teacher where the run distils.
+    """Creates the host, starts it from its weights, patches it; and the teacher where the run distils.
 
     A run that has weights of its own to go on from is only built: what it started from need not be there any more. Best weights
     alone are some to evaluate, but none to go on from: such a run was killed before its first checkpoint.
@@ -144,13 +142,13 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
 
 
 def plain_reports(reports: Sequence[PatchReport]) -> dict[str, Any]:
-    """Patch reports as plain values: that of attention, and beside its entries those of other slots, each under its name."""
+    """Returns patch reports as plain values: the entries of attention's, and those of other slots, each under its name."""
     values = {report.slot: report.to_dict() for report in reports}
     return {**values.pop(ATTENTION.name, {}), **values}
 
 
 def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
-    """Patch the host in place, calibrated on training images if so configured; an error names the config's section.
+    """Patches the host in place, calibrated on training images if so configured; an error names the config's section.
 
     Args:
         model: dense, on its device.
@@ -173,7 +171,7 @@ def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data:
 def analysed_model(
     name: str, checkpoint: str | None, random: bool, dataset: str | None, options: Calibration, overrides: Sequence[str]
 ) -> tuple[nn.Module, Iterator[Tensor] | None, LoadReport | None]:
-    """Makes a dense model without its head, and gives training images for it.
+    """Creates a dense model without its head, and training images for it.
 
     Args:
         name: timm model name.

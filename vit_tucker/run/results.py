@@ -1,4 +1,4 @@
-"""What comes of a run: results.json of its training, or scores of its weights."""
+"""Results of a run: results.json of its training, or scores of its weights."""
 
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -27,7 +27,7 @@ from vit_tucker.training.trainer import Trainer
 def finish_run(
     config: RunConfig, trainer: Trainer, built: BuiltModel, results: dict[str, Any], backends: list[str]
 ) -> dict[str, Any]:
-    """Write the results of a run that has been trained, on the first process.
+    """Writes the results of a run that has been trained, on the first process.
 
     Args:
         config, trainer, built: of the run.
@@ -58,7 +58,7 @@ def finish_run(
 
 
 def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
-    """What results.json says otherwise of a model whose step rule has changed its ranks; empty where it has not.
+    """Returns the entries of results.json that changed with the ranks of a model by its step rule; empty where none did.
 
     Args:
         model: as trained.
@@ -83,7 +83,7 @@ def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dic
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
-    """What results.json says of the training itself."""
+    """Returns the entries of results.json on the training itself."""
     progress = trainer.progress
     return {
         "epochs": progress.epoch,
@@ -102,18 +102,18 @@ def evaluate_run(
     built: BuiltModel,
     loaders: Loaders,
     accelerator: Accelerator,
-    peers: Coordinator,
+    coordinator: Coordinator,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Scores of a run's weights; of the model as created (dense weights, converted) if nothing was trained."""
+    """Evaluates a run's weights; the model as created (dense weights, converted) if nothing was trained."""
     for note in loaders.notes:
         LOGGER.info(note)
     which = "the model as created"
     if weights is not None:
-        peers.together(lambda: verify_beside(weights))
-        peers.together(lambda: load_weights(weights, built.model))
+        coordinator.together(lambda: verify_beside(weights))
+        coordinator.together(lambda: load_weights(weights, built.model))
         which = str(weights)
-    scores = evaluate(built.model, loaders, accelerator, peers)
+    scores = evaluate(built.model, loaders, accelerator, coordinator)
     LOGGER.info(
         f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
     )

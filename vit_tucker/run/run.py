@@ -31,18 +31,17 @@ from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor, NullMonitor
 from vit_tucker.training.step import StepRule
 from vit_tucker.training.trackers import Trackers
-from vit_tucker.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a run beside its config; see ``run``."""
+    """Holds the arguments of ``run`` beside the config."""
 
-    evaluate_only: bool = False
-    allow_changes: bool = False
-    dry_run: bool = False
-    step_rule: StepRule | None = None
-    monitor: NullMonitor | None = None
+    evaluate_only: bool
+    allow_changes: bool
+    dry_run: bool
+    step_rule: StepRule | None
+    monitor: NullMonitor | None
 
 
 def run(
@@ -53,7 +52,7 @@ def run(
     step_rule: StepRule | None = None,
     monitor: NullMonitor | None = None,
 ) -> dict[str, Any]:
-    """Train (or continue, or evaluate) one run.
+    """Trains (or continues, or evaluates) one run.
 
     Args:
         config: resolved, see ``load_config``. A folder that holds a finished run of the same config is evaluated; an
@@ -71,58 +70,55 @@ def run(
         VitTuckerError: bad config, data, checkpoint or patch, before any training.
         StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
+    request = Request(evaluate_only, allow_changes, dry_run, step_rule, monitor)
+    claim, signals = Claim(RunDir(Path(str(config.output_dir)))), Signals()
     with leaving_with_launcher(launcher_process()):
-        return _run(config, Request(evaluate_only, allow_changes, dry_run, step_rule, monitor))
-
-
-def _run(config: RunConfig, request: Request) -> dict[str, Any]:
-    """``run``, whose failures are told to the other processes and to train.log."""
-    claim = Claim(RunDir(Path(str(config.output_dir))))
-    accelerator = create_accelerator(config.train, str(config.output_dir))
-    peers = Coordinator(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
-    signals = Signals()
-    # SIGUSR1's default is death; the set-up is worth finishing
-    with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
-        try:
-            return run_together(config, claim, accelerator, peers, signals, request, used)
-        except StoppedError:
-            raise
-        except Exception as error:
-            lost = peers.num_processes > 1 and not peers.agreed
-            if lost and (other := peers.ask()) is not None:  # contact was lost because another process failed
-                raise other from None
-            if lost:
-                peers.tell(error)
-            record_failure(claim, peers, error)
-            raise
-        finally:
-            claim.lock.release()
+        accelerator = create_accelerator(config.train, str(config.output_dir))
+        coordinator = Coordinator(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
+        # SIGUSR1's default is death; the set-up is worth finishing
+        with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
+            try:
+                return run_together(config, claim, accelerator, coordinator, signals, request, used)
+            except StoppedError:
+                raise
+            except Exception as error:
+                lost = coordinator.num_processes > 1 and not coordinator.agreed
+                if lost and (other := coordinator.ask()) is not None:  # contact was lost because another process failed
+                    raise other from None
+                if lost:
+                    coordinator.tell(error)
+                record_failure(claim, coordinator, error)
+                raise
+            finally:
+                claim.lock.release()
 
 
 def run_together(
     config: RunConfig,
     claim: Claim,
     accelerator: Accelerator,
-    peers: Coordinator,
+    coordinator: Coordinator,
     signals: Signals,
     request: Request,
     used: Choices,
 ) -> dict[str, Any]:
-    """The run itself, from its folder to its results; see ``run``. ``used``: the attention backends that take its calls."""
+    """Runs it from its folder to its results, see ``run``. ``used``: the attention backends that compute its calls."""
     run_dir = claim.run_dir
-    config, changes, with_train = enter_folder(config, claim, peers, request)
-    weights = None if with_train else peers.on_main(lambda: weights_to_evaluate(run_dir))
-    bad = check_images(config, run_dir, peers, with_train) if config.data.check else []
-    built, loaders = peers.main_first(lambda: build_run(config, run_dir, accelerator, with_train))
+    config, changes, with_train = enter_folder(config, claim, coordinator, request)
+    weights = None if with_train else coordinator.on_main(lambda: weights_to_evaluate(run_dir))
+    bad = check_images(config, run_dir, coordinator, with_train) if config.data.check else []
+    built, loaders = coordinator.main_first(lambda: build_run(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
     kept, started = claim.kept_config(config)
     results = describe_run(kept, accelerator, built, loaders)
     if loaders.train is None:
-        return evaluate_run(weights, built, loaders, accelerator, peers, results)
+        return evaluate_run(weights, built, loaders, accelerator, coordinator, results)
     steps = loaders.train.steps_per_epoch
     rule = request.step_rule
-    trainer = peers.together(lambda: build_trainer(config, accelerator, peers, run_dir, built, loaders, rule))
+    trainer = coordinator.together(
+        lambda: build_trainer(config, accelerator, coordinator, run_dir, built, loaders, rule)
+    )
     trainer.signals = signals
     if request.dry_run:
         log_run(config, results, accelerator, built, loaders, trainer)
@@ -130,14 +126,16 @@ def run_together(
         return results
     if run_dir.config.is_file() and not run_dir.begun:
         LOGGER.info(f"{run_dir.path}: an earlier start left no checkpoint, so the run begins anew")
-    peers.on_main(lambda: claim.begin(kept, started, built, loaders))
+    coordinator.on_main(lambda: claim.begin(kept, started, built, loaders))
     claim.begun = True
     trackers = Trackers(accelerator)
-    peers.together(lambda: trackers.start(results["config"], str(config.name)))
+    coordinator.together(lambda: trackers.start(results["config"], str(config.name)))
     log_run(config, results, accelerator, built, loaders, trainer)
     for change in changes:
         LOGGER.info(f"changed: {change}")
-    monitor = request.monitor or create_monitor(config, trainer, built, trackers, steps)
+    facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
+    normalisation = built.data["mean"], built.data["std"]
+    monitor = request.monitor or Monitor(trainer, steps, facts, dump_config(config), trackers, normalisation)
     try:
         fit(trainer, loaders, monitor)
     finally:
@@ -147,9 +145,9 @@ def run_together(
 
 
 def enter_folder(
-    config: RunConfig, claim: Claim, peers: Coordinator, request: Request
+    config: RunConfig, claim: Claim, coordinator: Coordinator, request: Request
 ) -> tuple[RunConfig, list[str], bool]:
-    """Take a run's folder where it is to be trained.
+    """Locks a run's folder where it is to be trained.
 
     Returns:
         The config to go on with, what has changed in it since the run began, and whether there is anything to train.
@@ -158,43 +156,25 @@ def enter_folder(
         ConfigError: the folder holds another run, or another process trains there.
     """
     run_dir, dry_run = claim.run_dir, request.dry_run
-    if not request.evaluate_only and not peers.on_main(run_dir.results.is_file):
-        claim.take(peers, dry_run)
-    config, changes = peers.together(lambda: check_folder(run_dir, config, request.allow_changes))
+    if not request.evaluate_only and not coordinator.on_main(run_dir.results.is_file):
+        claim.take(coordinator, dry_run)
+    config, changes = coordinator.together(lambda: check_folder(run_dir, config, request.allow_changes))
     seed_everything(derive_seed(config.seed))
     finished = run_dir.results.is_file() and not changes and not dry_run
     if finished:
         LOGGER.info(f"{run_dir.path}: finished, so only evaluated; remove the folder to train anew")
     with_train = not (finished or request.evaluate_only)
     if with_train:
-        claim.take(peers, dry_run)
+        claim.take(coordinator, dry_run)
     else:
         claim.lock.release()
     return config, changes, with_train
 
 
-def create_monitor(
-    config: RunConfig, trainer: Trainer, built: BuiltModel, trackers: Trackers, steps_per_epoch: int
-) -> Monitor:
-    """What shows a run on the console, in TensorBoard and in other trackers."""
-    return Monitor(
-        trainer.accelerator,
-        trainer.run_dir,
-        config.train,
-        steps_per_epoch,
-        trainer.progress.global_step,
-        {f"params/{name}": float(built.params[name]) for name in ("attention", "total")},
-        dump_config(config),
-        trainer.groups,
-        trackers,
-        (built.data["mean"], built.data["std"]),
-    )
-
-
 def build_run(
     config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool
 ) -> tuple[BuiltModel, Loaders]:
-    """Model and loaders of one process."""
+    """Builds model and loaders of one process."""
     built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
         config.data,
@@ -212,8 +192,8 @@ def build_run(
     return built, loaders
 
 
-def check_images(config: RunConfig, run_dir: RunDir, peers: Coordinator, with_train: bool) -> list[str]:
-    """Open every image of the run's splits, shared among the processes; streams are only seen as they are read.
+def check_images(config: RunConfig, run_dir: RunDir, coordinator: Coordinator, with_train: bool) -> list[str]:
+    """Opens every image of the run's splits, shared among the processes; streams are only checked as they are read.
 
     Returns:
         The fault lines of the bad ones, of all processes.
@@ -222,13 +202,13 @@ def check_images(config: RunConfig, run_dir: RunDir, peers: Coordinator, with_tr
         DataError: more of them than ``data.max_bad_images``; each has a line in the log.
     """
     stored = stored_classes(run_dir.path_if_begun)
-    num_classes, channels = peers.together(lambda: classes_and_channels(config, stored))
-    place = peers.rank, peers.num_processes
-    bad = peers.union(
-        peers.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
+    num_classes, channels = coordinator.together(lambda: classes_and_channels(config, stored))
+    place = coordinator.rank, coordinator.num_processes
+    bad = coordinator.union(
+        coordinator.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
     )
     try:
-        peers.together(lambda: FaultLog(config.data.max_bad_images).add(bad))
+        coordinator.together(lambda: FaultLog(config.data.max_bad_images).add(bad))
     except DataError:
         for line in bad:
             LOGGER.warning(f"bad image: {line}")

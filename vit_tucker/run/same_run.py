@@ -17,7 +17,7 @@ STREAMS = ("wds", "hfids", "tfds")
 
 
 def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
-    """Refuse a folder that holds a run of another config, or that can't be made.
+    """Refuses a folder that holds a run of another config, or that can't be made.
 
     A run that left no weights is none to go on with: its folder takes any config.
 
@@ -46,7 +46,7 @@ def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False
 
 
 def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
-    """What differs between the config of a run that began and another, and matters: not the ranks that a rule chose.
+    """Lists the differences between the config of a run that began and another that matter: not the ranks that a rule chose.
 
     Returns:
         Lines 'train.lr: 0.001 -> 0.002'.
@@ -60,11 +60,10 @@ def changes_of_run(stored: RunConfig, config: RunConfig) -> list[str]:
 
 
 def stated_attention(config: RunConfig, run_dir: RunDir, training: bool) -> AttentionConfig | None:
-    """The attention of a run that has begun, with the ranks that its weights state: they may have changed in training.
+    """Returns the attention of a run that has begun, with the ranks that its weights state: they may have changed in training.
 
     Args:
-        config: of the run.
-        run_dir: of the run.
+        config, run_dir: of the run.
         training: the weights are those to go on with, not the best ones.
 
     Returns:

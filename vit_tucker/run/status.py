@@ -4,20 +4,15 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from vit_tucker.errors import FailedError, StoppedError, VitTuckerError, shorten
-
-if TYPE_CHECKING:
-    pass
-
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """Faults of a disk that a user can mend."""
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Exit status of a command; user errors become one line on standard error, from the first process only."""
+    """Returns the exit status of a command; user errors become one line on standard error, from the first process only."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         status = command()

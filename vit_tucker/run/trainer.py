@@ -40,16 +40,16 @@ from vit_tucker.training.trainer import Trainer
 def build_trainer(
     config: RunConfig,
     accelerator: Accelerator,
-    peers: Coordinator,
+    coordinator: Coordinator,
     run_dir: RunDir,
     built: BuiltModel,
     loaders: Loaders,
     rule: StepRule | None = None,
 ) -> Trainer:
-    """Optimizer, schedule, EMA and objective around the model, prepared by Accelerate, at the state of the run's last checkpoint.
+    """Builds optimizer, schedule, EMA and objective around the model, at the state of the run's last checkpoint.
 
     Args:
-        config, accelerator, peers, run_dir, built, loaders: of the run.
+        config, accelerator, coordinator, run_dir, built, loaders: of the run.
         rule: in place of the config's.
 
     Raises:
@@ -64,16 +64,16 @@ def build_trainer(
     groups = describe_groups(model, optimizer)
     average = {"decay": recipe.model_ema_decay, "use_warmup": recipe.model_ema_warmup}
     ema = ModelEmaV3(model, **average) if recipe.model_ema else None
-    saved = resume(run_dir, peers, model, ema)
+    saved = resume(run_dir, coordinator, model, ema)
     mixup = create_mixup(recipe, built.num_classes)
     # all know of a failure here before they wait for each other in DDP's constructor
-    objective = peers.together(lambda: create_objective(recipe, accelerator, built, loaders))
+    objective = coordinator.together(lambda: create_objective(recipe, accelerator, built, loaders))
     described = partial(describe_weights, config=config, built=built, loaders=loaders)
     metadata, description = described(model)
     prepared, prepared_optimizer, bare = prepare(accelerator, model, optimizer, recipe)
     trainer = Trainer(
         accelerator=accelerator,
-        peers=peers,
+        coordinator=coordinator,
         model=prepared,
         bare=bare,
         optimizer=prepared_optimizer,
@@ -99,7 +99,7 @@ def build_trainer(
 
 
 def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadReport]) -> None:
-    """Have the blocks recompute their activations, and freeze what is not trained, as the recipe says.
+    """Sets up activation checkpointing, and freezes what is not trained, as the recipe asks for.
 
     Raises:
         ConfigError: the model can't, or its timm can't do both.
@@ -118,7 +118,7 @@ def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadRe
 
 
 def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> Objective:
-    """The loss of labels and teacher, and the penalties of the model, each of which is computed once to see that it can be.
+    """Creates the loss of labels, teacher and penalties of the model, each of which is computed once to check it.
 
     Raises:
         ConfigError: the teacher is another kind of model; a penalty fails. CheckpointError: the teacher's classes differ.
@@ -138,7 +138,7 @@ def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: Built
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig
 ) -> tuple[nn.Module, Any, nn.Module]:
-    """Compile the model and have Accelerate wrap it and its optimizer.
+    """Compiles the model if asked for, and has Accelerate wrap it and its optimizer.
 
     Returns:
         Wrapped model and optimizer, and the model without wrappers.
@@ -161,7 +161,7 @@ def prepare(
 
 
 def go_on(trainer: Trainer, saved: Saved, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-    """Give a trainer the rest of what it goes on from, beside weights and progress.
+    """Restores the rest of what a run goes on from, beside weights and progress.
 
     Args:
         trainer: at its start.
@@ -181,12 +181,12 @@ def go_on(trainer: Trainer, saved: Saved, optimizer: torch.optim.Optimizer, step
     if progress.fit_to(steps_per_epoch):
         LOGGER.info(f"an epoch now has {steps_per_epoch} steps: going on from step {progress.step} of it")
     t.faults.add(progress.faults)
-    progress.processes = t.peers.num_processes
+    progress.processes = t.coordinator.num_processes
     t.scheduler.step_update(progress.global_step)
 
 
 def freeze_others(model: nn.Module, only: str | Sequence[str], loads: Sequence[LoadReport]) -> None:
-    """Freeze what ``train.only`` does not name; two lines in the log say how much is trained, and what stays random.
+    """Freezes what ``train.only`` does not name; two lines in the log state how much is trained, and what stays random.
 
     Raises:
         ConfigError: it names nothing.
@@ -216,14 +216,14 @@ def refuse_other_numbers(teacher: nn.Module, names: Sequence[str] | None) -> Non
 
 
 def name_blocks(model: nn.Module) -> None:
-    """Tell Accelerate which classes FSDP makes shards of: the blocks, which is what holds an attention layer."""
+    """Names the classes for Accelerate of which FSDP makes shards: the blocks, which hold the attention layers."""
     blocks = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in find_attention(model)}
     if not hasattr(model, "_no_split_modules"):
         model._no_split_modules = sorted(blocks)  # type: ignore[assignment]
 
 
 def checkpoint_activations(model: nn.Module, name: str) -> None:
-    """Have the blocks recompute their activations in the backward pass.
+    """Turns on activation checkpointing: the blocks recompute their activations in the backward pass.
 
     Raises:
         ConfigError: timm's model can't.
@@ -235,7 +235,7 @@ def checkpoint_activations(model: nn.Module, name: str) -> None:
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and cutmix in batch mode, or None."""
+    """Creates timm's mixup and cutmix in batch mode; None without."""
     if not config.mixup and not config.cutmix:
         return None
     return Mixup(

@@ -1,4 +1,4 @@
-"""What a run's saved weights say of themselves, and the weights of its teacher."""
+"""Headers and config.json of a run's saved weights, and the weights of its teacher."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from vit_tucker.storage.weights import full_state, save_weights
 def describe_weights(
     model: nn.Module, config: RunConfig, built: BuiltModel, loaders: Loaders
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Header and config.json of the run's weights; the latter None, and a line in the log, where timm alone can't rebuild it."""
+    """Returns header and config.json of a run's weights; the latter None, with a line in the log, if timm can't rebuild it."""
     names = loaders.label_names and padded(loaders.label_names, built.num_classes)
     labels = names if names and len(names) == built.num_classes else None
     try:
@@ -33,13 +33,7 @@ def describe_weights(
 
 
 def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
-    """Keep the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it.
-
-    Args:
-        run_dir: of the run.
-        teacher: dense.
-        name: timm's, of the model.
-    """
+    """Saves the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it."""
     file, header_entries = run_dir.teacher, weights_header(name)
     try:
         config = describe(teacher)
@@ -50,7 +44,7 @@ def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
 
 
 def weights_header(architecture: str, *methods: MethodConfig) -> dict[str, str]:
-    """What the header of a weights file says of its model: timm name, methods and, as JSON, all options and ranks."""
+    """Returns the header of a weights file: timm name of its model, methods and, as JSON, all options and ranks."""
     entries = {"architecture": architecture, "attention": ""}
     for method in methods:
         name = slot_of(method).name

@@ -57,7 +57,7 @@ def subplots(
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
-    """A log axis of x whose ticks read 20k, 50k, 100k, with as many of them as fit."""
+    """Makes x a log axis whose ticks read 20k, 50k, 100k, with as many of them as fit."""
     axis.set_xscale("log")
     digits = next(digits for ratio, digits in TICK_DIGITS if high / low < ratio)
     equal = MaxNLocator(6, steps=[1, 2, 5, 10])
@@ -67,7 +67,7 @@ def log_axis(axis: Any, low: float, high: float) -> None:
 
 
 def accuracy_axis(axis: Any, low: float, high: float) -> None:
-    """An axis of y in percent; where errors differ much, their log scale spreads what is close to 100%.
+    """Makes y an axis in percent; where errors differ much, their log scale spreads what is close to 100%.
 
     Args:
         axis: of a figure whose data are drawn.
@@ -89,13 +89,13 @@ def accuracy_axis(axis: Any, low: float, high: float) -> None:
 
 
 def sizes_scale(sizes: Sequence[float]) -> Any:
-    """Colours by size, on a log scale, without the yellow that white paper swallows."""
+    """Returns colours by size, on a log scale, without the light yellow that is not visible on white."""
     colours = colormaps["viridis_r"](np.linspace(0.12, 1.0, 256))
     return ScalarMappable(LogNorm(min(sizes) * 0.98, max(sizes) * 1.02), ListedColormap(colours))
 
 
 def sizes_bar(figure: Figure, scale: Any, axes: Any, sizes: Sequence[float], label: str) -> None:
-    """The colour bar of ``sizes_scale``, with ticks at the sizes themselves where there is room."""
+    """Adds the colour bar of ``sizes_scale``, with ticks at the sizes themselves where there is room."""
     bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=30, shrink=0.6)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_ticks(spaced(sizes))
@@ -104,7 +104,7 @@ def sizes_bar(figure: Figure, scale: Any, axes: Any, sizes: Sequence[float], lab
 
 
 def spaced(values: Sequence[float], least: float = 1.2) -> list[float]:
-    """Some of the values, each at least so many times the one before."""
+    """Returns some of the values, each at least so many times the one before."""
     kept: list[float] = []
     for value in sorted(values):
         if not kept or value >= kept[-1] * least:
@@ -113,13 +113,13 @@ def spaced(values: Sequence[float], least: float = 1.2) -> list[float]:
 
 
 def grid(axis: Any) -> None:
-    """A light grid behind the data."""
+    """Draws a light grid behind the data."""
     axis.grid(alpha=0.3, linewidth=0.4)
     axis.set_axisbelow(True)
 
 
 def save(figure: Figure, folder: Path, stem: str) -> str:
-    """Write PNG and PDF, the same bytes for the same data; the name of the PNG file."""
+    """Writes PNG and PDF, the same bytes for the same data; returns the name of the PNG file."""
     figure.savefig(folder / f"{stem}.png", dpi=300)
     figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})
     return f"{stem}.png"

@@ -1,6 +1,7 @@
 """How tables and figures show an attention method: a class attribute of its config, read here without importing torch."""
 
 from collections.abc import Mapping
+from itertools import cycle
 
 from pydantic import Field
 
@@ -62,15 +63,12 @@ SHIPPED = {"dense": DENSE, "mha": MHA, "tucker": TUCKER, "gqa": GQA, "mla": MLA}
 
 def fill_in(displays: Mapping[str, MethodDisplay]) -> dict[str, MethodDisplay]:
     """Returns displays with names, and with colours and markers that no other method of the same figure has, by method."""
-    taken = {display.colour for display in displays.values()}, {display.marker for display in displays.values()}
-    free = [[v for v in all_of if v not in used] or all_of
-            for all_of, used in zip((FREE_COLOURS, FREE_MARKERS), taken, strict=True)]  # fmt: skip
-    filled, next_free = {}, [0, 0]
+    free = {}
+    for key, values in (("colour", FREE_COLOURS), ("marker", FREE_MARKERS)):
+        taken = {getattr(display, key) for display in displays.values()}
+        free[key] = cycle([value for value in values if value not in taken] or values)
+    filled = {}
     for method, display in displays.items():
-        changes = {"name": display.name or method}
-        for i, key in enumerate(("colour", "marker")):
-            if getattr(display, key) is None:
-                changes[key] = free[i][next_free[i] % len(free[i])]
-                next_free[i] += 1
-        filled[method] = display.model_copy(update=changes)
+        changes = {key: next(values) for key, values in free.items() if getattr(display, key) is None}
+        filled[method] = display.model_copy(update={"name": display.name or method, **changes})
     return filled

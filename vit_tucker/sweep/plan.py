@@ -3,7 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from vit_tucker.config.source import (
 )
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.storage.paths import MAX_NAME
-from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
+from vit_tucker.sweep.schema import START, CellConfig, ExecutorConfig, SweepConfig
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
@@ -63,6 +63,7 @@ class Sweep:
         seeds: all seeds.
         jobs: all runs, in the order in which they are started; starts before the cells that need them.
         keep_checkpoints: whether cells that are done keep theirs.
+        executor: where they are trained.
     """
 
     file: Path
@@ -70,6 +71,7 @@ class Sweep:
     seeds: tuple[int, ...]
     jobs: tuple[Job, ...]
     keep_checkpoints: bool = True
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +112,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             start = _job(START, seed, merge_values(common, part(source, "start")), output_dir, file)
             jobs.append(start)
         jobs += [_job(cell, seed, merge_values(finetune, given), output_dir, file, start) for cell, given in settings]
-    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints)
+    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints, config.executor)
 
 
 def select_jobs(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:

@@ -1,16 +1,20 @@
-"""The table of a sweep's runs: cells by seeds, redrawn on a terminal, one line per event elsewhere."""
+"""The table of a sweep's runs: cells by seeds, live on a terminal, one line per event elsewhere."""
 
-import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
 
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.status import State, Status, count_states
 
 SHORT = {
     State.WAITING: ".",
+    State.QUEUED: "queued",
     State.BLOCKED: "blocked",
     State.FAILED: "FAILED",
     State.ELSEWHERE: "elsewhere",
@@ -28,29 +32,35 @@ def entry(status: Status, epochs: int) -> str:
     return f"{mark}{status.epoch}/{epochs}" + ("" if status.top1 is None else f" {status.top1:.1f}")
 
 
-def board(jobs: Sequence[Job], statuses: Statuses) -> list[str]:
-    """The table's lines: a row per cell, a column per seed, and the mean of what is done."""
+def board(jobs: Sequence[Job], statuses: Statuses, most: int | None = None) -> Table:
+    """Returns the table: a row per cell, a column per seed, and the mean of what is done.
+
+    Args:
+        jobs: the runs to show.
+        statuses: their states.
+        most: rows; a longer table has those cells only that are being trained.
+    """
     seeds = list(dict.fromkeys(job.seed for job in jobs))
-    rows = [("cell", *(f"seed {seed}" for seed in seeds), "mean top-1 %")]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
+    table.add_column("cell", no_wrap=True)
+    for title in (*(f"seed {seed}" for seed in seeds), "mean top-1 %"):
+        table.add_column(title, justify="right", no_wrap=True)
     by_name: dict[str, dict[int, Job]] = {}
     for job in jobs:
         by_name.setdefault(job.name, {})[job.seed] = job
+    if most is not None and len(by_name) > most:
+        active = {job.name for job in jobs if statuses[job.key].state is State.RUNNING}
+        by_name = {name: by_name[name] for name in by_name if name in active}
     for name, runs in by_name.items():
         cells = [entry(statuses[name, seed], runs[seed].config.train.epochs) if seed in runs else "" for seed in seeds]
         done = [s.top1 for seed in runs if (s := statuses[name, seed]).state is State.DONE and s.top1 is not None]
         spread = f" +- {statistics.stdev(done):.2f}" if len(done) > 1 else ""
-        rows.append((name, *cells, f"{statistics.fmean(done):.2f}{spread}" if done else ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+        table.add_row(name, *cells, f"{statistics.fmean(done):.2f}{spread}" if done else "")
+    return table
 
 
 class Display:
-    """Shows a sweep while it runs.
+    """Shows a sweep while it runs, as a context manager.
 
     Args:
         jobs: the runs to show.
@@ -60,44 +70,45 @@ class Display:
 
     def __init__(self, jobs: Sequence[Job], statuses: Statuses, stream: TextIO | None = None):
         self._jobs, self._statuses, self._stream = jobs, statuses, stream or sys.stdout
-        self._live = self._stream.isatty()
-        self._drawn = 0
+        terminal = self._stream.isatty()
+        self._console = Console(
+            file=self._stream, force_terminal=terminal, color_system=None, markup=False, highlight=False, emoji=False
+        )
+        self._live = Live(console=self._console, auto_refresh=False, transient=True, redirect_stdout=False)
+
+    def __enter__(self) -> "Display":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        self._erase()
-        print(line, file=self._stream, flush=True)
+        """Prints a line that stays."""
+        self._console.print(line, soft_wrap=True)
 
     def draw(self, left: str) -> None:
-        """The live table; nothing where there is no terminal.
+        """Shows the live table; nothing where there is no terminal.
 
         Args:
             left: what is said beside the counts.
         """
-        if not self._live:
-            return
-        self._erase()
-        width, height = shutil.get_terminal_size()
-        lines = board(self._jobs, self._statuses)
-        if len(lines) > height - 3:
-            active = {job.name for job in self._jobs if self._statuses[job.key].state is State.RUNNING}
-            lines = [lines[0], *(line for line in lines[1:] if line.split(" ", 1)[0] in active)]
-        lines.append(f"{count_states(self._statuses[job.key] for job in self._jobs)}{left}")
-        for line in lines:
-            print(line[: width - 1], file=self._stream)
-        self._stream.flush()
-        self._drawn = len(lines)
+        if self._live.is_started:
+            table = board(self._jobs, self._statuses, self._console.height - 4)
+            self._live.update(Group(table, f"{self._count()}{left}"), refresh=True)
 
     def close(self) -> None:
-        """The whole table, once more, to stay."""
-        self._erase()
-        print("\n".join(board(self._jobs, self._statuses)), file=self._stream)
+        """Prints the whole table, once more, to stay."""
+        plain = Console(width=10_000, color_system=None, force_terminal=False)
+        with plain.capture() as captured:
+            plain.print(board(self._jobs, self._statuses))
+        for line in captured.get().splitlines():
+            self.say(line.rstrip())
         for job in self._jobs:
             if (status := self._statuses[job.key]).reason:
-                print(f"{job.name}, seed {job.seed}: {status.state.value}: {status.reason}", file=self._stream)
-        print(count_states(self._statuses[job.key] for job in self._jobs), file=self._stream, flush=True)
+                self.say(f"{job.name}, seed {job.seed}: {status.state.value}: {status.reason}")
+        self.say(self._count())
 
-    def _erase(self) -> None:
-        if self._drawn:
-            print(f"\x1b[{self._drawn}F\x1b[J", end="", file=self._stream)
-            self._drawn = 0
+    def _count(self) -> str:
+        return count_states(self._statuses[job.key] for job in self._jobs)

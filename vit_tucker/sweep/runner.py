@@ -1,46 +1,24 @@
-"""Runs a sweep's jobs, some at a time, each when what it starts from is done."""
+"""Runs a sweep's jobs, as many at a time as the executor takes, each when what it starts from is done."""
 
-import os
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
-from vit_tucker.sweep.process import RunProcess, start_run
+from vit_tucker.sweep.process import Executor, StartedRun
 from vit_tucker.sweep.progress_table import Display
 from vit_tucker.sweep.schema import START
 from vit_tucker.sweep.status import State, Status, last_words, read_status, update_progress
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.lock import RunLock
 
-POLL_SECONDS = 0.2
 DRAW_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Slots:
-    """What the runs of a sweep share.
-
-    Attributes:
-        jobs: runs at a time.
-        threads: CPU threads of each.
-        gpus: CUDA devices, dealt to the runs; empty leaves them all to every run.
-        launcher: see ``start_run``.
-        keep_checkpoints: of cells that are done.
-    """
-
-    jobs: int = 1
-    threads: int = 1
-    gpus: tuple[str, ...] = ()
-    launcher: str | None = None
-    keep_checkpoints: bool = True
 
 
 class Runner:
@@ -49,13 +27,22 @@ class Runner:
     Args:
         jobs: the runs, those that others need before these.
         statuses: of each, changed in place.
-        slots: what they share.
+        executor: starts them.
         display: where it is shown.
+        keep_checkpoints: of cells that are done.
     """
 
-    def __init__(self, jobs: Sequence[Job], statuses: dict[tuple[str, int], Status], slots: Slots, display: Display):
-        self._jobs, self._statuses, self._slots, self._display = jobs, statuses, slots, display
-        self._running: dict[int, RunProcess] = {}
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        statuses: dict[tuple[str, int], Status],
+        executor: Executor,
+        display: Display,
+        keep_checkpoints: bool = True,
+    ):
+        self._jobs, self._statuses, self._executor, self._display = jobs, statuses, executor, display
+        self._keep_checkpoints = keep_checkpoints
+        self._running: list[StartedRun] = []
         self._tried: set[tuple[str, int]] = set()
         self._signals = Signals()
         self._began = time.monotonic()
@@ -74,7 +61,7 @@ class Runner:
                 if self._signals.number and not forwarded:
                     forwarded = time.monotonic()
                     self._display.say(f"{signal.Signals(self._signals.number).name}: the runs save their state")
-                    for process in self._running.values():
+                    for process in self._running:
                         process.send(self._signals.number)
                 if not self._signals.number:
                     self._fill()
@@ -82,10 +69,12 @@ class Runner:
                     break
                 if time.monotonic() - drawn > DRAW_SECONDS:
                     drawn = time.monotonic()
-                    for process in self._running.values():
-                        update_progress(process.job, self._statuses[process.job.key])
+                    for process in self._running:
+                        status = self._statuses[process.job.key]
+                        status.state = State.QUEUED if process.queued else State.RUNNING
+                        update_progress(process.job, status)
                     self._display.draw(self._left())
-                time.sleep(POLL_SECONDS)
+                time.sleep(self._executor.poll_seconds)
         if self._signals.number:
             return 130
         return 0 if all(self._statuses[job.key].state is State.DONE for job in self._jobs) else 1
@@ -96,51 +85,48 @@ class Runner:
         try:
             yield
         finally:
-            for process in self._running.values():
+            for process in self._running:
                 process.send(signal.SIGKILL)
 
     def _fill(self) -> None:
-        """Start runs while there are free slots."""
+        """Start runs while there are free places."""
+        ready = self._ready()[: max(0, self._executor.capacity - len(self._running))]
+        self._tried |= {job.key for job in ready}
+        for job, process in zip(ready, self._executor.start(ready) if ready else (), strict=True):
+            status = self._statuses[job.key]
+            if process is None:
+                status.state, status.reason = State.ELSEWHERE, "another sweep runs it"
+            else:
+                status.state, status.reason = State.RUNNING, ""
+                self._running.append(process)
+
+    def _ready(self) -> list[Job]:
+        """Jobs whose start is done; those that start from a failed run are blocked."""
+        ready = []
         for job in self._jobs:
-            if len(self._running) >= self._slots.jobs:
-                return
             status = self._statuses[job.key]
             if job.key in self._tried or status.state is State.DONE:
                 continue
-            before = None if job.after is None else self._statuses[job.after.key]
-            if before is not None and before.state is not State.DONE:
-                if before.state in (State.FAILED, State.BLOCKED, State.ELSEWHERE):
-                    self._tried.add(job.key)
-                    status.state, status.reason = (
-                        State.BLOCKED,
-                        f"what it starts from is not done: {before.state.value}",
-                    )
-                continue
-            self._start(job, status)
-
-    def _start(self, job: Job, status: Status) -> None:
-        slot = next(number for number in range(self._slots.jobs) if number not in self._running)
-        gpus = self._slots.gpus
-        self._tried.add(job.key)
-        process = start_run(job, self._slots.threads, gpus[slot % len(gpus)] if gpus else None, self._slots.launcher)
-        if process is None:
-            status.state, status.reason = State.ELSEWHERE, "another sweep runs it"
-            return
-        status.state, status.reason = State.RUNNING, ""
-        self._running[slot] = process
+            before = State.DONE if job.after is None else self._statuses[job.after.key].state
+            if before is State.DONE:
+                ready.append(job)
+            elif before in (State.FAILED, State.BLOCKED, State.ELSEWHERE):
+                self._tried.add(job.key)
+                status.state, status.reason = State.BLOCKED, f"what it starts from is not done: {before.value}"
+        return ready
 
     def _collect(self) -> None:
         """Note the runs that have ended."""
-        for slot, process in list(self._running.items()):
+        for process in list(self._running):
             code = process.status
             if code is None:
                 continue
-            del self._running[slot]
+            self._running.remove(process)
             job, status = process.job, self._statuses[process.job.key]
             after = read_status(job, {})
             if after.state is State.DONE:
                 self._finished += 1
-                if not self._slots.keep_checkpoints and job.name != START:
+                if not self._keep_checkpoints and job.name != START:
                     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
             elif self._signals.number:
                 after.state = State.INTERRUPTED
@@ -151,7 +137,7 @@ class Runner:
             else:
                 after.state, after.reason = (
                     State.FAILED,
-                    f"status {code}: {last_words(process.log, process.said)}; see {process.log}",
+                    f"{process.ending}: {last_words(process.log, process.said)}; see {process.log}",
                 )
             vars(status).update(vars(after))
             self._display.say(self._event(job, status))
@@ -166,7 +152,8 @@ class Runner:
     def _left(self) -> str:
         """'; about 0:12:30 left', by the pace of the runs so far."""
         left = sum(
-            self._statuses[job.key].state in (State.WAITING, State.INTERRUPTED, State.RUNNING) for job in self._jobs
+            self._statuses[job.key].state in (State.WAITING, State.INTERRUPTED, State.QUEUED, State.RUNNING)
+            for job in self._jobs
         )
         if not self._finished or not left:
             return ""
@@ -181,29 +168,6 @@ def refused(job: Job) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
-
-
-def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str], keep_checkpoints: bool = True) -> Slots:
-    """Divide CPU threads and GPUs among the runs that go on at a time.
-
-    Args:
-        jobs: runs at a time.
-        launcher: see ``start_run``; a launcher chooses its GPUs itself.
-        gpus: CUDA devices that are visible here.
-        keep_checkpoints: of cells that are done.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    dealt = tuple(gpus) if jobs > 1 and launcher is None else ()
-    return Slots(jobs, max(1, cores // jobs), dealt, launcher, keep_checkpoints)
-
-
-def visible_gpus() -> list[str]:
-    """CUDA devices, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def read_statuses(

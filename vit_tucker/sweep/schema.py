@@ -1,9 +1,9 @@
 """The YAML schema of a sweep."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vit_tucker.config.data_section import PathText
 from vit_tucker.validation.checked import MAX_INTEGER, Checked
@@ -41,6 +41,53 @@ class CellConfig(Checked):
         return vary
 
 
+class ExecutorConfig(Checked):
+    """Where the runs are trained; command-line values override the file: executor.time=600."""
+
+    kind: Literal["local", "slurm"] = Field(
+        default="local", description="local: processes of this machine; slurm: job arrays of a cluster (--executor)."
+    )
+    jobs: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Runs at a time (--jobs): null is 1 on this machine, and what Slurm allows on a cluster, else its jobs of "
+        "one array.",
+    )
+    launch: str | None = Field(
+        default=None, description="Arguments of accelerate launch, which then starts each run (--launch)."
+    )
+    time: int = Field(
+        default=1440, ge=1, le=1_000_000, description="Slurm: minutes of a job; a run that needs more is queued again."
+    )
+    partition: str | None = Field(default=None, description="Slurm: partition.")
+    account: str | None = Field(default=None, description="Slurm: account.")
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=4096,
+        description="Slurm: GPUs of a run; several are used by DDP, unless launch says how.",
+    )
+    cpus: int | None = Field(default=None, ge=1, le=4096, description="Slurm: CPU cores of a run.")
+    memory: float | None = Field(default=None, gt=0, le=1e6, description="Slurm: memory of a run in GB.")
+    signal_seconds: int = Field(
+        default=300,
+        ge=1,
+        le=86_400,
+        description="Slurm: seconds before the time limit at which a run saves its state and leaves.",
+    )
+    setup: tuple[str, ...] = Field(default=(), description="Slurm: shell lines before a run, as 'module load cuda'.")
+    slurm: dict[str, str | int | bool] = Field(
+        default={}, description="Other options of sbatch by their long names: {qos: high, gres: 'gpu:a100:4'}."
+    )
+
+    @model_validator(mode="after")
+    def _time_to_train(self) -> "ExecutorConfig":
+        if self.signal_seconds >= 60 * self.time:
+            raise ValueError(f"signal_seconds {self.signal_seconds} leaves nothing of time {self.time} (minutes)")
+        return self
+
+
 class SweepConfig(Checked):
     """A sweep: every cell is trained once per seed, all from the dense model of that seed."""
 
@@ -61,6 +108,7 @@ class SweepConfig(Checked):
     keep_checkpoints: bool = Field(
         default=True, description="false: a cell's checkpoints are removed when it is done; the starts' stay."
     )
+    executor: ExecutorConfig = Field(default=ExecutorConfig(), description="Where the runs are trained.")
     cells: tuple[CellConfig, ...] = Field(min_length=1, description="The settings to compare.")
 
     @field_validator("seeds")

@@ -24,6 +24,7 @@ class State(Enum):
     """Where a run stands."""
 
     WAITING = "waiting"
+    QUEUED = "queued"
     RUNNING = "running"
     ELSEWHERE = "elsewhere"
     INTERRUPTED = "interrupted"

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.tucker import Pairs, hosvd
+from vit_tucker.tensor.tucker import Pairs, Ranks, hosvd
 
-Ranks = tuple[int, int, int]
 MAX_STEPS = 128
 """Rank values per mode in a table: wider modes go in coarser steps."""
 
@@ -37,7 +36,7 @@ class RankTable:
     norm: float
 
     def triple(self, index: int) -> Ranks:
-        """The ranks of an entry, by its index in the flattened tables."""
+        """Returns the ranks of an entry, by its index in the flattened tables."""
         at = torch.unravel_index(torch.tensor(index), self.error.shape)
         r1, r2, r3 = (int(values[i]) for values, i in zip(self.ranks, at, strict=True))
         return r1, r2, r3
@@ -52,7 +51,7 @@ def rank_steps(full: int, multiple: int) -> Tensor:
 def rank_table(
     pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], multiple: int = 1, rotary: bool = False
 ) -> RankTable:
-    """Error and cost of the truncated HOSVDs of a tensor.
+    """Returns the error and cost of the truncated HOSVDs of a tensor.
 
     Args:
         pairs: the tensor (H, I, J), float64.
@@ -75,7 +74,7 @@ def rank_table(
 
 
 def least_error(tables: Sequence[RankTable], budget: float) -> list[Ranks]:
-    """The triples of least summed error whose summed cost is within the budget.
+    """Returns the triples of least summed error whose summed cost is within the budget.
 
     Raises:
         ValueError: even the smallest ranks cost more; says how much.
@@ -88,7 +87,7 @@ def least_error(tables: Sequence[RankTable], budget: float) -> list[Ranks]:
 
 
 def least_cost(tables: Sequence[RankTable], energy: float) -> list[Ranks]:
-    """The triples of least summed cost that keep a share of the summed squared norms.
+    """Returns the triples of least summed cost that keep a share of the summed squared norms.
 
     Args:
         tables: of the tensors.
@@ -100,7 +99,7 @@ def least_cost(tables: Sequence[RankTable], energy: float) -> list[Ranks]:
 
 
 def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: float) -> list[int]:
-    """One entry of each table such that the summed objective is low and the summed constraint within the limit.
+    """Returns one entry of each table such that the summed objective is low and the summed constraint within the limit.
 
     Args:
         objective, constraint: one pair of tables of the same shape per tensor.
@@ -139,7 +138,7 @@ def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: f
 
 
 def spend(goals: list[Tensor], uses: list[Tensor], chosen: list[int], limit: float) -> list[int]:
-    """Spend what is left below the limit: again and again the change with the largest gain per use that still fits."""
+    """Spends what is left below the limit: again and again the change with the largest gain per use that still fits."""
     left = limit - sum(use[i].item() for use, i in zip(uses, chosen, strict=True))
     while True:
         best, which, entry = 0.0, -1, -1

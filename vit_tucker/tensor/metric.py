@@ -19,7 +19,7 @@ class Root(NamedTuple):
 
 
 def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
-    """Square root of ``metric + damping * mean eigenvalue``.
+    """Returns the square root of ``metric + damping * mean eigenvalue``.
 
     Sums of products taken in lower precision can have slightly negative eigenvalues; they count as zero.
 
@@ -49,18 +49,18 @@ def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
 
 
 def identity_root(size: int, like: Tensor) -> Root:
-    """Root of the identity metric (size, size), with the device and dtype of ``like``."""
+    """Returns the root of the identity metric (size, size), with the device and dtype of ``like``."""
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     return Root(eye, eye)
 
 
 def covariance(second_moment: Tensor, mean: Tensor) -> Tensor:
-    """E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
+    """Returns E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
     return second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def mean_metric(metrics: Tensor) -> Tensor:
-    """Mean over heads of the metrics, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
+    """Averages the metrics over heads, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
     traces = metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
     share = torch.where(traces > 0, 1 / traces.clamp_min(torch.finfo(metrics.dtype).tiny), 0.0)
     return (metrics * share[:, None, None]).mean(0)

@@ -17,7 +17,7 @@ class ModeSpectra(NamedTuple):
 
 
 def mode_spectra(pairs: Pairs) -> ModeSpectra:
-    """Singular values of the unfoldings of stack_i A_i B_i^T, without squaring them: good to 1e-15 of the largest.
+    """Returns the singular values of the unfoldings, without squaring them: good to 1e-15 of the largest.
 
     The left unfolding [A_1 B_1^T, ...] has the singular values of [A_1 R_1^T, ...], B_i = Q_i R_i, which has H*D columns only.
 
@@ -43,7 +43,7 @@ def _head_values(pairs: Pairs) -> Tensor:
 
 
 def _shrink(side: Tensor, columns: int) -> Tensor:
-    """(H, I, D) in orthonormal coordinates of the span of all columns, where that is smaller."""
+    """Returns (H, I, D) in orthonormal coordinates of the span of all columns, where that is smaller."""
     heads, rows, width = side.shape
     if columns >= rows:
         return side
@@ -51,7 +51,7 @@ def _shrink(side: Tensor, columns: int) -> Tensor:
 
 
 def numerical_rank(values: Tensor, size: int, tolerance: float | None = None) -> int:
-    """How many singular values are above rounding: tolerance * largest, tolerance = size * machine epsilon by default.
+    """Counts the singular values above rounding: tolerance * largest, tolerance = size * machine epsilon by default.
 
     Args:
         values: falling singular values.
@@ -63,7 +63,7 @@ def numerical_rank(values: Tensor, size: int, tolerance: float | None = None) ->
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp of the entropy of the singular values as shares of their sum.
+    """Returns exp of the entropy of the singular values as shares of their sum.
 
     Source: Roy and Vetterli, The effective rank, 2007.
     """
@@ -72,12 +72,12 @@ def effective_rank(values: Tensor) -> float:
 
 
 def stable_rank(values: Tensor) -> float:
-    """Squared Frobenius norm over the squared largest singular value."""
+    """Returns the squared Frobenius norm over the squared largest singular value."""
     return (values.square().sum() / values[0].square()).item()
 
 
 def energy_rank(values: Tensor, energy: float) -> int:
-    """The smallest rank that keeps this share of the squared norm.
+    """Returns the smallest rank that keeps this share of the squared norm.
 
     Args:
         values: falling singular values.
@@ -90,7 +90,7 @@ def energy_rank(values: Tensor, energy: float) -> int:
 
 
 def mode_ranks(pairs: Pairs, tolerance: float | None = None) -> tuple[int, int, int]:
-    """Numerical ranks (head, left, right) of a Pairs tensor."""
+    """Returns the numerical ranks (head, left, right) of a Pairs tensor."""
     heads, rows, columns = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]
     spectra = mode_spectra(pairs)
     head, left, right = (

@@ -35,14 +35,19 @@ class LinearMoments:
 
     @classmethod
     def like(cls, f: Tensor, y: Tensor, centre: bool) -> "LinearMoments":
-        """Empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``."""
-        zeros = [torch.zeros(s, dtype=torch.float64, device=f.device) for s in ((), f.shape[1], y.shape[1])]
-        products = [f.new_zeros(f.shape[1], f.shape[1]).double(), f.new_zeros(y.shape[1], f.shape[1]).double()]
-        shifts = [t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)]
-        return cls(zeros[0], zeros[1], zeros[2], products[0], products[1], shifts[0], shifts[1])
+        """Returns empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``."""
+        return cls.zeros(*(t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)))
+
+    @classmethod
+    def zeros(cls, f_shift: Tensor, y_shift: Tensor) -> "LinearMoments":
+        """Sums of nothing yet; sums with the same shifts can be added."""
+        f, o = len(f_shift), len(y_shift)
+        shapes: tuple[tuple[int, ...], ...] = ((), (f,), (o,), (f, f), (o, f))
+        count, f_sum, y_sum, ff, yf = (f_shift.new_zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(count, f_sum, y_sum, ff, yf, f_shift, y_shift)
 
     def add(self, f: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Add features (n, F) and targets (n, O) with weights (n,)."""
+        """Adds features (n, F) and targets (n, O) with weights (n,)."""
         f, y = f - self.f_shift, y - self.y_shift
         weighted = f * weights[:, None]
         self.count += weights.sum().double()
@@ -51,18 +56,13 @@ class LinearMoments:
         self.ff += (weighted.mT @ f).double()
         self.yf += (y.mT @ weighted).double()
 
-    def empty(self) -> "LinearMoments":
-        """Sums of nothing yet, with the same shifts: those of two can be added."""
-        zeros = [torch.zeros_like(t) for t in (self.count, self.f_sum, self.y_sum, self.ff, self.yf)]
-        return LinearMoments(zeros[0], zeros[1], zeros[2], zeros[3], zeros[4], self.f_shift, self.y_shift)
-
     def plus(self, other: "LinearMoments") -> "LinearMoments":
         """Sums over the tokens of both; the shifts must be the same."""
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("count", "f_sum", "y_sum", "ff", "yf")}
         return replace(self, **sums)
 
     def loss(self, readout: Tensor, bias: Tensor, metric: Tensor) -> float:
-        """Summed error of y^ = R f + b in a metric, up to the constant that is its value for y^ = 0 after the shifts.
+        """Returns the summed error of y^ = R f + b in a metric, up to the constant that is its value for y^ = 0 after the shifts.
 
         Args:
             readout: R, (O, F), float64.
@@ -86,7 +86,7 @@ class LinearMoments:
 
 
 def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tuple[Tensor, Root]:
-    """The best read-out at full rank, and the root of the damped feature metric.
+    """Returns the best read-out at full rank, and the root of the damped feature metric.
 
     Args:
         ff: (F, F) feature (co)variance.
@@ -105,7 +105,7 @@ def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tupl
 def reduced_rank_readout(
     ff: Tensor, yf: Tensor, prior: Tucker, damping: float, out_root: Root, sweeps: int = 6
 ) -> Tucker:
-    """The best read-out sum_i U2 S_i f_i, S = C x1 U1, from features f = (f_1, ..., f_H) of R3 each.
+    """Returns the best read-out sum_i U2 S_i f_i, S = C x1 U1, from features f = (f_1, ..., f_H) of R3 each.
 
     At full head rank the exact minimum: reduced-rank regression. Below, head factor and the rest in turns, each exactly.
 
@@ -139,7 +139,7 @@ def reduced_rank_readout(
 
 
 def _best_left_and_core(blocks: Tensor, cross: Tensor, head: Tensor, r2: int) -> tuple[Tensor, Tensor]:
-    """Reduced-rank regression on the mixed features sum_i U1[i, a] f_i. Returns (O, R2) and (R1, R2, R3)."""
+    """Solves reduced-rank regression on the mixed features sum_i U1[i, a] f_i: (O, R2) and (R1, R2, R3)."""
     mixed = torch.einsum("ha,hrks,kb->arbs", head, blocks, head).flatten(0, 1).flatten(1)  # (R1*R3, R1*R3)
     readout = torch.einsum("ohr,ha->oar", cross, head).flatten(1) @ (root := metric_root(mixed, 1e-12)).inverse
     left = leading_eigenvectors(readout @ readout.mT, r2)
@@ -148,7 +148,7 @@ def _best_left_and_core(blocks: Tensor, cross: Tensor, head: Tensor, r2: int) ->
 
 
 def _best_head(blocks: Tensor, cross: Tensor, left: Tensor, core: Tensor) -> Tensor:
-    """Head factor (H, R1) for given left factor and core: least squares, then orthonormal columns."""
+    """Returns the head factor (H, R1) for given left factor and core: least squares, then orthonormal columns."""
     heads, r1 = blocks.shape[0], core.shape[0]
     normal = torch.einsum("aqr,hrks,bqs->hakb", core, blocks, core).flatten(0, 1).flatten(1)
     right_side = torch.einsum("oq,ohr,aqr->ha", left, cross, core).flatten()

@@ -47,17 +47,17 @@ class Lifted(NamedTuple):
 
 
 def as_complex(x: Tensor) -> Tensor:
-    """(..., K) pairs of coordinates -> (..., K/2) complex."""
+    """Views pairs of coordinates as complex numbers: (..., K) -> (..., K/2)."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
 def as_real(z: Tensor) -> Tensor:
-    """(..., K/2) complex -> (..., K) pairs of coordinates."""
+    """Views complex numbers as pairs of coordinates: (..., K/2) -> (..., K)."""
     return torch.view_as_real(z).flatten(-2)
 
 
 def coefficient_blocks(gamma: Tensor) -> Tensor:
-    """Real matrices (..., S, K) of complex coefficients (..., S/2, K/2): multiplication on the right of rows of pairs.
+    """Returns the real matrices (..., S, K) of complex coefficients (..., S/2, K/2), to multiply rows of pairs on the right.
 
     A key k = sum_j gamma_j kappa_j meets the query q as the latent keys kappa_j meet conj(gamma_j) q.
     """
@@ -66,13 +66,13 @@ def coefficient_blocks(gamma: Tensor) -> Tensor:
 
 
 def pair_shares(tensor: RotaryPairs) -> Tensor:
-    """Share of each pair in its head's squared norm, (H, K/2)."""
+    """Returns the share of each pair in its head's squared norm, (H, K/2)."""
     left, right = (side.square().unflatten(-1, (-1, 2)).sum((1, 3)) for side in (tensor.left, tensor.right))
     return left * right / (left * right).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
 
 
 def lift(tensor: RotaryPairs) -> Lifted:
-    """See the module. S = 2 min(J, M) for each rotation, M pairs with it; H*D for heads in general position.
+    """Lifts the tensor to an ordinary one, see the module. S = 2 min(J, M) for each rotation, M pairs with it.
 
     Args:
         tensor: float64. Rotations with fewer pairs than others count as many, the rest of them zero.
@@ -98,12 +98,12 @@ def lift(tensor: RotaryPairs) -> Lifted:
 
 
 def pair_energies(lifted: Lifted) -> Tensor:
-    """Squared norm of each pair of coordinates of the right mode, falling. (S/2,)"""
+    """Returns the squared norm of each pair of coordinates of the right mode, falling. (S/2,)"""
     return (lifted.pairs.left @ lifted.pairs.right.mT).square().sum((0, 1)).unflatten(0, (-1, 2)).sum(1)
 
 
 def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
-    """||tensor - other|| / ||tensor|| averaged over all angles; widths K and K' may differ.
+    """Returns ||tensor - other|| / ||tensor|| averaged over all angles; widths K and K' may differ.
 
     Args:
         tensor: reference.
@@ -125,14 +125,14 @@ def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
 
 
 def tensor_distance(tensor: Pairs | RotaryPairs, other: Pairs | RotaryPairs) -> Tensor:
-    """Relative distance of two tensors, both with rotations or both without."""
+    """Returns the relative distance of two tensors, both with rotations or both without."""
     if isinstance(tensor, RotaryPairs) and isinstance(other, RotaryPairs):
         return rotary_distance(tensor, other)
     return relative_distance(Pairs(tensor.left, tensor.right), Pairs(other.left, other.right))
 
 
 def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
-    """An ordinary tensor with the norm of the given one: itself, or lifted."""
+    """Returns an ordinary tensor with the norm of the given one: itself, or lifted."""
     if not isinstance(tensor, RotaryPairs):
         return tensor
     left, right = lift(tensor).pairs
@@ -140,7 +140,7 @@ def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
 
 
 def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:
-    """One key for all heads with as many pairs as each of them: pair k of every head as a multiple of one pair k.
+    """Returns one key for all heads with as many pairs as each of them: pair k of every head as a multiple of one pair k.
 
     Complex multiples pass through any rotation, so the heads may even rotate the pair by angles of their own.
 
@@ -160,7 +160,7 @@ def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:
 def whiten_rotary(
     tensor: RotaryPairs, left: Tensor | None = None, right: Tensor | None = None, weights: Tensor | None = None
 ) -> RotaryPairs:
-    """The tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,)."""
+    """Returns the tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,)."""
     a, b, columns = tensor
     if weights is not None:
         a = a * weights[:, None, None]
@@ -168,7 +168,7 @@ def whiten_rotary(
 
 
 def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
-    """Truncated higher-order SVD of a lifted tensor: its leading pairs, and the leading bases of the other modes.
+    """Truncates the higher-order SVD of a lifted tensor to its leading pairs, and to the leading bases of the other modes.
 
     Args:
         lifted: the tensor (H, I, S).
@@ -192,7 +192,7 @@ def leave_room(
     metric: Root | None = None,
     trials: int = 9,
 ) -> Lifted:
-    """A latent of given width that holds keys, which rotate, and values, which don't (one latent for both).
+    """Returns a latent of given width that holds keys, which rotate, and values, which don't (one latent for both).
 
     The leading pairs serve the keys; values read the real span of all coordinates, and the rest of the width is theirs. How many
     pairs the keys get is tried out: the summed relative errors of both decide.

@@ -7,7 +7,7 @@ from vit_tucker.tensor.tucker import Tucker
 
 
 def selector_form(left: Tensor, right: Tensor, groups: int, keep_columns: bool = False) -> Tucker:
-    """Tucker form of stack_i A_i B_g(i)^T with head i in group g(i): the bases hold all columns, the core selects.
+    """Writes stack_i A_i B_g(i)^T, head i in group g(i), as Tucker: the bases hold all columns, the core selects.
 
     Where the columns outnumber the rows the basis is the identity, and the core holds the matrices themselves.
 
@@ -28,7 +28,7 @@ def selector_form(left: Tensor, right: Tensor, groups: int, keep_columns: bool =
 
 
 def basis_and_columns(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """A basis U (I, R), R = min(I, K*D), and columns (K, R, D) with matrices_k = U columns_k. Takes (K, I, D)."""
+    """Returns a basis U (I, R), R = min(I, K*D), and columns (K, R, D): matrices_k (K, I, D) = U columns_k."""
     count, rows, width = matrices.shape
     if count * width >= rows:
         return torch.eye(rows, dtype=matrices.dtype, device=matrices.device), matrices
@@ -36,7 +36,7 @@ def basis_and_columns(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def all_columns(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """The basis of all columns (I, K*D), and selectors (K, K*D, D) of each matrix's own. Takes (K, I, D)."""
+    """Returns the basis of all columns (I, K*D), and selectors (K, K*D, D) of each matrix's own. Takes (K, I, D)."""
     count, _, width = matrices.shape
     selector = torch.eye(count * width, dtype=matrices.dtype, device=matrices.device)
     return matrices.transpose(0, 1).flatten(1), selector.unflatten(1, (count, width)).transpose(0, 1)

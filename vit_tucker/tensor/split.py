@@ -23,7 +23,7 @@ class Split(NamedTuple):
 
 
 def split_width(tensor: Pairs, width: int, tolerance: float) -> Split:
-    """The best approximation of each head's matrix with a given width: its truncated SVD (Eckart and Young).
+    """Returns the best approximation of each head's matrix with a given width: its truncated SVD (Eckart and Young).
 
     The matrices are never formed: QRs of both sides leave a small one with the same singular values.
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Ranks = tuple[int, int, int]
+"""R1, R2, R3 of the modes (head, left, right)."""
+
 
 class Pairs(NamedTuple):
     """The tensor stack_i A_i B_i^T, kept as its factors.
@@ -23,7 +26,7 @@ class Pairs(NamedTuple):
     right: Tensor
 
     def dense(self) -> Tensor:
-        """The tensor itself, (H, I, J). For tests and small layers."""
+        """Returns the tensor itself, (H, I, J). For tests and small layers."""
         return self.left @ self.right.mT
 
 
@@ -43,40 +46,27 @@ class Tucker(NamedTuple):
     right: Tensor
 
 
-class Grams(NamedTuple):
-    """Mode Grams (unfolding times its transpose) of a Pairs tensor: head (H, H), left (I, I), right (J, J)."""
-
-    head: Tensor
-    left: Tensor
-    right: Tensor
-
-
 def gram_left(pairs: Pairs) -> Tensor:
-    """Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite."""
+    """Returns the Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite."""
     weighted = pairs.left @ (pairs.right.mT @ pairs.right)  # (H, I, D)
     flat = pairs.left.transpose(0, 1).flatten(1)  # (I, H*D)
     return weighted.transpose(0, 1).flatten(1) @ flat.mT
 
 
 def gram_right(pairs: Pairs) -> Tensor:
-    """Gram of the right mode, sum_i B_i (A_i^T A_i) B_i^T. Shape (J, J)."""
+    """Returns the Gram of the right mode, sum_i B_i (A_i^T A_i) B_i^T. Shape (J, J)."""
     return gram_left(Pairs(pairs.right, pairs.left))
 
 
 def gram_head(pairs: Pairs) -> Tensor:
-    """Gram of the head mode, G[i, j] = <A_i B_i^T, A_j B_j^T>. Shape (H, H)."""
+    """Returns the Gram of the head mode, G[i, j] = <A_i B_i^T, A_j B_j^T>. Shape (H, H)."""
     left = torch.einsum("iad,jae->ijde", pairs.left, pairs.left)
     right = torch.einsum("iad,jae->ijde", pairs.right, pairs.right)
     return (left * right).sum((-2, -1))
 
 
-def grams(pairs: Pairs) -> Grams:
-    """All three mode Grams, from D-wide matrices only."""
-    return Grams(gram_head(pairs), gram_left(pairs), gram_right(pairs))
-
-
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
-    """The ``rank`` leading eigenvectors of a symmetric matrix: the leading left singular vectors of the unfolding.
+    """Returns the leading eigenvectors of a symmetric matrix: the leading left singular vectors of the unfolding.
 
     Args:
         gram: (I, I), symmetric.
@@ -100,7 +90,7 @@ def _fix_signs(vectors: Tensor) -> Tensor:
 
 
 def left_basis(pairs: Pairs, rank: int) -> Tensor:
-    """The ``rank`` leading left singular vectors of the left mode's unfolding.
+    """Returns the ``rank`` leading left singular vectors of the left mode's unfolding.
 
     A Gram squares the singular values, so that directions below 1e-8 of the largest drown in rounding. Where the columns of all
     A_i together are fewer than the rows, the search is therefore held to their span by a QR: with a rank that covers the span
@@ -124,7 +114,7 @@ def left_basis(pairs: Pairs, rank: int) -> Tensor:
 
 
 def project(pairs: Pairs, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Core of the tensor in given bases, ``tensor x_1 U1^T x_2 U2^T x_3 U3^T``, from the projected pairs.
+    """Returns the core of the tensor in given bases, ``tensor x_1 U1^T x_2 U2^T x_3 U3^T``, from the projected pairs.
 
     Args:
         pairs: the tensor, (H, I, J) as pairs of width D.
@@ -139,8 +129,8 @@ def project(pairs: Pairs, head: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return torch.tensordot(head, slices, dims=([0], [0]))
 
 
-def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None) -> Tucker:
-    """Truncated higher-order SVD of a Pairs tensor.
+def hosvd(pairs: Pairs, ranks: Ranks, right: Tensor | None = None) -> Tucker:
+    """Computes the truncated higher-order SVD of a Pairs tensor.
 
     Args:
         pairs: the tensor (H, I, J), float64 for exactness: the Grams square the condition number.
@@ -160,8 +150,8 @@ def hosvd(pairs: Pairs, ranks: tuple[int, int, int], right: Tensor | None = None
     return Tucker(project(pairs, head, left, right), head, left, right)
 
 
-def hooi(pairs: Pairs, ranks: tuple[int, int, int], steps: int = 10) -> Tucker:
-    """Higher-order orthogonal iteration: from the HOSVD, each basis anew for the other two, in turns.
+def hooi(pairs: Pairs, ranks: Ranks, steps: int = 10) -> Tucker:
+    """Improves the HOSVD by higher-order orthogonal iteration: each basis anew for the other two, in turns.
 
     Args:
         pairs: the tensor (H, I, J), float64.
@@ -184,7 +174,7 @@ def hooi(pairs: Pairs, ranks: tuple[int, int, int], steps: int = 10) -> Tucker:
 
 
 def _mode_basis(own: Tensor, other: Tensor, head: Tensor, rank: int) -> Tensor:
-    """Leading left singular vectors of the mode of ``own`` (H, I, D), with ``other`` (H, R3, D) and the head mode projected."""
+    """Returns the leading left singular vectors of the mode of ``own`` (H, I, D), ``other`` (H, R3, D) and heads projected."""
     unfolded = torch.einsum("ha,hid,hrd->iar", head, own, other).flatten(1)  # (I, R1*R3)
     if not rank <= unfolded.shape[1] < unfolded.shape[0]:
         return leading_eigenvectors(unfolded @ unfolded.mT, rank)
@@ -193,29 +183,29 @@ def _mode_basis(own: Tensor, other: Tensor, head: Tensor, rank: int) -> Tensor:
 
 
 def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
-    """One orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm: least summed relative error."""
+    """Returns one orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm."""
     weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
     return leading_eigenvectors(weighted, rank)
 
 
 def tucker_pairs(tucker: Tucker) -> Pairs:
-    """The tensor of a Tucker decomposition as pairs of width R2."""
+    """Returns the tensor of a Tucker decomposition as pairs of width R2."""
     slices = torch.tensordot(tucker.head, tucker.core, 1)
     return Pairs(tucker.left.expand(len(slices), -1, -1), tucker.right @ slices.mT)
 
 
 def apply_pairs(pairs: Pairs, vectors: Tensor) -> Tensor:
-    """sum_i A_i B_i^T x_i for one vector per head. (H, J) -> (I,)"""
+    """Returns sum_i A_i B_i^T x_i for one vector per head. (H, J) -> (I,)"""
     return torch.einsum("hid,hd->i", pairs.left, torch.einsum("hjd,hj->hd", pairs.right, vectors))
 
 
 def squared_norm(pairs: Pairs) -> Tensor:
-    """Squared Frobenius norm of the tensor, from D x D products. Scalar."""
+    """Returns the squared Frobenius norm of the tensor, from D x D products. Scalar."""
     return ((pairs.left.mT @ pairs.left) * (pairs.right.mT @ pairs.right)).sum()
 
 
 def relative_distance(pairs: Pairs, other: Pairs) -> Tensor:
-    """||tensor - other||_F / ||tensor||_F for two Pairs tensors of the same shape (H, I, J), widths may differ.
+    """Returns ||tensor - other||_F / ||tensor||_F for two Pairs tensors of the same shape (H, I, J), widths may differ.
 
     Each head's difference is [A, -A'] [B, B']^T; QR of both sides leaves a small matrix with the same norm, so that nothing
     cancels: the result is good to about 1e-14 where subtracting squared norms would stop at 1e-8.

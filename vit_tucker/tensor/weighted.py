@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from vit_tucker.tensor.metric import identity_root, mean_metric, metric_root
-from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd, joint_right_basis
-
-Ranks = tuple[int, int, int]
+from vit_tucker.tensor.tucker import Pairs, Ranks, Tucker, hosvd, joint_right_basis
 
 
 def head_weights(metrics: Tensor) -> Tensor:
-    """How much each head counts: the root of its metric's trace, the largest 1, none below 1e-3. (H, J, J) -> (H,)"""
+    """Returns how much each head counts: the root of its metric's trace, the largest 1, none below 1e-3. (H, J, J) -> (H,)"""
     weights = metrics.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()
     if not (weights > 0).any():
         raise ValueError("the second moments are zero: the inputs are constant")
@@ -35,7 +33,7 @@ def whitened_hosvd(
     right: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Tucker:
-    """HOSVD in the norm of a left and a right metric, and of weights of the heads.
+    """Computes the HOSVD in the norm of a left and a right metric, and of weights of the heads.
 
     Args:
         pairs: the tensor (H, I, J).
@@ -77,7 +75,7 @@ def weighted_tucker(
     right: Tensor | None = None,
     steps: int = 40,
 ) -> Tucker:
-    """Tucker decomposition that minimises the weighted error, each head with its own right metric.
+    """Minimises the weighted error of a Tucker decomposition, each head with its own right metric.
 
     Args:
         pairs: the tensor (H, I, J), float64.
@@ -115,7 +113,7 @@ def weighted_tucker(
 
 
 def _weighted_error(pairs: Pairs, metrics: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Relative squared error sum_i tr(E_i K_i E_i^T) of a Tucker (head, core, left, right), E_i = A_i B_i^T - U2 T_i U3^T.
+    """Makes the squared error sum_i tr(E_i K_i E_i^T) of a Tucker, relative, E_i = A_i B_i^T - U2 T_i U3^T.
 
     Multiplied out, so that nothing larger than the metrics (H, J, J) is formed.
     """
@@ -132,7 +130,7 @@ def _weighted_error(pairs: Pairs, metrics: Tensor) -> Callable[[Tensor, Tensor, 
 
 
 def _minimise(loss: Callable[..., Tensor], start: list[Tensor], steps: int) -> list[Tensor]:
-    """L-BFGS from ``start``; returns the start where nothing better was found."""
+    """Runs L-BFGS from ``start``; returns the start where nothing better was found."""
     with torch.enable_grad():
         variables = [tensor.detach().clone().requires_grad_(True) for tensor in start]
         solver = torch.optim.LBFGS(variables, max_iter=steps, history_size=20, line_search_fn="strong_wolfe")
@@ -159,7 +157,7 @@ def joint_weighted_basis(
     rank: int,
     damping: float,
 ) -> Tensor:
-    """One basis (C, rank) for the right modes of two tensors, in the mean of their right metrics.
+    """Returns one basis (C, rank) for the right modes of two tensors, in the mean of their right metrics.
 
     Args:
         pre, post: the tensors.

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside gradients, over a CPU group of their own (gloo: no wait for the GPU).
+"""Messages between the processes of a run beside gradients, over a CPU group of their own (gloo: no wait for the GPU).
 
 A signal, a loss that is not finite or an unreadable image may meet one process only. After each step all of them vote and read
 the result one step later, so that they stop after the same step and none waits; and where one fails in its set-up, all fail.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vit_tucker.errors import FailedError, PeerError, VitTuckerError
+from vit_tucker.errors import FailedError, PeerError, VitTuckerError, one_line
 
 T = TypeVar("T")
 FAILURE = "vit_tucker/failure"
@@ -24,7 +24,7 @@ FAILURE = "vit_tucker/failure"
 
 @dataclass(frozen=True)
 class VoteResult:
-    """What any of the processes said.
+    """Holds what any of the processes has seen.
 
     Attributes:
         signal: number of a signal that one of them caught; 0 for none.
@@ -38,7 +38,7 @@ class VoteResult:
 
 
 class Coordinator:
-    """The processes of a run, this one among them.
+    """Coordinates the processes of a run: votes, gathered values, and work that succeeds or fails in all of them.
 
     Args:
         rank, num_processes: this process, and how many there are; a single one needs no messages.
@@ -54,30 +54,25 @@ class Coordinator:
         self._pending: tuple[Tensor, Any] | None = None
 
     def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> VoteResult:
-        """Say what this process has seen; every process must call this equally often.
+        """Reports what this process has seen; every process must call this equally often.
 
         Returns:
             What any of them said in the vote before this one; a single process hears itself at once.
         """
         if self.group is None:
             return VoteResult(signal, diverged, faults)
-        outcome = self.last_vote()
+        outcome = VoteResult()
+        if self._pending is not None:
+            flags, work = self._pending
+            work.wait()
+            seen = flags.tolist()
+            outcome = VoteResult(seen[0], bool(seen[1]), bool(seen[2]))
         flags = torch.tensor([signal, int(diverged), int(faults)])
         self._pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, self.group, async_op=True)
         return outcome
 
-    def last_vote(self) -> VoteResult:
-        """The result of the last vote, waited for; every process must call this alike."""
-        if self._pending is None:
-            return VoteResult()
-        flags, work = self._pending
-        self._pending = None
-        work.wait()
-        signal, diverged, faults = flags.tolist()
-        return VoteResult(signal, bool(diverged), bool(faults))
-
     def gather(self, value: Any) -> list[Any]:
-        """The plain value of each process, in all of them."""
+        """Returns the plain value of each process, in all of them."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.num_processes
@@ -85,42 +80,35 @@ class Coordinator:
         return values
 
     def union(self, lines: Iterable[str]) -> list[str]:
-        """All processes' lines, each once, sorted."""
+        """Returns all processes' lines, each once, sorted."""
         return sorted({line for lines_of_one in self.gather(list(lines)) for line in lines_of_one})
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do some work on each process; if it fails on one, it fails on all, and nobody waits for the dead.
+        """Runs some work on each process; if it fails on one, it fails on all, and none waits for a process that has ended.
 
         Raises:
             whatever ``work`` raises here; PeerError or VitTuckerError with the other's message if it failed elsewhere.
         """
-        result, failure = self._attempt(work)
-        self._raise_first(failure)
-        return result  # type: ignore[return-value]
+        return self._agree(work)  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """As ``together``, the first process before the others: what has to be downloaded is downloaded once."""
-        result, failure = self._attempt(work) if self.rank == 0 else (None, None)
-        self._raise_first(failure)
-        if self.rank != 0:
-            result, failure = self._attempt(work)
-        self._raise_first(failure)
-        return result  # type: ignore[return-value]
+        """Works as ``together``, the first process before the others: what has to be downloaded is downloaded once."""
+        first = self._agree(work, here=self.rank == 0)
+        later = self._agree(work, here=self.rank != 0)
+        return first if self.rank == 0 else later  # type: ignore[return-value]
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Do some work on the first process only; all get its plain result, or fail with it."""
-        result, failure = self._attempt(work) if self.rank == 0 else (None, None)
-        self._raise_first(failure)
-        return self.gather(result)[0]
+        """Runs some work on the first process only; all get its plain result, or fail with it."""
+        return self.gather(self._agree(work, here=self.rank == 0))[0]
 
     def tell(self, error: Exception) -> None:
-        """Leave word of a failure that only this process knows, for ``ask``; the others will lose contact soon."""
+        """Stores a failure that only this process knows, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
                 store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))
 
     def ask(self) -> Exception | None:
-        """The failure that another process has told of before it left; None if none has, or where it can't be known."""
+        """Returns the failure that another process stored before it ended; None if none has, or where it can't be known."""
         try:
             if (store := self._store()) is None or not store.check([FAILURE]):
                 return None
@@ -132,37 +120,38 @@ class Coordinator:
     def _store(self) -> Any:
         return dist.distributed_c10d._get_default_store() if self.num_processes > 1 and dist.is_initialized() else None
 
-    @staticmethod
-    def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        try:
-            return work(), None
-        except Exception as error:
-            return None, error
-
-    def _raise_first(self, failure: Exception | None) -> None:
-        said = None if failure is None else (isinstance(failure, VitTuckerError), f"{failure}")
-        for rank, other in enumerate(self.gather(said)):
+    def _agree(self, work: Callable[[], T], here: bool = True) -> T | None:
+        """Returns the result of some work, None where this process does none; raises the failure of the first one that fails."""
+        result, failure = None, None
+        if here:
+            try:
+                result = work()
+            except Exception as error:
+                failure = error
+        reason = None if failure is None else (isinstance(failure, VitTuckerError), f"{failure}")
+        for rank, other in enumerate(self.gather(reason)):
             if other is not None:
                 self.agreed = True
                 if failure is not None:
                     raise failure
                 raise (VitTuckerError if other[0] else PeerError)(f"process {rank}: {other[1]}")
+        return result
 
 
 def error_line(error: Exception) -> str:
-    """An error's message, with its type where it is none of ours."""
+    """Returns an error's message in one line, with its type unless it is one of this package."""
     kind = "" if isinstance(error, VitTuckerError | FailedError) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
+    return kind + one_line(error)
 
 
 class Mirror:
-    """Small tensors of the device, seen on the CPU one step late without making the device wait."""
+    """Copies small tensors of the device to the CPU one step late, without making the device wait."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def swap(self, value: Tensor) -> Tensor | None:
-        """Take ``value`` in, give the one before it out, on the CPU; None at first. A CPU tensor is given out at once."""
+        """Stores ``value`` and returns the one before it on the CPU, None at first; a CPU tensor is returned at once."""
         if value.device.type != "cuda":
             return value
         before = self._pending

@@ -27,7 +27,7 @@ Logits = Tensor | tuple[Tensor, Tensor]
 def distillation_loss(
     student: Tensor, teacher: Tensor, kind: Literal["soft", "hard"], temperature: float = 1.0
 ) -> Tensor:
-    """Loss of the student's logits against the teacher's, mean over images.
+    """Computes the loss of the student's logits against the teacher's, mean over images.
 
     Args:
         student, teacher: logits, (B, classes).
@@ -42,9 +42,9 @@ def distillation_loss(
 
 
 class Distiller:
-    """The loss of a student that also learns from a teacher; takes the place of the label loss in the loop.
+    """Computes the loss of a student that also learns from a teacher, in place of the label loss.
 
-        with distiller.watch():
+        with distiller.observe():
             logits = model(images)
         loss = distiller(images, logits, targets, label_loss)
 
@@ -78,14 +78,14 @@ class Distiller:
         if hasattr(student, "set_distilled_training"):  # then it returns both tokens' logits in training mode
             student.set_distilled_training(True)  # type: ignore[operator]
 
-    def watch(self) -> AbstractContextManager[Any]:
-        """Context of the student's forward pass, which notes its final tokens where they are compared."""
+    def observe(self) -> AbstractContextManager[Any]:
+        """Returns the context of the student's forward pass, which records its final tokens where they are compared."""
         return self._student_tokens if self.config.features else contextlib.nullcontext()
 
     def __call__(
         self, images: Tensor, logits: Logits, targets: Tensor, label_loss: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
             images: as the student saw them, mixed and augmented, (B, channels, height, width).
@@ -117,7 +117,7 @@ class Distiller:
 
 
 def token_loss(student: Any, teacher: Any) -> Tensor:
-    """Mean squared error of final tokens, outputs of ``forward_features``.
+    """Computes the mean squared error of final tokens, outputs of ``forward_features``.
 
     Raises:
         ConfigError: not tensors of one shape.
@@ -128,14 +128,11 @@ def token_loss(student: Any, teacher: Any) -> Tensor:
 
 
 class FinalTokens:
-    """Context in which a timm model notes the output of its ``forward_features``.
+    """Records the output of a timm model's ``forward_features`` while it is entered as a context.
 
     The method is shadowed on the instance, and only within the context: keys of the state dict, copies (EMA) and other forward
     passes are as before, and DDP, activation checkpointing (which repeats blocks, not this method) and torch.compile see an
     ordinary call. It is one function for all steps, since torch.compile would compile anew for each new one.
-
-    Args:
-        model: unwrapped.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,19 +156,19 @@ class FinalTokens:
         del self._model.__dict__["forward_features"]
 
     def take(self) -> Any:
-        """The tokens of the one forward pass, which are then forgotten."""
+        """Returns the tokens of the one forward pass, and forgets them."""
         (tokens,) = self._found
         self._found.clear()
         return tokens
 
 
 def _full(x: Tensor) -> Tensor:
-    """Losses are computed in float32 at least."""
+    """Returns logits or tokens in float32 at least, in which losses are computed."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _check(teacher: nn.Module, config: DistillConfig, student: nn.Module) -> None:
-    """What can be known of both models without running them."""
+    """Raises ConfigError if the models differ in what can be known without running them."""
     if not hasattr(student, "forward_features") or not hasattr(teacher, "forward_features"):
         raise ConfigError("train.distill: works with timm's models, which have a forward_features")
     names = {"num_classes": "classes", **({"num_features": "token channels"} if config.features else {})}

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_tucker.data.loaders import Batch, EvalLoader, Loaders, TrainLoader
+from vit_tucker.data.loaders import Batch, BatchLoader, Loaders, TrainLoader
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
 from vit_tucker.storage.weights import is_sharded
@@ -27,12 +27,7 @@ from vit_tucker.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
-    """Train from where ``trainer.progress`` stands to the last epoch: train, evaluate, save; epoch by epoch.
-
-    Args:
-        trainer: the run.
-        loaders: its data.
-        monitor: what is shown; decides nothing, a ``NullMonitor`` shows nothing.
+    """Trains from where ``trainer.progress`` stands to the last epoch: train, evaluate, save; epoch by epoch.
 
     Raises:
         DivergedError: the loss became NaN or infinite; the state is saved for inspection, no checkpoint is made of it.
@@ -57,11 +52,11 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
                 progress.finish_step()
                 t.log.add(result)
                 monitor.stepped()
-                outcome = t.peers.vote(
+                outcome = t.coordinator.vote(
                     t.signals.number, not t.is_finite(result.loss.total, result.norm), t.has_new_faults()
                 )
                 if t.log_due or outcome.signal or outcome.diverged:
-                    monitor.show_steps(t.settle(outcome.diverged), progress, t.optimizer)
+                    monitor.show_steps(t.average_steps(outcome.diverged), progress, t.optimizer)
                 if outcome.faults:
                     t.share_faults()
                 if save_due:
@@ -78,10 +73,10 @@ def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
 
 
 def train_step(trainer: Trainer, micro_batches: list[Batch]) -> StepResult:
-    """One optimizer step over this process's micro-batches, as the run's rule makes it.
+    """Makes one optimizer step over this process's micro-batches by the run's step rule.
 
     Args:
-        trainer: the run.
+        trainer: of the run.
         micro_batches: images (B, channels, height, width) and labels (B,), on the CPU.
 
     Returns:
@@ -98,15 +93,11 @@ def train_step(trainer: Trainer, micro_batches: list[Batch]) -> StepResult:
 
 
 def batch_gradient(trainer: Trainer, micro_batches: list[Batch]) -> Loss:
-    """Add the gradient of a step's whole batch, averaged over processes, and of the penalties of the model.
+    """Adds the gradient of a step's whole batch, averaged over processes, and of the penalties of the model.
 
     All randomness of the step follows from (seed, step, process); mixup draws from (seed, step), so that all processes and
     micro-batches mix their mirrored shards alike. Penalties go into the last backward pass: that is the one in which DDP averages
     over processes, which have all computed the same ones.
-
-    Args:
-        trainer: the run.
-        micro_batches: see ``train_step``.
 
     Returns:
         This process's mean loss and its terms, detached.
@@ -137,7 +128,7 @@ def batch_gradient(trainer: Trainer, micro_batches: list[Batch]) -> Loss:
 
 
 def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> dict[str, Any]:
-    """Evaluate model and EMA at the end of an epoch, keep the best weights.
+    """Evaluates model and EMA at the end of an epoch, and saves the best weights.
 
     Returns:
         The epoch's row of summary.csv; scores are None where it was not evaluated.
@@ -150,10 +141,10 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> di
     row |= dict.fromkeys(("eval_loss", "eval_top1", "eval_top5"))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
         first: list[tuple[Tensor, Tensor, Tensor]] = []
-        scores = evaluate(t.bare, loaders, t.accelerator, t.peers, t.input_size, t.heed_signals, first)
+        scores = evaluate(t.bare, loaders, t.accelerator, t.coordinator, t.input_size, t.handle_signals, first)
         row |= {"eval_loss": scores.loss, "eval_top1": scores.top1, "eval_top5": scores.top5}
         if t.ema is not None:
-            scores = evaluate(t.ema.module, loaders, t.accelerator, t.peers)
+            scores = evaluate(t.ema.module, loaders, t.accelerator, t.coordinator)
             row["eval_ema_top1"] = scores.top1
         t.share_faults()
         if progress.best is None or scores.top1 > progress.best["top1"]:
@@ -168,12 +159,12 @@ def evaluate(
     model: nn.Module,
     loaders: Loaders,
     accelerator: Accelerator,
-    peers: Coordinator,
+    coordinator: Coordinator,
     input_size: tuple[int, int, int] | None = None,
     after_batch: Callable[[], None] | None = None,
     first: list[tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> Scores:
-    """Scores of a model over all processes' shares, each image counted once.
+    """Computes the scores of a model over all processes' shares, each image counted once.
 
     The model is called without its DDP wrapper, and processes may have different numbers of batches; those that have none left
     keep step with the others where the model is spread over them (FSDP).
@@ -182,7 +173,7 @@ def evaluate(
         model: unwrapped.
         loaders: of this process.
         accelerator: sums over processes.
-        peers: the other processes.
+        coordinator: the other processes.
         input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
         first: gets images, labels and logits of this process's first batch.
@@ -190,7 +181,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums, missing = torch.zeros(4, dtype=torch.float64, device=accelerator.device), 0
-    for batch in in_step(loaders.eval, peers if loaders.num_eval is not None else None):
+    for batch in in_step(loaders.eval, coordinator if loaders.num_eval is not None else None):
         missing += len(batch.faults) if batch is not None else 0
         if batch is not None and len(batch.labels):
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
@@ -206,22 +197,22 @@ def evaluate(
             after_batch()
     model.train(was_training)
     scores = scores_from_sums(accelerator.reduce(sums, reduction="sum"))
-    found = scores.count + sum(peers.gather(missing))
+    found = scores.count + sum(coordinator.gather(missing))
     if loaders.num_eval is not None and found != loaders.num_eval:
         raise RuntimeError(f"evaluated {found} images of {loaders.num_eval}")
     return scores
 
 
-def in_step(loader: EvalLoader, peers: Coordinator | None) -> Iterable[Batch | None]:
-    """This process's batches, and None where another process has one more."""
+def in_step(loader: BatchLoader, coordinator: Coordinator | None) -> Iterable[Batch | None]:
+    """Yields this process's batches, and None where another process has one more."""
     iterator = iter(loader)
-    if peers is None:
+    if coordinator is None:
         return iterator
-    return (next(iterator, None) for _ in range(max(peers.gather(len(loader.loader)))))
+    return (next(iterator, None) for _ in range(max(coordinator.gather(len(loader.loader)))))
 
 
 def refuse_short_epoch(data: TrainLoader, step: int, epoch: int) -> None:
-    """Raise DataError if the loader ended before the epoch did."""
+    """Raises DataError if the loader ended before the epoch did."""
     if step != data.steps_per_epoch:
         raise DataError(
             f"the training data ended after {step} of {data.steps_per_epoch} steps of epoch {epoch + 1}; "

@@ -11,7 +11,7 @@ from vit_tucker.storage.run_dir import warn_of_loss
 
 
 class Events:
-    """A SummaryWriter that gives up at the first fault of the file system.
+    """Writes TensorBoard's events until the first fault of the file system.
 
     Args:
         folder: where its file goes.
@@ -25,19 +25,19 @@ class Events:
         self._guarded(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=first_step)))
 
     def scalar(self, name: str, value: float | None, step: int) -> None:
-        """Write a number."""
+        """Writes a number."""
         self._write(lambda writer: writer.add_scalar(name, value, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Write Markdown."""
+        """Writes Markdown."""
         self._write(lambda writer: writer.add_text(name, text, step))
 
     def image(self, name: str, pixels: Any, step: int) -> None:
-        """Write a picture (channels, height, width)."""
+        """Writes a picture (channels, height, width)."""
         self._write(lambda writer: writer.add_image(name, pixels, step))
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Writes what is still buffered."""
         self._write(lambda writer: writer.close())
         threading.excepthook = self._hook
 
@@ -53,6 +53,6 @@ class Events:
             warn_of_loss("TensorBoard's events", error)
 
     def _quiet_writer(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard writes in a thread of its own: its fault comes back with the next call, and needs no traceback too."""
+        """Hides faults of TensorBoard's own thread: they come back with the next call, and need no traceback too."""
         if not (type(args.thread).__module__.startswith("tensorboard") and issubclass(args.exc_type, OSError)):
             self._hook(args)

@@ -14,7 +14,7 @@ IMPATIENT_SECONDS = 2.0
 
 @dataclass
 class Signals:
-    """The signal that asked this process to stop.
+    """Holds the signal that asked this process to stop.
 
     Attributes:
         number: the first one caught; 0 for none.
@@ -24,7 +24,7 @@ class Signals:
     _caught_at: float = field(default=0.0, repr=False)
 
     def catch(self, number: int, frame: FrameType | None) -> None:
-        """Handler: remember the signal; a Ctrl-C again, later, interrupts at once."""
+        """Handles a signal by recording it; a second Ctrl-C, later, interrupts at once."""
         now = time.monotonic()
         if self.number and number == signal.SIGINT and now - self._caught_at > IMPATIENT_SECONDS:
             raise KeyboardInterrupt
@@ -34,7 +34,7 @@ class Signals:
 
 @contextmanager
 def catch_signals(signals: Signals, *numbers: int) -> Iterator[None]:
-    """These signals (SIGINT, SIGTERM and SIGUSR1, Slurm's warning, if none are given) are only noted inside."""
+    """Only records these signals inside (SIGINT, SIGTERM and SIGUSR1, Slurm's warning, if none are given)."""
     try:
         before = {number: signal.signal(number, signals.catch) for number in numbers or STOPPING}
     except ValueError:  # not the main thread: whoever runs us there has the signals

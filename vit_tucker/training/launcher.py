@@ -16,7 +16,7 @@ GRACE_SECONDS = 30.0
 
 
 def launcher_process(environment: Mapping[str, str] = os.environ) -> int | None:
-    """The process that started this one as a worker; None if none did: the shell that a run was started from may go.
+    """Returns the process that started this one as a worker; None if none did: the shell that a run was started from may end.
 
     torchrun, and accelerate launch for several processes, name themselves in the environment. For one process accelerate sets
     only what a shell may have set too, so that the parent's command line decides.
@@ -39,16 +39,16 @@ def launcher_process(environment: Mapping[str, str] = os.environ) -> int | None:
 def leaving_with_launcher(
     launcher: int | None, poll_seconds: float = POLL_SECONDS, grace_seconds: float = GRACE_SECONDS
 ) -> Iterator[None]:
-    """Inside, this process gets SIGTERM when its launcher is gone, and ends the hard way if it is still there after a while.
+    """Sends this process SIGTERM when its launcher is gone, and ends it the hard way if it is still there after a while.
 
     Args:
-        launcher: see ``launcher_process``; None watches nothing.
-        poll_seconds: between looks at the parent.
+        launcher: see ``launcher_process``; None for none.
+        poll_seconds: between two checks of the parent.
         grace_seconds: from SIGTERM, which saves the state of a training run, to the end.
     """
     left = threading.Event()
 
-    def watch() -> None:
+    def check_launcher() -> None:
         while os.getppid() == launcher:
             if left.wait(poll_seconds):
                 return
@@ -58,7 +58,7 @@ def leaving_with_launcher(
             os._exit(128 + signal.SIGTERM)
 
     if launcher is not None:
-        threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+        threading.Thread(target=check_launcher, name="launcher watch", daemon=True).start()
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, one_line
 
 LOCK_FILE = "run.lock"
 TRIES = 3
@@ -25,7 +25,7 @@ _held: set[str] = set()
 
 
 class RunLock:
-    """The right to write into a run folder.
+    """Locks a run folder for one writer.
 
     Args:
         folder: of the run; need not be there yet.
@@ -43,11 +43,11 @@ class RunLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
+        """Returns whether this object holds the lock."""
         return self._descriptor is not None
 
     def take(self) -> None:
-        """Hold the lock until ``release`` or this process's end; the folder is made if it is not there.
+        """Acquires the lock until ``release`` or this process's end; the folder is made if it is not there.
 
         Raises:
             ConfigError: another run holds it; host, process and start are named, and nothing has changed.
@@ -73,7 +73,7 @@ class RunLock:
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
     def refuse_held(self) -> None:
-        """Raise ConfigError as ``take`` would if another run holds the lock; nothing is written."""
+        """Raises ConfigError as ``take`` would if another run holds the lock; nothing is written."""
         if self.held:
             return
         self._refuse_own()
@@ -81,7 +81,7 @@ class RunLock:
             os.close(self._locked(os.O_RDONLY, fcntl.LOCK_SH))
 
     def release(self) -> None:
-        """Give the lock back; its file goes with it."""
+        """Releases the lock and removes its file."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
@@ -91,12 +91,12 @@ class RunLock:
         _held.discard(self._key)
 
     def _refuse_own(self) -> None:
-        """Raise ConfigError if this process holds it already: opening its file again and closing it would give it back."""
+        """Raises ConfigError if this process holds it already: opening its file again and closing it would release it."""
         if self._key in _held:
             raise ConfigError(self._refusal({"host": socket.gethostname(), "pid": os.getpid(), "started": None}))
 
     def _locked(self, flags: int, kind: int) -> int:
-        """Descriptor of the file, locked; unlocked, with a note, where the file system can't lock."""
+        """Returns the descriptor of the file, locked; unlocked, with a note, where the file system can't lock."""
         for number in range(TRIES):
             descriptor = os.open(self.file, flags | os.O_CLOEXEC, 0o666)
             try:
@@ -125,7 +125,7 @@ class RunLock:
 
 
 def _told(owner: dict[str, object] | None) -> str:
-    """'process 12 on host, started 2026-01-31 12:00:00+00:00', as far as it is known."""
+    """Returns 'process 12 on host, started 2026-01-31 12:00:00+00:00', as far as it is known."""
     if owner is None:
         return "another process"
     started = "" if owner["started"] is None else f", started {owner['started']}"
@@ -133,9 +133,9 @@ def _told(owner: dict[str, object] | None) -> str:
 
 
 def _owner(descriptor: int) -> dict[str, object] | None:
-    """Who has written a lock file; None for an empty or foreign one."""
+    """Returns who has written a lock file; None for an empty or foreign one."""
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
-        return {key: " ".join(str(owner[key]).split())[:100] for key in ("host", "pid", "started")}
+        return {key: one_line(owner[key], 100) for key in ("host", "pid", "started")}
     except (OSError, ValueError, KeyError, TypeError):
         return None

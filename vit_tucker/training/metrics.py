@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Scores:
-    """Evaluation of one model on one set.
+    """Holds the scores of one model on one set.
 
     Attributes:
         loss: mean cross-entropy.
@@ -24,7 +24,7 @@ class Scores:
 
 
 def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed loss, correct at 1, correct at 5, and count of a batch.
+    """Sums the loss, correct at 1, correct at 5, and count of a batch.
 
     Args:
         logits: (B, classes).
@@ -41,7 +41,7 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scores_from_sums(sums: Tensor) -> Scores:
-    """Scores from the summed ``batch_sums`` of all processes."""
+    """Returns the scores from the summed ``batch_sums`` of all processes."""
     loss, top1, top5, count = sums.tolist()
     if count == 0:
         raise ValueError("no images were evaluated")

@@ -6,100 +6,86 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from vit_tucker.config.schema import TrainConfig
-from vit_tucker.storage.run_dir import LOGGER, RunDir
+from vit_tucker.storage.run_dir import LOGGER
 from vit_tucker.training.events import Events
-from vit_tucker.training.optim import Group, learning_rate
+from vit_tucker.training.optim import learning_rate
 from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.step_log import Steps
 from vit_tucker.training.trackers import Trackers
+from vit_tucker.training.trainer import Trainer
 
 T = TypeVar("T")
 
 
 class NullMonitor:
-    """What a run is told while it trains: where it stands, and what came of its steps. This one shows nothing.
-
-    A monitor only shows: a run is the same with any, or with this.
-    """
+    """Receives the events of a run and shows none of them: the base of monitors. A run is the same with any."""
 
     def begin_epoch(self, progress: Progress) -> None:
-        """An epoch begins, or what is left of it."""
+        """Is called when an epoch begins, or what is left of it."""
 
     def timed(self, batches: Iterable[T]) -> Iterable[T]:
-        """The same items, whose waiting time may be counted."""
+        """Yields the same items; the time that they are waited for may be counted."""
         return batches
 
     def stepped(self) -> None:
-        """One step is done."""
+        """Is called after each step."""
 
     def show_steps(self, steps: Steps, progress: Progress, optimizer: Any) -> None:
-        """Losses and gradient norms of the steps since the last time; every process calls this alike."""
+        """Receives losses and gradient norms of the steps since the last time; every process calls this alike."""
 
     def begin_evaluation(self) -> None:
-        """The steps of the epoch are done."""
+        """Is called when the steps of the epoch are done."""
 
     def evaluated(
         self, row: dict[str, Any], extra: dict[str, float], progress: Progress, first: Sequence[tuple[Tensor, ...]] = ()
     ) -> None:
-        """Scores of the model, what else is known of it, and what it says of some images."""
+        """Receives scores of the model, other scalars of it, and images, labels and logits of one batch."""
 
     def end_epoch(self, progress: Progress) -> None:
-        """An epoch is trained and evaluated."""
+        """Is called when an epoch is trained and evaluated."""
 
     def close(self) -> None:
-        """The run has ended, whether well or not."""
+        """Is called when the run has ended, whether well or not."""
 
 
 class Monitor(NullMonitor):
     """Shows on the console, in TensorBoard and in other trackers; measures on all processes, writes on the first.
 
     Args:
-        accelerator: tells which process writes.
-        run_dir: where TensorBoard's events go.
-        config: the recipe.
+        trainer: of the run, at the step that it goes on from; TensorBoard drops what an earlier try wrote after it.
         steps_per_epoch: optimizer steps.
-        start_step: global step that the run goes on from; TensorBoard drops what an earlier try wrote after it.
         facts: scalars to write once.
         text: the resolved config.
-        groups: the optimizer's groups.
-        trackers: beside TensorBoard; None for none.
-        normalisation: mean and std of the images; None to show no pictures.
+        trackers: beside TensorBoard.
+        normalisation: mean and std of the images.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        run_dir: RunDir,
-        config: TrainConfig,
+        trainer: Trainer,
         steps_per_epoch: int,
-        start_step: int,
         facts: dict[str, float],
-        text: str = "",
-        groups: Sequence[Group] = (),
-        trackers: Trackers | None = None,
-        normalisation: tuple[Sequence[float], Sequence[float]] | None = None,
+        text: str,
+        trackers: Trackers,
+        normalisation: tuple[Sequence[float], Sequence[float]],
     ) -> None:
-        self.config, self.steps_per_epoch = config, steps_per_epoch
-        self.main = accelerator.is_main_process
-        self.events = Events(run_dir.path, start_step + 1) if self.main else None
-        self.groups, self.trackers, self.normalisation = groups, trackers, normalisation
+        self.config, self.steps_per_epoch = trainer.config, steps_per_epoch
+        self.main, start_step = trainer.accelerator.is_main_process, trainer.progress.global_step
+        self.events = Events(trainer.run_dir.path, start_step + 1) if self.main else None
+        self.groups, self.trackers, self.normalisation = trainer.groups, trackers, normalisation
         self.bar = tqdm(disable=True)
-        self.eval_seconds = 0.0
-        self.step_seconds = 0.0
-        self.warm = False
+        self.eval_seconds, self.step_seconds, self.warm = 0.0, 0.0, False
         self.scalars(facts, start_step)
         if self.events is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
             self.events.text("config", indented, start_step)
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Start the clock and the bar of an epoch, or of what is left of it."""
+        """Starts the clock and the bar of an epoch, or of what is left of it."""
         self.bar = tqdm(
             total=self.steps_per_epoch,
             initial=progress.step,
@@ -111,7 +97,7 @@ class Monitor(NullMonitor):
         self.waited, self.steps = 0.0, 0
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same items; the time that they are waited for is counted."""
+        """Yields the same items; the time that they are waited for is counted."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -123,14 +109,14 @@ class Monitor(NullMonitor):
             yield item
 
     def stepped(self) -> None:
-        """One step is done."""
+        """Counts a step."""
         self.steps += 1
         self.bar.update()
         if not self.warm and self.steps < self.steps_per_epoch:  # the run's first step starts workers and kernels
             self.warm, self.paced_from, self.waited, self.steps = True, time.perf_counter(), 0.0, 0
 
     def show_steps(self, steps: Steps, progress: Progress, optimizer: Any) -> None:
-        """Losses and gradient norms of the steps since the last time, and the pace."""
+        """Shows losses and gradient norms of the steps since the last time, and the pace."""
         now = time.perf_counter()
         self.step_seconds = (now - self.paced_from) / max(self.steps, 1)
         rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
@@ -150,29 +136,28 @@ class Monitor(NullMonitor):
         self.scalars({**values, **self.learning_rates(optimizer)}, progress.global_step)
 
     def wait_share(self) -> float:
-        """Share of the epoch's time so far that was spent waiting for data."""
+        """Returns the share of the epoch's time so far that was spent waiting for data."""
         return self.waited / max(time.perf_counter() - self.paced_from, 1e-9)
 
     def begin_evaluation(self) -> None:
-        """The steps of the epoch are done."""
+        """Ends the bar, and starts the clock of the evaluation."""
         self.bar.close()
         self.share, self.started = self.wait_share(), time.perf_counter()
 
     def evaluated(
         self, row: dict[str, Any], extra: dict[str, float], progress: Progress, first: Sequence[tuple[Tensor, ...]] = ()
     ) -> None:
-        """Scores of the model, what else is known of it, and what it says of some images."""
+        """Writes the scores, other scalars, and a picture of some predictions."""
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
         self.scalars({**scores, **extra}, progress.global_step)
-        if self.events is not None and self.normalisation is not None and first:
+        if self.events is not None and first:
             images, labels, logits = first[0]
-            mean, std = self.normalisation
-            picture = prediction_figure(images, labels, logits, mean, std)
+            picture = prediction_figure(images, labels, logits, *self.normalisation)
             self.events.image("eval/predictions", picture, progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
-        """One console line for an epoch."""
+        """Prints a console line for an epoch."""
         if not self.main:
             return
         row = progress.rows[-1]
@@ -191,13 +176,13 @@ class Monitor(NullMonitor):
         LOGGER.info("  ".join(parts))
 
     def seconds_left(self, progress: Progress) -> float:
-        """Of training and evaluation, at the pace of the last epoch."""
+        """Returns how long training and evaluation still take, at the pace of the last epoch."""
         epochs = self.config.epochs - progress.epoch
         evaluations = self.config.epochs // self.config.eval_interval - progress.epoch // self.config.eval_interval
         return epochs * self.steps_per_epoch * self.step_seconds + evaluations * self.eval_seconds
 
     def learning_rates(self, optimizer: Any) -> dict[str, float]:
-        """The learning rate, and that of each group of layers where they differ."""
+        """Returns the learning rate, and that of each group of layers where they differ."""
         rates = {"train/lr": learning_rate(optimizer)}
         if any(group.lr_scale != 1 for group in self.groups):
             for number, (group, now) in enumerate(zip(self.groups, optimizer.param_groups, strict=True)):
@@ -205,30 +190,28 @@ class Monitor(NullMonitor):
         return rates
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write scalars, on the main process."""
+        """Writes scalars, on the main process."""
         if self.events is not None:
             for name, value in values.items():
                 self.events.scalar(name, value, step)
-        if self.trackers is not None:
-            self.trackers.log(values, step)
+        self.trackers.log(values, step)
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Writes what is still buffered."""
         self.bar.close()
         if self.events is not None:
             self.events.close()
-        if self.trackers is not None:
-            self.trackers.finish()
+        self.trackers.finish()
 
 
 def memory_bytes() -> int:
-    """Most memory that this process had: of the GPU, else of the machine."""
+    """Returns the most memory that this process had: of the GPU, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def clock(seconds: float) -> str:
-    """3725 -> '1:02:05'"""
+    """Formats seconds: 3725 -> '1:02:05'."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -18,7 +18,7 @@ Penalty = Callable[[nn.Module], Tensor]
 
 
 def register_penalty(name: str) -> Callable[[Penalty], Penalty]:
-    """Make a function available as ``train.penalties: {name: weight}``, as a decorator.
+    """Makes a function available as ``train.penalties: {name: weight}``, as a decorator.
 
     Args:
         name: letters, digits and _; not label, distill or features.
@@ -39,7 +39,7 @@ def register_penalty(name: str) -> Callable[[Penalty], Penalty]:
 
 
 def named_penalties(weights: Mapping[str, float]) -> dict[str, tuple[float, Penalty]]:
-    """The registered penalties of a config's ``train.penalties``, with their weights.
+    """Returns the registered penalties of a config's ``train.penalties``, with their weights.
 
     Raises:
         ConfigError: unknown name.
@@ -48,7 +48,7 @@ def named_penalties(weights: Mapping[str, float]) -> dict[str, tuple[float, Pena
 
 
 class Loss(NamedTuple):
-    """A loss and what it consists of.
+    """Holds a loss and what it consists of.
 
     Attributes:
         total: what is minimised, scalar.
@@ -60,7 +60,7 @@ class Loss(NamedTuple):
 
 
 class Objective:
-    """What a run minimises, and its terms by name: label; distill and features of a teacher; each penalty.
+    """Computes what a run minimises, and its terms by name: label; distill and features of a teacher; each penalty.
 
     Args:
         label_loss: logits (B, classes), targets -> scalar mean.
@@ -77,7 +77,7 @@ class Objective:
         self.label_loss, self.distiller, self.penalties = label_loss, distiller, dict(penalties or {})
 
     def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Loss:
-        """The loss of a micro-batch.
+        """Computes the loss of a micro-batch.
 
         Args:
             model: as it trains, wrapped or compiled.
@@ -87,13 +87,13 @@ class Objective:
         if self.distiller is None:
             total = self.label_loss(model(images).float(), targets)
             return Loss(total, {"label": total.detach()})
-        with self.distiller.watch():
+        with self.distiller.observe():
             logits = model(images)
         total = self.distiller(images, logits, targets, self.label_loss)
         return Loss(total, self.distiller.parts)
 
     def with_penalties(self, loss: Tensor, bare: nn.Module) -> Loss:
-        """A loss and the weighted penalties of the model, for one backward pass; the terms are the penalties alone.
+        """Adds the weighted penalties of the model to a loss, for one backward pass; the terms are the penalties alone.
 
         Args:
             loss: scalar.
@@ -117,7 +117,7 @@ class Objective:
 
     @torch.no_grad()
     def check(self, bare: nn.Module) -> None:
-        """Compute each penalty once, so that a mistake in one is known before any training.
+        """Computes each penalty once, so that a mistake in one is known before any training.
 
         Raises:
             ConfigError: one fails, is no scalar tensor, or is not finite.

@@ -25,10 +25,11 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
 
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.show.tables import plain
 
 try:
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -43,7 +44,7 @@ POSITION_BIASES = frozenset(
 
 @dataclass(frozen=True)
 class Group:
-    """One parameter group of an optimizer, for the log.
+    """Describes one parameter group of an optimizer, for the log.
 
     Attributes:
         layer: what its parameters have in common: 'blocks.3', or the names at the top of the model.
@@ -65,7 +66,7 @@ class Group:
 
 
 def undecayed_names(model: nn.Module) -> set[str]:
-    """Names of the trainable parameters that weight decay leaves alone; the rule is in the module's docstring."""
+    """Returns the names of the trainable parameters that are not decayed; the rule is in the module's docstring."""
     excluded: set[str] = getattr(model, "no_weight_decay", set)()  # names, in newer timm also patterns
     return {
         name
@@ -80,7 +81,7 @@ def undecayed_names(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """timm's parameter groups, each trainable parameter in one, with the weight-decay rule of this module.
+    """Makes timm's parameter groups, each trainable parameter in one, with the weight-decay rule of this module.
 
     Raises:
         ConfigError: layer-wise decay of a model that does not tell its layers; timm would cut its list of parameters into
@@ -101,7 +102,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
 
 def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """timm's optimizer over ``parameter_groups``.
+    """Creates timm's optimizer over ``parameter_groups``.
 
     Raises:
         ConfigError: timm has no such optimizer, it refuses an option, it can't run here, or it needs second derivatives.
@@ -134,21 +135,17 @@ def create_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optim
 
 
 def optimizer_names() -> list[str]:
-    """Names of timm's optimizers; before timm 1.0.12, which lists them, those of its and torch's classes."""
+    """Returns the names of timm's optimizers; before timm 1.0.12, which lists them, those of its and torch's classes."""
     listed = getattr(timm.optim, "list_optimizers", None)
     if listed is not None:
         return list(listed())
-    classes = {**vars(torch.optim), **vars(timm.optim)}
-    return sorted({"momentum", *(name.lower() for name, value in classes.items() if is_optimizer_class(value))})
-
-
-def is_optimizer_class(value: Any) -> bool:
-    """Whether it is a class of optimizers."""
-    return isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    classes = {name.lower(): value for name, value in {**vars(torch.optim), **vars(timm.optim)}.items()}
+    known = {n for n, value in classes.items() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)}
+    return sorted(known - {"optimizer"} | {"momentum"})
 
 
 def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Group]:
-    """An optimizer's groups, in its order.
+    """Describes an optimizer's groups, in its order.
 
     Args:
         model: as it was when the optimizer was made (before FSDP shards it).
@@ -177,23 +174,17 @@ def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 
 def group_table(groups: Iterable[Group]) -> str:
-    """Aligned text, one line for each group, with a title line."""
+    """Formats groups as aligned text, one line for each, with a title line."""
     rows: list[tuple[str, ...]] = [("group", "tensors", "parameters", "weight decay", "lr scale", "lr", "for example")]
     for g in groups:
         sizes = (f"{g.tensors}", f"{g.parameters:,}")
         rates = (f"{g.weight_decay:g}", f"{g.lr_scale:.4g}", f"{g.lr:.3g}")
         rows.append((g.layer, *sizes, *rates, ", ".join(g.examples)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        numbers = [n.rjust(w) for n, w in zip(row[1:-1], widths[1:-1], strict=True)]
-        cells = [row[0].ljust(widths[0]), *numbers, row[-1]]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return plain(rows, left=(0, len(rows[0]) - 1))
 
 
 def _split_common(names: list[str]) -> tuple[str, list[str]]:
-    """The dotted prefix that all names share and the rest of each; where they share none, the modules' names and the names."""
+    """Returns the dotted prefix that all names share and the rest of each; without one, the modules' names and the names."""
     parents = [name.split(".")[:-1] for name in names]
     common = 0
     while all(len(p) > common and p[common] == parents[0][common] for p in parents):
@@ -206,13 +197,13 @@ def _split_common(names: list[str]) -> tuple[str, list[str]]:
 
 
 def _unit(name: str) -> str:
-    """Name of the block, 'blocks.2', or of the module at the top, 'norm'."""
+    """Returns the name of the block, 'blocks.2', or of the module at the top, 'norm'."""
     parts = name.split(".")
     return ".".join(parts[:2] if parts[1:2] and parts[1].isdigit() else parts[:1])
 
 
 def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Scheduler:
-    """timm's schedule over global optimizer steps; it honours the lr_scale of layer-wise decay.
+    """Creates timm's schedule over global optimizer steps; it honours the lr_scale of layer-wise decay.
 
     The schedule is driven by ``step_update(number of finished steps)`` and is not prepared by Accelerate, which would step it
     once per process.
@@ -241,10 +232,5 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:
-    """The largest learning rate of all groups: that of the undecayed last layers."""
+    """Returns the largest learning rate of all groups: that of the undecayed last layers."""
     return max(group["lr"] for group in optimizer.param_groups)
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

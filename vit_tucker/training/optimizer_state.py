@@ -1,4 +1,4 @@
-"""What a checkpoint holds of an optimizer, into the optimizer; what is of another one is refused."""
+"""Loading the state that a checkpoint holds of an optimizer; the state of another one is refused."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 """Entries of optimizers' states that have the shape of their parameter."""
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that a checkpoint holds; where parameters are sharded, each process takes its part.
+    """Loads the state that a checkpoint holds into an optimizer; of sharded parameters, each process gets its part.
 
     Raises:
         CheckpointError: of another optimizer, or of other parameters.
@@ -36,7 +36,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 }
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else one_line(error)
         raise CheckpointError(f"the checkpoint's optimizer state is of another optimizer: {reason}") from None
     for group, own in zip(optimizer.param_groups, before, strict=True):
         if lost := [name for name in own if name not in group]:
@@ -44,13 +44,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def refuse_other_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], count: int) -> None:
-    """Raise ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's.
-
-    Args:
-        state: to be loaded.
-        groups: of the optimizer.
-        count: of its parameters.
-    """
+    """Raises ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's."""
     saved = state["param_groups"]
     numbers = [number for group in saved for number in group["params"]]
     if len(saved) != len(groups) or numbers != list(range(count)):
@@ -67,7 +61,7 @@ def refuse_other_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, 
 
 
 def alike(value: Any, saved: Any) -> bool:
-    """Whether a saved option of an optimizer is of the kind that its own is."""
+    """Returns whether a saved option of an optimizer is of the kind that its own is."""
     if isinstance(value, bool | str):
         return type(saved) is type(value)
     if isinstance(value, int | float):
@@ -79,7 +73,7 @@ def alike(value: Any, saved: Any) -> bool:
 
 
 def refuse_other_shapes(entries: Mapping[str, Any], parameter: Tensor, number: int) -> None:
-    """Raise ValueError if a parameter's saved moments are not of its shape."""
+    """Raises ValueError if a parameter's saved moments are not of its shape."""
     for name in MOMENTS:
         value = entries.get(name)
         if isinstance(value, Tensor) and value.shape != parameter.shape:

@@ -1,4 +1,4 @@
-"""Evaluation images with what the model says of them, as one picture for the log."""
+"""Evaluation images with the model's predictions, as one picture for TensorBoard."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,6 @@ CELL, TITLE, DPI = 1.6, 0.42, 100
 """Inches of an image's side and of the two lines above it; dots per inch."""
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
-MAX_NAME = 18
-"""Characters of a class name; longer ones are cut."""
 
 
 def prediction_figure(
@@ -23,16 +21,14 @@ def prediction_figure(
     logits: Tensor,
     mean: Sequence[float],
     std: Sequence[float],
-    class_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """A grid of up to 16 images, each with its true class, the predicted class and its probability; wrong ones in red.
+    """Draws up to 16 images, each with the numbers of its true and its predicted class and its probability; wrong ones in red.
 
     Args:
         images: normalised, (B, channels, height, width), on any device; grey or RGB, of others the first channel is shown.
         labels: true classes, (B,).
         logits: (B, classes).
         mean, std: of the normalisation, for each channel.
-        class_names: names for the numbers.
 
     Returns:
         RGB picture, (3, H, W), uint8.
@@ -56,15 +52,8 @@ def prediction_figure(
     for i, axis in enumerate(axes[:count]):
         right = bool(predicted[i] == true[i])
         colour, weight = (RIGHT, "normal") if right else (WRONG, "bold")
-        names = [short_parameter_name(int(number[i]), class_names) for number in (predicted, true)]
-        axis.set_title(
-            f"{names[0]}  {probability[i]:.0%}\ntrue: {names[1]}",
-            fontsize=8,
-            color=colour,
-            weight=weight,
-            pad=3,
-            parse_math=False,
-        )
+        title = f"{int(predicted[i])}  {probability[i]:.0%}\ntrue: {int(true[i])}"
+        axis.set_title(title, fontsize=8, color=colour, weight=weight, pad=3)
         axis.imshow(pictures[i], interpolation="nearest")  # small images keep their pixels
         axis.set(xticks=[], yticks=[])
         for spine in axis.spines.values():
@@ -75,7 +64,7 @@ def prediction_figure(
 
 
 def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Images as they were before normalisation, rounded and cut to what can be shown.
+    """Undoes the normalisation of images, rounded and clamped to what can be shown.
 
     Args:
         images: (B, channels, height, width).
@@ -90,11 +79,3 @@ def denormalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     if values.shape[1] != 3:
         values = values[:, :1].expand(-1, 3, -1, -1)
     return values.permute(0, 2, 3, 1).numpy()
-
-
-def short_parameter_name(number: int, class_names: Sequence[str] | None) -> str:
-    """Name of a class, cut to MAX_NAME characters; its number where it has no name."""
-    if class_names is None or number >= len(class_names):
-        return str(number)
-    name = class_names[number].split(",")[0]  # ImageNet's names are lists of synonyms
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "\u2026"

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Where a run stands; saved with each checkpoint.
+    """Holds where a run stands; saved with each checkpoint.
 
     Attributes:
         epoch: finished epochs, their evaluation included; the current one's number from 0.
@@ -36,12 +36,12 @@ class Progress:
     faults: list[str] = field(default_factory=list)
 
     def finish_step(self) -> None:
-        """One more optimizer step."""
+        """Counts one more optimizer step."""
         self.step += 1
         self.global_step += 1
 
     def add_losses(self, losses: list[float], terms: Mapping[str, list[float]]) -> None:
-        """Step losses and their terms, added one by one: a stop in between must not change the rounding of the sum."""
+        """Adds step losses and their terms one by one: a stop in between must not change the rounding of the sum."""
         for loss in losses:
             self.loss_sum += loss
         for name, values in terms.items():
@@ -50,16 +50,16 @@ class Progress:
                 self.term_sums[name] = [before + value, steps + 1]
 
     def term_means(self) -> dict[str, float]:
-        """The mean of each term of the loss over the current epoch's steps."""
+        """Returns the mean of each term of the loss over the current epoch's steps."""
         return {name: total / steps for name, (total, steps) in self.term_sums.items()}
 
     def finish_epoch(self, row: dict[str, Any]) -> None:
-        """The current epoch is trained and evaluated."""
+        """Counts the current epoch as trained and evaluated."""
         self.rows.append(row)
         self.epoch, self.step, self.loss_sum, self.term_sums = self.epoch + 1, 0, 0.0, {}
 
     def fit_to(self, steps_per_epoch: int) -> bool:
-        """Take over another number of steps per epoch (a changed batch size): the same share of the epoch is done.
+        """Adapts to another number of steps per epoch (a changed batch size): the same share of the epoch is done.
 
         Returns:
             Whether anything had to change.

@@ -19,11 +19,7 @@ Parameters = Mapping[nn.Parameter, nn.Parameter]
 
 
 def replace_parameters(trainer: Trainer, result: StepResult) -> None:
-    """Have a run go on with the parameters that a step rule has put into its model; every process must call this alike.
-
-    Args:
-        trainer: the run.
-        result: of its rule.
+    """Continues a run with the parameters that a step rule has put into its model; every process must call this alike.
 
     Raises:
         RuntimeError: a mistake of the rule: a new parameter is not in the model, or an old one still is; or the model is sharded
@@ -54,11 +50,11 @@ def replace_parameters(trainer: Trainer, result: StepResult) -> None:
 def replace_in_optimizer(
     optimizer: torch.optim.Optimizer, new: Parameters, carried: Mapping[nn.Parameter, dict[str, Any]]
 ) -> None:
-    """Put new parameters into the groups of those whose place they take, whose state is dropped.
+    """Puts new parameters into the groups of those that they replace, whose state is dropped.
 
     Args:
         optimizer: bare; timm's Lookahead too, whose groups and state are those of the optimizer within it.
-        new: frozen ones have no group, and are passed over.
+        new: frozen ones have no group, and are skipped.
         carried: state of new parameters; those that are missing start without.
     """
     inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
@@ -72,13 +68,10 @@ def replace_in_optimizer(
 
 @torch.no_grad()
 def renew_average(average: nn.Module, model: nn.Module) -> None:
-    """Bring an EMA's copy into the shapes of its model: what has another shape now starts from the model's weights.
+    """Brings an EMA's copy into the shapes of its model: what has another shape now starts from the model's weights.
 
     Only parts directly below the model that differ are copied anew: the model itself may be wrapped by Accelerate or compiled.
-
-    Args:
-        average: timm's ``ModelEmaV3.module``, changed in place.
-        model: bare.
+    The copy, timm's ``ModelEmaV3.module``, is changed in place.
     """
     memo: dict[int, Any] = {}
     for name, part in model.named_children():
@@ -96,12 +89,12 @@ def renew_average(average: nn.Module, model: nn.Module) -> None:
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shape of each tensor of a state dict."""
+    """Returns the shape of each tensor of a state dict."""
     return {name: value.shape for name, value in state.items()}
 
 
 def rewrap(model: DistributedDataParallel) -> DistributedDataParallel:
-    """The same model in a new wrapper with the same options: its buckets hold the parameters that it has now."""
+    """Wraps the same model anew with the same options: the buckets hold the parameters that it has now."""
     return DistributedDataParallel(
         model.module,
         device_ids=model.device_ids,

@@ -21,7 +21,7 @@ from vit_tucker.training.state import load_checkpoint
 
 @dataclass
 class Saved:
-    """What a run goes on from; the defaults are a fresh start.
+    """Holds what a run goes on from; the defaults are a fresh start.
 
     Attributes:
         progress: where it stood.
@@ -36,32 +36,32 @@ class Saved:
     step_rule: dict[str, Any] | None = None
 
 
-def resume(run_dir: RunDir, peers: Coordinator, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
-    """The state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start if there is none.
+def resume(run_dir: RunDir, coordinator: Coordinator, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
+    """Returns the state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start without one.
 
-    Damaged checkpoints that are newer are named and passed over; the run replaces them when it comes to their steps again.
+    Damaged checkpoints that are newer are named and skipped; the run replaces them when it comes to their steps again.
 
     Raises:
         CheckpointError: none is intact, or it is of another model.
     """
-    name = peers.on_main(lambda: choose_checkpoint(run_dir))
+    name = coordinator.on_main(lambda: choose_checkpoint(run_dir))
     if name is None:
         return Saved()
     checkpoint = run_dir.checkpoints / name
-    state = peers.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
-    progress, scaler = peers.together(lambda: read_progress(state.progress, checkpoint))
-    progress.best = peers.on_main(lambda: best_on_disk(run_dir.best, progress.best))
+    state = coordinator.together(lambda: load_checkpoint(checkpoint, model, ema.module if ema else None))
+    progress, scaler = coordinator.together(lambda: read_progress(state.progress, checkpoint))
+    progress.best = coordinator.on_main(lambda: best_on_disk(run_dir.best, progress.best))
     LOGGER.info(f"continuing {run_dir.path} from step {progress.global_step} (epoch {progress.epoch + 1})")
-    if progress.processes != peers.num_processes:
+    if progress.processes != coordinator.num_processes:
         LOGGER.info(
-            f"on {peers.num_processes} process(es), before on {progress.processes}: the same images and batches, sums rounded in "
-            "another order; dropout and drop path draw anew"
+            f"on {coordinator.num_processes} process(es), before on {progress.processes}: the same images and batches, sums "
+            "rounded in another order; dropout and drop path draw anew"
         )
     return Saved(progress, state.optimizer, scaler, state.step_rule)
 
 
 def choose_checkpoint(run_dir: RunDir) -> str | None:
-    """Name of the newest intact checkpoint; damaged ones are named in the log."""
+    """Returns the name of the newest intact checkpoint; damaged ones are named in the log."""
     checkpoint, damaged = newest_intact(run_dir.checkpoints)
     if checkpoint is None:
         return None
@@ -71,12 +71,7 @@ def choose_checkpoint(run_dir: RunDir) -> str | None:
 
 
 def best_on_disk(file: Path, best: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What the best weights really are: they are written before the checkpoint of their epoch, and may be ahead of it.
-
-    Args:
-        file: the best weights.
-        best: what the checkpoint says of them.
-    """
+    """Returns the scores of the best weights on disk: they are written before the checkpoint of their epoch."""
     if not file.is_file():
         return None
     try:

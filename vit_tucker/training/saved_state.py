@@ -25,7 +25,7 @@ OPENERS = ("dict", "tensor", "tuple", "dtype")
 
 
 class Best(Strict):
-    """Scores of the best weights so far."""
+    """Validates the scores of the best weights so far."""
 
     epoch: Annotated[int, Field(ge=1, le=1 << 48)]
     top1: Percent
@@ -34,7 +34,7 @@ class Best(Strict):
 
 
 class Scaler(Strict):
-    """State of torch's GradScaler."""
+    """Validates the state of torch's GradScaler."""
 
     scale: Annotated[float, Field(gt=0)]
     growth_factor: Annotated[float, Field(gt=1)]
@@ -44,7 +44,7 @@ class Scaler(Strict):
 
 
 class SavedProgress(Strict):
-    """``Progress`` as it is saved, and the scaler's state."""
+    """Validates ``Progress`` as it is saved, and the scaler's state."""
 
     epoch: Steps
     step: Steps
@@ -100,7 +100,7 @@ def contradictions(progress: Progress, checkpoint: Path) -> list[str]:
 
 
 class SavedState(NamedTuple):
-    """What state.json and optimizer.safetensors of a checkpoint hold.
+    """Holds the contents of state.json and optimizer.safetensors of a checkpoint.
 
     Attributes:
         progress: JSON values, for ``read_progress``.
@@ -115,10 +115,6 @@ class SavedState(NamedTuple):
 
 def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
     """Returns what a checkpoint's state.json holds, with the tensors in their places.
-
-    Args:
-        checkpoint: its folder.
-        tensors: of optimizer.safetensors, each of which must have its place.
 
     Raises:
         CheckpointError: it holds something else.
@@ -144,12 +140,7 @@ def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Save
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
-    """Inverse of ``vit_tucker.training.state.flatten``.
-
-    Args:
-        value: JSON values.
-        tensors: by name.
-        place: the name that a tensor here has.
+    """Inverts ``vit_tucker.training.state.flatten``.
 
     Raises:
         CheckpointError: something that ``flatten`` does not make.

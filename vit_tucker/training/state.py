@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vit_tucker.errors import CheckpointError
+from vit_tucker.errors import CheckpointError, one_line
 from vit_tucker.storage.checkpoints import (
     MANIFEST,
     clear_leftovers,
@@ -27,7 +27,7 @@ from vit_tucker.training.saved_state import SavedState, read_training_state
 
 
 def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested state as JSON values, each tensor replaced by {"tensor": name} and put into ``tensors``.
+    """Converts nested state to JSON values; each tensor is replaced by {"tensor": name} and put into ``tensors``.
 
     Tuples and dtypes are kept as such: a random generator's state (in timm's Kron) must come back as a tuple. All processes
     must call this if tensors are sharded.
@@ -60,7 +60,7 @@ def save_checkpoint(
     description: Mapping[str, Any] | None = None,
     step_rule: Any = None,
 ) -> Path:
-    """Write a resumable checkpoint and drop the oldest beyond ``keep``.
+    """Writes a resumable checkpoint and drops the oldest beyond ``keep``.
 
     Args:
         folder: the run's checkpoints folder.
@@ -113,7 +113,7 @@ def write_state(
     facts: dict[str, Any],
     metadata: dict[str, str],
 ) -> None:
-    """Weights, optimizer and facts (JSON values, into state.json) as files of a folder; see ``save_checkpoint``."""
+    """Writes weights, optimizer and facts (JSON values, into state.json) as files of a folder; see ``save_checkpoint``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():
         save_weights(folder / f"{name}.safetensors", state, metadata)
@@ -123,7 +123,7 @@ def write_state(
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -> SavedState:
-    """Restore model and EMA from a checkpoint folder. An EMA that was not saved starts from the model.
+    """Restores model and EMA from a checkpoint folder. An EMA that was not saved starts from the model.
 
     Args:
         checkpoint: see ``newest_intact``.
@@ -142,7 +142,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, ema: nn.Module | None) -
     try:
         return read_training_state(checkpoint, load_file(str(checkpoint / "optimizer.safetensors")))
     except (OSError, SafetensorError, CheckpointError) as error:
-        reason = " ".join(str(error).split()).removeprefix(f"{checkpoint}/")
+        reason = one_line(error).removeprefix(f"{checkpoint}/")
         raise CheckpointError(f"{checkpoint}: can't be resumed from: {reason}") from None
 
 

@@ -6,13 +6,13 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from vit_tucker.config.registries import STEP_RULES, step_options
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.storage.weights import whole
 from vit_tucker.training.objective import Loss
-from vit_tucker.training.optim import gradient_norm
 from vit_tucker.training.progress import Progress
 from vit_tucker.validation.checked import Checked
 
@@ -22,7 +22,7 @@ Called again it repeats exactly that, with the same images and random numbers.""
 
 
 class Stepping(Protocol):
-    """What a rule may use of the trainer.
+    """Lists what a rule may use of the trainer.
 
     Attributes:
         accelerator: device, processes, precision.
@@ -46,7 +46,7 @@ class Stepping(Protocol):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step rule has done.
+    """Reports what a step rule has done.
 
     Attributes:
         loss: what the closure gave.
@@ -63,24 +63,24 @@ class StepResult:
 
 
 class StepRule(Protocol):
-    """How an optimizer step is made; its state is part of each checkpoint."""
+    """Defines how an optimizer step is made; its state is part of each checkpoint."""
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Make one step, and leave no gradients behind."""
+        """Makes one step, and leaves no gradients behind."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on needs: JSON values, tuples, dtypes and tensors, nested."""
+        """Returns what a run that goes on needs: JSON values, tuples, dtypes and tensors, nested."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave; tensors come on the CPU. ValueError or KeyError: it is of another rule."""
+        """Restores what ``state_dict`` returned; tensors come on the CPU. ValueError or KeyError: it is of another rule."""
 
 
 class NoOptions(Checked):
-    """Options of a rule that has none."""
+    """Validates the options of a rule that has none."""
 
 
 class OrdinaryStep:
-    """Backward, clip, optimizer step; the rule of runs that name none, and a base for others.
+    """Makes a step of backward, clip and optimizer; the rule of runs that name none, and a base for others.
 
     Attributes:
         Options: the rule's options in the YAML, a ``vit_tucker.validation.checked.Checked``.
@@ -93,7 +93,7 @@ class OrdinaryStep:
         self.options = self.Options() if options is None else options
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Make one step, and leave no gradients behind."""
+        """Makes one step, and leaves no gradients behind."""
         loss = closure()
         norm = clip_gradient(trainer)
         trainer.optimizer.step()
@@ -101,17 +101,17 @@ class OrdinaryStep:
         return StepResult(loss, norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: all that goes on is in the optimizer."""
+        """Returns nothing: all that goes on is in the optimizer."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuse the state of another rule."""
+        """Refuses the state of another rule."""
         if state:
             raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not know")
 
 
 def clip_gradient(trainer: Stepping) -> Tensor | None:
-    """Clip the gradient of all parameters as the recipe says.
+    """Clips the gradient of all parameters as the recipe asks for.
 
     Returns:
         Its norm before, scalar; None where it is neither clipped by it nor due to be logged.
@@ -121,7 +121,7 @@ def clip_gradient(trainer: Stepping) -> Tensor | None:
         norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), trainer.config.clip_grad)
     elif trainer.log_due:
         trainer.accelerator.unscale_gradients()
-        norm = gradient_norm(trainer.model)
+        norm = get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
     return None if norm is None else whole(norm)
 
 
@@ -129,7 +129,7 @@ _Rule = TypeVar("_Rule", bound=type[Any])
 
 
 def register_step_rule(name: str) -> Callable[[_Rule], _Rule]:
-    """Make a class available as ``train.step_rule: name``, or ``{name: ..., options}``, as a decorator.
+    """Makes a class available as ``train.step_rule: name``, or ``{name: ..., options}``, as a decorator.
 
     Args:
         name: letters, digits and _.
@@ -155,7 +155,7 @@ def register_step_rule(name: str) -> Callable[[_Rule], _Rule]:
 
 
 def create_step_rule(given: dict[str, Any] | None) -> StepRule:
-    """The rule that a config's ``train.step_rule`` names, made from its options; the ordinary one if None."""
+    """Creates the rule that a config's ``train.step_rule`` names from its options; the ordinary one if None."""
     if given is None:
         return OrdinaryStep()
     rule: StepRule = STEP_RULES.get(given["name"])(step_options(given))
@@ -163,7 +163,7 @@ def create_step_rule(given: dict[str, Any] | None) -> StepRule:
 
 
 def restore_rule(rule: StepRule, given: dict[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
-    """Give a rule the state that a checkpoint holds of the same rule.
+    """Restores the state that a checkpoint holds of the same rule.
 
     Args:
         rule, given: the run's, see ``create_step_rule``.

@@ -13,7 +13,7 @@ from vit_tucker.training.step import StepResult
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps that follow each other, of all processes.
+    """Holds the results of steps that follow each other, of all processes.
 
     Attributes:
         first: number of the first one, from 1.
@@ -29,7 +29,7 @@ class Steps:
 
 
 class StepLog:
-    """This process's steps since the last ``settle``, and the training time of the epoch."""
+    """Collects this process's steps until they are averaged, and the training time of the epoch."""
 
     def __init__(self) -> None:
         self._pending: list[tuple[Tensor, Tensor | None]] = []
@@ -37,17 +37,17 @@ class StepLog:
         self._started = self._before = 0.0
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Start the clock of an epoch, or of what is left of it."""
+        """Starts the clock of an epoch, or of what is left of it."""
         self._started, self._before = time.perf_counter(), progress.seconds
 
     def add(self, result: StepResult) -> None:
-        """One step is done. Terms that are the loss itself say nothing more, and are left out."""
+        """Adds a step. Terms that are the loss itself are left out."""
         terms = result.loss.terms if len(result.loss.terms) > 1 else {}
         self._names = tuple(terms)
         self._pending.append((torch.stack([result.loss.total, *terms.values()]), result.norm))
 
-    def settle(self, progress: Progress, accelerator: Accelerator) -> Steps:
-        """Average what is pending over processes, and add it to the progress; every process must call this alike."""
+    def average(self, progress: Progress, accelerator: Accelerator) -> Steps:
+        """Averages what is pending over processes, and adds it to the progress; every process must call this alike."""
         pending, self._pending = self._pending, []
         stacked = torch.stack([values for values, _ in pending]).double()
         rows = accelerator.reduce(stacked, reduction="mean").tolist()

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate import tracking as registry
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.errors import ConfigError, nearest, one_line
 from vit_tucker.storage.run_dir import LOGGER
 
 PROJECT = "vit_tucker"
@@ -26,7 +26,7 @@ RUN_NAME = {
 
 
 def check_trackers(names: Sequence[str]) -> list[str]:
-    """The trackers to start: each once, without 'tensorboard'.
+    """Returns the trackers to start: each once, without 'tensorboard'.
 
     Raises:
         ConfigError: a name that Accelerate doesn't know, or whose package is missing.
@@ -45,7 +45,7 @@ def check_trackers(names: Sequence[str]) -> list[str]:
 
 
 class Trackers:
-    """The trackers of a run; does nothing where there are none.
+    """Manages the trackers of a run; does nothing where there are none.
 
     Args:
         accelerator: made with ``log_with=check_trackers(...) or None``, and with ``project_dir=`` the run folder, where some
@@ -57,11 +57,7 @@ class Trackers:
         self._failed: set[str] = set()
 
     def start(self, config: Mapping[str, Any], run_name: str) -> None:
-        """Start all with the resolved config as hyperparameters.
-
-        Args:
-            config: nested plain values.
-            run_name: name of the run in trackers that take one.
+        """Starts all with the resolved config, nested plain values, as hyperparameters.
 
         Raises:
             ConfigError: a tracker does not start (no login, no network); so that this is known before any training.
@@ -73,13 +69,13 @@ class Trackers:
         try:
             self.accelerator.init_trackers(PROJECT, config=flat_config(config), init_kwargs=options)
         except Exception as error:  # each tracker has exceptions of its own
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise ConfigError(
                 f"train.trackers: {', '.join(names)} can't start: {type(error).__name__}: {reason}"
             ) from None
 
     def log(self, values: Mapping[str, float | None], step: int) -> None:
-        """Hand scalars to all trackers, which write on the main process only.
+        """Passes scalars to all trackers, which write on the main process only.
 
         Args:
             values: by TensorBoard's names, e.g. 'train/loss'; None is left out.
@@ -90,13 +86,13 @@ class Trackers:
             self._guarded(tracker, "log", scalars, step=step)
 
     def finish(self) -> None:
-        """Let all write what they still hold. Accelerate's ``end_training`` would also end the process group."""
+        """Closes all. Accelerate's ``end_training`` would also end the process group."""
         for tracker in self.accelerator.trackers:
             self._guarded(tracker, "finish")
         self.accelerator.trackers.clear()
 
     def _guarded(self, tracker: Any, method: str, *args: Any, **options: Any) -> None:
-        """Call a tracker; its first failure is a warning, the next ones are passed over."""
+        """Calls a tracker; its first failure is a warning, the next ones are ignored."""
         try:
             getattr(tracker, method)(*args, **options)
         except Exception as error:  # each tracker has exceptions of its own
@@ -106,7 +102,7 @@ class Trackers:
 
 
 def flat_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested config as one level of dotted keys; lists and null as text, which all trackers take."""
+    """Flattens a nested config to dotted keys; lists and null become text, which all trackers accept."""
     flat: dict[str, int | float | str | bool] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:

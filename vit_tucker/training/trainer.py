@@ -32,11 +32,11 @@ from vit_tucker.training.step_log import StepLog, Steps
 
 @dataclass
 class Trainer:
-    """All that the loop works on; built by vit_tucker.run.trainer.
+    """Holds all that the loop works on; built by vit_tucker.run.trainer.
 
     Attributes:
         accelerator: device, processes, precision.
-        peers: the other processes.
+        coordinator: the other processes.
         model: prepared model; ``bare`` is the same without wrappers.
         optimizer: prepared optimizer.
         scheduler: timm's, over global steps.
@@ -62,7 +62,7 @@ class Trainer:
     """
 
     accelerator: Accelerator
-    peers: Coordinator
+    coordinator: Coordinator
     model: nn.Module
     bare: nn.Module
     optimizer: Any
@@ -88,46 +88,46 @@ class Trainer:
     log_due: bool = False
 
     def is_finite(self, loss: Tensor, norm: Tensor | None) -> bool:
-        """Whether this process's loss, and the gradient where no scaler watches it, are numbers; one step late on a GPU."""
+        """Returns whether this process's loss, and the gradient where no scaler checks it, are finite; one step late on a GPU."""
         watched = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
 
-    def settle(self, diverged: bool) -> Steps:
-        """Average the steps that are pending over processes, into the progress; every process must call this alike.
+    def average_steps(self, diverged: bool) -> Steps:
+        """Averages the steps that are pending over processes, into the progress; every process must call this alike.
 
         Args:
             diverged: a process has seen a loss that is not finite.
 
         Raises:
-            DivergedError: it has, or an average is not finite (a gradient's, where no scaler watches it).
+            DivergedError: it has, or an average is not finite (a gradient's, where no scaler checks it).
         """
-        steps = self.log.settle(self.progress, self.accelerator)
+        steps = self.log.average(self.progress, self.accelerator)
         norms = [] if self.accelerator.scaler is not None else steps.norms.values()
         if diverged or not all(map(math.isfinite, [*steps.losses, *norms])):
             self.fail_diverged(steps.losses)
         return steps
 
     def has_new_faults(self) -> bool:
-        """Whether this process met bad images that the others don't know yet."""
+        """Returns whether this process met bad images that the others don't know yet."""
         return len(self.faults) > len(self.progress.faults)
 
     def share_faults(self) -> None:
-        """Make the bad images of each process known to all, and say which are new.
+        """Shares the bad images of each process with all, and logs the new ones.
 
         Raises:
             DataError: more in all than allowed; in all processes.
         """
-        lines = self.peers.union(self.faults.lines)
+        lines = self.coordinator.union(self.faults.lines)
         new = [line for line in lines if line not in self.progress.faults]
         self.progress.faults += new
         for line in new:
             LOGGER.warning(f"bad image {self.progress.faults.index(line) + 1} of at most {self.faults.limit}: {line}")
-        self.peers.agreed = len(self.progress.faults) > self.faults.limit
+        self.coordinator.agreed = len(self.progress.faults) > self.faults.limit
         self.faults.add(lines)
 
     def save(self) -> None:
-        """Write a resumable checkpoint.
+        """Writes a resumable checkpoint.
 
         Raises:
             SaveError: it can't be written; those before it are intact.
@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def save_best(self) -> None:
-        """Write the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
+        """Writes the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
 
         Raises:
             SaveError: they can't be written; the best before them are intact.
@@ -168,7 +168,7 @@ class Trainer:
         self._write(write, "the best weights")
 
     def _write(self, write: Callable[[], Any], what: str) -> None:
-        """Write on the main process; all of them fail together."""
+        """Writes on the main process; all of them fail together."""
 
         def guarded() -> None:
             try:
@@ -181,10 +181,10 @@ class Trainer:
                     f"{self.run_dir.path}, then the same command continues"
                 ) from error
 
-        self.peers.on_main(guarded)
+        self.coordinator.on_main(guarded)
 
     def handle(self, outcome: VoteResult) -> None:
-        """Leave if a signal asked for it, in all processes after the same step; the state is saved first.
+        """Saves the state and stops if a signal asked for it, in all processes after the same step.
 
         Raises:
             StoppedError: it did.
@@ -197,12 +197,12 @@ class Trainer:
             f"stopped by {name} after step {progress.global_step} (epoch {progress.epoch + 1}), state saved"
         )
 
-    def heed_signals(self) -> None:
-        """``handle`` what any process has caught; every process must call this equally often."""
-        self.handle(self.peers.vote(self.signals.number))
+    def handle_signals(self) -> None:
+        """Handles the signals that any process has caught; every process must call this equally often."""
+        self.handle(self.coordinator.vote(self.signals.number))
 
     def fail_diverged(self, losses: list[float]) -> NoReturn:
-        """Save the state for inspection, beside the checkpoints and not among them.
+        """Saves the state for inspection, beside the checkpoints and not among them.
 
         Args:
             losses: of the last steps, all processes' means, the newest last.
@@ -232,16 +232,15 @@ class Trainer:
             t._write(lambda: write_state(folder, weights, optimizer, facts, t.metadata), "the diverged state")
         except FailedError as error:  # is for looking at, and must not hide why the run ends
             kept = str(error).partition(";")[0]
-        t.peers.agreed = True
+        t.coordinator.agreed = True
         scale = "" if scaler is None else f", loss scale {scaler.get('scale'):g}"
         raise DivergedError(
-            f"{what} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}"
-            f"{scale}); {kept}; lower train.lr, or set train.clip_grad or "
-            "train.mixed_precision"
+            f"{what} at step {bad_step} (epoch {t.progress.epoch + 1}, lr {learning_rate(t.optimizer):.3g}{scale}); {kept}; "
+            "lower train.lr, or set train.clip_grad or train.mixed_precision"
         )
 
     def _optimizer_state(self) -> tuple[Any, dict[str, Any]]:
-        """The optimizer's state as ``flatten`` gives it; whole tensors, so all processes must call this if it is sharded."""
+        """Returns the optimizer's state as ``flatten`` gives it, in whole tensors; if sharded, all processes must call this."""
         tensors: dict[str, Any] = {}
         bare = getattr(self.optimizer, "optimizer", self.optimizer)
         return flatten(bare.state_dict(), "optimizer", tensors), tensors

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vit_tucker as vt
 from tests.conftest import randomise
 from tests.contract.test_layer_contract import SPECS, rope_of
-from vit_tucker.attention.variants.mla.layer import absorbing_saves
+from vit_tucker.attention.variants.mla.ranks import absorbing_saves
 
 SPEC = vt.HostSpec(32, 2, 16, 32)
 

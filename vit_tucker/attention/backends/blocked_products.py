@@ -11,12 +11,12 @@ them to torch's kernel. The maps have the inputs' dtype between products, as in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit_tucker.attention.contraction import CACHE_BYTES
+from vit_tucker.attention.gradients import register_gradients
 
 BLOCK_BYTES = CACHE_BYTES
 """Of the scores of a block, for each thread."""
@@ -79,20 +79,7 @@ def _(dy: Tensor, maps: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 5
-    return *blocked_attention_backward(dy, *ctx.saved_tensors, ctx.scale), None, None
-
-
-blocked_attention.register_autograd(_backward, setup_context=_keep)
+register_gradients(blocked_attention, blocked_attention_backward, tensors=3, options=1)
 
 
 def softmax_maps(q: Tensor, k: Tensor, scores: Tensor, maps: Tensor) -> None:

@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch.nn import functional as F
 
+from vit_tucker.attention.backends import heads
 from vit_tucker.attention.backends.base import Backend, Facts
-from vit_tucker.attention.backends.heads import expand_heads
 from vit_tucker.attention.backends.masks import masked_softmax, open_softmax, zero_rows
 from vit_tucker.attention.backends.registry import register_backend
 
@@ -19,7 +19,9 @@ def attend(
 ) -> Tensor:
     """See ``Backend.attend``."""
     attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
-    return zero_rows(F.dropout(attn, dropout) @ expand_heads(v, q.shape[1]), blind)  # outputs are smaller than maps
+    return zero_rows(
+        F.dropout(attn, dropout) @ heads.expand_heads(v, q.shape[1]), blind
+    )  # outputs are smaller than maps
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
@@ -29,7 +31,7 @@ def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal:
 
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """scale * Q K^T, (B, H, N, N)"""
-    return (q * scale) @ expand_heads(k, q.shape[1]).transpose(-2, -1)
+    return (q * scale) @ heads.expand_heads(k, q.shape[1]).transpose(-2, -1)
 
 
 register_backend(Backend("eager", refuses, attend))

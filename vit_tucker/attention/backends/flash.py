@@ -17,6 +17,7 @@ from torch import Tensor
 from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts
 from vit_tucker.attention.backends.padding import round_up
 from vit_tucker.attention.backends.registry import register_backend
+from vit_tucker.errors import one_line
 
 OLDEST = (2, 1)
 """Since 2.1 causal order is aligned as torch's; grouped heads and softmax_scale are there since 2.0."""
@@ -59,7 +60,7 @@ def missing() -> str | None:
     try:
         flash_attn_func = importlib.import_module("flash_attn").flash_attn_func
     except Exception as error:  # built for another torch or CUDA
-        return f"flash-attn {version} can't be imported: {' '.join(str(error).split())[:200]}"
+        return f"flash-attn {version} can't be imported: {one_line(error, 200)}"
     return None
 
 

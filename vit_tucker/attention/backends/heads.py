@@ -22,14 +22,9 @@ def unpack_heads(y: Tensor, num_heads: int) -> Tensor:
     return y.unflatten(2, (-1, group)).transpose(1, 2).flatten(2, 3).transpose(1, 2)
 
 
-def expand_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, G, N, D) -> (B, H, N, D), each head repeated H / G times in a row; a view for G = 1 and G = H."""
-    return _expand_heads(x, heads)
-
-
 @torch.fx.wrap
-def _expand_heads(x: Tensor, heads: int) -> Tensor:
-    """A leaf in fx graphs, which torch.fx finds by its name in this module only."""
+def expand_heads(x: Tensor, heads: int) -> Tensor:
+    """Returns (B, G, N, D) as (B, H, N, D), each head repeated H / G times in a row; a view for G = 1 and G = H."""
     if x.shape[1] == heads:
         return x
     if x.shape[1] == 1:

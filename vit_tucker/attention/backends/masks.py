@@ -25,7 +25,7 @@ def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
 def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     """Returns softmax(scores + mask), (B, H, N, N), with rows of zeros where nothing may be attended to; works on fx proxies."""
     maps, blind = open_softmax(scores, attn_mask, is_causal)
-    return maps if blind is None else _zero_rows(maps, blind)
+    return maps if blind is None else zero_rows(maps, blind)
 
 
 def open_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
@@ -36,6 +36,28 @@ def open_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> t
     return add_mask(scores, _open_rows(attn_mask, blind), is_causal).softmax(dim=-1), blind
 
 
+def zero_blind_rows(y: Tensor, attn_mask: Tensor, is_causal: bool) -> Tensor:
+    """Returns heads' outputs (B, H, N, D) with zeros for tokens that may attend to nothing."""
+    return zero_rows(y, _blind_rows(attn_mask, is_causal))
+
+
+@torch.fx.wrap
+def for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
+    """Returns the sum of what the heads add to tokens that may attend to nothing, zeros for other tokens: (B, N, O)
+
+    Args:
+        attn_mask, is_causal: of the call.
+        each: a row for each head, (H, O).
+        images, num_tokens: B, N.
+    """
+    blind = _blind_rows(attn_mask, is_causal)
+    if blind is None:
+        return each.new_zeros(images, num_tokens, each.shape[1])
+    heads = blind.expand(images, each.shape[0], num_tokens, 1).squeeze(-1)
+    return heads.transpose(1, 2).to(each.dtype) @ each
+
+
+@torch.fx.wrap
 def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Returns the mask in the layer's dtype, as kernels read it: torch's kernel for CPUs misreads others. Boolean ones stay.
 
@@ -46,43 +68,6 @@ def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
     Raises:
         PatchError: the mask holds integers.
     """
-    return _cast_mask(attn_mask, x)
-
-
-def zero_blind_rows(y: Tensor, attn_mask: Tensor, is_causal: bool) -> Tensor:
-    """Returns heads' outputs (B, H, N, D) with zeros for tokens that may attend to nothing."""
-    return zero_rows(y, _blind_rows(attn_mask, is_causal))
-
-
-def zero_rows(y: Tensor, blind: Tensor | None) -> Tensor:
-    """Returns maps or heads' outputs (B, H, N, ...) with zeros in these rows (..., 1), if there are any."""
-    return _zero_rows(y, blind)
-
-
-def for_blind_rows(attn_mask: Tensor, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
-    """Returns the sum of what the heads add to tokens that may attend to nothing, zeros for other tokens: (B, N, O)
-
-    Args:
-        attn_mask, is_causal: of the call.
-        each: a row for each head, (H, O).
-        images, num_tokens: B, N.
-    """
-    return _for_blind_rows(attn_mask, is_causal, each, images, num_tokens)
-
-
-@torch.fx.wrap
-def _for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
-    blind = _blind_rows(attn_mask, is_causal)
-    if blind is None:
-        return each.new_zeros(images, num_tokens, each.shape[1])
-    heads = blind.expand(images, each.shape[0], num_tokens, 1).squeeze(-1)
-    return heads.transpose(1, 2).to(each.dtype) @ each
-
-
-@torch.fx.wrap
-def _cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A leaf in fx graphs, which torch.fx finds by its name in this module only. Where a graph has a place for a mask, it may be
-    None in a call."""
     if attn_mask is None or attn_mask.dtype == x.dtype or attn_mask.dtype == torch.bool:
         return attn_mask
     if not attn_mask.is_floating_point():
@@ -114,5 +99,6 @@ def _open_rows(attn_mask: Tensor, blind: Tensor | None) -> Tensor:
 
 
 @torch.fx.wrap
-def _zero_rows(y: Tensor, blind: Tensor | None) -> Tensor:
+def zero_rows(y: Tensor, blind: Tensor | None) -> Tensor:
+    """Returns maps or heads' outputs (B, H, N, ...) with zeros in these rows (..., 1), if there are any."""
     return y if blind is None else y.masked_fill(blind, 0.0)

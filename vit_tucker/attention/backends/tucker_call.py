@@ -15,6 +15,7 @@ MANY_TOKENS = 1024
 """Of a batch: below, a training step with a dense layer's attention takes some ten megabytes."""
 
 
+@torch.fx.wrap
 def attend_whole(call: TuckerCall, backend: str) -> Tensor:
     """The call by a backend or by "auto".
 
@@ -24,12 +25,6 @@ def attend_whole(call: TuckerCall, backend: str) -> Tensor:
     Raises:
         PatchError: the backend can't take the call.
     """
-    return _attend_whole(call, backend)
-
-
-@torch.fx.wrap
-def _attend_whole(call: TuckerCall, backend: str) -> Tensor:
-    """A leaf in fx graphs: the choice depends on tensors."""
     facts = facts_of_call(call)
     chosen = get_backend(choose(facts, backend).name)
     call = pad_call(call, *chosen.widths(facts))

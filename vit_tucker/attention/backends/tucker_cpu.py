@@ -19,6 +19,7 @@ from torch import Tensor
 from vit_tucker.attention.backends.base import Backend, Facts, TuckerCall
 from vit_tucker.attention.backends.registry import register_backend
 from vit_tucker.attention.backends.sdpa import widths
+from vit_tucker.attention.gradients import register_gradients
 from vit_tucker.attention.rope import rotate
 
 FORWARD = (
@@ -147,20 +148,7 @@ def _(dz: Tensor, y: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in inputs[:5])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, _ = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
-    ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradients(ctx: Any, dz: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dz is None:
-        return (None,) * 9
-    return *latent_attention_backward(dz, *ctx.saved_tensors, ctx.scale), *(None,) * 4
-
-
-latent_attention.register_autograd(_gradients, setup_context=_keep)
+register_gradients(latent_attention, latent_attention_backward, tensors=7, options=1)
 
 
 def blocks(batch: int) -> Iterator[slice]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -73,11 +72,6 @@ class Inputs:
         """r2, r3, r2t, r3t."""
         return tiles.Ranks(*self.pre.shape[1:], *self.post.shape[1:])
 
-    @cached_property
-    def widths(self) -> tiles.Ranks:
-        """Of the blocks that hold the ranks."""
-        return tiles.Ranks(*map(tiles.width, self.ranks))
-
     def images(self, start: int, end: int) -> Inputs:
         """The same for some of the images: views."""
         angles = (a if a is None or a.ndim == 2 else a[start:end] for a in (self.sin, self.cos))
@@ -89,10 +83,8 @@ class Inputs:
     def constants(self) -> dict[str, Any]:
         """Compile-time constants that all kernels have."""
         kind = 3 if self.is_causal else 0 if self.mask is None else 1 if self.mask.dtype == torch.uint8 else 2
-        names = ("2", "3", "2T", "3T")
         return {
-            **{f"R{name}": rank for name, rank in zip(names, self.ranks, strict=True)},
-            **{f"WIDTH{name}": width for name, width in zip(names, self.widths, strict=True)},
+            **tiles.rank_constants(self.ranks),
             "MASK": kind,
             "LOW": LOW[self.p.dtype],
             "EMULATE": interpreted() and self.p.dtype == torch.bfloat16,

@@ -121,9 +121,7 @@ def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tens
 def choose(kernel: tiles.KernelName, inputs: Inputs) -> tiles.Tile:
     """The kernel's tile on this device."""
     size, rope = inputs.p.element_size(), inputs.sin is not None
-    tile = tiles.choose(
-        kernel, inputs.widths, size, rope, inputs.mask is not None, tiles.shared_memory(inputs.p.device)
-    )
+    tile = tiles.choose(kernel, inputs.ranks, size, rope, inputs.mask is not None, tiles.shared_memory(inputs.p.device))
     if tile is None:
         raise ValueError(
             f"no tile of the {kernel} kernel for the ranks {tuple(inputs.ranks)} fits this device's shared memory"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vit_tucker.attention.gradients import register_gradients
 from vit_tucker.attention.triton_tucker import tiles
 from vit_tucker.attention.triton_tucker.tiles import Ranks
 
@@ -114,9 +115,8 @@ def unsupported(
     if dropout:
         return "there is no dropout of attention weights here"
     if shared_memory is not None:
-        widths = Ranks(*map(tiles.width, ranks))
         for kernel in tiles.KERNELS:
-            if tiles.choose(kernel, widths, dtype.itemsize, rope, mask != "none", shared_memory) is None:
+            if tiles.choose(kernel, ranks, dtype.itemsize, rope, mask != "none", shared_memory) is None:
                 return f"no tile of the {kernel} kernel for the ranks {tuple(ranks)} fits {shared_memory} bytes of shared memory"
     return None
 
@@ -226,24 +226,9 @@ def _backward_shapes(dz: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...
     return tuple(x.new_empty(x.shape) for x in inputs[:5])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Inputs and the log-sum-exp are all that the backward pass needs."""
-    *tensors, ctx.scale, ctx.is_causal = inputs
-    ctx.save_for_backward(output[1], *tensors)
-    ctx.set_materialize_grads(False)  # else zeros are written for the log-sum-exp
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, dz: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 5
-    if dz is None:
-        return nothing + nothing
-    return *backward_op(dz, *ctx.saved_tensors, ctx.scale, ctx.is_causal), *nothing
-
-
 def _no_second(ctx: Any, *gradients: Any) -> None:
     raise NotImplementedError("tucker_attention has no second derivative: use the layer's path in plain torch for that")
 
 
-forward_op.register_autograd(_gradients, setup_context=_keep)
+register_gradients(forward_op, backward_op, tensors=8, options=2)
 backward_op.register_autograd(_no_second)

@@ -90,12 +90,20 @@ def width(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: bool, shared_memory: int) -> Tile | None:
-    """The first tile of the list that is meant for the case and fits, or None.
+def rank_constants(ranks: Ranks) -> dict[str, int]:
+    """Returns the kernels' compile-time constants for these ranks: R2 and WIDTH2, ..., R3T and WIDTH3T."""
+    names = ("2", "3", "2T", "3T")
+    return {f"R{name}": rank for name, rank in zip(names, ranks, strict=True)} | {
+        f"WIDTH{name}": width(rank) for name, rank in zip(names, ranks, strict=True)
+    }
+
+
+def choose(kernel: KernelName, ranks: Ranks, itemsize: int, rope: bool, mask: bool, shared_memory: int) -> Tile | None:
+    """Returns the first tile of the list that is meant for the case and fits, or None.
 
     Args:
         kernel: one of ``KERNELS``.
-        widths: of the blocks that hold the ranks.
+        ranks: r2, r3, r2t, r3t; or the widths of the blocks that hold them.
         itemsize: bytes of a number, 2 or 4.
         rope: whether queries are rotated.
         mask: whether there is a mask in memory.
@@ -103,6 +111,7 @@ def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: b
     """
     of_keys = kernel == "keys"  # queries come to it formed and rotated
     heavy = mask or (rope and not of_keys)
+    widths = Ranks(*map(width, ranks))
     widest = max(widths.r3, widths.r3t) if of_keys else max(widths)
     for choice in CHOICES[kernel]:
         meant = widest <= choice.width and itemsize == choice.itemsize and (choice.heavy or not heavy)
@@ -112,7 +121,7 @@ def choose(kernel: KernelName, widths: Ranks, itemsize: int, rope: bool, mask: b
 
 
 def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, mask: bool) -> int:
-    """A bound on the bytes of shared memory that the compiler takes for a tile; arguments as in ``choose``.
+    """Returns a bound on the bytes of shared memory that the compiler uses for a tile and blocks of these widths, see ``choose``.
 
     Counted is what may lie there at once, by what the compiler does on all targets: operands that outlive the inner loop, the
     blocks that the loop has in flight (one per stage but the last, for the kernel over keys one per stage), twice a block of

@@ -4,6 +4,7 @@
 Source: Ainslie et al., GQA, arXiv 2305.13245; Shazeer, arXiv 1911.02150 (MQA).
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,12 +16,12 @@ from vit_tucker.attention.heads import PerHeadModule
 from vit_tucker.attention.host import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights, count_extras
 from vit_tucker.attention.linear import (
     head_bias,
+    head_weight,
     init_linear,
     join_heads,
     linear_bias,
     linear_weight,
     set_linear,
-    split_heads,
 )
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import Rank
@@ -125,10 +126,9 @@ class GQA(PerHeadModule):
     def convert_from(self, weights: MHAWeights) -> None:
         """Exact where num_kv_heads is num_heads; else each group's mean, or its best basis."""
         if self.conversion == "mean":
-            converted = mean_pool_groups(weights, self.num_kv_heads)
+            self._set(mean_pool_groups(weights, self.num_kv_heads))
         else:
-            converted = svd_groups(weights, self.num_kv_heads, self.spec.rope)
-        self._set(converted)
+            self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Best bases on the tokens with conversion='svd'; means stay means, and only the read-out is fitted afterwards."""
@@ -154,9 +154,9 @@ class GQA(PerHeadModule):
         """See base class."""
         group = self.num_heads // self.num_kv_heads
         return MHAWeights(
-            query=split_heads(linear_weight(self.q_proj), self.num_heads),
-            key=split_heads(linear_weight(self.k_proj), self.num_kv_heads).repeat_interleave(group, 0),
-            value=split_heads(linear_weight(self.v_proj), self.num_kv_heads).repeat_interleave(group, 0),
+            query=head_weight(self.q_proj, self.num_heads),
+            key=head_weight(self.k_proj, self.num_kv_heads).repeat_interleave(group, 0),
+            value=head_weight(self.v_proj, self.num_kv_heads).repeat_interleave(group, 0),
             out=linear_weight(self.proj).unflatten(0, (self.num_heads, -1)),
             query_bias=head_bias(self.q_proj, self.num_heads),
             key_bias=head_bias(self.k_proj, self.num_kv_heads, group),
@@ -166,32 +166,11 @@ class GQA(PerHeadModule):
 
 
 def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
-    """Keys and values of each group replaced by their mean (section 2.1 of the GQA paper).
+    """Returns H heads with the G means of each group's keys and values (section 2.1 of the GQA paper); G divides H."""
 
-    Args:
-        weights: H heads.
-        num_kv_heads: G, divides H.
-
-    Returns:
-        The same with key, value and their biases of G heads.
-    """
-
-    def pool(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.unflatten(0, (num_kv_heads, -1)).mean(1)
-
-    key, value = pool(weights.key), pool(weights.value)
-    assert key is not None
-    assert value is not None
-    return MHAWeights(
-        weights.query,
-        key,
-        value,
-        weights.out,
-        query_bias=weights.query_bias,
-        key_bias=pool(weights.key_bias),
-        value_bias=pool(weights.value_bias),
-        out_bias=weights.out_bias,
-    )
+    given = {name: getattr(weights, name) for name in ("key", "value", "key_bias", "value_bias")}
+    pooled = {name: x.unflatten(0, (num_kv_heads, -1)).mean(1) for name, x in given.items() if x is not None}
+    return replace(weights, **pooled)
 
 
 def svd_groups(
@@ -244,17 +223,13 @@ def svd_groups(
 def group_bases(
     tensor: Pairs | RotaryPairs, groups: int, left_root: Tensor | None, metrics: Tensor | None, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """One basis of width D for the right mode of each group of heads, W_i ~ A_i change_i basis^T.
+    """Returns a basis of the right mode of each group of heads, (G, J, D), and changes (H, D, D) with W_i ~ A_i change_i basis^T.
 
     Args:
         tensor: A_i B_i^T, left (H, I, D), right (H, J, D), with rotations or without.
         groups: G.
-        left_root: root of the left metric (I, I), or None.
-        metrics: right metrics (H, J, J), or None.
+        left_root, metrics: root of the left metric (I, I) and right metrics (H, J, J), or None.
         damping: of the right metrics.
-
-    Returns:
-        bases (G, J, D) and changes (H, D, D).
     """
     bases, changes = [], []
     rows = tensor.right.shape[1]

@@ -22,8 +22,14 @@ from vit_tucker.attention.base import ParameterCount, PerHeadConfig
 from vit_tucker.attention.host import HostSpec, count_extras
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
-from vit_tucker.attention.variants.mla.layer import MLA, absorbing_saves, can_absorb, has_head_key_bias
-from vit_tucker.attention.variants.mla.ranks import full_latents, refuse_ranks
+from vit_tucker.attention.variants.mla.layer import MLA
+from vit_tucker.attention.variants.mla.ranks import (
+    absorbing_saves,
+    can_absorb,
+    full_latents,
+    has_head_key_bias,
+    refuse_ranks,
+)
 from vit_tucker.attention.variants.tucker.ranks import even_rank
 from vit_tucker.show import methods
 from vit_tucker.show.methods import MethodDisplay

@@ -11,7 +11,8 @@ from vit_tucker.attention.linear import join_heads
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, adjacent_pairs
 from vit_tucker.tensor.metric import Root, identity_root, metric_root
-from vit_tucker.tensor.tucker import leading_eigenvectors
+from vit_tucker.tensor.selector import basis_and_columns
+from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
 
 class MLATarget(NamedTuple):
@@ -187,3 +188,31 @@ def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | 
         basis, (0, rank - basis.shape[1])
     )  # rotated keys may need more columns than tokens have
     return basis if left is None else left.inverse @ basis, basis.mT @ whitened
+
+
+def tucker_of_latents(
+    weights: MHAWeights, downs: tuple[Tensor, Tensor, Tensor], ups: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tucker, Tucker]:
+    """Returns exact Tucker decompositions (Thm B.4): the bases are the down projections, the core multiplies the up projections.
+
+    A query bias adds the coordinate 1 to the query latent.
+
+    Args:
+        weights: of the layer's heads, float64.
+        downs: of queries (C, cQ), of keys (C, cKV) or, with a bias, (C + 1, cKV), of values (C, cKV).
+        ups: of each head's queries (H, cQ, D), keys and values (H, cKV, D).
+    """
+    (q_basis, k_basis, v_basis), (q_up, k_up, v_up) = downs, ups
+    heads, width = len(q_up), q_up.shape[2]
+    if weights.query_bias is not None:
+        q_basis = torch.block_diag(q_basis, torch.ones(1, 1, dtype=q_basis.dtype, device=q_basis.device))
+        q_up = torch.cat([q_up, weights.query_bias.unsqueeze(1)], 1)
+    eye = torch.eye(heads, dtype=q_basis.dtype, device=q_basis.device)
+    if q_basis.shape[1] > heads * width:  # more coordinates than the heads have columns: those are the smaller basis
+        q_basis, q_up = basis_and_columns(weights.pre_pairs().left)
+    pre = Tucker(q_up @ k_up.mT, eye, q_basis, k_basis)
+    if heads * v_up.shape[1] < min(weights.out.shape[2], heads * width):
+        out_basis, columns = basis_and_columns((v_up @ weights.out).mT)  # of the latents' outputs, (H, O, cKV)
+        return pre, Tucker(columns, eye, out_basis, v_basis)
+    out_basis, columns = basis_and_columns(weights.out.mT)
+    return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)

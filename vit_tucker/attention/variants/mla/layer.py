@@ -8,87 +8,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_tucker.attention.backends.heads import expand_heads
-from vit_tucker.attention.backends.masks import for_blind_rows, zero_blind_rows
+from vit_tucker.attention.backends import heads, masks
 from vit_tucker.attention.call import Call
-from vit_tucker.attention.contraction import is_plain, joint_linear, open_shape
+from vit_tucker.attention.contraction import is_plain, open_shape
 from vit_tucker.attention.heads import PerHeadModule
-from vit_tucker.attention.host import CALL_FEATURES, DENSE_INIT_STD, HostSpec, MHAWeights
+from vit_tucker.attention.host import DENSE_INIT_STD, HostSpec, MHAWeights
+from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.latent_rope import resize_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
+    called_weight,
     head_bias,
+    head_weight,
     init_linear,
     linear_bias,
     linear_weight,
     resize_linear,
+    set_augmented,
     set_linear,
     split_heads,
 )
 from vit_tucker.attention.moments import Moments
-from vit_tucker.attention.rope import rotate_latent, spread_columns
-from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents
-from vit_tucker.attention.variants.mla.ranks import refuse_ranks
+from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents, tucker_of_latents
+from vit_tucker.attention.variants.mla.ranks import absorbing_saves, can_absorb, has_head_key_bias, refuse_ranks
 from vit_tucker.tensor.rotary import RotaryPairs
-from vit_tucker.tensor.selector import basis_and_columns
 from vit_tucker.tensor.tucker import Tucker
 
 
-def can_absorb(spec: HostSpec) -> bool:
-    """Nothing comes between the projections and the attention, or the attention and the output's projection: these can be one."""
-    return all(feature in CALL_FEATURES for feature in spec.extras)
-
-
-def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images: int, num_tokens: int) -> bool:
-    """Whether heads attend in the latent at less cost, their up projections folded (absorption).
-
-    Per head and token the absorbed form has products of cKV (cQ + O + 2 N) multiply-adds, the expanded one of
-    D (cQ + O + 2 N + 2 cKV); folding costs D cKV (cQ + O) per head once. Where latents rotate, both forms attend in the latent:
-    then N plays no part.
-
-    Args:
-        spec: of the host.
-        q_lora_rank, kv_lora_rank: cQ, cKV.
-        images: of the batch.
-        num_tokens: N, of an image.
-    """
-    width, rest = spec.head_dim, q_lora_rank + spec.out_dim
-    keys = 0 if spec.rotates_latent else 2 * num_tokens
-    saved = (width - kv_lora_rank) * (rest + keys) + 2 * kv_lora_rank * width
-    return images * num_tokens * saved > width * kv_lora_rank * rest
-
-
-def has_head_key_bias(spec: HostSpec) -> bool:
-    """Each head's key has a bias: it cancels in the softmax unless a norm follows it."""
-    return spec.has_key_bias and "qk_norm" in spec.extras
-
-
-class MLA(PerHeadModule):
+class MLA(LatentModule, PerHeadModule):
     """Multi-head latent self-attention, expanded (queries and keys of width D) or absorbed, whichever costs less; with RoPE
-    absorbed. Then the buffer pair_rotations (cKV/2,) says by which column of the host's table each latent pair rotates.
-    """
-
-    pair_rotations: Tensor | None
+    absorbed."""
 
     def __init__(
         self, spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, *, shared_kv: bool = True, **factory: Any
     ) -> None:
         super().__init__(spec)
         self.num_kv_heads = spec.num_heads
-        bias = spec.qkv_bias
-        key_bias = has_head_key_bias(spec)
         self.q_down = nn.Linear(spec.embed_dim, q_lora_rank, bias=False, **factory)
-        self.q_up = nn.Linear(q_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.q_up = nn.Linear(q_lora_rank, spec.attn_dim, bias=spec.qkv_bias, **factory)
         self.kv_down = nn.Linear(spec.embed_dim, kv_lora_rank, bias=spec.latent_key_bias, **factory)
-        columns = None
-        if spec.rotates_latent:
-            columns = torch.empty(kv_lora_rank // 2, dtype=torch.int64, device=factory.get("device"))
-        self.register_buffer("pair_rotations", columns)
-        self.v_down = None
-        if not shared_kv:
-            self.v_down = nn.Linear(spec.embed_dim, kv_lora_rank, bias=False, **factory)
-        self.k_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=key_bias, **factory)
-        self.v_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=bias, **factory)
+        self.add_rotations(spec, kv_lora_rank, **factory)
+        self.v_down = None if shared_kv else nn.Linear(spec.embed_dim, kv_lora_rank, bias=False, **factory)
+        self.k_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=has_head_key_bias(spec), **factory)
+        self.v_up = nn.Linear(kv_lora_rank, spec.attn_dim, bias=spec.qkv_bias, **factory)
         self.can_absorb = can_absorb(spec)
         self.add_extras(spec, **factory)
         self.proj = nn.Linear(spec.attn_dim, spec.out_dim, bias=spec.proj_bias, **factory)
@@ -102,8 +64,7 @@ class MLA(PerHeadModule):
                 init_linear(down, std)
             init_linear(up, std)
         init_linear(self.proj, DENSE_INIT_STD)
-        if self.pair_rotations is not None:
-            self.pair_rotations.copy_(spread_columns(self.kv_down.out_features, self.num_heads, self.head_dim))
+        self.init_rotations()
 
     def run(self, call: Call) -> Tensor:
         """See AttentionModule: in absorbed form where that costs less."""
@@ -124,18 +85,17 @@ class MLA(PerHeadModule):
     def run_absorbed(self, call: Call) -> Tensor:
         """The layer without heads' keys and values: queries' and output's projection take in WUK_i, WUV_i. -> (B, N, O)"""
         B, N, _ = call.x.shape
-        heads = self.num_heads
-        latents = joint_linear(call.x, self.input_projections())
-        k, v = latents[1].unsqueeze(1), latents[-1].unsqueeze(1)
-        k_up = by_heads(self.k_up.weight, heads).mT  # (H, cKV, D)
-        weight = (k_up @ by_heads(self.q_up.weight, heads)).flatten(0, 1)  # WUK_i WUQ_i^T, (H*cKV, cQ)
-        bias = None if self.q_up.bias is None else (k_up @ by_heads(self.q_up.bias, heads).unsqueeze(2)).flatten()
+        H = self.num_heads
+        latent, k, v = self.latents(call.x)
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+        k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)
+        weight = (k_up @ by_heads(self.q_up.weight, H)).flatten(0, 1)  # WUK_i WUQ_i^T, (H*cKV, cQ)
+        bias = None if self.q_up.bias is None else (k_up @ by_heads(self.q_up.bias, H).unsqueeze(2)).flatten()
         # flat: torch adds a bias within a product of a slice only where its rows are one dimension
-        q = F.linear(latents[0].flatten(0, 1), weight, bias).reshape(B, N, heads, -1).transpose(1, 2)  # (B, H, N, cKV)
-        if self.pair_rotations is not None and self.spec.rope is not None:
-            q, k = rotate_latent(q, k, call.rope, self.pair_rotations, self.spec.rope)
+        q = F.linear(latent.flatten(0, 1), weight, bias).reshape(B, N, H, -1).transpose(1, 2)  # (B, H, N, cKV)
+        q, k = self.rotate_latent(q, k, call.rope)
         y = self.attend(q, k, v, call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)  # (B, N, H*cKV)
-        v_up, out = by_heads(self.v_up.weight, heads).mT, by_heads(self.proj.weight.mT, heads)  # (H, cKV, D), (H, D, O)
+        v_up, out = by_heads(self.v_up.weight, H).mT, by_heads(self.proj.weight.mT, H)  # (H, cKV, D), (H, D, O)
         weight = (v_up @ out).flatten(0, 1)  # WUV_i WO_i, (H*cKV, O)
         if self.v_up.bias is None:
             return F.linear(y, weight.mT, self.proj.bias)
@@ -143,20 +103,20 @@ class MLA(PerHeadModule):
         y = F.linear(y, weight.mT, bias)
         if call.attn_mask is None or not call.may_be_blind:
             return y
-        each = (by_heads(self.v_up.bias, heads).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
-        return y - for_blind_rows(call.attn_mask, call.is_causal, each, B, N)
+        each = (by_heads(self.v_up.bias, H).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
+        return y - masks.for_blind_rows(call.attn_mask, call.is_causal, each, B, N)
 
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
         """See AttentionModule. x (B, N, C) -> (B, N, H*D)"""
         B, N, _ = x.shape
-        latents = joint_linear(x, self.input_projections())
+        latents = self.latents(x)
         # flat, (B*N, ...): torch adds a bias within a product of a slice only where its rows are one dimension
-        q, latent, v_latent = (latents[i].flatten(0, 1) for i in (0, 1, -1))
+        q, latent, v_latent = (part.flatten(0, 1) for part in latents)
         q = self.q_up(q).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         if self.pair_rotations is not None:
-            return self.finish(x, self.attend_latent(q, latents[1], latents[-1], attn_mask, is_causal, rope))
+            return self.finish(x, self.attend_latent(q, *latents[1:], attn_mask, is_causal, rope))
         k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
         return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
@@ -174,20 +134,18 @@ class MLA(PerHeadModule):
         Returns:
             The heads' outputs, (B, N, H*D).
         """
-        assert self.spec.rope is not None
-        assert self.pair_rotations is not None
         plain = is_plain(self.k_up, self.v_up)
         q = q @ by_heads(self.k_up.weight if plain else called_weight(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
-        q, key = rotate_latent(q, k.unsqueeze(1), rope, self.pair_rotations, self.spec.rope)  # (B, H, N, cKV)
+        q, key = self.rotate_latent(q, k.unsqueeze(1), rope)  # (B, H, N, cKV)
         if not plain:
             values = self.v_up(v).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, N, D)
-            key = expand_heads(key, self.num_heads)
+            key = heads.expand_heads(key, self.num_heads)
             return self.attend(q, key, values, attn_mask, is_causal).transpose(1, 2).flatten(2)
         y = self.attend(q, key, v.unsqueeze(1), attn_mask, is_causal)  # (B, H, N, cKV)
-        y = y @ self.v_up.weight.unflatten(0, (self.num_heads, -1)).mT  # (B, H, N, D)
+        y = y @ by_heads(self.v_up.weight, self.num_heads).mT  # (B, H, N, D)
         if self.v_up.bias is not None:
             y = y + by_heads(self.v_up.bias, self.num_heads).unsqueeze(1)
-            y = y if attn_mask is None else zero_blind_rows(y, attn_mask, is_causal)
+            y = y if attn_mask is None else masks.zero_blind_rows(y, attn_mask, is_causal)
         return y.transpose(1, 2).flatten(2)  # (B, N, H*D)
 
     def convert_from(self, weights: MHAWeights) -> None:
@@ -234,14 +192,14 @@ class MLA(PerHeadModule):
     def _resize_latent(self, down: nn.Linear, ups: list[nn.Linear], rank: int) -> None:
         if rank == down.out_features:
             return
-        width, rotations = down.in_features, self.pair_rotations if down is self.kv_down else None
+        rotations = self.pair_rotations if down is self.kv_down else None
         factor, rests = augmented_weight(down), [linear_weight(up) for up in ups]
         joined = torch.cat(rests, 1)  # (r, columns of all)
         (factor, mixing), rotations = resize_keys(factor, joined @ joined.mT, rank, rotations, self.spec)
         assert mixing is not None
         biases = [linear_bias(up) for up in ups]
-        resize_linear(down, width, rank)
-        set_linear(down, factor[:width], factor[width] if len(factor) > width else None)
+        resize_linear(down, down.in_features, rank)
+        set_augmented(down, factor)
         for up, rest, bias in zip(ups, rests, biases, strict=True):
             resize_linear(up, rank, up.out_features)
             set_linear(up, mixing @ rest, bias)
@@ -249,18 +207,13 @@ class MLA(PerHeadModule):
             self.pair_rotations = rotations
 
     @property
-    def kv_width(self) -> int | None:
-        """See base class. The latent, cKV, or both latents."""
-        return self.kv_down.out_features + (0 if self.v_down is None else self.v_down.out_features)
-
-    def input_projections(self) -> list[nn.Linear]:
-        """See base class."""
-        return [linear for linear in (self.q_down, self.kv_down, self.v_down) if linear is not None]
+    def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
+        """The down projections of queries, keys and values."""
+        return self.q_down, self.kv_down, self.v_down
 
     def dense_weights(self) -> MHAWeights:
         """See base class."""
-        latent = linear_weight(self.kv_down)
-        v_latent = latent if self.v_down is None else linear_weight(self.v_down)
+        latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
         value_bias = head_bias(self.v_up, self.num_heads)
         latent_bias = linear_bias(self.kv_down)
         if self.v_down is None and latent_bias is not None and value_bias is not None:
@@ -277,60 +230,19 @@ class MLA(PerHeadModule):
             out_bias=linear_bias(self.proj),
         )
 
-    def latent_columns(self) -> Tensor:
-        """See base class."""
-        return super().latent_columns() if self.pair_rotations is None else self.pair_rotations
-
     def rotary_pairs(self) -> RotaryPairs:
         """See base class; pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
         if self.pair_rotations is None:
             return super().rotary_pairs()
-        weights, k_up = self.dense_weights(), split_heads(linear_weight(self.k_up), self.num_heads)  # (H, cKV, D)
-        query, key = weights.query, linear_weight(self.kv_down)
-        if weights.query_bias is not None:
-            query = torch.cat([query, weights.query_bias.unsqueeze(1)], 1)
-        bias = linear_bias(self.kv_down)
-        if bias is not None:
-            key = torch.cat([key, bias.unsqueeze(0)])
-        columns = self.pair_rotations.expand(self.num_heads, -1)
-        return RotaryPairs(query @ k_up.mT, key.expand(self.num_heads, -1, -1), columns)
+        k_up = head_weight(self.k_up, self.num_heads)  # (H, cKV, D)
+        return self.shared_rotary_pairs(self.pre_pairs().left @ k_up.mT, augmented_weight(self.kv_down))
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
-        """See base class; Thm B.4: the bases are the down-projections, the core multiplies the up-projections.
-
-        A query bias adds the coordinate 1 to the query latent.
-        """
-        weights = self.dense_weights()
-        q_basis, q_up = linear_weight(self.q_down), split_heads(linear_weight(self.q_up), self.num_heads)  # (H, cQ, D)
-        if weights.query_bias is not None:
-            q_basis = torch.block_diag(q_basis, torch.ones(1, 1, dtype=q_basis.dtype, device=q_basis.device))
-            q_up = torch.cat([q_up, weights.query_bias.unsqueeze(1)], 1)
-        k_basis, k_up = augmented_weight(self.kv_down), split_heads(linear_weight(self.k_up), self.num_heads)
-        v_basis = linear_weight(self.kv_down if self.v_down is None else self.v_down)
-        if self.v_down is None and self.kv_down.bias is None:
-            k_basis = v_basis  # the very same tensor
-        v_up = split_heads(linear_weight(self.v_up), self.num_heads)
-        eye = torch.eye(self.num_heads, dtype=q_basis.dtype, device=q_basis.device)
-        pre = Tucker(q_up @ k_up.mT, eye, q_basis, k_basis)
-        if (
-            q_basis.shape[1] > self.attn_dim
-        ):  # more coordinates than the heads have columns: those are the smaller basis
-            columns, selected = basis_and_columns(weights.pre_pairs().left)
-            pre = Tucker(selected @ k_up.mT, eye, columns, k_basis)
-        latent_outputs = v_up @ weights.out  # (H, cKV, O)
-        if self.num_heads * v_up.shape[1] < min(weights.out.shape[2], self.attn_dim):
-            out_basis, columns = basis_and_columns(latent_outputs.mT)
-            return pre, Tucker(columns, eye, out_basis, v_basis)
-        out_basis, columns = basis_and_columns(weights.out.mT)
-        return pre, Tucker(columns @ v_up.mT, eye, out_basis, v_basis)
-
-
-def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """The weight (out, in) of a Linear that is more than its weight, got by calling it: once, on the identity."""
-    width: int = linear.in_features  # type: ignore[assignment]
-    identity = torch.eye(width, dtype=like.dtype, device=like.device)
-    rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
-    return (rows[1:] - rows[:1]).mT
+        """Returns the down projections as bases, the products of the up projections as cores, see ``tucker_of_latents``."""
+        k_basis, v_basis = self.latent_bases()
+        q_up, k_up, v_up = (head_weight(up, self.num_heads) for up in (self.q_up, self.k_up, self.v_up))
+        q_down = linear_weight(self.q_down)
+        return tucker_of_latents(self.dense_weights(), (q_down, k_basis, v_basis), (q_up, k_up, v_up))
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Widths that the latents of MLA can have."""
+"""Widths that the latents of MLA can have, and which form of the layer costs less at them."""
 
-from vit_tucker.attention.host import HostSpec
+from vit_tucker.attention.host import CALL_FEATURES, HostSpec
 from vit_tucker.attention.variants.tucker.ranks import refuse_odd
 from vit_tucker.errors import PatchError
 
@@ -18,3 +18,32 @@ def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv:
     for (name, rank), limit in zip(given.items(), full_latents(spec, shared_kv), strict=True):
         if rank > limit:
             raise PatchError(f"{name}={rank} is above its full rank {limit}")
+
+
+def can_absorb(spec: HostSpec) -> bool:
+    """Nothing comes between the projections and the attention, or the attention and the output's projection: these can be one."""
+    return all(feature in CALL_FEATURES for feature in spec.extras)
+
+
+def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images: int, num_tokens: int) -> bool:
+    """Whether heads attend in the latent at less cost, their up projections folded (absorption).
+
+    Per head and token the absorbed form has products of cKV (cQ + O + 2 N) multiply-adds, the expanded one of
+    D (cQ + O + 2 N + 2 cKV); folding costs D cKV (cQ + O) per head once. Where latents rotate, both forms attend in the latent:
+    then N plays no part.
+
+    Args:
+        spec: of the host.
+        q_lora_rank, kv_lora_rank: cQ, cKV.
+        images: of the batch.
+        num_tokens: N, of an image.
+    """
+    width, rest = spec.head_dim, q_lora_rank + spec.out_dim
+    keys = 0 if spec.rotates_latent else 2 * num_tokens
+    saved = (width - kv_lora_rank) * (rest + keys) + 2 * kv_lora_rank * width
+    return images * num_tokens * saved > width * kv_lora_rank * rest
+
+
+def has_head_key_bias(spec: HostSpec) -> bool:
+    """Each head's key has a bias: it cancels in the softmax unless a norm follows it."""
+    return spec.has_key_bias and "qk_norm" in spec.extras

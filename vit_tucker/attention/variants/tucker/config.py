@@ -1,4 +1,4 @@
-"""Tucker Attention as a method: its options, what they allow, and what they cost. ``tucker_layer`` has the layer itself.
+"""Tucker Attention as a method: its options, what they allow, and what they cost.
 
     parameters per layer: 2 (H r1 + r1 r2 r3 + d r2 + d r3), minus d r3 with shared_kv
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1; Table 1 for the counts.

@@ -14,9 +14,12 @@ from typing import Any
 from vit_tucker.attention.attend import attend_flops
 from vit_tucker.attention.contraction import chain_macs
 from vit_tucker.attention.host import HostSpec, count_extras
+from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import RankRule
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
+from vit_tucker.tensor.metric import mean_metric, metric_root
+from vit_tucker.tensor.rotary import RotaryPairs, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs
 
 MODES = ("head", "query/output", "key/value")
@@ -76,6 +79,29 @@ def tensor_macs(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int, to
     """Multiply-adds for N tokens: both projections, the core per head in the order that costs least, and what a batch does once:
     folding the head factor into the core, and, where that pays, the core into the projection."""
     return heads * r1 * r2 * r3 + chain_macs(tokens, left, r2, heads * r3) + tokens * right * r3
+
+
+def whiten(
+    pre: Pairs | RotaryPairs, post: Pairs, moments: Moments, scale: float, damping: float
+) -> tuple[Pairs | RotaryPairs, Pairs]:
+    """Returns both weight tensors in the metrics of the tokens: the squared norm of a change is its error, to first order.
+
+    Args:
+        pre, post: of the layer, float64; the results are of the same kinds and shapes.
+        moments: of its tokens; the unit of results is that of E (g . dy)^2 there, heads are weighted by their influence.
+        scale: softmax scale.
+        damping: of the metrics, relative to their mean eigenvalue.
+    """
+    rows, columns = pre.left.shape[1], pre.right.shape[1]
+    query = metric_root(moments.query[:rows, :rows], damping)
+    key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
+    output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
+    traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
+    heads = scale * traces.sqrt()
+    whitened_post = Pairs(output.root @ post.left, value.root @ post.right)
+    if isinstance(pre, RotaryPairs):
+        return whiten_rotary(pre, query.root, key.root, heads), whitened_post
+    return Pairs(query.root @ pre.left * heads[:, None, None], key.root @ pre.right), whitened_post
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 from vit_tucker.attention.triton_tucker.backward_keys import keys_kernel
 from vit_tucker.attention.triton_tucker.backward_rows import rows_kernel
 from vit_tucker.attention.triton_tucker.forward import forward_kernel
-from vit_tucker.attention.triton_tucker.tiles import KernelName, Ranks, Tile, width
+from vit_tucker.attention.triton_tucker.tiles import KernelName, Ranks, Tile, rank_constants
 
 JITTED = {"forward": forward_kernel, "rows": rows_kernel, "keys": keys_kernel}
 FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
@@ -86,12 +86,9 @@ def compile_kernel(
 
 
 def _constants(ranks: Ranks, tile: Tile, dtype: str, mask: str, rope: bool) -> dict[str, Any]:
-    """Compile-time constants, as ``launch`` gives them."""
-    widths = Ranks(*map(width, ranks))
-    names = ("2", "3", "2T", "3T")
+    """Returns compile-time constants, as ``launch`` gives them."""
     return {
-        **{f"R{name}": rank for name, rank in zip(names, ranks, strict=True)},
-        **{f"WIDTH{name}": rank for name, rank in zip(names, widths, strict=True)},
+        **rank_constants(ranks),
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "MASK": MASKS.index(mask),

@@ -1,0 +1,26 @@
+"""A method and its options in one line of text, as the command line takes them."""
+
+import re
+
+from vit_tucker.attention.base import AttentionConfig
+from vit_tucker.config.load import validate_section
+from vit_tucker.config.source import Source, read_overrides
+from vit_tucker.errors import ConfigError
+
+
+def read_method(text: str) -> AttentionConfig:
+    """Reads 'tucker ranks=[8,16,16] shared_kv=true' as a config; '8,16,16' is a list too.
+
+    Args:
+        text: name of a registered method, and ``key=value`` options in YAML as in a config's attention section.
+
+    Raises:
+        ConfigError: unknown method or option, or a value that it can't have.
+    """
+    name, *options = re.split(r"\s+(?=[A-Za-z_][\w.]*=)", text.strip())
+    if " " in name or "=" in name or not name:
+        raise ConfigError(f"--method '{text}': written as 'NAME key=value ...'")
+    bracketed = [re.sub(r"=(\d+(?:,\d+)+)$", r"=[\1]", option) for option in options]
+    values = {"method": name, **read_overrides(bracketed).values}
+    source = Source({"attention": values}, {("attention",): f"--method '{text}'"})
+    return validate_section(AttentionConfig, source)  # type: ignore[type-abstract]
