@@ -23,7 +23,7 @@ from .attention.variants.mha import MHAConfig as MHAConfig
 from .attention.variants.mla.config import MLAConfig as MLAConfig
 from .attention.variants.tucker.config import TuckerConfig as TuckerConfig
 from .checkpoint.load import load as load
-from .checkpoint.load import load_dense as load_dense
+from .checkpoint.load_dense import load_dense as load_dense
 from .checkpoint.save import push_to_hub as push_to_hub
 from .checkpoint.save import save as save
 from .errors import CheckpointError as CheckpointError

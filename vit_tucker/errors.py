@@ -1,7 +1,7 @@
 """Errors that a user can mend: one clear line each, exit status 2 on the command line."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 
 MAX_MESSAGE = 2000
@@ -91,6 +91,16 @@ def shorten(text: object, most: int = 120) -> str:
 def one_line(text: object, most: int | None = None) -> str:
     """Returns another library's message in one line, each white space one blank, cut after so many characters."""
     return " ".join(str(text).split())[:most]
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """Returns what an error says in one line of at most so many characters; its class if it says nothing."""
+    return one_line(error, most) or type(error).__name__
+
+
+def and_more(names: Sized, shown: int = 1) -> str:
+    """Returns ' (and 3 more)' where a message names only the first of several things; '' where it names all."""
+    return f" (and {len(names) - shown} more)" if len(names) > shown else ""
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:

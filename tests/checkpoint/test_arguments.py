@@ -126,7 +126,7 @@ def test_other_arguments_are_refused_by_name(saved, tmp_path, marker, monkeypatc
 
 @pytest.mark.skipif(not has_local_dir(), reason="this timm has no local-dir: models")
 @pytest.mark.parametrize("name", ["checkpoint_path", "scriptable", "model_cls", "imgsize"])
-def test_timms_own_function_goes_the_same_way(saved, tmp_path, marker, name):
+def test_timms_create_model_refuses_the_same_arguments(saved, tmp_path, marker, name):
     saved()
     value = json.loads(json.dumps(FOREIGN[name]).replace("{0}", tmp_path.as_posix()))
     assert timm.create_model(f"local-dir:{tmp_path / 'm'}", pretrained=True) is not None
@@ -146,7 +146,7 @@ def test_hosts_are_names_of_timm(saved, tmp_path, marker, host):
 
 
 @pytest.mark.parametrize("patched", [True, False], ids=["patched", "dense"])
-def test_sources_of_other_weights_are_not_heeded(saved, tmp_path, marker, monkeypatch, patched):
+def test_sources_of_other_weights_are_ignored(saved, tmp_path, marker, monkeypatch, patched):
     """pretrained_cfg may name a file or an address: the weights are those of the folder, and the model forgets the rest."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     model = saved(patched)
@@ -185,7 +185,7 @@ def test_pickled_weights_beside_config_json_are_not_executed(saved, tmp_path, ma
     assert not marker.exists()
 
 
-def test_what_a_user_passes_is_the_users(saved, tmp_path):
+def test_overrides_of_load_may_be_any_argument(saved, tmp_path):
     """Overrides of ``load`` are code, not data; and what says where things are does not get into a folder."""
     saved()
     assert vt.load(tmp_path / "m", img_size=32, drop_path_rate=0.1, scriptable=True).patch_embed.img_size == (32, 32)
@@ -194,7 +194,7 @@ def test_what_a_user_passes_is_the_users(saved, tmp_path):
         vt.save(timm.create_model(HOST, **SMALL), tmp_path / "n", model_args={**SMALL, "cache_dir": "x"})
 
 
-def test_all_that_models_of_timm_are_made_by_is_theirs():
+def test_constructor_arguments_of_timms_models_are_allowed():
     """The fields of our own config that name arguments, for kinds of hosts with constructors of their own."""
     for host in (HOST, "eva02_tiny_patch14_224", "deit_tiny_distilled_patch16_224", "vit_relpos_small_patch16_224"):
         assert set(SMALL) - {"num_classes"} <= allowed_names(host), host

@@ -45,7 +45,7 @@ def test_checkpoints_of_timm_are_loaded(tmp_path, source, layout):
     assert "state_dict" not in model.pretrained_cfg
 
 
-def test_a_run_folder_means_its_last_weights(tmp_path):
+def test_a_run_folder_opens_its_last_weights(tmp_path):
     """Not its best ones, which were chosen on the evaluation images; those of the EMA where there is one."""
     files = ["best/model", "last/model", "last/ema"]
     found = []
@@ -84,7 +84,7 @@ def test_channels_are_adapted_behind_a_convolutional_stem_too(tmp_path, caplog, 
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_an_unknown_tag_is_one_line_with_a_checkpoint_too(tmp_path, source):
+def test_an_unknown_tag_is_refused_with_a_checkpoint_too(tmp_path, source):
     save_file(source.state_dict(), str(tmp_path / "m.safetensors"))
     config = ModelConfig(name="vit_tiny_patch16_224.nowhere", checkpoint=str(tmp_path / "m.safetensors"), **SMALL)
     with pytest.raises(CheckpointError, match="vit_tiny_patch16_224.nowhere: Invalid pretrained tag"):

@@ -15,7 +15,7 @@ from vit_tucker.checkpoint.host_model import load_host
 from vit_tucker.config.schema import ModelConfig
 
 
-class TestNothingIsRandomWithoutAWord:
+class TestUnfitWeightsAreRefused:
     """With another number of classes timm loads what fits; here only the classifier may be new."""
 
     def test_other_models(self, tmp_path):
@@ -37,7 +37,7 @@ class TestNothingIsRandomWithoutAWord:
         assert torch.equal(model.forward_features(small_images), source.forward_features(small_images))
         assert report == "30 of 32 tensors; new: head.weight, head.bias; left out: head.weight, head.bias"
 
-    def test_half_a_classifier_is_none(self, tmp_path):
+    def test_half_a_classifier_is_refused(self, tmp_path):
         state = vit().state_dict()
         del state["head.bias"]
         torch.save(state, tmp_path / "w.pth")
@@ -93,7 +93,7 @@ class TestBackbonesWithoutAClassifier:
         torch.testing.assert_close(model.forward_features(small_images), source.forward_features(small_images))
         assert report.startswith("30 of 32 tensors; new: head.weight, head.bias; left out: ")
 
-    def test_dino_means_its_teacher(self, tmp_path, small_images):
+    def test_dino_loads_its_teacher(self, tmp_path, small_images):
         source = vit()
         torch.save(sources.as_dino(source.state_dict()), tmp_path / "dino.pth")
         model, report = loaded(tmp_path / "dino.pth")
@@ -103,7 +103,7 @@ class TestBackbonesWithoutAClassifier:
             "left out: head.mlp.0.weight, head.last_layer.weight_v"
         )
 
-    def test_moco_means_its_base_encoder(self, tmp_path, small_images):
+    def test_moco_loads_its_base_encoder(self, tmp_path, small_images):
         source = vit()
         torch.save(sources.as_moco(source.state_dict()), tmp_path / "moco.pth.tar")
         model, report = loaded(tmp_path / "moco.pth.tar")
@@ -187,7 +187,7 @@ def test_what_lies_beside_the_weights_says_how_images_are_prepared(tmp_path):
     assert loaded(tmp_path / "bare.pth")[0].pretrained_cfg["mean"] == default["mean"]
 
 
-def test_nonsense_beside_the_weights_is_one_line(tmp_path):
+def test_impossible_data_configs_beside_the_weights_are_refused(tmp_path):
     torch.save(vit().state_dict(), tmp_path / "w.pth")
     for entry in ({"mean": "grey"}, {"std": [0.0, 0.5, 0.5]}, {"crop_pct": 7}, {"interpolation": 3}):
         (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": entry}))

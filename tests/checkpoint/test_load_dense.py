@@ -18,7 +18,7 @@ class TestDenseWeights:
         return dense_vit(5)
 
     @pytest.mark.parametrize("method", vt.list_methods())
-    def test_conversion_is_the_patchs_own(self, dense, x, tmp_path, method):
+    def test_dense_weights_are_converted_as_by_patch(self, dense, x, tmp_path, method):
         config = vt.full_rank_config(dense, method)
         model = dense_vit(6)
         vt.patch(model, config)

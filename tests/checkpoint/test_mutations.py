@@ -137,7 +137,7 @@ def test_without_verification_it_is_refused_in_one_line_or_runs(tmp_path_factory
             assert model(torch.zeros(1, *input_shape(model))).shape[0] == 1, what
 
 
-def test_the_mutations_would_be_seen(tmp_path):
+def test_without_verification_some_mutations_load(tmp_path):
     """The twin: without verification some of them load, as another model."""
     others = 0
     for seed in range(10):

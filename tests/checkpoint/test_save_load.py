@@ -112,7 +112,7 @@ def test_ranks_chosen_by_a_rule_and_calibration_need_no_images_again(x, tmp_path
 
 
 @pytest.mark.skipif(not TIMM_TELLS, reason="this timm has no local-dir: models and saves no arguments")
-def test_timms_own_functions_do_it_too(model, x, tmp_path):
+def test_timms_functions_save_and_load_patched_models(model, x, tmp_path):
     vt.save(model, tmp_path / "ours")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True, num_classes=2).eval()
     assert torch.equal(loaded.blocks[2].attn.readout(loaded.blocks[2].attn.mix(torch.ones(1, 4, 48))),
@@ -142,7 +142,7 @@ def test_timm_without_the_package_refuses_and_never_loads_half_a_model(tmp_path,
         vt.load(tmp_path, num_classes=3, verify=False)
 
 
-def test_unpatched_models_are_themselves_again(x, tmp_path):
+def test_unpatched_models_save_as_dense_models(x, tmp_path):
     dense = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
     before = dict(dense.pretrained_cfg), dict(vars(dense).get("_model_args", {}))
     vt.patch(dense, CONFIG)
@@ -153,14 +153,14 @@ def test_unpatched_models_are_themselves_again(x, tmp_path):
     assert torch.equal(vt.load(tmp_path)(x), dense(x))
 
 
-def test_a_compiled_model_and_one_in_ddp_clothes_save_the_same(model, tmp_path):
+def test_compiled_and_wrapped_models_save_the_same(model, tmp_path):
     vt.save(torch.compile(model), tmp_path / "a")
     vt.save(torch.nn.DataParallel(model), tmp_path / "b")
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert a.keys() == b.keys() == model.state_dict().keys()
 
 
-def test_what_a_model_does_not_tell_is_asked_for(tmp_path):
+def test_unknown_arguments_of_a_model_are_asked_for(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL, mlp_ratio=2)
     model.__dict__.pop("_model_args", None)
     vt.patch(model, CONFIG)
@@ -202,7 +202,7 @@ def test_a_peft_model_whose_adapters_went_into_a_patch_saves_as_it_is(x, tmp_pat
 
 
 @pytest.mark.slow
-def test_heads_are_not_lost_where_shapes_say_nothing(tmp_path):
+def test_differences_that_no_shape_shows_are_refused(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", **SMALL)
     with pytest.raises(vt.CheckpointError, match="num_heads is 4, not 3"):
         vt.save(model, tmp_path, model_args={"num_heads": 3})

@@ -106,7 +106,7 @@ def any_size(tmp_path_factory):
     return model, export_model(model, file, ExportOptions(dynamic_img_size=True, opset=18)).path
 
 
-def test_onnx_tells_how_to_use_it(any_size):
+def test_onnx_metadata(any_size):
     import onnx
 
     proto = onnx.load(str(any_size[1]))
@@ -211,7 +211,7 @@ def test_weights_beyond_two_gigabytes_lie_beside_the_file(tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_file_that_differs_gets_no_name(tmp_path):
+def test_a_file_that_differs_is_not_left(tmp_path):
     file = tmp_path / "m.pt2"
     file.write_text("the file before")
     model = Tiny()
@@ -263,7 +263,7 @@ class Branching(nn.Module):
         (Branching, {"format": "torch_export"}, "torch.export can't record this Branching for any number of images: "),
     ],
 )  # fmt: skip
-def test_what_can_not_be(model, options, message, tmp_path):
+def test_impossible_exports_are_refused(model, options, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_model(model(), tmp_path / "sub" / "m", ExportOptions(**options))
     assert not list(tmp_path.iterdir())

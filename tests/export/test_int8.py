@@ -23,7 +23,7 @@ def saturating(images, weights):
     return pairs.clip(-(2**15), 2**15 - 1).sum(1)
 
 
-def test_saturation_is_seen():
+def test_saturation_is_detected():
     assert products_saturate(saturating)
     assert not products_saturate(exact)
     assert products_saturate(lambda images, weights: exact(images, weights) - (len(images) > 1)), "of many rows only"
@@ -65,7 +65,7 @@ def test_reduced_weights_can_not_saturate(reduce_range, bits, tmp_path):
 @pytest.mark.parametrize(
     ("bits", "said"), [(7, "7 bits, exact on every CPU"), (8, "without VNNI sums of these saturate")]
 )
-def test_people_are_told_where_a_file_may_run(bits, said):
+def test_the_report_names_the_cpus_for_a_file(bits, said):
     comparison = dict.fromkeys(("max_abs_error", "relative_error", "agreement"), 0.0) | {"images": 1}
     stage = {
         "label": "int8",

@@ -46,7 +46,7 @@ def test_what_is_in_the_way_is_named(tree, path, folder, message):
 
 
 @pytest.mark.parametrize("path", ["folder/new", "file"])
-def test_permissions_are_asked(tree, monkeypatch, path):
+def test_missing_permissions_are_refused(tree, monkeypatch, path):
     """Asked of the system, which lets root write everywhere: so the answer is ours here."""
     asked = []
     monkeypatch.setattr(os, "access", lambda place, mode: asked.append((place, mode)))
@@ -65,7 +65,7 @@ def test_permissions_are_asked(tree, monkeypatch, path):
     ],
     ids=["hosts", "ranks", "compare", "train"],
 )
-def test_every_command_asks_first(tree, capfd, command, arguments):
+def test_every_command_checks_its_output_path_first(tree, capfd, command, arguments):
     assert command(arguments) == 2
     out, error = capfd.readouterr()
     assert out == ""

@@ -35,7 +35,7 @@ def test_lines_go_to_the_runs_own_streams(fails, tmp_path, monkeypatch, capsys):
     assert "three" not in (run_dir.path / "train.log").read_text()
 
 
-def test_only_the_main_process_speaks(capsys):
+def test_only_the_main_process_logs(capsys):
     for main, said in ((True, "one\n"), (False, "")):
         with log_lines(main):
             LOGGER.info("one")

@@ -29,7 +29,7 @@ PARTS = ("transformer_", "conv_")
 
 
 def refuse_arguments(architecture: str, arguments: Any, origin: str) -> None:
-    """Refuse what a stored config must not set, before timm sees it.
+    """Refuses what a stored config must not set, before timm sees it.
 
     Args:
         architecture: in timm's registry; of a patched model its ``host``.
@@ -79,10 +79,9 @@ def allowed_names(architecture: str) -> frozenset[str]:
     if architecture == PATCHED:
         return OWN_ARGUMENTS
     function = model_entrypoint(architecture)
-    modules = [sys.modules[name] for name in (function.__module__, NAFLEX) if name in sys.modules]
     found = set(OF_BUILDERS | parameters(function))
-    for module in modules:
-        for value in vars(module).values():
+    for name in {function.__module__, NAFLEX} & sys.modules.keys():
+        for value in vars(sys.modules[name]).values():
             if isinstance(value, type) and (issubclass(value, nn.Module) or is_dataclass(value)):
                 found |= class_parameters(value)
     return frozenset(found - machinery())

@@ -15,7 +15,7 @@ RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 
 
 def data_config_beside(file: Path) -> dict[str, Any]:
-    """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights says it.
+    """Returns how images are prepared, in entries of timm's pretrained_cfg; empty if no file beside the weights has it.
 
     Read are config.json of timm's layout, preprocessor_config.json of Hugging Face and open_clip_config.json.
 
@@ -25,20 +25,16 @@ def data_config_beside(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a value that can't be.
     """
-    config = config_beside(file)
-    cfg, source = config.get("pretrained_cfg"), "config.json"
+    cfg, source = config_beside(file).get("pretrained_cfg"), "config.json"
     if isinstance(cfg, Mapping):
         found = {name: cfg[name] for name in DATA_CONFIG if cfg.get(name) is not None}
     elif processor := read_json(file.parent / "preprocessor_config.json"):
         found, source = of_processor(processor), "preprocessor_config.json"
     else:
         source = "open_clip_config.json"
-        clip = read_json(file.parent / "open_clip_config.json").get("preprocess_cfg")
-        found = (
-            {k: v for k, v in clip.items() if k in ("mean", "std", "interpolation")}
-            if isinstance(clip, Mapping)
-            else {}
-        )
+        clip = read_json(file.parent / source).get("preprocess_cfg")
+        entries = clip.items() if isinstance(clip, Mapping) else ()
+        found = {name: value for name, value in entries if name in ("mean", "std", "interpolation")}
     for name, value in found.items():
         if not plausible(name, value):
             raise CheckpointError(f"{file.parent / source}: {name}: {value!r} is no way to prepare images")
@@ -46,7 +42,7 @@ def data_config_beside(file: Path) -> dict[str, Any]:
 
 
 def plausible(name: str, value: Any) -> bool:
-    """Whether a value is of the kind that an entry of ``DATA_CONFIG`` has: numbers per channel, a share, or a word."""
+    """Returns whether a value is of the kind that an entry of ``DATA_CONFIG`` has: numbers per channel, a share, or a word."""
     if name in ("mean", "std"):
         numbers = value if isinstance(value, list | tuple) else []
         finite = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)

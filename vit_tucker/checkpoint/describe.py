@@ -20,7 +20,7 @@ from vit_tucker.checkpoint.arguments import own_arguments
 from vit_tucker.checkpoint.data_config import DATA_CONFIG
 from vit_tucker.checkpoint.entry import SOURCES, create_structure
 from vit_tucker.checkpoint.structure import differences
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 from vit_tucker.hosts.images import built_size, input_channels, input_shape
 from vit_tucker.hosts.normalisation import fit_channels
 from vit_tucker.hosts.slot import ATTENTION, SLOTS, slot_of
@@ -31,7 +31,7 @@ from vit_tucker.patching.record import patch_records
 from vit_tucker.version import __version__
 
 OPTIONS = "_image_options"
-"""Attribute of a model that says how its image files are read, see ``image_options``."""
+"""Attribute of a model with the way its image files are read, see ``image_options``."""
 DROPOUTS = ("drop_rate", "drop_path_rate", "drop_block_rate")
 
 
@@ -42,19 +42,19 @@ def describe(
     data: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The config that rebuilds a model, patched or dense; checked by building it, without memory for weights.
+    """Returns the config that rebuilds a model, patched or dense; checked by building it, without memory for weights.
 
     Args:
         model: made by ``timm.create_model``.
         label_names: of the classes, in their order; those of pretrained_cfg if None.
-        data: how images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
-        model_args: arguments of ``timm.create_model`` beyond those that the model tells.
+        data: how images are prepared, if not as in pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` beyond those that can be read off the model.
 
     Returns:
         JSON values.
 
     Raises:
-        CheckpointError: the model isn't what timm builds from these; says what differs.
+        CheckpointError: the model isn't what timm builds from these; names what differs.
     """
     records = patch_records(model)
     record = next(iter(records.values()), None)
@@ -78,8 +78,8 @@ def describe(
     arguments = creation_arguments(model, architecture)
     arguments |= dict(model_args or {})
     if record is not None:
-        told = vars(model)["_model_args"]
-        patches = {slot.argument: told[slot.argument] for name, slot in SLOTS.items() if name in records}
+        given = vars(model)["_model_args"]
+        patches = {slot.argument: given[slot.argument] for name, slot in SLOTS.items() if name in records}
         arguments |= {"host": architecture, **patches}
         config["vit_tucker"] = {"version": __version__, "host": architecture, **describe_patch(model)}
     else:
@@ -103,38 +103,28 @@ def set_image_options(model: nn.Module, options: Mapping[str, Any]) -> None:
 
 
 def header(config: Mapping[str, Any]) -> dict[str, str]:
-    """What the header of the weights file says: timm name, method and, as JSON, the patch."""
+    """Returns the entries of a weights file's header: timm name, methods and, as JSON, all options and ranks."""
     arguments = config["model_args"]
     if config["architecture"] != PATCHED:
         return {"architecture": config["architecture"], "attention": ""}
-    return header_of(arguments["host"], {name: arguments.get(slot.argument) for name, slot in SLOTS.items()})
-
-
-def header_of(architecture: str, patches: Mapping[str, Mapping[str, Any] | None]) -> dict[str, str]:
-    """What the header of a weights file says: timm name, methods and, as JSON, all options and ranks.
-
-    Args:
-        architecture: of the host.
-        patches: configs by slot as JSON values; None for a slot that is not patched.
-    """
-    entries = {"architecture": architecture, "attention": ""}
-    for name, values in patches.items():
-        if values is not None:
+    entries = {"architecture": arguments["host"], "attention": ""}
+    for name, slot in SLOTS.items():
+        if (values := arguments.get(slot.argument)) is not None:
             entries |= {name: values["method"], f"{name}_config": json.dumps(values)}
     return entries
 
 
 def describe_patch(model: nn.Module) -> dict[str, Any]:
-    """Methods of a patched model and the options of each layer: of attention, and of another slot under its name."""
-    told = {
+    """Returns the methods of a patched model and the options of each layer: of attention, and of another slot under its name."""
+    slots = {
         name: {"method": record.config.method, "layers": layer_options(model, record.config)}
         for name, record in patch_records(model).items()
     }
-    return {**told.pop(ATTENTION.name, {}), **told}
+    return {**slots.pop(ATTENTION.name, {}), **slots}
 
 
 def layer_options(model: nn.Module, config: MethodConfig) -> dict[str, dict[str, Any]]:
-    """The method's options of each patched layer, by full module name: its ranks, heads or latent widths."""
+    """Returns the method's options of each patched layer, by full module name: its ranks, heads or latent widths."""
     names = list(slot_of(config).find(model, config.layers))
     layers = layer_configs(config, names, choose_layers(config, names))
     left_out = PLACEMENT_FIELDS | {"backend"}
@@ -142,8 +132,8 @@ def layer_options(model: nn.Module, config: MethodConfig) -> dict[str, dict[str,
 
 
 def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that a model was made with, without dropout rates: as timm has recorded them, else
-    those that can be read off it and differ from the architecture's own."""
+    """Returns the arguments of ``timm.create_model`` that a model was made with, without dropout rates: as timm has recorded
+    them, else those that can be read off it and differ from the architecture's own."""
     recorded = dict(vars(model).get("_model_args") or {})
     get_model_args = getattr(timm.models, "get_model_args", None)
     if get_model_args is not None:
@@ -161,7 +151,7 @@ def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
 
 
 def visible_arguments(model: nn.Module) -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` that a model's attributes tell."""
+    """Returns the arguments of ``timm.create_model`` that can be read off a model's attributes."""
     found: dict[str, Any] = {"in_chans": input_channels(model)}
     for name in ("num_classes", "global_pool", "embed_dim"):
         found[name] = getattr(model, name, None)
@@ -174,12 +164,9 @@ def visible_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """timm's pretrained_cfg for weights that are stored beside it."""
-    kept = {
-        k: v
-        for k, v in cfg.items()
-        if k not in (*SOURCES, "architecture", "label_names", "label_offset") and v is not None
-    }
+    """Returns timm's pretrained_cfg for weights that are stored beside it."""
+    left_out = (*SOURCES, "architecture", "label_names", "label_offset")
+    kept = {name: value for name, value in cfg.items() if name not in left_out and value is not None}
     if kept.get("num_classes") != getattr(model, "num_classes", None):
         kept.pop("label_descriptions", None)
     size = input_shape(model)
@@ -195,7 +182,7 @@ def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any
 
 
 def refuse_altered_weights(model: nn.Module) -> None:
-    """Raise CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
+    """Raises CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
     for is_altered, what, advice in (
         (is_adapter, "adapters", "merge them first (model = model.merge_and_unload()), or save them by PEFT"),
         (is_parametrized, "parametrizations", "settle them first: torch.nn.utils.parametrize.remove_parametrizations"),
@@ -209,24 +196,23 @@ def refuse_altered_weights(model: nn.Module) -> None:
 
 
 def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a config builds another model than the one it describes."""
+    """Raises CheckpointError if a config builds another model than the one it describes."""
     try:
         rebuilt = create_structure(config)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
-        reason = one_line(error, 200)
+        reason = reason_of(error)
         raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
     found = list(differences(model, rebuilt))
     if found:
         refuse_altered_weights(model)
-        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
         raise CheckpointError(
-            f"the model is not what timm makes by the name and arguments that it tells: {'; '.join(found[:3])}{more}; give the "
-            "arguments of timm.create_model as model_args="
+            "the model is not what timm makes by the name and arguments that it tells: "
+            f"{'; '.join(found[:3])}{and_more(found, 3)}; give the arguments of timm.create_model as model_args="
         )
 
 
 def plain(value: Any) -> Any:
-    """Mappings, sequences and numbers as JSON has them.
+    """Returns mappings, sequences and numbers as JSON has them.
 
     Raises:
         CheckpointError: something else.

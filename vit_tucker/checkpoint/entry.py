@@ -1,7 +1,7 @@
 """Patched models as an architecture of timm's registry.
 
 With vit_tucker imported, ``timm.create_model("hf-hub:owner/name", pretrained=True)`` and ``"local-dir:folder"`` build patched
-models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and says so.
+models, with other ``num_classes`` or ``img_size`` too. Without it timm knows no such architecture and raises an error.
 """
 
 import json
@@ -43,7 +43,7 @@ def patched_model(
     pretrained_model_args: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model whose layers are replaced; ``timm.create_model`` calls it with the arguments of a config.json.
+    """Makes a timm model whose layers are replaced; ``timm.create_model`` calls it with the arguments of a config.json.
 
     Args:
         pretrained: load the weights that ``pretrained_cfg`` names.
@@ -81,7 +81,7 @@ def patched_model(
 
 
 def refuse_unknown_model(name: str, what: str) -> None:
-    """Raise CheckpointError for a name that is not in timm's registry."""
+    """Raises CheckpointError for a name that is not in timm's registry."""
     if not is_model(name):
         hint = nearest(name, list_models())
         raise CheckpointError(
@@ -90,18 +90,14 @@ def refuse_unknown_model(name: str, what: str) -> None:
 
 
 def known_entries(cfg: Any) -> dict[str, Any]:
-    """A pretrained_cfg without what this timm doesn't know and without the architecture, which is the host's again."""
+    """Returns a pretrained_cfg without what this timm doesn't know and without the architecture, which is the host's again."""
     values = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
     known = {field.name for field in fields(PretrainedCfg)} - {"architecture"}
     return {key: value for key, value in values.items() if key in known}
 
 
 def read_patch(values: Mapping[str, Any], slot: Slot = ATTENTION) -> MethodConfig:
-    """The config of a patch of a slot from JSON values.
-
-    Raises:
-        CheckpointError: an unknown method or option.
-    """
+    """Returns the config of a patch of a slot from JSON values; raises CheckpointError for an unknown method or option."""
     try:
         kind: type[MethodConfig] = slot.methods.get(str(values.get("method")))
         return kind.model_validate_json(json.dumps(values), strict=True)
@@ -116,7 +112,7 @@ def read_patch(values: Mapping[str, Any], slot: Slot = ATTENTION) -> MethodConfi
 
 
 def install(model: nn.Module, config: MethodConfig) -> None:
-    """Patch a model whose weights are yet to come: it remembers the config by which they were once converted."""
+    """Patches a model whose weights are yet to come: it remembers the config by which they were once converted."""
     patch(model, config.unconverted(), keep_originals=False)
     records = patch_records(model)
     record = records[slot_of(config).name]
@@ -125,16 +121,12 @@ def install(model: nn.Module, config: MethodConfig) -> None:
 
 
 def create_structure(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
-    """The model of a config.json without memory for weights, on the meta device where timm can.
-
-    Raises:
-        CheckpointError: see ``create``.
-    """
+    """Makes the model of a config.json without memory for weights, on the meta device where timm can; see ``create``."""
     return without_weights(lambda: create(config, **overrides))
 
 
 def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
-    """The model of a config.json, dense or patched, with timm's or the method's own initialisation.
+    """Makes the model of a config.json, dense or patched, with timm's or the method's own initialisation.
 
     Args:
         config: architecture, model_args, pretrained_cfg.
@@ -149,31 +141,25 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     cfg = {name: value for name, value in cfg.items() if name not in (*SOURCES, "custom_load")}
     arguments = config.get("model_args") or {}
     refuse_stored_arguments(architecture, arguments)
-    arguments = dict(arguments)
     given = {**arguments, **overrides}
     with weights_only():
         model = timm.create_model(architecture, pretrained=False, pretrained_cfg=cfg, **given)
     model._model_args = {**given, **vars(model).get("_model_args", {})}  # newer timm has them already
-    model.pretrained_model_args = arguments  # where timm looks for the grid of stored positions
+    model.pretrained_model_args = dict(arguments)  # where timm looks for the grid of stored positions
     return model
 
 
 def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
-    """Refuse arguments that a config.json must not set, of a patched model by its host; see ``refuse_arguments``.
-
-    Raises:
-        CheckpointError: one of them, or the host is none that timm has.
-    """
+    """Refuses arguments that a config.json must not set, like ``refuse_arguments``; those of a patched model by its host."""
     if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
-        host = arguments["host"]
-        refuse_unknown_model(host, "the checkpoint's host")
+        architecture = arguments["host"]
+        refuse_unknown_model(architecture, "the checkpoint's host")
         arguments = {name: value for name, value in arguments.items() if name not in OWN_ARGUMENTS}
-        architecture = host
     refuse_arguments(architecture, arguments, origin)
 
 
 def forget_source(model: nn.Module) -> None:
-    """Take the weights and their place out of a loaded model's pretrained_cfg."""
+    """Takes the weights and their place out of a loaded model's pretrained_cfg."""
     cfg = vars(model).get("pretrained_cfg")
     if isinstance(cfg, dict):
         set_pretrained_cfg(model, {k: v for k, v in cfg.items() if k != "state_dict"})

@@ -6,19 +6,18 @@ from typing import Any
 from timm.models import load_pretrained, model_entrypoint
 from torch import Tensor, nn
 
+from vit_tucker.checkpoint.arguments import NAFLEX
 from vit_tucker.checkpoint.loading import refuse_integers
 from vit_tucker.checkpoint.trial import refuse_indices
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_channels
 from vit_tucker.hosts.slot import LINEAR
-from vit_tucker.patching.record import patch_records
-
-NAFLEX = "timm.models.naflexvit"
+from vit_tucker.patching.record import host_name
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights") -> None:
-    """Load stored weights into the model built for them, adapted by timm to other classes, channels or image sizes.
+    """Loads stored weights into the model built for them, adapted by timm to other classes, channels or image sizes.
 
     Args:
         model: patched or dense.
@@ -33,15 +32,14 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
     attention = tuple(f"{name}." for name in (*find_attention(model), *LINEAR.layers(model)))
     missing = [key for key in own if key.startswith(attention) and key not in state]
     if missing:  # said here, since timm loads what fits once the number of classes differs
-        raise CheckpointError(f"{origin}: of another model or patch: no {missing[0]}{_and_more(missing)}")
+        raise CheckpointError(f"{origin}: of another model or patch: no {missing[0]}{and_more(missing)}")
     named = cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
-    strange = [
-        key for key in state if key not in own and not key.startswith(heads)
-    ]  # a model may do without its classifier
+    # a model may do without its classifier
+    strange = [key for key in state if key not in own and not key.startswith(heads)]
     if strange:
         raise CheckpointError(
-            f"{origin}: of another model or patch: {strange[0]} has no place in it{_and_more(strange)}"
+            f"{origin}: of another model or patch: {strange[0]} has no place in it{and_more(strange)}"
         )
     try:
         refuse_integers(state, model)
@@ -58,35 +56,28 @@ def fill(model: nn.Module, state: dict[str, Tensor], origin: str = "the weights"
             filter_fn=None if fits else checkpoint_filter(model),
         )
     except RuntimeError as error:
-        raise CheckpointError(f"{origin}: of another model: {one_line(error, 300)}") from None
+        raise CheckpointError(f"{origin}: of another model: {reason_of(error, 300)}") from None
 
 
 def checkpoint_filter(model: nn.Module) -> Any:
-    """timm's function that adapts stored weights of the model's kind, to another image size for instance; None without one."""
+    """Returns timm's function that adapts stored weights of the model's kind, such as to another image size; None without one."""
     place = type(model).__module__ if is_other_class(model) else entry_module(model)
     return getattr(sys.modules[place], "checkpoint_filter_fn", None)
 
 
 def entry_module(model: nn.Module) -> str:
-    """The module of timm that makes models of this name."""
-    cfg = vars(model)["pretrained_cfg"]
-    record = next(iter(patch_records(model).values()), None)
-    host = cfg["architecture"] if record is None else record.identity.architecture
-    return str(model_entrypoint(host).__module__)
+    """Returns the name of the module of timm that makes models of this name."""
+    return str(model_entrypoint(str(host_name(model))).__module__)
 
 
 def is_other_class(model: nn.Module) -> bool:
-    """Whether timm has built a NaFlexVit under the name of a ViT or an EVA, as ``use_naflex`` asks for."""
+    """Returns whether timm has built a NaFlexVit under the name of a ViT or an EVA, as ``use_naflex`` asks for."""
     return type(model).__module__ == NAFLEX != entry_module(model)
 
 
 def for_other_class(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Stored weights of a ViT or an EVA under the names that a NaFlexVit has for them; others as they are."""
+    """Returns stored weights of a ViT or an EVA under the names that a NaFlexVit has for them; others as they are."""
     if not is_other_class(model) or set(state) <= set(model.state_dict()):
         return state
     converted: dict[str, Tensor] = checkpoint_filter(model)({key: value.clone() for key, value in state.items()}, model)
     return converted
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -26,6 +26,9 @@ from vit_tucker.patching.record import patch_records
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.weights import load_weights
 
+STORED = ("hf-hub", "hf_hub", "local-dir")
+"""What timm's names of stored models begin with, before a colon."""
+
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
     """Creates the dense timm model with its weights, see ``load_host``."""
@@ -83,7 +86,7 @@ def load_host(
 
 
 def refuse_no_tokens(model: nn.Module) -> None:
-    """Raise ConfigError for images that are smaller than one patch: timm builds such a model, which then fails on any image."""
+    """Raises ConfigError for images that are smaller than one patch: timm builds such a model, which then fails on any image."""
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "num_patches", None) == 0:
         sizes = [getattr(embed, name, None) for name in ("img_size", "patch_size")]
@@ -94,11 +97,7 @@ def refuse_no_tokens(model: nn.Module) -> None:
 def check_pretrained(
     name: str, model: nn.Module, load: ObservedLoad | None, added: Callable[[], Collection[str]]
 ) -> LoadReport | None:
-    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself.
-
-    Raises:
-        CheckpointError: nothing was loaded, or not all that the model needs.
-    """
+    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself."""
     if load is not None:
         try:
             return check_load(load, f"timm's {name}" if ":" not in name else name, added)
@@ -186,9 +185,9 @@ def create_teacher(
 
 
 def refuse_unknown_name(name: str) -> None:
-    """Raise ConfigError for a name that timm knows neither as a model nor as a place to get one from."""
+    """Raises ConfigError for a name that timm knows neither as a model nor as a place to get one from."""
     scheme, colon, _ = name.partition(":")
-    if colon and scheme in ("hf-hub", "hf_hub", "local-dir"):
+    if colon and scheme in STORED:
         try:
             parse_model_name(name)
         except AssertionError:
@@ -202,26 +201,19 @@ def refuse_unknown_name(name: str) -> None:
 
 
 def refuse_stored(name: str) -> None:
-    """Refuses a stored model whose config.json has arguments that are none of its own, before timm sees them.
-
-    Args:
-        name: timm's, "hf-hub:owner/name" or "local-dir:path"; others are no stored models.
-
-    Raises:
-        CheckpointError: see ``refuse_arguments``.
-    """
-    if name.partition(":")[0] not in ("hf-hub", "hf_hub", "local-dir"):
+    """Refuses a stored model whose config.json has arguments that are none of its own, before timm sees them."""
+    if name.partition(":")[0] not in STORED:
         return
     try:
         config = read_config(*find(name))
     except CheckpointError:
-        return  # timm says what is missing
+        return  # timm names what is missing
     if is_model(config["architecture"]):
         refuse_stored_arguments(config["architecture"], config.get("model_args") or {}, f"{name}: config.json")
 
 
 def timm_reason(error: Exception) -> str:
-    """What timm says of a model that it can't build, in one line."""
+    """Returns timm's reason why it can't build a model, in one line."""
     reason = short_reason(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
         reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
@@ -229,6 +221,6 @@ def timm_reason(error: Exception) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Parameters of the whole model and of its attention layers."""
+    """Returns the numbers of parameters of the whole model and of its attention layers."""
     attention = {id(p): p for module in find_attention(model).values() for p in module.parameters()}
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in attention.values())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vit_tucker.checkpoint.data_config import data_config_beside, label_names_beside, size_beside
 from vit_tucker.checkpoint.files import MODEL_KEY, checkpoint_file, config_beside, method_beside
-from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load
+from vit_tucker.checkpoint.load_report import PRE_LOGITS, LoadReport, check_load, looks_like
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model, module_names
 from vit_tucker.checkpoint.read import read_state, weights_only
-from vit_tucker.checkpoint.tensor_names import looks_like, to_timm_names
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.checkpoint.tensor_names import to_timm_names
+from vit_tucker.errors import CheckpointError, reason_of
 from vit_tucker.hosts.structure import without_weights
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.weights import weights_metadata
@@ -49,17 +49,9 @@ class HostWeights:
     label_names: tuple[str, ...] | None = None
 
     def overlay(self, name: str) -> dict[str, Any]:
-        """Returns the entries of pretrained_cfg by which timm loads these weights in place of its own.
-
-        Args:
-            name: timm's, of the model.
-        """
-        entries: dict[str, Any] = {
-            "source": None,
-            "num_classes": self.num_classes,
-            "label_offset": 0,
-            **self.data_config,
-        }
+        """Returns the entries of pretrained_cfg by which timm loads these weights into a model of a name in place of its own."""
+        entries: dict[str, Any] = {"source": None, "num_classes": self.num_classes, "label_offset": 0}
+        entries |= self.data_config
         if self.state is None:
             entries |= {"file": str(self.origin), "custom_load": True}
         else:
@@ -94,7 +86,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
         what: names the path, for messages.
 
     Raises:
-        CheckpointError: missing, unreadable, without tensors, or of a patched model.
+        CheckpointError: missing, unreadable, changed since they were saved, without tensors, or of a patched model.
     """
     file = checkpoint_file(path, what)
     if file.suffix.lower() == ".npz":
@@ -102,31 +94,25 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     state, entry = read_state(file, what)
     method = weights_metadata(file).get("attention") or method_beside(file)
     if method:
-        hint = (
-            "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true"
-            if what == MODEL_KEY
-            else ""
-        )
+        as_it_is = "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true"
+        hint = as_it_is if what == MODEL_KEY else ""
         raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
-    refuse_changed_weights(file, what)
-    weights = weights_of_state(state, name)
-    where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
-    source = ", ".join(part for part in (weights.source, *where) if part)
-    data_config, names = data_config_beside(file), label_names_beside(file)
-    if names is not None and len(names) != weights.num_classes:
-        names = None
-    return replace(
-        weights, origin=file, source=source, data_config=data_config, size=size_beside(file), label_names=names
-    )
-
-
-def refuse_changed_weights(file: Path, what: str) -> None:
-    """Raises CheckpointError if weights are not those that the config.json beside them tells of, see
-    ``vit_tucker.storage.digests``."""
     try:
         verify_beside(file)
     except CheckpointError as error:
         raise CheckpointError(f"{what}: {error}") from None
+    weights = weights_of_state(state, name)
+    where = [f"entry '{entry}'"] if entry not in ("", "state_dict", "model") else []
+    source = ", ".join(part for part in (weights.source, *where) if part)
+    names = label_names_beside(file)
+    return replace(
+        weights,
+        origin=file,
+        source=source,
+        data_config=data_config_beside(file),
+        size=size_beside(file),
+        label_names=names if names is not None and len(names) == weights.num_classes else None,
+    )
 
 
 def weights_of_state(state: Mapping[str, Tensor], name: str) -> HostWeights:
@@ -158,17 +144,12 @@ def structure_keys(architecture: str) -> frozenset[str]:
 
 
 def open_jax(file: Path, what: str) -> HostWeights:
-    """Opens a JAX file of a ViT (.npz), which timm's own function loads.
-
-    Raises:
-        CheckpointError: it can't be read, or holds no arrays.
-    """
+    """Opens a JAX file of a ViT (.npz), which timm's own function loads; raises CheckpointError if it holds no arrays."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             shapes = {key: tuple(arrays[key].shape) for key in arrays.files}
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
-        reason = one_line(error, 200) or type(error).__name__
-        raise CheckpointError(f"{what}: {file} can't be read as NumPy arrays: {reason}") from None
+        raise CheckpointError(f"{what}: {file} can't be read as NumPy arrays: {reason_of(error)}") from None
     if not shapes:
         raise CheckpointError(f"{what}: {file} holds no arrays")
     head = next((shape for key, shape in shapes.items() if key.endswith("head/bias") and len(shape) == 1), (0,))
@@ -192,7 +173,7 @@ def create_loaded(
         arguments: of ``timm.create_model``.
 
     Raises:
-        CheckpointError: the weights are not of this model; says of which they look like. Errors of timm for bad arguments.
+        CheckpointError: the weights are not of this model; names the one that they look like. Errors of timm for bad arguments.
     """
     origin = str(weights.origin or "state dict")
     try:
@@ -205,7 +186,7 @@ def create_loaded(
         left_out = (*weights.left_out, *unused_arrays(weights, load))
         report = check_load(load, origin, added, weights.source, left_out)
     except (CheckpointError, RuntimeError, AssertionError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = one_line(error, 300) or type(error).__name__
+        reason = reason_of(error, 300)
         if isinstance(error, KeyError | AttributeError | IndexError):
             reason = f"timm can't convert it ({type(error).__name__}: {reason})"
         raise CheckpointError(f"{what}: {origin} does not fit {name}: {reason}; it is {look_of(weights)}") from None
@@ -217,7 +198,7 @@ def create_loaded(
 
 
 def look_of(weights: HostWeights) -> str:
-    """Returns what weights look like, and what the config beside them says, for messages."""
+    """Returns what weights look like, and which architecture the config beside them names, for messages."""
     look = looks_like(weights.state) if weights.state is not None else "a JAX model"
     architecture = config_beside(weights.origin).get("architecture") if weights.origin is not None else None
     return f"{look}, and config.json beside it names {architecture}" if isinstance(architecture, str) else look

@@ -3,14 +3,13 @@
 Entries that timm or a hub adds and nobody here reads are let through; ours are all known.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from vit_tucker.storage.digests import Stored
-from vit_tucker.storage.json_files import Lenient, Strict, checked
+from vit_tucker.storage.json_files import Lenient, Strict
 from vit_tucker.storage.run_files import DataEntries, Share, Size
 
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$", max_length=200)]
@@ -72,24 +71,13 @@ class Layout(Lenient):
 
     @model_validator(mode="after")
     def _one_number_of_classes(self) -> Self:
-        told: dict[str, Any] = {
+        stated: dict[str, Any] = {
             "model_args.num_classes": (self.model_args or {}).get("num_classes"),
             "num_classes": self.num_classes,
             "pretrained_cfg.num_classes": self.pretrained_cfg and self.pretrained_cfg.num_classes,
         }
-        counts = [count for count in told.values() if count is not None]
+        counts = [count for count in stated.values() if count is not None]
         if self.vit_tucker is not None and any(type(c) is not int or c != counts[0] for c in counts):
-            raise ValueError(
-                "must be one number of classes in " + ", ".join(k for k, v in told.items() if v is not None)
-            )
+            places = ", ".join(key for key, count in stated.items() if count is not None)
+            raise ValueError(f"must be one number of classes in {places}")
         return self
-
-
-def check_layout(config: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError if a config.json holds what timm's layout and ours don't have; one line.
-
-    Args:
-        config: its values.
-        where: names it.
-    """
-    checked(Layout, config, where)

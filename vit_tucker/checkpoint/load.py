@@ -1,27 +1,25 @@
-"""Models from what is stored of them: a folder, a run, a repository of the hub; and dense weights for patched models."""
+"""Models from what is stored of them: a folder, a run, a repository of the hub."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from vit_tucker.checkpoint.describe import creation_arguments, layer_options, set_image_options
+from vit_tucker.checkpoint.describe import layer_options, set_image_options
 from vit_tucker.checkpoint.entry import create, forget_source
 from vit_tucker.checkpoint.fill import fill
-from vit_tucker.checkpoint.host_weights import create_loaded, open_weights, weights_of_state
-from vit_tucker.checkpoint.layout import check_layout
+from vit_tucker.checkpoint.layout import Layout
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download, read_safetensors, stored_shapes
 from vit_tucker.checkpoint.trial import MODEST, refuse_misfit, refuse_sizes, try_once
-from vit_tucker.errors import CheckpointError, VitTuckerError, one_line
+from vit_tucker.errors import CheckpointError, VitTuckerError, reason_of
 from vit_tucker.hosts.slot import ATTENTION
 from vit_tucker.hosts.structure import on_meta
-from vit_tucker.patching.patch import patch
 from vit_tucker.patching.record import patch_records
 from vit_tucker.storage.digests import CONFIG
 from vit_tucker.storage.digests import verify as verify_files
-from vit_tucker.storage.json_files import read_object
+from vit_tucker.storage.json_files import checked, read_object
 
 LOGGER = logging.getLogger("vit_tucker.checkpoint")
 PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -30,7 +28,7 @@ OF_A_RUN = ("checkpoints/best", "checkpoints/last")
 
 
 def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Module:
-    """Rebuild a model from what is stored of it, patched or dense.
+    """Rebuilds a model from what is stored of it, patched or dense.
 
     Folders written by ``save`` and by runs say what was saved; anything that has changed since is refused. Where this is not said
     or not asked for, arguments and sizes are checked against the weights, and the model is tried on one image.
@@ -47,15 +45,20 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
         timm model; ``vit_tucker.patch_record(model)`` the patch.
 
     Raises:
-        CheckpointError: nothing is there, it is damaged, or it is of another model than its config says.
+        CheckpointError: nothing is there, it is damaged, or it is of another model than its config describes.
     """
     folder, hub_id = find(where)
     config = read_config(folder, hub_id)
     file = weights_file(folder) if folder is not None else download(str(hub_id), WEIGHTS)
     origin = str(file) if hub_id is None else f"hf-hub:{hub_id}"
     place = str(folder) if hub_id is None else origin
-    verified = verify and is_as_saved(config, file, place, hub_id is None)
-    check_layout(config, f"{place}: {CONFIG}")
+    verified = verify and verify_files(config, file, place, siblings=hub_id is None)
+    if verify and not verified and hub_id is None:
+        LOGGER.warning(
+            f"note: {place}: {CONFIG} has no digests (an older vit_tucker or timm wrote it), so whether it or the weights have "
+            "changed since can't be seen"
+        )
+    checked(Layout, config, f"{place}: {CONFIG}")
     tell_classes(config)
     if not verified:
         check_sizes(config, file, place)
@@ -72,28 +75,8 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
     return model
 
 
-def is_as_saved(config: Mapping[str, Any], file: Path, place: str, local: bool) -> bool:
-    """Whether a folder or repository holds what was saved; False, with a line for the user, if a folder doesn't say.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
-    if verify_files(config, file, place, siblings=local):
-        return True
-    if local:
-        LOGGER.warning(
-            f"note: {place}: {CONFIG} has no digests (an older vit_tucker or timm wrote it), so whether it or the weights have "
-            "changed since can't be seen"
-        )
-    return False
-
-
 def check_sizes(config: Mapping[str, Any], file: Path, place: str) -> None:
-    """Check a config.json against the sizes of its weights, before any memory is given to the model that it describes.
-
-    Raises:
-        CheckpointError: no such model can be built, or it is of other weights.
-    """
+    """Raises CheckpointError if config.json describes no model, or one of other weights; before any memory is given to it."""
     shapes = stored_shapes(file)
     refuse_sizes(config, shapes, place)
     try:
@@ -105,11 +88,7 @@ def check_sizes(config: Mapping[str, Any], file: Path, place: str) -> None:
 
 
 def rebuild_model(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
-    """What a function makes of a config.json; its faults in one line.
-
-    Raises:
-        CheckpointError: it can't be built.
-    """
+    """Returns the model that a function makes of a config.json; raises CheckpointError if it can't be built."""
     try:
         return create_it()
     except CheckpointError as error:
@@ -117,23 +96,17 @@ def rebuild_model(create_it: Callable[[], nn.Module], origin: str) -> nn.Module:
     except VitTuckerError as error:
         raise CheckpointError(f"{origin}: the model can't be built: {in_one_line(error)}") from None
     except Exception as error:  # timm's constructors raise many kinds for arguments that they do not expect
-        reason = one_line(error, 200) or type(error).__name__
-        raise CheckpointError(f"{origin}: the model can't be built: {reason}") from None
+        raise CheckpointError(f"{origin}: the model can't be built: {reason_of(error)}") from None
 
 
-def in_one_line(error: Exception) -> str:
-    """Returns what an error says, without line breaks and endless names that a config.json may have put into it."""
-    text = one_line(error)
-    text = "".join(part if part.isprintable() else repr(part)[1:-1] for part in text)
+def in_one_line(error: VitTuckerError) -> str:
+    """Returns the message of an error, without the endless names that a config.json may have put into it."""
+    text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:597]}..."
 
 
 def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
-    """How image files are read, as config.json has it.
-
-    Raises:
-        CheckpointError: it has something else there.
-    """
+    """Returns how image files are read by config.json; raises CheckpointError if it has something else there."""
     options = (config.get("vit_tucker") or {}).get("images") or {}
     if not isinstance(options, Mapping):
         raise CheckpointError(f"{origin}: config.json: vit_tucker.images: {options!r} is no way to read images")
@@ -141,11 +114,7 @@ def stored_options(config: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
 
 
 def find(where: str | Path) -> tuple[Path | None, str | None]:
-    """The folder or the hub id that a place means.
-
-    Raises:
-        CheckpointError: neither.
-    """
+    """Returns the folder or the hub id that a place means; raises CheckpointError if it is neither."""
     text = str(where)
     prefix = next((p for p in PREFIXES if text.startswith(p)), "")
     text = text[len(prefix) :]
@@ -173,11 +142,7 @@ def find(where: str | Path) -> tuple[Path | None, str | None]:
 
 
 def read_config(folder: Path | None, hub_id: str | None) -> dict[str, Any]:
-    """config.json of a folder or a repository.
-
-    Raises:
-        CheckpointError: missing, or not one of timm's layout.
-    """
+    """Returns config.json of a folder or a repository; raises CheckpointError if it is missing, or not one of timm's layout."""
     file = folder / CONFIG if folder is not None else download(str(hub_id), CONFIG)
     config = read_object(file)
     if not isinstance(config.get("architecture"), str):
@@ -186,18 +151,14 @@ def read_config(folder: Path | None, hub_id: str | None) -> dict[str, Any]:
 
 
 def tell_classes(config: dict[str, Any]) -> None:
-    """Have pretrained_cfg of a config.json say what stands above it, as timm does: number and names of the classes."""
+    """Copies the number and the names of the classes of a config.json into its pretrained_cfg, as timm does."""
     cfg = dict(config.get("pretrained_cfg") or {})
     cfg |= {name: config[name] for name in ("num_classes", "label_names", "label_descriptions") if name in config}
     config["pretrained_cfg"] = cfg
 
 
 def weights_file(folder: Path) -> Path:
-    """The weights of a folder: the averaged ones (EMA) where there are some.
-
-    Raises:
-        CheckpointError: there are none, or only pickled ones.
-    """
+    """Returns the weights of a folder, the averaged ones (EMA) where there are some; raises CheckpointError without any."""
     for name in ("ema.safetensors", WEIGHTS):
         if (folder / name).is_file():
             return folder / name
@@ -208,7 +169,7 @@ def weights_file(folder: Path) -> Path:
 
 
 def check_layers(model: nn.Module, config: Mapping[str, Any], origin: str) -> None:
-    """Raise CheckpointError if a patched model's layers came out with other options than were stored."""
+    """Raises CheckpointError if a patched model's layers came out with other options than were stored."""
     ours = config.get("vit_tucker") or {}
     for slot, record in patch_records(model).items():
         stored = (ours if slot == ATTENTION.name else ours.get(slot) or {}).get("layers")
@@ -218,74 +179,3 @@ def check_layers(model: nn.Module, config: Mapping[str, Any], origin: str) -> No
                 raise CheckpointError(
                     f"{origin}: {name} was stored with {options}, but this version builds it with {built.get(name)}"
                 )
-
-
-def load_dense(
-    model: nn.Module,
-    weights: str | Path | Mapping[str, Tensor],
-    *,
-    calibration: Iterable[Any] | None = None,
-    model_args: Mapping[str, Any] | None = None,
-) -> None:
-    """Load weights of the dense host into a patched model, by the conversion of its patch.
-
-    Args:
-        model: patched; what the patch left alone is loaded as it is. A classifier of another number of classes stays as it is.
-        weights: of the dense model in any form that timm reads: a state dict, a file (safetensors, .pth with tensors only), a
-            run folder or a saved folder. timm adapts other names and image sizes.
-        calibration: images, see ``vit_tucker.patch``; without them the conversion is by weights alone.
-        model_args: see ``save``.
-
-    Raises:
-        CheckpointError: the model is not patched, or the weights are not those of its host; nothing has changed.
-    """
-    records = patch_records(model)
-    if not records:
-        raise CheckpointError("load_dense: the model is not patched; timm.models.load_checkpoint loads dense weights")
-    host = dense_host(model, weights, model_args)
-    for record in records.values():
-        config = record.config.model_copy(update={"init": "pretrained"})
-        looks = "calibration" in type(config).model_fields
-        if calibration is None and looks:
-            config = config.model_copy(update={"calibration": None})
-        patch(host, config, calibration=calibration if looks else None, keep_originals=False)
-    own, converted = model.state_dict(), host.state_dict()
-    fitting = {key: value for key, value in converted.items() if key in own and own[key].shape == value.shape}
-    model.load_state_dict({**own, **fitting})
-
-
-def dense_host(
-    model: nn.Module, weights: str | Path | Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """The dense host of a patched model, with weights of its own and their number of classes.
-
-    Args:
-        model: patched, or dense itself.
-        weights, model_args: see ``load_dense``.
-
-    Returns:
-        A new model in eval mode, on the CPU.
-
-    Raises:
-        CheckpointError: the weights can't be read, or are not those of the host.
-    """
-    record = next(iter(patch_records(model).values()), None)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture = cfg.get("architecture") if record is None else record.identity.architecture
-    if architecture is None:
-        raise CheckpointError("the model does not say which timm model it is (pretrained_cfg['architecture'])")
-    arguments = {**creation_arguments(model, architecture), **(model_args or {})}
-    what = "load_dense"
-    if isinstance(weights, Mapping):
-        if not weights:
-            raise CheckpointError(f"{what}: the state dict is empty")
-        opened = weights_of_state(weights, architecture)
-    else:
-        opened = open_weights(Path(weights).expanduser(), architecture, what)
-    arguments["num_classes"] = opened.num_classes  # as the weights have it, so that all of them are loaded
-    try:
-        host, _ = create_loaded(architecture, opened, what=what, **arguments)
-    except TypeError as error:
-        raise CheckpointError(f"{what}: {architecture} does not take these arguments: {error}") from None
-    forget_source(host)
-    return host.eval()

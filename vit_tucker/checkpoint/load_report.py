@@ -1,19 +1,38 @@
-"""What was loaded into a model: whether it may be used so, and the line that says it."""
+"""What was loaded into a model: whether the model may be used so, and a report of it in one line."""
 
 import math
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import ObservedLoad, describe_misfit, module_names, name_list
-from vit_tucker.checkpoint.tensor_names import BUFFERS
+from vit_tucker.checkpoint.tensor_names import BUFFERS, block_numbers
 from vit_tucker.errors import CheckpointError
 
 PRE_LOGITS = (
     "its classifier needs the layer {}, which timm's model no longer has; another number of classes (model.num_classes) makes "
     "a new classifier"
 )
+
+LOOKS: tuple[tuple[str, str], ...] = (
+    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
+    (r"^visual\.(conv1|class_embedding)", "the image tower of a CLIP, which timm's models named *_clip_* have"),
+    (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
+    (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),
+    (r"(^|\.)features\.1\.0\.attn\.", "a Swin transformer of torchvision"),
+    (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.", "a Swin transformer"),
+    (r"(^|\.)stages\.\d+\.blocks\.\d+\.", "a hierarchical model of timm (ConvNeXt, MaxViT, ...)"),
+    (r"(^|\.)layers\.\d+\.self_attn\.[qk]_proj\.", "a language model of Hugging Face"),
+    (r"(^|\.)h\.\d+\.attn\.c_attn\.", "a GPT-2"),
+    (r"(^|\.)bert\.", "a BERT"),
+    (r"(^|\.)(down|up)_blocks\.\d+\.", "a UNet of diffusers"),
+    (r"(^|\.)layer\.\d+\.attention\.q_proj\.", "a DINOv3 of Hugging Face transformers"),
+    (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "a vision tower of Hugging Face transformers"),
+    (r"^(exp_avg|state\.\d+)", "the state of an optimizer"),
+)
+"""Patterns of names by which messages tell what model weights are of."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +61,11 @@ class LoadReport:
 
     @property
     def has_classifier(self) -> bool:
-        """Whether the model's classifier comes from the weights."""
+        """Returns whether the model's classifier comes from the weights."""
         return bool(self.classifier) and not set(self.new) & set(self.classifier)
 
     def __str__(self) -> str:
-        """One line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
+        """Returns one line: '150 of 152 tensors; new: head.weight, head.bias; resampled: pos_embed 37x37 -> 16x16'."""
         parts = [f"{self.total - len(self.new)} of {self.total} tensors"]
         if self.source:
             parts[0] += f" ({self.source})"
@@ -84,8 +103,9 @@ def check_load(
     if set(load.missing) - may_be_new:
         may_be_new |= set(added())
     unused = [key for key in load.unexpected if not BUFFERS.search(key)]
+    may_be_unused = names_that_may_be_unused(load, unused, classifier)
     wrong = [key for key in load.missing if key not in may_be_new]
-    strange = [key for key in unused if key not in names_that_may_be_unused(load, unused, classifier)]
+    strange = [key for key in unused if key not in may_be_unused]
     if wrong or (strange and load.strict):
         raise CheckpointError(describe_misfit(wrong, strange) + pooling_hint(load, wrong, strange))
     refuse_pre_logits(load, classifier)
@@ -129,7 +149,7 @@ def refuse_pre_logits(load: ObservedLoad, classifier: Collection[str]) -> None:
 
 
 def pooling_hint(load: ObservedLoad, missing: list[str], strange: list[str]) -> str:
-    """Returns which global_pool the weights were trained with, where their last norm says that it is another one."""
+    """Returns which global_pool the weights were trained with, where their last norm shows that it is another one."""
     if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
         return "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
     if "fc_norm.weight" in missing and "norm.weight" in load.filtered:
@@ -166,3 +186,17 @@ def grid_text(shape: tuple[int, ...]) -> str:
     side = math.isqrt(tokens)
     prefix = tokens - side * side
     return f"{side}x{side}" if prefix <= 5 else f"{tokens} tokens"
+
+
+def looks_like(state: Mapping[str, Tensor]) -> str:
+    """Describes the model that a state dict is of, for messages: its kind, and the sizes of a ViT."""
+    numbers, embed = block_numbers(state), state.get("patch_embed.proj.weight")
+    if numbers and embed is not None and embed.ndim == 4:
+        width, channels, _, patch = embed.shape
+        head = state.get("head.weight")
+        classes = "no classifier" if head is None else f"{len(head)} classes"
+        return f"a ViT of {len(numbers)} blocks, width {width}, patches of {patch} pixels, {channels} channels and {classes}"
+    for pattern, name in LOOKS:
+        if any(re.search(pattern, key) for key in state):
+            return name
+    return f"tensors named {', '.join(list(state)[:3])}"

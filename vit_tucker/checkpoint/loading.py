@@ -11,7 +11,7 @@ import timm.models._builder as builder
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 
 Shapes = dict[str, tuple[int, ...]]
 SHOWN = 6
@@ -116,7 +116,7 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
     """Returns a state dict after timm's filter of the model.
 
     Raises:
-        CheckpointError: timm can't adapt it; says which tensors only one of both has.
+        CheckpointError: timm can't adapt it; names tensors that only one of both has.
     """
     given, own = shapes_of(state), shapes_of(model.state_dict())
     try:
@@ -125,10 +125,9 @@ def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Modu
         except TypeError:  # of one argument, in older models
             return filter_fn(state)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = one_line(error, 150)
         missing, strange = [key for key in own if key not in given], [key for key in given if key not in own]
         what = f"{describe_misfit(missing, strange)}; " if missing or strange else ""
-        raise CheckpointError(f"{what}timm can't adapt it ({reason})") from None
+        raise CheckpointError(f"{what}timm can't adapt it ({reason_of(error, 150)})") from None
 
 
 def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
@@ -145,17 +144,12 @@ def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
 
 
 def id_of(value: Tensor) -> tuple[int, int]:
-    """Returns what tells whether two tensors are the same values in memory, whatever their shapes."""
+    """Returns address and size of a tensor: equal for two views of the same values, whatever their shapes."""
     return value.data_ptr(), value.numel()
 
 
 def describe_source(cfg: dict[str, Any], state: Shapes) -> None:
-    """Has timm's configuration of the weights say what they are: their number of classes, and their image channels.
-
-    Args:
-        cfg: timm's pretrained_cfg, of weights in hand (``state_dict``); that of published weights stays as it is.
-        state: shapes of the tensors, in timm's names.
-    """
+    """Sets the number of classes and the image channels of weights in hand (``state_dict``) in timm's pretrained_cfg of them."""
     if not cfg.get("state_dict"):
         return
     heads = [state[f"{name}.weight"] for name in module_names(cfg.get("classifier")) if f"{name}.weight" in state]
@@ -175,8 +169,8 @@ def refuse_other_sizes(loaded: Shapes, own: Shapes) -> None:
     """Raises CheckpointError if tensors have other sizes than the model's."""
     other = [key for key in own if key in loaded and loaded[key] != own[key]]
     if other:
-        first, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        raise CheckpointError(f"{first} is {loaded[first]} in the weights, {own[first]} in the model{more}")
+        first = other[0]
+        raise CheckpointError(f"{first} is {loaded[first]} in the weights, {own[first]} in the model{and_more(other)}")
 
 
 def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
@@ -189,22 +183,17 @@ def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
 
 
 def loaded_by_the_model(model: nn.Module, load: Callable[[], None]) -> list[str]:
-    """Loads weights by a function that does not tell what it has set, as timm's for JAX files.
+    """Calls a function that loads weights into a model, as timm's for JAX files; returns the names of tensors that it left out.
 
-    Args:
-        model: on the CPU; what is not loaded keeps its initialisation.
-        load: sets parameters of the model.
-
-    Returns:
-        Names of the tensors that were not set.
+    These keep their initialisation. The model is on the CPU.
     """
     before = {name: value.clone() for name, value in model.state_dict().items() if value.is_floating_point()}
-    state = model.state_dict()
-    with torch.no_grad():
-        for name in before:
-            state[name].fill_(math.nan)
-    load()
     missing = []
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name in before:
+                value.fill_(math.nan)
+    load()
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if name in before and bool((unset := value.isnan()).any()):

@@ -127,20 +127,13 @@ def refuse_foreign(file: Path, what: str) -> None:
         elif not any(name.endswith("data.pkl") for name in names):
             kind = f"a ZIP archive without weights ({', '.join(names[:3])})"
     if kind is not None:
-        hint = (
-            ""
-            if "weights" in kind or "instead" in kind
-            else "; supported are safetensors, files of torch.save and .npz"
-        )
+        helped = "weights" in kind or "instead" in kind
+        hint = "" if helped else "; supported are safetensors, files of torch.save and .npz"
         raise CheckpointError(f"{what}: {file} is {kind}{hint}")
 
 
 def read_values(file: Path, what: str) -> Any:
-    """Reads what a file holds, without executing anything.
-
-    Raises:
-        CheckpointError: it can't be read; says why.
-    """
+    """Reads what a file holds, without executing anything; raises CheckpointError if it can't be read."""
     try:
         if file.suffix == ".safetensors":
             return load_file(str(file))
@@ -149,10 +142,10 @@ def read_values(file: Path, what: str) -> Any:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{what}: {file} can't be read as weights: {short_reason(error)}") from None
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        raise CheckpointError(f"{what}: {file} can't be read as weights: {reason_of(error, file)}") from None
+        raise CheckpointError(f"{what}: {file} can't be read as weights: {unreadable(error, file)}") from None
 
 
-def reason_of(error: Exception, file: Path) -> str:
+def unreadable(error: Exception, file: Path) -> str:
     """Returns why torch could not read a file: the classes of objects in it that are no plain values, or the error itself."""
     try:
         with weights_only():
@@ -182,10 +175,7 @@ def short_reason(error: Exception) -> str:
 
 
 def find_tensors(values: Any) -> tuple[dict[str, Tensor], str]:
-    """Finds the weights in what a file holds.
-
-    Args:
-        values: a state dict, or a mapping with entries that hold one, see ``ENTRIES``.
+    """Finds the weights in what a file holds: a state dict, or a mapping with entries that hold one, see ``ENTRIES``.
 
     Returns:
         Tensors by name, empty if there are none; and the entry, 'state_dict' or 'model.teacher'.

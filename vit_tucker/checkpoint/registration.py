@@ -9,14 +9,14 @@ from typing import Any
 
 
 def vit_tucker_patched(pretrained: bool = False, **kwargs: Any) -> Any:
-    """The entrypoint in timm's registry, under this very name: see ``vit_tucker.checkpoint.entry.patched_model``."""
+    """Makes a patched model: the entrypoint in timm's registry, which finds it by this very name."""
     from vit_tucker.checkpoint.entry import patched_model
 
     return patched_model(pretrained, **kwargs)
 
 
 def register_with_timm() -> None:
-    """Register the entrypoint now if timm is there, else as soon as it is."""
+    """Registers the entrypoint now if timm is there, else as soon as it is."""
     if hasattr(sys.modules.get("timm"), "create_model"):
         _register()
     else:
@@ -35,7 +35,7 @@ class _AfterTimm:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the others find, with the registration after the module's own code."""
+        """Returns the spec that the others find, with the registration after the module's own code."""
         if fullname != "timm":
             return None
         sys.meta_path.remove(self)

@@ -24,7 +24,7 @@ def save(
     data: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model, patched or dense, as ``model.safetensors`` and ``config.json``: timm's hub layout.
+    """Writes a model, patched or dense, as ``model.safetensors`` and ``config.json``: timm's hub layout.
 
     ``vit_tucker.load(folder)`` rebuilds it from these alone, and so does ``timm.create_model("local-dir:" + folder,
     pretrained=True)``, for a patched model once vit_tucker is imported (but timm reads no dense model of ``features_only``).
@@ -35,14 +35,14 @@ def save(
         model: made by ``timm.create_model``, maybe patched; also inside torch.compile or DDP.
         folder: made if it is not there; a model that is there is replaced.
         label_names: of the classes, in their order; those that the model has (timm's label_names) if None.
-        data: how its images are prepared, if not as pretrained_cfg says: mean, std, interpolation, crop_pct, crop_mode.
-        model_args: arguments of ``timm.create_model`` that the model was made with, where it does not tell them itself.
+        data: how its images are prepared, if not as in pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode.
+        model_args: arguments of ``timm.create_model`` that the model was made with, where timm has not recorded them.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the model can't be rebuilt from what it tells; nothing was written.
+        CheckpointError: the model can't be rebuilt from its name and arguments; nothing was written.
         OSError: the folder can't be written to.
     """
     bare = unwrapped(model)
@@ -55,16 +55,13 @@ def save(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, DDP and PEFT."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if inner is None and find.inner(model) is not model:
-            inner = find.inner(model)
-        if inner is None:
-            return model
-        model = inner
+    """Returns the model inside torch.compile, DDP and PEFT."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+        inner = model.module
+    if inner is None:
+        inner = find.inner(model)
+    return model if inner is model else unwrapped(inner)
 
 
 def push_to_hub(
@@ -77,7 +74,7 @@ def push_to_hub(
     model_card: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """Upload a model, patched or dense, to the Hugging Face hub, by timm's own function; safetensors only.
+    """Uploads a model, patched or dense, to the Hugging Face hub, by timm's own function; safetensors only.
 
     ``vit_tucker.load(repo_id)`` rebuilds it, and so does ``timm.create_model("hf-hub:" + repo_id, pretrained=True)``, a patched
     one once vit_tucker is imported.
@@ -110,12 +107,11 @@ def push_to_hub(
 
 
 def describe_card(model: nn.Module, repo_id: str) -> dict[str, Any]:
-    """Entries of the model card: what the model is, and how to load it."""
+    """Returns the entries of the model card: what the model is, and how to load it."""
     record = patch_record(model)
     if record is None:
-        return {
-            "usage": f'```python\nimport timm\n\nmodel = timm.create_model("hf-hub:{repo_id}", pretrained=True)\n```'
-        }
+        create = f'timm.create_model("hf-hub:{repo_id}", pretrained=True)'
+        return {"usage": f"```python\nimport timm\n\nmodel = {create}\n```"}
     report, host = record.report, record.identity.architecture
     usage = f"""```python
 import vit_tucker

@@ -16,7 +16,7 @@ TRAINING_ONLY = {"Dropout", "DropPath", "Identity", "PatchDropout"}
 
 
 def differences(model: nn.Module, other: nn.Module) -> Iterator[str]:
-    """What differs between two models, most telling first: module classes, then shapes, then plain values.
+    """Yields what differs between two models, most telling first: module classes, then shapes, then plain values.
 
     Args:
         model: as it is.
@@ -49,7 +49,7 @@ def _name(module: nn.Module | None) -> str:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that are numbers, strings or tuples of these, and public."""
+    """Returns the attributes of a module that are numbers, strings or tuples of these, and public."""
     return {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in vars(module).items()

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._hub import download_from_hf
 from torch import Tensor
 
 from vit_tucker.checkpoint.read import read_state
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, reason_of
 from vit_tucker.patching.identity import PATCHED
-from vit_tucker.storage.digests import verify_beside
+from vit_tucker.storage.digests import headers_of, verify_beside
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a folder or repository."""
@@ -21,11 +21,11 @@ PICKLED = "pytorch_model.bin"
 
 
 def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file that timm
-    writes. Of pickled ones only tensors and plain values are read, nothing is executed.
+    """Reads the tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file
+    that timm writes; nothing in them is executed.
 
     Raises:
-        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them tells of.
+        CheckpointError: there are none, they can't be read, or are not those that the config.json beside them names.
     """
     if state := cfg.get("state_dict"):
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -39,24 +39,21 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"no weights for '{PATCHED}': name a folder ('local-dir:...') or a repository ('hf-hub:...')"
         )
-    if file.is_file():
-        verify_beside(file, siblings=local)
-    return read_tensors(file)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    verify_beside(file, siblings=local)
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_state(file, "the weights")[0]
 
 
 def weights_in(path: Path) -> Path:
-    """The weights of a folder that timm has written, safetensors before others; a file as it is."""
+    """Returns the weights file of a folder that timm has written, safetensors before others; a file as it is."""
     if not path.is_dir():
         return path
     return next((path / name for name in (WEIGHTS, PICKLED) if (path / name).is_file()), path / WEIGHTS)
 
 
 def download_weights(hub_id: str) -> Path:
-    """The weights of a repository, in the hub's cache; safetensors before others.
-
-    Raises:
-        CheckpointError: see ``download``.
-    """
+    """Returns the weights file of a repository, in the hub's cache; safetensors before others."""
     try:
         return download(hub_id, WEIGHTS)
     except CheckpointError as error:
@@ -66,19 +63,8 @@ def download_weights(hub_id: str) -> Path:
             raise error from None
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, safetensors or written by torch.save, on the CPU.
-
-    Raises:
-        CheckpointError: missing, or something else.
-    """
-    if file.suffix == ".safetensors" or not file.is_file():
-        return read_safetensors(file)
-    return read_state(file, "the weights")[0]
-
-
 def download(hub_id: str, name: str) -> Path:
-    """A file of a repository, in the hub's cache.
+    """Returns a file of a repository, in the hub's cache.
 
     Raises:
         CheckpointError: no such repository or file, or no connection.
@@ -92,34 +78,17 @@ def download(hub_id: str, name: str) -> Path:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU.
-
-    Raises:
-        CheckpointError: missing, or something else.
-    """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    if file.suffix != ".safetensors":
-        raise CheckpointError(f"{file}: only safetensors are read here, nothing is unpickled")
-    try:
-        return load_file(str(file))
-    except (
-        OSError,
-        SafetensorError,
-        KeyError,
-        AttributeError,
-    ) as error:  # the last two for kinds of numbers unknown here
-        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None
-
-
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors of a safetensors file, from its header.
+    """Returns the tensors of a safetensors file by name, on the CPU.
 
     Raises:
         CheckpointError: it can't be read.
     """
     try:
-        with safe_open(str(file), framework="np") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None
+        return load_file(str(file))
+    except (OSError, SafetensorError, KeyError, AttributeError) as error:  # the last two for unknown kinds of numbers
+        raise CheckpointError(f"{file}: can't be read: {reason_of(error)}") from None
+
+
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors of a safetensors file, from its header."""
+    return {name: tuple(shape) for name, (_, shape) in headers_of(file).items()}

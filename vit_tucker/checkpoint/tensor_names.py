@@ -1,28 +1,18 @@
-"""Names of tensors: from the layouts in which weights are published to timm's, and what an unknown layout looks like."""
+"""Names of tensors: from the layouts in which weights are published to timm's."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
-"""Parts of names that torch.compile, activation checkpointing, FSDP and DeepSpeed add anywhere."""
+from vit_tucker.storage.weights import without_wrappers
+
 PREFIXES = {
-    *(
-        "module",
-        "model",
-        "net",
-        "network",
-        "backbone",
-        "encoder",
-        "teacher",
-        "student",
-        "ema",
-        "ema_model",
-        "model_ema",
-    ),
+    *("module", "model", "net", "network", "backbone", "encoder", "teacher", "student"),
+    *("ema", "ema_model", "model_ema"),
     *("base_model", "base_encoder", "momentum_encoder", "target_encoder", "trunk", "visual", "vit", "image_encoder"),
     *("vision_encoder", "vision_model", "vision_tower", "feature_extractor", "learner"),
 }
@@ -60,7 +50,7 @@ def to_timm_names(state: Mapping[str, Tensor], known: Collection[str]) -> Rename
 
     Args:
         state: tensors by the names in the file.
-        known: names of the tensors of the model to load, whose number of blocks and classes may be another one.
+        known: names of the model's tensors; its number of blocks and classes may be another one.
 
     Returns:
         All tensors that are the model's, in the layout of timm or one that timm's own filters convert (OpenCLIP, DINOv2, ...).
@@ -72,17 +62,13 @@ def to_timm_names(state: Mapping[str, Tensor], known: Collection[str]) -> Rename
             renamed = rename(clean, found.removesuffix(anchor))
             renamed.layout = layout
             return without_pretraining(renamed, known)
-    prefix = best_prefix(clean, known)
-    inside = {key.removeprefix(prefix): value for key, value in clean.items() if key.startswith(prefix)}
-    outside = [key for key in clean if not key.startswith(prefix)]
-    return without_pretraining(Renamed(inside, "", prefix, outside), known)
+    return without_pretraining(below(clean, best_prefix(clean, known)), known)
 
 
-def without_wrappers(key: str) -> str:
-    """Returns a tensor's name without what torch's wrappers have added to it."""
-    for wrapper in WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
+def below(state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Returns the tensors whose names have a prefix, without it; the others are left out."""
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return Renamed(inside, prefix=prefix, left_out=[key for key in state if not key.startswith(prefix)])
 
 
 def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
@@ -95,14 +81,12 @@ def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
                 break
             prefixes.add(".".join(parts[:count]) + ".")
 
-    def matches(prefix: str) -> int:
-        return sum(key.startswith(prefix) and key[len(prefix) :] in known for key in state)
-
-    def order(prefix: str) -> tuple[int, int, int]:
-        return matches(prefix), int(any(part in PREFERRED for part in prefix.split("."))), -len(prefix)
+    def order(prefix: str) -> tuple[int, bool, int]:
+        matches = sum(key.startswith(prefix) and key[len(prefix) :] in known for key in state)
+        return matches, any(part in PREFERRED for part in prefix.split(".")), -len(prefix)
 
     best = max(prefixes, key=order)
-    return best if matches(best) else ""
+    return best if order(best)[0] else ""
 
 
 def without_pretraining(renamed: Renamed, known: Collection[str]) -> Renamed:
@@ -175,6 +159,8 @@ TORCHVISION: Rules = (
     (r"^encoder\.ln\.", "norm."),
     (r"^heads\.head\.", "head."),
 )
+OPEN_CLIP: Rules = ((r"^", "visual."),)
+"""The image tower of OpenAI's CLIP or OpenCLIP, to where timm's own filter renames it from."""
 QKV = {"query": 0, "q": 0, "key": 1, "k": 1, "value": 2, "v": 2}
 
 
@@ -208,7 +194,7 @@ def joined_projections(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def from_hugging_face(state: Mapping[str, Tensor], prefix: str) -> Renamed:
     """Renames ViT, DeiT, DINOv2, BEiT and MAE of Hugging Face's transformers, with the classifier beside the model."""
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    inside = below(state, prefix).state
     left_out = [f"{prefix}{key}" for key in inside if key.startswith("pooler.dense.")]
     result = joined_projections(
         {renamed_by(HUGGING_FACE, k): v for k, v in inside.items() if not k.startswith("pooler.dense.")}
@@ -223,73 +209,35 @@ def from_hugging_face(state: Mapping[str, Tensor], prefix: str) -> Renamed:
         beside = heads.get(head)
         if beside and state.get(f"{head}.weight", value).shape[-1] == width:
             result[f"{beside}.{kind}"] = value
-            continue
-        left_out.append(key)
+        else:
+            left_out.append(key)
     return Renamed(result, prefix=prefix, left_out=left_out)
 
 
 def from_hugging_face_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
     """Renames the vision tower of Hugging Face's CLIP; its projection becomes the classifier, as in timm's own CLIP weights."""
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    result = joined_projections({renamed_by(HUGGING_FACE_CLIP, key): value for key, value in inside.items()})
+    tower = below(state, prefix)
+    result = joined_projections({renamed_by(HUGGING_FACE_CLIP, key): value for key, value in tower.state.items()})
     result["cls_token"] = result["cls_token"].reshape(1, 1, -1)
     result["pos_embed"] = result["pos_embed"].unsqueeze(0)
     projection = state.get("visual_projection.weight")
     if projection is not None:
         result |= {"head.weight": projection, "head.bias": torch.zeros(len(projection))}
-    outside = [key for key in state if not key.startswith(prefix) and key != "visual_projection.weight"]
-    return Renamed(result, prefix=prefix, left_out=outside)
+    left_out = [key for key in tower.left_out if key != "visual_projection.weight"]
+    return Renamed(result, prefix=prefix, left_out=left_out)
 
 
-def from_torchvision(state: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Renames the tensors of torchvision's VisionTransformer, whose queries, keys and values are joined already."""
-    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    outside = [key for key in state if not key.startswith(prefix)]
-    result = {renamed_by(TORCHVISION, key): value for key, value in inside.items()}
-    return Renamed(result, prefix=prefix, left_out=outside)
-
-
-def from_open_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Keeps the image tower of OpenAI's CLIP or OpenCLIP below ``visual.``, from where timm's own filter renames it."""
-    tower = {f"visual.{key.removeprefix(prefix)}": value for key, value in state.items() if key.startswith(prefix)}
-    return Renamed(tower, prefix=prefix, left_out=[key for key in state if not key.startswith(prefix)])
+def from_rules(rules: Rules, state: Mapping[str, Tensor], prefix: str) -> Renamed:
+    """Renames the tensors of a layout that has those of timm, one for one."""
+    found = below(state, prefix)
+    return replace(found, state={renamed_by(rules, key): value for key, value in found.state.items()})
 
 
 LAYOUTS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor], str], Renamed]], ...] = (
     ("embeddings.patch_embeddings.projection.weight", "Hugging Face transformers", from_hugging_face),
     ("embeddings.patch_embedding.weight", "Hugging Face CLIP", from_hugging_face_clip),
-    ("conv_proj.weight", "torchvision", from_torchvision),
-    ("class_embedding", "OpenCLIP", from_open_clip),
-    ("trunk.patch_embed.proj.weight", "OpenCLIP with a tower of timm", from_open_clip),
+    ("conv_proj.weight", "torchvision", partial(from_rules, TORCHVISION)),
+    ("class_embedding", "OpenCLIP", partial(from_rules, OPEN_CLIP)),
+    ("trunk.patch_embed.proj.weight", "OpenCLIP with a tower of timm", partial(from_rules, OPEN_CLIP)),
 )
 """A tensor by which a layout is recognised, the layout's name, and the function that renames it."""
-LOOKS: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
-    (r"^visual\.(conv1|class_embedding)", "the image tower of a CLIP, which timm's models named *_clip_* have"),
-    (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
-    (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),
-    (r"(^|\.)features\.1\.0\.attn\.", "a Swin transformer of torchvision"),
-    (r"(^|\.)layers\.\d+\.blocks\.\d+\.attn\.", "a Swin transformer"),
-    (r"(^|\.)stages\.\d+\.blocks\.\d+\.", "a hierarchical model of timm (ConvNeXt, MaxViT, ...)"),
-    (r"(^|\.)layers\.\d+\.self_attn\.[qk]_proj\.", "a language model of Hugging Face"),
-    (r"(^|\.)h\.\d+\.attn\.c_attn\.", "a GPT-2"),
-    (r"(^|\.)bert\.", "a BERT"),
-    (r"(^|\.)(down|up)_blocks\.\d+\.", "a UNet of diffusers"),
-    (r"(^|\.)layer\.\d+\.attention\.q_proj\.", "a DINOv3 of Hugging Face transformers"),
-    (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "a vision tower of Hugging Face transformers"),
-    (r"^(exp_avg|state\.\d+)", "the state of an optimizer"),
-)
-
-
-def looks_like(state: Mapping[str, Tensor]) -> str:
-    """Describes the model that a state dict is of, for messages: its kind, and the sizes of a ViT."""
-    numbers, embed = block_numbers(state), state.get("patch_embed.proj.weight")
-    if numbers and embed is not None and embed.ndim == 4:
-        width, channels, _, patch = embed.shape
-        head = state.get("head.weight")
-        classes = "no classifier" if head is None else f"{len(head)} classes"
-        return f"a ViT of {len(numbers)} blocks, width {width}, patches of {patch} pixels, {channels} channels and {classes}"
-    for pattern, name in LOOKS:
-        if any(re.search(pattern, key) for key in state):
-            return name
-    return f"tensors named {', '.join(list(state)[:3])}"

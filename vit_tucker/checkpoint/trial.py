@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.checkpoint.loading import Shapes, module_names
-from vit_tucker.errors import CheckpointError, one_line, shorten
+from vit_tucker.errors import CheckpointError, and_more, reason_of, shorten
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.slot import LINEAR
@@ -23,12 +23,12 @@ REPEATS = ("depth", "layers", "blocks", "stages", "reps")
 """Parts of names of arguments that say how often something is built: no more often than there are tensors."""
 SPARE = 1 << 28
 """Bytes that a model may take beyond four times those of its weights: tables of positions, masks of windows."""
-TOLD = ("layers", "exclude", "rules", "calibration")
+NO_SIZES = ("layers", "exclude", "rules", "calibration")
 """Entries of a patch that no tensor's size follows from."""
 
 
 def refuse_sizes(config: Mapping[str, Any], shapes: Shapes, where: str, largest: int = LARGEST) -> None:
-    """Raise CheckpointError for arguments that no model with these weights can have: it might take all memory, or never end.
+    """Raises CheckpointError for arguments that no model with these weights can have: it might take all memory, or never end.
 
     Args:
         config: config.json.
@@ -53,14 +53,14 @@ def nested_numbers(values: Any, key: str = "") -> Iterator[tuple[str, int | floa
         yield key, values
     for name, value in values.items() if isinstance(values, Mapping) else ():
         inner = f"{key}.{name}" if key else name
-        if not (key in OWN_ARGUMENTS and name in TOLD):
+        if not (key in OWN_ARGUMENTS and name in NO_SIZES):
             yield from nested_numbers(value, inner)
     for value in values if isinstance(values, list | tuple) else ():
         yield from nested_numbers(value, key)
 
 
 def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any], where: str, size: int) -> None:
-    """Raise CheckpointError if weights are not of the model that config.json describes; before any memory is given to it.
+    """Raises CheckpointError if weights are not of the model that config.json describes; before any memory is given to it.
 
     Args:
         structure: the model of config.json alone, without weights.
@@ -81,39 +81,36 @@ def refuse_misfit(structure: nn.Module, shapes: Shapes, config: Mapping[str, Any
     ours = SECTION in config
     attention = tuple(f"{name}." for name in (*find_attention(structure), *LINEAR.layers(structure)))
     missing = [key for key in own if key not in shapes and (ours or key.startswith(attention))]
-    strange = [key for key in shapes if key not in own and (ours or not key.startswith(heads))]
-    if missing or (strange and ours):
-        first = (
-            f"no {min(missing, key=lambda k: not k.startswith(attention))}"
-            if missing
-            else f"{strange[0]} has no place in it"
-        )
-        more = f" (and {len(missing or strange) - 1} more)" if len(missing or strange) > 1 else ""
-        raise CheckpointError(f"{where}: of another model or patch: {first}{more}")
+    strange = [key for key in shapes if key not in own and ours]
+    if missing:
+        first = min(missing, key=lambda key: not key.startswith(attention))
+        raise CheckpointError(f"{where}: of another model or patch: no {first}{and_more(missing)}")
+    if strange:
+        raise CheckpointError(f"{where}: of another model or patch: {strange[0]} has no place in it{and_more(strange)}")
     exact = ours or not cfg.get("label_offset")
     other = [k for k in own if k in shapes and own[k] != shapes[k] and (ours or (exact and k.startswith(heads)))]
     if other:
-        name, more = other[0], f" (and {len(other) - 1} more)" if len(other) > 1 else ""
+        name = other[0]
         raise CheckpointError(
-            f"{where}: of another model: size mismatch: {name} is {shapes[name]} in the weights, {own[name]} by config.json{more}"
+            f"{where}: of another model: size mismatch: {name} is {shapes[name]} in the weights, {own[name]} by config.json"
+            f"{and_more(other)}"
         )
 
 
 @torch.no_grad()
 def try_once(model: nn.Module, where: str) -> None:
-    """Raise CheckpointError for a model that can't run on one image of its size: its arguments contradict each other."""
+    """Raises CheckpointError for a model that can't run on one image of its size: its arguments contradict each other."""
     shape = input_shape(model)
     try:
         output = model(torch.zeros(1, *shape))
     except Exception as error:  # timm's modules raise many kinds for arguments that don't go together
-        reason = one_line(error, 200) or type(error).__name__
-        raise CheckpointError(f"{where}: the model does not run on an image of {shape}: {reason}") from None
+        raise CheckpointError(f"{where}: the model does not run on an image of {shape}: {reason_of(error)}") from None
     if isinstance(output, Tensor) and output.shape[0] != 1:
         raise CheckpointError(f"{where}: the model makes {tuple(output.shape)} of one image")
 
 
 def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Raise CheckpointError for stored whole numbers that point outside of what they choose from.
+    """Raises CheckpointError for stored whole numbers that point outside of what they choose from.
 
     On a GPU such a number ends the process, or reads other memory.
 
@@ -133,10 +130,9 @@ def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
         if value.numel() == 0 or own.dtype == torch.bool:
             continue
         low, high = int(value.min()), int(value.max())
+        limit = limits.get(name, int(own.max()) + 1 if own.numel() and not own.is_meta else None)
         if name.endswith("num_batches_tracked"):
             limit = None
-        else:
-            limit = limits.get(name, int(own.max()) + 1 if own.numel() and not own.is_meta else None)
         if low < 0 or (limit is not None and high >= limit):
             allowed = "0 and more" if limit is None else f"0 to {limit - 1}"
             raise CheckpointError(f"{where}: {name} holds {low if low < 0 else high}, allowed are {allowed}")
@@ -144,9 +140,7 @@ def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
 
 def index_limits(model: nn.Module) -> dict[str, int]:
     """Returns how many things the index buffers of patched layers choose from, by full name."""
-    if patch_record(model) is None:
-        return {}
-    layers = find_attention(model)
+    layers = find_attention(model) if patch_record(model) is not None else {}
     return {
         f"{name}.{buffer}": limit
         for name, layer in layers.items()

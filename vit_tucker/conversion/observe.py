@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
-from vit_tucker.errors import PatchError, one_line
+from vit_tucker.errors import PatchError, reason_of
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.readers import Host
 
@@ -87,7 +87,7 @@ def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # models complain in many ways
-        reason = one_line(error, 200) or type(error).__name__
+        reason = reason_of(error)
         expected = "x".join(map(str, input_shape(model)))
         given = "x".join(map(str, images.shape[1:]))
         raise PatchError(

@@ -12,7 +12,7 @@ from torch import nn
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.checkpoint.host_model import create_host, create_teacher, load_host
 from vit_tucker.checkpoint.host_weights import open_weights
-from vit_tucker.checkpoint.load import dense_host
+from vit_tucker.checkpoint.load_dense import dense_host
 from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.errors import CheckpointError, ConfigError, ExplainError
 from vit_tucker.hosts.find import find_attention

@@ -33,13 +33,13 @@ class Normalised(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, channels, H, W) in [0, 1] -> what the model gives."""
+        """Normalises images in [0, 1], (B, channels, H, W), and returns what the model makes of them."""
         y: Tensor = self.model((image - self.mean) / self.std)
         return y
 
 
 def served(model: nn.Module, normalise: bool) -> nn.Module:
-    """A copy as it is exported: on the CPU, float32, eval mode; the copy does not hold the layers that a patch replaced.
+    """Returns a copy as it is exported: on the CPU, float32, eval mode; the copy does not hold the layers that a patch replaced.
 
     Args:
         model: any; it is not touched.
@@ -59,7 +59,7 @@ def served(model: nn.Module, normalise: bool) -> nn.Module:
 
 
 def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
-    """Mean and standard deviation of each channel of the images, in units of [0, 1], from the model's pretrained_cfg.
+    """Returns mean and standard deviation of each channel of the images, in units of [0, 1], from the model's pretrained_cfg.
 
     Raises:
         ExportError: there are none.
@@ -72,7 +72,7 @@ def normalisation(model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
 
 
 def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.ExportedProgram:
-    """Record a model for any number of images.
+    """Records a model for any number of images.
 
     Args:
         model: see ``served``; maps (B, channels, H, W) to one tensor.
@@ -107,7 +107,7 @@ def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.Ex
 
 
 def refuse_one_size(program: torch.export.ExportedProgram, model: nn.Module) -> None:
-    """Raise ExportError where torch has recorded the model for the one size that it saw, and said nothing."""
+    """Raises ExportError where torch has recorded the model for the one size that it saw, and said nothing."""
     count, height, width = sizes_to_compare(model, True)[1]
     try:
         with torch.no_grad():
@@ -119,6 +119,5 @@ def refuse_one_size(program: torch.export.ExportedProgram, model: nn.Module) -> 
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
+    """Returns the first line of an error that is not empty; its class without one."""
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

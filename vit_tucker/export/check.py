@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from vit_tucker.errors import ExportError, nearest
 from vit_tucker.export.capture import normalisation
-from vit_tucker.export.compare import TOLERANCE, Comparison, ImageFunction, compare, random_batches, require
+from vit_tucker.export.compare import (
+    TOLERANCE,
+    Comparison,
+    ImageFunction,
+    compare,
+    random_batches,
+    require,
+    without_gradients,
+)
 from vit_tucker.export.onnx_file import OLDEST_OPSET, require_packages
 from vit_tucker.export.sizes import sizes_to_compare
 from vit_tucker.hosts.images import input_shape
@@ -44,7 +52,7 @@ class ExportOptions:
     tolerance: float = TOLERANCE
 
     def check(self) -> None:
-        """Raise ExportError for options that don't fit together or need packages that are missing."""
+        """Raises ExportError for options that don't fit together or need packages that are missing."""
         if self.format not in FORMATS:
             raise ExportError(
                 f"unknown format '{self.format}': one of {', '.join(FORMATS)}{nearest(self.format, FORMATS)}"
@@ -84,7 +92,7 @@ class Check:
         model: whose sizes of images count.
         options: of the export; int8 has no tolerance.
         batches: real images, normalised; None for none.
-        strict: float32 must agree; else errors are only told.
+        strict: float32 must agree; else errors are only reported.
     """
 
     def __init__(
@@ -95,7 +103,7 @@ class Check:
         batches: Batches | None,
         strict: bool = True,
     ) -> None:
-        self.expected, self.options, self.batches, self.strict = expected, options, batches, strict
+        self.run, self.options, self.batches, self.strict = without_gradients(expected), options, batches, strict
         shapes = sizes_to_compare(model, options.dynamic_img_size)
         self.shape = input_shape(model)
         self.random = random_batches(shapes, self.shape[0], unit=options.with_preprocessing)
@@ -104,13 +112,13 @@ class Check:
         self.on_real: dict[str, Comparison] = {}
 
     def noise(self, runners: dict[str, ImageFunction], name: str) -> None:
-        """Compare one of the files on noise; float32 must agree."""
+        """Compares one of the files on noise; float32 must agree."""
         self.on_noise |= compare(self.run, {name: runners[name]}, self.random)
         if name == "float32" and self.strict:
             require(self.on_noise[name], self.options.tolerance, "random images")
 
     def real(self, runners: dict[str, ImageFunction]) -> None:
-        """Compare all files on the real images, in one pass; float32 must agree."""
+        """Compares all files on the real images, in one pass; float32 must agree."""
         if self.batches is not None:
             self.on_real = compare(self.run, runners, self.images())
             if self.on_real["float32"].images == 0:
@@ -119,17 +127,11 @@ class Check:
                 require(self.on_real["float32"], self.options.tolerance, "the images given")
 
     def results(self, name: str) -> tuple[Comparison, Comparison | None]:
-        """On noise and on real images."""
+        """Returns the comparisons on noise and on real images."""
         return self.on_noise[name], self.on_real.get(name)
 
-    def run(self, images: Tensor) -> Tensor:
-        """What the model says."""
-        with torch.no_grad():
-            y: Tensor = self.expected(images)
-        return y
-
     def images(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The real images as the file takes them."""
+        """Yields the real images as the file takes them."""
         for images, labels in self.batches or ():
             images = images.detach().to("cpu", torch.float32)
             fixed = 1 if self.options.dynamic_img_size else 3

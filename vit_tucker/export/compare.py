@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vit_tucker.errors import MismatchError, one_line
+from vit_tucker.errors import MismatchError, reason_of
 
 ImageFunction = Callable[[Tensor], Tensor]
 """Images (B, channels, H, W) to logits (B, classes)."""
@@ -41,26 +41,26 @@ class Comparison:
 
     @property
     def relative_error(self) -> float:
-        """Largest error over the largest output."""
+        """Returns the largest error over the largest output."""
         return self.max_abs_error / self.max_abs_output if self.max_abs_output else self.max_abs_error
 
     @property
     def agreement(self) -> float:
-        """Share of images whose first class is the same."""
+        """Returns the share of images whose first class is the same."""
         return self.agreements / max(1, self.images)
 
     @property
     def accuracy_model(self) -> float | None:
-        """Share of labelled images that the model has right; None without labels."""
+        """Returns the share of labelled images that the model has right; None without labels."""
         return self.correct_model / self.labelled if self.labelled else None
 
     @property
     def accuracy_file(self) -> float | None:
-        """The same of the file."""
+        """Returns the same share of the file."""
         return self.correct_file / self.labelled if self.labelled else None
 
     def add(self, expected: Tensor, got: Tensor, labels: Tensor | None = None) -> None:
-        """Add a batch of outputs (B, classes), and labels (B,); -1 is no label."""
+        """Adds a batch of outputs (B, classes), and labels (B,); -1 is no label."""
         if expected.shape != got.shape:
             raise MismatchError(f"the file gives outputs {tuple(got.shape)}, the model {tuple(expected.shape)}")
         if len(expected) == 0:
@@ -80,7 +80,7 @@ class Comparison:
 def compare(
     model: ImageFunction, files: Mapping[str, ImageFunction], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, Comparison]:
-    """Run a model and files on batches of images, with labels or None; one pass.
+    """Runs a model and files on batches of images, with labels or None; one pass.
 
     Raises:
         MismatchError: outputs of other shapes, or a runtime fails.
@@ -92,14 +92,14 @@ def compare(
             try:
                 got = run(images)
             except Exception as error:
-                said = one_line(error, 300)
-                raise MismatchError(f"the file does not run on images {tuple(images.shape)}: {said}") from None
+                reason = reason_of(error, 300)
+                raise MismatchError(f"the file does not run on images {tuple(images.shape)}: {reason}") from None
             results[name].add(expected, got, labels)
     return results
 
 
 def require(comparison: Comparison, tolerance: float, what: str) -> None:
-    """Raise MismatchError if the error is above the tolerance, or no number."""
+    """Raises MismatchError if the error is above the tolerance, or no number."""
     if not comparison.relative_error <= tolerance:
         raise MismatchError(
             f"on {what} the file's outputs are off by {comparison.relative_error:.1e} of the largest one, {tolerance:.0e} is "
@@ -107,8 +107,18 @@ def require(comparison: Comparison, tolerance: float, what: str) -> None:
         )
 
 
+def without_gradients(model: ImageFunction) -> ImageFunction:
+    """Returns a model as a function of images that records nothing for gradients."""
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(images)
+
+    return run
+
+
 def random_batches(shapes: Iterable[tuple[int, int, int]], channels: int, unit: bool) -> list[tuple[Tensor, None]]:
-    """Noise as images, the same each time: of [0, 1] or of mean 0 and standard deviation 1.
+    """Returns noise as images, the same each time: of [0, 1] (``unit``) or of mean 0 and standard deviation 1.
 
     Args:
         shapes: numbers of images, heights and widths.

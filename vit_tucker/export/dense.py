@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import timm
-import torch
 from timm.models import parse_model_name
 from torch import nn
 
@@ -17,9 +16,9 @@ from vit_tucker.checkpoint.save import save
 from vit_tucker.errors import ExportError, PatchError
 from vit_tucker.export.capture import served
 from vit_tucker.export.check import Batches, Check, ExportOptions, Written
-from vit_tucker.export.compare import TOLERANCE, ImageFunction
+from vit_tucker.export.compare import TOLERANCE, ImageFunction, without_gradients
 from vit_tucker.patching.merge import Merged, MergedLayer, merge
-from vit_tucker.patching.record import patch_records
+from vit_tucker.patching.record import host_name, patch_records
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class DenseFolder:
 
 
 def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> nn.Module:
-    """The plain timm model that a patched one comes to: its state dict is timm's own and needs no vit_tucker.
+    """Returns the plain timm model that a patched one comes to: its state dict is timm's own and needs no vit_tucker.
 
     Exact for MHA, GQA and MLA, and for Tucker Attention whose matrices have rank head_dim at most, which ranks r2 <= head_dim or
     r3 <= head_dim grant; with RoPE for MHA and GQA, and for MLA where norms keep its heads apart. The attention is dense again,
@@ -49,8 +48,8 @@ def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate:
     Args:
         model: patched, or plain: then a copy.
         host: the timm model before it was patched, weights of any values, on the CPU; None for the modules that ``patch`` kept,
-            or a model made anew from what the patched one tells of itself. Not changed.
-        approximate: cut what does not fit to the nearest that does (truncated SVD of each head); ``merge_dense`` tells how much
+            or a model made anew by the name and arguments of the patched one. Not changed.
+        approximate: cut what does not fit to the nearest that does (truncated SVD of each head); ``merge_dense`` returns how much
             is lost.
 
     Returns:
@@ -63,12 +62,11 @@ def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate:
 
 
 def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> Merged:
-    """``dense_model`` with an account of each layer.
+    """Makes the model of ``dense_model``, with an account of each layer.
 
     Args:
         model: patched or plain; it is not touched.
-        host: see ``dense_model``.
-        approximate: see ``dense_model``.
+        host, approximate: see ``dense_model``.
 
     Returns:
         The dense model, and for each layer whether it is exact or what is lost.
@@ -77,23 +75,14 @@ def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate:
         PatchError: see ``dense_model``.
     """
     if host is None and any(record.originals is None for record in patch_records(model).values()):
-        host = recreate_host(model)
+        architecture = host_name(model)
+        if architecture is None:
+            raise PatchError(
+                "the modules that were replaced were not kept, and the model does not tell which timm model it was: give that "
+                "as host"
+            )
+        host = timm.create_model(architecture, **creation_arguments(model, architecture))
     return merge(model, host, approximate=approximate)
-
-
-def recreate_host(model: nn.Module) -> nn.Module:
-    """The timm model that a patched one was, newly made.
-
-    Raises:
-        PatchError: the model does not tell which it was.
-    """
-    record = next(iter(patch_records(model).values()), None)
-    architecture = None if record is None else record.identity.architecture
-    if architecture is None:
-        raise PatchError(
-            "the modules that were replaced were not kept, and the model does not tell which timm model it was: give that as host"
-        )
-    return timm.create_model(architecture, **creation_arguments(model, architecture))
 
 
 def export_dense(
@@ -104,7 +93,7 @@ def export_dense(
     batches: Batches | None = None,
     tolerance: float = TOLERANCE,
 ) -> DenseFolder:
-    """Write a model as a folder in timm's hub layout with plain attention, loaded by timm alone::
+    """Writes a model as a folder in timm's hub layout with plain attention, loaded by timm alone::
 
         timm.create_model("local-dir:FOLDER", pretrained=True)
 
@@ -141,17 +130,11 @@ def export_dense(
 
 
 def folder_runner(folder: Path) -> ImageFunction:
-    """The model of a folder, loaded as a user of timm does; by ``vit_tucker.load`` where timm reads no folders yet."""
+    """Returns the model of a folder, loaded as a user of timm does; by ``vit_tucker.load`` where timm reads no folders yet."""
     try:
         parse_model_name(f"local-dir:{folder}")
     except AssertionError:
         model = load(folder)
     else:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            y: torch.Tensor = model(images)
-        return y
-
-    return run
+    return without_gradients(model)

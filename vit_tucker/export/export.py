@@ -44,7 +44,7 @@ def export_model(
     reference: nn.Module | None = None,
     strict: bool = True,
 ) -> Exported:
-    """Write a model, patched or plain, as a file for other runtimes; float32 or int8, any number of images.
+    """Writes a model, patched or plain, as a file for other runtimes; float32 or int8, any number of images.
 
     The input is ``image`` (batch, channels, height, width), float32; the output ``logits`` (batch, classes).
 
@@ -54,7 +54,7 @@ def export_model(
         options: ONNX of the model's own image size if None.
         batches: real images to compare on besides noise, normalised, with labels for the accuracy.
         reference: what the file must compute; ``model`` itself if None.
-        strict: the float32 file must agree with it; else errors are only told.
+        strict: the float32 file must agree with it; else errors are only reported.
 
     Returns:
         What was written and how it compares.
@@ -91,7 +91,7 @@ def export_model(
 
 
 def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOptions) -> ImageFunction:
-    """Write the file, and give what runs it."""
+    """Writes the float32 file, and returns what runs it."""
     if options.format == "onnx":
         from vit_tucker.export.onnx_file import onnx_runner, write_onnx
 
@@ -104,7 +104,7 @@ def _write(program: Any, file: Path, metadata: dict[str, str], options: ExportOp
 
 
 def _quantise(file: Path, out: Path, reduce_range: bool | None) -> tuple[int, int, ImageFunction]:
-    """Write the int8 file; how many products it has in int8, the bits of their weights, and what runs it."""
+    """Writes the int8 file; returns how many products it has in int8, the bits of their weights, and what runs it."""
     from vit_tucker.export.int8 import products_saturate, quantise
     from vit_tucker.export.onnx_file import onnx_runner
 
@@ -114,5 +114,5 @@ def _quantise(file: Path, out: Path, reduce_range: bool | None) -> tuple[int, in
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files directly in a folder."""
+    """Returns the bytes of all files directly in a folder."""
     return sum(part.stat().st_size for part in folder.iterdir() if part.is_file())

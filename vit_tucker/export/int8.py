@@ -6,7 +6,7 @@ channel, so that one large channel does not take the others' digits; onnxruntime
 convolutions are left out. ``benchmarks/int8.py`` compares the ways to quantise, benchmarks/results/int8 has what it found.
 Weights of 7 bits (``reduce_range``) are for x86 CPUs without VNNI. These add two products of an 8-bit activation (0 to 255) and a
 weight in 16 bits, where 2 * 255 * 127 saturates and 2 * 255 * 64 does not; with VNNI, on ARM and in onnxruntime's plain code the
-sums are exact. ``products_saturate`` tells which of these runs here, by the product itself: flags of the CPU have other names on
+sums are exact. ``products_saturate`` finds which of these runs here, by the product itself: flags of the CPU have other names on
 every system, and say nothing of the kernels that onnxruntime was built with.
 Source: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
@@ -65,7 +65,7 @@ def quantise(
     per_channel: bool = True,
     operators: Sequence[str] = QUANTISED,
 ) -> int:
-    """Write the int8 file of an ONNX file. Metadata is kept.
+    """Writes the int8 file of an ONNX file, with its metadata.
 
     Args:
         file: float32, with its weights inside.
@@ -99,8 +99,8 @@ def quantise(
     finally:
         folded.unlink(missing_ok=True)
     proto, source = onnx.load(str(out)), onnx.load(str(file), load_external_data=False)
-    told = {p.key: p.value for p in source.metadata_props}
-    told |= {"quantisation": "int8 dynamic", "weight_bits": "7" if reduce_range else "8"}
-    onnx.helper.set_model_props(proto, told)
+    metadata = {entry.key: entry.value for entry in source.metadata_props}
+    metadata |= {"quantisation": "int8 dynamic", "weight_bits": "7" if reduce_range else "8"}
+    onnx.helper.set_model_props(proto, metadata)
     out.write_bytes(proto.SerializeToString())
     return sum(node.op_type == "MatMulInteger" for node in proto.graph.node)

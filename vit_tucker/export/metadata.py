@@ -12,14 +12,14 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.checkpoint.describe import image_options
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.patching.record import patch_record
+from vit_tucker.patching.record import host_name, patch_record
 
 FROM_CFG = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "label_names", "license")
 """Entries of timm's pretrained_cfg that are handed on, under timm's names, where the model has them."""
 
 
 def file_metadata(model: nn.Module, normalised_inside: bool, version: str) -> dict[str, str]:
-    """Metadata of a model's export; values that are no strings as JSON.
+    """Returns the metadata of a model's export; values that are no strings as JSON.
 
     Args:
         model: as it was loaded, patched or plain.
@@ -27,7 +27,10 @@ def file_metadata(model: nn.Module, normalised_inside: bool, version: str) -> di
         version: of vit_tucker.
     """
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    values: dict[str, Any] = {"producer": f"vit_tucker {version}", "architecture": architecture(model)}
+    values: dict[str, Any] = {
+        "producer": f"vit_tucker {version}",
+        "architecture": host_name(model) or type(model).__name__,
+    }
     values |= {"input_size": input_shape(model), "num_classes": getattr(model, "num_classes", None)}
     values |= {name: cfg.get(name) for name in FROM_CFG}
     values["image"] = "NCHW, float32, RGB" if input_shape(model)[0] == 3 else "NCHW, float32"
@@ -41,15 +44,8 @@ def file_metadata(model: nn.Module, normalised_inside: bool, version: str) -> di
     }
 
 
-def architecture(model: nn.Module) -> str:
-    """timm's name of the model, of its host if it is patched; else the name of its class."""
-    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}
-    arguments: Mapping[str, Any] = getattr(model, "_model_args", None) or {}
-    return arguments.get("host") or cfg.get("architecture") or type(model).__name__
-
-
 def attention(model: nn.Module) -> dict[str, Any]:
-    """Method and options of a patched model, and which layers have them; the method alone where there is no record."""
+    """Returns method and options of a patched model, and which layers have them; the method alone where there is no record."""
     layers = {name: type(m).__name__ for name, m in find_attention(model).items() if isinstance(m, AttentionModule)}
     if not layers:
         return {"method": "dense"}

@@ -25,7 +25,7 @@ NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_packages() -> None:
-    """Raise ExportError where a package that ONNX needs is missing."""
+    """Raises ExportError where a package that ONNX needs is missing."""
     from importlib.util import find_spec
 
     missing = [name for name in NEEDS if find_spec(name) is None]
@@ -36,7 +36,7 @@ def require_packages() -> None:
 def write_onnx(
     program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str], opset: int | None = None
 ) -> None:
-    """Translate a recorded program and write it, with all weights inside up to 2 GB.
+    """Translates a recorded program and writes it, with all weights inside up to 2 GB.
 
     Args:
         program: see ``capture``.
@@ -61,7 +61,7 @@ def write_onnx(
         raise ExportError(f"torch.onnx can't translate this model: {first_line(error)}") from None
     proto = onnx.load(str(file), load_external_data=False)
     written = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset not in (None, written):  # the exporter takes the nearest that it can, and says nothing
+    if opset not in (None, written):  # the exporter takes the nearest that it can, without a word
         raise ExportError(
             f"torch.onnx of torch {torch.__version__} writes no opset {opset} for this model, but {written}"
         )
@@ -72,18 +72,18 @@ def write_onnx(
 
 
 def weight_bytes(program: torch.export.ExportedProgram) -> int:
-    """Bytes of all parameters, buffers and constants."""
+    """Returns the bytes of all parameters, buffers and constants."""
     tensors = (*program.state_dict.values(), *(c for c in program.constants.values() if isinstance(c, Tensor)))
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def external_file(file: Path) -> Path:
-    """Where the weights of a model beyond 2 GB lie."""
+    """Returns where the weights of a model beyond 2 GB lie."""
     return file.with_name(file.name + ".data")
 
 
 def trim(proto: Any) -> None:
-    """Remove what the exporter notes for its own debugging: stack traces with paths of this machine, symbols, inner shapes."""
+    """Removes what the exporter notes for its own debugging: stack traces with paths of this machine, symbols, inner shapes."""
     graph = proto.graph
     for part in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         part.ClearField("metadata_props")
@@ -92,26 +92,20 @@ def trim(proto: Any) -> None:
 
 
 def name_dimensions(proto: Any) -> None:
-    """Call the open dimensions what they are: batch, height, width."""
+    """Names the open dimensions batch, height and width."""
     names: dict[str, str] = {}
     shape = proto.graph.input[0].type.tensor_type.shape
     for dimension, name in zip(shape.dim, ("batch", "channels", "height", "width"), strict=True):
         if dimension.HasField("dim_param"):
             names[dimension.dim_param] = name
             dimension.dim_param = name
-    for output in proto.graph.output:
-        for dimension in output.type.tensor_type.shape.dim:
-            if dimension.HasField("dim_param"):
-                dimension.dim_param = names.get(dimension.dim_param, dimension.dim_param)
+    for dimension in (dimension for output in proto.graph.output for dimension in output.type.tensor_type.shape.dim):
+        if dimension.HasField("dim_param"):
+            dimension.dim_param = names.get(dimension.dim_param, dimension.dim_param)
 
 
 def onnx_runner(file: Path, threads: int | None = None) -> ImageFunction:
-    """The file in onnxruntime on the CPU.
-
-    Args:
-        file: an ONNX file of ours.
-        threads: of the session; torch's number if None.
-    """
+    """Returns an ONNX file of ours as a function of images, in onnxruntime on the CPU; see ``onnx_session``."""
     session = onnx_session(file, threads)
 
     def run(image: Tensor) -> Tensor:
@@ -122,7 +116,11 @@ def onnx_runner(file: Path, threads: int | None = None) -> ImageFunction:
 
 
 def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
-    """A session of onnxruntime's CPU provider, of a file or of what is in one.
+    """Makes a session of onnxruntime's CPU provider, of a file or of what is in one.
+
+    Args:
+        model: a file, or its content.
+        threads: of the session; torch's number if None.
 
     Raises:
         ExportError: onnxruntime can't load the file.
@@ -144,15 +142,12 @@ def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own work."""
-    loggers = [logging.getLogger(name) for name in ("", "torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Context without the exporter's remarks on its own work."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

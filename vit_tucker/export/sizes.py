@@ -13,7 +13,7 @@ from vit_tucker.hosts.structure import structure_copy
 
 
 def size_step(model: nn.Module) -> tuple[int, int]:
-    """Height and width come in multiples of these: the patch size, or the reduction of the last stage."""
+    """Returns what height and width are multiples of: the patch size, or the reduction of the last stage."""
     size: Any = getattr(getattr(model, "patch_embed", None), "patch_size", None)
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
@@ -26,8 +26,9 @@ def size_step(model: nn.Module) -> tuple[int, int]:
 
 
 def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
-    """A size that is not the model's own, nor square: what is recorded with it holds for all, also where timm asks first whether
-    there is anything to resample.
+    """Returns a size that is not the model's own, nor square.
+
+    What is recorded with it holds for all, also where timm asks first whether there is anything to resample.
 
     Args:
         model: of timm.
@@ -42,11 +43,12 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
         with torch.no_grad():
             structure_copy(model).eval()(torch.empty(1, channels, *other, device="meta"))
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        hint = (
-            "; make the model with dynamic_img_size=True" if getattr(model, "dynamic_img_size", None) is False else ""
-        )
-        raise ExportError(f"this {type(model).__name__} takes images of {height}x{width} only ({said}){hint}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        fixed = getattr(model, "dynamic_img_size", None) is False
+        hint = "; make the model with dynamic_img_size=True" if fixed else ""
+        raise ExportError(
+            f"this {type(model).__name__} takes images of {height}x{width} only ({reason}){hint}"
+        ) from None
     windows = [name for name, module in model.named_modules() if getattr(module, "window_size", None)]
     if windows:  # torch tries for minutes
         raise ExportError(
@@ -56,8 +58,7 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
 
 
 def sizes_to_compare(model: nn.Module, dynamic_img_size: bool) -> list[tuple[int, int, int]]:
-    """Numbers of images, heights and widths to compare an export with: other numbers than the one it was recorded with, and other
-    sizes if it takes them."""
+    """Returns numbers of images, heights and widths to compare an export with: not the recorded ones alone."""
     _, height, width = input_shape(model)
     if not dynamic_img_size:
         return [(1, height, width), (3, height, width), (5, height, width)]

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from vit_tucker.export.compare import ImageFunction
+from vit_tucker.export.compare import ImageFunction, without_gradients
 
 METADATA = "metadata.json"
 """Name of the extra file in the archive."""
 
 
 def write_torch_export(program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str]) -> None:
-    """Save a recorded program; its metadata is the extra file ``metadata.json``. Stack traces, with paths of this machine, are
-    left out."""
+    """Writes a recorded program without stack traces, which have paths of this machine; its metadata is an extra file."""
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)
@@ -25,12 +23,5 @@ def write_torch_export(program: torch.export.ExportedProgram, file: Path, metada
 
 
 def torch_export_runner(file: Path) -> ImageFunction:
-    """The file, loaded anew, on the CPU."""
-    module = torch.export.load(file).module()
-
-    def run(image: Tensor) -> Tensor:
-        with torch.no_grad():
-            logits: Tensor = module(image)
-        return logits
-
-    return run
+    """Returns the program of a file, loaded anew, on the CPU."""
+    return without_gradients(torch.export.load(file).module())

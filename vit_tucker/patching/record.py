@@ -57,6 +57,13 @@ def patch_records(model: nn.Module) -> dict[str, PatchRecord]:
     return records
 
 
+def host_name(model: nn.Module) -> str | None:
+    """Returns timm's name of a model, of its host if it is patched; None where it does not tell."""
+    record = next(iter(patch_records(model).values()), None)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return cfg.get("architecture") if record is None else record.identity.architecture
+
+
 def set_records(model: nn.Module, records: dict[str, PatchRecord]) -> None:
     """Sets the records of a model; without any it is as if it had never been patched."""
     if records:

@@ -27,13 +27,13 @@ NEEDED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders of resumable checkpoints, oldest first; torn ones too, see ``damage``."""
+    """Returns the folders of resumable checkpoints, oldest first; torn ones too, see ``damage``."""
     found = [p for p in folder.glob("step-*") if _FOLDER.fullmatch(p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name.partition("-")[2]))
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None if all are as they were written, and no weights are there besides."""
+    """Returns what is wrong with the files of a checkpoint; None if they, and no other weights, are as they were written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, written in manifest.items():
@@ -48,7 +48,7 @@ def damage(checkpoint: Path) -> str | None:
             return "files are missing"
         if strange := sorted(f.name for f in checkpoint.glob("*.safetensors") if f.name not in manifest):
             return f"{strange[0]} was not written with the others"
-        return weights_told_otherwise(checkpoint, manifest)
+        return contradiction(checkpoint, manifest)
     except OSError as error:
         return f"{Path(error.filename or MANIFEST).name} can't be read: {error.strerror}"
     except CheckpointError as error:
@@ -57,12 +57,8 @@ def damage(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is no manifest"
 
 
-def weights_told_otherwise(checkpoint: Path, manifest: Mapping[str, Any]) -> str | None:
-    """Which weights config.json and the manifest tell apart; None if they agree, or config.json says nothing.
-
-    Raises:
-        CheckpointError: config.json can't be read.
-    """
+def contradiction(checkpoint: Path, manifest: Mapping[str, Any]) -> str | None:
+    """Returns where config.json and the manifest have other digests of the weights; None if it has none, or the same."""
     if not (checkpoint / CONFIG).is_file():
         return None
     stored = read_stored(read_object(checkpoint / CONFIG), CONFIG)
@@ -75,7 +71,7 @@ def weights_told_otherwise(checkpoint: Path, manifest: Mapping[str, Any]) -> str
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and a line for each damaged one that is newer.
+    """Returns the newest checkpoint that is whole, and a line for each damaged one that is newer.
 
     Returns:
         None and no lines if there are no checkpoints at all.
@@ -93,11 +89,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """``newest_intact`` of a folder that is only read: nothing is restored or refused.
-
-    Returns:
-        None and all lines if none is whole.
-    """
+    """Returns what ``newest_intact`` does, of a folder that is only read: None and all lines if no checkpoint is whole."""
     damaged: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         reason = damage(checkpoint)
@@ -108,11 +100,12 @@ def intact_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
+    """Returns what the manifest has of a file: its size and SHA-256."""
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def remove_folder(folder: Path) -> None:
-    """Renamed first, so that a kill leaves no half of it under its name."""
+    """Removes a folder; it is renamed first, so that a kill leaves no half of it under its name."""
     hidden = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
@@ -120,20 +113,21 @@ def remove_folder(folder: Path) -> None:
 
 
 def undo_torn_replacement(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
+    """Undoes a replacement that was killed between its two renames."""
     for old in folder.glob(".step-*.old"):
         if not (final := folder / old.name[1 : -len(".old")]).exists():
             os.replace(old, final)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what kills have left behind."""
+    """Removes what kills have left behind."""
     undo_torn_replacement(folder)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def point_link(link: Path, target: str) -> None:
+    """Makes a symbolic link to a folder, or replaces the one that is there, as a whole."""
     beside = link.with_name(f".{link.name}.tmp")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target, target_is_directory=True)

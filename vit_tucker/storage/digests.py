@@ -14,12 +14,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 from vit_tucker.storage.json_files import Strict, checked, read_object
 from vit_tucker.storage.weights import replace_text, save_weights
 
 CONFIG = "config.json"
-"""What says of which model the weights are, in timm's layout."""
+"""Describes the model of the weights, in timm's layout."""
 SECTION, ENTRY = "vit_tucker", "stored"
 SKIP = f"verify=False loads it anyway, and so does taking {SECTION}.{ENTRY} out of {CONFIG}"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -40,7 +40,7 @@ class StoredFile(Strict):
 
 
 class Stored(Strict):
-    """All that config.json says of how it and its weights were saved; see the module."""
+    """Digests of a saved config.json and its weights; see the module."""
 
     config: Digest
     files: Annotated[dict[str, StoredFile], Field(min_length=1)]
@@ -64,8 +64,8 @@ def digest_of(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def tensors_of(file: Path) -> dict[str, str]:
-    """Returns dtype and shape of each tensor of a safetensors file, from its header: "F32 [2, 8]".
+def headers_of(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Returns dtype and shape of each tensor of a safetensors file, from its header.
 
     Raises:
         CheckpointError: it can't be read.
@@ -73,23 +73,23 @@ def tensors_of(file: Path) -> dict[str, str]:
     try:
         with safe_open(str(file), framework="np") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-            return {name: f"{part.get_dtype()} {part.get_shape()}" for name, part in parts.items()}
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: can't be read: {one_line(error, 200)}") from None
+        raise CheckpointError(f"{file}: can't be read: {reason_of(error)}") from None
+
+
+def tensors_of(file: Path) -> dict[str, str]:
+    """Returns dtype and shape of each tensor of a safetensors file as config.json has them: "F32 [2, 8]"."""
+    return {name: f"{dtype} {shape}" for name, (dtype, shape) in headers_of(file).items()}
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Returns what config.json is to say of a weights file.
-
-    Args:
-        file: safetensors.
-        sha256: if it is known.
-    """
+    """Returns what config.json has to hold of a safetensors file, whose SHA-256 may be known."""
     return {"sha256": sha256 or sha256_of(file), "tensors": tensors_of(file)}
 
 
 def with_stored(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns a config.json that says how it and its weights were saved.
+    """Returns a config.json with the digests of itself and of its weights.
 
     Args:
         config: JSON values.
@@ -100,10 +100,10 @@ def with_stored(config: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]
 
 
 def read_stored(config: Mapping[str, Any], where: str) -> Stored | None:
-    """Returns how a config.json says that it was saved; None if it does not, being older or timm's own.
+    """Returns the digests in a config.json; None if it has none, being older or timm's own.
 
     Raises:
-        CheckpointError: it says it in another form.
+        CheckpointError: they have another form.
     """
     section = config.get(SECTION)
     if not isinstance(section, Mapping) or ENTRY not in section:
@@ -114,7 +114,7 @@ def read_stored(config: Mapping[str, Any], where: str) -> Stored | None:
 def save_model(
     folder: Path, name: str, state: Mapping[str, Tensor], metadata: dict[str, str], config: Mapping[str, Any]
 ) -> None:
-    """Write weights and the config.json beside them, each replaced as a whole.
+    """Writes weights and the config.json beside them, each replaced as a whole.
 
     A kill at any time leaves a folder that is refused when it is loaded, or one that loads: where both are of one model, as a
     run's best weights are, config.json accepts the weights before these until they are replaced.
@@ -131,12 +131,12 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     values: dict[str, Any] = {}
 
-    def announce(beside: Path) -> None:
+    def describe_new(beside: Path) -> None:
         values.update(stored_file(beside))
         before = replaced(folder, name, config)
         write_config(folder, with_stored(config, {name: {**values, **({"replaces": before} if before else {})}}))
 
-    save_weights(folder / name, state, metadata, announce)
+    save_weights(folder / name, state, metadata, describe_new)
     write_config(folder, with_stored(config, {name: values}))
 
 
@@ -152,12 +152,12 @@ def replaced(folder: Path, name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write config.json, replaced as a whole."""
+    """Writes config.json, replaced as a whole."""
     replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = True) -> bool:
-    """Find out whether config.json and its weights are those that were saved.
+    """Finds out whether config.json and its weights are those that were saved.
 
     Args:
         config: the values of config.json, as they were read.
@@ -166,7 +166,7 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
         siblings: the other weights files of the folder must be there as well.
 
     Returns:
-        False if config.json does not say what was saved.
+        False if config.json has no digests.
 
     Raises:
         CheckpointError: one of them is something else.
@@ -177,7 +177,8 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
     if (found := digest_of(config)) != stored.config:
         raise CheckpointError(f"{where}: {CONFIG} is not what was saved: {_differ(stored.config, found)}; {SKIP}")
     if file.name not in stored.files:
-        raise CheckpointError(f"{where}: {file.name} was not saved with {CONFIG}, which names {_list(stored)}; {SKIP}")
+        names = ", ".join(stored.files)
+        raise CheckpointError(f"{where}: {file.name} was not saved with {CONFIG}, which names {names}; {SKIP}")
     missing = [name for name in stored.files if siblings and not (file.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{where}: {missing[0]} is missing: it was saved beside {file.name}; {SKIP}")
@@ -186,7 +187,7 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
 
 
 def verify_file(file: Path, stored: StoredFile, where: str) -> None:
-    """Raise CheckpointError if a weights file is not the one that was saved; says which tensor differs in its header."""
+    """Raises CheckpointError if a weights file is not the one that was saved; names a tensor that differs in its header."""
     try:
         found = sha256_of(file)
     except OSError as error:
@@ -201,20 +202,15 @@ def verify_file(file: Path, stored: StoredFile, where: str) -> None:
     names = [name for name in {**stored.tensors, **tensors} if tensors.get(name) != stored.tensors.get(name)]
     detail = ""
     if names:
-        more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
         saved, now = (of.get(names[0], "not there") for of in (stored.tensors, tensors))
-        detail = f"; {names[0]!r} was {saved} and is {now}{more}"
+        detail = f"; {names[0]!r} was {saved} and is {now}{and_more(names)}"
     raise CheckpointError(
         f"{where}: {file.name} is not what was saved: {_differ(stored.sha256, found)}{detail}; {SKIP}"
     )
 
 
 def verify_beside(file: Path, siblings: bool = True) -> bool:
-    """Find out whether a weights file is the one that the config.json beside it tells of; see ``verify``.
-
-    Returns:
-        False if there is none, or it says nothing of it.
-    """
+    """Like ``verify``, of a weights file and the config.json beside it; False if there is none, or it has no digests."""
     if not (file.parent / CONFIG).is_file():
         return False
     try:
@@ -228,7 +224,3 @@ def verify_beside(file: Path, siblings: bool = True) -> bool:
 
 def _differ(saved: str, found: str) -> str:
     return f"SHA-256 differs (saved {saved[:12]}..., found {found[:12]}...)"
-
-
-def _list(stored: Stored) -> str:
-    return ", ".join(stored.files)

@@ -7,7 +7,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vit_tucker.errors import CheckpointError, VitTuckerError, one_line
+from vit_tucker.errors import CheckpointError, VitTuckerError, reason_of
 from vit_tucker.validation.mistakes import describe_mistake
 
 MAX_BYTES = 1 << 26
@@ -81,7 +81,7 @@ def parse_object(
     except RecursionError:
         raise error(f"{where}: can't be read as JSON: it is nested too deep") from None
     except ValueError as fault:
-        raise error(f"{where}: can't be read as JSON: {one_line(fault, 200)}") from None
+        raise error(f"{where}: can't be read as JSON: {reason_of(fault)}") from None
     if not isinstance(values, dict):
         raise error(f"{where}: holds a {kind_of(values)} and no object")
     return values
@@ -116,7 +116,7 @@ def checked(kind: type[M], values: Any, where: str, error: type[VitTuckerError] 
         error: what to raise.
 
     Raises:
-        VitTuckerError: says which entry, what was found and what is allowed; the nearest name for an unknown one.
+        VitTuckerError: names the entry, what was found and what is allowed; the nearest name for an unknown one.
     """
     try:
         return kind.model_validate(values)

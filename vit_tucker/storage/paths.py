@@ -46,7 +46,7 @@ def checked_name(text: str) -> str:
 
 
 def refuse_unwritable(option: str, path: Path, folder: bool = False) -> None:
-    """Refuse a place where nothing can be written; nothing is created.
+    """Refuses a place where nothing can be written; nothing is created.
 
     Args:
         option: what named the place, for the message.

@@ -38,45 +38,42 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        """The resolved config."""
+        """Returns the file of the resolved config."""
         return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
+        """Returns the folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def best(self) -> Path:
-        """Weights with the best top-1."""
+        """Returns the file of the weights with the best top-1."""
         return self.checkpoints / "best" / "model.safetensors"
 
     @property
     def teacher(self) -> Path:
-        """Weights of the teacher of a run that distils: what it started from need not stay."""
+        """Returns the file of the teacher's weights of a run that distils: what it started from need not stay."""
         return self.path / "teacher" / "model.safetensors"
 
     @property
     def results(self) -> Path:
-        """Everything that tables are made of; written when the run is done."""
+        """Returns the file of all that tables are made of; it is written when the run is done."""
         return self.path / "results.json"
 
     @property
     def data_config(self) -> Path:
-        """timm's data config of the run: input size, normalisation, interpolation, crop.
-
-        The weights that the run started from may have said it, and need not stay.
-        """
+        """Returns the file of timm's data config of the run, since the weights that it started from need not stay."""
         return self.path / "data_config.json"
 
     @property
     def begun(self) -> bool:
-        """Whether a run has got as far as its first weights here; a start that failed before leaves nothing that counts."""
+        """Returns whether a run has got as far as its first weights here; what an earlier failure leaves does not count."""
         return self.results.is_file() or self.best.is_file() or bool(list_checkpoints(self.checkpoints))
 
     @property
     def path_if_begun(self) -> Path | None:
-        """The folder if a run has begun in it: only then do its files count."""
+        """Returns the folder if a run has begun in it: only then do its files count."""
         return self.path if self.begun else None
 
     def start(
@@ -86,7 +83,7 @@ class RunDir:
         data_config: dict[str, Any],
         classes: Sequence[str] | None = None,
     ) -> None:
-        """Write config.yaml, data_config.json, patch.json and classes.json, and send the package's log lines to train.log too.
+        """Writes config.yaml, data_config.json, patch.json and classes.json, and sends the package's log lines to train.log too.
 
         Raises:
             OSError: they can't be written. A log that can't be is a warning.
@@ -111,7 +108,7 @@ class RunDir:
         LOGGER.addHandler(handler)
 
     def read_patch(self) -> dict[str, Any] | None:
-        """The patch report of the run's start; None for a dense run.
+        """Returns the patch report of the run's start; None for a dense run.
 
         Raises:
             CheckpointError: something else is there.
@@ -141,7 +138,7 @@ class RunDir:
         return None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
-        """Write summary.csv anew from all rows, so that a resumed run has none twice; if it can't be, that is a warning."""
+        """Writes summary.csv anew from all rows, so that a resumed run has none twice; if it can't be, that is a warning."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -153,14 +150,14 @@ class RunDir:
             warn_of_loss("summary.csv", error)
 
     def log_failure(self, text: str) -> None:
-        """Add lines to train.log from any process, if the run had begun and if it can be written."""
+        """Adds lines to train.log from any process, if the run had begun and if it can be written."""
         if self.config.is_file():
             stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
             with contextlib.suppress(OSError), (self.path / "train.log").open("a") as log:
                 log.write(f"{stamp} {text}\n")
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Write results.json."""
+        """Writes results.json."""
         replace_text(self.results, json.dumps(results, indent=2) + "\n")
 
 
@@ -168,7 +165,7 @@ class LogFile(logging.FileHandler):
     """A log whose lines may get lost, on a full disk for example, at the price of one warning."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Warn of the first line that can't be written; what is no fault of the system is shown as ever."""
+        """Warns of the first line that can't be written; what is no fault of the system is shown as ever."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             warn_of_loss(Path(self.baseFilename).name, error)
@@ -176,7 +173,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        """Close the file; what it still holds may be lost too."""
+        """Closes the file; what it still holds may be lost too."""
         with contextlib.suppress(OSError):
             super().close()
 
@@ -185,7 +182,7 @@ class Console(logging.StreamHandler):
     """Standard output, which may be a file on a full disk."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Pass over a line that can't be written; what is no fault of the system is shown as ever."""
+        """Passes over a line that can't be written; what is no fault of the system is shown as ever."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
@@ -194,7 +191,7 @@ _lost: set[str] = set()
 
 
 def warn_of_loss(what: str, error: OSError) -> None:
-    """Say once that something which only shows the run can't be written; the run goes on."""
+    """Logs once that something which only shows the run can't be written; the run goes on."""
     if what not in _lost:
         _lost.add(what)
         LOGGER.warning(f"{what} can't be written, the run goes on: {error.strerror or error}")
@@ -223,7 +220,7 @@ def log_lines(main_process: bool) -> Iterator[None]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the source commit ('-dirty' with uncommitted changes; None outside a repository)."""
+    """Returns versions and the source commit ('-dirty' with uncommitted changes; None outside a repository)."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -234,12 +231,12 @@ def environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    folder = Path(__file__).resolve().parents[2]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head, changed = (
+            subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head

@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file each, replaced as a whole, its header says of which model. Nothing is unpickled."""
+"""Weights on disk: one safetensors file each, replaced as a whole, with the model in its header. Nothing is unpickled."""
 
 import os
 import re
@@ -10,48 +10,51 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from vit_tucker.errors import CheckpointError, one_line
+from vit_tucker.errors import CheckpointError, reason_of
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_forward_module.")
+"""Parts of names that torch.compile, activation checkpointing, FSDP and DeepSpeed add anywhere."""
+
+
+def without_wrappers(name: str) -> str:
+    """Returns a tensor's name without what torch's wrappers have added to it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 has spread over processes (all of them must call this); any other as it is."""
+    """Returns the whole of a tensor that FSDP2 has spread over processes (all of them must call this); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread a model's parameters over processes."""
+    """Returns whether FSDP2 has spread a model's parameters over processes."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """State dict of an unwrapped model: whole tensors, keys without the prefixes of torch.compile and checkpoint wrappers.
+    """Returns the state dict of an unwrapped model: whole tensors, names without those of wrappers.
 
     All processes must call this if the model is sharded.
     """
-    state = {}
-    for key, value in model.state_dict().items():
-        for wrapper in _WRAPPERS:
-            key = key.replace(wrapper, "")
-        state[key] = whole(value.detach())
-    return state
+    return {without_wrappers(key): whole(value.detach()) for key, value in model.state_dict().items()}
 
 
 def save_weights(
     file: Path,
     state: Mapping[str, Tensor],
     metadata: dict[str, str],
-    announce: Callable[[Path], None] | None = None,
+    before_rename: Callable[[Path], None] | None = None,
 ) -> None:
-    """A state dict as one safetensors file, replaced as a whole and on the disk when this returns.
+    """Writes a state dict as one safetensors file, replaced as a whole and on the disk when this returns.
 
     Args:
         file: where to.
         state: see ``full_state``.
         metadata: strings for the file's header; ``attention`` names the method of a patched model, ``attention_config`` holds
             its options.
-        announce: called with the new file, complete and on the disk, right before it gets its name.
+        before_rename: called with the new file, complete and on the disk, right before it gets its name.
 
     Raises:
         OSError: it can't be written; what was there before still is.
@@ -60,8 +63,8 @@ def save_weights(
     beside = file.with_name(f".{file.name}.tmp")
     try:
         write_tensors(beside, state, {"format": "pt", **metadata})
-        if announce is not None:
-            announce(beside)
+        if before_rename is not None:
+            before_rename(beside)
         os.replace(beside, file)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -70,7 +73,7 @@ def save_weights(
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Tensors as safetensors, on the disk when this returns; a tensor may share memory with another.
+    """Writes tensors as safetensors, on the disk when this returns; a tensor may share memory with another.
 
     Raises:
         OSError: it can't be written.
@@ -86,7 +89,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a text file, replaced as a whole and on the disk when this returns."""
+    """Writes a text file, replaced as a whole and on the disk when this returns."""
     beside = file.with_name(f".{file.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     sync(beside)
@@ -94,7 +97,7 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's contents, or a folder's entries, on the disk."""
+    """Waits until a file's contents, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,7 +106,7 @@ def sync(path: Path) -> None:
 
 
 def load_weights(file: Path, model: nn.Module) -> None:
-    """Load what ``save_weights`` wrote; every key must match.
+    """Loads what ``save_weights`` wrote; every key must match.
 
     Raises:
         CheckpointError: unreadable, or of another model.
@@ -115,12 +118,11 @@ def load_weights(file: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = one_line(error, 300)
-        raise CheckpointError(f"{file}: is of another model: {reason}") from None
+        raise CheckpointError(f"{file}: is of another model: {reason_of(error, 300)}") from None
 
 
 def weights_metadata(file: Path) -> dict[str, str]:
-    """Header strings of a safetensors file; empty for other formats and plain files.
+    """Returns the header strings of a safetensors file; empty for other formats and plain files.
 
     Raises:
         CheckpointError: a .safetensors file that can't be read.

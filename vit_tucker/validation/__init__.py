@@ -1,1 +1,1 @@
-"""What a user wrote, checked; and what is said of a mistake."""
+"""Checks of what a user wrote, and the message for a mistake."""

@@ -24,7 +24,7 @@ class Checked(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     def __init__(self, **values: Any) -> None:
-        """The config, or a ``ConfigError``."""
+        """Makes the config, or raises ``ConfigError``."""
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -41,7 +41,7 @@ class Checked(BaseModel):
 
 
 def refuse_unusable(value: Any) -> None:
-    """Raise ValueError for numbers and text, also within lists and mappings, that no option can have."""
+    """Raises ValueError for numbers and text, also within lists and mappings, that no option can have."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"must be a finite number, not {value}")
     if isinstance(value, int) and abs(value) > MAX_INTEGER:

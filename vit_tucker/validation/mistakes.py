@@ -13,7 +13,7 @@ KeyPath = tuple[str | int, ...]
 
 
 def shown(value: Any) -> str:
-    """What was given, as text that is not too long."""
+    """Returns what was given, as text that is not too long."""
     return shorten(repr(value), 80)
 
 
@@ -26,7 +26,7 @@ def describe_mistake(
         error: of pydantic.
         model: what was validated.
         values: what was given.
-        where: says where the value of a key is from.
+        where: returns where the value of a key is from.
     """
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
@@ -47,19 +47,19 @@ def describe_mistake(
         short = first["loc"] and isinstance(first["loc"][-1], int)  # an entry of a list of fixed length
         return f"{place}: {key}: {'has too few entries' if short else 'missing, and it has no default'}"
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
-    told = kind in ("value_error", "too_short", "too_long")  # by the message itself
-    given = "" if told else f", not {shown(first['input'])}"
+    has_value = kind in ("value_error", "too_short", "too_long")  # the message itself
+    given = "" if has_value else f", not {shown(first['input'])}"
     hint = nearest(str(first["input"]), quoted(context["expected"])) if kind == "literal_error" else ""
     return f"{place}: {key}: {first['msg'].removeprefix('Value error, ')}{given}{hint}{more}"
 
 
 def quoted(text: Any) -> list[str]:
-    """The words that pydantic lists: "'a', 'b' or 'c'" -> [a, b, c]"""
+    """Returns the words that pydantic lists: "'a', 'b' or 'c'" -> [a, b, c]"""
     return re.findall(r"'([^']*)'", str(text))
 
 
 def unknown_key_hint(path: KeyPath, model: type[BaseModel], values: Any) -> str:
-    """'; did you mean X?' for the nearest key beside an unknown one, or the same key of another section; else what is valid."""
+    """Returns '; did you mean X?' for the nearest key beside an unknown one, or the same key elsewhere; else what is valid."""
     name = str(path[-1])
     parent = ".".join(part for part in path[:-1] if isinstance(part, str))  # an entry of a list: any entry's keys
     valid = list(valid_keys(model, values))
@@ -71,12 +71,12 @@ def unknown_key_hint(path: KeyPath, model: type[BaseModel], values: Any) -> str:
 
 
 def leaf(key: str) -> str:
-    """'train.lr' -> 'lr'"""
+    """Returns the last part of a dotted key: 'train.lr' -> 'lr'"""
     return key.rpartition(".")[2]
 
 
 def config_path(loc: Sequence[int | str], values: Any, missing: bool) -> KeyPath:
-    """pydantic's location without the names of union members, which are no keys; the last key may be missing."""
+    """Returns pydantic's location without the names of union members, which are no keys; the last key may be missing."""
     path: list[str | int] = []
     for number, part in enumerate(loc):
         children = dict(enumerate(values)) if isinstance(values, list | tuple) else values
@@ -89,7 +89,7 @@ def config_path(loc: Sequence[int | str], values: Any, missing: bool) -> KeyPath
 
 
 def valid_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a model; of sections with a ``method``, those of the chosen one alone."""
+    """Yields all dotted keys of a model; of sections with a ``method``, those of the chosen one alone."""
     for name, info in model.model_fields.items():
         yield prefix + name
         given = values.get(name) if isinstance(values, Mapping) else None
@@ -98,7 +98,7 @@ def valid_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterato
 
 
 def chosen_models(models: Iterator[type[BaseModel]], given: Any) -> list[type[BaseModel]]:
-    """The models that a value may be of: of several methods, the one that it names."""
+    """Returns the models that a value may be of: of several methods, the one that it names."""
     found = list(models)
     methods = {part.model_fields["method"].default: part for part in found if "method" in part.model_fields}
     if not methods:
@@ -108,7 +108,7 @@ def chosen_models(models: Iterator[type[BaseModel]], given: Any) -> list[type[Ba
 
 
 def models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
-    """The models that the value of a key may be of."""
+    """Returns the models that the value of a key may be of."""
     found = [model]
     for part in path:
         fields = [each.model_fields[part] for each in found if isinstance(part, str) and part in each.model_fields]
@@ -117,7 +117,7 @@ def models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models among the members of an annotation such as ``tuple[int, ...] | tuple[Section, ...] | None``."""
+    """Yields the models among the members of an annotation such as ``tuple[int, ...] | tuple[Section, ...] | None``."""
     if get_origin(annotation) in (Union, UnionType, Annotated, tuple):
         for member in get_args(annotation):
             yield from models_in(member)

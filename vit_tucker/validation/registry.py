@@ -25,7 +25,7 @@ class Registry(Generic[Entry]):
         self.entries: dict[str, Entry] = {}
 
     def add(self, name: str, entry: Entry) -> None:
-        """Make an entry available by its name; the same one again, from a file that was imported anew, replaces itself.
+        """Makes an entry available by its name; the same one again, from a file that was imported anew, replaces itself.
 
         Raises:
             ConfigError: the name is reserved, no identifier where it must be, or taken by another entry.
@@ -40,15 +40,11 @@ class Registry(Generic[Entry]):
         self.entries[name] = entry
 
     def names(self) -> list[str]:
-        """Names of all entries, sorted."""
+        """Returns the names of all entries, sorted."""
         return sorted(self.entries)
 
     def get(self, name: str) -> Entry:
-        """The entry of that name.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """Returns the entry of a name; raises ConfigError if there is none."""
         if name not in self.entries:
             known = ", ".join(self.names()) or "none (a plug-in registers them)"
             raise ConfigError(f"unknown {self.kind} '{name}', known: {known}{nearest(name, self.entries)}")
