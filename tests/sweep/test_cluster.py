@@ -173,7 +173,7 @@ def test_waiting_jobs_are_followed_by_the_next_sweep_and_cancelled_by_ctrl_c(fak
     planned = load_sweep("s.yaml")
     Path("out").mkdir()
     for _ in range(2):  # the second finds the jobs that the first, which was killed, has left
-        started = ClusterExecutor(planned.executor, planned.output_dir).start(planned.jobs)
+        started = ClusterExecutor(planned.config.executor, planned.output_dir).start(planned.jobs)
         assert [run.status for run in started] == [None, None]
         assert [run.queued for run in started] == [True, True]
     assert (fakes / "said-sbatch").read_text() == "submitted\n"

@@ -92,7 +92,7 @@ def sweep(args: argparse.Namespace) -> int:
     texts = ("launch", "partition")
     args.overrides += [f"executor.{key}={json.dumps(value) if key in texts else value}" for key, value in flags.items()]
     planned = load_sweep(args.cfg, args.overrides)
-    where = planned.executor
+    where = planned.config.executor
     if where.kind == "slurm":
         refuse_missing_cluster()
     else:
@@ -115,7 +115,7 @@ def sweep(args: argparse.Namespace) -> int:
     else:
         executor = share_machine(where.jobs or 1, where.launch, visible_gpus())
     with display:
-        status = Runner(jobs, statuses, executor, display, planned.keep_checkpoints).run()
+        status = Runner(jobs, statuses, executor, display, planned.config.keep_checkpoints).run()
     display.close()
     if status == 0:
         print(f"all done; tables and figures: python -m vit_tucker tables {shlex.quote(str(planned.output_dir))}")
