@@ -16,7 +16,7 @@ from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.config.load import load_config
 from vit_tucker.sweep.command import launch_arguments
 from vit_tucker.sweep.plan import load_sweep
-from vit_tucker.sweep.process import log_file, share_machine
+from vit_tucker.sweep.process import share_machine
 from vit_tucker.sweep.status import last_words
 from vit_tucker.training.lock import RunLock
 
@@ -131,8 +131,8 @@ def test_a_stopped_sweep_goes_on_with_the_same_command():
 
 def test_a_run_of_another_sweep_is_left_to_it():
     (job, *_) = load_sweep("s.yaml", ["seeds=[0]"]).jobs
-    log_file(job).parent.mkdir(parents=True)
-    with log_file(job).open("ab") as held:
+    job.log.parent.mkdir(parents=True)
+    with job.log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         status, text = sweep("seeds=[0]")
     assert status == 1

@@ -1,7 +1,7 @@
-"""What a cluster's job does: it watches over one run, has it save when the cluster wants the place back, and queues it again.
+"""A cluster's job: it supervises one run, has it save when the cluster wants the place back, and queues it again.
 
 submitit pickles it, starts it on the node and calls ``checkpoint`` at the signal. The run is a process of its own, since it has
-handlers of its own. Nothing heavy is imported here. Who gets which signal is described in experiments/slurm/train.sbatch.
+handlers of its own. Nothing heavy is imported here. experiments/slurm/train.sbatch describes who gets which signal.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ClusterJob:
         folder: of the run.
         log: file for all that it prints.
         launcher: see ``run_command``.
-        limit_seconds: after which the cluster warns that the time is over.
+        limit_seconds: time after which the cluster warns that the limit is reached.
     """
 
     arguments: tuple[str, ...]
@@ -56,7 +56,9 @@ class ClusterJob:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_ignore_warning,
+                preexec_fn=lambda: signal.signal(
+                    WARNING, signal.SIG_IGN
+                ),  # all processes get it, also before they have a handler
             )
         try:
             while not has_ended(self._process.pid):
@@ -70,7 +72,7 @@ class ClusterJob:
         return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """Has the run save and leave; called by submitit at the cluster's warning.
+        """Has the run save and leave, at the cluster's warning; called by submitit.
 
         Returns:
             What is queued again (a DelayedSubmission); None if the run is finished, or wrote no checkpoint in all its time.
@@ -112,9 +114,8 @@ def has_ended(process: int) -> bool:
 
 def children(process: int) -> list[int]:
     """Returns the processes that a process has started."""
-    files = Path(f"/proc/{process}/task").glob("*/children")
     found: list[int] = []
-    for file in files:
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
         with suppress(OSError):
             found += map(int, file.read_text().split())
     return found
@@ -126,8 +127,3 @@ def newest_checkpoint(folder: str) -> str | None:
         return os.readlink(os.path.join(folder, "checkpoints", "last"))
     except OSError:
         return None
-
-
-def _ignore_warning() -> None:
-    """In the new process: a cluster may warn all processes of a job, also a launcher, or a run before it has a handler."""
-    signal.signal(WARNING, signal.SIG_IGN)
