@@ -20,8 +20,9 @@ from vit_tucker.sweep.cluster import ClusterExecutor, job_file
 from vit_tucker.sweep.cluster_job import ClusterJob
 from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.progress_table import Display
-from vit_tucker.sweep.runner import Runner, read_statuses
+from vit_tucker.sweep.runner import Runner
 from vit_tucker.sweep.schema import ExecutorConfig
+from vit_tucker.sweep.status import read_statuses
 
 pytestmark = pytest.mark.slow
 

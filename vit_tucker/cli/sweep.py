@@ -82,8 +82,8 @@ def sweep(args: argparse.Namespace) -> int:
     from vit_tucker.sweep.plan import load_sweep, select_jobs
     from vit_tucker.sweep.process import share_machine, visible_gpus
     from vit_tucker.sweep.progress_table import Display
-    from vit_tucker.sweep.runner import Runner, read_statuses
-    from vit_tucker.sweep.status import State, read_records
+    from vit_tucker.sweep.runner import Runner
+    from vit_tucker.sweep.status import State, read_records, read_statuses
 
     for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]

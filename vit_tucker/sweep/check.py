@@ -1,4 +1,4 @@
-"""What can be known of a sweep's runs before any of them starts: what is wrong with them, and what they cost."""
+"""Checks a sweep's runs and counts what they cost before any of them starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ GPU_FLOPS = 300e12
 
 
 def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
-    """Plan each cell's patch on its host, without weights.
+    """Plans each cell's patch on its host, without weights.
 
     Args:
         jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen count as dense.
@@ -57,7 +57,7 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
 
 
 def training_flops(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> int | None:
-    """Operations of all forward and backward passes of training, evaluation apart.
+    """Counts the operations of all forward and backward passes of training, without evaluation.
 
     Args:
         jobs: the runs.
@@ -77,7 +77,7 @@ def training_flops(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> int 
 
 
 def describe_cost(flops: int | None) -> str:
-    """'12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'"""
+    """Returns a cost in words: '12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'."""
     if flops is None:
         return "cost unknown: the number of images or the model's operations"
     power, unit = next((pair for pair in UNITS if flops >= pair[0]), UNITS[-1])

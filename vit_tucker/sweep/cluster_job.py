@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,12 @@ class ClusterJob:
         """Trains, and returns the exit status."""
         self._began, self._before = time.monotonic(), newest_checkpoint(self.folder)
         terminate = signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        # a cluster may warn all processes of a job, also a launcher, or a run before it has a handler
+        ignore_warning = partial(signal.signal, WARNING, signal.SIG_IGN)
         with open(self.log, "ab") as log:
+            command = run_command(self.arguments, self.launcher)
             self._process = subprocess.Popen(
-                run_command(self.arguments, self.launcher),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=lambda: signal.signal(
-                    WARNING, signal.SIG_IGN
-                ),  # all processes get it, also before they have a handler
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=ignore_warning
             )
         try:
             while not has_ended(self._process.pid):
