@@ -1,4 +1,4 @@
-"""Sweeps as a cluster's jobs: submitit's local and debug executors, and Slurm with stand-ins for its commands."""
+"""Runs sweeps as a cluster's jobs: submitit's local and debug executors, and Slurm with stand-ins for its commands."""
 
 import contextlib
 import io
@@ -89,7 +89,7 @@ done
 
 @pytest.fixture(autouse=True)
 def fakes(tmp_path, monkeypatch):
-    """Folder of the stand-ins: empty files "full" and "refuses" in it say how the cluster is, "states" what sacct adds."""
+    """Returns the folder of the stand-ins: empty files "full" and "refuses" set the cluster's state, "states" what sacct adds."""
     from submitit import SlurmJob
 
     SlurmJob.watcher.clear()
@@ -113,7 +113,7 @@ def fakes(tmp_path, monkeypatch):
 
 
 def sweep(*arguments):
-    """Exit status and output."""
+    """Returns the exit status and the output of the command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = sweep_main(["--cfg", "s.yaml", *arguments])
@@ -121,7 +121,7 @@ def sweep(*arguments):
 
 
 def after(*steps):
-    """Does things in a thread, each when a file is there."""
+    """Calls functions one after the other in a thread, each as soon as its file exists."""
 
     def wait():
         for file, act in steps:

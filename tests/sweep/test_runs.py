@@ -1,4 +1,4 @@
-"""Sweeps with real processes on the embedded digits."""
+"""Runs sweeps with real processes on the embedded digits."""
 
 import contextlib
 import fcntl
@@ -45,7 +45,7 @@ def file(tmp_path, monkeypatch):
 
 
 def sweep(*arguments):
-    """Exit status and output."""
+    """Returns the exit status and the output of the command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = sweep_main(["--cfg", "s.yaml", *arguments])
@@ -171,7 +171,7 @@ def test_recorded_runs_are_done_without_their_folders(tmp_path):
 
 
 def test_a_launcher_starts_the_runs_when_asked(monkeypatch):
-    """The command; by hand it gave two processes the accuracies of one, and tests/training/test_launch.py holds runs to that."""
+    """Checks the command alone; tests/training/test_launch.py trains with it in two processes."""
     started = []
 
     class Launched:

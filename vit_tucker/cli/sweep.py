@@ -77,7 +77,7 @@ def sweep(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
-    from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
+    from vit_tucker.sweep.check import describe_cost, plan_cells
     from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
     from vit_tucker.sweep.plan import load_sweep, select_jobs
     from vit_tucker.sweep.process import share_machine, visible_gpus
@@ -106,7 +106,7 @@ def sweep(args: argparse.Namespace) -> int:
         display.close()
         left = [job for job in jobs if statuses[job.key].state is not State.DONE]
         if left:
-            print(describe_cost(training_flops(left, flops)))
+            print(describe_cost(left, flops))
         return 0
     planned.output_dir.mkdir(parents=True, exist_ok=True)
     (planned.output_dir / SWEEP).write_bytes(planned.file.read_bytes())

@@ -1,4 +1,4 @@
-"""The runs of a sweep as jobs of a cluster, submitted by submitit; each ready set of runs is one job array."""
+"""Submits the runs of a sweep as jobs of a cluster, by submitit; each ready set of runs is one job array."""
 
 import contextlib
 import importlib.util
@@ -144,9 +144,17 @@ class ClusterExecutor:
         sizes = {job.key: job.log.stat().st_size if job.log.exists() else 0 for job in jobs}
         submitted = {job.key: earlier for job in jobs if (earlier := self._earlier(job)) is not None}
         new = [job for job in jobs if job.key not in submitted]
-        for job, started in zip(new, self._submit([self._payload(job) for job in new]), strict=True):
-            submitted[job.key] = started
-            job_file(job).write_text(started.job_id)
+        payloads = [self._payload(job) for job in new]
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                started = self._executor.submit_array(payloads) if payloads else []
+        except Exception as error:
+            lines = (str(error) or errors.getvalue() or type(error).__name__).split("\n")
+            raise ConfigError(f"executor: the jobs can't be submitted: {' '.join(lines[-1].split())[:300]}") from error
+        for job, submission in zip(new, started, strict=True):
+            submitted[job.key] = submission
+            job_file(job).write_text(submission.job_id)
         return [ClusterRun(job, sizes[job.key], submitted[job.key]) for job in jobs]
 
     def _payload(self, job: Job) -> ClusterJob:
@@ -157,15 +165,6 @@ class ClusterExecutor:
             launcher = f"--multi_gpu --num_machines 1 --num_processes {gpus} --mixed_precision no --dynamo_backend no"
         limit = 60 * self._config.time - self._config.signal_seconds
         return ClusterJob(arguments, str(job.folder), str(job.log), launcher, limit - 60)
-
-    def _submit(self, payloads: list[ClusterJob]) -> list[Any]:
-        errors = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(errors):
-                return self._executor.submit_array(payloads) if payloads else []
-        except Exception as error:
-            lines = (str(error) or errors.getvalue() or type(error).__name__).split("\n")
-            raise ConfigError(f"executor: the jobs can't be submitted: {' '.join(lines[-1].split())[:300]}") from error
 
     def _earlier(self, job: Job) -> Any:
         """Returns the job that an earlier sweep submitted for a run, if the cluster still has it."""

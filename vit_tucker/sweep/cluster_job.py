@@ -1,4 +1,4 @@
-"""A cluster's job: it supervises one run, has it save when the cluster wants the place back, and queues it again.
+"""Supervises one run as a cluster's job: has it save when the cluster wants the node back, and queues it again.
 
 submitit pickles it, starts it on the node and calls ``checkpoint`` at the signal. The run is a process of its own, since it has
 handlers of its own. Nothing heavy is imported here. experiments/slurm/train.sbatch describes who gets which signal.
@@ -20,9 +20,9 @@ WARNING = signal.SIGUSR1
 """Training runs save at it; SUBMITIT_PREEMPT_SIGNAL has its name."""
 POLL_SECONDS = 0.2
 ASK_SECONDS = 1.0
-"""A run that is being imported has no handler yet, so that it is asked until it leaves."""
+"""Interval between warnings: a run that is still importing has no handler yet, so that it is asked until it leaves."""
 PAIR_SECONDS = 2.0
-"""A pre-emption may send SIGTERM first and the warning after it."""
+"""Wait for a second signal: a pre-emption may send SIGTERM first and the warning after it."""
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""From a sweep's file to its runs: each with its name, seed, config and the run it waits for."""
+"""Reads a sweep's file into its runs, each with its name, seed, config and the run it waits for."""
 
 import itertools
 import re
@@ -27,8 +27,8 @@ class Job:
 
     Attributes:
         name: of its cell, or START.
-        seed: seed.
-        config: resolved.
+        seed: of its random numbers.
+        config: with everything that the sweep sets.
         after: the job that must be done before it.
     """
 
@@ -169,9 +169,7 @@ def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[s
             raise ConfigError(
                 f"{source.where((*at, 'name'))}: cells.{number}.name: '{{{word}}}' is no key of vary{nearest(word, cell.vary)}"
             )
-    size = len(at)
-    origin = {key[size:]: where for key, where in source.origin.items() if key[: size + 1] == (*at, "attention")}
-    attention = Source({"attention": cell.attention}, origin if cell.attention is not None else {})
+    attention = _section(source, {"attention": cell.attention}, *at)
     fixed = merge_values(attention, _section(source, cell.set, *at, "set"))
     axes = [_axis(key, values, (*at, "vary", key), source) for key, values in cell.vary.items()]
     for values in itertools.product(*axes):

@@ -1,7 +1,7 @@
-"""The runs of a sweep on this machine: forked from a server that has imported everything, or started by accelerate launch.
+"""Starts a sweep's runs on this machine: forked from a server that has imported everything, or by accelerate launch.
 
 A run holds a lock on its log file as long as it lives, so that two sweeps on one folder don't train the same run twice.
-docs/design.md has why submitit's local executor is not used here.
+docs/design.md explains why submitit's local executor is not used here.
 """
 
 import fcntl
@@ -132,8 +132,7 @@ class LocalExecutor:
         with job.log.open("ab") as log:
             if not _lock(log):
                 return None
-            self._started = [run for run in self._started if run.status is None]
-            used = [run.gpu for run in self._started]
+            used = [run.gpu for run in self._started if run.status is None]
             gpu = min(self.gpus, key=used.count) if self.gpus else None
             environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
             config, log_start = write_config(job), log.tell()

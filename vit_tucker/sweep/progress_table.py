@@ -1,4 +1,4 @@
-"""The table of a sweep's runs: cells by seeds, live on a terminal, one line per event elsewhere."""
+"""Shows the table of a sweep's runs: cells by seeds, live on a terminal, one line per event elsewhere."""
 
 import statistics
 import sys

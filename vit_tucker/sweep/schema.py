@@ -1,4 +1,4 @@
-"""The YAML schema of a sweep."""
+"""Defines the YAML schema of a sweep."""
 
 import shlex
 from typing import Annotated, Any, Literal
