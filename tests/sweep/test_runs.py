@@ -171,7 +171,7 @@ def test_recorded_runs_are_done_without_their_folders(tmp_path):
 
 
 def test_a_launcher_starts_the_runs_when_asked(monkeypatch):
-    """Checks the command alone; tests/training/test_launch.py trains with it in two processes."""
+    """Checks the command alone; tests/training/test_launch.py trains with launchers."""
     started = []
 
     class Launched:
