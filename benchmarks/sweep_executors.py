@@ -18,8 +18,9 @@ from vit_tucker.sweep.cluster import ClusterExecutor
 from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.process import Executor, share_machine
 from vit_tucker.sweep.progress_table import Display
-from vit_tucker.sweep.runner import Runner, read_statuses
+from vit_tucker.sweep.runner import Runner
 from vit_tucker.sweep.schema import ExecutorConfig
+from vit_tucker.sweep.status import read_statuses
 
 AT_A_TIME = 2
 SWEEP = """

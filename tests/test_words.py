@@ -47,6 +47,7 @@ CLEARED = (
     "run",
     "show",
     "storage",
+    "sweep",
     "tensor",
     "training",
     "validation",

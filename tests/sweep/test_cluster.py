@@ -1,4 +1,4 @@
-"""Sweeps as a cluster's jobs: submitit's local and debug executors, and Slurm with stand-ins for its commands."""
+"""Runs sweeps as a cluster's jobs: submitit's local and debug executors, and Slurm with stand-ins for its commands."""
 
 import contextlib
 import io
@@ -20,8 +20,9 @@ from vit_tucker.sweep.cluster import ClusterExecutor, job_file
 from vit_tucker.sweep.cluster_job import ClusterJob
 from vit_tucker.sweep.plan import load_sweep
 from vit_tucker.sweep.progress_table import Display
-from vit_tucker.sweep.runner import Runner, read_statuses
+from vit_tucker.sweep.runner import Runner
 from vit_tucker.sweep.schema import ExecutorConfig
+from vit_tucker.sweep.status import read_statuses
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +89,7 @@ done
 
 @pytest.fixture(autouse=True)
 def fakes(tmp_path, monkeypatch):
-    """Folder of the stand-ins: empty files "full" and "refuses" in it say how the cluster is, "states" what sacct adds."""
+    """Returns the folder of the stand-ins: empty files "full" and "refuses" set the cluster's state, "states" what sacct adds."""
     from submitit import SlurmJob
 
     SlurmJob.watcher.clear()
@@ -112,7 +113,7 @@ def fakes(tmp_path, monkeypatch):
 
 
 def sweep(*arguments):
-    """Exit status and output."""
+    """Returns the exit status and the output of the command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = sweep_main(["--cfg", "s.yaml", *arguments])
@@ -120,7 +121,7 @@ def sweep(*arguments):
 
 
 def after(*steps):
-    """Does things in a thread, each when a file is there."""
+    """Calls functions one after the other in a thread, each as soon as its file exists."""
 
     def wait():
         for file, act in steps:
@@ -173,7 +174,7 @@ def test_waiting_jobs_are_followed_by_the_next_sweep_and_cancelled_by_ctrl_c(fak
     planned = load_sweep("s.yaml")
     Path("out").mkdir()
     for _ in range(2):  # the second finds the jobs that the first, which was killed, has left
-        started = ClusterExecutor(planned.executor, planned.output_dir).start(planned.jobs)
+        started = ClusterExecutor(planned.config.executor, planned.output_dir).start(planned.jobs)
         assert [run.status for run in started] == [None, None]
         assert [run.queued for run in started] == [True, True]
     assert (fakes / "said-sbatch").read_text() == "submitted\n"

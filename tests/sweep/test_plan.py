@@ -137,7 +137,7 @@ def test_patches_that_the_host_does_not_allow_are_refused_before_anything_runs(f
 def test_shipped_sweeps_resolve(file):
     sweep = load_sweep(file)
     assert sweep.output_dir == Path("runs") / file.stem
-    assert len(sweep.names) == len(sweep.jobs) / len(sweep.seeds) > 1
+    assert len(sweep.names) == len(sweep.jobs) / len(sweep.config.seeds) > 1
     head = file.read_text().splitlines()
     assert head[0] == "# yaml-language-server: $schema=schema.json"
     assert f"--cfg sweeps/{file.stem}.yaml" in head[2]

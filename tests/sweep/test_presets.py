@@ -8,7 +8,7 @@ from tests.data.test_datasets import write_cifar, write_folder
 from vit_tucker.config.find import package_configs
 from vit_tucker.config.load import load_config
 from vit_tucker.run.run import run
-from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
+from vit_tucker.sweep.check import describe_cost, plan_cells
 from vit_tucker.sweep.plan import load_sweep
 
 PRESETS = sorted(f.stem for f in (package_configs() / "sweeps").glob("fig3_*_vit_*.yaml"))
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_steps_on_data_of_the_real_format(preset, tmp_path, monkeypatch):
-    """With the preset's own host and recipe, but one narrow block, no download, and batches that fit here."""
+    """Trains with the preset's own host and recipe, but one narrow block, no download, and batches that fit here."""
     root, dataset = tmp_path / "data", preset.split("_")[1]
     if dataset == "imagenet":
         write_folder(root, count=4)
@@ -51,15 +51,15 @@ def test_large_hosts_take_their_smallest_cell_without_weights(preset):
 
 
 def test_headers_say_what_the_sweeps_cost():
-    """Of those with ViT-B/16: one count of operations serves them all, to the three digits shown."""
+    """Compares the three sweeps of ViT-B/16: one count of operations serves them all, to the three digits shown."""
     flops = None
     for preset in ("fig3_imagenet_vit_b16", "fig3_cifar10_vit_b16", "fig3_cifar100_vit_b16"):
         sweep = load_sweep(f"sweeps/{preset}")
         flops = flops or plan_cells(sweep.jobs)
-        line = describe_cost(training_flops(sweep.jobs, flops))
+        line = describe_cost(sweep.jobs, flops)
         assert f"# Expected: {line}\n" in sweep.file.read_text()
-        assert f"# Expected: {describe_cost(training_flops(sweep.jobs[1:], flops))}\n" not in sweep.file.read_text()
+        assert f"# Expected: {describe_cost(sweep.jobs[1:], flops)}\n" not in sweep.file.read_text()
     assert flops["mha"] == max(flops.values()) == pytest.approx(35.13e9, rel=1e-3)  # 17.56 GMACs, timm's own figure
     assert len(flops) == len(sweep.names)
     unknown = [replace(job, config=load_config("digits/dense", ["data.dataset=folder"])) for job in sweep.jobs]
-    assert describe_cost(training_flops(unknown, flops)).startswith("cost unknown")
+    assert describe_cost(unknown, flops).startswith("cost unknown")

@@ -1,4 +1,4 @@
-"""Sweeps with real processes on the embedded digits."""
+"""Runs sweeps with real processes on the embedded digits."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from vit_tucker.cli.sweep import sweep_main
 from vit_tucker.config.load import load_config
 from vit_tucker.sweep.command import launch_arguments
 from vit_tucker.sweep.plan import load_sweep
-from vit_tucker.sweep.process import log_file, share_machine
+from vit_tucker.sweep.process import share_machine
 from vit_tucker.sweep.status import last_words
 from vit_tucker.training.lock import RunLock
 
@@ -45,7 +45,7 @@ def file(tmp_path, monkeypatch):
 
 
 def sweep(*arguments):
-    """Exit status and output."""
+    """Returns the exit status and the output of the command."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         status = sweep_main(["--cfg", "s.yaml", *arguments])
@@ -131,8 +131,8 @@ def test_a_stopped_sweep_goes_on_with_the_same_command():
 
 def test_a_run_of_another_sweep_is_left_to_it():
     (job, *_) = load_sweep("s.yaml", ["seeds=[0]"]).jobs
-    log_file(job).parent.mkdir(parents=True)
-    with log_file(job).open("ab") as held:
+    job.log.parent.mkdir(parents=True)
+    with job.log.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         status, text = sweep("seeds=[0]")
     assert status == 1
@@ -171,7 +171,7 @@ def test_recorded_runs_are_done_without_their_folders(tmp_path):
 
 
 def test_a_launcher_starts_the_runs_when_asked(monkeypatch):
-    """The command; by hand it gave two processes the accuracies of one, and tests/training/test_launch.py holds runs to that."""
+    """Checks the command alone; tests/training/test_launch.py trains with launchers."""
     started = []
 
     class Launched:

@@ -77,13 +77,13 @@ def sweep(args: argparse.Namespace) -> int:
     """The command itself."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
-    from vit_tucker.sweep.check import describe_cost, plan_cells, training_flops
+    from vit_tucker.sweep.check import describe_cost, plan_cells
     from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
     from vit_tucker.sweep.plan import load_sweep, select_jobs
     from vit_tucker.sweep.process import share_machine, visible_gpus
     from vit_tucker.sweep.progress_table import Display
-    from vit_tucker.sweep.runner import Runner, read_statuses
-    from vit_tucker.sweep.status import State, read_records
+    from vit_tucker.sweep.runner import Runner
+    from vit_tucker.sweep.status import State, read_records, read_statuses
 
     for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
@@ -92,7 +92,7 @@ def sweep(args: argparse.Namespace) -> int:
     texts = ("launch", "partition")
     args.overrides += [f"executor.{key}={json.dumps(value) if key in texts else value}" for key, value in flags.items()]
     planned = load_sweep(args.cfg, args.overrides)
-    where = planned.executor
+    where = planned.config.executor
     if where.kind == "slurm":
         refuse_missing_cluster()
     else:
@@ -106,7 +106,7 @@ def sweep(args: argparse.Namespace) -> int:
         display.close()
         left = [job for job in jobs if statuses[job.key].state is not State.DONE]
         if left:
-            print(describe_cost(training_flops(left, flops)))
+            print(describe_cost(left, flops))
         return 0
     planned.output_dir.mkdir(parents=True, exist_ok=True)
     (planned.output_dir / SWEEP).write_bytes(planned.file.read_bytes())
@@ -115,7 +115,7 @@ def sweep(args: argparse.Namespace) -> int:
     else:
         executor = share_machine(where.jobs or 1, where.launch, visible_gpus())
     with display:
-        status = Runner(jobs, statuses, executor, display, planned.keep_checkpoints).run()
+        status = Runner(jobs, statuses, executor, display, planned.config.keep_checkpoints).run()
     display.close()
     if status == 0:
         print(f"all done; tables and figures: python -m vit_tucker tables {shlex.quote(str(planned.output_dir))}")

@@ -1,4 +1,4 @@
-"""What can be known of a sweep's runs before any of them starts: what is wrong with them, and what they cost."""
+"""Checks a sweep's runs and counts what they cost before any of them starts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,7 +21,7 @@ GPU_FLOPS = 300e12
 
 
 def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
-    """Plan each cell's patch on its host, without weights.
+    """Plans each cell's patch on its host, without weights.
 
     Args:
         jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen count as dense.
@@ -56,32 +56,22 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     return flops
 
 
-def training_flops(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> int | None:
-    """Operations of all forward and backward passes of training, evaluation apart.
+def describe_cost(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> str:
+    """Returns what training costs, without evaluation: '12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'.
 
     Args:
         jobs: the runs.
-        flops: see ``plan_cells``.
-
-    Returns:
-        The sum; None if only its files tell how many images a data set has, or a host's operations are not known.
+        flops: see ``plan_cells``; that of a host may be unknown, and so may be the number of images, which only files tell.
     """
     total = 0
     for job in jobs:
         images = job.config.data.num_samples or dataset_info(job.config.data.dataset).num_train
         operations = flops[job.name]
         if images is None or operations is None:
-            return None
+            return "cost unknown: the number of images or the model's operations"
         total += TRAINING * images * job.config.train.epochs * operations
-    return total
-
-
-def describe_cost(flops: int | None) -> str:
-    """'12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'"""
-    if flops is None:
-        return "cost unknown: the number of images or the model's operations"
-    power, unit = next((pair for pair in UNITS if flops >= pair[0]), UNITS[-1])
-    hours = flops / GPU_FLOPS / 3600
+    power, unit = next((pair for pair in UNITS if total >= pair[0]), UNITS[-1])
+    hours = total / GPU_FLOPS / 3600
     shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
     expected = f", about {shown} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s" if hours >= 0.1 else ""
-    return f"{flops / power:,.3g} {unit} to train{expected}"
+    return f"{total / power:,.3g} {unit} to train{expected}"

@@ -1,4 +1,4 @@
-"""The runs of a sweep as jobs of a cluster, submitted by submitit; each ready set of runs is one job array."""
+"""Submits the runs of a sweep as jobs of a cluster, by submitit; each ready set of runs is one job array."""
 
 import contextlib
 import importlib.util
@@ -17,8 +17,9 @@ from typing import Any
 from vit_tucker.config.plugins import plugin_arguments
 from vit_tucker.errors import ConfigError
 from vit_tucker.sweep.cluster_job import WARNING, ClusterJob
+from vit_tucker.sweep.command import CHECKOUT
 from vit_tucker.sweep.plan import Job
-from vit_tucker.sweep.process import log_file, write_config
+from vit_tucker.sweep.process import StartedRun, write_config
 from vit_tucker.sweep.schema import ExecutorConfig
 from vit_tucker.sweep.status import last_words
 
@@ -26,13 +27,13 @@ FOLDER = ".submitit"
 """Below the sweep's folder: pickles, scripts and output of the jobs; no cell has such a name."""
 ACTIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "PREEMPTED", "SUSPENDED", "CONFIGURING")
 CANCEL_SECONDS = 120.0
-"""After which a cancelled job is given up, where the cluster does not tell that it has ended."""
+"""Time after which a cancelled job is given up, where the cluster does not report that it has ended."""
 ASK_SECONDS = 2.0
 LOCAL_KEYS = ("kind", "jobs", "launch")
 
 
 def refuse_missing_cluster() -> None:
-    """Raises ConfigError if this machine can't submit jobs; says what to install, or where to go."""
+    """Raises ConfigError if this machine can't submit jobs, with what to install or where to go."""
     if importlib.util.find_spec("submitit") is None:
         raise ConfigError("executor: slurm needs submitit: pip install 'vit_tucker[slurm]'")
     if missing := [name for name in ("sbatch", "srun", "sacct", "scancel") if shutil.which(name) is None]:
@@ -51,24 +52,20 @@ def refuse_cluster_keys(overrides: Sequence[str]) -> None:
 
 
 @dataclass
-class ClusterRun:
+class ClusterRun(StartedRun):
     """A run as a job of a cluster.
 
     Attributes:
-        job: the run.
-        said: bytes that were in its log before.
         submitted: submitit's job.
     """
 
-    job: Job
-    said: int
     submitted: Any
     _cancelled: float | None = None
     _looked: float = 0.0
 
     @property
     def status(self) -> int | None:
-        """Exit status; 1 for a job that the cluster ended, 130 for a cancelled one; None until then."""
+        """Returns the exit status; 1 for a job that the cluster ended, 130 for a cancelled one; None until then."""
         result, now = self.submitted.paths.result_pickle, time.monotonic()
         force = self._cancelled is not None and now - self._looked > ASK_SECONDS
         if force:
@@ -81,15 +78,12 @@ class ClusterRun:
 
     @property
     def queued(self) -> bool:
-        """Whether the cluster has not started it yet, as far as it was asked."""
-        return self.submitted.watcher.get_info(self.submitted.job_id, mode="cache").get("State") in (
-            "PENDING",
-            "REQUEUED",
-        )
+        info = self.submitted.watcher.get_info(self.submitted.job_id, mode="cache")
+        return info.get("State") in ("PENDING", "REQUEUED")
 
     def describe_ending(self) -> str:
         """Returns its process' status, else what the cluster says, and the last words of the run, else of the job."""
-        paths, log, start = self.submitted.paths, log_file(self.job), self.said
+        paths, log, start = self.submitted.paths, self.job.log, self.log_start
         how = f"status {self.status}" if paths.result_pickle.exists() else self.submitted.state
         if not log.exists() or log.stat().st_size == start:
             log, start = paths.stderr, 0
@@ -110,7 +104,7 @@ class ClusterExecutor:
         config: what each run gets.
         output_dir: the sweep's folder, which all nodes see.
         cluster: slurm; submitit's "local" and "debug" try a sweep's jobs without one.
-        poll_seconds: between looks at the jobs.
+        poll_seconds: see ``Executor``.
     """
 
     def __init__(self, config: ExecutorConfig, output_dir: Path, cluster: str = "slurm", poll_seconds: float = 1.0):
@@ -120,17 +114,13 @@ class ClusterExecutor:
         self.capacity, self.poll_seconds = sys.maxsize, poll_seconds
         self._config, self._folder = config, (output_dir / FOLDER).absolute()
         self._executor = submitit.AutoExecutor(self._folder, cluster, slurm_max_num_timeout=sys.maxsize)
-        root = Path(__file__).resolve().parents[2]
+        warning = WARNING.name.removeprefix("SIG")
         setup = [
-            f"export SUBMITIT_PREEMPT_SIGNAL={WARNING.name.removeprefix('SIG')}",
-            f"export PYTHONPATH={shlex.quote(str(root))}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export SUBMITIT_PREEMPT_SIGNAL={warning}",
+            f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             *config.setup,
         ]
-        options = {
-            "requeue": True,
-            "signal": f"{WARNING.name.removeprefix('SIG')}@{config.signal_seconds}",
-            **config.slurm,
-        }
+        options = {"requeue": True, "signal": f"{warning}@{config.signal_seconds}", **config.slurm}
         self._executor.update_parameters(
             name=f"sweep-{output_dir.name}",
             timeout_min=config.time,
@@ -151,34 +141,33 @@ class ClusterExecutor:
         Raises:
             ConfigError: the cluster refuses the jobs, or their files can't be written.
         """
-        said = {job.key: log_file(job).stat().st_size if log_file(job).exists() else 0 for job in jobs}
+        sizes = {job.key: job.log.stat().st_size if job.log.exists() else 0 for job in jobs}
         submitted = {job.key: earlier for job in jobs if (earlier := self._earlier(job)) is not None}
         new = [job for job in jobs if job.key not in submitted]
-        for job, started in zip(new, self._submit([self._payload(job) for job in new]), strict=True):
-            submitted[job.key] = started
-            job_file(job).write_text(started.job_id)
-        return [ClusterRun(job, said[job.key], submitted[job.key]) for job in jobs]
+        payloads = [self._payload(job) for job in new]
+        errors = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(errors):
+                started = self._executor.submit_array(payloads) if payloads else []
+        except Exception as error:
+            lines = (str(error) or errors.getvalue() or type(error).__name__).split("\n")
+            raise ConfigError(f"executor: the jobs can't be submitted: {' '.join(lines[-1].split())[:300]}") from error
+        for job, submission in zip(new, started, strict=True):
+            submitted[job.key] = submission
+            job_file(job).write_text(submission.job_id)
+        return [ClusterRun(job, sizes[job.key], submitted[job.key]) for job in jobs]
 
     def _payload(self, job: Job) -> ClusterJob:
-        log_file(job).parent.mkdir(parents=True, exist_ok=True)
+        job.log.parent.mkdir(parents=True, exist_ok=True)
         arguments = ("--cfg", write_config(job), *plugin_arguments(job.config.plugins))
         launcher, gpus = self._config.launch, self._config.gpus or 1
         if launcher is None and gpus > 1:
             launcher = f"--multi_gpu --num_machines 1 --num_processes {gpus} --mixed_precision no --dynamo_backend no"
         limit = 60 * self._config.time - self._config.signal_seconds
-        return ClusterJob(arguments, str(job.folder), str(log_file(job)), launcher, limit - 60)
-
-    def _submit(self, payloads: list[ClusterJob]) -> list[Any]:
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                return self._executor.submit_array(payloads) if payloads else []
-        except Exception as error:
-            lines = (str(error) or said.getvalue() or type(error).__name__).split("\n")
-            raise ConfigError(f"executor: the jobs can't be submitted: {' '.join(lines[-1].split())[:300]}") from error
+        return ClusterJob(arguments, str(job.folder), str(job.log), launcher, limit - 60)
 
     def _earlier(self, job: Job) -> Any:
-        """The job that an earlier sweep submitted for a run, if the cluster still has it."""
+        """Returns the job that an earlier sweep submitted for a run, if the cluster still has it."""
         import submitit
 
         try:
@@ -193,5 +182,5 @@ class ClusterExecutor:
 
 
 def job_file(job: Job) -> Path:
-    """Returns where the number of a run's job is kept: seed0.job beside the folder seed0."""
-    return job.folder.with_name(f"{job.folder.name}.job")
+    """Returns the file that keeps the number of a run's job: seed0.job beside the folder seed0."""
+    return job.folder.with_suffix(".job")

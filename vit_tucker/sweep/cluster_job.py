@@ -1,7 +1,7 @@
-"""What a cluster's job does: it watches over one run, has it save when the cluster wants the place back, and queues it again.
+"""Supervises one run as a cluster's job: has it save when the cluster wants the node back, and queues it again.
 
 submitit pickles it, starts it on the node and calls ``checkpoint`` at the signal. The run is a process of its own, since it has
-handlers of its own. Nothing heavy is imported here. Who gets which signal is described in experiments/slurm/train.sbatch.
+handlers of its own. Nothing heavy is imported here. experiments/slurm/train.sbatch describes who gets which signal.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ WARNING = signal.SIGUSR1
 """Training runs save at it; SUBMITIT_PREEMPT_SIGNAL has its name."""
 POLL_SECONDS = 0.2
 ASK_SECONDS = 1.0
-"""A run that is being imported has no handler yet, so that it is asked until it leaves."""
+"""Interval between warnings: a run that is still importing has no handler yet, so that it is asked until it leaves."""
 PAIR_SECONDS = 2.0
-"""A pre-emption may send SIGTERM first and the warning after it."""
+"""Wait for a second signal: a pre-emption may send SIGTERM first and the warning after it."""
 
 
 @dataclasses.dataclass
@@ -33,7 +34,7 @@ class ClusterJob:
         folder: of the run.
         log: file for all that it prints.
         launcher: see ``run_command``.
-        limit_seconds: after which the cluster warns that the time is over.
+        limit_seconds: time after which the cluster warns that the limit is reached.
     """
 
     arguments: tuple[str, ...]
@@ -50,13 +51,12 @@ class ClusterJob:
         """Trains, and returns the exit status."""
         self._began, self._before = time.monotonic(), newest_checkpoint(self.folder)
         terminate = signal.signal(signal.SIGTERM, lambda *_: self._ask())
+        # a cluster may warn all processes of a job, also a launcher, or a run before it has a handler
+        ignore_warning = partial(signal.signal, WARNING, signal.SIG_IGN)
         with open(self.log, "ab") as log:
+            command = run_command(self.arguments, self.launcher)
             self._process = subprocess.Popen(
-                run_command(self.arguments, self.launcher),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_ignore_warning,
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=ignore_warning
             )
         try:
             while not has_ended(self._process.pid):
@@ -70,7 +70,7 @@ class ClusterJob:
         return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """Has the run save and leave; called by submitit at the cluster's warning.
+        """Has the run save and leave, at the cluster's warning; called by submitit.
 
         Returns:
             What is queued again (a DelayedSubmission); None if the run is finished, or wrote no checkpoint in all its time.
@@ -112,9 +112,8 @@ def has_ended(process: int) -> bool:
 
 def children(process: int) -> list[int]:
     """Returns the processes that a process has started."""
-    files = Path(f"/proc/{process}/task").glob("*/children")
     found: list[int] = []
-    for file in files:
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
         with suppress(OSError):
             found += map(int, file.read_text().split())
     return found
@@ -126,8 +125,3 @@ def newest_checkpoint(folder: str) -> str | None:
         return os.readlink(os.path.join(folder, "checkpoints", "last"))
     except OSError:
         return None
-
-
-def _ignore_warning() -> None:
-    """In the new process: a cluster may warn all processes of a job, also a launcher, or a run before it has a handler."""
-    signal.signal(WARNING, signal.SIG_IGN)

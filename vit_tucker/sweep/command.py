@@ -1,4 +1,4 @@
-"""The command of one run, with or without accelerate launch. Imports nothing heavy: a cluster's job makes it on its own node."""
+"""Builds the command of one run, with or without accelerate launch. Imports nothing heavy: a cluster's node uses it too."""
 
 import shlex
 import socket
@@ -9,6 +9,8 @@ from pathlib import Path
 from vit_tucker.errors import ConfigError
 
 SCRIPT = Path("experiments/train_vit.py")
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""Folder that the package lies in."""
 
 
 def run_command(arguments: Sequence[str], launcher: str | None) -> list[str]:
@@ -17,11 +19,17 @@ def run_command(arguments: Sequence[str], launcher: str | None) -> list[str]:
     Args:
         arguments: of the command ``train``.
         launcher: arguments of accelerate launch, as one string; None for one process without a launcher.
+
+    Raises:
+        ConfigError: the script to launch is neither here nor in the source checkout.
     """
     if launcher is None:
         return [sys.executable, "-m", "vit_tucker", "train", *arguments]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *launch_arguments(launcher)]
-    return [*launch, str(script()), *arguments]
+    for root in (Path(), CHECKOUT):
+        if (root / SCRIPT).is_file():
+            return [*launch, str(root / SCRIPT), *arguments]
+    raise ConfigError(f"--launch: {SCRIPT} is neither here nor in the package's checkout")
 
 
 def launch_arguments(launcher: str) -> list[str]:
@@ -29,18 +37,6 @@ def launch_arguments(launcher: str) -> list[str]:
     arguments = shlex.split(launcher)
     if any(argument.startswith("--main_process_port") for argument in arguments):
         return arguments
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return [*arguments, "--main_process_port", str(probe.getsockname()[1])]
-
-
-def script() -> Path:
-    """Returns experiments/train_vit.py of here, else of the source checkout.
-
-    Raises:
-        ConfigError: neither is there.
-    """
-    for root in (Path(), Path(__file__).resolve().parents[2]):
-        if (root / SCRIPT).is_file():
-            return root / SCRIPT
-    raise ConfigError(f"--launch: {SCRIPT} is neither here nor in the package's checkout")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return [*arguments, "--main_process_port", str(free.getsockname()[1])]

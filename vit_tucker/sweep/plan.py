@@ -1,9 +1,9 @@
-"""From a sweep's file to its runs: each with its name, seed, config and the run it waits for."""
+"""Reads a sweep's file into its runs, each with its name, seed, config and the run it waits for."""
 
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,12 @@ from vit_tucker.config.find import find_config, stored_by_name
 from vit_tucker.config.load import validate, validate_as
 from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.config.source import (
-    Source,
-    merge_values,
-    read_overrides,
-    read_with_bases,
-    read_yaml,
-)
+from vit_tucker.config.source import Source, merge_values, read_overrides, read_with_bases, read_yaml
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.storage.paths import MAX_NAME
-from vit_tucker.sweep.schema import START, CellConfig, ExecutorConfig, SweepConfig
+from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
 
+_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
@@ -32,8 +27,8 @@ class Job:
 
     Attributes:
         name: of its cell, or START.
-        seed: seed.
-        config: resolved.
+        seed: of its random numbers.
+        config: with everything that the sweep sets.
         after: the job that must be done before it.
     """
 
@@ -44,50 +39,48 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Its run folder."""
+        """Returns the run's folder."""
         return Path(str(self.config.output_dir))
 
     @property
+    def log(self) -> Path:
+        """Returns the file of the run's output: seed0.log beside the folder seed0."""
+        return self.folder.with_suffix(".log")
+
+    @property
     def key(self) -> tuple[str, int]:
-        """What tells it from the sweep's other jobs."""
+        """Returns the name and the seed, which identify the run within its sweep."""
         return self.name, self.seed
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's file, read.
+    """A sweep's file and the runs that it defines.
 
     Attributes:
         file: the YAML file.
+        config: its content.
         output_dir: folder of the run folders.
-        seeds: all seeds.
         jobs: all runs, in the order in which they are started; starts before the cells that need them.
-        keep_checkpoints: whether cells that are done keep theirs.
-        executor: where they are trained.
     """
 
     file: Path
+    config: SweepConfig
     output_dir: Path
-    seeds: tuple[int, ...]
     jobs: tuple[Job, ...]
-    keep_checkpoints: bool = True
-    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the cells (and of the start), in order."""
+        """Returns the names of the start and of the cells, in order."""
         return tuple(dict.fromkeys(job.name for job in self.jobs))
 
 
 def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read and validate a sweep and the configs of all its runs.
+    """Reads and validates a sweep and the configs of all its runs.
 
     Args:
         name: file, or name below experiments/configs.
         overrides: ``key.sub=value`` strings for the sweep's keys: ``seeds=[0,1]``, ``set.train.cpu=true``.
-
-    Returns:
-        The sweep.
 
     Raises:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
@@ -100,23 +93,29 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     output_dir = Path(config.output_dir or f"runs/{file.stem}")
     source.stored = stored_by_name(name, file)
     base = _read_base(config, source, file)
-    common = merge_values(base, part(source, "set"))
+    common = merge_values(base, _section(source, config.set, "set"))
     load_config_plugins(common, file.parent)
-    finetune = merge_values(common, part(source, "finetune"))
+    finetune = merge_values(common, _section(source, config.finetune, "finetune"))
     settings = [setting for number, cell in enumerate(config.cells) for setting in _settings(cell, number, source)]
-    _refuse_twice([name for name, _ in settings], source)
+    names = [name for name, _ in settings]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise ConfigError(
+            f"{source.where(('cells',))}: cells: two are named '{twice[0]}'; put what varies into the name, as in "
+            "'gqa{attention.num_kv_heads}'"
+        )
     jobs: list[Job] = []
     for seed in config.seeds:
         start = None
         if config.start is not None:
-            start = _job(START, seed, merge_values(common, part(source, "start")), output_dir, file)
+            own = _section(source, config.start, "start")
+            start = _job(START, seed, merge_values(common, own), output_dir, file)
             jobs.append(start)
         jobs += [_job(cell, seed, merge_values(finetune, given), output_dir, file, start) for cell, given in settings]
-    return Sweep(file, output_dir, config.seeds, tuple(jobs), config.keep_checkpoints, config.executor)
+    return Sweep(file, config, output_dir, tuple(jobs))
 
 
 def select_jobs(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) -> tuple[Job, ...]:
-    """The jobs that match, with the starts that they need.
+    """Returns the jobs that match, with the starts that they need.
 
     Args:
         sweep: the sweep.
@@ -127,23 +126,21 @@ def select_jobs(sweep: Sweep, only: Sequence[str], seeds: Sequence[str] = ()) ->
         ConfigError: a pattern or seed that matches nothing.
     """
     for pattern in only:
-        if not any(fnmatchcase(job.name, pattern) or fnmatchcase(_path(job), pattern) for job in sweep.jobs):
+        if not any(_matches(job, pattern) for job in sweep.jobs):
             raise ConfigError(f"--only: no cell matches '{pattern}', there are: {', '.join(sweep.names)}"
                               f"{nearest(pattern, sweep.names)}")  # fmt: skip
-    if unknown := [seed for seed in seeds if seed not in map(str, sweep.seeds)]:
-        raise ConfigError(f"--seeds: {unknown[0]} is none of the sweep's: {', '.join(map(str, sweep.seeds))}")
-    chosen = [
-        job
-        for job in sweep.jobs
-        if (not only or any(fnmatchcase(job.name, p) or fnmatchcase(_path(job), p) for p in only))
-        and (not seeds or str(job.seed) in seeds)
-    ]
+    known = [str(seed) for seed in sweep.config.seeds]
+    if unknown := [seed for seed in seeds if seed not in known]:
+        raise ConfigError(f"--seeds: {unknown[0]} is none of the sweep's: {', '.join(known)}")
+    chosen = [job for job in sweep.jobs if str(job.seed) in (seeds or known)]
+    if only:
+        chosen = [job for job in chosen if any(_matches(job, pattern) for pattern in only)]
     needed = {job.key for job in chosen} | {job.after.key for job in chosen if job.after is not None}
     return tuple(job for job in sweep.jobs if job.key in needed)
 
 
-def _path(job: Job) -> str:
-    return f"{job.name}/seed{job.seed}"
+def _matches(job: Job, pattern: str) -> bool:
+    return fnmatchcase(job.name, pattern) or fnmatchcase(f"{job.name}/seed{job.seed}", pattern)
 
 
 def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
@@ -157,31 +154,24 @@ def _read_base(config: SweepConfig, source: Source, file: Path) -> Source:
     return result
 
 
-def part(source: Source, *path: str | int) -> Source:
-    """A section of a source, as a source of its own; empty if it is null or missing."""
-    values: Any = source.values
-    for key in path:
-        values = values[key] if isinstance(key, int) or key in values else None
-        if values is None:
-            return Source()
+def _section(source: Source, values: dict[str, Any], *path: str | int) -> Source:
+    """Returns a section of the sweep as a source of its own: its values, which stand at that path of the file."""
     size = len(path)
-    return Source(
-        values, {key[size:]: where for key, where in source.origin.items() if key[:size] == path}, source.stored
-    )
+    origin = {key[size:]: where for key, where in source.origin.items() if key[:size] == path}
+    return Source(values, origin, source.stored)
 
 
 def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[str, Source]]:
-    """Name and config keys of each combination of a cell's options."""
+    """Yields the name and the config keys of each combination of a cell's options."""
     at: tuple[str | int, ...] = ("cells", number)
-    for word in cell.placeholders:
+    for word in _PLACEHOLDER.findall(cell.name):
         if word not in cell.vary:
             raise ConfigError(
                 f"{source.where((*at, 'name'))}: cells.{number}.name: '{{{word}}}' is no key of vary{nearest(word, cell.vary)}"
             )
-    attention = {"attention": source.values["cells"][number]["attention"]}
-    where = {("attention", *key): line for key, line in part(source, *at, "attention").origin.items()}
-    fixed = merge_values(Source(attention, where), part(source, *at, "set"))
-    axes = [_axis(key, (*at, "vary", key), source) for key in cell.vary]
+    attention = _section(source, {"attention": cell.attention}, *at)
+    fixed = merge_values(attention, _section(source, cell.set, *at, "set"))
+    axes = [_axis(key, values, (*at, "vary", key), source) for key, values in cell.vary.items()]
     for values in itertools.product(*axes):
         given, name = fixed, cell.name
         for key, (label, extra) in zip(cell.vary, values, strict=True):
@@ -194,13 +184,10 @@ def _settings(cell: CellConfig, number: int, source: Source) -> Iterator[tuple[s
         yield name, given
 
 
-def _axis(key: str, path: tuple[str | int, ...], source: Source) -> list[tuple[str, Source]]:
-    """Labels and config keys of the values that one key of vary takes."""
-    values: Any = source.values
-    for step in path:
-        values = values[step]
+def _axis(key: str, values: Any, path: tuple[str | int, ...], source: Source) -> list[tuple[str, Source]]:
+    """Returns the label and the config keys of each value that a key of vary has."""
     if isinstance(values, dict):
-        return [(label, part(source, *path, label)) for label in values]
+        return [(label, _section(source, section, *path, label)) for label, section in values.items()]
     keys = tuple(key.split("."))
     result = []
     for number, value in enumerate(values):
@@ -212,7 +199,7 @@ def _axis(key: str, path: tuple[str | int, ...], source: Source) -> list[tuple[s
 
 
 def describe_value(value: Any) -> str:
-    """A config value as part of a name: [8, 16, 16] -> '8-16-16', {budget: 0.15} -> 'budget0.15'."""
+    """Returns a config value as part of a name: [8, 16, 16] -> '8-16-16', {budget: 0.15} -> 'budget0.15'."""
     if isinstance(value, dict):
         return "-".join(f"{key}{describe_value(each)}" for key, each in value.items())
     if isinstance(value, list):
@@ -222,16 +209,8 @@ def describe_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _refuse_twice(names: Sequence[str], source: Source) -> None:
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise ConfigError(
-            f"{source.where(('cells',))}: cells: two are named '{twice[0]}'; put what varies into the name, as in "
-            "'gqa{attention.num_kv_heads}'"
-        )
-
-
 def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, start: Job | None = None) -> Job:
-    """A run with its validated config, its plug-ins imported; an error names the cell."""
+    """Returns a run with its validated config, its plug-ins imported; an error names the cell."""
     fixed: dict[str, Any] = {"name": name, "seed": seed, "output_dir": str(output_dir / name / f"seed{seed}")}
     if start is not None:
         fixed["model"] = {"checkpoint": str(start.folder)}

@@ -1,7 +1,7 @@
-"""The runs of a sweep on this machine: forked from a server that has imported everything, or started by accelerate launch.
+"""Starts a sweep's runs on this machine: forked from a server that has imported everything, or by accelerate launch.
 
 A run holds a lock on its log file as long as it lives, so that two sweeps on one folder don't train the same run twice.
-docs/design.md has why submitit's local executor is not used here.
+docs/design.md explains why submitit's local executor is not used here.
 """
 
 import fcntl
@@ -11,10 +11,10 @@ import signal
 import subprocess
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerContext, ForkServerProcess
-from pathlib import Path
+from multiprocessing.context import ForkServerProcess
 from typing import IO, Protocol
 
 from vit_tucker.config.load import dump_config
@@ -32,28 +32,35 @@ PRELOADED = [
 ]
 
 
-class StartedRun(Protocol):
+@dataclass
+class StartedRun(ABC):
     """A run that an executor has started.
 
     Attributes:
         job: the run.
+        log_start: bytes that were in its log before.
     """
 
     job: Job
+    log_start: int
 
     @property
+    @abstractmethod
     def status(self) -> int | None:
-        """Exit status; None until it has ended."""
+        """Returns the exit status; None until the run has ended."""
 
     @property
     def queued(self) -> bool:
-        """Whether it waits for a place."""
+        """Returns whether the run waits for a place, as far as is known."""
+        return False
 
+    @abstractmethod
     def describe_ending(self) -> str:
         """Returns how and why a run ended that is not done."""
 
+    @abstractmethod
     def send(self, number: int) -> None:
-        """Sends a signal to it and to the processes it started."""
+        """Sends a signal to the run and to the processes it started."""
 
 
 class Executor(Protocol):
@@ -72,28 +79,23 @@ class Executor(Protocol):
 
 
 @dataclass
-class RunProcess:
+class RunProcess(StartedRun):
     """A run on this machine.
 
     Attributes:
-        job: the run.
-        said: bytes that were in its log before.
         process: its process.
-        gpu: the CUDA device that it was dealt.
+        gpu: the CUDA device that it was assigned.
     """
 
-    job: Job
-    said: int
     process: "ForkServerProcess | subprocess.Popen[bytes]"
     gpu: str | None = None
-    queued: bool = False
 
     @property
     def status(self) -> int | None:
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def describe_ending(self) -> str:
-        return f"status {self.status}: {last_words(log_file(self.job), self.said)}; see {log_file(self.job)}"
+        return f"status {self.status}: {last_words(self.job.log, self.log_start)}; see {self.job.log}"
 
     def send(self, number: int) -> None:
         if self.status is None and self.process.pid is not None:
@@ -105,13 +107,13 @@ class RunProcess:
 
 @dataclass
 class LocalExecutor:
-    """Runs on this machine, which share its CPU threads and GPUs.
+    """Starts runs on this machine, which share its CPU threads and GPUs.
 
     Attributes:
         capacity: runs at a time.
         threads: CPU threads of each.
-        gpus: CUDA devices, dealt to the runs; empty leaves them all to every run.
-        launcher: arguments of accelerate launch, as one string; None for one process without a launcher.
+        gpus: CUDA devices, one of which each run is assigned; empty leaves them all to every run.
+        launcher: see ``run_command``.
     """
 
     capacity: int = 1
@@ -122,44 +124,41 @@ class LocalExecutor:
     _started: list[RunProcess] = field(default_factory=list, repr=False)
 
     def start(self, jobs: Sequence[Job]) -> list[RunProcess | None]:
-        """Starts (or continues) runs, see ``Executor``."""
         return [self._start(job) for job in jobs]
 
     def _start(self, job: Job) -> RunProcess | None:
-        log = lock(job)
-        if log is None:
-            return None
-        self._started = [run for run in self._started if run.status is None]
-        used = [run.gpu for run in self._started]
-        gpu = min(self.gpus, key=used.count) if self.gpus else None
-        environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         process: ForkServerProcess | subprocess.Popen[bytes]
-        with log:
-            config, said = write_config(job), log.tell()
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        with job.log.open("ab") as log:
+            if not _lock(log):
+                return None
+            used = [run.gpu for run in self._started if run.status is None]
+            gpu = min(self.gpus, key=used.count) if self.gpus else None
+            environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+            config, log_start = write_config(job), log.tell()
             if self.launcher is not None:
                 command = run_command(["--cfg", config, *plugin_arguments(job.config.plugins)], self.launcher)
+                every = os.environ | environment
                 process = subprocess.Popen(
-                    command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **environment},
-                    start_new_session=True,
+                    command, stdout=log, stderr=subprocess.STDOUT, env=every, start_new_session=True
                 )
             else:
-                arguments = (config, job.config.plugins, str(log_file(job)), self.threads, environment)
-                process = fork_server().Process(target=_train, args=arguments)
+                server = multiprocessing.get_context("forkserver")  # its processes start in a second instead of ten
+                server.set_forkserver_preload(PRELOADED)
+                arguments = (config, job.config.plugins, str(job.log), self.threads, environment)
+                process = server.Process(target=_train, args=arguments)
                 fcntl.flock(log, fcntl.LOCK_UN)  # the process takes it over
                 process.start()
-        self._started.append(RunProcess(job, said, process, gpu))
+        self._started.append(RunProcess(job, log_start, process, gpu))
         return self._started[-1]
 
 
 def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str]) -> LocalExecutor:
-    """Divides CPU threads and GPUs among the runs that go on at a time.
+    """Returns an executor that divides CPU threads and GPUs among the runs that go on at a time.
 
     Args:
         jobs: runs at a time.
-        launcher: see ``LocalExecutor``; a launcher chooses its GPUs itself.
+        launcher: see ``run_command``; a launcher chooses its GPUs itself.
         gpus: CUDA devices that are visible here.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -167,7 +166,7 @@ def share_machine(jobs: int, launcher: str | None, gpus: Sequence[str]) -> Local
 
 
 def visible_gpus() -> list[str]:
-    """Returns CUDA devices, as CUDA_VISIBLE_DEVICES names them."""
+    """Returns the CUDA devices, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -175,48 +174,30 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def log_file(job: Job) -> Path:
-    """Returns where a run's output goes: seed0.log beside the folder seed0."""
-    return job.folder.with_name(f"{job.folder.name}.log")
-
-
 def write_config(job: Job) -> str:
     """Writes the config that a run is started with, seed0.yaml beside its folder, and returns its path."""
-    config = job.folder.with_name(f"{job.folder.name}.yaml")
+    config = job.folder.with_suffix(".yaml")
     config.write_text(dump_config(job.config))
     return str(config)
 
 
-def lock(job: Job) -> IO[bytes] | None:
-    """Opens and locks a run's log; None if another sweep runs it."""
-    file = log_file(job)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    opened = file.open("ab")
+def _lock(log: IO[bytes]) -> bool:
+    """Locks a run's log; returns False if another sweep holds it."""
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        opened.close()
-        return None
-    return opened
-
-
-def fork_server() -> ForkServerContext:
-    """Returns a context whose processes start in a second instead of ten."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return context
+        return False
+    return True
 
 
 def _train(config: str, plugins: Sequence[str], log: str, threads: int, environment: dict[str, str]) -> None:
-    """In the forked process: the run of a config file."""
+    """Trains the run of a config file in the forked process."""
     os.setsid()
     os.environ.update(environment)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with open(log, "ab") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(opened):
             sys.exit(0)  # another sweep was faster
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)

@@ -1,4 +1,4 @@
-"""The table of a sweep's runs: cells by seeds, live on a terminal, one line per event elsewhere."""
+"""Shows the table of a sweep's runs: cells by seeds, live on a terminal, one line per event elsewhere."""
 
 import statistics
 import sys
@@ -10,20 +10,15 @@ from rich.live import Live
 from rich.table import Table
 
 from vit_tucker.sweep.plan import Job
-from vit_tucker.sweep.status import State, Status, count_states
+from vit_tucker.sweep.status import State, Status
 
-SHORT = {
-    State.WAITING: ".",
-    State.QUEUED: "queued",
-    State.BLOCKED: "blocked",
-    State.FAILED: "FAILED",
-    State.ELSEWHERE: "elsewhere",
-}
+SHORT = {state: state.value for state in (State.QUEUED, State.BLOCKED, State.ELSEWHERE)}
+SHORT |= {State.WAITING: ".", State.FAILED: "FAILED"}
 Statuses = Mapping[tuple[str, int], Status]
 
 
 def entry(status: Status, epochs: int) -> str:
-    """One run in the table: '99.17', '3/8 97.2', 'FAILED'."""
+    """Returns one run's entry in the table: '99.17', '>3/8 97.2', 'FAILED'."""
     if status.state is State.DONE:
         return f"{status.top1:.2f}"
     if status.state in SHORT:
@@ -32,7 +27,7 @@ def entry(status: Status, epochs: int) -> str:
     return f"{mark}{status.epoch}/{epochs}" + ("" if status.top1 is None else f" {status.top1:.1f}")
 
 
-def board(jobs: Sequence[Job], statuses: Statuses, most: int | None = None) -> Table:
+def progress_table(jobs: Sequence[Job], statuses: Statuses, most: int | None = None) -> Table:
     """Returns the table: a row per cell, a column per seed, and the mean of what is done.
 
     Args:
@@ -65,7 +60,7 @@ class Display:
     Args:
         jobs: the runs to show.
         statuses: their states, updated by whoever runs them.
-        stream: where to; standard output if None.
+        stream: what is written to; standard output if None.
     """
 
     def __init__(self, jobs: Sequence[Job], statuses: Statuses, stream: TextIO | None = None):
@@ -88,21 +83,17 @@ class Display:
         """Prints a line that stays."""
         self._console.print(line, soft_wrap=True)
 
-    def draw(self, left: str) -> None:
-        """Shows the live table; nothing where there is no terminal.
-
-        Args:
-            left: what is said beside the counts.
-        """
+    def draw(self, note: str) -> None:
+        """Redraws the live table, with a text beside the counts; does nothing where there is no terminal."""
         if self._live.is_started:
-            table = board(self._jobs, self._statuses, self._console.height - 4)
-            self._live.update(Group(table, f"{self._count()}{left}"), refresh=True)
+            table = progress_table(self._jobs, self._statuses, self._console.height - 4)
+            self._live.update(Group(table, f"{self._count()}{note}"), refresh=True)
 
     def close(self) -> None:
         """Prints the whole table, once more, to stay."""
         plain = Console(width=10_000, color_system=None, force_terminal=False)
         with plain.capture() as captured:
-            plain.print(board(self._jobs, self._statuses))
+            plain.print(progress_table(self._jobs, self._statuses))
         for line in captured.get().splitlines():
             self.say(line.rstrip())
         for job in self._jobs:
@@ -111,4 +102,6 @@ class Display:
         self.say(self._count())
 
     def _count(self) -> str:
-        return count_states(self._statuses[job.key] for job in self._jobs)
+        """Returns '12 done, 2 running, 4 waiting'."""
+        states = [self._statuses[job.key].state for job in self._jobs]
+        return ", ".join(f"{states.count(state)} {state.value}" for state in reversed(State) if state in states)

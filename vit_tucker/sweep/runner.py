@@ -1,15 +1,13 @@
-"""Runs a sweep's jobs, as many at a time as the executor takes, each when what it starts from is done."""
+"""Runs a sweep's jobs, as many at a time as the executor has room for, each when what it starts from is done."""
 
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.process import Executor, StartedRun
 from vit_tucker.sweep.progress_table import Display
@@ -21,88 +19,82 @@ from vit_tucker.training.lock import RunLock
 DRAW_SECONDS = 1.0
 
 
+@dataclass
 class Runner:
-    """A sweep while it runs.
+    """Trains the runs of a sweep.
 
-    Args:
+    Attributes:
         jobs: the runs, those that others need before these.
         statuses: of each, changed in place.
         executor: starts them.
-        display: where it is shown.
-        keep_checkpoints: of cells that are done.
+        display: where their progress is shown.
+        keep_checkpoints: whether cells that are done keep theirs.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        statuses: dict[tuple[str, int], Status],
-        executor: Executor,
-        display: Display,
-        keep_checkpoints: bool = True,
-    ):
-        self._jobs, self._statuses, self._executor, self._display = jobs, statuses, executor, display
-        self._keep_checkpoints = keep_checkpoints
-        self._running: list[StartedRun] = []
-        self._tried: set[tuple[str, int]] = set()
-        self._signals = Signals()
-        self._began = time.monotonic()
-        self._finished = 0
+    jobs: Sequence[Job]
+    statuses: dict[tuple[str, int], Status]
+    executor: Executor
+    display: Display
+    keep_checkpoints: bool = True
+    _running: list[StartedRun] = field(default_factory=list, init=False)
+    _tried: set[tuple[str, int]] = field(default_factory=set, init=False)
+    _signals: Signals = field(default_factory=Signals, init=False)
+    _began: float = field(default_factory=time.monotonic, init=False)
+    _finished: int = field(default=0, init=False)
 
     def run(self) -> int:
-        """Run everything that is not done.
+        """Runs everything that is not done.
 
         Returns:
             0 if all is done, 1 if a run failed or is trained elsewhere, 130 after a signal.
         """
-        with catch_signals(self._signals), self._killing_the_rest():
-            drawn = forwarded = 0.0
-            while True:
-                self._collect()
-                if self._signals.number and not forwarded:
-                    forwarded = time.monotonic()
-                    self._display.say(f"{signal.Signals(self._signals.number).name}: the runs save their state")
-                    for process in self._running:
-                        process.send(self._signals.number)
-                if not self._signals.number:
-                    self._fill()
-                if not self._running:
-                    break
-                if time.monotonic() - drawn > DRAW_SECONDS:
-                    drawn = time.monotonic()
-                    for process in self._running:
-                        status = self._statuses[process.job.key]
-                        status.state = State.QUEUED if process.queued else State.RUNNING
-                        update_progress(process.job, status)
-                    self._display.draw(self._left())
-                time.sleep(self._executor.poll_seconds)
+        with catch_signals(self._signals):
+            try:
+                self._run_all()
+            finally:  # a second Ctrl-C or an error: no run outlives the sweep
+                for process in self._running:
+                    process.send(signal.SIGKILL)
         if self._signals.number:
             return 130
-        return 0 if all(self._statuses[job.key].state is State.DONE for job in self._jobs) else 1
+        return 0 if all(self.statuses[job.key].state is State.DONE for job in self.jobs) else 1
 
-    @contextmanager
-    def _killing_the_rest(self) -> Iterator[None]:
-        """Runs that are left when this is left, by a second Ctrl-C or an error, don't outlive it."""
-        try:
-            yield
-        finally:
-            for process in self._running:
-                process.send(signal.SIGKILL)
+    def _run_all(self) -> None:
+        drawn, forwarded = 0.0, False
+        while True:
+            self._collect()
+            if not self._signals.number:
+                self._fill()
+            elif not forwarded:
+                forwarded = True
+                self.display.say(f"{signal.Signals(self._signals.number).name}: the runs save their state")
+                for process in self._running:
+                    process.send(self._signals.number)
+            if not self._running:
+                return
+            if time.monotonic() - drawn > DRAW_SECONDS:
+                drawn = time.monotonic()
+                for process in self._running:
+                    status = self.statuses[process.job.key]
+                    status.state = State.QUEUED if process.queued else State.RUNNING
+                    update_progress(process.job, status)
+                self.display.draw(self._left())
+            time.sleep(self.executor.poll_seconds)
 
     def _fill(self) -> None:
         """Starts runs while there are free places; what a cluster refuses has failed, unless nothing else is left."""
-        ready = self._ready()[: max(0, self._executor.capacity - len(self._running))]
+        ready = self._ready()[: max(0, self.executor.capacity - len(self._running))]
         self._tried |= {job.key for job in ready}
         try:
-            started = self._executor.start(ready) if ready else ()
+            started = self.executor.start(ready) if ready else ()
         except ConfigError as error:
             if not self._running:
                 raise
             for job in ready:
-                vars(self._statuses[job.key]).update(state=State.FAILED, reason=str(error))
-                self._display.say(self._event(job, self._statuses[job.key]))
+                vars(self.statuses[job.key]).update(state=State.FAILED, reason=str(error))
+                self.display.say(self._event(job, self.statuses[job.key]))
             return
         for job, process in zip(ready, started, strict=True):
-            status = self._statuses[job.key]
+            status = self.statuses[job.key]
             if process is None:
                 status.state, status.reason = State.ELSEWHERE, "another sweep runs it"
             else:
@@ -110,13 +102,13 @@ class Runner:
                 self._running.append(process)
 
     def _ready(self) -> list[Job]:
-        """Jobs whose start is done; those that start from a failed run are blocked."""
+        """Returns the jobs whose start is done; those that start from a failed run become blocked."""
         ready = []
-        for job in self._jobs:
-            status = self._statuses[job.key]
+        for job in self.jobs:
+            status = self.statuses[job.key]
             if job.key in self._tried or status.state is State.DONE:
                 continue
-            before = State.DONE if job.after is None else self._statuses[job.after.key].state
+            before = State.DONE if job.after is None else self.statuses[job.after.key].state
             if before is State.DONE:
                 ready.append(job)
             elif before in (State.FAILED, State.BLOCKED, State.ELSEWHERE):
@@ -125,68 +117,43 @@ class Runner:
         return ready
 
     def _collect(self) -> None:
-        """Note the runs that have ended."""
+        """Updates the statuses of the runs that have ended."""
         for process in list(self._running):
             code = process.status
             if code is None:
                 continue
             self._running.remove(process)
-            job, status = process.job, self._statuses[process.job.key]
+            job, status = process.job, self.statuses[process.job.key]
             after = read_status(job, {})
             if after.state is State.DONE:
                 self._finished += 1
-                if not self._keep_checkpoints and job.name != START:
+                if not self.keep_checkpoints and job.name != START:
                     shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
             elif self._signals.number:
                 after.state = State.INTERRUPTED
             elif code == 0:  # it found its log locked
                 after.state, after.reason = State.ELSEWHERE, "another sweep runs it"
-            elif (refusal := refused(job)) is not None:
-                after.state, after.reason = State.ELSEWHERE, refusal
             else:
-                after.state, after.reason = State.FAILED, process.describe_ending()
+                try:
+                    RunLock(job.folder).refuse_held()
+                    after.state, after.reason = State.FAILED, process.describe_ending()
+                except ConfigError as held:  # by a run that was started by hand
+                    after.state, after.reason = State.ELSEWHERE, str(held)
             vars(status).update(vars(after))
-            self._display.say(self._event(job, status))
+            self.display.say(self._event(job, status))
 
     def _event(self, job: Job, status: Status) -> str:
-        done = sum(self._statuses[each.key].state is State.DONE for each in self._jobs)
+        done = sum(self.statuses[each.key].state is State.DONE for each in self.jobs)
         what = f"{status.state.value}: {status.reason}" if status.reason else status.state.value
         if status.state is State.DONE:
             what = f"top-1 {status.top1:.2f}% in {status.seconds:.0f} s"
-        return f"[{done}/{len(self._jobs)}] {job.name}, seed {job.seed}: {what}{self._left()}"
+        return f"[{done}/{len(self.jobs)}] {job.name}, seed {job.seed}: {what}{self._left()}"
 
     def _left(self) -> str:
-        """'; about 0:12:30 left', by the pace of the runs so far."""
-        left = sum(
-            self._statuses[job.key].state in (State.WAITING, State.INTERRUPTED, State.QUEUED, State.RUNNING)
-            for job in self._jobs
-        )
+        """Returns '; about 0:12:30 left', by the pace of the runs so far; nothing before the first has finished."""
+        open_states = (State.WAITING, State.INTERRUPTED, State.QUEUED, State.RUNNING)
+        left = sum(self.statuses[job.key].state in open_states for job in self.jobs)
         if not self._finished or not left:
             return ""
         seconds = (time.monotonic() - self._began) / self._finished * left
         return f"; about {timedelta(seconds=round(seconds))} left"
-
-
-def refused(job: Job) -> str | None:
-    """Who trains in a run's folder beside the sweep, started by hand; None if nobody does."""
-    try:
-        RunLock(job.folder).refuse_held()
-    except ConfigError as error:
-        return str(error)
-    return None
-
-
-def read_statuses(
-    jobs: Sequence[Job], recorded: Mapping[tuple[str, int], dict[str, Any]]
-) -> dict[tuple[str, int], Status]:
-    """Where all runs stand, see ``read_status``; a start of which only the record is here runs again if a cell needs it."""
-    statuses = {job.key: read_status(job, recorded) for job in jobs}
-    for job in jobs:
-        start = job.after
-        if (
-            start is not None
-            and statuses[job.key].state is not State.DONE
-            and not RunDir(start.folder).results.is_file()
-        ):
-            statuses[start.key] = read_status(start, {})
-    return statuses

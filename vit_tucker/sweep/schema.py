@@ -1,6 +1,5 @@
-"""The YAML schema of a sweep."""
+"""Defines the YAML schema of a sweep."""
 
-import re
 import shlex
 from typing import Annotated, Any, Literal
 
@@ -12,7 +11,6 @@ from vit_tucker.validation.checked import MAX_INTEGER, Checked
 Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 START = "start"
 """Name of the dense runs that the cells start from."""
-_PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
 class CellConfig(Checked):
@@ -28,11 +26,6 @@ class CellConfig(Checked):
         default={},
         description="All combinations are run: a config key and its values, or any word and a config section per label.",
     )
-
-    @property
-    def placeholders(self) -> tuple[str, ...]:
-        """Keys of vary that the name asks for."""
-        return tuple(_PLACEHOLDER.findall(self.name))
 
     @field_validator("vary")
     @classmethod

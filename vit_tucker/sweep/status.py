@@ -1,7 +1,7 @@
-"""Where each run of a sweep stands, from its folder."""
+"""Reads from the run folders how far each run of a sweep has got."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,7 +21,7 @@ PLACES = frozenset({"model.checkpoint", "name"})
 
 
 class State(Enum):
-    """Where a run stands."""
+    """How far a run has got; the value is what users see."""
 
     WAITING = "waiting"
     QUEUED = "queued"
@@ -35,13 +35,13 @@ class State(Enum):
 
 @dataclass
 class Status:
-    """A run's state, and what there is to say.
+    """A run's state with its progress and results.
 
     Attributes:
-        state: where it stands.
+        state: how far it has got.
         top1: after the last epoch so far, in percent; None before the first.
         epoch: finished epochs.
-        reason: why it failed or is blocked.
+        reason: why it failed, is blocked or is trained elsewhere.
         seconds: training time of a finished run.
     """
 
@@ -53,7 +53,7 @@ class Status:
 
 
 def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) -> Status:
-    """Where a run stands before the sweep starts.
+    """Returns the status of a run that this sweep has not started.
 
     Args:
         job: the run.
@@ -65,31 +65,40 @@ def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) ->
     run_dir = RunDir(job.folder)
     check_folder(run_dir, job.config)
     if run_dir.results.is_file():
-        return finished(read_results(run_dir.results))
-    if (results := recorded.get(job.key)) is not None:
-        refuse_other_sweep(job, results)
-        return finished(results)
-    status = Status(State.INTERRUPTED if run_dir.config.is_file() else State.WAITING)
-    update_progress(job, status)
-    return status
+        results = read_results(run_dir.results)
+    elif job.key in recorded:
+        results = recorded[job.key]
+        lines = changes_of_run(validate(Source(dict(results["config"]))), job.config)
+        if changes := [line for line in lines if line.partition(":")[0] not in PLACES]:
+            raise ConfigError(
+                f"--done: {job.name}, seed {job.seed} was recorded with another config: {'; '.join(changes)}"
+            )
+    else:
+        status = Status(State.INTERRUPTED if run_dir.config.is_file() else State.WAITING)
+        update_progress(job, status)
+        return status
+    seconds = results.get("train_seconds", 0.0)
+    return Status(State.DONE, results["last"]["eval_top1"], results["epochs"], seconds=seconds)
 
 
-def finished(results: dict[str, Any]) -> Status:
-    """The status of a run with results."""
-    return Status(
-        State.DONE, results["last"]["eval_top1"], results["epochs"], seconds=results.get("train_seconds", 0.0)
-    )
-
-
-def refuse_other_sweep(job: Job, results: dict[str, Any]) -> None:
-    """Raise ConfigError if a record is of another config."""
-    lines = changes_of_run(validate(Source(dict(results["config"]))), job.config)
-    if changes := [line for line in lines if line.partition(":")[0] not in PLACES]:
-        raise ConfigError(f"--done: {job.name}, seed {job.seed} was recorded with another config: {'; '.join(changes)}")
+def read_statuses(
+    jobs: Sequence[Job], recorded: Mapping[tuple[str, int], dict[str, Any]]
+) -> dict[tuple[str, int], Status]:
+    """Returns ``read_status`` of all runs; a start of which only the record is here runs again if a cell needs it."""
+    statuses = {job.key: read_status(job, recorded) for job in jobs}
+    for job in jobs:
+        if job.after is None or statuses[job.key].state is State.DONE:
+            continue
+        if not RunDir(job.after.folder).results.is_file():
+            statuses[job.after.key] = read_status(job.after, {})
+    return statuses
 
 
 def read_records(paths: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Results by cell and seed, see ``collect`` for what the paths may be.
+    """Returns the results that ``--done`` names, by cell and seed.
+
+    Args:
+        paths: see ``collect``.
 
     Raises:
         ConfigError: a path is missing, or holds no results.
@@ -101,7 +110,7 @@ def read_records(paths: Sequence[Path]) -> dict[tuple[str, int], dict[str, Any]]
 
 
 def update_progress(job: Job, status: Status) -> None:
-    """Take over the epochs that a run has finished, from its summary.csv."""
+    """Updates a status with the epochs that the run has finished, from its summary.csv."""
     try:
         with (job.folder / "summary.csv").open() as opened:
             rows = list(csv.DictReader(opened))
@@ -112,23 +121,16 @@ def update_progress(job: Job, status: Status) -> None:
 
 
 def last_words(log: Path, start: int = 0) -> str:
-    """Why a run ended: the last line that names an error, else the last line of its output.
+    """Returns why a run ended: the last line that names an error, else the last line of its output.
 
     Args:
         log: what it printed, and runs before it.
         start: bytes of those.
     """
     try:
-        lines = [
-            line.strip() for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()
-        ]
+        text = log.read_bytes()[start:].decode(errors="replace")
     except OSError:
         return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line.lower()]
     return (errors or lines or ["no output"])[-1].removeprefix("error: ")[:300]
-
-
-def count_states(statuses: Iterable[Status]) -> str:
-    """'12 done, 2 running, 4 waiting'"""
-    states = [status.state for status in statuses]
-    return ", ".join(f"{states.count(state)} {state.value}" for state in reversed(State) if state in states)
