@@ -120,7 +120,7 @@ def classes_for(
         data: section of a config.
 
     Returns:
-        Names in the order of their numbers; None for the order of the data set's own training split.
+        Names in the order of their numbers; None for those of the data set's own training split.
 
     Raises:
         DataError: nothing tells which class of the data set is which of the model.
