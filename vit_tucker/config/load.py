@@ -115,7 +115,7 @@ def section_model(run: type[RunConfig]) -> type[RunConfig]:
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
-    """Returns the resolved config as plain values, for YAML and JSON."""
+    """Returns the resolved config as plain values, for YAML and JSON; its YAML text reads back as these."""
     values = cast(dict[str, Any], json.loads(config.model_dump_json()))
     for name in ("attention", "linear"):
         section = getattr(config, name)
@@ -131,14 +131,9 @@ def dump_config(config: RunConfig) -> str:
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
 
 
-def plain_values(config: RunConfig) -> dict[str, Any]:
-    """A config's values as its YAML file would have them."""
-    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
-
-
 def everywhere(config: RunConfig) -> RunConfig:
     """Returns the config with paths that mean the same in every folder."""
-    return validate(Source(map_paths(plain_values(config), absolute)))
+    return validate(Source(map_paths(plain_config(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
