@@ -14,7 +14,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "bench",
         help="throughput of models side by side",

@@ -1,4 +1,4 @@
-"""What all commands share: exit statuses, the flags that several have, and how results are printed."""
+"""Shared parts of all commands: their parser, the flags that several have, and how results are printed."""
 
 import argparse
 import json
@@ -22,10 +22,10 @@ OVERRIDES_HELP = "config keys to override, values in YAML"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose mistakes are one line with the nearest valid name, like all others."""
+    """Parses arguments like argparse, and reports a mistake in one line with the nearest valid name."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and leave with status 2."""
+        """Prints the line and exits with status 2."""
         valid: list[str] = []
         word = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
         for action in self._actions:
@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with all ``key=value`` in ``overrides``: argparse takes these only where it meets them first.
+    """Returns the arguments, with every ``key=value`` in ``overrides``: argparse puts only those there that it meets first.
 
     Args:
-        parser: with an argument ``overrides``, unless the command takes none.
+        parser: with an argument ``overrides``, unless the command has none.
         argv: as for ``parse_args``.
     """
     args, extra = parser.parse_known_args(argv)
@@ -52,7 +52,7 @@ def parse_with_overrides(parser: argparse.ArgumentParser, argv: Sequence[str] | 
 
 
 def command_parser(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.ArgumentParser:
-    """The parser of the command that was given; the parser itself if it has no commands."""
+    """Returns the parser of the given command; the parser itself if it has no commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices[args.command]
@@ -60,17 +60,17 @@ def command_parser(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``: results for machines, on standard output."""
+    """Adds ``--json``, which prints results as JSON on standard output."""
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``; read it by ``choose_device``."""
+    """Adds ``--device``, which ``choose_device`` reads."""
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
-    """``-p`` and ``--trust-plugins``; ``run_command`` applies them."""
+    """Adds ``-p`` and ``--trust-plugins``, which ``run_command`` applies."""
     group = parser.add_argument_group("plug-ins")
     group.add_argument(
         "-p",
@@ -89,7 +89,7 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """A command, after the plug-ins that the user names.
+    """Imports the plug-ins that the user names, runs a command and returns its exit status.
 
     Raises:
         ConfigError: a plug-in can't be imported. Whatever the command raises.
@@ -101,7 +101,7 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
 
 
 def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:
-    """``--method``; read it by ``vit_tucker.config.method_string.read_method``."""
+    """Adds ``--method``, which ``vit_tucker.config.method_string.read_method`` reads."""
     how = "; may be given several times" if several else ""
     parser.add_argument(
         "--method",
@@ -130,14 +130,14 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
 
 
 def positive(text: str) -> int:
-    """A number of one or more, for argparse."""
+    """Reads an integer of one or more, for argparse."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return int(text)
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """The device of that name; a GPU if there is one for None.
+    """Returns the device of that name; for None a GPU if there is one, else the CPU.
 
     Raises:
         ConfigError: there is no such device.
@@ -156,7 +156,7 @@ def choose_device(name: str | None) -> "torch.device":
 
 
 def emit(text: str, out: Path | None = None) -> None:
-    """Print a result, or write it to a file and say so."""
+    """Prints a result, or writes it to a file and prints the file's name."""
     text = text if text.endswith("\n") else f"{text}\n"
     if out is None:
         print(text, end="")
@@ -173,5 +173,5 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 def to_json(values: Any) -> str:
-    """JSON for machines; paths as text."""
+    """Returns values as indented JSON, with paths as text."""
     return json.dumps(values, indent=2, default=str)

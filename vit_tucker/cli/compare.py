@@ -8,7 +8,7 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser("compare", help="runs side by side, from their results.json")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(

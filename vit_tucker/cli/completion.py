@@ -11,7 +11,7 @@ COMPLETERS = ("_vit_tucker_runs", "_vit_tucker_sweeps")
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "completion",
         help="a script for the shell's completion",
@@ -41,7 +41,7 @@ def config_completer(shell: str, sweeps: bool) -> str:
 
 
 def with_files(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The parser, with file names offered wherever a path may stand, and names of configs."""
+    """Returns the parser, changed so that completion offers file names for paths, and names of configs for ``--cfg``."""
     import shtab
 
     for action in parser._actions:

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     from vit_tucker.cli.plan import add_target
 
     parser = commands.add_parser(
@@ -57,5 +57,5 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def print_progress(line: str) -> None:
-    """Prints what takes long on standard error."""
+    """Prints a line about a long step on standard error."""
     print(line, file=sys.stderr)

@@ -30,7 +30,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "cost",
         help="parameters, FLOPs, memory and latency of a timm model with any methods; the paper's cost tables",

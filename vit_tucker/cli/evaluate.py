@@ -7,7 +7,7 @@ from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, PRECISIONS, add_js
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "evaluate",
         help="accuracy of a stored model",

@@ -17,7 +17,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "explain",
         help="attention maps of all heads and attention rollout, as pictures, beside the dense model's",
@@ -98,7 +98,7 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def read_layers(text: str | None) -> list[int | str] | None:
-    """'0,3-5,-1' as ``patch`` takes it."""
+    """Reads '0,3-5,-1' as the layers that ``patch`` accepts."""
     if text is None:
         return None
     return [int(part) if part.lstrip("-").isdigit() else part for part in text.split(",")]

@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "export",
         help="a trained model as ONNX, torch.export or plain timm, checked against PyTorch",

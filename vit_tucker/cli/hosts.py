@@ -8,7 +8,7 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "hosts",
         help="which timm models can be patched, by which methods, and why not",

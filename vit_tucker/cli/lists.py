@@ -1,4 +1,4 @@
-"""``methods``, ``configs`` and ``schema``: what there is to choose from, and a config's JSON schema."""
+"""``methods``, ``configs`` and ``schema``: the names to choose from, and a config's JSON schema."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,7 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add the commands to the subparsers of ``vit-tucker``."""
+    """Adds the commands to the subparsers of ``vit-tucker``."""
     methods = commands.add_parser("methods", help="names of the registered attention methods")
     add_json(methods)
     methods.set_defaults(run=list_methods)
@@ -30,7 +30,7 @@ def list_methods(args: argparse.Namespace) -> int:
 
 
 def list_configs(args: argparse.Namespace) -> int:
-    """The command ``configs``."""
+    """Prints the names of the runs' or the sweeps' configs."""
     from vit_tucker.config.find import config_names
 
     names = config_names(sweeps=args.sweep)

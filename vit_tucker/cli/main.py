@@ -38,7 +38,7 @@ WITHOUT_PLUGINS = ("compare", "tables", "report", "configs", "completion")
 
 
 def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, which takes the arguments and returns an exit status."""
+    """Returns the parser of all commands; each sets ``run``, a function of the arguments that returns an exit status."""
     parser = Parser(
         prog=prog,
         description="Attention methods for timm's vision transformers: convert, train, compare, deploy.",
@@ -56,7 +56,7 @@ def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status."""
+    """Runs one command and returns its exit status."""
     as_module = Path(sys.argv[0]).parts[-2:] == ("vit_tucker", "__main__.py")
     parser = build_parser("python -m vit_tucker") if as_module else build_parser()
     try:

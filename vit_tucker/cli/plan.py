@@ -13,7 +13,7 @@ EXAMPLES = """examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "plan",
         help="what a patch would do: parameters, weight errors and FLOPs per layer",
@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_target(parser: argparse.ArgumentParser) -> None:
-    """A model and a method, or a config that names both."""
+    """Adds the arguments that name a model and a method, or a config that names both."""
     parser.add_argument(
         "overrides",
         nargs="*",

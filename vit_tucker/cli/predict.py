@@ -18,7 +18,7 @@ MANY = 64
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "predict",
         help="the most likely classes of image files",
@@ -72,7 +72,7 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def as_text(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
-    """A line per image: its file, and classes with probabilities."""
+    """Returns a line per image: its file, and classes with probabilities."""
     from vit_tucker.show.tables import plain
 
     lines = [(str(file), ", ".join(f"{guess.label} {guess.probability:.1%}" for guess in guesses))
@@ -81,7 +81,7 @@ def as_text(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
 
 
 def as_csv(rows: Sequence[tuple[Path, list["Guess"]]]) -> str:
-    """file, index1, label1, probability1, index2, ..."""
+    """Returns CSV text with the columns file, index1, label1, probability1, index2, ..."""
     text = io.StringIO()
     count = max((len(guesses) for _, guesses in rows), default=0)
     writer = csv.writer(text, lineterminator="\n")

@@ -7,7 +7,7 @@ from vit_tucker.cli.common import MODEL_HELP, add_json, emit, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "push",
         help="upload a model to the Hugging Face hub",

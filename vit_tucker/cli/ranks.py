@@ -8,7 +8,7 @@ from vit_tucker.cli.common import add_json, emit, positive, print_notes, to_json
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "ranks",
         help="the ranks that a model's attention really has: CSV files and a figure",
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    """'4,2' -> (4, 2)"""
+    """Reads '4,2' as (4, 2)."""
     return tuple(int(part) for part in text.split(","))
 
 

@@ -24,14 +24,14 @@ FLAGS = {"executor": "kind", **{name: name for name in ("jobs", "launch", "time"
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser("sweep", help="run methods x options x seeds from one file", description=DESCRIPTION)
     add_arguments(parser)
     parser.set_defaults(run=sweep)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the arguments of ``sweep``."""
     parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
     parser.add_argument(
         "--executor", choices=EXECUTORS, help="runs on this machine, or as a cluster's jobs (executor.kind)"
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep_main(argv: Sequence[str] | None = None) -> int:
-    """``experiments/sweep.py`` and ``./run.sh sweep``."""
+    """Runs ``sweep`` as ``experiments/sweep.py`` and ``./run.sh sweep`` do; returns the exit status."""
     parser = Parser(prog="sweep.py", description=DESCRIPTION)
     add_arguments(parser)
     add_plugins(parser)
@@ -74,7 +74,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """The command itself."""
+    """Plans the sweep's runs and runs those that are not done, or shows them with ``--dry-run``."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.sweep.check import describe_cost, plan_cells

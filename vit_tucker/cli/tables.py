@@ -16,7 +16,7 @@ REPORT = "README.md over the studies that 'tables --out' kept in a folder: what 
 
 
 def add_parser(commands: Any) -> None:
-    """Add both commands to the subparsers of ``vit-tucker``."""
+    """Adds both commands to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser("tables", help="tables and figures of finished runs", description=TABLES)
     add_tables(parser)
     parser.set_defaults(run=tables)
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_tables(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``tables``."""
+    """Adds the arguments of ``tables``."""
     parser.add_argument(
         "runs",
         nargs="+",
@@ -56,7 +56,7 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``report``."""
+    """Adds the arguments of ``report``."""
     parser.add_argument(
         "folder",
         nargs="?",
@@ -68,7 +68,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def tables_main(argv: Sequence[str] | None = None) -> int:
-    """``experiments/tables.py``."""
+    """Runs ``tables`` as ``experiments/tables.py`` does; returns the exit status."""
     parser = Parser(prog="tables.py", description=TABLES)
     add_tables(parser)
     args = parser.parse_args(argv)
@@ -76,7 +76,7 @@ def tables_main(argv: Sequence[str] | None = None) -> int:
 
 
 def report_main(argv: Sequence[str] | None = None) -> int:
-    """``experiments/report.py``."""
+    """Runs ``report`` as ``experiments/report.py`` does; returns the exit status."""
     parser = Parser(prog="report.py", description=REPORT)
     add_report(parser)
     args = parser.parse_args(argv)
@@ -84,7 +84,7 @@ def report_main(argv: Sequence[str] | None = None) -> int:
 
 
 def tables(args: argparse.Namespace) -> int:
-    """Write the tables and say where."""
+    """Writes the tables and figures, and prints where they are."""
     from vit_tucker.errors import ConfigError
     from vit_tucker.report.study import write_study
     from vit_tucker.storage.paths import refuse_unwritable
@@ -108,7 +108,7 @@ def tables(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the report and say where."""
+    """Writes the report and prints where it is."""
     from vit_tucker.report.report import write_report
     from vit_tucker.storage.paths import refuse_unwritable
 

@@ -13,7 +13,7 @@ DESCRIPTION = (
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command to the subparsers of ``vit-tucker``."""
+    """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "train", help="train, continue or evaluate one run from a config", description=DESCRIPTION
     )
@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Adds the arguments of ``train``."""
     parser.add_argument("--cfg", required=True, help="config file, name below experiments/configs, or a run folder")
     parser.add_argument("--evaluate", action="store_true", help="evaluate only: the run's best weights, or the start")
     parser.add_argument(
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def train_main(argv: Sequence[str] | None = None) -> int:
-    """``experiments/train_vit.py`` and ``./run.sh train``."""
+    """Runs ``train`` as ``experiments/train_vit.py`` and ``./run.sh train`` do; returns the exit status."""
     parser = Parser(prog="train_vit.py", description=DESCRIPTION)
     add_arguments(parser)
     add_plugins(parser)
@@ -44,7 +44,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Runs ``vit_tucker.run.main.train`` on the arguments."""
+    """Trains, continues or evaluates the run that the arguments name."""
     from vit_tucker.run import main
 
     return main.train(args.cfg, args.overrides, args.evaluate, args.allow_changes, args.dry_run)

@@ -29,7 +29,7 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read, merge and validate a config.
+    """Reads, merges and validates a config.
 
     Args:
         name: as for ``find_config``. Its plug-ins run if the user names them, see ``vit_tucker.config.plugins``.
@@ -60,7 +60,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """A config without a file: values, and overrides on top, whose plug-ins are the user's.
+    """Makes a config without a file, of values and overrides on top; plug-ins that they name are the user's.
 
     Raises:
         ConfigError: see ``load_config``.
@@ -71,19 +71,19 @@ def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
 
 
 def _default_name(path: Path) -> str:
-    """'digits/tucker_r16.yaml' below the configs becomes 'digits-tucker_r16'."""
+    """Returns the name of a run without one: 'digits-tucker_r16' for digits/tucker_r16.yaml below the configs."""
     root = package_configs()
     inside = path.resolve().relative_to(root) if path.resolve().is_relative_to(root) else Path(path.name)
     return "-".join(inside.with_suffix("").parts)
 
 
 def validate(source: Source) -> RunConfig:
-    """A run's config, strictly validated (no string becomes a number); see ``load_config`` for the errors."""
+    """Validates the values of a run's config strictly: no string becomes a number. Raises ConfigError as ``load_config`` does."""
     return validate_as(run_config_model(), source)
 
 
 def validate_as(model: type[AnyModel], source: Source) -> AnyModel:
-    """The same for any pydantic model of a YAML file."""
+    """Validates the values of a YAML file strictly as any pydantic model; raises ConfigError as ``load_config`` does."""
     try:
         return model.model_validate_json(json.dumps(source.values), strict=True)
     except ValidationError as error:
@@ -115,7 +115,7 @@ def section_model(run: type[RunConfig]) -> type[RunConfig]:
 
 
 def plain_config(config: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values, for YAML and JSON."""
+    """Returns the resolved config as plain values, for YAML and JSON; its YAML text reads back as these."""
     values = cast(dict[str, Any], json.loads(config.model_dump_json()))
     for name in ("attention", "linear"):
         section = getattr(config, name)
@@ -127,22 +127,17 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved config as YAML; reading it gives an equal config."""
+    """Returns the resolved config as YAML text; reading it gives an equal config."""
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
 
 
-def plain_values(config: RunConfig) -> dict[str, Any]:
-    """A config's values as its YAML file would have them."""
-    return cast(dict[str, Any], yaml.safe_load(dump_config(config)))
-
-
 def everywhere(config: RunConfig) -> RunConfig:
-    """A config whose paths mean the same in every folder."""
-    return validate(Source(map_paths(plain_values(config), absolute)))
+    """Returns the config with paths that mean the same in every folder."""
+    return validate(Source(map_paths(plain_config(config), absolute)))
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart."""
+    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart."""
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A method and its options in one line of text, as the command line takes them."""
+"""A method and its options in one line of text, as on the command line."""
 
 import re
 

@@ -21,7 +21,7 @@ PATHS = (
 
 
 def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """A config's values with another text in place of each path.
+    """Returns a config's values with another text in place of each path.
 
     Args:
         values: nested, as in a YAML file; what is no path, or of a wrong type, stays.
@@ -54,7 +54,7 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
 
 
 def paths_of(values: dict[str, Any]) -> list[str]:
-    """All paths that ``map_paths`` sees, in its order."""
+    """Returns all paths that ``map_paths`` would replace, in its order."""
     found: list[str] = []
 
     def note(path: str) -> str:
@@ -66,17 +66,17 @@ def paths_of(values: dict[str, Any]) -> list[str]:
 
 
 def absolute(path: str) -> str:
-    """A path that means the same in every folder."""
+    """Returns a path as one that means the same in every folder."""
     return os.path.abspath(Path(path).expanduser())
 
 
 def started_text(run: Path, folder: Path | None = None) -> str:
-    """Text of started.json of a run whose paths are seen from a folder, the current one if None."""
+    """Returns the text of started.json for a run whose paths are relative to a folder, the current one if None."""
     return json.dumps({"in": str(folder or Path.cwd()), "run": str(run.resolve())}, indent=2) + "\n"
 
 
 def seen_from_here(values: dict[str, Any], run: Path) -> dict[str, Any]:
-    """The values of a run's config.yaml, with paths that mean the same files in the current folder.
+    """Returns the values of a run's config.yaml, with paths that mean the same files in the current folder.
 
     Args:
         values: as the file has them.
@@ -100,7 +100,7 @@ def seen_from_here(values: dict[str, Any], run: Path) -> dict[str, Any]:
 
 
 def as_stored(values: dict[str, Any], stored: dict[str, Any], run: Path) -> tuple[dict[str, Any], str]:
-    """How a run that goes on in another folder than it was started in keeps its config: spelled as before.
+    """Returns the config, spelled as before, of a run that goes on in another folder than it was started in.
 
     Args:
         values: of its config now.
@@ -123,7 +123,7 @@ def as_stored(values: dict[str, Any], stored: dict[str, Any], run: Path) -> tupl
 
 
 def bases_of(run: Path) -> tuple[list[Path], tuple[Path, Path] | None]:
-    """From where the relative paths of a run's config are seen, likeliest first; and which folder has become which other one.
+    """Returns the folders that a run's relative paths may start from, likeliest first; and which folder has become another.
 
     Returns:
         Nothing where started.json is missing or no such file, as in an older run.

@@ -30,7 +30,7 @@ _NAMED: ContextVar[dict[str, None]] = ContextVar("named", default=_in_this_proce
 
 @contextmanager
 def trust_plugins(trusted: bool = True) -> Iterator[None]:
-    """Context in which the plug-ins run that a stored folder's config names, as by ``--trust-plugins``."""
+    """Allows, within a context, the plug-ins that a stored folder's config names, as ``--trust-plugins`` does."""
     token = _TRUSTED.set(trusted)
     try:
         yield
@@ -40,7 +40,7 @@ def trust_plugins(trusted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def command_plugins(given: Sequence[str], trusted: bool) -> Iterator[None]:
-    """Context of one command.
+    """Opens the context of one command, in which plug-ins are those that it names.
 
     Args:
         given: plug-ins by ``-p``; they are imported first.
@@ -71,7 +71,7 @@ def plugin_arguments(plugins: Sequence[str]) -> list[str]:
 
 
 def load_plugins(plugins: Any, folder: Path = Path()) -> None:
-    """Import modules and .py files that the user names, so that their methods are registered.
+    """Imports modules and .py files that the user names, so that their methods are registered.
 
     Args:
         plugins: module names ('my_package.attention') or .py files, relative to ``folder`` or to the current folder, or
@@ -86,7 +86,7 @@ def load_plugins(plugins: Any, folder: Path = Path()) -> None:
 
 
 def load_config_plugins(source: Source, folder: Path) -> None:
-    """Import the plug-ins that a config names, if they may run.
+    """Imports the plug-ins that a config names, if they may run.
 
     Args:
         source: with all of its bases and overrides.
@@ -150,7 +150,7 @@ def find_file(plugin: str, folder: Path) -> Path | None:
 
 
 def run_plugin(plugin: str, folder: Path) -> None:
-    """Import a plug-in, once.
+    """Imports a plug-in, once.
 
     Raises:
         ConfigError: it is not there, or fails; one line.

@@ -1,4 +1,4 @@
-"""What a plug-in may bring to a recipe by name: penalties of the loss, and rules of an optimizer step."""
+"""Registries of what a plug-in adds to a recipe by name: penalties of the loss, and rules of an optimizer step."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ STEP_RULES: Registry[type[Any]] = Registry("step rule", identifiers=True)
 
 
 def step_options(given: dict[str, Any]) -> Checked:
-    """The options of a step rule, strictly validated as all of a config is.
+    """Validates the options of a step rule strictly, as all of a config is.
 
     Args:
         given: ``name``, and the options.

@@ -86,15 +86,15 @@ class ModelConfig(Checked):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the model starts from weights and not from timm's initialisation."""
+        """Returns whether the model starts from weights and not from timm's initialisation."""
         return self.pretrained or self.checkpoint is not None
 
     def untrained(self) -> "ModelConfig":
-        """The same model with timm's initialisation."""
+        """Returns the same model with timm's initialisation."""
         return self.model_copy(update={"pretrained": False, "checkpoint": None})
 
     def timm_kwargs(self) -> dict[str, Any]:
-        """Arguments of timm.create_model beyond name, pretrained and checkpoint."""
+        """Returns the arguments of timm.create_model beyond name, pretrained and checkpoint."""
         own = {"name", "pretrained", "checkpoint", "model_kwargs"}
         given = {k: v for k in type(self).model_fields if k not in own and (v := getattr(self, k)) is not None}
         return {**given, **self.model_kwargs}
@@ -242,7 +242,7 @@ class TrainConfig(Checked):
     @field_validator("step_rule", mode="before")
     @classmethod
     def _whole_step_rule(cls, value: Any) -> Any:
-        """Name and all options, so that configs of the same rule are equal."""
+        """Fills in all options of a rule, so that configs of the same rule are equal."""
         given = {"name": value} if isinstance(value, str) else value
         if not isinstance(given, dict):
             return given
@@ -251,11 +251,11 @@ class TrainConfig(Checked):
         return {"name": given["name"], **step_options(given).model_dump(mode="json")}
 
     def logs_after(self, global_step: int) -> bool:
-        """Whether losses are shown after that many optimizer steps."""
+        """Returns whether losses are shown after that many optimizer steps."""
         return global_step % self.log_interval == 0
 
     def saves_after(self, global_step: int) -> bool:
-        """Whether a checkpoint is due after that many optimizer steps, wherever in the epoch."""
+        """Returns whether a checkpoint is due after that many optimizer steps, wherever in the epoch."""
         return self.checkpoint_steps is not None and global_step % self.checkpoint_steps == 0
 
 
@@ -293,14 +293,14 @@ class RunConfig(Checked):
 
 
 def run_config_model() -> type[RunConfig]:
-    """RunConfig whose sections of methods are unions of those registered by now, discriminated by ``method``."""
+    """Returns RunConfig with unions of the registered methods as its sections of methods, discriminated by ``method``."""
     linear = tuple(LINEAR_METHODS.get(name) for name in LINEAR_METHODS.names())
     return _run_config_model(tuple(get_method(name) for name in list_methods()), linear)
 
 
 @lru_cache
 def _run_config_model(methods: tuple[Any, ...], linear: tuple[Any, ...]) -> type[RunConfig]:
-    """One class per set of methods, so that equal configs compare equal."""
+    """Returns one class per set of methods, so that equal configs compare equal."""
     sections: dict[str, Any] = {}
     for name, known in (("attention", methods), ("linear", linear)):
         union: Any = reduce(or_, known) if known else Annotated[LinearConfig, BeforeValidator(_refuse_unregistered)]
@@ -312,13 +312,13 @@ def _run_config_model(methods: tuple[Any, ...], linear: tuple[Any, ...]) -> type
 
 
 def _refuse_unregistered(value: Any) -> Any:
-    """Raise ConfigError for a linear section while no linear method is registered."""
+    """Raises ConfigError for a linear section while no linear method is registered."""
     LINEAR_METHODS.get(str(value.get("method") if isinstance(value, dict) else value))
     return value
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a config file, for editors: the run's keys and ``base``."""
+    """Returns the JSON schema of a config file, for editors: the run's keys and ``base``."""
     schema = run_config_model().model_json_schema()
     schema["title"] = "vit_tucker run"
     schema["required"] = []  # a file with a base need not repeat what the base says

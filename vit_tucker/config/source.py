@@ -18,7 +18,7 @@ from vit_tucker.storage.paths import displayed
 
 @dataclass
 class Source:
-    """Values read so far and where each came from ('file:line' or 'command line').
+    """Holds the values read so far and where each came from ('file:line' or 'command line').
 
     Attributes:
         values: nested.
@@ -31,7 +31,7 @@ class Source:
     stored: Path | None = None
 
     def where(self, path: KeyPath) -> str:
-        """Origin of a key or of its nearest parent."""
+        """Returns the origin of a key or of its nearest parent."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.origin:
                 return self.origin[path[:end]]
@@ -39,7 +39,7 @@ class Source:
 
 
 def read_yaml(path: Path) -> Source:
-    """Values and line numbers of one YAML file, without its bases; a data set x method has nothing but these.
+    """Reads values and line numbers of one YAML file, without its bases; a data set x method has nothing but these.
 
     Raises:
         ConfigError: it can't be read, is no YAML, has no mapping at the top, or a key twice.
@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> Source:
 
 
 def merge_values(base: Source, top: Source) -> Source:
-    """``top`` over ``base``."""
+    """Merges ``top`` over ``base``."""
 
     def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         if "method" in high and "method" in low and low["method"] != high["method"]:
@@ -71,7 +71,7 @@ def merge_values(base: Source, top: Source) -> Source:
 
 
 def read_with_bases(path: Path, stored: Path | None = None) -> Source:
-    """A YAML file on top of its ``base:`` files.
+    """Reads a YAML file on top of its ``base:`` files.
 
     Args:
         path: of the file.
@@ -84,7 +84,7 @@ def read_with_bases(path: Path, stored: Path | None = None) -> Source:
 
 
 def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], stored: Path | None) -> Source:
-    """See ``read_with_bases``; ``above`` are the files that lead here, ``read`` those that need not be read again."""
+    """Reads a file for ``read_with_bases``; ``above`` are the files that lead here, ``read`` those that are read already."""
     stored = stored or stored_folder(path)
     path = path.resolve()
     shown = displayed(path)
@@ -124,7 +124,7 @@ def _random_start(values: dict[str, Any]) -> Source:
 
 
 def read_overrides(overrides: Sequence[str]) -> Source:
-    """``a.b=c`` arguments, values in YAML.
+    """Reads ``a.b=c`` arguments, with values in YAML.
 
     Raises:
         ConfigError: not of that form.

@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One level deeper, or an error: PyYAML itself would end in a RecursionError."""
+        """Composes a node one level deeper, or raises: PyYAML itself would end in a RecursionError."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             mark = self.peek_event().start_mark
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Mappings in blocks, lists in one line; words that are numbers or booleans in YAML 1.1 or 1.2 are quoted."""
+    """Writes mappings in blocks, lists in one line; words that are numbers or booleans in YAML 1.1 or 1.2 are quoted."""
 
 
 for _name, _pattern in CORE.items():
@@ -131,7 +131,7 @@ class _Values:
         self.where, self.origin, self.count = where, {}, 0  # type: ignore[var-annotated]
 
     def construct(self, node: yaml.Node, at: KeyPath, holders: tuple[yaml.Node, ...] = ()) -> Any:
-        """The value of a node; notes where each key is from."""
+        """Returns the value of a node, and notes where each key is from."""
         place = self.where(node.start_mark.line + 1)
         self.origin[at] = place
         self.count += 1
@@ -175,7 +175,7 @@ class _Values:
 
 
 def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
-    """The value of a scalar node.
+    """Returns the value of a scalar node.
 
     Args:
         node: with its tag, resolved or given.
@@ -204,18 +204,18 @@ def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
 
 
 def no_tag(node: yaml.Node) -> str:
-    """What is wrong with a node's tag."""
+    """Returns what is wrong with a node's tag."""
     tag = node.tag.replace(PREFIX, "!!", 1)
     return f"the tag {shorten(tag)} is not allowed; configs hold plain values: text, numbers, true, false, null"
 
 
 def refuse_unprintable(text: str, place: str) -> None:
-    """Raise ConfigError for text with characters that no name or sentence has; escapes can bring them in."""
+    """Raises ConfigError for text with characters that no name or sentence has; escapes can bring them in."""
     found = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text)
     if found is not None:
         raise ConfigError(f"{place}: holds the character U+{ord(found[0]):04X}, which is no text")
 
 
 def dotted(path: KeyPath) -> str:
-    """('train', 'lr') -> 'train.lr'; the empty path is 'config'."""
+    """Returns the dotted name of a path: 'train.lr' for ('train', 'lr'), 'config' for the empty one."""
     return shorten(".".join(str(part) for part in path)) or "config"

@@ -32,7 +32,7 @@ OF_THE_MODEL = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a model on the evaluation split of a data set.
+    """Holds the scores of a model on the evaluation split of a data set.
 
     Attributes:
         model: the folder or name that was given; None for a model in memory.
@@ -46,7 +46,7 @@ class Evaluation:
     scores: Scores
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns plain values, for JSON."""
         return {"model": self.model, "dataset": self.dataset, "split": self.split, **asdict(self.scores)}
 
 

@@ -178,12 +178,12 @@ def images_to_compare(
 
 
 def begun(batches: Iterator[Labelled]) -> Iterator[Labelled]:
-    """The same batches; what is wrong with the first shows now, before anything is exported."""
+    """Returns the same batches, the first of them read already, so that an error shows before anything is exported."""
     return chain(list(islice(batches, 1)), batches)
 
 
 def as_values(done: Exported | DenseFolder, layers: Sequence[MergedLayer]) -> dict[str, Any]:
-    """The outcome as JSON has it."""
+    """Returns the outcome as plain values, for JSON."""
     values = {"file": str(done.path), **asdict(done), "layers": [asdict(layer) for layer in layers]}
     del values["path"]
     for stage, kept in zip(done.stages, values["stages"], strict=True):

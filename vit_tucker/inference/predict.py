@@ -1,4 +1,4 @@
-"""Stored models at work: opened from a run or a folder, fed with image files, their classes by name."""
+"""Predictions of stored models: opened from a run or a folder, applied to image files, their classes by name."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ LOGGER = logging.getLogger("vit_tucker")
 
 
 def open_model(where: str | Path, **overrides: Any) -> nn.Module:
-    """``vit_tucker.load``, with the plugins that a run's config names: its methods and models may be the user's own.
+    """Loads a model as ``vit_tucker.load`` does, after the plugins that a run's config names: methods may be the user's own.
 
     Args:
         where: see ``vit_tucker.load``.
@@ -46,7 +46,7 @@ def open_model(where: str | Path, **overrides: Any) -> nn.Module:
 
 
 def run_config(where: str | Path) -> RunConfig | None:
-    """The config of the run that a folder is, or that it is a checkpoint of, with the place where it is now; None without one.
+    """Returns the config of the run that a folder is or is a checkpoint of, with its present place; None without one.
 
     Raises:
         ConfigError: it can't be read, or a plugin fails.
@@ -56,7 +56,7 @@ def run_config(where: str | Path) -> RunConfig | None:
 
 
 def run_folder(where: str | Path) -> Path | None:
-    """The run that a folder is, or that it is a checkpoint of; None if it is neither."""
+    """Returns the folder of the run that a folder is or is a checkpoint of; None if it is neither."""
     path = Path(where).expanduser()
     if not path.is_dir():
         return None
@@ -67,7 +67,7 @@ def run_folder(where: str | Path) -> Path | None:
 
 
 def open_classifier(where: str | Path, **overrides: Any) -> nn.Module:
-    """``open_model``, for what needs classes.
+    """Loads a model as ``open_model`` does, and requires a classifier.
 
     Raises:
         CheckpointError: see ``open_model``; or the model has no classifier.
@@ -79,7 +79,7 @@ def open_classifier(where: str | Path, **overrides: Any) -> nn.Module:
 
 
 def model_class_names(model: nn.Module) -> list[str] | None:
-    """What to call the classes: the model's label names, for synsets of ImageNet their descriptions; None if nothing tells.
+    """Returns the classes' names: the model's label names, for synsets of ImageNet their descriptions; None if there are none.
 
     Args:
         model: with timm's pretrained_cfg.
@@ -120,7 +120,7 @@ def classes_for(
         data: section of a config.
 
     Returns:
-        Names in the order of their numbers; None for what the data set's own training split says.
+        Names in the order of their numbers; None for those of the data set's own training split.
 
     Raises:
         DataError: nothing tells which class of the data set is which of the model.
@@ -133,7 +133,7 @@ def classes_for(
 
 @dataclass(frozen=True)
 class Guess:
-    """One class of a prediction.
+    """Holds one class of a prediction.
 
     Attributes:
         index: number of the class.
@@ -147,7 +147,7 @@ class Guess:
 
 
 class ImageFiles(Dataset):
-    """Image files as a model takes them; in place of one that can't be read, the reason.
+    """Prepares image files for a model; yields the reason in place of one that can't be read.
 
     Args:
         files: paths.
@@ -177,7 +177,7 @@ def predict(
     device: torch.device | str = "cpu",
     num_workers: int = 0,
 ) -> Iterator[tuple[Path, list[Guess] | str]]:
-    """The most likely classes of image files.
+    """Yields the most likely classes of image files.
 
     Args:
         model: with timm's pretrained_cfg, by which the images are prepared; it goes to the device.

@@ -16,14 +16,12 @@ from vit_tucker.config.method_string import read_method
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.image_files import ImageOptions
-from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.transforms import resolve_data
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.patching.patch import patch
 from vit_tucker.patching.patch import plan as plan_patch
 from vit_tucker.patching.report import PatchReport
-from vit_tucker.run.model import classes_and_channels
+from vit_tucker.run.model import classes_and_channels, patch_model
 from vit_tucker.storage.paths import refuse_unwritable
 from vit_tucker.training.lock import RunLock
 
@@ -99,14 +97,7 @@ def convert(
     host.eval()
     section, trained, size = config.data, config.model.is_trained, input_shape(host, config.model.img_size)
     resolved = resolve_data(section, dataset_info(section.dataset), host, trained, size)
-    reports = []
-    for chosen in methods:
-        batches = None
-        if (fit := chosen.fitted_to) is not None:
-            batches = calibration_images(section, resolved, fit.images, fit.batch_size, fit.seed)
-            if tell is not None:
-                tell(f"converting on {fit.images} images of {section.dataset} ...")
-        reports.append(patch(host, chosen, calibration=batches, keep_originals=False, img_size=config.model.img_size))
+    reports = [patch_model(host, chosen, config, resolved, tell) for chosen in methods]
     set_image_options(host, ImageOptions.of(section).plain())
     lock.take()
     try:

@@ -5,7 +5,7 @@ import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vit_tucker.config.load import dump_config, plain_values, validate
+from vit_tucker.config.load import dump_config, plain_config, validate
 from vit_tucker.config.places import STARTED_FILE, as_stored
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, read_yaml
@@ -61,7 +61,7 @@ class Claim:
         """Returns the config for config.yaml and results.json, and the text of started.json, see ``as_stored``."""
         run_dir = self.run_dir
         stored = read_yaml(run_dir.config).values if run_dir.begun and run_dir.config.is_file() else {}
-        values, started = as_stored(plain_values(config), stored, run_dir.path)
+        values, started = as_stored(plain_config(config), stored, run_dir.path)
         return validate(Source(values)), started
 
     def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:

@@ -1,6 +1,6 @@
 """The model of a run, built from its config: host, teacher, patch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,20 +111,18 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         loads += [taught] if taught not in (None, report) else []
     structure = structure_copy(model)
     model.to(device)
-    reports: list[PatchReport] = []
     attention = config.attention
-    if attention is not None:
-        if started:
-            stated = stated_attention(config, run_dir, training) or attention
-            reports.append(patch_model(model, stated.unconverted(), config, data))
-        else:
-            reports.append(patch_model(model, attention, config, data))
-            record = patch_record(model)
-            assert record is not None
-            attention = record.config
-    if config.linear is not None:
-        linear = config.linear.unconverted() if started else config.linear
-        reports.append(patch_model(model, linear, config, data))
+    if started and attention is not None:
+        attention = stated_attention(config, run_dir, training) or attention
+    reports: list[PatchReport] = []
+    for method in (attention, config.linear):
+        if method is not None:
+            try:
+                reports.append(patch_model(model, method.unconverted() if started else method, config, data))
+            except PatchError as error:
+                raise PatchError(f"{slot_of(method).name}: {error}") from None
+    record = None if started else patch_record(model)
+    attention = config.attention if record is None else record.config
     total, attention_total = count_parameters(model)
     params = {
         "total": total,
@@ -147,14 +145,21 @@ def plain_reports(reports: Sequence[PatchReport]) -> dict[str, Any]:
     return {**values.pop(ATTENTION.name, {}), **values}
 
 
-def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
-    """Patches the host in place, calibrated on training images if so configured; an error names the config's section.
+def patch_model(
+    model: nn.Module,
+    method: MethodConfig,
+    config: RunConfig,
+    data: dict[str, Any],
+    tell: Callable[[str], None] | None = None,
+) -> PatchReport:
+    """Patches the host in place, calibrated on training images if so configured.
 
     Args:
         model: dense, on its device.
         method: what to patch in; of a run with weights of its own, without conversion.
         config: of the run, for its images.
         data: timm's data config.
+        tell: called with a line before a conversion on images, which takes long.
 
     Raises:
         PatchError: see ``patch``. DataError: the images are missing.
@@ -162,10 +167,9 @@ def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data:
     images = None
     if (options := method.fitted_to) is not None:
         images = calibration_images(config.data, data, options.images, options.batch_size, options.seed)
-    try:
-        return patch(model, method, calibration=images, keep_originals=False, img_size=config.model.img_size)
-    except PatchError as error:
-        raise PatchError(f"{slot_of(method).name}: {error}") from None
+        if tell is not None:
+            tell(f"converting on {options.images} images of {config.data.dataset} ...")
+    return patch(model, method, calibration=images, keep_originals=False, img_size=config.model.img_size)
 
 
 def analysed_model(
