@@ -97,12 +97,12 @@ def fields_table(model: type[BaseModel], skip: Iterable[str] = ()) -> str:
 def config_reference() -> str:
     """Reference of a run's config, as Markdown: a section for each of its sections and methods."""
     import vit_tucker
-    from vit_tucker.config import schema
+    from vit_tucker.config import schema, train_section
 
     shared = list(vit_tucker.AttentionConfig.model_fields)
     parts = ["## A run's file\n", fields_table(schema.RunConfig)]
     sections = (("model", schema.ModelConfig), ("data", schema.DataConfig), ("train", schema.TrainConfig))
-    for name, model in (*sections, ("train.distill", schema.DistillConfig)):
+    for name, model in (*sections, ("train.distill", train_section.DistillConfig)):
         parts += [f"## `{name}`\n", f"{_summary(model)}\n", fields_table(model)]
     parts += ["## `attention`\n", "Keys of all methods:\n", fields_table(vit_tucker.AttentionConfig, ["method"])]
     for name in vit_tucker.list_methods():

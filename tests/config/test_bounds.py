@@ -13,8 +13,9 @@ import vit_tucker as vt
 from vit_tucker.attention.options import Calibration, RankRule, Rule
 from vit_tucker.config.data_section import DataConfig
 from vit_tucker.config.load import validate_as
-from vit_tucker.config.schema import DistillConfig, ModelConfig, RunConfig, TrainConfig
+from vit_tucker.config.schema import ModelConfig, RunConfig
 from vit_tucker.config.source import Source
+from vit_tucker.config.train_section import DistillConfig, TrainConfig
 from vit_tucker.linear.base import LinearConfig
 from vit_tucker.sweep.schema import CellConfig, ExecutorConfig, SweepConfig
 from vit_tucker.validation.mistakes import models_in

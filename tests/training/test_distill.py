@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import vit_tucker as vt
-from vit_tucker.config.schema import DistillConfig
+from vit_tucker.config.train_section import DistillConfig
 from vit_tucker.errors import ConfigError
 from vit_tucker.training.distill import Distiller, distillation_loss
 

@@ -18,7 +18,8 @@ from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import short_reason, weights_only
-from vit_tucker.config.schema import DistillConfig, ModelConfig
+from vit_tucker.config.schema import ModelConfig
+from vit_tucker.config.train_section import DistillConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.structure import without_weights

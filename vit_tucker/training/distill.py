@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_tucker.config.schema import DistillConfig
+from vit_tucker.config.train_section import DistillConfig
 from vit_tucker.errors import ConfigError
 
 Logits = Tensor | tuple[Tensor, Tensor]
