@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,40 +114,48 @@ def test_the_scaler_is_restored():
     assert progress.global_step == step
 
 
-@pytest.fixture
+@contextmanager
 def file_limit():
-    """Sets how large a file may become in this process, as on a full disk: the error comes from the system itself."""
+    """Yields what limits the size of files in this process, as a full disk does: the error comes from the system itself.
+
+    The limit ends with the block and not with the test, between whose phases pytest and coverage write files too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
-def test_a_full_disk_keeps_the_checkpoint_before(file_limit, name):
+def test_a_full_disk_keeps_the_checkpoint_before(name):
     trained(config("output_dir=whole", "train.checkpoint_steps=2"))
     size = Path("whole/checkpoints/last", name).stat().st_size - 1  # the optimizer's file is the larger one
 
     def fill(trainer, result):
         if trainer.progress.global_step == 5:
-            file_limit(size)
+            limit(size)
 
     given = config("output_dir=a", "train.checkpoint_steps=2")
-    with pytest.raises(SaveError, match=r"a checkpoint at step 6 can't be written: .*; the ones before"):
+    with (
+        file_limit() as limit,
+        pytest.raises(SaveError, match=r"a checkpoint at step 6 can't be written: .*; the ones before"),
+    ):
         run(given, step_rule=AfterStep(fill))
     names = sorted(p.name for p in Path("a/checkpoints").iterdir())
     assert names == ["best", "last", "step-00000004", "step-00000005"]
-    file_limit(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     run(given)
     assert same(weights("a"), weights("whole"))
 
 
-def test_a_write_that_the_system_refuses_leaves_no_half(file_limit):
+def test_a_write_that_the_system_refuses_leaves_no_half():
     small, large = ({"model": {"weight": torch.ones(size)}} for size in (10, 10_000))
     folder = Path("checkpoints")
     state.save_checkpoint(folder, small, ([], {}), {"global_step": 1}, {}, keep=1)
-    file_limit(20_000)
-    with pytest.raises(OSError, match="File too large"):
-        state.save_checkpoint(folder, large, ([], {}), {"global_step": 2}, {}, keep=1)
+    with file_limit() as limit:
+        limit(20_000)
+        with pytest.raises(OSError, match="File too large"):
+            state.save_checkpoint(folder, large, ([], {}), {"global_step": 2}, {}, keep=1)
     assert sorted(p.name for p in folder.iterdir()) == ["last", "step-00000001"]
     assert checkpoints.newest_intact(folder) == (folder / "step-00000001", [])
 
