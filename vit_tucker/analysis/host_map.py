@@ -31,7 +31,7 @@ LATENT = "exact (latent RoPE)"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model.
+    """One model of the map: its attention classes, and which methods can replace them.
 
     Attributes:
         name: of the model in timm.

@@ -61,7 +61,7 @@ def compare_turns(first: Sequence[float], own: Sequence[float]) -> Paired:
 
 
 def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Returns seconds per call."""
+    """Returns the mean seconds of one call over ``repeats`` calls in a row."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -71,7 +71,7 @@ def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Waits until a GPU has done what it was given; does nothing on a CPU."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 

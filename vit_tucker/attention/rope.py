@@ -64,7 +64,7 @@ def adjacent_pairs(x: Tensor, half: bool) -> Tensor:
 
 
 def separate_pairs(x: Tensor, half: bool) -> Tensor:
-    """Undoes ``adjacent_pairs``."""
+    """Moves the partners of each rotated pair back from adjacent columns to where the host has them, see ``adjacent_pairs``."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if half else x
 
 

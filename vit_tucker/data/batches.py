@@ -17,7 +17,7 @@ from vit_tucker.errors import DataError
 
 
 class Batch(NamedTuple):
-    """A batch of images.
+    """A batch of images with their labels.
 
     Attributes:
         images: (B, channels, height, width), normalised float32; from workers also uint8, see ``Normalise``.

@@ -76,7 +76,7 @@ def dataset_info(name: str) -> DatasetInfo:
 
 
 class ArrayDataset(Dataset):
-    """Grey images in memory.
+    """Images of one channel held in memory as an array.
 
     Args:
         images: (n, height, width) uint8.

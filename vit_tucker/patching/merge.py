@@ -34,7 +34,7 @@ class MergedLayer:
 
     @property
     def exact(self) -> bool:
-        """Nothing was cut."""
+        """Whether the merged layer computes what the replaced one did, with no rank cut."""
         return self.pre_error == self.post_error == 0
 
 

@@ -11,7 +11,7 @@ from vit_tucker.show.tables import plain
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One replaced module.
+    """One replaced module: its parameters, errors and operations before and after.
 
     Attributes:
         name: full module name.

@@ -10,7 +10,7 @@ from vit_tucker.attention.backends.registry import register_backend
 
 
 def refuses(facts: Facts) -> str | None:
-    """Takes everything."""
+    """Returns None: plain matrix products support every call."""
     return None
 
 

@@ -62,7 +62,7 @@ def kernel(compiled: bool) -> Any:
 
 @functools.cache
 def compiled_kernel() -> Any:
-    """Compiles flex_attention, once."""
+    """Returns flex_attention compiled by torch.compile, made at the first call and shared by all layers."""
     return torch.compile(kernel(False), dynamic=False)
 
 

@@ -35,7 +35,7 @@ class MHAConfig(PerHeadConfig):
     method: Literal["mha"] = "mha"
 
     def check(self, spec: HostSpec) -> None:
-        """Accepts any host."""
+        """Accepts any host: MHA has no options that could be out of range."""
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MHAConfig":
