@@ -1,6 +1,7 @@
 """Imports go one way: no circle, neither between rooms nor between files; and each room imports only those below it."""
 
 import ast
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -173,7 +174,10 @@ def imports_of(text: str, modules: set[str] | dict[str, Path] = MODULES) -> set[
     return found
 
 
-IMPORTS = {module: imports_of(file.read_text()) for module, file in MODULES.items()}
+@cache
+def all_imports() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {module: imports_of(file.read_text()) for module, file in MODULES.items()}
 
 
 def refuse_circles(graph: dict[str, set[str]]) -> None:
@@ -187,18 +191,18 @@ def refuse_circles(graph: dict[str, set[str]]) -> None:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_one_way(module):
     room = module.partition(".")[0]
-    assert {name.partition(".")[0] for name in IMPORTS[module]} - {room} <= ALLOWED[room]
+    assert {name.partition(".")[0] for name in all_imports()[module]} - {room} <= ALLOWED[room]
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("attention.")))
 def test_parts_of_attention_import_one_way(module):
     part = PARTS[module.split(".")[1]]
-    found = {PARTS[name.split(".")[1]] for name in IMPORTS[module] if name.startswith("attention.")}
+    found = {PARTS[name.split(".")[1]] for name in all_imports()[module] if name.startswith("attention.")}
     assert found - {part} <= ALLOWED_IN_ATTENTION[part]
 
 
 def test_there_is_no_circle():
-    for graph in (ALLOWED, ALLOWED_IN_ATTENTION, {m: n - {m, "__init__"} for m, n in IMPORTS.items()}):
+    for graph in (ALLOWED, ALLOWED_IN_ATTENTION, {m: n - {m, "__init__"} for m, n in all_imports().items()}):
         refuse_circles(graph)
 
 

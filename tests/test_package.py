@@ -1,35 +1,19 @@
-"""The package's front: public names on demand, and timm's registry in either order of imports."""
+"""The package's front: public names, each on demand."""
 
 import ast
 import configparser
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import vit_tucker
-from tests.conftest import process_environment
 from vit_tucker.config.find import package_configs
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-
-SCRIPT = """
-import sys
-import vit_tucker
-assert "torch" not in sys.modules and "timm" not in sys.modules, "importing the package imports torch"
-from vit_tucker.cli import build_parser
-build_parser().format_help()
-assert "torch" not in sys.modules, "--help imports torch"
-import timm
-assert timm.is_model("vit_tucker_patched"), "timm was imported last, and does not know patched models"
-assert "vit_tucker.checkpoint.entry" not in sys.modules
-vit_tucker.patch
-"""
-
 
 PARTS = {"attention", "explain", "export"}
 
@@ -67,9 +51,3 @@ def test_all_configs_are_package_data():
     assert [file for file in files if file.suffix != ".py" and not any(map(file.match, patterns))] == []
     assert "__init__.pyi" in setup["options.package_data"]["vit_tucker"]
     assert package_configs().parent == Path(vit_tucker.__file__).parent
-
-
-def test_nothing_heavy_is_imported_before_it_is_needed_and_timm_may_come_last():
-    command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=process_environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr

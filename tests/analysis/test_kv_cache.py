@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import all_configs, make_spec
 from tests.patching.test_families import small_model
+from tests.reference import all_configs, make_spec
 from vit_tucker.analysis.kv_cache import count_kv_entries
 
 SPEC = make_spec(embed_dim=64, out_dim=64)  # wider than keys and values of all heads together, 2 * 4 * 6

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import vit_tucker
-from tests.conftest import all_configs, make_spec, randomise, rope_of
+from tests.reference import all_configs, make_spec, randomise, rope_of
 from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.attention.special_cases import to_dense, to_mha, to_tucker

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.attention.effective import plain_part, readable, with_plain_parts
 from vit_tucker.errors import WeightsError
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import make_angles, make_spec, make_weights, rope_of
+from tests.reference import make_angles, make_spec, make_weights, rope_of
 from vit_tucker.attention.moments import LayerCall, MomentSums
 from vit_tucker.attention.rope import RopeSpec
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vit_tucker as vt
-from tests.conftest import dense_attention, make_spec, make_weights
+from tests.reference import dense_attention, make_spec, make_weights
 from vit_tucker.attention.variants.tucker.ranks import full_ranks
 
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ import torch
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 
 import vit_tucker as vt
-from tests.conftest import dense_attention, make_angles, make_spec, make_table, make_weights, randomise, rope_of
+from tests.reference import dense_attention, make_angles, make_spec, make_table, make_weights, randomise, rope_of
 from vit_tucker.attention import rope as rope_module
 from vit_tucker.attention.rope import RopeSpec, head_rotations, rotate, rotate_heads, spread_rotations
 from vit_tucker.tensor.rotary import rotary_distance

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import make_spec, randomise
+from tests.reference import make_spec, randomise
 from vit_tucker.tensor.mode_ranks import mode_ranks
 from vit_tucker.tensor.tucker import hosvd
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 import vit_tucker as vt
 from tests.attention.backends.test_backends import CUDA, tensors
-from tests.conftest import all_configs, make_spec, randomise, rope_of
+from tests.reference import all_configs, make_spec, randomise, rope_of
 from vit_tucker.attention.backends import choose, flash, get_backend, recorded_choices
 from vit_tucker.attention.rope import RopeSpec
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vit_tucker as vt
-from tests.conftest import make_spec, make_weights
+from tests.reference import make_spec, make_weights
 from vit_tucker.attention.variants.gqa import svd_groups
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.tucker import Pairs, relative_distance
@@ -127,7 +127,7 @@ def test_svd_conversion_of_gqa_is_the_best_rank_d_basis(groups):
 
 
 def test_svd_conversion_of_gqa_is_exact_with_all_heads():
-    from tests.conftest import dense_attention
+    from tests.reference import dense_attention
 
     weights, spec = make_weights(make_spec()), make_spec()
     module = vt.GQAConfig(num_kv_heads=4, conversion="svd").build(spec, dtype=torch.float64)
@@ -140,7 +140,7 @@ def test_svd_conversion_of_gqa_is_exact_with_all_heads():
 @pytest.mark.parametrize("bias", ["query_bias", "value_bias", "out_bias"])
 def test_each_bias_matters_and_is_kept(bias):
     """Dropping one bias of the host changes the output; the full-rank Tucker layer follows (the key bias cancels)."""
-    from tests.conftest import dense_attention
+    from tests.reference import dense_attention
 
     spec, weights = make_spec(), make_weights(make_spec())
     x = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -155,7 +155,7 @@ def test_each_bias_matters_and_is_kept(bias):
 
 def test_without_query_bias_the_rest_is_exact():
     """The paper's form: at full rank the host without its query bias, which the host itself is not."""
-    from tests.conftest import dense_attention
+    from tests.reference import dense_attention
 
     spec, weights = make_spec(), make_weights(make_spec())
     x = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -177,7 +177,7 @@ def test_without_query_bias_the_rest_is_exact():
 
 
 def test_shared_kv_is_one_basis_and_exact_at_full_rank():
-    from tests.conftest import dense_attention
+    from tests.reference import dense_attention
 
     spec, weights = make_spec(), make_weights(make_spec())
     x = torch.randn(2, 5, 24, dtype=torch.float64)
@@ -189,7 +189,7 @@ def test_shared_kv_is_one_basis_and_exact_at_full_rank():
 
 
 def test_mla_with_two_latents_is_exact_at_full_rank():
-    from tests.conftest import dense_attention
+    from tests.reference import dense_attention
 
     spec, weights = make_spec(), make_weights(make_spec())
     x = torch.randn(2, 5, 24, dtype=torch.float64)

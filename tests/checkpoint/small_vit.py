@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 
 TIMM_TELLS = hasattr(timm.models, "get_model_args")
 """timm records the arguments of create_model, and reads ``local-dir:`` models."""

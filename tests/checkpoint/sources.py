@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tests.conftest import randomise
+from tests.reference import randomise
 
 WIDTH, BLOCKS, HEADS, CLASSES, SIZE, PATCH = 24, 2, 4, 5, 16, 4
 ARGUMENTS = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": BLOCKS, "num_heads": HEADS}

@@ -19,7 +19,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.checkpoint.mutations import damage_model, rewrite_json, rewrite_tensors, rewrite_text
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.storage.checkpoints import damage, fingerprint

@@ -14,9 +14,9 @@ from timm.layers import DropPath
 
 import vit_tucker as vt
 from tests.checkpoint.small_vit import CONFIG, SMALL, TIMM_TELLS, dense_vit, edit
-from tests.conftest import randomise
 from tests.patching.test_families import FAMILIES
 from tests.patching.trios import HOSTS, METHODS, make_trio
+from tests.reference import randomise
 from vit_tucker.patching.identity import PATCHED
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 7}
 

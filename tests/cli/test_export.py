@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.cli import main
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vit_tucker
-from tests.conftest import make_spec, randomise
+from tests.reference import make_spec, randomise
 from vit_tucker.attention.host import REASONS
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit_tucker
-from tests.conftest import all_configs, carries, dense_attention, make_spec, make_weights, randomise, rope_of
+from tests.reference import all_configs, carries, dense_attention, make_spec, make_weights, randomise, rope_of
 from vit_tucker.attention.host import DENSE_INIT_STD
 from vit_tucker.attention.moments import LayerCall, MomentSums
 from vit_tucker.attention.rope import RopeSpec

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import all_configs, make_spec
+from tests.reference import all_configs, make_spec
 from vit_tucker.conversion import observe
 
 pytestmark = pytest.mark.slow

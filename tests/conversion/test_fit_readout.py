@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import make_spec, make_weights
+from tests.reference import make_spec, make_weights
 from vit_tucker.attention.variants.tucker.config import TuckerConfig
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout, linear_map
 from vit_tucker.tensor.metric import metric_root

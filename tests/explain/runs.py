@@ -6,7 +6,7 @@ import timm
 import yaml
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 
 MODEL = {"name": "vit_tiny_patch16_224", "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
 LABELS = tuple("0123456789")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import all_configs, make_spec
 from tests.patching.test_families import FAMILIES, image, small_model
 from tests.patching.trios import METHODS, make_trio
+from tests.reference import all_configs, make_spec
 from vit_tucker.errors import ExplainError, PatchError
 from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import check_output

@@ -8,9 +8,9 @@ import torch
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
 import vit_tucker as vt
-from tests.conftest import randomise
 from tests.explain.test_explanation import EXACT, model_and_image
 from tests.explain.test_rollout import whole_map
+from tests.reference import randomise
 from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import explain_image
 from vit_tucker.explain.flow import parallel_groups

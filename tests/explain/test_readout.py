@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from tests.conftest import randomise
 from tests.explain.test_explanation import EXACT, model_and_image
+from tests.reference import randomise
 from vit_tucker.errors import ExplainError
 from vit_tucker.explain.capture import attention_maps, record_attention
 from vit_tucker.explain.explanation import explain_image

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import make_spec, make_weights, randomise
 from tests.patching.test_families import FAMILIES, image, small_model
 from tests.patching.trios import refusal, small_config
+from tests.reference import make_spec, make_weights, randomise
 from vit_tucker.attention.host import MHAWeights
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.special_cases import fit_biases

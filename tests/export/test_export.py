@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import randomise
 from tests.patching.test_families import FAMILIES, small_model
 from tests.patching.trios import small_config
+from tests.reference import randomise
 from vit_tucker.errors import ExportError, MismatchError
 from vit_tucker.export import compare as compare_module
 from vit_tucker.export.capture import capture, served

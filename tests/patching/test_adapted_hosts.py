@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.errors import WeightsError
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.tokens import count_tokens

@@ -10,7 +10,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.analysis.host_map import model_entry
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
-from tests.conftest import randomise
+from tests.reference import randomise
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.data.seeding import seed_everything
 

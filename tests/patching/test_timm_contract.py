@@ -10,8 +10,8 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 
 import vit_tucker as vt
-from tests.conftest import randomise
 from tests.patching.trios import HOSTS, ROPE_HOSTS, VIT_HOSTS, agree, make_dense, make_trio, over, skip_checkpointing
+from tests.reference import randomise
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.tokens import count_tokens

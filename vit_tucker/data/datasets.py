@@ -4,6 +4,7 @@ A map-style data set yields (PIL image, int label); transforms are applied later
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,16 +111,23 @@ def image_name(dataset: Any, index: int) -> str:
 
 def load_digits(train: bool, mode: str) -> ArrayDataset:
     """Returns scikit-learn's digits (1,797 images of 8x8 pixels, UCI ML), in a fixed stratified split, 20% for evaluation."""
-    from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
-    bunch = sklearn_digits()
-    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    images, target = _read_digits()
     train_index, test_index = train_test_split(
-        np.arange(len(images)), test_size=DIGITS_TEST_SHARE, stratify=bunch.target, random_state=DIGITS_SPLIT_SEED
+        np.arange(len(images)), test_size=DIGITS_TEST_SHARE, stratify=target, random_state=DIGITS_SPLIT_SEED
     )
     index = np.sort(train_index if train else test_index)
-    return ArrayDataset(images[index], bunch.target[index], mode, tuple("0123456789"))
+    return ArrayDataset(images[index], target[index], mode, tuple("0123456789"))
+
+
+@functools.cache
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Reads images and labels, once in a process: they are stored as text, which takes a tenth of a second to parse."""
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    return np.round(bunch.images * (255 / 16)).astype(np.uint8), bunch.target
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:

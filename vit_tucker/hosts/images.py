@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from vit_tucker.hosts.dry_run import dry_run
 from vit_tucker.hosts.structure import structure_copy
 
 SQUARES = range(32, 1025, 16)
@@ -59,13 +59,6 @@ def runs_at(model: nn.Module, size: tuple[int, int]) -> bool:
     except Exception:
         return False
     return True
-
-
-def dry_run(structure: nn.Module, shape: tuple[int, int, int]) -> None:
-    """Runs a model without values, see ``structure_copy``, on one image of channels, height and width."""
-    dtype = next((p.dtype for p in structure.parameters() if p.is_floating_point()), torch.float32)
-    with torch.no_grad():
-        structure.eval()(torch.empty(1, *shape, device="meta", dtype=dtype))
 
 
 def as_pair(size: Any) -> tuple[int, int] | None:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from vit_tucker.attention.call import to_sequences
-from vit_tucker.hosts.images import dry_run, input_shape
+from vit_tucker.hosts.dry_run import dry_run
+from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy, without_global_hooks
 
 Shape = tuple[int, int]

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 MAX_IMAGES = 16
-CELL, TITLE, DPI = 1.6, 0.42, 100
-"""Inches of an image's side and of the two lines above it; dots per inch."""
+CELL, GAP, TITLE, DPI = 1.6, 0.1, 0.42, 100
+"""Inches of an image's longer side, between two, and of the two lines above one; dots per inch."""
 
 RIGHT, WRONG = "#1a7f37", "#c62828"
 
@@ -44,21 +45,22 @@ def prediction_figure(
     true = labels[:count].cpu()
     columns = min(count, 4)
     rows = -(-count // columns)
-    figure = Figure(figsize=(columns * (CELL + 0.1), rows * (CELL + TITLE)), dpi=DPI)
+    width, height = columns * (CELL + GAP), rows * (CELL + TITLE)
+    figure = Figure(figsize=(width, height), dpi=DPI)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes[count:]:
-        axis.set_axis_off()
-    for i, axis in enumerate(axes[:count]):
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all images: sixteen take three times as long
+    axis.set_axis_off()
+    for i in range(count):
         right = bool(predicted[i] == true[i])
         colour, weight = (RIGHT, "normal") if right else (WRONG, "bold")
+        h, w = (CELL * side / max(pictures.shape[1:3]) for side in pictures.shape[1:3])
+        x = (i % columns + 0.5) * (CELL + GAP) - w / 2
+        y = height - (i // columns + 1) * (CELL + TITLE) + GAP / 2 + (CELL - h) / 2
+        axis.imshow(pictures[i], extent=(x, x + w, y, y + h), interpolation="nearest")  # small images keep their pixels
+        axis.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=colour, linewidth=1 if right else 3))
         title = f"{int(predicted[i])}  {probability[i]:.0%}\ntrue: {int(true[i])}"
-        axis.set_title(title, fontsize=8, color=colour, weight=weight, pad=3)
-        axis.imshow(pictures[i], interpolation="nearest")  # small images keep their pixels
-        axis.set(xticks=[], yticks=[])
-        for spine in axis.spines.values():
-            spine.set(color=colour, linewidth=1 if right else 3)
-    figure.subplots_adjust(0.01, 0.01, 0.99, 1 - TITLE / (rows * (CELL + TITLE)), wspace=0.06, hspace=TITLE / CELL)
+        axis.text(x + w / 2, y + h + 0.04, title, ha="center", va="bottom", fontsize=8, color=colour, weight=weight)
+    axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")
     canvas.draw()
     return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
 

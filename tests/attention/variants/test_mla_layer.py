@@ -5,8 +5,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit_tucker as vt
-from tests.conftest import randomise
 from tests.contract.test_layer_contract import SPECS, rope_of
+from tests.reference import randomise
 from vit_tucker.attention.variants.mla.ranks import absorbing_saves
 
 SPEC = vt.HostSpec(32, 2, 16, 32)

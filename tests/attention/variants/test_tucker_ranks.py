@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vit_tucker as vt
-from tests.conftest import make_spec, make_weights
+from tests.reference import make_spec, make_weights
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import choose_ranks, full_ranks, layer_tables
 
