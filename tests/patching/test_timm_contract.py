@@ -10,7 +10,17 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 
 import vit_tucker as vt
-from tests.patching.trios import HOSTS, ROPE_HOSTS, VIT_HOSTS, agree, make_dense, make_trio, over, skip_checkpointing
+from tests.patching.trios import (
+    HOSTS,
+    ROPE_HOSTS,
+    VIT_HOSTS,
+    agree,
+    make_dense,
+    make_trio,
+    over,
+    over_hosts,
+    skip_checkpointing,
+)
 from tests.reference import randomise
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.hosts.images import input_shape
@@ -31,7 +41,7 @@ INTERMEDIATES = (
 SIZES = ({"img_size": 48}, {"patch_size": 4}, {"img_size": (48, 32)})
 
 
-@over()
+@over_hosts()
 def test_features_and_head(host, method):
     def call(model, x):
         features = model.forward_features(x)
@@ -41,7 +51,7 @@ def test_features_and_head(host, method):
     agree(make_trio(host, method), call, pure=True)
 
 
-@over()
+@over_hosts()
 def test_intermediates(host, method):
     trio = make_trio(host, method)
     tried = [options for options in INTERMEDIATES if timm_can(trio, options)]
@@ -71,7 +81,7 @@ def test_intermediate_layers_in_the_manner_of_dino(host, method):
     )
 
 
-@over()
+@over_hosts()
 def test_pruned_to_intermediate_layers_and_unpatched(host, method):
     trio = make_trio(host, method)
 
@@ -106,7 +116,7 @@ def test_gradient_checkpointing(host, method):
         torch.testing.assert_close(plain, checkpointed)
 
 
-@over()
+@over_hosts()
 def test_layer_decay_puts_each_core_and_factor_into_the_group_of_its_block(host, method):
     trio = make_trio(host, method)
     expected, coarse = lr_scales(trio.dense), groups(trio.dense, coarse=True)
@@ -140,7 +150,7 @@ def groups(model, **options):
     return found
 
 
-@over()
+@over_hosts()
 def test_new_classifiers(host, method):
     trio = make_trio(host, method)
 
@@ -156,7 +166,7 @@ def test_new_classifiers(host, method):
     assert not any("original" in key for key in trio.exact.state_dict())
 
 
-@over()
+@over_hosts()
 def test_another_input_size(host, method):
     """Position embeddings, rotations and position biases are resampled; unpatch gives the model that timm would have."""
     trio = resizable(host, method)
@@ -190,7 +200,7 @@ def images_of(size):
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-@over()
+@over_hosts()
 def test_weights_of_another_size_are_resampled_on_loading(host, method):
     """timm's filter of checkpoints on a patched model's weights: for position embeddings and tables of biases."""
     size = 96 if host == "swin" else 48
@@ -207,7 +217,7 @@ def test_weights_of_another_size_are_resampled_on_loading(host, method):
     agree(resizable(host, method), call)
 
 
-@over(*VIT_HOSTS, *ROPE_HOSTS)
+@over_hosts(*VIT_HOSTS, *ROPE_HOSTS)
 def test_images_of_many_sizes(host, method):
     def call(model, x):
         return [model(x), model(torch.cat([x, x], 2)), model(x[:, :, :16])]
@@ -215,7 +225,7 @@ def test_images_of_many_sizes(host, method):
     agree(make_trio(host, method, dynamic_img_size=True), call, pure=True)
 
 
-@over()
+@over_hosts()
 def test_weights_are_initialised_anew_by_timm(host, method):
     """Every tensor of the layers starts again as the method has it, up to timm's own scale of output projections."""
     trio = make_trio(host, method)

@@ -51,7 +51,15 @@ def over(*hosts: str) -> pytest.MarkDecorator:
         hosts: names; all if none are given.
     """
     kinds = [[host for host in kind if host in (hosts or HOSTS)] for kind in KINDS]
-    pairs = [(kind[i % len(kind)], method) for kind in kinds if kind for i, method in enumerate(METHODS)]
+    return _parametrize([(kind[i % len(kind)], method) for kind in kinds if kind for i, method in enumerate(METHODS)])
+
+
+def over_hosts(*hosts: str) -> pytest.MarkDecorator:
+    """Runs a test of what timm does with a model over every host once, with the methods in turns, see ``over``."""
+    return _parametrize([(host, METHODS[i % len(METHODS)]) for i, host in enumerate(hosts or HOSTS)])
+
+
+def _parametrize(pairs: list[tuple[str, str]]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("host", "method"), pairs, ids=["-".join(pair) for pair in pairs])
 
 

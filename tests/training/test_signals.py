@@ -4,14 +4,12 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import process_environment
 from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.test_kills import RECIPE, mortal, outcome
 from vit_tucker.run.main import resume_command
@@ -20,7 +18,6 @@ from vit_tucker.training.interrupt import Signals, catch_signals
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 COMMAND = [
     "--cfg",
     "digits/tucker_r16",
@@ -46,14 +43,16 @@ def wait_for(text: str, log: Path, process) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(whole, tmp_path, number):
+    """Ctrl-C goes to the loader's workers too."""
     folder, log = tmp_path / "run", tmp_path / "log"
     process = start([*COMMAND, f"output_dir={folder}"], log)
     wait_for("epoch 1/4", log, process)
     time.sleep(0.05)
-    os.kill(process.pid, number)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert finish([process]) == [130]
     step = saved_steps(folder)
     assert 11 < step < 44
+    assert "Traceback" not in log.read_text()
     last = log.read_text().splitlines()[-1]
     assert last.startswith(f"stopped by {number.name} after step {step} (epoch {step // 11 + 1}), state saved; ")
     assert last.endswith(f"the same command continues, or: {sys.executable} experiments/train_vit.py --cfg {folder}")
@@ -89,29 +88,6 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert f"or: {sys.executable} {launcher} {folder}" in log.read_text()
     assert finish([start(command, log)]) == [0], log.read_text()
     assert "on 1 process(es), before on 2: the same images and batches" in log.read_text()
-
-
-def test_the_real_command_saves_on_ctrl_c_and_prints_how_to_continue(tmp_path):
-    """The real command, as a user types it, and Ctrl-C."""
-    command = [sys.executable, str(ROOT / "experiments" / "train_vit.py"), *COMMAND, "train.epochs=99"]
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command, f"output_dir={tmp_path / 'run'}"],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=tmp_path,
-            env=process_environment(ROOT, OMP_NUM_THREADS="1"),
-            start_new_session=True,
-        )
-    while "epoch 1/99" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # the loader's workers get it too
-    assert process.wait(timeout=60) == 130, log.read_text()
-    said = log.read_text()
-    assert "Traceback" not in said
-    assert "stopped by SIGINT after step" in said.splitlines()[-1]
 
 
 def test_no_command_for_one_machine_continues_a_run_on_several(monkeypatch):

@@ -76,7 +76,9 @@ class KeptSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Sample:
-        _, index, _ = key
-        if index not in self.samples:
-            (self.samples[index],) = self.dataset.__getitems__([key])
-        return self.samples[index]
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        new = [key for key in keys if key[1] not in self.samples]
+        self.samples |= zip((index for _, index, _ in new), self.dataset.__getitems__(new), strict=True)
+        return [self.samples[index] for _, index, _ in keys]
