@@ -1,6 +1,7 @@
 """Loader workers and signals, with real processes."""
 
 import multiprocessing
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vit_tucker.data.workers import end_workers, init_worker
+from vit_tucker.data.workers import WorkerLoader, end_workers
 
 pytestmark = pytest.mark.slow
 
@@ -23,11 +24,10 @@ class Squares(torch.utils.data.Dataset):
         return index * index
 
 
-def start(init=init_worker):
+def start(kind=WorkerLoader):
     """A loader that is being read, its iterator, and its workers' processes."""
     # lists, not tensors: these come through a socket of the worker, whose end may be noticed there first, in other words
-    options = {"num_workers": 2, "batch_size": 2, "persistent_workers": True, "collate_fn": list}
-    loader = DataLoader(Squares(), worker_init_fn=init, **options)
+    loader = kind(Squares(), num_workers=2, batch_size=2, persistent_workers=True, collate_fn=list)
     iterator = iter(loader)
     values = [*next(iterator), *next(iterator)]  # a batch of each worker, so that both handle signals by now
     return loader, iterator, values, loader._iterator._workers
@@ -59,8 +59,19 @@ def gone_within(seconds, alive):
     return not alive()
 
 
+@pytest.fixture
+def threads():
+    """Two threads of torch in this process: its workers start them anew before they can block a signal."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 def test_workers_serve_on_through_the_signals_of_a_process_group():
     loader, iterator, values, workers = start()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())  # this process itself goes by it as ever
     for name in ("INT", "USR1", "TERM", "INT"):
         send(name, workers)
     assert values + rest(iterator) == [i * i for i in range(40)]
@@ -71,10 +82,10 @@ def test_workers_serve_on_through_the_signals_of_a_process_group():
     assert not any(worker.is_alive() for worker in workers)
 
 
-@pytest.mark.parametrize("init", [init_worker, None])
-def test_the_second_sigterm_ends_them_where_torchs_own_die_of_the_first(init):
-    loader, iterator, _, workers = start(init)
-    if init is not None:
+@pytest.mark.parametrize("kind", [WorkerLoader, DataLoader])
+def test_the_second_sigterm_ends_them_where_torchs_own_die_of_the_first(kind):
+    loader, iterator, _, workers = start(kind)
+    if kind is WorkerLoader:
         send("TERM", workers)
         assert all(worker.is_alive() for worker in workers)
     with pytest.raises(RuntimeError, match="DataLoader worker"):  # torch notices the end of a worker wherever it is

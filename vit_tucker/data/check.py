@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from vit_tucker.config.schema import DataConfig
 from vit_tucker.data.batches import BadImageError, read_image
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.splits import open_splits
-from vit_tucker.data.workers import init_worker
+from vit_tucker.data.workers import WorkerLoader
 
 MANY = 512
 """Images from which worker processes pay."""
@@ -69,12 +69,11 @@ def unreadable(
         if is_iterable(dataset):
             continue
         readings = Readings(dataset, split, range(rank, len(dataset), world_size))
-        loader = DataLoader(
+        loader = WorkerLoader(
             readings,
             batch_size=32,
             collate_fn=list,
             num_workers=data.num_workers if len(readings) >= MANY else 0,
-            worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
         )
         title, hidden = f"checking split '{split}'", None if rank == 0 else True

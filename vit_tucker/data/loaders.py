@@ -19,7 +19,7 @@ from vit_tucker.data.splits import open_splits
 from vit_tucker.data.stream_base import stream_size
 from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
-from vit_tucker.data.workers import end_workers, init_worker
+from vit_tucker.data.workers import WorkerLoader, end_workers
 from vit_tucker.errors import ConfigError, DataError
 
 
@@ -183,12 +183,11 @@ class LoaderSources:
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
         """Returns a DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
         workers = 0 if in_process else self.data.num_workers
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             num_workers=workers,
             pin_memory=self.pin_memory,
             persistent_workers=workers > 0,
-            worker_init_fn=init_worker,
             generator=torch.Generator(),  # else it would draw from the global one
             **{"collate_fn": partial(collate, shape=self.resolved["input_size"]), **options},
         )

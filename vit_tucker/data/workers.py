@@ -3,13 +3,49 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 PARENT_CHECK_SECONDS = 1.0
 
 
+class WorkerLoader(DataLoader):
+    """A DataLoader whose workers go by signals as ``init_worker`` says.
+
+    Args:
+        dataset, options: torch's own, without ``worker_init_fn``.
+    """
+
+    def __init__(self, dataset: Any, **options: Any) -> None:
+        super().__init__(dataset, **options, worker_init_fn=init_worker)
+
+    def __iter__(self) -> Any:
+        with blocked_sigterm():  # workers inherit it
+            return super().__iter__()
+
+
+@contextmanager
+def blocked_sigterm() -> Iterator[None]:
+    """Leaves SIGTERM waiting, for this thread and the processes that it starts.
+
+    After a fork torch starts threads of its own anew where the parent had several, before ``init_worker`` is called; a SIGTERM
+    that one of them doesn't block ends the worker.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def init_worker(worker_id: int) -> None:
-    """Prepares a loader's worker process for signals; the ``worker_init_fn`` of all loaders.
+    """Prepares a loader's worker process for signals.
 
     Ctrl-C and Slurm signal whole process groups. A worker that died of that would take the training process with it before it
     could save, so workers ignore SIGINT and SIGUSR1 and survive the first SIGTERM; the second ends them. The training process
