@@ -1,9 +1,12 @@
 """Settings and sections: what belongs together, and how it is described."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests.report.synthetic import CEILING, run_results, study
+from vit_tucker.report.compare import compared_rows
 from vit_tucker.report.sections import sections
 from vit_tucker.report.settings import describe_init
 from vit_tucker.report.tables import latency_conditions, seed_list, settings_table
@@ -54,6 +57,23 @@ def test_seeds_make_a_setting_and_the_dense_reference_is_of_the_common_recipe():
     assert tucker.top1_mean == np.mean(values)
     assert tucker.top1_std == pytest.approx(np.std(values) * np.sqrt(3 / 2))  # n - 1
     assert (tucker.display.name, tucker.options, tucker.init) == ("Tucker", "ranks=2,4,4", "HOSVD")
+
+
+def test_a_run_that_replaces_linear_layers_alone_is_no_dense_reference(tmp_path):
+    runs = study(seeds=2)
+    for run in runs:
+        if run["name"] == "mha":
+            run["config"]["linear"] = {"method": "low_rank"}
+    (section,) = sections(runs)
+    assert section.dense is not None
+    assert section.dense.name == "start"
+    assert [s.method for s in section.replaced if s.name == "mha"] == ["linear: low_rank"]
+    for kind in ("mha", "tucker-2-4-4"):
+        run = next(run for run in runs if run["name"] == kind)
+        run["config"]["linear"] = {"method": "low_rank"}
+        (tmp_path / f"{kind}.json").write_text(json.dumps(run))
+    rows = compared_rows(sorted(tmp_path.glob("*.json")))
+    assert [row["attention"] for row in rows] == ["dense, linear: low_rank", "tucker ranks=2,4,4, linear: low_rank"]
 
 
 def test_without_a_fine_tuned_dense_model_the_start_is_the_reference():

@@ -39,6 +39,12 @@ def describe_attention(results: dict[str, Any]) -> str:
     return f"{patch['layers'][0]['method']} {options[0]}{' ...' if len(options) > 1 else ''}".strip()
 
 
+def linear_method(config: dict[str, Any]) -> str | None:
+    """Returns the method that replaces a config's linear layers; None for the host's own."""
+    section = config.get("linear")
+    return None if section is None else str(section["method"])
+
+
 def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
     """Returns what a comparison says of each finished run, as plain values.
 
@@ -49,7 +55,9 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         results = read_results(folder)
         params, last = results["params"], results["last"]
-        row = {"run": results["name"], "folder": str(folder), "attention": describe_attention(results)}
+        linear = linear_method(results["config"])
+        attention = describe_attention(results) + (f", linear: {linear}" if linear else "")
+        row = {"run": results["name"], "folder": str(folder), "attention": attention}
         row |= {"attention_params": params["attention"], "of_dense": params["attention"] / params["dense_attention"]}
         row |= {"params": params["total"], "eval_top1": last["eval_top1"]}
         row |= {"best_top1": results["best"] and results["best"]["top1"], "eval_top5": last["eval_top5"]}

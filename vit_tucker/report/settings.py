@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_tucker.report.collect import Results
-from vit_tucker.report.compare import describe_attention
+from vit_tucker.report.compare import describe_attention, linear_method
 from vit_tucker.report.stats import Floats, mean, sample_std
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 
@@ -47,14 +47,17 @@ class Setting:
 
     @property
     def attention(self) -> dict[str, Any] | None:
-        """Returns the section of the config; None for the dense host."""
+        """Returns the section of the config; None for the host's own attention."""
         section: dict[str, Any] | None = self.runs[0]["config"]["attention"]
         return section
 
     @property
     def method(self) -> str:
-        """Returns 'tucker', ..., or 'dense'."""
-        return DENSE if self.attention is None else str(self.attention["method"])
+        """Returns 'tucker', ..., or 'dense'; that of the linear layers, 'linear: ...', where only these are replaced."""
+        if self.attention is not None:
+            return str(self.attention["method"])
+        linear = linear_method(self.runs[0]["config"])
+        return DENSE if linear is None else f"linear: {linear}"
 
     @cached_property
     def display(self) -> MethodDisplay:
