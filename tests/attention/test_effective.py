@@ -11,6 +11,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.reference import randomise
 from vit_tucker.attention.effective import plain_part, readable, with_plain_parts
+from vit_tucker.attention.linear import called_weight
 from vit_tucker.errors import WeightsError
 
 X = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -188,3 +189,11 @@ def test_an_adapter_that_is_altered_or_has_no_merge_is_refused():
     parametrizations.orthogonal(model.qkv.base_layer)  # PEFT adds to a weight that this computes anew
     with pytest.raises(WeightsError, match="its qkv is a peft.*whose merged weights don't compute what it computes"):
         with_plain_parts(model, ["qkv"])
+
+
+def test_the_weight_of_a_linear_that_is_called_is_without_its_bias():
+    linear = randomise(nn.Linear(24, 7)).double()
+    assert linear.bias.abs().min() > 1e-3
+    torch.testing.assert_close(
+        called_weight(linear, X), linear.weight, rtol=1e-12, atol=1e-12
+    )  # rounding of one subtraction

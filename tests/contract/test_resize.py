@@ -125,6 +125,27 @@ def test_impossible_ranks_change_nothing(name, spec, options, message):
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("spec", ["timm", "rope"])
+def test_shared_keys_and_values_are_cut_by_what_they_are_to_both(spec):
+    """Each tensor counts by its share: a hundredfold longer output core changes nothing, as it would in a sum of the two."""
+    config, given = vit_tucker.TuckerConfig(ranks=(2, 8, 8), shared_kv=True), rope_of(SPECS[spec])
+    layer, scaled = (built(config, SPECS[spec]) for _ in range(2))
+    expected = layer(X, **given)
+    layer.resize(ranks=(2, 8, 12), post_ranks=(2, 8, 12))
+    torch.testing.assert_close(layer(X, **given), expected, rtol=1e-10, atol=1e-10)  # float64
+    layer.resize(ranks=(2, 8, 8), post_ranks=(2, 8, 8))
+    torch.testing.assert_close(layer(X, **given), expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        scaled.post_core.mul_(100)
+    for each in (layer, scaled):
+        each.resize(ranks=(2, 8, 4), post_ranks=(2, 8, 4))
+    planes = [torch.linalg.qr(each.k_proj.weight.mT).Q for each in (layer, scaled)]
+    torch.testing.assert_close(*(plane @ plane.mT for plane in planes), rtol=1e-7, atol=1e-7)
+    assert (layer(X, **given) - expected).norm() > 1e-3 * expected.norm()
+    assert layer.rank_options() == {"ranks": (2, 8, 4), "post_ranks": (2, 8, 4)}
+    assert layer.v_proj is None
+
+
 def test_equal_bases_that_are_not_shared_stay_apart():
     layer = example("tucker", "timm")
     with torch.no_grad():

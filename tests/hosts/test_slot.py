@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import vit_tucker as vt
+from vit_tucker.hosts.slot import get_slot, linear_errors
 from vit_tucker.linear.base import LINEAR_METHODS
 from vit_tucker.patching.patch import config_of
 
@@ -103,6 +104,16 @@ def test_the_report_has_the_slots_own_columns(make_vit):
     assert "linear params" in text
     assert "weight error" in text
     assert "attention" not in text
+
+
+def test_the_error_of_a_linear_layer_is_relative(make_vit):
+    host = get_slot("linear").read(make_vit().blocks[0].mlp.fc1, None)
+    layer = Same(host.spec, dtype=torch.float64)
+    with torch.no_grad():
+        layer.convert_from(host.weights)
+        assert linear_errors(host, layer) == {"weight_error": 0.0}
+        layer.inside.weight.mul_(0.75)
+    assert linear_errors(host, layer)["weight_error"] == pytest.approx(0.25, rel=1e-12)
 
 
 @pytest.mark.parametrize(

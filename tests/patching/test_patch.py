@@ -123,6 +123,7 @@ def test_report_counts_what_is_there(make_vit):
         "blocks.1.attn",
         "ranks=3,6,6",
         f"{report.params_before:,} -> {report.params_after:,}",
+        f"{100 * report.params_after / report.params_before:.1f}%",
         "left alone (1)",
     ):
         assert part in text

@@ -135,6 +135,17 @@ def test_checkpoints_restore_model_and_optimizer_exactly(tmp_path, opt):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_an_average_that_was_not_saved_starts_from_the_model(tmp_path, averaged):
+    """A run that goes on with an EMA which it did not have."""
+    model, optimizer = trained()
+    saved, ema = trained(seed=3)[0] if averaged else None, trained(seed=2)[0]
+    progress = {"global_step": 7, "loss_sum": 0.5, "rows": [], "best": None}
+    save_checkpoint(tmp_path, model, saved, optimizer, progress, {}, keep=1)
+    load_checkpoint(list_checkpoints(tmp_path)[-1], trained(seed=1)[0], ema)
+    assert torch.equal(model[0].weight, ema[0].weight) != averaged
+
+
 def test_only_the_newest_checkpoints_are_kept_and_torn_ones_ignored(tmp_path):
     model, optimizer = trained()
     for number in (1, 2, 3):
