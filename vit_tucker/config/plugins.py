@@ -150,7 +150,7 @@ def find_file(plugin: str, folder: Path) -> Path | None:
 
 
 def run_plugin(plugin: str, folder: Path) -> None:
-    """Imports a plug-in, once.
+    """Imports a plug-in, a module or a .py file of the folder or the current one; what this process has imported stays as it is.
 
     Raises:
         ConfigError: it is not there, or fails; one line.

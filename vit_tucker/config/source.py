@@ -55,7 +55,7 @@ def read_yaml(path: Path) -> Source:
 
 
 def merge_values(base: Source, top: Source) -> Source:
-    """Merges ``top`` over ``base``."""
+    """Merges ``top`` over ``base``, key by key; a section of another method replaces the one below it as a whole."""
 
     def merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
         if "method" in high and "method" in low and low["method"] != high["method"]:

@@ -62,7 +62,7 @@ Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence(f"{
 
 
 def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
-    """Reads a YAML file.
+    """Reads a YAML file of one document, and where each of its keys stands.
 
     Args:
         path: of the file, as messages name it.
@@ -89,7 +89,7 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
 
 
 def read_text(text: str, where: Callable[[int], str], at: KeyPath = ()) -> tuple[Any, dict[KeyPath, str]]:
-    """Reads YAML text.
+    """Reads a YAML document, and where each of its keys stands.
 
     Args:
         text: of one document.

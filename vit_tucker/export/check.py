@@ -31,7 +31,7 @@ Batches = Iterable[tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What is written.
+    """How a model is exported: to which format, with which inputs and which checks.
 
     Attributes:
         format: "onnx", or "torch_export" for torch's own (.pt2).

@@ -157,7 +157,7 @@ class RunDir:
                 log.write(f"{stamp} {text}\n")
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Writes results.json."""
+        """Writes results.json, whole or not at all."""
         replace_text(self.results, json.dumps(results, indent=2) + "\n")
 
 

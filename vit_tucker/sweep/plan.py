@@ -39,7 +39,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Returns the run's folder."""
+        """Returns the folder that the run trains in, its ``output_dir``."""
         return Path(str(self.config.output_dir))
 
     @property

@@ -64,7 +64,7 @@ class StartedRun(ABC):
 
 
 class Executor(Protocol):
-    """Starts runs somewhere.
+    """What starts the runs of a sweep: processes of this machine, or jobs of a cluster.
 
     Attributes:
         capacity: runs at a time.
