@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# about a hundred processes start in one run: none compiles the sources again, whatever the environment says
+# dozens of processes start in one run: none compiles the sources again, whatever the environment says
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

@@ -16,6 +16,7 @@ def meta(*shape, dtype=torch.float32):
     "call",
     [
         lambda: F.linear(meta(2, 5, 8), meta(3, 8), meta(3)),
+        lambda: F.linear(meta(2, 5, 8), meta(8)),
         lambda: F.layer_norm(meta(2, 5, 8, dtype=torch.float64), (5, 8), weight=meta(5, 8, dtype=torch.float64)),
         lambda: F.gelu(meta(2, 5, dtype=torch.bfloat16), approximate="tanh"),
         lambda: F.scaled_dot_product_attention(
@@ -24,7 +25,7 @@ def meta(*shape, dtype=torch.float32):
         lambda: F.scaled_dot_product_attention(meta(2, 4, 5, 8), meta(2, 2, 5, 8), meta(2, 2, 5, 8), enable_gqa=True),
         lambda: nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.GELU()).to("meta")(meta(3, 8)),
     ],
-    ids=["linear", "layer norm", "gelu", "attention", "grouped attention", "modules"],
+    ids=["linear", "a vector of weights", "layer norm", "gelu", "attention", "grouped attention", "modules"],
 )
 def test_shapes_and_dtypes_are_torchs(call):
     expected = call()

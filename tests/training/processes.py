@@ -41,7 +41,6 @@ def train(arguments: Sequence[str], output: str, environment: dict[str, str], sh
     """`train_vit.py` with these arguments."""
     from vit_tucker.cli import train_main
 
-    os.setpgid(0, 0)  # as a shell does
     command = train_main if shown else train_unshown
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process started by hand

@@ -13,6 +13,7 @@ import pytest
 from tests.training.processes import finish, saved_steps, start, start_all
 from tests.training.test_kills import RECIPE, mortal, outcome
 from vit_tucker.run.main import resume_command
+from vit_tucker.sweep.cluster_job import children
 from vit_tucker.training.coordination import Coordinator, VoteResult
 from vit_tucker.training.interrupt import Signals, catch_signals
 
@@ -48,7 +49,10 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(whole, tmp_path,
     process = start([*COMMAND, f"output_dir={folder}"], log)
     wait_for("epoch 1/4", log, process)
     time.sleep(0.05)
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    workers = children(process.pid) if number == signal.SIGINT else []
+    assert len(workers) == (number == signal.SIGINT)
+    for each in (*workers, process.pid):
+        os.kill(each, number)
     assert finish([process]) == [130]
     step = saved_steps(folder)
     assert 11 < step < 44

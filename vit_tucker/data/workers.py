@@ -29,12 +29,12 @@ class WorkerLoader(DataLoader):
 
 @contextmanager
 def blocked_sigterm() -> Iterator[None]:
-    """Leaves SIGTERM waiting, for this thread and the processes that it starts.
+    """Blocks SIGTERM: it stays pending for this thread, and for the processes that it starts until they take it.
 
     After a fork torch starts threads of its own anew where the parent had several, before ``init_worker`` is called; a SIGTERM
     that one of them doesn't block ends the worker.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if not hasattr(signal, "sigtimedwait"):  # there nothing in a worker would wait for the signal, see ``init_worker``
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -35,7 +35,9 @@ def _normalised(input: Tensor, normalized_shape: Sequence[int], *_: Any, **__: A
 
 
 def _projected(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2:
+        return F.linear(input, weight, bias)
+    if input.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"a weight of {tuple(weight.shape)} for an input of {tuple(input.shape)}")
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
