@@ -17,8 +17,10 @@ def dry_run(structure: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 class ShapesAlone(TorchFunctionMode):
-    """Answers the commonest functions of a ViT on the meta device by their shape: torch decomposes them in Python, which takes
-    several times as long as all the rest of a forward."""
+    """Answers the commonest functions of a ViT on the meta device by their shape.
+
+    torch decomposes them in Python, which takes several times as long as all the rest of a forward.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Which modules of a model are self-attention, and which models can't be patched at all."""
+"""Finds the self-attention modules of a model, and refuses models that can't be patched at all."""
 
 from torch import nn
 

@@ -184,7 +184,7 @@ def has_mixed_rope(model: nn.Module) -> bool:
 
 
 def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
-    """Reads an attention module of timm's; arguments and errors are those of ``vit_tucker.hosts.families.read_host``."""
+    """Reads an attention module of timm's; arguments as of ``vit_tucker.hosts.families.read_host``, and so are the errors."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:

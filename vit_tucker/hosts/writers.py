@@ -68,6 +68,10 @@ def write_linear(module: Any, layer: LinearModule) -> None:
 def write_heads(place: Tensor, value: Tensor | None) -> None:
     """Copies weights or biases of H heads into a place for as many, or for G key/value heads.
 
+    Args:
+        place: (G, ...) weights or biases of the host's heads, changed in place.
+        value: (H, ...) of as many heads or more; None for zeros.
+
     Raises:
         PatchError: heads that share a key or a value have different ones.
     """

@@ -1,4 +1,4 @@
-"""What a host's module takes over from its replacement when it is put back: device, dtype, train/eval mode, requires_grad.
+"""Copies onto a host's module what changed in its replacement: device, dtype, train/eval mode, requires_grad.
 
 Only what has changed since the patch is taken over: a host that was partly frozen, or of several dtypes, comes back as it was.
 Tensors and modules that both have (output projection, norms, gate, position bias) follow each their own counterpart; the others,

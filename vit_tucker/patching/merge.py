@@ -19,7 +19,7 @@ from vit_tucker.patching.record import patch_records, set_module, set_records, s
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What became of one layer.
+    """The result of merging one layer.
 
     Attributes:
         name: full module name.
@@ -34,7 +34,7 @@ class MergedLayer:
 
     @property
     def exact(self) -> bool:
-        """Whether the merged layer computes what the replaced one did, with no rank cut."""
+        """Returns whether the merged layer computes what the replaced one did, with no rank cut."""
         return self.pre_error == self.post_error == 0
 
 
