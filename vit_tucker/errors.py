@@ -104,7 +104,7 @@ def and_more(names: Sized, shown: int = 1) -> str:
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name nearest to ``name``, or None where none is near."""
+    """Returns the valid name nearest to ``name``, or None where none is near."""
     if len(name) > 100:
         return None
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)

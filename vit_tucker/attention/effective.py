@@ -43,12 +43,12 @@ def peft_class(place: str, name: str) -> tuple[type, ...]:
 
 
 def is_tuner(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's layers with adapters around another."""
+    """Returns whether a module is one of PEFT's layers with adapters around another."""
     return isinstance(module, peft_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
+    """Returns whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
     return is_tuner(module) or isinstance(module, peft_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
 
 
@@ -71,8 +71,7 @@ def refuse_altered(module: nn.Module) -> None:
 
 
 def plain_part(part: nn.Module) -> nn.Module:
-    """Returns the module itself if it is plain, else one that computes the same in eval mode, with adapters and parametrizations
-    merged.
+    """Returns the module itself if it is plain, else one that computes the same, with adapters and parametrizations merged.
 
     Args:
         part: a projection, norm or gate, or what a user put around one. It is not changed, and no hooks of it are called.
@@ -136,7 +135,10 @@ def plain_layer(layer: Layer) -> Layer:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of a module is trained, such as those of its adapters: its replacement is trained as a whole then."""
+    """Returns whether any parameter of a module is trained, such as those of its adapters.
+
+    Its replacement is trained as a whole then.
+    """
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -234,7 +236,11 @@ def inputs_of(part: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises WeightsError for the first of named tensors that holds NaN or infinite values."""
+    """Raises WeightsError for the first of named tensors that holds NaN or infinite values.
+
+    Args:
+        tensors: (name, tensor of any shape or None).
+    """
     for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

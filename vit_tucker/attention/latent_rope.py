@@ -83,7 +83,12 @@ def latent_keys(
 
 
 def value_columns(out: Tensor, value: Tensor) -> Tensor:
-    """Weights the heads' values by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
+    """Returns the heads' values, weighted by what the output projection makes of them, (C, H*D).
+
+    Args:
+        out: (H, D, O).
+        value: (H, C, D).
+    """
     small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
     return (value @ small.mT).transpose(0, 1).flatten(1)
 

@@ -18,7 +18,7 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 class Choice(NamedTuple):
-    """Which backend computes calls of a kind, and why.
+    """The backend that computes calls of a kind, and the reason.
 
     Attributes:
         name: of the backend.
@@ -30,14 +30,20 @@ class Choice(NamedTuple):
 
 
 class Choices(dict[tuple[Facts, str], Choice]):
-    """Which backend took each kind of call, by its facts and what was asked for, in the order of first calls."""
+    """Choices of backends by the facts of a call and the requested name, in the order of first calls."""
 
     def lines(self) -> list[str]:
         """Returns what ran and why, line by line."""
         return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in self.items()]
 
     def add(self, facts: Facts, wanted: str, choice: Choice) -> Choice:
-        """Adds the choice for a new kind of call, and logs it."""
+        """Adds the choice for a new kind of call, and logs it.
+
+        Args:
+            facts: of the call.
+            wanted: the requested backend, or "auto".
+            choice: the backend that computes it.
+        """
         self[facts, wanted] = choice
         LOGGER.info("attention backend %s: %s [%s]", choice.name, choice.reason, facts)
         return choice
@@ -101,7 +107,7 @@ def get_backend(name: str) -> Backend:
 
 
 def is_whole(name: str) -> bool:
-    """Whether this backend computes Tucker Attention only: it takes no queries, keys and values."""
+    """Returns whether a backend computes Tucker Attention only, and accepts no queries, keys and values."""
     return name != AUTO and get_backend(name).attend is None
 
 
@@ -158,7 +164,7 @@ def _chosen(name: str, facts: Facts, reasons: list[str]) -> Choice:
 
 
 def preferences(facts: Facts) -> list[tuple[str, str]]:
-    """Backends in the order in which "auto" tries them, each with its reason, which may be empty.
+    """Returns the backends in the order in which "auto" tries them, each with its reason, which may be empty.
 
     The measured ground of it is in benchmarks/README.md. What was never measured is not chosen: so far no GPU kernel was.
     """

@@ -36,7 +36,7 @@ def vit_c(
     fused_attn: bool | None = None,
     **kwargs: Any,
 ) -> VisionTransformer:
-    """The model.
+    """Returns the model.
 
     Args:
         pretrained: weights must be given by ``model.checkpoint``: there are none to download.
