@@ -1,4 +1,4 @@
-"""Which arguments a stored config may hand to timm: those of the model itself, never those that name files, addresses or code."""
+"""Lists the arguments that a stored config may pass to timm: those of the model itself, never those that name files or code."""
 
 import inspect
 import sys

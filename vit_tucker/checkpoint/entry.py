@@ -150,7 +150,13 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
 
 
 def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
-    """Refuses arguments that a config.json must not set, like ``refuse_arguments``; those of a patched model by its host."""
+    """Refuses arguments that a config.json must not set, like ``refuse_arguments``; those of a patched model by its host.
+
+    Args:
+        architecture: timm's name of the model, or that of a patched model.
+        arguments: ``model_args`` of the config.json.
+        origin: the file, for messages.
+    """
     if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
         architecture = arguments["host"]
         refuse_unknown_model(architecture, "the checkpoint's host")

@@ -1,4 +1,4 @@
-"""Which file a path to weights means, and what lies beside it: the folders of a run, of timm, Hugging Face and DeepSpeed."""
+"""Finds the file that a path to weights means, and what lies beside it, in folders of runs, timm, Hugging Face and DeepSpeed."""
 
 import json
 from pathlib import Path

@@ -50,7 +50,7 @@ ADVICE = (
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Context in which torch.load reads tensors and plain values and executes nothing, whatever its caller asks for.
+    """Makes torch.load read tensors and plain values and execute nothing, whatever its caller asks for.
 
     Some ways of loading unpickle anything unless asked otherwise, in timm before it made safe loading its default. Plain values
     that training scripts save beside their weights are let through: their arguments (argparse), paths, and NumPy's numbers.

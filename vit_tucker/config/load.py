@@ -1,4 +1,4 @@
-"""From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
+"""Reads a config by name, with overrides, into a validated RunConfig, with one clear line for each mistake."""
 
 import json
 from collections.abc import Sequence
@@ -127,7 +127,11 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Returns the resolved config as YAML text; reading it gives an equal config."""
+    """Returns the resolved config as YAML text; reading it gives an equal config.
+
+    Args:
+        config: validated.
+    """
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
 
 
@@ -137,7 +141,11 @@ def everywhere(config: RunConfig) -> RunConfig:
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart."""
+    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart.
+
+    Args:
+        old, new: validated.
+    """
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -104,6 +104,11 @@ def stored_names(builder: Any, source: SplitSource, key: str) -> tuple[str, ...]
 
     `datasets` gives all splits the names of the first one's first file, whatever the files of the others say.
 
+    Args:
+        builder: of `datasets`.
+        source: what is read.
+        key: the label column.
+
     Raises:
         DataError: files of one split that differ.
     """

@@ -15,7 +15,7 @@ SYSTEM_FOLDERS = frozenset({"__macosx", "$recycle.bin", "system volume informati
 
 
 class Found(NamedTuple):
-    """What is below a folder.
+    """The images and other files below a folder.
 
     Attributes:
         images: paths relative to the folder, with slashes, in natural order.

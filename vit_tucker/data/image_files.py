@@ -20,7 +20,7 @@ SIXTEEN_BIT = ("PNG", "PPM")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How stored images are read, the same in training and wherever the model is used.
+    """Options for reading stored images, the same in training and wherever the model is used.
 
     Attributes:
         exif_orientation: turn images as their EXIF data says.
