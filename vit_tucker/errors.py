@@ -112,6 +112,6 @@ def nearest_match(name: str, valid: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """'; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
+    """Returns '; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
     match = nearest_match(name, valid)
     return "" if match is None else f"; did you mean '{match}'?"

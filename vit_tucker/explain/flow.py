@@ -14,7 +14,7 @@ from vit_tucker.explain.token_mixing import is_pool
 
 
 class Flow(NamedTuple):
-    """How much of each patch reaches what the model reads out.
+    """The share of each patch that reaches what the model reads its answer from.
 
     Attributes:
         picture: (height, width), relative to an even share: its mean is 1.

@@ -1,4 +1,4 @@
-"""Which tokens a model reads its answer from: the class token, all patches alike, or what its attention pooling weighs."""
+"""Finds the tokens that a model reads its answer from: the class token, all patches alike, or what its pooling weighs."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args

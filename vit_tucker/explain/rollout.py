@@ -28,7 +28,11 @@ FUSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": Tensor.mean, "max
 
 
 def fuse_heads(attn: Tensor, fusion: Fusion = "mean") -> Tensor:
-    """Returns one map for all heads, their mean, maximum or minimum. (B, H, N, N) -> (B, N, N)
+    """Returns one map for all heads, (B, N, N): their mean, maximum or minimum.
+
+    Args:
+        attn: (B, H, N, N).
+        fusion: "mean", "max" or "min".
 
     Raises:
         ExplainError: another fusion.
@@ -60,7 +64,11 @@ def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
 
 
 def with_residual(fused: Tensor) -> Tensor:
-    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
+    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it.
+
+    Args:
+        fused: A, (..., n, n).
+    """
     both = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
     return both / both.sum(-1, keepdim=True)
 
@@ -124,12 +132,12 @@ def roll_back(
 
 
 def spread_rows(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
-    """Spreads shares of merged patches evenly over the patches that were merged. (B, R, T) -> (B, R, T')
+    """Spreads shares of merged patches evenly over the patches that were merged, (B, R, T').
 
     A class token that joins the patches between both layers (ConViT) keeps its share.
 
     Args:
-        rows: of the later layer's tokens.
+        rows: (B, R, T) of the later layer's tokens.
         coarse, fine: grids of the later and of the earlier layer.
 
     Raises:

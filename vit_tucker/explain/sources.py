@@ -154,6 +154,11 @@ def seen_from_run(path: Path, run: Path) -> Path:
 def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
     """Opens a dense model from a weights file or run folder, with the run's normalisation; without a head for other classes.
 
+    Args:
+        config: names the weights.
+        run: the patched model.
+        what: the option that named them, for messages.
+
     Raises:
         CheckpointError: missing, or not of this model; the message starts with ``what``.
     """
@@ -183,6 +188,11 @@ def stored_host(run: Subject, file: Path) -> Subject:
 
 def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
     """Returns timm's pretrained weights of the run's architecture.
+
+    Args:
+        run: the patched model.
+        config: of the run, None if it has none.
+        where: name of the run, for messages.
 
     Raises:
         ConfigError: the architecture is not known. CheckpointError: there are no weights.

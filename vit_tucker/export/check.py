@@ -1,4 +1,4 @@
-"""What is asked of an export, and how what was written is compared with the model: on noise, then on real images."""
+"""Defines the options of an export, and compares what was written with the model: on noise, then on real images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Batches = Iterable[tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model is exported: to which format, with which inputs and which checks.
+    """The options of an export: its format, inputs and checks.
 
     Attributes:
         format: "onnx", or "torch_export" for torch's own (.pt2).
@@ -85,7 +85,7 @@ class Written:
 
 
 class Check:
-    """What files are compared with, and on which images.
+    """The model that files are compared with, and the images of the comparison.
 
     Args:
         expected: what they must compute, see ``served``.

@@ -23,7 +23,7 @@ from vit_tucker.patching.record import host_name, patch_records
 
 @dataclass(frozen=True)
 class DenseFolder:
-    """What a dense export wrote.
+    """The result of a dense export.
 
     Attributes:
         path: the folder, in timm's hub layout.

@@ -57,7 +57,13 @@ def counts(values: dict[str, int]) -> str:
 
 
 def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> str:
-    """Returns a table with a row for each model."""
+    """Returns a table with a row for each model.
+
+    Args:
+        entries: one for each model; at least one.
+        notes: numbered footnotes.
+        aligned: pad the cells.
+    """
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
     rows = [

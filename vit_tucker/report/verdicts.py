@@ -1,4 +1,4 @@
-"""What holds of the paper's claim and what does not, as sentences: by rules, from the numbers and their uncertainty."""
+"""States as sentences what holds of the paper's claim and what does not: by rules, from the numbers and their uncertainty."""
 
 from collections.abc import Sequence
 

@@ -64,7 +64,7 @@ class StartedRun(ABC):
 
 
 class Executor(Protocol):
-    """What starts the runs of a sweep: processes of this machine, or jobs of a cluster.
+    """Starts the runs of a sweep: as processes of this machine, or jobs of a cluster.
 
     Attributes:
         capacity: runs at a time.

@@ -24,7 +24,7 @@ FAILURE = "vit_tucker/failure"
 
 @dataclass(frozen=True)
 class VoteResult:
-    """Holds what any of the processes has seen.
+    """The reports of all processes, joined: what any of them has seen.
 
     Attributes:
         signal: number of a signal that one of them caught; 0 for none.
@@ -55,6 +55,11 @@ class Coordinator:
 
     def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> VoteResult:
         """Reports what this process has seen; every process must call this equally often.
+
+        Args:
+            signal: number of a signal that asked this process to stop, 0 for none.
+            diverged: its loss or gradient is not finite.
+            faults: it has new bad images.
 
         Returns:
             What any of them said in the vote before this one; a single process hears itself at once.
@@ -151,7 +156,7 @@ class Mirror:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def swap(self, value: Tensor) -> Tensor | None:
-        """Stores ``value`` and returns the one before it on the CPU, None at first; a CPU tensor is returned at once."""
+        """Stores ``value`` (any shape) and returns the one before it on the CPU, None at first; one on the CPU is not stored."""
         if value.device.type != "cuda":
             return value
         before = self._pending

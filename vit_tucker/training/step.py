@@ -1,4 +1,4 @@
-"""How one optimizer step is made, which a plug-in may change: ``train.step_rule`` in the YAML."""
+"""Defines how one optimizer step is made, which a plug-in may change: ``train.step_rule`` in the YAML."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,13 +66,25 @@ class StepRule(Protocol):
     """Defines how an optimizer step is made; its state is part of each checkpoint."""
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Makes one step, and leaves no gradients behind."""
+        """Makes one step, and leaves no gradients behind.
+
+        Args:
+            closure: computes loss and gradients anew each time it is called.
+            trainer: model and optimizer.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a run that goes on needs: JSON values, tuples, dtypes and tensors, nested."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned; tensors come on the CPU. ValueError or KeyError: it is of another rule."""
+        """Restores what ``state_dict`` returned; tensors are on the CPU.
+
+        Args:
+            state: as it was saved.
+
+        Raises:
+            ValueError: it is of another rule; a KeyError counts likewise.
+        """
 
 
 class NoOptions(Checked):
@@ -93,7 +105,7 @@ class OrdinaryStep:
         self.options = self.Options() if options is None else options
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Makes one step, and leaves no gradients behind."""
+        """Makes one step, and leaves no gradients behind; arguments as of ``StepRule.step``."""
         loss = closure()
         norm = clip_gradient(trainer)
         trainer.optimizer.step()
@@ -105,7 +117,7 @@ class OrdinaryStep:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses the state of another rule."""
+        """Refuses any ``state``, which must be that of another rule."""
         if state:
             raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not know")
 
