@@ -25,7 +25,7 @@ class WeightsError(PatchError):
 
 @contextmanager
 def naming(module: str) -> Iterator[None]:
-    """Puts a module's full name in front of the message of a PatchError that is raised inside."""
+    """Prepends a module's full name to the message of a PatchError that is raised inside."""
     try:
         yield
     except PatchError as error:
@@ -94,7 +94,7 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:
-    """Returns what an error says in one line of at most so many characters; its class if it says nothing."""
+    """Returns an error's message in one line of at most so many characters; its class if it has none."""
     return one_line(error, most) or type(error).__name__
 
 

@@ -94,7 +94,7 @@ def time_columns(kind: str, seconds: float, batch_size: int, input_size: tuple[i
 
 
 def speedup_columns(kind: str, times: Latency | Paired) -> dict[str, Any]:
-    """Returns what a row says of the speed against the first model; ``kind`` is "infer" or "train"."""
+    """Returns the columns of a row for the speed against the first model; ``kind`` is "infer" or "train"."""
     ratios = {"": times.ratio, "_low": times.ratio_high, "_high": times.ratio_low}
     return {f"{kind}_speedup{end}": round(1 / ratio, 3) for end, ratio in ratios.items()}
 

@@ -28,7 +28,7 @@ Precision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class ModelCost:
-    """One model; None is what can't be told.
+    """The costs of one model; None where they are not known.
 
     Attributes:
         label: of its attention.
@@ -88,7 +88,7 @@ def model_costs(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> list[ModelCost]:
-    """Counts, and measures if asked for, what the dense model costs, and the model with each method.
+    """Counts, and measures if asked for, the costs of the dense model and of the model with each method.
 
     Args:
         host: of all of them.

@@ -112,7 +112,7 @@ def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn
 
 
 def readable(part: nn.Module) -> Any:
-    """Returns a Linear or convolution, plain, whose ``weight`` and ``bias`` say what it computes; see ``plain_part``.
+    """Returns a Linear or convolution, plain, whose ``weight`` and ``bias`` are what it computes with; see ``plain_part``.
 
     Raises:
         WeightsError: there is none.
@@ -123,7 +123,7 @@ def readable(part: nn.Module) -> Any:
 
 
 def plain_layer(layer: Layer) -> Layer:
-    """Returns a layer of ours whose own weights say what it computes: itself, or a copy with adapters and the like merged.
+    """Returns a layer of ours whose own weights are what it computes with: itself, or a copy with adapters and the like merged.
 
     Raises:
         WeightsError: see ``with_plain_parts``.
@@ -236,7 +236,7 @@ def inputs_of(part: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises WeightsError for the first of named tensors that holds NaN or infinite values.
+    """Raises WeightsError for the first of named tensors with NaN or infinite values.
 
     Args:
         tensors: (name, tensor of any shape or None).

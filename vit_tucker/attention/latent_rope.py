@@ -96,7 +96,7 @@ def value_columns(out: Tensor, value: Tensor) -> Tensor:
 def resize_keys(
     factor: Tensor, gram: Tensor, rank: int, rotations: Tensor | None, spec: HostSpec
 ) -> tuple[Resized, Tensor | None]:
-    """Gives the latent key another rank, see ``resize_factor``; where its pairs rotate, they stay whole.
+    """Changes the rank of the latent key, see ``resize_factor``; where its pairs rotate, they stay whole.
 
     Args:
         factor: (C, r) or, with the key bias as last row, (C + 1, r), float64.

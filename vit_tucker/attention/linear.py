@@ -102,7 +102,7 @@ def set_augmented(linear: nn.Linear, weight: Tensor) -> None:
 
 
 def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:
-    """Gives a Linear of another size new parameters, without values; one of this size already stays as it is.
+    """Replaces the parameters of a Linear by ones of another size, without values; one of this size stays as it is.
 
     Args:
         linear: changed in place.
@@ -120,7 +120,7 @@ def resized(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
     """Returns the parameter, or one of another shape without values, with its dtype, device and requires_grad.
 
     Args:
-        parameter: a tensor of any shape.
+        parameter: (...) of any shape.
         shape: the new one.
     """
     if isinstance(parameter, nn.Parameter) and parameter.shape == torch.Size(shape):

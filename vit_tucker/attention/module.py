@@ -91,7 +91,7 @@ class AttentionModule(nn.Module):
 
     @property
     def scale(self) -> float:
-        """Returns the softmax scale, made of an integer: torch.compile(dynamic=True) holds a module's floats for open numbers."""
+        """Returns the softmax scale, made of an integer: torch.compile(dynamic=True) treats a module's floats as open numbers."""
         return self.spec.scale
 
     @property
@@ -149,7 +149,7 @@ class AttentionModule(nn.Module):
         return {old: after[key] for key, old in before.items() if after[key] is not old}
 
     def _resize(self, **options: Any) -> None:
-        """Gives the layer these ranks; called under no_grad, only of methods with ``rank_options``."""
+        """Changes the ranks; called under no_grad, only of methods with ``rank_options``."""
 
     @property
     def kv_width(self) -> int | None:
@@ -161,7 +161,7 @@ class AttentionModule(nn.Module):
         """Resets the layer to the method's own random initialisation. timm's init functions call it by this name."""
 
     def reset_parameters(self) -> None:
-        """Does the same by the name that timm's EVA, BEiT and Swin call, after the layers inside, and torch after to_empty."""
+        """Calls ``init_weights``, by the name that timm's EVA, BEiT and Swin, and torch after to_empty, call."""
         self.init_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -196,7 +196,7 @@ class AttentionModule(nn.Module):
 
     @property
     def has_out_bias(self) -> bool:
-        """Returns whether the read-out has a bias, which can take up means."""
+        """Returns whether the read-out has a bias, which can absorb means."""
         return getattr(getattr(self, "proj", None), "bias", None) is not None
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:

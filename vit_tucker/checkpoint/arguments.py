@@ -62,7 +62,7 @@ def is_allowed(name: str, own: Iterable[str]) -> bool:
 
 
 def own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of ``timm.create_model`` that a model is made by, without those that say where things are."""
+    """Returns the arguments of ``timm.create_model`` that a model is made by, without those that name places."""
     return {name: value for name, value in arguments.items() if name not in machinery()}
 
 

@@ -84,7 +84,7 @@ def shards_of(index: Path, what: str) -> list[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the mapping that a JSON file holds; an empty one if there is no such file or it holds something else."""
+    """Returns the mapping in a JSON file; an empty one if there is no such file or it contains something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -179,7 +179,7 @@ def refuse_other_sizes(loaded: Shapes, own: Shapes) -> None:
 
 
 def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Raises CheckpointError if whole numbers would become weights: a quantised checkpoint holds scales beside them."""
+    """Raises CheckpointError if whole numbers would become weights: a quantised checkpoint has scales beside them."""
     for name, parameter in model.named_parameters():
         value = state.get(name)
         if isinstance(value, Tensor) and parameter.is_floating_point() and not value.is_floating_point():

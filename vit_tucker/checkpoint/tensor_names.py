@@ -90,7 +90,7 @@ def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
 
 
 def without_pretraining(renamed: Renamed, known: Collection[str]) -> Renamed:
-    """Takes out what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
+    """Removes what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
     state = renamed.state
     for key in [key for key in state if key not in known and (PRETRAINING.search(key) or BUFFERS.search(key))]:
         del state[key]

@@ -110,7 +110,7 @@ def validate_section(section: type[AnyModel], source: Source) -> AnyModel:
 
 @lru_cache
 def section_model(run: type[RunConfig]) -> type[RunConfig]:
-    """Returns the model of a run's config in which no section is required: it knows all keys, for the hints of messages."""
+    """Returns the model of a run's config in which no section is required, to look up valid keys for messages."""
     return create_model("Sections", __base__=run, model=(ModelConfig | None, None))
 
 

@@ -153,7 +153,7 @@ def fit_readouts(
     """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone.
 
     Args:
-        model, layers, images: as of ``sum_moments``; the layers' replacements are converted, and changed in place.
+        model, layers, images: as of ``sum_moments`` (images (B, channels, height, width)); the layers are converted, and changed.
         weights: token weights (B, N) of each layer's calls in order, by layer name.
         metrics, damping: moments by layer name, and ``Calibration.damping``.
     """
@@ -191,7 +191,7 @@ def refine_layer(
     """Refines one converted layer on its calls, which are kept in memory meanwhile.
 
     Args:
-        model, images, options: as of ``sum_moments``.
+        model, images, options: as of ``sum_moments``, images (B, channels, height, width).
         layer: converted; its replacement is changed in place.
         weights, metrics: token weights (B, N) of the layer's calls in order, and its moments.
     """

@@ -1,4 +1,4 @@
-"""The read-out of a converted layer, by regression: how strong a ridge it needs is for held-out sequences to say.
+"""Fits the read-out of a converted layer by ridge regression, whose strength is chosen on held-out sequences.
 
 Features of many heads are nearly collinear, and images share much of what they show: fitted to the last digit, a read-out knows
 the calibration images by heart.

@@ -97,7 +97,7 @@ def open_column_stream(source: SplitSource) -> ColumnStream:
 
 
 def with_features(stream: Any) -> Any:
-    """Returns a stream that knows the types of its columns; from its first samples where the set does not say them."""
+    """Returns a stream with the types of its columns, inferred from its first samples if the set does not state them."""
     return stream if stream.features is not None else stream._resolve_features()
 
 

@@ -25,7 +25,7 @@ SPLIT_WORDS = {
 
 
 def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
-    """Calls ``load_dataset`` or ``load_dataset_builder``, whose builder knows the splits and files; executes nothing of a set.
+    """Calls ``load_dataset`` or ``load_dataset_builder``, which finds the splits and files; executes nothing of a set.
 
     Args:
         function: its name.
@@ -49,7 +49,7 @@ def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
 
 
 def split_names(builder: Any) -> list[str]:
-    """Returns the splits of a data set; empty if only reading it tells."""
+    """Returns the splits of a data set; empty if they are not known before it is read."""
     if builder.info.splits:
         return [str(name) for name in builder.info.splits]
     files = getattr(builder.config, "data_files", None)

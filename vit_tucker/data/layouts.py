@@ -1,4 +1,4 @@
-"""The splits of an image folder set: where they lie, and what tells the class of each image."""
+"""Finds the splits of an image folder set, and the source of the class of each image."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -22,7 +22,7 @@ def labelled(
     root: Path,
     own: bool = False,
 ) -> Scan:
-    """Gives images the classes that a file lists.
+    """Assigns images the classes that a file lists.
 
     Args:
         folder, split, found, notes: see ``by_folders``.

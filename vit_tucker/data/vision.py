@@ -116,7 +116,7 @@ class ConvertedDataset(Dataset):
 
     @property
     def labels(self) -> Any:
-        """Labels of all images, as the set has them; None if only reading the images tells."""
+        """Returns the labels of all images, as the set has them; None if the images must be read for that."""
         if hasattr(self.dataset, "all_categories"):
             return [number for number, _ in self.dataset.index] if self.dataset.target_type == ["full"] else None
         names = ("targets", "labels", "_labels")

@@ -136,7 +136,7 @@ class CaptureHooks:
             handle.remove()
 
     def around(self, name: str) -> list[nn.Module]:
-        """Returns the modules that hold a layer, the nearest first."""
+        """Returns the modules that contain a layer, the innermost first."""
         parts = name.split(".")
         return [self.modules[".".join(parts[:count])] for count in range(len(parts) - 1, -1, -1)]
 

@@ -35,7 +35,7 @@ def roll_out(
     discard_ratio: float = 0.0,
     weighted: bool = False,
 ) -> Flow:
-    """Does rollout of one recorded image, from the output back to the patches.
+    """Computes the rollout of one recorded image, from the output back to the patches.
 
     Args:
         model: that was recorded.

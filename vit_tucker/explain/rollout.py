@@ -20,7 +20,7 @@ from vit_tucker.explain.grid import TokenGrid
 
 
 class RolloutError(ExplainError):
-    """Rollout is not defined for a model; the message says why."""
+    """Rollout is not defined for a model; the message gives the reason."""
 
 
 Fusion = Literal["mean", "max", "min"]
@@ -80,7 +80,7 @@ def attention_rollout(
     discard_ratio: float = 0.0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Does rollout over layers in which all tokens of an image attend to each other, see the module.
+    """Computes rollout over layers in which all tokens of an image attend to each other, see the module.
 
     Args:
         maps: of the layers from the first to the last, (B, H, N, N) each, as ``attention_maps`` gives them.
@@ -115,7 +115,7 @@ def attention_rollout(
 def roll_back(
     rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0, normalised: bool = True
 ) -> Tensor:
-    """Does one step of rollout through a layer, whatever its sequences. What goes to padding is lost.
+    """Computes one step of rollout through a layer, whatever its sequences; what goes to padding is lost.
 
     Args:
         rows: (B, R, T), shares of the layer's outputs, T tokens of an image; those of its inputs are returned.

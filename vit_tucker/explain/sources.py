@@ -70,7 +70,7 @@ def open_subject(where: str) -> Subject:
 
 
 def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
-    """Returns a model with what its pretrained_cfg says.
+    """Returns a model with the image preparation in its pretrained_cfg.
 
     Args:
         model: of timm, patched or not.
@@ -145,7 +145,7 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
 
 
 def seen_from_run(path: Path, run: Path) -> Path:
-    """Returns a relative path of a run's config from here, else from a folder that holds the run, where it was started."""
+    """Returns a relative path of a run's config from here, else from a folder above the run, where it was started."""
     if path.is_absolute() or path.exists():
         return path
     return next((found for folder in run.resolve().parents if (found := folder / path).exists()), path)

@@ -131,7 +131,7 @@ class Check:
         return self.on_noise[name], self.on_real.get(name)
 
     def images(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the real images as the file takes them."""
+        """Yields the real images as the file expects them."""
         for images, labels in self.batches or ():
             images = images.detach().to("cpu", torch.float32)
             fixed = 1 if self.options.dynamic_img_size else 3

@@ -93,7 +93,9 @@ def export_dense(
     batches: Batches | None = None,
     tolerance: float = TOLERANCE,
 ) -> DenseFolder:
-    """Writes a model as a folder in timm's hub layout with plain attention, loaded by timm alone::
+    """Writes a model as a folder in timm's hub layout with plain attention.
+
+    timm alone loads it::
 
         timm.create_model("local-dir:FOLDER", pretrained=True)
 

@@ -1,4 +1,4 @@
-"""Runs a model's structure on the meta device: what shapes its layers receive, and whether it takes an image's size at all."""
+"""Runs a model's structure on the meta device, to find the shapes that its layers receive and the image sizes that it accepts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

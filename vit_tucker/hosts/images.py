@@ -54,7 +54,7 @@ def recorded_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def runs_at(model: nn.Module, size: tuple[int, int]) -> bool:
-    """Returns whether a model takes images of this height and width; True if it can't run without values, which is no answer."""
+    """Returns whether a model accepts images of this height and width; True if it can't run without values."""
     structure = structure_copy(model)
     try:
         dry_run(structure, (input_channels(model) or 3, *size))
@@ -75,7 +75,7 @@ def as_pair(size: Any) -> tuple[int, int] | None:
 
 
 def pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
-    """Returns what timm knows of a model's weights and images; nothing for a model that is not timm's."""
+    """Returns timm's record of a model's weights and images; nothing for a model that is not timm's."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 

@@ -1,4 +1,4 @@
-"""The only file that knows timm's attention classes: finds them in a model and reads shape, options and weights.
+"""Finds timm's attention classes in a model and reads shape, options and weights; no other file names them.
 
 A host is recognised by its exact class; a subclass may compute something else. A new host is one reader here.
 """
@@ -176,7 +176,7 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 
 
 def has_mixed_rope(model: nn.Module) -> bool:
-    """Returns whether a model rotates head by head: it says so, or its embedding is timm's or derived from it."""
+    """Returns whether a model rotates head by head, by its own flag or by its embedding, timm's or derived from it."""
     return any(
         isinstance(module, MIXED_ROPE_CLASSES) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()

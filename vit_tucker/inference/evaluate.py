@@ -115,7 +115,7 @@ def _log(notes: Sequence[str]) -> None:
 
 
 def refuse_other_classes(where: str | Path | None, model: nn.Module, dataset: str) -> None:
-    """Raises ConfigError if a data set has another number of classes than a model; of folders the class map says more.
+    """Raises ConfigError if a data set has another number of classes than a model; of folders the class map decides.
 
     Args:
         where: name of the model for the message, None if it has none.

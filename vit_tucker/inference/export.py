@@ -84,7 +84,7 @@ def export(
 def read_options(
     format: str, dense: bool, approximate: bool, tolerance: float, file_options: dict[str, Any]
 ) -> ExportOptions:
-    """Returns what is asked for, checked before anything is loaded.
+    """Returns the requested options, checked before anything is loaded.
 
     Args:
         format, dense, approximate, tolerance, file_options: see ``export``.

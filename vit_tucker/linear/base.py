@@ -56,7 +56,7 @@ class LinearModule(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def rank_options(self) -> dict[str, Any]:
-        """Returns the options of the config that say the layer's present ranks, where they can change. Here: none."""
+        """Returns the options of the config with the layer's present ranks, where they can change. Here: none."""
         return {}
 
     @abstractmethod
@@ -124,7 +124,7 @@ LINEAR_METHODS = MethodRegistry("linear method", LinearConfig)  # type: ignore[t
 
 
 def register_linear_method(name: str) -> Callable[[type[Own]], type[Own]]:
-    """Class decorator that makes a linear method available by name, in Python and in the YAML's ``linear.method``.
+    """Returns a class decorator that makes a linear method available by name, in Python and in the YAML's ``linear.method``.
 
     Args:
         name: the method's name; the class must say ``method: Literal[name] = name``.

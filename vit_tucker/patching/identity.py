@@ -39,7 +39,7 @@ def patch_values(config: MethodConfig) -> dict[str, Any]:
 
 
 def identity_of(model: nn.Module) -> Identity:
-    """Returns what a model that is not patched says of itself."""
+    """Returns the names and arguments under which timm knows a model that is not patched."""
     cfg = vars(model).get("pretrained_cfg")
     return Identity(cfg.get("architecture") if isinstance(cfg, dict) else None, "_model_args" in vars(model))
 

@@ -85,7 +85,7 @@ def shared_records(model: nn.Module) -> dict[int, Any]:
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one of that full name.
+    """Replaces the module of that full name.
 
     Args:
         model: changed in place.

@@ -76,7 +76,7 @@ LATENCY_COLUMNS = (
 def value_table(
     title: str, columns: Sequence[Column], rows: Sequence[Sequence[Any]], text_columns: int, notes: Sequence[str]
 ) -> Table:
-    """Returns a table of plain values, written as their columns say.
+    """Returns a table of plain values, formatted by their columns.
 
     Args:
         title: one line above.

@@ -1,4 +1,4 @@
-"""States as sentences what holds of the paper's claim and what does not: by rules, from the numbers and their uncertainty."""
+"""Compares the paper's claim with the results, as sentences: by rules, from the numbers and their uncertainty."""
 
 from collections.abc import Sequence
 

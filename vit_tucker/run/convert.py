@@ -44,7 +44,7 @@ class Converted:
 def plan(
     model: str | None, method: str | AttentionConfig | None, cfg: str | None = None, overrides: Sequence[str] = ()
 ) -> Converted:
-    """Tells what a patch would do to a timm model, layer by layer; nothing is trained or written.
+    """Reports what a patch would do to a timm model, layer by layer; nothing is trained or written.
 
     Args:
         model: timm model name; None with ``cfg``.

@@ -22,7 +22,7 @@ from vit_tucker.training.lock import RunLock
 
 @dataclass
 class Claim:
-    """Tracks what the processes of one run may do with its folder; only the first one holds the lock.
+    """Tracks what the processes of one run may do with its folder; only the first one has the lock.
 
     Attributes:
         run_dir: the folder.

@@ -17,7 +17,7 @@ STREAMS = ("wds", "hfids", "tfds")
 
 
 def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
-    """Refuses a folder that holds a run of another config, or that can't be made.
+    """Refuses a folder with a run of another config, or that can't be made.
 
     A run that left no weights is none to go on with: its folder takes any config.
 

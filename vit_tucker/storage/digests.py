@@ -84,7 +84,7 @@ def tensors_of(file: Path) -> dict[str, str]:
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Returns what config.json has to hold of a safetensors file, whose SHA-256 may be known."""
+    """Returns the entry of config.json for a safetensors file, whose SHA-256 may be known."""
     return {"sha256": sha256 or sha256_of(file), "tensors": tensors_of(file)}
 
 

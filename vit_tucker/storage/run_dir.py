@@ -179,7 +179,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        """Closes the file; what it still holds may be lost too."""
+        """Closes the file; lines that are not written yet may be lost too."""
         with contextlib.suppress(OSError):
             super().close()
 

@@ -87,7 +87,7 @@ def energy_rank(values: Tensor, energy: float) -> int:
     """Returns the smallest rank that keeps this share of the squared norm.
 
     Args:
-        values: falling singular values.
+        values: (n,) singular values, the largest first.
         energy: 0 < energy <= 1.
     """
     squares = values.double().square()

@@ -212,7 +212,7 @@ def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
 def leave_room(
     lifted: Lifted, values: Tensor, width: int, spare_rotations: Tensor, metric: Root | None = None, trials: int = 9
 ) -> Lifted:
-    """Returns a latent of given width that holds keys, which rotate, and values, which don't (one latent for both).
+    """Returns a latent of given width for both keys, which rotate, and values, which don't.
 
     The leading pairs serve the keys, the rest of the width the values; the summed relative errors of both decide how many. The
     result is the keys' tensor with ``width`` coordinates; its right factors are zero where pairs serve the values alone.

@@ -97,7 +97,7 @@ class Coordinator:
         return self._agree(work)  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Works as ``together``, the first process before the others: what has to be downloaded is downloaded once."""
+        """Runs a function like ``together``, in the first process before the others: downloads are made once."""
         first = self._agree(work, here=self.rank == 0)
         later = self._agree(work, here=self.rank != 0)
         return first if self.rank == 0 else later  # type: ignore[return-value]
@@ -107,7 +107,7 @@ class Coordinator:
         return self.gather(self._agree(work, here=self.rank == 0))[0]
 
     def tell(self, error: Exception) -> None:
-        """Stores a failure that only this process knows, for ``ask``; the others will lose contact soon."""
+        """Stores a failure of this process alone, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
                 store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))

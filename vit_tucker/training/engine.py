@@ -181,7 +181,7 @@ def evaluate(
         coordinator: the other processes.
         input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
-        first: gets images, labels and logits of this process's first batch.
+        first: filled with images (B, channels, height, width), labels (B,) and logits (B, classes) of this process's first batch.
     """
     was_training = model.training
     model.eval()

@@ -14,7 +14,7 @@ IMPATIENT_SECONDS = 2.0
 
 @dataclass
 class Signals:
-    """Records the signal that asked this process to stop.
+    """Records the signal by which this process was asked to stop.
 
     Attributes:
         number: the first one caught; 0 for none.

@@ -201,7 +201,7 @@ class Monitor(NullMonitor):
         LOGGER.info("  ".join(parts))
 
     def seconds_left(self, progress: Progress) -> float:
-        """Returns how long training and evaluation still take, at the pace of the last epoch."""
+        """Returns the seconds that training and evaluation still need, at the pace of the last epoch."""
         epochs = self.config.epochs - progress.epoch
         evaluations = self.config.epochs // self.config.eval_interval - progress.epoch // self.config.eval_interval
         return epochs * self.steps_per_epoch * self.step_seconds + evaluations * self.eval_seconds

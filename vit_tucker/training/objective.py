@@ -96,7 +96,7 @@ class Objective:
         """Adds the weighted penalties of the model to a loss, for one backward pass; the terms are the penalties alone.
 
         Args:
-            loss: scalar.
+            loss: () scalar.
             bare: without wrappers; its parameters are those that train.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Loading the state that a checkpoint holds of an optimizer; the state of another one is refused."""
+"""Loads the state of an optimizer from a checkpoint; the state of another one is refused."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the state that a checkpoint holds into an optimizer; of sharded parameters, each process gets its part.
+    """Loads a checkpoint's state into an optimizer; of sharded parameters, each process gets its part.
 
     Raises:
         CheckpointError: of another optimizer, or of other parameters.

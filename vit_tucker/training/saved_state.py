@@ -114,7 +114,7 @@ class SavedState(NamedTuple):
 
 
 def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
-    """Returns what a checkpoint's state.json holds, with the tensors in their places.
+    """Returns the contents of a checkpoint's state.json, with the tensors in their places.
 
     Raises:
         CheckpointError: it holds something else.

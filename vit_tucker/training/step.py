@@ -175,7 +175,7 @@ def create_step_rule(given: dict[str, Any] | None) -> StepRule:
 
 
 def restore_rule(rule: StepRule, given: dict[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
-    """Restores the state that a checkpoint holds of the same rule.
+    """Restores the state of the same rule from a checkpoint.
 
     Args:
         rule, given: the run's, see ``create_step_rule``.

@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def save_best(self) -> None:
-        """Writes the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
+        """Writes the current weights (the EMA's where there is one) as the best; their header has ``progress.best``.
 
         Raises:
             SaveError: they can't be written; the best before them are intact.

@@ -57,7 +57,7 @@ _COMPILED: set[str] = set()
 
 @contextmanager
 def recorded_choices() -> Iterator[Choices]:
-    """Records which backends take the calls inside the context, in all threads, and logs each kind of call once.
+    """Records which backends compute the calls inside the context, in all threads, and logs each kind of call once.
 
     Code that torch compiled before makes no choice when it runs again, so it is dropped: what is called in here is compiled anew.
 
@@ -112,7 +112,7 @@ def is_whole(name: str) -> bool:
 
 
 def choose(facts: Facts, wanted: str = AUTO) -> Choice:
-    """Chooses the backend for calls with these facts; one asked for by name takes them or the call fails, there is no fallback.
+    """Chooses the backend for calls with these facts; a backend requested by name computes them or the call fails.
 
     Raises:
         ConfigError: no backend has this name.
@@ -129,7 +129,7 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
 
 @torch.compiler.assume_constant_result
 def _choose_while_compiling(wanted: str, *facts: Any) -> str:
-    """Runs ``choose`` once, as torch.compile traces the call, which hands over plain values and takes back a name."""
+    """Runs ``choose`` once, as torch.compile traces the call, with plain values and a name as result."""
     given = Facts(*facts)
     choice = decide(given, wanted)
     _COMPILED.add(choice.name)

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, called so that its fused kernels take the call.
+"""Computes attention by torch's scaled_dot_product_attention, called so that its fused kernels accept the call.
 
 Without a mask, queries of heads that share a key/value head are packed into one head of (H/G) * N queries: exact, since each
 query's softmax is its own, and no kernel sees expanded keys. torch's CPU kernel shares the backward pass out by images and
@@ -25,7 +25,7 @@ ALIGNMENT = 8
 
 
 def refuses(facts: Facts) -> str | None:
-    """Takes everything; what its fused kernels can't do, torch computes in parts."""
+    """Returns None: torch computes in parts what its fused kernels can't do."""
     return None
 
 

@@ -167,7 +167,6 @@ class GQA(PerHeadModule):
 
 def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
     """Returns H heads with the G means of each group's keys and values (section 2.1 of the GQA paper); G divides H."""
-
     given = {name: getattr(weights, name) for name in ("key", "value", "key_bias", "value_bias")}
     pooled = {name: x.unflatten(0, (num_kv_heads, -1)).mean(1) for name, x in given.items() if x is not None}
     return replace(weights, **pooled)

@@ -175,6 +175,7 @@ class MLA(LatentModule, PerHeadModule):
             self.pair_rotations.copy_(parts.rotations)
 
     def rank_options(self) -> dict[str, Any]:
+        """Returns the present widths of the latents."""
         return {"q_lora_rank": self.q_down.out_features, "kv_lora_rank": self.kv_down.out_features}
 
     def _resize(self, **options: Any) -> None:
@@ -211,6 +212,7 @@ class MLA(LatentModule, PerHeadModule):
         return self.q_down, self.kv_down, self.v_down
 
     def dense_weights(self) -> MHAWeights:
+        """Returns the weights of all H heads."""
         latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
         value_bias = head_bias(self.v_up, self.num_heads)
         latent_bias = linear_bias(self.kv_down)

@@ -57,7 +57,7 @@ class TuckerAttention(TuckerFactors):
 
     @property
     def heads_backend(self) -> str:
-        """Returns the backend for queries, keys and values of heads: a backend that computes the whole takes none."""
+        """Returns the backend for queries, keys and values of heads, "auto" where the layer's own takes none."""
         return AUTO if is_whole(self.backend) else self.backend
 
     def pre_heads(self) -> Tensor:
