@@ -181,6 +181,9 @@ def patched(
         label: of the method, for messages.
         config: of the method, None for dense.
         size: (channels, height, width) of the images, None for the model's own.
+
+    Raises:
+        PatchError: the method can't replace the attention of the model.
     """
     if config is not None:
         try:

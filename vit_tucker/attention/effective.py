@@ -180,6 +180,9 @@ def merged(layer: Any) -> nn.Module:
 
     PEFT's own layers merge themselves, in float64; adapters that are switched off don't count. The result is compared with the
     adapted module on random inputs.
+
+    Raises:
+        WeightsError: its adapters can't be merged.
     """
     if not is_tuner(layer):
         return trained_copy(layer)
@@ -215,7 +218,7 @@ def merged(layer: Any) -> nn.Module:
 
 
 def trained_copy(wrapper: Any) -> nn.Module:
-    """Returns the module that PEFT's ``modules_to_save`` puts in place of another; the other where it is switched off."""
+    """Returns the module that PEFT's ``modules_to_save`` trains in place of another; raises WeightsError for other wrappers."""
     copies = getattr(wrapper, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         raise WeightsError(f"is a {full_name(wrapper)}, which can't be merged")

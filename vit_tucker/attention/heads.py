@@ -102,7 +102,7 @@ class PerHeadModule(AttentionModule):
         """
 
     def rotary_pairs(self) -> RotaryPairs:
-        """Returns the pre-softmax tensor with its rotations, see ``MHAWeights.rotary_pairs``."""
+        """Returns the pre-softmax tensor with its rotations, see ``MHAWeights.rotary_pairs``; raises PatchError without RoPE."""
         if self.spec.rope is None:
             raise PatchError(f"{type(self).__name__} has no RoPE here")
         return self.dense_weights().rotary_pairs(self.spec.rope)

@@ -30,7 +30,8 @@ class AttentionModule(nn.Module):
     """Base of all attention layers: timm's call contracts and the attributes that timm's tools look for.
 
     ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``; ``fused_attn`` = False (timm's switch)
-    computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see.
+    computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see. Methods that
+    a layer does not implement raise PatchError.
     """
 
     position_bias: PositionBias | None

@@ -206,7 +206,7 @@ def fit_biases(weights: MHAWeights, places: MHAWeights) -> MHAWeights:
 
 
 def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
-    """Returns the smallest value biases (H, D) with sum_i bV_i WO_i = b.
+    """Returns the smallest value biases (H, D) with sum_i bV_i WO_i = b; raises PatchError if there are none, or no place.
 
     Args:
         out_bias: b, (O,).

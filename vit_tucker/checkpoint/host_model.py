@@ -114,6 +114,9 @@ def check_pretrained(
         model: as timm built it.
         load: what timm loaded into it, None for nothing.
         added: returns the names of tensors that only arguments of the config add.
+
+    Raises:
+        CheckpointError: the weights do not fit, or there are none.
     """
     if load is not None:
         try:

@@ -129,7 +129,7 @@ def convert_layer(layer: CalibratedLayer, sums: MomentSums, damping: float) -> K
         damping: see ``Calibration.damping``.
 
     Raises:
-        PatchError: too few tokens, or moments that are constant or not finite.
+        PatchError: too few tokens (a ValueError that ``located`` names), or moments that are constant or not finite.
     """
     with timed(layer), located(layer.name), torch.no_grad():
         moments = sums.moments()

@@ -131,7 +131,7 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
-    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout.
+    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout; raises DataError if it is missing or damaged.
 
     The Debian package's folder is read only if ``root`` is the default, never in place of a folder that the user names.
 
@@ -167,7 +167,7 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
 
 
 def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) -> ConvertedDataset:
-    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout.
+    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32); raises DataError if it is missing or damaged.
 
     Args:
         name: "cifar10" or "cifar100".

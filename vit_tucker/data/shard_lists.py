@@ -75,6 +75,9 @@ def shards_by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tup
         source: what is read; its split is the pattern, as in "train-{000..099}.tar|12345".
         splits: those of the _info.json, by name.
         names: of the classes, None if unknown.
+
+    Raises:
+        DataError: it is no pattern, or has no number behind "|".
     """
     from webdataset.shardlists import expand_urls
 

@@ -39,6 +39,9 @@ def resolve_data(
 
     Returns:
         timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+
+    Raises:
+        ConfigError: mean or std for another number of channels.
     """
     own = {"mean": None, "std": None} if trained else {"mean": info.mean, "std": info.std}
     args: dict[str, Any] = {

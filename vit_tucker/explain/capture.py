@@ -170,6 +170,9 @@ class CaptureHooks:
             _: the module that the hook is on, not used.
             args: of its call; the first is the map (S, H, n, n) before dropout.
             output: the map (S, H, n, n) of a softmax; None for a dropout.
+
+        Raises:
+            ExplainError: the layer ran twice, or its map is none.
         """
         attn = args[0] if output is None else output
         names = self.names[module]

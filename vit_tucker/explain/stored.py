@@ -100,7 +100,11 @@ def open_subjects(
     layers: list[int | str] | None,
     tell: Tell | None,
 ) -> tuple[list[Subject], list[NamedImage]]:
-    """Returns models, dense first, and images, of ``files`` and the data set; other arguments as of ``explain_stored``."""
+    """Returns models, dense first, and images, of ``files`` and the data set; other arguments as of ``explain_stored``.
+
+    Raises:
+        ConfigError: the data set is asked for, but not known.
+    """
     config = run_config(where)
     if data is not None and config is None:
         raise ConfigError(f"--data: {where} is no run, so that its data set is not known; name image files")

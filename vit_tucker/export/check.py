@@ -118,7 +118,7 @@ class Check:
             require(self.on_noise[name], self.options.tolerance, "random images")
 
     def real(self, runners: dict[str, ImageFunction]) -> None:
-        """Compares all files on the real images, in one pass; float32 must agree."""
+        """Compares all files on the real images, in one pass; float32 must agree, else ExportError is raised."""
         if self.batches is not None:
             self.on_real = compare(self.run, runners, self.images())
             if self.on_real["float32"].images == 0:
@@ -131,7 +131,7 @@ class Check:
         return self.on_noise[name], self.on_real.get(name)
 
     def images(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the real images as the file expects them."""
+        """Yields the real images as the file expects them; raises ExportError for images of another shape."""
         for images, labels in self.batches or ():
             images = images.detach().to("cpu", torch.float32)
             fixed = 1 if self.options.dynamic_img_size else 3

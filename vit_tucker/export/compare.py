@@ -65,6 +65,9 @@ class Comparison:
         Args:
             expected, got: (B, classes) of the model and of the file.
             labels: (B,) int64, -1 for none; None if there are no labels at all.
+
+        Raises:
+            MismatchError: the outputs have different shapes.
         """
         if expected.shape != got.shape:
             raise MismatchError(f"the file gives outputs {tuple(got.shape)}, the model {tuple(expected.shape)}")

@@ -24,7 +24,11 @@ from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, re
 
 
 def read_rotary(m: Any, per_head: bool) -> Host:
-    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations.
+
+    Raises:
+        PatchError: fused projections with fewer key/value heads.
+    """
     if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
         raise PatchError("fused projections with fewer key/value heads")
     rope = RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
@@ -67,7 +71,11 @@ def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
 
 
 def read_sam(m: Any) -> Host:
-    """Reads SAM's ViT without relative positions."""
+    """Reads SAM's ViT without relative positions.
+
+    Raises:
+        PatchError: relative positions, or a table of rotations.
+    """
     if m.use_rel_pos:
         raise PatchError(BY_QUERIES)
     if m.rope is not None:
@@ -184,7 +192,7 @@ def has_mixed_rope(model: nn.Module) -> bool:
 
 
 def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
-    """Reads an attention module of timm's; arguments as of ``vit_tucker.hosts.families.read_host``, and so are the errors."""
+    """Reads an attention module of timm's; arguments as of ``vit_tucker.hosts.families.read_host``, which raises PatchError alike."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:

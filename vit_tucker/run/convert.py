@@ -147,6 +147,9 @@ def dense_model(config: RunConfig) -> tuple[nn.Module, list[str]]:
     Returns:
         The model, with the classes of its data set where it has a config file, else those of its weights, or timm's; and lines
         for the user about its weights.
+
+    Raises:
+        CheckpointError: its weights are not there.
     """
     sizes = () if config.name is None else classes_and_channels(config)
     start = config.model.checkpoint

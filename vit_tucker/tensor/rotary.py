@@ -194,7 +194,7 @@ def whiten_rotary(
 
 
 def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
-    """Truncates the higher-order SVD of a lifted tensor to its leading pairs, and to the leading bases of the other modes.
+    """Truncates the higher-order SVD of a lifted tensor in all modes; raises ValueError for an odd or impossible R3.
 
     Its right factor (J, R3) has pairs that rotate by ``lifted.rotations[: R3 / 2]``. Exact at full rank.
 

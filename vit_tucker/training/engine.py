@@ -182,6 +182,9 @@ def evaluate(
         input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
         first: filled with images (B, channels, height, width), labels (B,) and logits (B, classes) of this process's first batch.
+
+    Raises:
+        RuntimeError: some images were not evaluated.
     """
     was_training = model.training
     model.eval()

@@ -45,6 +45,9 @@ def scores_from_sums(sums: Tensor) -> Scores:
 
     Args:
         sums: (4,) summed over processes: loss, top-1 and top-5 hits, images.
+
+    Raises:
+        ValueError: no images were evaluated.
     """
     loss, top1, top5, count = sums.tolist()
     if count == 0:

@@ -117,7 +117,7 @@ class OrdinaryStep:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses any ``state``, which must be that of another rule."""
+        """Raises ValueError for any ``state``, which must be that of another rule."""
         if state:
             raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not know")
 

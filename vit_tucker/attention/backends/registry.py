@@ -138,7 +138,11 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
 
 
 def decide(facts: Facts, wanted: str) -> Choice:
-    """Decides as ``choose`` does, without memory or log."""
+    """Decides as ``choose`` does, without memory or log.
+
+    Raises:
+        PatchError: the requested backend can't compute such calls.
+    """
     if wanted != AUTO:
         reason = get_backend(wanted).refuses(facts)
         if reason is None:

@@ -135,7 +135,11 @@ def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tens
 
 
 def choose(kernel: tiles.KernelName, inputs: Inputs) -> tiles.Tile:
-    """Returns the kernel's tile on this device."""
+    """Returns the kernel's tile on this device.
+
+    Raises:
+        ValueError: no tile fits the device.
+    """
     size, rope = inputs.p.element_size(), inputs.sin is not None
     tile = tiles.choose(kernel, inputs.ranks, size, rope, inputs.mask is not None, tiles.shared_memory(inputs.p.device))
     if tile is None:

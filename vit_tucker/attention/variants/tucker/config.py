@@ -68,7 +68,7 @@ class TuckerConfig(AttentionConfig):
 
     @property
     def pre(self) -> Ranks:
-        """Returns the ranks of the pre-softmax tensor."""
+        """Returns the ranks of the pre-softmax tensor; raises PatchError while they are still to be chosen."""
         if isinstance(self.ranks, RankRule):
             raise PatchError(f"ranks {self.ranks}: they are chosen when a model is patched")
         return self.ranks
