@@ -43,7 +43,7 @@ class ModeSpectrum:
         mode: "head", "query", "key", "output" or "value".
         whitened: in the tokens' metrics, or of the weights alone.
         size: full size of the mode.
-        values: singular values of the mode's unfolding, falling, float64.
+        values: (n,) singular values of the mode's unfolding, the largest first, float64.
     """
 
     layer: str
@@ -66,7 +66,12 @@ class ModeSpectrum:
 
 
 class Shape(NamedTuple):
-    """The sizes of a layer that bound its ranks: for the marks of the figure."""
+    """The sizes of a layer that bound its ranks: for the marks of the figure.
+
+    Attributes:
+        layer: full module name.
+        embed_dim, num_heads, head_dim: C, H and D.
+    """
 
     layer: str
     embed_dim: int

@@ -85,6 +85,7 @@ class ShardFaults:
         self.unnamed: str | None = None
 
     def __call__(self, error: Exception) -> bool:
+        """Records the error, and returns True, so that webdataset goes on; raises a DataError again."""
         if isinstance(error, DataError):
             raise error
         texts = [part for part in error.args if isinstance(part, str)]

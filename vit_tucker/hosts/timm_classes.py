@@ -192,7 +192,7 @@ def has_mixed_rope(model: nn.Module) -> bool:
 
 
 def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
-    """Reads an attention module of timm's; arguments as of ``vit_tucker.hosts.families.read_host``, which raises PatchError alike."""
+    """Reads an attention module of timm's; arguments as of ``families.read_host``, which raises PatchError alike."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Root(NamedTuple):
-    """Square root of a metric and its inverse; both (..., I, I), symmetric.
+    """The square root of a metric and its inverse, both symmetric.
 
     Attributes:
-        root: R with R R = M + damping.
-        inverse: R^-1.
+        root: R with R R = M + damping, (..., I, I).
+        inverse: R^-1, (..., I, I).
     """
 
     root: Tensor

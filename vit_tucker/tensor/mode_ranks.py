@@ -9,7 +9,13 @@ from vit_tucker.tensor.tucker import Pairs
 
 
 class ModeSpectra(NamedTuple):
-    """Singular values of the three unfoldings, falling: head (H,), left (min(I, H*D),), right (min(J, H*D),)."""
+    """Singular values of the three unfoldings of a tensor, the largest first.
+
+    Attributes:
+        head: (H,).
+        left: (min(I, H*D),).
+        right: (min(J, H*D),).
+    """
 
     head: Tensor
     left: Tensor

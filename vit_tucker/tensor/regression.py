@@ -18,11 +18,11 @@ class LinearMoments:
     """Weighted sums over tokens for the regression of y on f.
 
     Attributes:
-        count: sum of the weights.
+        count: () sum of the weights.
         f_sum, y_sum: (F,), (O,).
         ff: sum of f f^T, (F, F).
         yf: sum of y f^T, (O, F).
-        f_shift, y_shift: subtracted from f and y before summing, so that large means don't eat the digits.
+        f_shift, y_shift: (F,), (O,), subtracted from f and y before summing, so that large means cost no precision.
     """
 
     count: Tensor

@@ -49,10 +49,11 @@ class StepResult:
     """Reports what a step rule has done.
 
     Attributes:
-        loss: what the closure gave.
-        norm: of all processes' gradient, scalar; None if it was not measured.
+        loss: what the closure returned.
+        norm: of all processes' gradient, (); None if it was not measured.
         reshaped: new parameters by those whose place they took in the model. The trainer replaces them in the optimizer, EMA and
-            DDP; all processes must reshape alike.
+            DDP;
+            all processes must reshape alike.
         carried: entries of the optimizer's state by new parameter; those that are missing start without.
     """
 
