@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_cut_only_on_request(tmp_path, capsys):
     wide = make(tmp_path / "wide", vt.TuckerConfig(ranks=(3, 12, 11)))
     status, _, err = export(capsys, wide, *PT2, "--dense", "--data", "none")
     assert status == 2
-    assert "blocks.0.attn: the pre-softmax matrix of head 0 has rank 11, a dense head holds rank 8" in err
+    assert "blocks.0.attn: the pre-softmax matrix of head 0 has rank 11, dense heads have at most 8" in err
     options = ("--dense", "--approximate", "--data", "none")
     status, said, _ = export(capsys, wide, *PT2, *options)
     assert status == 0

@@ -168,7 +168,7 @@ def refuse_wide(split: Split, width: int, name: str) -> None:
     rank = max(split.ranks)
     if rank > width:
         raise PatchError(
-            f"the {name} matrix of head {split.ranks.index(rank)} has rank {rank}, a dense head holds rank {width} (head_dim)"
+            f"the {name} matrix of head {split.ranks.index(rank)} has rank {rank}, dense heads have at most {width} (head_dim)"
         )
 
 
@@ -218,7 +218,7 @@ def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
     stacked = out.flatten(0, 1).mT  # (O, H*D)
     bias = (stacked.pinverse() @ out_bias).unflatten(0, out.shape[:2])
     if (stacked @ bias.flatten() - out_bias).norm() > 1e-9 * out_bias.norm():
-        raise PatchError("its output bias has no place in a host without proj_bias: no value bias comes to it")
+        raise PatchError("its output bias has no place in a host without proj_bias: no value bias equals it")
     return bias
 
 

@@ -17,7 +17,7 @@ PRE_LOGITS = (
 )
 
 LOOKS: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
+    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which contains no weights of the model itself"),
     (r"^visual\.(conv1|class_embedding)", "the image tower of a CLIP, which timm's models named *_clip_* have"),
     (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
     (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),

@@ -30,7 +30,7 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if state := cfg.get("state_dict"):
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict contains other things than tensors")
         return dict(state)
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
         file, local = download_weights(cfg["hf_hub_id"]), False

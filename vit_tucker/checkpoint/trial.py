@@ -135,7 +135,7 @@ def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
             limit = None
         if low < 0 or (limit is not None and high >= limit):
             allowed = "0 and more" if limit is None else f"0 to {limit - 1}"
-            raise CheckpointError(f"{where}: {name} holds {low if low < 0 else high}, allowed are {allowed}")
+            raise CheckpointError(f"{where}: {name} contains {low if low < 0 else high}, allowed are {allowed}")
 
 
 def index_limits(model: nn.Module) -> dict[str, int]:

@@ -87,12 +87,12 @@ def _paper(args: argparse.Namespace) -> "Table":
     from vit_tucker.report.cost import formula_table, published_table
 
     if args.method or args.cfg or args.measure:
-        raise ConfigError("--table takes no --method, --cfg or --measure: its rows are the paper's")
+        raise ConfigError("--table accepts no --method, --cfg or --measure: its rows are the paper's")
     if args.table == 1:
         sizes = read_sizes(read_overrides(args.overrides).values)
         return formula_table(f"d={sizes.d} H={sizes.H} N={sizes.N}", formula_rows(sizes))
     if args.overrides:
-        raise ConfigError(f"{args.overrides[0]}: --table {args.table} takes no sizes: its model is the paper's")
+        raise ConfigError(f"{args.overrides[0]}: --table {args.table} accepts no sizes: its model is the paper's")
     return published_table(*published_rows(args.table))
 
 

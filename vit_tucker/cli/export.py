@@ -51,14 +51,14 @@ def add_parser(commands: Any) -> None:
         help="of dense: cut heads whose rank is above head_dim to the nearest that fit",
     )
     parser.add_argument(
-        "--dynamic-img-size", action="store_true", help="images of any size, where the model takes them"
+        "--dynamic-img-size", action="store_true", help="images of any size, where the model accepts them"
     )
     parser.add_argument(
-        "--with-preprocessing", action="store_true", help="take images in [0, 1] and normalise them in the file"
+        "--with-preprocessing", action="store_true", help="accept images in [0, 1] and normalise them in the file"
     )
     parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; the exporter's own if left out")
     parser.add_argument(
-        "--int8", action="store_true", help="quantise the products with weights (onnx), and tell what that costs"
+        "--int8", action="store_true", help="quantise the products with weights (onnx), and report what that costs"
     )
     parser.add_argument(
         "--reduce-range",

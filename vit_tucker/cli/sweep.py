@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RESULTS",
         help="results.jsonl, or its folder: these runs are done though their own folders are not here",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the runs and where they stand")
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and their state")
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="the sweep's keys, e.g. seeds=[0,1] set.data.root=/data"
     )

@@ -112,7 +112,7 @@ def read_text(text: str, where: Callable[[int], str], at: KeyPath = ()) -> tuple
     except yaml.reader.ReaderError as error:
         place = where(text.count("\n", 0, error.position) + 1)
         raise ConfigError(
-            f"{place}{key}: not valid YAML: it holds the character U+{ord(text[error.position]):04X}"
+            f"{place}{key}: not valid YAML: it contains the character U+{ord(text[error.position]):04X}"
         ) from None
     except (ValueError, OverflowError) as error:  # escapes and directives whose numbers are too large
         raise ConfigError(f"{where(1)}{key}: not valid YAML: {shorten(error)}") from None
@@ -206,14 +206,14 @@ def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
 def no_tag(node: yaml.Node) -> str:
     """Returns what is wrong with a node's tag."""
     tag = node.tag.replace(PREFIX, "!!", 1)
-    return f"the tag {shorten(tag)} is not allowed; configs hold plain values: text, numbers, true, false, null"
+    return f"the tag {shorten(tag)} is not allowed; configs contain plain values: text, numbers, true, false, null"
 
 
 def refuse_unprintable(text: str, place: str) -> None:
     """Raises ConfigError for text with characters that no name or sentence has; escapes can bring them in."""
     found = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text)
     if found is not None:
-        raise ConfigError(f"{place}: holds the character U+{ord(found[0]):04X}, which is no text")
+        raise ConfigError(f"{place}: contains the character U+{ord(found[0]):04X}, which is no text")
 
 
 def dotted(path: KeyPath) -> str:

@@ -46,13 +46,13 @@ def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, in
         return Preparation("image", "a stream")
     stored = is_array(dataset)
     if not stored and not wanted:
-        return Preparation("image", "the images are files; data.in_memory=true would hold them")
+        return Preparation("image", "the images are files; data.in_memory=true keeps them in memory")
     if training and not data.no_aug:
         return Preparation("array" if stored else "held")
     channels, height, width = shape
     size = len(dataset) * channels * height * width
     if size > LIMIT_BYTES and not wanted:
-        return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
+        return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to keep in memory")
     return Preparation("kept")
 
 

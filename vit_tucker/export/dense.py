@@ -78,7 +78,7 @@ def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate:
         architecture = host_name(model)
         if architecture is None:
             raise PatchError(
-                "the modules that were replaced were not kept, and the model does not tell which timm model it was: give that "
+                "the modules that were replaced were not kept, and the model does not name its timm model: give that "
                 "as host"
             )
         host = timm.create_model(architecture, **creation_arguments(model, architecture))

@@ -47,7 +47,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
-            raise PatchError(f"{full_name(module)}: its reader gives no view of its {name}, nothing can be written")
+            raise PatchError(f"{full_name(module)}: its reader returns no view of its {name}, nothing can be written")
 
 
 def write_linear(module: Any, layer: LinearModule) -> None:

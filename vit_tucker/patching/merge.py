@@ -121,7 +121,7 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
     with naming(name):
         new = copy.deepcopy(readable(module) if form is None else plain_host(module)[0])
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
-        raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
+        raise PatchError(f"{name}: the host is on the meta device, where its own tables have no values")
     new = new.to(like.device, like.dtype)
     try:
         if form is None:

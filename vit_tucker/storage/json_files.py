@@ -83,7 +83,7 @@ def parse_object(
     except ValueError as fault:
         raise error(f"{where}: can't be read as JSON: {reason_of(fault)}") from None
     if not isinstance(values, dict):
-        raise error(f"{where}: holds a {kind_of(values)} and no object")
+        raise error(f"{where}: contains a {kind_of(values)}, not an object")
     return values
 
 
