@@ -179,7 +179,7 @@ def emit(text: str, out: Path | None = None) -> None:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Prints what the user should know about weights and data on standard error, which --json leaves alone."""
+    """Prints notes about weights and data to standard error, so that the output of --json stays clean."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

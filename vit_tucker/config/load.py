@@ -1,4 +1,6 @@
-"""From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
+"""Reads a config by name, with overrides, into a validated RunConfig, with one clear line for each mistake."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
-def load_config(name: str | Path, overrides: Sequence[str] = ()) -> "RunConfig":
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads, merges and validates a config.
 
     Args:
@@ -76,7 +78,7 @@ def read_config(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, 
     return path, merge_values(written, read_overrides(overrides))
 
 
-def config_from(values: dict[str, Any], overrides: Sequence[str]) -> "RunConfig":
+def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Makes a config without a file, of values and overrides on top; plug-ins that they name are the user's.
 
     Raises:
@@ -85,7 +87,7 @@ def config_from(values: dict[str, Any], overrides: Sequence[str]) -> "RunConfig"
     return validate_with_plugins(merge_values(Source(values), read_overrides(overrides)), Path())
 
 
-def validate_with_plugins(source: Source, folder: Path) -> "RunConfig":
+def validate_with_plugins(source: Source, folder: Path) -> RunConfig:
     """Validates the values of a run's config after importing the plug-ins that it names.
 
     Args:
@@ -107,7 +109,7 @@ def _default_name(path: Path) -> str:
     return "-".join(inside.with_suffix("").parts)
 
 
-def validate(source: Source) -> "RunConfig":
+def validate(source: Source) -> RunConfig:
     """Validates the values of a run's config strictly: no string becomes a number. Raises ConfigError as ``load_config`` does."""
     from vit_tucker.config.schema import run_config_model
 
@@ -143,12 +145,12 @@ def validate_section(section: type[AnyModel], source: Source) -> AnyModel:
 
 
 @lru_cache
-def section_model(run: type["RunConfig"]) -> type["RunConfig"]:
-    """Returns the model of a run's config in which no section is required: it knows all keys, for the hints of messages."""
+def section_model(run: type[RunConfig]) -> type[RunConfig]:
+    """Returns the model of a run's config in which no section is required, to look up valid keys for messages."""
     return create_model("Sections", __base__=run, model=(ModelConfig | None, None))
 
 
-def plain_config(config: "RunConfig") -> dict[str, Any]:
+def plain_config(config: RunConfig) -> dict[str, Any]:
     """Returns the resolved config as plain values, for YAML and JSON; its YAML text reads back as these."""
     values = cast(dict[str, Any], json.loads(config.model_dump_json()))
     for name in ("attention", "linear"):
@@ -160,18 +162,26 @@ def plain_config(config: "RunConfig") -> dict[str, Any]:
     return values
 
 
-def dump_config(config: "RunConfig") -> str:
-    """Returns the resolved config as YAML text; reading it gives an equal config."""
+def dump_config(config: RunConfig) -> str:
+    """Returns the resolved config as YAML text; reading it gives an equal config.
+
+    Args:
+        config: validated.
+    """
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
 
 
-def everywhere(config: "RunConfig") -> "RunConfig":
+def everywhere(config: RunConfig) -> RunConfig:
     """Returns the config with paths that mean the same in every folder."""
     return validate(Source(map_paths(plain_config(config), absolute)))
 
 
-def config_difference(old: "RunConfig", new: "RunConfig") -> list[str]:
-    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart."""
+def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
+    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart.
+
+    Args:
+        old, new: validated.
+    """
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -14,7 +14,7 @@ Size = Annotated[int, Field(ge=1, le=2**14)]
 
 
 class ModelConfig(Checked):
-    """The timm model. Keys that are null are not passed to timm, so that the model's own defaults hold."""
+    """The timm model; keys that are null are not passed to timm, so that the model's own defaults apply."""
 
     name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
     pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")

@@ -76,7 +76,14 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
 def sum_moments(
     model: nn.Module, layers: list[Layer], images: list[Tensor], options: Calibration
 ) -> tuple[dict[str, MomentSums], dict[str, list[Tensor]]]:
-    """Sums each layer's moments over the images, the first pass; returns them and the token weights of its calls, by name."""
+    """Sums each layer's moments over the images, the first pass; returns them and the token weights of its calls, by name.
+
+    Args:
+        model: in eval mode, its layers still dense.
+        layers: whose moments are summed.
+        images: (B, channels, height, width) batches, as ``collect_images`` returns them.
+        options: the calibration's.
+    """
     sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in layers}
     weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -94,7 +101,7 @@ def sum_moments(
 def collect_moments(
     model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
 ) -> Iterator[tuple[Layer, Moments]]:
-    """Returns the moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
+    """Yields each layer with its moments, one after the other; arguments as of ``calibrate``, and so are the errors."""
     images = collect_images(model, batches, options.images)
     with evaluating(model):
         for group in layers_per_pass(layers):
@@ -107,7 +114,7 @@ def collect_moments(
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """What is kept of a layer's moments after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
+    """The moments of a layer that are needed after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
 
     tokens: Tensor
     output: Tensor
@@ -116,8 +123,13 @@ class KeptMoments:
 def convert_layer(layer: CalibratedLayer, sums: MomentSums, damping: float) -> KeptMoments:
     """Converts one layer from its moments.
 
+    Args:
+        layer: its replacement is changed in place.
+        sums: of the layer's moments.
+        damping: see ``Calibration.damping``.
+
     Raises:
-        PatchError: too few tokens, or moments that are constant or not finite.
+        PatchError: too few tokens (a ValueError that ``located`` names), or moments that are constant or not finite.
     """
     with timed(layer), located(layer.name), torch.no_grad():
         moments = sums.moments()
@@ -138,7 +150,13 @@ def fit_readouts(
     metrics: Mapping[str, KeptMoments],
     damping: float,
 ) -> None:
-    """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone."""
+    """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone.
+
+    Args:
+        model, layers, images: as of ``sum_moments`` (images (B, channels, height, width)); the layers are converted, and changed.
+        weights: token weights (B, N) of each layer's calls in order, by layer name.
+        metrics, damping: moments by layer name, and ``Calibration.damping``.
+    """
     sums: dict[str, HeldOut] = {}
     errors = {layer.name: ErrorSums() for layer in layers}
     remaining = {name: iter(values) for name, values in weights.items()}
@@ -170,7 +188,13 @@ def refine_layer(
     metrics: KeptMoments,
     options: Calibration,
 ) -> None:
-    """Refines one converted layer on its calls; these are kept in memory while it lasts."""
+    """Refines one converted layer on its calls, which are kept in memory meanwhile.
+
+    Args:
+        model, images, options: as of ``sum_moments``, images (B, channels, height, width).
+        layer: converted; its replacement is changed in place.
+        weights, metrics: token weights (B, N) of the layer's calls in order, and its moments.
+    """
     calls: list[LayerCall] = []
     remaining = iter(weights)
 
@@ -186,7 +210,7 @@ def refine_layer(
 
 @torch.no_grad()
 def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor]) -> None:
-    """Fills in each layer's output error, on the tokens of the dense model."""
+    """Sets each layer's relative output error, on the tokens of the dense model; arguments as of ``sum_moments``."""
     errors = {layer.name: ErrorSums() for layer in layers}
 
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:

@@ -42,7 +42,14 @@ class Panel(NamedTuple):
 
 
 def draw_rollout(image: np.ndarray, panels: Sequence[Panel], title: str, kind: str = "rollout") -> Figure:
-    """Draws an image, (height, width, 3) uint8, and each model's rollout (or relevance) over it, all on one scale."""
+    """Draws an image and each model's rollout (or relevance) over it, all on one scale.
+
+    Args:
+        image: (height, width, 3) uint8.
+        panels: one for each model.
+        title: of the image.
+        kind: "rollout" or "relevance".
+    """
     shown = [panel.rollout for panel in panels if panel.rollout is not None]
     with rc_context(FONTS):
         width = COLUMN / 2 * (1 + len(panels)) + 0.55
@@ -101,7 +108,13 @@ def draw_heads(panels: Sequence[Panel], title: str, agreement: Mapping[str, floa
 
 
 def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
-    """Returns the heads of one layer of one model, each with the scale of all models' heads of that number."""
+    """Returns the heads of one layer of one model, each with the scale of all models' heads of that number.
+
+    Args:
+        name: of the layer.
+        panels: one for each model.
+        number: of the model's panel.
+    """
     heads = panels[number].heads.get(name)
     if heads is None:
         return []
@@ -116,14 +129,26 @@ def row_label(name: str, agreement: Mapping[str, float] | None) -> str:
 
 
 def new_figure(width: float, height: float, layout: str | None = None) -> Figure:
-    """Returns a figure of its own, not of pyplot's: nothing to close. Sizes in inches."""
+    """Returns a figure of its own, not of pyplot's: nothing to close.
+
+    Args:
+        width, height: inches.
+        layout: matplotlib's, such as "constrained"; None for none.
+    """
     figure = Figure(figsize=(width, height), dpi=min(DPI, LARGEST / max(width, height)), layout=layout)  # type: ignore[arg-type]
     FigureCanvasAgg(figure)
     return figure
 
 
 def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) -> Any:
-    """Draws values in colour over the grey image; returns what a colour bar needs."""
+    """Draws values in colour over the grey image; returns what a colour bar needs.
+
+    Args:
+        axis: of matplotlib.
+        image: (height, width, 3) uint8.
+        values: (rows, columns), stretched over the image.
+        scale: of the colours.
+    """
     grey = image.mean(-1)
     height, width = grey.shape
     axis.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
@@ -134,7 +159,13 @@ def show_over(axis: Any, image: np.ndarray, values: Tensor, scale: Normalize) ->
 
 
 def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
-    """Writes a sentence in place of a picture of the same shape."""
+    """Writes a sentence in place of a picture of the same shape.
+
+    Args:
+        axis: of matplotlib.
+        text: the sentence, wrapped here.
+        shape: (height, width) of the picture.
+    """
     axis.imshow(np.full((*shape[:2], 3), 255, np.uint8))
     axis.set(xticks=[], yticks=[])
     lines = textwrap.fill(text, 30, break_on_hyphens=False)
@@ -143,7 +174,7 @@ def write_note(axis: Any, text: str, shape: Sequence[int]) -> None:
 
 
 def top(values: Tensor) -> float:
-    """Returns the end of a scale, above 0."""
+    """Returns the end of a colour scale for ``values`` (any shape), above 0."""
     return max(float(np.quantile(values.numpy(), SHARE_SHOWN)), 1e-12)
 
 

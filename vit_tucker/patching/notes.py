@@ -94,7 +94,7 @@ def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Notes which optimizers were made before the patch, and so hold parameters that it replaces.
+    """Notes which optimizers were made before the patch, and so train parameters that it replaces.
 
     Args:
         modules: to be replaced.
