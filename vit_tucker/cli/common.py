@@ -95,7 +95,9 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
     from vit_tucker.config.plugins import command_plugins
+    from vit_tucker.run.openmp import choose_waiting
 
+    choose_waiting()
     with command_plugins(args.plugins, args.trust_plugins):
         return command(args)
 
@@ -120,13 +122,23 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
         sources: what may name the model, for the message.
 
     Raises:
-        ConfigError: not exactly one model is named.
+        ConfigError: not exactly one model is named; or a mistake in the config that is found without torch.
     """
+    from vit_tucker.config.early import refuse_early
+    from vit_tucker.config.load import read_config
+    from vit_tucker.config.source import Source, merge_values, read_overrides
+
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
         found = f", not {len(names)} models" if names else ""
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
-    return next(iter(names), None), [text for text in args.overrides if "=" in text]
+    overrides = [text for text in args.overrides if "=" in text]
+    refuse_early(
+        read_config(args.cfg, overrides)[1]
+        if args.cfg is not None
+        else merge_values(Source({"model": {"name": names[0]}}), read_overrides(overrides))
+    )
+    return next(iter(names), None), overrides
 
 
 def positive(text: str) -> int:

@@ -39,10 +39,10 @@ def add_parser(commands: Any) -> None:
 
 def convert(args: argparse.Namespace) -> int:
     """Converts the model, saves it and prints the report."""
-    from vit_tucker.run.convert import convert as convert_model
+    name, overrides = model_and_overrides(args, "MODEL and --cfg")
+    from vit_tucker.run.convert import convert as convert_model  # after it, as in plan
     from vit_tucker.run.model import plain_reports
 
-    name, overrides = model_and_overrides(args, "MODEL and --cfg")
     tell = print_progress if sys.stderr.isatty() else None
     options = {"data": args.data, "images": args.images, "tell": tell}
     done = convert_model(name, args.method, args.out, args.cfg, overrides, **options)

@@ -127,7 +127,6 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
     return known.add(facts, wanted, decide(facts, wanted)) if choice is None else choice
 
 
-@torch.compiler.assume_constant_result
 def _choose_while_compiling(wanted: str, *facts: Any) -> str:
     """Runs ``choose`` once, as torch.compile traces the call, with plain values and a name as result."""
     given = Facts(*facts)
@@ -135,6 +134,10 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
     _COMPILED.add(choice.name)
     _RECORDINGS[-1].add(given, f"{wanted}, compiled", Choice(choice.name, f"{choice.reason}, compiled"))
     return choice.name
+
+
+_choose_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""What ``torch.compiler.assume_constant_result`` sets, without its import of ``torch._dynamo``, which takes a second."""
 
 
 def decide(facts: Facts, wanted: str) -> Choice:
