@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 
 from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
-from vit_tucker.report import ablations, curves, figures
-from vit_tucker.report.ablations import ablation_table, check_options, draw_ablation, option_lines, usual_options
+from vit_tucker.report import ablation_figures, curves, figures
+from vit_tucker.report.ablation_figures import draw_ablation
+from vit_tucker.report.ablations import ablation_table, check_options, option_lines, usual_options
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
@@ -27,7 +28,7 @@ def drawn(monkeypatch):
         kept.append(figure)
         return f"{stem}.png"
 
-    for module in (figures, curves, ablations):
+    for module in (figures, curves, ablation_figures):
         monkeypatch.setattr(module, "save", keep)
     return kept
 
@@ -44,7 +45,8 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert draw_accuracy(section, "params", tmp_path) == ("accuracy_params.png", [])
     (axis,) = drawn[0].axes
     lines = labelled(axis)
-    assert set(lines) == {"Tucker, HOSVD", "GQA, mean-pool", "MLA, joint SVD", "dense (band: ± std)"}
+    faded = "faded: not on its curve's front"
+    assert set(lines) == {"Tucker, HOSVD", "GQA, mean-pool", "MLA, joint SVD", "dense (band: ± std)", faded}
     assert list(lines["Tucker, HOSVD"].get_xdata()) == [
         params for _, params in TUCKER
     ]  # the front only, without "worse"
@@ -53,12 +55,13 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
     assert to_hex(lines["GQA, mean-pool"].get_color()).upper() == GQA.colour
-    assert len({line.get_marker() for line in lines.values()}) == 4
+    assert len({line.get_marker() for name, line in lines.items() if name != faded}) == 4
+    (worse,) = (line for line in axis.lines if line.get_alpha() is not None and list(line.get_xdata()) == [60_000])
+    assert list(worse.get_ydata()) == [93.0]  # drawn too, off the line
     bars = [container for container in axis.containers if container.has_yerr]
     segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]
     halves = sorted(np.ptp(segment[:, 1]) / 2 for segment in segments)
-    assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable))
-    assert len(segments) == len(section.comparable)  # "worse" is drawn too, off the line
+    assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable if s.name != "worse"))
 
 
 @pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])

@@ -90,7 +90,8 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
     if not has_course(drawn):
         return None
     series = list(dict.fromkeys(s.series for s in drawn))
-    width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
+    blocks = -(-len(series) // COLUMNS)
+    width = -(-len(series) // blocks)
     scale = sizes_scale([s.params for s in drawn])
     size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(ROWS) * blocks, width)
     with subplots(*size, *grid_of, squeeze=False, sharex=True) as (figure, axes):
