@@ -123,6 +123,17 @@ def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
         check_patterns(["gqa9"], [section])
 
 
+def test_panels_of_curves_fill_their_rows(drawn, tmp_path):
+    """Five of them: three and two, not four and one."""
+    starts = [{"init": "random"}, {}, {"conversion": "hooi"}, {"calibration": {"images": 8}},
+              {"calibration": {"images": 8, "refine_steps": 5}}]  # fmt: skip
+    runs = [run_results(f"t{i}", {**HOSVD, "ranks": [2, 4, 4], **start}, 1000, 90.0) for i, start in enumerate(starts)]
+    draw_curves(*sections(runs), tmp_path)
+    panels = [axis for axis in drawn[0].axes if axis.get_title()]
+    assert len(panels) == 5
+    assert panels[0].get_gridspec().ncols == 3
+
+
 def test_epochs_to_recover():
     (section,) = sections(study(seeds=2, noise=0.0))
     setting = next(s for s in section.settings if s.name == "tucker-8-16-16")

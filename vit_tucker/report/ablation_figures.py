@@ -15,7 +15,7 @@ HEIGHT, LEGEND = 2.2, 0.13
 """Inches: of a figure of lines, and of a line of its legend."""
 MOST_LINES = 6
 """Lines of one figure; more groups get a row each."""
-ROW, AROUND, LETTER = 0.2, 0.9, 0.045
+ROW, AROUND, LETTER = 0.17, 0.75, 0.045
 """Inches: of a row with two values, of what is above and below the rows, and of a letter of their labels."""
 APART = 0.34
 """Distance of two values in a row, in rows with two values."""

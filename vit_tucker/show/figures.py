@@ -25,8 +25,9 @@ class Theme(NamedTuple):
 
 LIGHT, DARK = Theme("#ffffff", "#000000"), Theme("#0d1117", "#e6edf3")
 """Paper, and GitHub's dark pages."""
+PAGE = ("figure.facecolor", "axes.facecolor")
 INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-"""Settings of matplotlib that are drawn in a theme's ink."""
+"""Settings of matplotlib that are a theme's background, and its ink."""
 COLUMN = 3.4
 """Width of a column of a paper, inches."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -65,11 +66,7 @@ def subplots(
         theme: of the page that it is for.
         options: of ``Figure.subplots``.
     """
-    page: dict[Any, Any] = {
-        "figure.facecolor": theme.background,
-        "axes.facecolor": theme.background,
-        **dict.fromkeys(INK, theme.ink),
-    }
+    page: dict[Any, Any] = {**dict.fromkeys(PAGE, theme.background), **dict.fromkeys(INK, theme.ink)}
     with rc_context({**FONTS, **page}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **options)
