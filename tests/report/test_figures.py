@@ -64,6 +64,38 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable if s.name != "worse"))
 
 
+def test_a_dense_host_far_away_stands_at_the_end_of_the_axis(drawn, tmp_path):
+    """Settings of nearly equal size are not one strip: the axis is theirs, and the legend has the host's cost."""
+    runs = [run_results("mha", None, DENSE_PARAMS, 95.0, seed) for seed in (0, 1)]
+    for ranks, params in (((8, 4, 12), 20_500), ((8, 8, 8), 21_500), ((1, 8, 8), 17_400)):
+        attention = {**HOSVD, "ranks": list(ranks)}
+        runs += [run_results(f"t{ranks}", attention, params, 90.0 + params / 1e4, seed) for seed in (0, 1)]
+    draw_accuracy(*sections(runs), "params", tmp_path)
+    (axis,) = drawn[0].axes
+    assert axis.get_xlim()[1] < 25_000
+    star = labelled(axis)["dense (at 264k; band: ± std)"]
+    place = star.get_transform().transform([(star.get_xdata()[0], star.get_ydata()[0])])
+    assert axis.transAxes.inverted().transform(place)[0, 0] == pytest.approx(1.0)
+    near = runs + [run_results("large", {**HOSVD, "ranks": [8, 64, 64]}, 200_000, 94.0, seed) for seed in (0, 1)]
+    draw_accuracy(*sections(near), "params", tmp_path)
+    assert list(labelled(drawn[1].axes[0])["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
+
+
+def test_quartiles_of_latency_are_bars_of_the_methods_below(drawn, tmp_path):
+    (section,) = sections(study(seeds=2, methods=("tucker", "gqa")))
+    draw_accuracy(section, "latency", tmp_path)
+    main, strip = drawn[0].axes
+    assert not [
+        line
+        for line in main.lines
+        if len(set(line.get_ydata())) == 1 and len(line.get_xdata()) == 2 and line.get_linestyle() == "-"
+    ]  # no bars among the settings
+    assert [label.get_text() for label in strip.get_yticklabels()] == ["Tucker", "GQA"]
+    for line, method in zip(strip.lines, ("tucker", "gqa"), strict=False):
+        ranges = np.array([s.latency_range for s in section.comparable if s.method == method])
+        assert list(line.get_xdata()) == pytest.approx(list(np.median(ranges, axis=0)))
+
+
 @pytest.mark.parametrize(("low", "high"), [(78.9e6, 104e6), (8.67e6, 17.4e6), (1e5, 2.4e5), (2.6e4, 9e4), (1e3, 1e6)])
 def test_a_log_axis_has_ticks_to_read_its_values_by(low, high):
     axis = Figure().subplots()
@@ -121,6 +153,36 @@ def test_curves_have_a_panel_per_method_and_start(drawn, tmp_path):
     assert [axis.get_title() for axis in drawn[1].axes if axis.get_title()] == ["GQA, mean-pool"]
     with pytest.raises(ConfigError, match="--curves gqa9: no such config; did you mean 'gqa"):
         check_patterns(["gqa9"], [section])
+
+
+def test_many_groups_are_rows_with_their_labels_beside_them(drawn, tmp_path):
+    """And so are values that have no order: no legend of groups, one entry for each value."""
+    runs, tops = [], {}
+    for rank in range(2, 10):
+        for init in ("pretrained", "random"):
+            top1 = 90.0 + rank / 10 - 5 * (init == "random")
+            tops[rank, init] = top1
+            attention = {**HOSVD, "ranks": [rank, 8, 8], "init": init}
+            runs += [run_results(f"t{rank}{init}", attention, 1000 * rank, top1 + seed, seed) for seed in (0, 1)]
+    (section,) = sections(runs)
+    lines = option_lines(section, "init")
+    assert draw_ablation("init", lines, tmp_path) == "by_init.png"
+    (axis,) = drawn[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [line.label for line in lines]
+    found = labelled(axis)
+    assert set(found) == {"HOSVD", "random"}
+    for name, init in (("HOSVD", "pretrained"), ("random", "random")):
+        assert sorted(found[name].get_xdata()) == pytest.approx(
+            sorted(t + 0.5 for (_, i), t in tops.items() if i == init)
+        )
+        rows = np.round(found[name].get_ydata() - axis.get_yticks(), 6)
+        assert len(set(rows)) == 1  # each in its group's row, above or below the middle
+    assert found["HOSVD"].get_ydata()[0] < found["random"].get_ydata()[0]
+    legend = drawn[0].legends[0].get_window_extent()
+    assert legend.height < axis.get_window_extent().height / 3
+    widest = max(label.get_window_extent().width for label in axis.get_yticklabels())
+    assert axis.get_position().width > 0.3
+    assert widest < drawn[0].get_size_inches()[0] * drawn[0].dpi / 2
 
 
 def test_panels_of_curves_fill_their_rows(drawn, tmp_path):

@@ -41,7 +41,7 @@ class Panel(NamedTuple):
         title: the model, and what it says of the image.
         rollout: (h, w) relative to uniform, or None.
         note: shown in place of a rollout that is not defined.
-        heads: by layer, (H, h, w).
+        heads: by layer, (H, h, w) relative to uniform.
     """
 
     title: str
@@ -112,7 +112,7 @@ def draw_heads(
                     corner = left + number * block + head * cell
                     place = (corner, corner + cell * INSIDE, bottom, bottom + line * INSIDE)
                     axis.imshow(values.numpy(), cmap=COLOURS, norm=scale, interpolation="nearest", extent=place)
-                    end = f"{100 * (scale.vmax or 0):.2g}%"
+                    end = f"{scale.vmax or 0:.1f}"
                     axis.text(place[1] - 0.02, bottom + 0.02, end, ha="right", va="bottom", **NUMBERS)
         axis.set(xlim=(0, width), ylim=(0, height), aspect="auto")
         axis.set_axis_off()
@@ -134,7 +134,7 @@ def draw_input(axis: Any, image: np.ndarray, place: tuple[float, float, float, f
     axis.imshow(np.linspace(0, 1, 256)[None], cmap=COLOURS, interpolation="nearest", extent=bar)
     axis.text(left, bar[2] - 0.03, "0", ha="left", va="top", fontsize=5)
     axis.text(bar[1], bar[2] - 0.03, "number in the map", ha="right", va="top", fontsize=5)
-    axis.text(left, bar[2] - 0.15, "share of the attention\nthat a patch gets", ha="left", va="top", fontsize=5)
+    axis.text(left, bar[2] - 0.15, "attention to a patch\n(1: even share)", ha="left", va="top", fontsize=5)
 
 
 def row_of(name: str, panels: Sequence[Panel], number: int) -> list[tuple[Tensor, Normalize]]:
