@@ -20,25 +20,27 @@ NOTES = (
     "*beyond noise*: those where the two means differ by more than one sample standard deviation, pooled over the runs of both.",
     f"Differences: top-1 points, mean over settings and seeds, with their {CONFIDENCE:.0%} interval: Student's t over "
     "the seeds' means; none where a setting has one seed. An interval that includes 0 shows no difference. "
-    "Differences after the first epoch are those of settings that were trained for more than one.",
+    "Differences after the first epoch are those of settings that were trained for more than one. *first loss*: the mean "
+    "training loss of the first epoch, the lower the better.",
 )
 
 
 class Difference(NamedTuple):
-    """A mean difference of top-1 accuracy in percentage points.
+    """A mean difference: of top-1 accuracy in percentage points, or of a loss.
 
     Attributes:
         mean: over settings and seeds.
         interval: its ends, by Student's t over seeds; None for one seed.
+        digits: that are written.
     """
 
     mean: float
     interval: tuple[float, float] | None
+    digits: int = 2
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f}" + (
-            "" if self.interval is None else f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]"
-        )
+        mean, *ends = (f"{value:+.{self.digits}f}" for value in (self.mean, *(self.interval or ())))
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
 
     @property
     def verdict(self) -> str:
@@ -55,6 +57,7 @@ class StartComparison(NamedTuple):
         start, reference: as tables name them.
         ahead, behind, equal: numbers of settings.
         beyond: number of settings whose difference is larger than the seeds' noise; None where a setting has one seed.
+        loss: difference of the first epoch's training loss; None where no curves are there.
         first, last: differences after the first and the last epoch; the first is None where no setting was evaluated at both.
     """
 
@@ -65,6 +68,7 @@ class StartComparison(NamedTuple):
     behind: int
     equal: int
     beyond: int | None
+    loss: Difference | None
     first: Difference | None
     last: Difference
 
@@ -99,10 +103,10 @@ def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]
     repeated = all(len(setting.runs) > 1 for pair in pairs for setting in pair)
     beyond = sum(abs(a.top1_mean - b.top1_mean) > pooled_std(a.top1, b.top1) for a, b in pairs) if repeated else None
     trained_on = [pair for pair in pairs if all(setting.epochs > 1 for setting in pair)]
-    first = differences(trained_on, first_scores)
+    first, loss = differences(trained_on, first_top1), differences(pairs, first_loss)
     return StartComparison(
         method, start, reference, ahead, behind, len(means) - ahead - behind, beyond,
-        mean_difference(first) if len(first) else None, mean_difference(last),
+        mean_difference(loss, 3) if len(loss) else None, mean_difference(first) if len(first) else None, mean_difference(last),
     )  # fmt: skip
 
 
@@ -111,9 +115,19 @@ def last_scores(setting: Setting) -> dict[int, float]:
     return dict(zip(setting.seeds, map(float, setting.top1), strict=True))
 
 
-def first_scores(setting: Setting) -> dict[int, float]:
+def first_top1(setting: Setting) -> dict[int, float]:
     """Returns top-1 after the first epoch, by seed; nothing where the first evaluation was a later one."""
-    curve = curve_of(setting, "eval_top1")
+    return first_values(setting, "eval_top1")
+
+
+def first_loss(setting: Setting) -> dict[int, float]:
+    """Returns the mean training loss of the first epoch, by seed; nothing where it is not known."""
+    return first_values(setting, "train_loss")
+
+
+def first_values(setting: Setting, key: str) -> dict[int, float]:
+    """Returns the values of one key of ``curve`` at the first epoch, by seed."""
+    curve = curve_of(setting, key)
     if curve is None or curve[0][0] != 1:
         return {}
     return dict(zip(setting.seeds, map(float, curve[1][:, 0]), strict=True))
@@ -128,50 +142,41 @@ def differences(pairs: Sequence[Pair], scores: Callable[[Setting], dict[int, flo
     return table[~np.isnan(table).all(axis=1)]
 
 
-def mean_difference(table: Floats) -> Difference:
+def mean_difference(table: Floats, digits: int = 2) -> Difference:
     """Returns the mean over settings of the means over seeds, and its interval: Student's t over seeds.
 
     Args:
         table: (settings, seeds), NaN where a setting lacks a seed.
+        digits: that are written.
     """
     from scipy.special import stdtrit  # type: ignore[import-untyped]  # comes with scikit-learn
 
     of_settings = np.nanmean(table, axis=1)
     mean = float(of_settings.mean())
     if (np.isfinite(table).sum(axis=1) < 2).any():
-        return Difference(mean, None)
+        return Difference(mean, None, digits)
     of_seeds = np.nanmean(table - of_settings[:, None], axis=0)  # about 0; a seed's part of the noise
     error = float(of_seeds.std(ddof=1)) / np.sqrt(len(of_seeds))
     half = float(stdtrit(len(of_seeds) - 1, (1 + CONFIDENCE) / 2)) * error
-    return Difference(mean, (mean - half, mean + half))
+    return Difference(mean, (mean - half, mean + half), digits)
 
 
 def starts_table(comparisons: Sequence[StartComparison]) -> Table:
     """Returns a table with a row for each start against the plain conversion of its method."""
-    header = ["method", "start", "against", "settings", "ahead", "behind", "equal", "beyond noise", "after the first epoch",
-              "after the last epoch"]  # fmt: skip
+    header = ["method", "start", "against", "settings", "ahead", "behind", "equal", "beyond noise", "first loss",
+              "after the first epoch", "after the last epoch"]  # fmt: skip
     rows = [
         [c.method, c.start, c.reference, *map(str, (c.settings, c.ahead, c.behind, c.equal)),
-         "-" if c.beyond is None else str(c.beyond), str(c.first or "-"), str(c.last)]
+         "-" if c.beyond is None else str(c.beyond), str(c.loss or "-"), str(c.first or "-"), str(c.last)]
         for c in comparisons
     ]  # fmt: skip
     raw_header = ["method", "start", "against", "settings", "ahead", "behind", "equal", "beyond_noise"]
-    raw_header += [f"{when}_{what}" for when in ("first", "last") for what in ("mean", "low", "high")]
+    raw_header += [f"{when}_{what}" for when in ("first_loss", "first", "last") for what in ("mean", "low", "high")]
     raw = [
-        [
-            c.method,
-            c.start,
-            c.reference,
-            c.settings,
-            c.ahead,
-            c.behind,
-            c.equal,
-            c.beyond,
-            *numbers(c.first),
-            *numbers(c.last),
-        ]
+        [c.method, c.start, c.reference, c.settings, c.ahead, c.behind, c.equal, c.beyond,
+         *(number for difference in (c.loss, c.first, c.last) for number in numbers(difference))]
         for c in comparisons
-    ]
+    ]  # fmt: skip
     return Table(header, rows, 3, raw_header, raw, NOTES, stem="starts")
 
 
@@ -194,11 +199,15 @@ def start_sentence(c: StartComparison) -> str:
         f"**{c.method}, {c.start} against {c.reference}: {c.last.verdict}** after fine-tuning: ahead in {c.ahead}, behind in "
         f"{c.behind}, equal in {c.equal} of {c.settings} settings{noise}; {c.last} points."
     )
-    if c.first is None:
+    if c.loss is not None:
+        text += f" Training loss of the first epoch: {c.loss}."
+    if c.first is not None:
+        text += f" After the first epoch: {c.first.verdict}, {c.first} points."
+    if c.last.verdict == AHEAD:
         return text
-    text += f" After the first epoch: {c.first.verdict}, {c.first} points."
-    saves = c.first.verdict == AHEAD and c.last.verdict != AHEAD
-    return text + " It saves epochs; a higher final accuracy is not shown." * saves
+    gains = ["a lower loss at first"] * (c.loss is not None and c.loss.verdict == BEHIND)
+    gains += ["a higher accuracy after the first epoch"] * (c.first is not None and c.first.verdict == AHEAD)
+    return f"{text} It gives {' and '.join(gains)}; a higher final accuracy is not shown." if gains else text
 
 
 def total_sentences(comparisons: Sequence[StartComparison]) -> list[str]:
