@@ -58,7 +58,7 @@ def figure_with(text):
 def test_an_installed_font_that_has_the_characters_is_used(installed, tmp_path, caplog):
     figure, axis = figure_with(f"cat {PRIVATE[0]}")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "Glyph")
         save(figure, tmp_path, "figure")
     assert axis.title.get_fontfamily()[-1] == installed
     assert axis.get_yticklabels()[0].get_fontfamily()[-1] == installed
@@ -72,7 +72,7 @@ def test_characters_without_a_font_are_named_in_one_line(installed, tmp_path, ca
     with warnings.catch_warnings(record=True) as warned:
         save(figure, tmp_path, "figure")
         save(figure, tmp_path, "figure")
-    assert not warned
+    assert not [warning for warning in warned if "Glyph" in str(warning.message)]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith(f"figures: no installed font has {PRIVATE[1]}: boxes stand in their place")

@@ -47,7 +47,7 @@ def installed_fonts(figure: Figure) -> Iterator[None]:
     with warnings.catch_warnings():
         if missing:
             warn_of(" ".join(sorted(missing)[:SHOWN]) + " ..." * (len(missing) > SHOWN))
-            warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font", category=UserWarning)
+            warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from", category=UserWarning)
         yield
 
 
