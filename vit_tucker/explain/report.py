@@ -139,11 +139,12 @@ def explain_one(
               for title, one in zip(titles, found, strict=True)]  # fmt: skip
     true = "" if image.label is None else f" (true: {class_label(subjects[-1], image.label)})"
     figures = {}
+    picture = to_picture(seen)
     if any(panel.rollout is not None for panel in panels):
-        figures[kind] = draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)
+        figures[kind] = draw_rollout(picture, panels, f"{image.name}{true}", kind)
     if any(panel.heads for panel in panels):
         heading = f"{image.name}{true}: attention of the heads, {found[-1].queries}"
-        figures["heads"] = draw_heads(panels, heading, finding.agreement or None)
+        figures["heads"] = draw_heads(picture, panels, heading, finding.agreement or None)
     return finding, figures
 
 
