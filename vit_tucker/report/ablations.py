@@ -89,7 +89,14 @@ def option_lines(section: Section, option: str) -> list[Line]:
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
-    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs.
+
+    Args:
+        own: config of the setting, by dotted key.
+        rests: configs of all lines.
+        setting: one of the group.
+        option: that varies in it.
+    """
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
         name, equals, value = part.partition("=")
@@ -104,7 +111,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """Returns 'ranks.0' for attention.ranks.0."""
+    """Returns a key without its section, such as 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
@@ -143,5 +150,5 @@ def name_of(option: str) -> str:
 
 
 def stem_of(option: str) -> str:
-    """Returns 'by_ranks_0' for attention.ranks.0."""
+    """Returns the name of a figure's files, such as 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

@@ -60,6 +60,12 @@ def draw_spectra(
 ) -> Path:
     """Writes ``spectra_figure`` of the files in a folder as spectra.png and spectra.pdf (spectra_whitened.*) beside them.
 
+    Args:
+        folder: with the files that ``save_spectra`` writes.
+        whitened: draw the spectra in the norm of the tokens.
+        gqa: numbers of key/value heads to mark.
+        mla: widths of latents to mark.
+
     Returns:
         The PNG file.
     """
@@ -114,7 +120,15 @@ def spectra_figure(
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
-    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
+    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond.
+
+    Args:
+        axis: of matplotlib.
+        mode: "head", "query", "key", "output" or "value".
+        heads, width: H and D.
+        gqa: numbers of key/value heads.
+        mla: widths of latents.
+    """
     marks: dict[int, list[str]] = {}
     if mode == "head":
         marks[heads] = ["MHA, GQA, MLA"]

@@ -94,7 +94,13 @@ def compare_starts(section: Section) -> list[StartComparison]:
 
 
 def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]) -> StartComparison | None:
-    """Returns the comparison of some pairs of settings, each the start and the reference; None where no seed has both."""
+    """Returns the comparison of some pairs of settings, each the start and the reference; None where no seed has both.
+
+    Args:
+        method: its name in configs.
+        start, reference: names of the two starts.
+        pairs: settings that differ in the start alone.
+    """
     last = differences(pairs, last_scores)
     if not len(last):
         return None

@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class SectionOutput(NamedTuple):
-    """What was made of a section.
+    """The tables, figures and notes of a section.
 
     Attributes:
         section: the settings.
@@ -46,7 +46,7 @@ class SectionOutput(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Some runs and what was made of them.
+    """Runs, and the tables and figures of them.
 
     Attributes:
         title, about: of the sweep's file, or the folder's name and ''.
@@ -89,7 +89,7 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
 
 
 class SweepNotes(NamedTuple):
-    """What a sweep's file says of itself.
+    """The title and question of a study, from its sweep's file.
 
     Attributes:
         title, about: '' where it says nothing.
@@ -125,7 +125,15 @@ def read_sweep(paths: Sequence[Path]) -> SweepNotes:
 def write_section(
     section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
 ) -> SectionOutput:
-    """Writes tables and figures of one host and data set."""
+    """Writes tables and figures of one host and data set.
+
+    Args:
+        section: one host and data set.
+        out: folder of the study.
+        name: of the section's folder in it.
+        options: keys to draw accuracy over, beside the usual ones.
+        curves: patterns of settings whose training curves are drawn; all if empty.
+    """
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
