@@ -126,7 +126,7 @@ def test_dense_folders_need_timm_alone(run, capsys):
         torch.testing.assert_close(plain(x), vt.load(run)(x), rtol=1e-4, atol=1e-4)
     status, _, err = export(capsys, run, "--format", "dense")
     assert status == 2
-    assert "there is something already; name a new folder" in err
+    assert "the folder is not empty; name a new one" in err
 
 
 @pytest.mark.skipif(not TIMM_TELLS, reason="this timm's ViTs take their own size to be another path")

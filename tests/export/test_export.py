@@ -302,7 +302,7 @@ def test_comparisons():
     result.add(expected, torch.full_like(expected, float("nan")))
     with pytest.raises(MismatchError, match="off by inf"):
         compare_module.require(result, 1.0, "noise")
-    with pytest.raises(MismatchError, match=r"the file gives outputs \(2, 2\), the model \(2, 3\)"):
+    with pytest.raises(MismatchError, match=r"the file returns outputs \(2, 2\), the model \(2, 3\)"):
         result.add(expected, got[:, :2])
 
     def broken(images: torch.Tensor) -> torch.Tensor:

@@ -139,7 +139,7 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
     """
     layer = plain_layer(layer)
     if layer.latent_width is not None:
-        raise PatchError("its latent RoPE rotates one key for all heads together, which no heads of their own do")
+        raise PatchError("its latent RoPE rotates one key for all heads, which multi-head attention can't")
     if isinstance(layer, PerHeadModule):
         return HeadsForm(layer.dense_weights())
     refuse_nonlinear(layer)

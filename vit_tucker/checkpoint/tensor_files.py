@@ -75,7 +75,7 @@ def download(hub_id: str, name: str) -> Path:
     except Exception as error:  # the hub's errors derive from several bases, and differ from version to version
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
-        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be had: {reason}") from None
+        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be downloaded: {reason}") from None
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

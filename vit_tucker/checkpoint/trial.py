@@ -106,7 +106,7 @@ def try_once(model: nn.Module, where: str) -> None:
     except Exception as error:  # timm's modules raise many kinds for arguments that don't go together
         raise CheckpointError(f"{where}: the model does not run on an image of {shape}: {reason_of(error)}") from None
     if isinstance(output, Tensor) and output.shape[0] != 1:
-        raise CheckpointError(f"{where}: the model makes {tuple(output.shape)} of one image")
+        raise CheckpointError(f"{where}: the model returns {tuple(output.shape)} for one image")
 
 
 def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

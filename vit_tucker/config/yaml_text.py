@@ -79,7 +79,7 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shorten(path)}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no config is")
+        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, the limit for configs")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -136,7 +136,7 @@ class _Values:
         self.origin[at] = place
         self.count += 1
         if node in holders:
-            raise ConfigError(f"{place}: {dotted(at)}: an alias of what it is part of")
+            raise ConfigError(f"{place}: {dotted(at)}: an alias that contains itself")
         if len(holders) >= MAX_DEPTH:
             raise ConfigError(f"{place}: {dotted(at)}: nested more than {MAX_DEPTH} levels deep")
         if self.count > MAX_VALUES:
@@ -191,7 +191,7 @@ def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
     if kind not in CORE or node.tag == kind:
         raise ConfigError(f"{place}: {no_tag(node)}")
     if CORE[kind].match(text) is None:
-        raise ConfigError(f"{place}: !!{kind}: '{shorten(text)}' is none")
+        raise ConfigError(f"{place}: !!{kind}: '{shorten(text)}' is not a valid {kind}")
     if kind == "null":
         return None
     if kind == "bool":

@@ -233,7 +233,7 @@ def choose_classes(
     if len(names) != num_classes:
         raise DataError(
             f"split '{data.val_split}' has {len(names):,} classes ({listed(names)}) and the model {num_classes:,}, and there "
-            f"is no training split '{data.train_split}' that numbers them; number them by data.class_map"
+            f"is no training split '{data.train_split}' that numbers them; set data.class_map"
         )
     return names, [
         f"split '{data.val_split}': neither the model nor a training split numbers its classes: taken in their own order "

@@ -112,7 +112,7 @@ def export_dense(
     """
     folder, options = Path(folder), ExportOptions("torch_export", tolerance=tolerance)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ExportError(f"{folder}: there is something already; name a new folder")
+        raise ExportError(f"{folder}: the folder is not empty; name a new one")
     merged = merge_dense(model, approximate=approximate)
     set_image_options(merged.model, image_options(model))
     exact = all(layer.exact for layer in merged.layers)

@@ -220,7 +220,7 @@ class TestOption:
         ):
             vt.MHAConfig(backend="flash")
         with pytest.raises(
-            ValueError, match="backend 'triton' computes Tucker Attention as a whole; here: auto, blocked"
+            ValueError, match="backend 'triton' computes Tucker Attention only; other methods have: auto, blocked"
         ):
             vt.GQAConfig(num_kv_heads=1, backend="triton")
 

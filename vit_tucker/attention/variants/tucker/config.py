@@ -101,11 +101,11 @@ class TuckerConfig(AttentionConfig):
             return
         refuse_ranks(spec, self.pre, self.post, self.shared_kv, self.query_bias)
         if spec.rope is not None and self.conversion == "hooi":
-            raise PatchError("conversion='hooi' has no form for hosts with RoPE; use 'hosvd'")
+            raise PatchError("conversion='hooi' does not support hosts with RoPE; use 'hosvd'")
         if self.calibration is not None and self.conversion == "hooi":
             raise PatchError("conversion='hooi' uses the weights alone; leave it out with calibration")
         if self.shared_kv and self.conversion == "hooi":
-            raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
+            raise PatchError("conversion='hooi' does not support shared_kv; use 'hosvd'")
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "TuckerConfig":
