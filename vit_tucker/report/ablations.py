@@ -85,7 +85,13 @@ def option_lines(section: Section, option: str) -> list[Line]:
         label = line_label(own, [rest for rest, _ in varied], members[values[0]], option)
         names = [", ".join(map(str, value)) for value in values]
         lines.append(Line(label, names, [members[value] for value in values]))
-    return sorted(lines, key=lambda line: table_order(line.settings[0]))
+    return sorted(lines, key=lambda line: (*table_order(line.settings[0])[:-1], natural(line.label)))
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Returns what texts are sorted by so that the numbers in them are in order: epochs=4 before epochs=16."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts if part]
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:

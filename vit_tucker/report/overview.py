@@ -81,6 +81,7 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     axis.set_title(section.title)
     axis.patch.set_gid(f"{section.slug}-area")
     accuracy_axis(axis, min(s.top1_mean for s in shown), max(s.top1_mean for s in shown))
+    axis.set_ylabel(f"{axis.get_ylabel()} ± std")
     grid(axis)
 
 
