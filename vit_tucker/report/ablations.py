@@ -95,7 +95,14 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
-    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs.
+
+    Args:
+        own: what the line's settings have in common, by dotted key.
+        rests: the same of all lines.
+        setting: one of the line.
+        option: the key that varies, or several joined by commas.
+    """
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
         name, equals, value = part.partition("=")
@@ -110,7 +117,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """Returns 'ranks.0' for attention.ranks.0."""
+    """Returns a key as readers know it, 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
@@ -149,5 +156,5 @@ def name_of(option: str) -> str:
 
 
 def stem_of(option: str) -> str:
-    """Returns 'by_ranks_0' for attention.ranks.0."""
+    """Returns the name of an option's files, 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

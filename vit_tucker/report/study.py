@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 
 class SectionOutput(NamedTuple):
-    """What was made of a section.
+    """The tables and figures of a section.
 
     Attributes:
         section: the settings.
@@ -47,7 +47,7 @@ class SectionOutput(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Some runs and what was made of them.
+    """A set of runs, and the tables and figures of them.
 
     Attributes:
         title, about: of the sweep's file, or the folder's name and ''.
@@ -96,7 +96,7 @@ def write_study(
 
 
 class SweepNotes(NamedTuple):
-    """What a sweep's file says of itself.
+    """The title, text and folder that a sweep's file states.
 
     Attributes:
         title, about: '' where it says nothing.
@@ -137,7 +137,15 @@ def drawn_options(section: Section, options: Sequence[str]) -> list[str]:
 def write_section(
     section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str], drawn: Callable[[], object]
 ) -> SectionOutput:
-    """Writes tables and figures of one host and data set; calls ``drawn`` after each figure."""
+    """Writes tables and figures of one host and data set; calls ``drawn`` after each figure.
+
+    Args:
+        section: of one host and data set.
+        out: the study's folder.
+        name: of the section's folder in it; '' for the study's own.
+        options, curves: see ``write_study``.
+        drawn: is called after each figure.
+    """
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
