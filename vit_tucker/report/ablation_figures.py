@@ -28,9 +28,9 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
     beside them, and a colour for each value.
 
     Args:
-        option: the key, or keys with commas.
-        lines: groups of settings that agree in all else.
-        folder: of the PNG and PDF.
+        option: the key of the config, or several joined by commas.
+        lines: groups of settings, see ``option_lines``.
+        folder: where to.
     """
     ordered = all(re.fullmatch(r"[\d.e+-]+(, [\d.e+-]+)*", value) for value in categories(lines))
     draw = draw_lines if ordered and len(lines) <= MOST_LINES else draw_rows
@@ -38,7 +38,11 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 
 def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Draws a line for each group over the option's values; arguments as of ``draw_ablation``."""
+    """Draws a line for each group over the option's values.
+
+    Args:
+        option, lines, folder: see ``draw_ablation``.
+    """
     values = categories(lines)
     numeric = not any("," in value for value in values)
     places = dict(zip(values, map(float, values if numeric else range(len(values))), strict=True))
@@ -66,7 +70,8 @@ def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
 def draw_rows(option: str, lines: Sequence[Line], folder: Path) -> str:
     """Draws a row for each group, the option's values in it by colour and marker, one below the other.
 
-    Arguments as of ``draw_ablation``.
+    Args:
+        option, lines, folder: see ``draw_ablation``.
     """
     values = categories(lines)
     heights = [max(2, len(line.values)) / 2 for line in lines]

@@ -85,17 +85,23 @@ def option_lines(section: Section, option: str) -> list[Line]:
         label = line_label(own, [rest for rest, _ in varied], members[values[0]], option)
         names = [", ".join(map(str, value)) for value in values]
         lines.append(Line(label, names, [members[value] for value in values]))
-    return sorted(lines, key=lambda line: table_order(line.settings[0]))
+    return sorted(lines, key=lambda line: (*table_order(line.settings[0])[:-1], natural(line.label)))
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Returns what texts are sorted by so that the numbers in them are in order: epochs=4 before epochs=16."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts if part]
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
     """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs.
 
     Args:
-        own: config of the setting, by dotted key.
-        rests: configs of all lines.
-        setting: one of the group.
-        option: that varies in it.
+        own: what the line's settings have in common, by dotted key.
+        rests: the same of all lines.
+        setting: one of the line.
+        option: the key that varies, or several joined by commas.
     """
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
@@ -111,7 +117,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """Returns a key without its section, such as 'ranks.0' for attention.ranks.0."""
+    """Returns a key as readers know it, 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
@@ -150,5 +156,5 @@ def name_of(option: str) -> str:
 
 
 def stem_of(option: str) -> str:
-    """Returns the name of a figure's files, such as 'by_ranks_0' for attention.ranks.0."""
+    """Returns the name of an option's files, 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

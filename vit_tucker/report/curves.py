@@ -119,10 +119,10 @@ def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: st
     """Draws curves of one method and start, and dense where it has the same recipe.
 
     Args:
-        axis: of matplotlib.
-        section: of the settings.
-        settings: of one method and start.
-        key: column of summary.csv.
+        axis: of a figure.
+        section: the settings' section.
+        settings: of the panel.
+        key: of the rows of ``curve``.
         scale: colours by attention parameters.
     """
     for setting in settings:
@@ -137,10 +137,10 @@ def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> 
     """Draws the mean over seeds as a line, mean ± sample standard deviation as a band.
 
     Args:
-        axis: of matplotlib.
+        axis: of a figure.
         setting: whose runs are averaged.
-        key: column of summary.csv.
-        style: of the line.
+        key: of the rows of ``curve``.
+        style: options of ``Axes.plot``, with the colour.
     """
     curve = curve_of(setting, key)
     if curve is None:

@@ -36,9 +36,9 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
     """Draws top-1 accuracy over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost>.png and .pdf.
 
     Args:
-        section: one host and data set.
-        cost: key of ``COSTS``.
-        folder: of the PNG and PDF.
+        section: its settings and its dense host are drawn.
+        cost: a key of ``COSTS``.
+        folder: where to.
 
     Returns:
         The name of the PNG, None if no setting has that cost; and a note on settings that lack it.
@@ -87,11 +87,11 @@ def draw_series(
     The line and the filling of the markers tell the start.
 
     Args:
-        axis: of matplotlib.
-        settings: of one method and start; at least one.
-        of: the cost of a setting.
-        displays: of the methods, by name.
-        series: methods and starts of the whole figure, by which line and filling are chosen.
+        axis: of a figure.
+        settings: of one method and start.
+        of: their cost.
+        displays: how methods are shown, by method.
+        series: methods and starts of the figure.
 
     Returns:
         The number of faint ones.
@@ -125,9 +125,9 @@ def draw_quartiles(axis: Any, settings: list[Setting], displays: dict[str, Metho
     """Draws, for each method, the median setting's range of measured latencies: from the lowest to the highest quartile.
 
     Args:
-        axis: of matplotlib.
+        axis: of a figure.
         settings: with measured latencies.
-        displays: of the methods, by name.
+        displays: how methods are shown, by method.
     """
     methods = list(dict.fromkeys(s.method for s in settings))
     for row, method in enumerate(methods):

@@ -51,9 +51,9 @@ def draw_overview(sections: Sequence[Section], theme: Theme, file: Path) -> None
     """Draws a panel for each section, with one legend, and writes it.
 
     Args:
-        sections: hosts and data sets.
-        theme: colours for light or dark pages.
-        file: SVG to write.
+        sections: one for each panel.
+        theme: of the page.
+        file: the SVG file.
     """
     columns = min(COLUMNS, len(sections))
     rows = -(-len(sections) // columns)
@@ -77,9 +77,9 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     """Draws the settings of one host and data set, a colour for each method, and the dense host.
 
     Args:
-        axis: of matplotlib.
-        section: one host and data set.
-        theme: as of ``draw_overview``.
+        axis: of a figure.
+        section: of one host and data set.
+        theme: of the page.
     """
     for method in section.methods:
         settings = [s for s in section.comparable if s.method == method]
@@ -93,6 +93,7 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     axis.set_title(section.title)
     axis.patch.set_gid(f"{section.slug}-area")
     accuracy_axis(axis, min(s.top1_mean for s in shown), max(s.top1_mean for s in shown))
+    axis.set_ylabel(f"{axis.get_ylabel()} ± std")
     grid(axis)
 
 
@@ -100,11 +101,11 @@ def draw_method(axis: Any, settings: Sequence[Setting], display: MethodDisplay, 
     """Draws the Pareto front of one method over all its starts as a line, with error bars; its other settings faded.
 
     Args:
-        axis: of matplotlib.
+        axis: of a figure.
         settings: of the method.
-        display: of the method.
-        theme: as of ``draw_overview``.
-        gid: prefix of the names in the SVG.
+        display: how it is shown.
+        theme: of the page.
+        gid: name of its line in the SVG file.
     """
     colour = themed(display.colour or theme.ink, theme)
     costs, means = np.array([s.params for s in settings]), np.array([s.top1_mean for s in settings])

@@ -194,9 +194,9 @@ def picture(title: str, root: Path, file: Path) -> list[str]:
     """Returns a link to a figure, if it is there.
 
     Args:
-        title: of the figure.
-        root: folder that the link is relative to.
-        file: below ``root``.
+        title: what stands in its place where pictures are not shown.
+        root: folder of the page.
+        file: the figure.
     """
     return [f"![{title}]({file.relative_to(root).as_posix()})", ""] if file.is_file() else []
 
@@ -205,8 +205,8 @@ def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
     """Returns accuracy against each option that varies alone, of a study without verdicts.
 
     Args:
-        section: one host and data set.
-        root: folder that links are relative to.
+        section: of one host and data set.
+        root: folder of the page.
         folder: of the figures.
     """
     lines = []

@@ -61,10 +61,7 @@ def draw_spectra(
     """Writes ``spectra_figure`` of the files in a folder as spectra.png and spectra.pdf (spectra_whitened.*) beside them.
 
     Args:
-        folder: with the files that ``save_spectra`` writes.
-        whitened: draw the spectra in the norm of the tokens.
-        gqa: numbers of key/value heads to mark.
-        mla: widths of latents to mark.
+        folder, whitened, gqa, mla: see ``spectra_figure``.
 
     Returns:
         The PNG file.
@@ -123,11 +120,11 @@ def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ..
     """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond.
 
     Args:
-        axis: of matplotlib.
-        mode: "head", "query", "key", "output" or "value".
-        heads, width: H and D.
-        gqa: numbers of key/value heads.
-        mla: widths of latents.
+        axis: of a figure.
+        mode: name of the mode.
+        heads, width: number of heads, and columns of each.
+        gqa: numbers of key/value heads to mark.
+        mla: latent widths to mark.
     """
     marks: dict[int, list[str]] = {}
     if mode == "head":

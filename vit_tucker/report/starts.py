@@ -97,9 +97,8 @@ def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]
     """Returns the comparison of some pairs of settings, each the start and the reference; None where no seed has both.
 
     Args:
-        method: its name in configs.
-        start, reference: names of the two starts.
-        pairs: settings that differ in the start alone.
+        method, start, reference: as tables name them.
+        pairs: settings of the start, each with that of the reference.
     """
     last = differences(pairs, last_scores)
     if not len(last):
