@@ -52,7 +52,7 @@ class AttentionConfig(MethodConfig):
     """Features of the host (``HostSpec.features``) that the method supports; it refuses hosts with others."""
 
     whole_kernels: ClassVar[bool] = False
-    """Backends that compute Tucker Attention as a whole can be asked for."""
+    """Backends that compute Tucker Attention only can be requested."""
 
     latent_rope: ClassVar[bool] = False
     """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""

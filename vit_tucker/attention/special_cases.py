@@ -35,7 +35,7 @@ Form = TypeVar("Form", bound=AttentionModule)
 
 
 class DenseTensors(NamedTuple):
-    """The tensors that a layer's attention comes to, float64.
+    """The tensors that a layer's attention is equal to, float64.
 
     Attributes:
         pre: W_i, (H, C, C), or (H, C + 1, C) with the query bias as the last row.

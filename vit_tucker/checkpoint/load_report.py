@@ -32,7 +32,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "a vision tower of Hugging Face transformers"),
     (r"^(exp_avg|state\.\d+)", "the state of an optimizer"),
 )
-"""Patterns of names by which messages tell what model weights are of."""
+"""Patterns of names by which messages describe the model that weights are of."""
 
 
 @dataclass(frozen=True)

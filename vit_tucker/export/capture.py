@@ -46,7 +46,7 @@ def served(model: nn.Module, normalise: bool) -> nn.Module:
         normalise: take images in [0, 1], by the mean and std of the model's pretrained_cfg.
 
     Raises:
-        ExportError: the model does not tell its normalisation.
+        ExportError: the model does not record its normalisation.
     """
     model = inner(model)
     refuse_wrapped(model)

@@ -39,7 +39,7 @@ class DenseFolder:
 
 
 def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> nn.Module:
-    """Returns the plain timm model that a patched one comes to: its state dict is timm's own and needs no vit_tucker.
+    """Returns the plain timm model that is equal to a patched one: its state dict is timm's own and needs no vit_tucker.
 
     Exact for MHA, GQA and MLA, and for Tucker Attention whose matrices have rank head_dim at most, which ranks r2 <= head_dim or
     r3 <= head_dim grant; with RoPE for MHA and GQA, and for MLA where norms keep its heads apart. The attention is dense again,

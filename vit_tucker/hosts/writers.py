@@ -1,6 +1,6 @@
 """Writes weights back into attention modules of timm's, through the views of their parameters that the readers give.
 
-So that the order of heads and projections in each class of timm is told once, by its reader.
+So the order of heads and projections in each class of timm is written down once, in its reader.
 """
 
 from itertools import chain

@@ -1,4 +1,4 @@
-"""A patched model as the plain timm model it comes to: equal dense weights in timm's own attention modules."""
+"""Merges a patched model into a plain timm model: equal dense weights in timm's own attention modules."""
 
 import copy
 from dataclasses import dataclass
