@@ -189,15 +189,20 @@ class Package:
         return [*(name for name in one.arguments if name not in known), *sorted(extra)]
 
 
-def without_shape(one: Definition) -> list[str]:
-    """Returns the tensors among a function's arguments whose description has no shape in parentheses."""
-    described = sections(one.text).get("Args", {})
+def tensors(one: Definition) -> list[str]:
+    """Returns the arguments that are tensors or lists of them; dicts of tensors by name have no shape to state."""
+    named = ("str, Tensor", "str, Mapping", "str, list")
     return [
         name
         for name, annotation in one.arguments.items()
-        if "Tensor" in annotation and "str, Tensor" not in annotation and "str, Mapping" not in annotation
-        and "str, list" not in annotation and name in described and "(" not in described[name]
-    ]  # fmt: skip
+        if "Tensor" in annotation and not any(part in annotation for part in named)
+    ]
+
+
+def without_shape(one: Definition) -> list[str]:
+    """Returns the tensors among a function's arguments whose description has no shape in parentheses."""
+    described = sections(one.text).get("Args", {})
+    return [name for name in tensors(one) if name in described and "(" not in described[name]]
 
 
 def unnamed_errors(one: Definition) -> list[str]:

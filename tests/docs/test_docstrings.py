@@ -14,6 +14,7 @@ from tests.docs.signatures import (
     Package,
     first_line_problem,
     read_package,
+    tensors,
     unnamed_errors,
     without_shape,
 )
@@ -79,6 +80,8 @@ def test_arguments_are_described():
 
 def test_tensors_have_shapes():
     assert {one.place: names for one in functions(PACKAGE) if (names := without_shape(one))} == {}
+    in_text = [one for one in functions(PACKAGE) if set(tensors(one)) & set(PACKAGE.missing(one))]
+    assert [one.place for one in in_text if "(" not in one.text and one.module not in PENDING] == []
 
 
 def test_errors_are_named():
