@@ -175,7 +175,7 @@ def blocks(batch: int) -> Iterator[slice]:
 
 
 def packed(*tensors: Tensor) -> Iterator[Tensor]:
-    """Yields queries of all heads, keys and values as those of one head."""
+    """Yields queries of all heads, keys and values (B, rows, width) as those of one head, (B, 1, rows, width)."""
     return (t.unsqueeze(1) for t in tensors)
 
 
