@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.errors import ConfigError, nearest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,9 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
     """
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
-        found = f", not {len(names)} models" if names else ""
+        found = f", not {len(names)} models" if len(names) > 1 else ""
+        if names and args.cfg is not None:
+            found = f", not both: '{shorten(names[0])}' beside --cfg {args.cfg}; overrides are written key.sub=value"
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
     return next(iter(names), None), [text for text in args.overrides if "=" in text]
 

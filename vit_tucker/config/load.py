@@ -16,6 +16,7 @@ from vit_tucker.config.schema import ModelConfig, RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
     merge_values,
+    random_start,
     read_overrides,
     read_with_bases,
     read_yaml,
@@ -41,22 +42,59 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
     """
+    return read_config(name, overrides)[0]
+
+
+def read_config(
+    name: str | Path, overrides: Sequence[str] = (), method: Source | None = None, suffix: str = ""
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Reads, merges and validates a config.
+
+    Args:
+        name, overrides: see ``load_config``.
+        method: its ``attention`` takes the place of the file's.
+        suffix: of the name of a run that the config does not name.
+
+    Returns:
+        The config, and lines for the log about values that were made to fit.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
     stored = stored_by_name(name, path)
     written = read_with_bases(path, stored=stored)
     written.values = seen_from_here(written.values, path.parent)
-    source = merge_values(written, read_overrides(overrides))
+    given = read_overrides(overrides)
+    source = merge_values(written, given) if method is None else with_method(written, method, given)
     load_config_plugins(source, path.parent if stored is None else Path())
+    return finish_config(source, _default_name(path) + suffix)
+
+
+def with_method(written: Source, method: Source, given: Source) -> Source:
+    """Merges the command line over a config whose ``attention`` is replaced; it starts at random in a model without weights."""
+    written.values = {name: section for name, section in written.values.items() if name != "attention"}
+    source = merge_values(merge_values(written, method), given)
+    return merge_values(random_start(source.values), source)
+
+
+def finish_config(source: Source, default_name: str) -> tuple[RunConfig, tuple[str, ...]]:
+    """Validates the values of a run, and fills in ``name`` and ``output_dir``; raises ConfigError as ``load_config`` does.
+
+    Returns:
+        The config, and lines for the log about values that were made to fit.
+    """
+    source, notes = source.with_fitting_warmup()
     config = validate(source)
-    run_name = config.name or _default_name(path)
+    run_name = config.name or default_name
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
     try:
         checked_name(run_name), checked_path(output_dir)
     except ValueError as error:
         raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
-    return config.model_copy(update={"name": run_name, "output_dir": output_dir})
+    return config.model_copy(update={"name": run_name, "output_dir": output_dir}), notes
 
 
 def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -67,7 +105,7 @@ def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """
     source = merge_values(Source(values), read_overrides(overrides))
     load_config_plugins(source, Path())
-    return validate(source)
+    return validate(source.with_fitting_warmup()[0])
 
 
 def _default_name(path: Path) -> str:

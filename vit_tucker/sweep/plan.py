@@ -30,12 +30,14 @@ class Job:
         seed: of its random numbers.
         config: with everything that the sweep sets.
         after: the job that must be done before it.
+        notes: lines about values of the config that were made to fit.
     """
 
     name: str
     seed: int
     config: RunConfig
     after: "Job | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -216,6 +218,7 @@ def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, sta
         fixed["model"] = {"checkpoint": str(start.folder)}
     try:
         load_config_plugins(source, file.parent)
-        return Job(name, seed, validate(merge_values(source, Source(fixed))), start)
+        fitted, notes = merge_values(source, Source(fixed)).with_fitting_warmup()
+        return Job(name, seed, validate(fitted), start, notes)
     except ConfigError as error:
         raise ConfigError(f"{error} (cell {name})") from None
