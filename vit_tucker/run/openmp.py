@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: set in the environment before torch is loaded, for this process and its children.
+"""Sets how OpenMP's threads wait, in the environment before torch is loaded, for this process and its children.
 
 libgomp's threads spin for about ten milliseconds before they sleep. Beside another busy process they take the cores from the
 threads that have work. See benchmarks/busy_machine.py for what is gained and what it costs.
