@@ -14,6 +14,7 @@ from torch import nn
 
 from vit_tucker.checkpoint.entry import refuse_stored_arguments
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
+from vit_tucker.checkpoint.hub import WAYS_OUT, refuse_missing_host
 from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
@@ -55,6 +56,7 @@ def load_host(
             architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
+    refuse_missing_host(config.name, config.pretrained and config.checkpoint is None)
     refuse_stored(config.name)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
@@ -76,7 +78,8 @@ def load_host(
     except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = timm_reason(error)
         if config.pretrained:
-            raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
+            text = f"model.pretrained: no weights for {config.name} could be loaded: {reason}; {WAYS_OUT}"
+            raise CheckpointError(text) from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
     refuse_no_tokens(model)
     if "_model_args" not in vars(model):  # which newer timm records itself

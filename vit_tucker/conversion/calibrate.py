@@ -5,7 +5,7 @@ moments of the converted layer's features and of the host's outputs, follows its
 corrects what the new scores get wrong. No labels are needed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,10 @@ from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
+from vit_tucker.conversion.images import collect_images
 from vit_tucker.conversion.observe import (
     Layer,
     WatchedLayer,
-    collect_images,
     evaluating,
     layers_per_pass,
     located,
@@ -29,6 +29,7 @@ from vit_tucker.conversion.observe import (
     timed,
 )
 from vit_tucker.conversion.refine import refine
+from vit_tucker.show.progress_bars import caption, each, progress_bar
 from vit_tucker.tensor.metric import metric_root
 
 EXACT = 1e-10
@@ -65,11 +66,12 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     with evaluating(model):
         for group in layers_per_pass(layers):
             sums, weights = sum_moments(model, group, images, options)
-            metrics = {layer.name: convert_layer(layer, sums.pop(layer.name), options.damping) for layer in group}
+            metrics = {}
+            for layer in each(group, "converting", "layers"):
+                metrics[layer.name] = convert_layer(layer, sums.pop(layer.name), options.damping)
             fit_readouts(model, group, images, weights, metrics, options.damping)
-            for layer in group if options.refine_steps else []:
-                with timed(layer):
-                    refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options)
+            if options.refine_steps:
+                refine_layers(model, group, images, weights, metrics, options)
         measure(model, layers, images)
 
 
@@ -92,14 +94,17 @@ def sum_moments(
 
 
 def collect_moments(
-    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
+    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any], what: str
 ) -> Iterator[tuple[Layer, Moments]]:
-    """Returns the moments of each layer, one after the other; see ``calibrate`` for arguments and errors."""
+    """Returns the moments of each layer, one after the other; see ``calibrate`` for arguments and errors.
+
+    ``what`` says in progress bars what is done with them: 'choosing ranks of'.
+    """
     images = collect_images(model, batches, options.images)
     with evaluating(model):
         for group in layers_per_pass(layers):
             sums, _ = sum_moments(model, group, images, options)
-            for layer in group:
+            for layer in each(group, what, "layers"):
                 with located(layer.name):
                     moments = sums.pop(layer.name).moments()
                 yield layer, moments
@@ -153,12 +158,28 @@ def fit_readouts(
             sums[layer.name].add(mixed, y, next(remaining[layer.name]))
 
     with evaluating(*(layer.replacement for layer in layers)):
-        show_calls(model, layers, images, see)
-    for layer in layers:
+        show_calls(model, layers, images, see, f"features of {len(layers)} layers")
+    for layer in each(layers, "fitting", "layers"):
         if errors[layer.name].relative() ** 2 > EXACT:
             with timed(layer), located(layer.name), evaluating(layer.replacement):
                 root = metric_root(metrics[layer.name].output, damping)
                 fit_readout(layer.replacement, sums.pop(layer.name), root, damping)
+
+
+def refine_layers(
+    model: nn.Module,
+    layers: list[CalibratedLayer],
+    images: list[Tensor],
+    weights: Mapping[str, list[Tensor]],
+    metrics: Mapping[str, KeptMoments],
+    options: Calibration,
+) -> None:
+    """Refines converted layers one by one."""
+    with progress_bar(total=len(layers) * options.refine_steps, unit="steps") as bar:
+        for layer in layers:
+            caption(bar, f"refining {layer.name}")
+            with timed(layer):
+                refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options, bar.update)
 
 
 @torch.no_grad()
@@ -169,6 +190,7 @@ def refine_layer(
     weights: list[Tensor],
     metrics: KeptMoments,
     options: Calibration,
+    after_step: Callable[[], object],
 ) -> None:
     """Refines one converted layer on its calls; these are kept in memory while it lasts."""
     calls: list[LayerCall] = []
@@ -178,10 +200,11 @@ def refine_layer(
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
         calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
 
-    show_calls(model, [layer], images, see)
+    show_calls(model, [layer], images, see, f"calls of {layer.name}")
     with evaluating(layer.replacement), located(layer.name):
         roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
-        refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
+        steps, lr, seed = options.refine_steps, options.refine_lr, options.seed
+        refine(layer.replacement, calls, *roots, steps=steps, lr=lr, seed=seed, after_step=after_step)
 
 
 @torch.no_grad()
@@ -193,7 +216,7 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
         errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
 
     with evaluating(*(layer.replacement for layer in layers)):
-        show_calls(model, layers, images, see)
+        show_calls(model, layers, images, see, "output errors")
     for layer in layers:
         layer.output_error = errors[layer.name].relative()
 
