@@ -31,6 +31,9 @@ from vit_tucker.storage.weights import load_weights
 STORED = ("hf-hub", "hf_hub", "local-dir")
 """What timm's names of stored models begin with, before a colon."""
 
+ELSEWHERE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of timm's that say where weights are, other than where timm would look."""
+
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
     """Creates the dense timm model with its weights, see ``load_host``."""
@@ -56,10 +59,11 @@ def load_host(
             architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
-    refuse_missing_host(config.name, config.pretrained and config.checkpoint is None)
-    refuse_stored(config.name)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
+    elsewhere = config.checkpoint is not None or not arguments.keys().isdisjoint(ELSEWHERE)
+    refuse_missing_host(config.name, config.pretrained and not elsewhere)
+    refuse_stored(config.name)
     report: LoadReport | None = None
     added = partial(added_by_config, config.name, arguments)
     try:

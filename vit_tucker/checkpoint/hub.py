@@ -32,19 +32,30 @@ def refuse_missing_host(name: str, pretrained: bool) -> None:
 
     Args:
         name: timm's, of the model; 'hf-hub:owner/name' for a stored one.
-        pretrained: its weights are needed too.
+        pretrained: its weights are needed too, from where timm has them.
     """
-    scheme, _, repo = name.partition(":")
+    scheme, colon, repo = name.partition(":")
     files: tuple[str, ...] = WEIGHT_FILES
     if scheme in SCHEMES:
         refuse_missing(repo, ("config.json",), f"model.name: {name}")
-    else:
-        cfg = get_pretrained_cfg(name)
-        repo = "" if cfg is None or cfg.file or cfg.state_dict else cfg.hf_hub_id or ""
-        if (file := cfg and cfg.hf_hub_filename) is not None:
-            files = (file, f"{file.rpartition('.')[0]}.safetensors")
+    elif colon:  # of this machine
+        return
+    elif pretrained:
+        repo, files = weights_of(name)
     if pretrained and repo:
-        refuse_missing(repo, files, f"model.pretrained: the weights of {name}", WAYS_OUT)
+        refuse_missing(repo, files, f"model.pretrained: no weights for {name}", WAYS_OUT)
+
+
+def weights_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the repository of timm's weights for a model and what they may be called in it; '' if they are not on the hub."""
+    try:
+        cfg = get_pretrained_cfg(name)
+    except RuntimeError:  # no such tag, which timm reports
+        cfg = None
+    if cfg is None or cfg.file or not cfg.hf_hub_id:
+        return "", ()
+    file = cfg.hf_hub_filename
+    return cfg.hf_hub_id, WEIGHT_FILES if file is None else (file, f"{file.rpartition('.')[0]}.safetensors")
 
 
 def refuse_missing(repo: str, files: Sequence[str], what: str, *ways: str) -> None:
