@@ -56,8 +56,7 @@ def test_an_evaluation_runs_on_the_cpu_or_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("json", [True, False])
-def test_json_goes_without_progress_bars_in_a_terminal_too(json, capsys, monkeypatch):
-    monkeypatch.setattr("vit_tucker.show.progress_bars.DELAY", 0.0)
+def test_json_goes_without_progress_bars_in_a_terminal_too(json):
     with redirect_stderr(Terminal()) as shown:
         assert main(["plan", "vit_tiny_patch16_224", "--method", METHOD, *TINY, *(["--json"] if json else [])]) == 0
     assert ("converting blocks.0.attn" in shown.getvalue()) != json

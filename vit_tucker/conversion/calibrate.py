@@ -29,7 +29,7 @@ from vit_tucker.conversion.observe import (
     timed,
 )
 from vit_tucker.conversion.refine import refine
-from vit_tucker.show.progress_bars import caption, each, progress_bar
+from vit_tucker.show.progress_bars import each, progress_bar
 from vit_tucker.tensor.metric import metric_root
 
 EXACT = 1e-10
@@ -177,7 +177,7 @@ def refine_layers(
     """Refines converted layers one by one."""
     with progress_bar(total=len(layers) * options.refine_steps, unit="steps") as bar:
         for layer in layers:
-            caption(bar, f"refining {layer.name}")
+            bar.set_description(f"refining {layer.name}")
             with timed(layer):
                 refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options, bar.update)
 

@@ -108,7 +108,7 @@ def prepare(
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(
         _row(slot, name, layer, configs[name], tokens.get(name), converted)
-        for name, layer in each(layers.items(), "measuring", "layers", itemgetter(0))
+        for name, layer in (each(layers.items(), "measuring", "layers", itemgetter(0)) if converted else layers.items())
     )
     left = tuple([name for name in found if name not in read] + slot.find_others(model))
     replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}

@@ -4,7 +4,6 @@
 """
 
 import os
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,8 +13,6 @@ from typing import Any, TypeVar
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
-DELAY = 1.0
-"""Seconds after which a bar appears: what is done by then shows none."""
 WANTED: ContextVar[bool | None] = ContextVar("progress", default=None)
 """Whether bars are shown: None where somebody looks, False never, True always."""
 IN_NOTEBOOK = any(cls.__module__ == "tqdm.notebook" for cls in tqdm.__mro__)
@@ -23,7 +20,7 @@ IN_NOTEBOOK = any(cls.__module__ == "tqdm.notebook" for cls in tqdm.__mro__)
 
 @contextmanager
 def showing_progress(wanted: bool | None) -> Iterator[None]:
-    """Context in which bars are shown always and at once (True), never (False), or as outside of it (None)."""
+    """Context in which bars are shown always (True), never (False), or as outside of it (None)."""
     before = WANTED.set(WANTED.get() if wanted is None else wanted)
     try:
         yield
@@ -43,8 +40,7 @@ def progress_bar(items: Iterable[Any] | None = None, *, total: int | None = None
     wanted = WANTED.get()
     off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
     hidden = True if off or wanted is False else None if wanted is None and not IN_NOTEBOOK else False
-    delay = 0.0 if wanted else DELAY
-    return tqdm(items, total=total, desc=what, unit=f" {unit}", disable=hidden, leave=False, delay=delay)
+    return tqdm(items, total=total, desc=what, unit=f" {unit}", disable=hidden, leave=False)
 
 
 def each(
@@ -60,13 +56,6 @@ def each(
     """
     with progress_bar(total=len(items), what=what, unit=unit) as bar:
         for item in items:
-            caption(bar, f"{what} {name(item)}")
+            bar.set_description(f"{what} {name(item)}")
             yield item
             bar.update()
-
-
-def caption(bar: Any, text: str) -> None:
-    """Sets what a bar says of the work at hand, and draws it unless it is too early for it."""
-    bar.set_description(text, refresh=False)
-    if not bar.disable and time.time() >= bar.start_t + bar.delay:
-        bar.refresh()
