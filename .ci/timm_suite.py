@@ -54,7 +54,7 @@ METHODS = vit_tucker.list_methods()
 
 
 def only_ours(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """timm's list of models without what is not in ``MODELS``; of several pretrained weights of a model the first."""
+    """Returns timm's list of models without what is not in ``MODELS``; of several weights of a model the first."""
 
     @functools.wraps(list_names)
     def listed(*args: Any, **options: Any) -> list[str]:

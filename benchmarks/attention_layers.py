@@ -65,7 +65,7 @@ class Layer(NamedTuple):
 
 
 def parse_shape(text: str) -> Shape:
-    """'8x197x768x12'
+    """Reads sizes, as in '8x197x768x12'.
 
     Raises:
         argparse.ArgumentTypeError: not four numbers that fit each other.
@@ -121,7 +121,7 @@ def ours(shape: Shape, config: vt.AttentionConfig, backend: str = "") -> dict[st
 
 
 def title(config: vt.AttentionConfig) -> str:
-    """'Tucker (8,16,16)'"""
+    """Returns the label of a method, as 'Tucker (8,16,16)'."""
     if isinstance(config, vt.TuckerConfig):
         return "Tucker ({},{},{})".format(*config.pre)
     if isinstance(config, vt.MLAConfig):

@@ -50,7 +50,7 @@ CASES = {
 
 
 def draw(case: Case, number: int) -> np.ndarray:
-    """Image ``number``: waves whose direction and period tell its class, light and two discs of its own. -> (H, W, C) uint8"""
+    """Draws image ``number``, (H, W, C) uint8: waves that depend on its class, and light and two discs of its own."""
     generator, label = np.random.default_rng((7, number)), number % CLASSES
     y, x = np.mgrid[: case.size, : case.size] / case.size
     angle = np.pi * label / CLASSES

@@ -1,5 +1,4 @@
-"""Every timm model that the map (docs/hosts.md) calls patchable, patched and run: once at full rank against the model's own
-outputs, once compressed.
+"""Patches and runs every timm model that docs/hosts.md calls patchable, at full rank against its own outputs, and compressed.
 
     python benchmarks/hosts.py --out benchmarks/results/hosts [--filter 'vit_*']
 
@@ -133,7 +132,7 @@ def tensor_of(output: Any) -> torch.Tensor:
 
 
 def run(names: list[str], file: Path) -> list[str]:
-    """Rows of the models that are not in the file yet. -> what could not be run, and why"""
+    """Writes the rows of models that are not in the file yet; returns what could not be run, and why."""
     old = read(file)
     done, failed = {row["model"] for row in old}, []
     with file.open("a", newline="") as stream:

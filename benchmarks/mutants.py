@@ -174,7 +174,7 @@ def make_map(root: Path, folder: Path, arguments: Sequence[str]) -> None:
 
 
 def test_id(root: Path, parts: Sequence[str], name: str) -> str:
-    """('tests', 'data', 'test_x', 'TestY'), 'test_z' -> 'tests/data/test_x.py::TestY::test_z'"""
+    """Returns pytest's name of a test: ('tests', 'x', 'TestY'), 'test_z' -> 'tests/x.py::TestY::test_z'."""
     for count in range(len(parts), 0, -1):
         file = "/".join(parts[:count]) + ".py"
         if (root / file).is_file():

@@ -17,7 +17,7 @@ Attention: Any = vision_transformer.Attention
 
 
 def dense(dim: int, heads: int) -> nn.Module:
-    """timm's Attention, as its ViTs have it: the layer that all speed-ups refer to."""
+    """Makes timm's Attention, as its ViTs have it: the layer that all speed-ups refer to."""
     return Attention(dim, heads, qkv_bias=True)
 
 
@@ -29,7 +29,7 @@ def unfused(dim: int, heads: int) -> nn.Module:
 
 
 def attention_rope(dim: int, heads: int, kv_heads: int | None = None, prefix: int = 1) -> nn.Module:
-    """timm's AttentionRope: dense, with one projection for queries, keys and values, or with fewer key/value heads."""
+    """Makes timm's AttentionRope: dense, with one projection for all, or with fewer key/value heads."""
     from timm.layers import AttentionRope
 
     return AttentionRope(
@@ -56,7 +56,7 @@ class Rotated(nn.Module):
         self.register_buffer("table", RotaryEmbeddingCat(width, feat_shape=[side, side], in_pixels=False).get_embed())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """Returns outputs (B, N, C) for tokens (B, N, C)."""
         y: Tensor = self.layer(x, rope=self.table)
         return y
 
@@ -78,14 +78,14 @@ class TextbookMLA(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """Returns outputs (B, N, C) for tokens (B, N, C)."""
         latent = self.kv_down(x)
         q, k, v = (self.split(t) for t in (self.q_up(self.q_down(x)), self.k_up(latent), self.v_up(latent)))
         y = F.scaled_dot_product_attention(q, k, v)
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, H, N, D)"""
+        """Splits (B, N, C) into heads, (B, H, N, D)."""
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
@@ -101,7 +101,7 @@ class EinsumTucker(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, O)"""
+        """Returns outputs (B, N, O) for tokens (B, N, C)."""
         layer = self.layer
         p, k, v = layer.latents(x)
         t = torch.einsum("ha,aij->hij", layer.pre_head, layer.pre_core)
@@ -137,7 +137,7 @@ class FactorizedAttention(nn.Module):
         self.proj = FactorizedLinear(sides, sides, bias=True, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+        """Returns outputs (B, N, C) for tokens (B, N, C)."""
         B, N, C = x.shape
         qkv = self.qkv(x.flatten(0, 1)).reshape(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)

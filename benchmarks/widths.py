@@ -48,7 +48,7 @@ class Heads(nn.Module):
         self.width = width
 
     def forward(self, q: Tensor) -> Tensor:
-        """(B, 1, N*H, D) -> (B, 1, N*H, D)"""
+        """Returns outputs (B, 1, N*H, D) for queries (B, 1, N*H, D)."""
         query, key, value = (pad(t, self.width) for t in (q, self.key, self.value))
         return F.scaled_dot_product_attention(query, key, value, scale=0.1)[..., : q.shape[3]]
 

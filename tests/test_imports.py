@@ -20,6 +20,8 @@ assert "torch" not in sys.modules and "timm" not in sys.modules, "importing the 
 from vit_tucker.cli import build_parser
 build_parser().format_help()
 assert "torch" not in sys.modules, "--help imports torch"
+vit_tucker.TuckerConfig
+assert "torch._dynamo" not in sys.modules, "methods import torch's compiler, which takes a second"
 import timm
 assert timm.is_model("vit_tucker_patched"), "timm was imported last, and does not know patched models"
 assert "vit_tucker.checkpoint.entry" not in sys.modules

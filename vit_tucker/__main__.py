@@ -1,4 +1,4 @@
-"""python -m vit_tucker"""
+"""Runs the command line: ``python -m vit_tucker``."""
 
 import sys
 from pathlib import Path

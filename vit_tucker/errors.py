@@ -25,7 +25,7 @@ class WeightsError(PatchError):
 
 @contextmanager
 def naming(module: str) -> Iterator[None]:
-    """Puts a module's full name in front of the message of a PatchError that is raised inside."""
+    """Prepends a module's full name to the message of a PatchError that is raised inside."""
     try:
         yield
     except PatchError as error:
@@ -94,7 +94,7 @@ def one_line(text: object, most: int | None = None) -> str:
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:
-    """Returns what an error says in one line of at most so many characters; its class if it says nothing."""
+    """Returns an error's message in one line of at most so many characters; its class if it has none."""
     return one_line(error, most) or type(error).__name__
 
 
@@ -109,7 +109,7 @@ def and_more(names: Sized, shown: int = 1) -> str:
 
 
 def nearest_match(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name nearest to ``name``, or None where none is near."""
+    """Returns the valid name nearest to ``name``, or None where none is near."""
     if len(name) > 100:
         return None
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.55)
@@ -117,6 +117,6 @@ def nearest_match(name: str, valid: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """'; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
+    """Returns '; did you mean X?' for the valid name nearest to ``name``, or '' where none is near."""
     match = nearest_match(name, valid)
     return "" if match is None else f"; did you mean '{match}'?"

@@ -1,3 +1,3 @@
-"""The package's version."""
+"""Defines the version of the package, which setuptools reads."""
 
 __version__ = "0.1.0"

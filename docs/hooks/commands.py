@@ -42,7 +42,7 @@ def arguments_table(parser: argparse.ArgumentParser) -> str:
 
 
 def _value(action: argparse.Action) -> str:
-    """'FILE', '{a,b}', 'X [...]'"""
+    """Returns the usage of an argument: 'FILE', '{a,b}', 'X [...]'."""
     if action.nargs == 0:
         return ""
     name = action.metavar if isinstance(action.metavar, str) else None

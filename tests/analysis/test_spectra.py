@@ -99,7 +99,11 @@ def test_files_and_figure(make_vit, tmp_path):
     file = draw_spectra(tmp_path, whitened=True)
     assert file.name == "spectra_whitened.png"
     assert file.stat().st_size > 20_000
-    assert file.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+    pdf, png = file.with_suffix(".pdf").read_bytes(), file.read_bytes()
+    assert pdf.startswith(b"%PDF")
+    assert b"Date" not in pdf
+    draw_spectra(tmp_path, whitened=True)
+    assert (file.with_suffix(".pdf").read_bytes(), file.read_bytes()) == (pdf, png)
     for whitened in (False, True):
         figure = spectra_figure(tmp_path, whitened, gqa=(2,), mla=(6, 3))
         (axis,) = (axis for axis in figure.axes if axis.get_title() == "pre-softmax, key mode")

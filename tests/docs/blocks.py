@@ -18,7 +18,7 @@ from vit_tucker.sweep.plan import load_sweep
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w-]*)\s*$")
 MARKER = re.compile(r"^\s*<!-- (?P<kind>not run|needs): (?P<reason>.+) -->$")
 FILE_NAME = re.compile(r"^# (?P<name>[\w-]+\.yaml)\b")
-SHOWN_ONLY = frozenset({"", "text", "latex", "math"})
+SHOWN_ONLY = frozenset({"", "text", "latex", "math", "bibtex"})
 """Languages of blocks that show something: output, files, formulas."""
 
 

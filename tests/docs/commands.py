@@ -175,7 +175,7 @@ def check_parsed(command: str, args: argparse.Namespace) -> None:
         else:
             load_config(config, overrides)
     names = [word for word in overrides if "=" not in word] if command in ("cost", "plan", "convert") else []
-    names += [args.model] if command == "ranks" else []
+    names += [args.model] if command == "ranks" and "/" not in args.model else []
     names += [name for name in args.models if "/" not in name] if command == "bench" else []
     for name in names:
         expect(timm.is_model(name), f"timm has no model '{name}'")

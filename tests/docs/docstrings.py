@@ -44,7 +44,7 @@ def problems(name: str, thing: Any) -> Iterator[str]:
 
 
 def function_problems(name: str, function: Any, said: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Arguments that are not told of, tensors without a shape, errors that are raised and not told of."""
+    """Arguments that are not documented, tensors without a shape, errors that are raised without a word."""
     arguments = said.get("Args", {})
     parameters = inspect.signature(function).parameters
     for parameter in parameters.values():
@@ -54,9 +54,9 @@ def function_problems(name: str, function: Any, said: dict[str, dict[str, str]])
             yield f"{name}: argument {parameter.name} is a tensor without a shape"
     for extra in arguments.keys() - parameters.keys():
         yield f"{name}: there is no argument {extra}"
-    told = " ".join(f"{error}: {text}" for error, text in said.get("Raises", {}).items())
+    named = " ".join(f"{error}: {text}" for error, text in said.get("Raises", {}).items())
     for error in raised(function):
-        if error not in told:
+        if error not in named:
             yield f"{name}: raises {error} without saying so"
 
 
@@ -68,7 +68,7 @@ def raised(function: Any) -> set[str]:
 
 
 def class_problems(name: str, cls: type, said: dict[str, dict[str, str]]) -> Iterator[str]:
-    """Fields that are not told of, tensors among them without a shape; public methods without a docstring."""
+    """Fields that are not documented, tensors among them without a shape; public methods without a docstring."""
     if issubclass(cls, BaseModel):
         yield from (f"{name}: key {key} has no description" for key, info in cls.model_fields.items()
                     if not info.description and key not in ("method", "layers"))  # fmt: skip

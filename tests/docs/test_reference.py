@@ -54,6 +54,8 @@ def test_what_is_shown_has_docstrings(name):
         and (not inspect.ismodule(thing) or value.__module__ == name)
     ]  # fmt: skip
     assert [member for member, value in own if not value.__doc__] == []
+    classes = ((member, value) for member, value in own if inspect.isclass(value))
+    assert [problem for member, value in classes for problem in problems(f"{name}.{member}", value)] == []
 
 
 def wrong(x: Tensor, y: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.report.synthetic import run_results, study, write_runs
 from vit_tucker.errors import ConfigError
-from vit_tucker.report import ablations
+from vit_tucker.report import ablation_figures, ablations
 from vit_tucker.report import study as study_module
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.report import write_report
@@ -35,7 +35,7 @@ def no_figures(monkeypatch):
 
     monkeypatch.setattr(study_module, "draw_accuracy", lambda *_: (None, []))
     monkeypatch.setattr(study_module, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(ablations, "draw_ablation", empty)
+    monkeypatch.setattr(ablation_figures, "draw_ablation", empty)
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,14 @@ def bench_models(
 def inference_columns(
     name: str, model: nn.Module, latency: Latency, input_size: tuple[int, int, int]
 ) -> dict[str, Any]:
-    """Returns what a row says of the model and its forward pass."""
+    """Returns the columns of a row for the model and its forward pass.
+
+    Args:
+        name: of the model.
+        model: on any device.
+        latency: as measured.
+        input_size: (channels, height, width).
+    """
     flops = known_flops(model, input_size)
     params, attention_params = count_parameters(model)
     return {
@@ -73,14 +80,21 @@ def inference_columns(
 
 
 def time_columns(kind: str, seconds: float, batch_size: int, input_size: tuple[int, int, int]) -> dict[str, Any]:
-    """Returns what a row says of the time of a batch; ``kind`` is "infer" or "train"."""
+    """Returns the columns of a row for the time of a batch.
+
+    Args:
+        kind: "infer" or "train".
+        seconds: of a batch.
+        batch_size: images.
+        input_size: (channels, height, width).
+    """
     columns = {"samples_per_sec": round(batch_size / seconds, 2), "step_time": round(1e3 * seconds, 3)}
     columns |= {"batch_size": batch_size, "img_size": input_size[-1]}
     return {f"{kind}_{name}": value for name, value in columns.items()}
 
 
 def speedup_columns(kind: str, times: Latency | Paired) -> dict[str, Any]:
-    """Returns what a row says of the speed against the first model; ``kind`` is "infer" or "train"."""
+    """Returns the columns of a row for the speed against the first model; ``kind`` is "infer" or "train"."""
     ratios = {"": times.ratio, "_low": times.ratio_high, "_high": times.ratio_low}
     return {f"{kind}_speedup{end}": round(1 / ratio, 3) for end, ratio in ratios.items()}
 
@@ -88,7 +102,15 @@ def speedup_columns(kind: str, times: Latency | Paired) -> dict[str, Any]:
 def training_step(
     model: nn.Module, input_size: tuple[int, int, int], batch_size: int, device: torch.device, precision: str
 ) -> Callable[[], None]:
-    """Returns one training step on noise, as a call. The model goes to the device."""
+    """Returns a function that makes one training step on noise.
+
+    Args:
+        model: moved to the device, in training mode.
+        input_size: (channels, height, width).
+        batch_size: images.
+        device: where it runs.
+        precision: "no", "fp16" or "bf16".
+    """
     model.to(device).train()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch_size, *input_size, generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""What a timm model costs with several attention methods: counted on models without weights, and measured if asked for."""
+"""Counts what a timm model costs with several attention methods, on models without weights; measures it if asked for."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +28,7 @@ Precision = Literal["no", "bf16", "fp16"]
 
 @dataclass(frozen=True)
 class ModelCost:
-    """One model; None is what can't be told.
+    """The costs of one model; None where they are not known.
 
     Attributes:
         label: of its attention.
@@ -51,7 +51,7 @@ class ModelCost:
     latency: Latency | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and tables; those of the latency are None or nested."""
+        """Returns plain values, for JSON and tables; those of the latency are None or nested."""
         return asdict(self)
 
 
@@ -88,7 +88,7 @@ def model_costs(
     turns: int = 15,
     seconds: float = 0.2,
 ) -> list[ModelCost]:
-    """Counts, and measures if asked for, what the dense model costs, and the model with each method.
+    """Counts, and measures if asked for, the costs of the dense model and of the model with each method.
 
     Args:
         host: of all of them.
@@ -124,7 +124,17 @@ def count_costs(
     batch_size: int,
     latency: Latency | None,
 ) -> ModelCost:
-    """Returns all that is counted on a dense model without weights, which gets the method, beside what was measured."""
+    """Returns all that is counted on a dense model without weights, which gets the method, beside what was measured.
+
+    Args:
+        model: dense, without weights; patched in place.
+        label: of the row, also in messages.
+        config: of the method, None for dense.
+        size: (channels, height, width) of the images.
+        precision: for bytes of activations and KV cache.
+        batch_size: images of a training step.
+        latency: as measured, None if it was not.
+    """
     attention_flops = dense_attention_flops(model, size)
     record = patch_record(patched(model, label, config, size))
     if record is not None and attention_flops is not None:
@@ -139,6 +149,11 @@ def count_costs(
 
 def resolved(host: HostFactory, label: str, config: AttentionConfig) -> AttentionConfig:
     """Returns the config with nothing left to convert or to choose; ranks are chosen by the weights alone.
+
+    Args:
+        host: makes the dense model, with or without weights.
+        label: of the method, for messages.
+        config: of the method.
 
     Raises:
         ConfigError: ranks are to be chosen from weights, and there are none.
@@ -159,7 +174,17 @@ def resolved(host: HostFactory, label: str, config: AttentionConfig) -> Attentio
 def patched(
     model: nn.Module, label: str, config: AttentionConfig | None, size: tuple[int, int, int] | None
 ) -> nn.Module:
-    """Patches a model in place and returns it; as it is for None."""
+    """Patches a model in place and returns it; as it is for None.
+
+    Args:
+        model: patched in place.
+        label: of the method, for messages.
+        config: of the method, None for dense.
+        size: (channels, height, width) of the images, None for the model's own.
+
+    Raises:
+        PatchError: the method can't replace the attention of the model.
+    """
     if config is not None:
         try:
             patch(model, config, keep_originals=False, img_size=None if size is None else size[1:])
@@ -169,7 +194,12 @@ def patched(
 
 
 def dense_attention_flops(model: nn.Module, size: tuple[int, int, int]) -> int | None:
-    """Returns the operations of a dense model's attention layers per image, None if one of them is not known."""
+    """Returns the operations of a dense model's attention layers per image, None if one of them is not known.
+
+    Args:
+        model: dense, on any device.
+        size: (channels, height, width) of the images.
+    """
     try:
         return plan(model, MHAConfig(init="random"), img_size=size[1:]).flops_before
     except PatchError:
@@ -182,6 +212,12 @@ def activations_per_image(
     """Returns bytes of a training pass per image, by fake tensors: those of the CPU's kernels, without memory or arithmetic.
 
     None if the model computes with values, which fake tensors don't have.
+
+    Args:
+        model: on any device; not changed.
+        size: (channels, height, width) of the images.
+        batch_size: images of a training step.
+        precision: "no", "fp16" or "bf16".
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -41,7 +41,12 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
 
 
 def known_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
-    """Returns ``count_model_flops``, or None where the forward pass of an unknown host does not run without values."""
+    """Returns ``count_model_flops``, or None where the forward pass of an unknown host does not run without values.
+
+    Args:
+        model: as of ``count_model_flops``.
+        input_size: (channels, height, width).
+    """
     try:
         return count_model_flops(model, input_size)
     except Exception:  # whatever it raises on the meta device: no reason not to train it

@@ -38,7 +38,7 @@ class Sizes:
 
     @property
     def D(self) -> int:
-        """Returns the head width."""
+        """Returns the width of a head, d / H."""
         return self.d // self.H
 
     @property
@@ -70,7 +70,11 @@ class Formula:
 
 
 def tucker_weights(s: Sizes) -> int:
-    """Returns the weights of both tensors' factors and cores."""
+    """Returns the weights of both tensors' factors and cores.
+
+    Args:
+        s: sizes of the layer.
+    """
     r1, r2, r3 = s.r
     return 2 * (s.H * r1 + r1 * r2 * r3 + s.d * r2 + s.d * r3)
 
@@ -145,6 +149,10 @@ def read_sizes(given: Mapping[str, Any]) -> Sizes:
 def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
     """Counts weights and KV cache entries of a layer that is built, without values.
 
+    Args:
+        formula: row of Table 1.
+        sizes: of the layer.
+
     Raises:
         ConfigError: the method can't have these sizes.
     """
@@ -159,7 +167,11 @@ def measure_layer(formula: Formula, sizes: Sizes) -> tuple[int, int | None]:
 
 
 def formula_rows(sizes: Sizes) -> list[tuple[Any, ...]]:
-    """Returns the rows of Table 1 for some sizes: method, its sizes, both formulas, and what they give beside built layers."""
+    """Returns the rows of Table 1 for some sizes: method, its sizes, both formulas, and what they give beside built layers.
+
+    Args:
+        sizes: of the layer.
+    """
     rows: list[tuple[Any, ...]] = []
     for row in TABLE_1:
         own = " ".join(f"{letter}={shown(getattr(sizes, letter))}" for letter in row.options)
@@ -170,5 +182,9 @@ def formula_rows(sizes: Sizes) -> list[tuple[Any, ...]]:
 
 
 def shown(value: Any) -> str:
-    """4 as '4', (8, 16, 16) as '[8,16,16]'."""
+    """Returns a value as it is printed: 4 as '4', (8, 16, 16) as '[8,16,16]'.
+
+    Args:
+        value: a number or a tuple.
+    """
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

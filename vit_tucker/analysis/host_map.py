@@ -1,5 +1,4 @@
-"""What can be patched, model by model: the attention of every timm model, read from its structure alone, and what each method
-makes of it.
+"""Surveys which timm models can be patched, from their structure alone, and what each method makes of them.
 
 Models are built on the meta device: no weights, no memory. A method is *exact* for a model if its full-rank conversion gives
 the model's own outputs, which tests/contract and benchmarks/hosts.py hold it to; *refused* comes with the reason.
@@ -50,7 +49,11 @@ class ModelEntry:
     methods: dict[str, str]
 
     def patchable(self, method: str) -> bool:
-        """Returns whether ``patch`` can replace all attention layers of the model."""
+        """Returns whether ``patch`` can replace all attention layers of the model.
+
+        Args:
+            method: one of ``list_methods()``.
+        """
         return self.methods[method] in (EXACT, LATENT)
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +63,9 @@ class ModelEntry:
 
 def model_names(pattern: str | None = None) -> list[str]:
     """Returns names of timm's models, all or by a wildcard.
+
+    Args:
+        pattern: with wildcards, as for ``timm.list_models``; None for all.
 
     Raises:
         ConfigError: none matches; names the nearest.
@@ -71,7 +77,11 @@ def model_names(pattern: str | None = None) -> list[str]:
 
 
 def nearest_pattern(pattern: str) -> str:
-    """Returns '; did you mean X?' for the model that is nearest, or with wildcards for the nearest part of names."""
+    """Returns '; did you mean X?' for the model that is nearest, or with wildcards for the nearest part of names.
+
+    Args:
+        pattern: that matches no model.
+    """
     names, core = timm.list_models(), pattern.strip("*")
     if core == pattern:
         return nearest(pattern, names)
@@ -85,7 +95,11 @@ def nearest_pattern(pattern: str) -> str:
 
 
 def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
-    """Yields the entries of all models that have attention."""
+    """Yields the entries of all models that have attention.
+
+    Args:
+        names: of timm models.
+    """
     for name in names:
         entry = model_entry(name, build_structure(name))
         if entry.layers or entry.left_alone:
@@ -93,14 +107,23 @@ def survey(names: Iterable[str]) -> Iterator[ModelEntry]:
 
 
 def build_structure(name: str) -> nn.Module:
-    """Builds a timm model without weights, on the meta device."""
+    """Builds a timm model without weights, on the meta device.
+
+    Args:
+        name: of a timm model.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return without_weights(lambda: timm.create_model(name, pretrained=False))
 
 
 def model_entry(name: str, model: nn.Module) -> ModelEntry:
-    """Returns the entry of one model, dense, on any device."""
+    """Returns the entry of one model, dense, on any device.
+
+    Args:
+        name: of the model.
+        model: dense, on any device.
+    """
     found = list(find_attention(model).values())
     others = (model.get_submodule(other) for other in find_other_attention(model))
     hosts: list[Host] = []
@@ -121,7 +144,11 @@ def model_entry(name: str, model: nn.Module) -> ModelEntry:
 
 
 def short_name(module: nn.Module) -> str:
-    """Returns 'eva.EvaAttention' for a timm.models.eva.EvaAttention."""
+    """Returns 'eva.EvaAttention' for a timm.models.eva.EvaAttention.
+
+    Args:
+        module: any.
+    """
     return ".".join(full_name(module).split(".")[-2:])
 
 

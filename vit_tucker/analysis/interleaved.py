@@ -62,7 +62,13 @@ def compare_turns(first: Sequence[float], own: Sequence[float]) -> Paired:
 
 
 def seconds_per_call(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
-    """Returns the mean seconds of one call over ``repeats`` calls in a row."""
+    """Returns the mean seconds of one call.
+
+    Args:
+        call: what is measured.
+        repeats: calls in a row.
+        device: waited for before and after.
+    """
     synchronise(device)
     start = time.perf_counter()
     for _ in range(repeats):
@@ -81,6 +87,11 @@ def peak_bytes(call: Callable[[], Any], kept: Iterable[Tensor], device: torch.de
     """Returns the most bytes that a call has alive at once, beyond tensors that are there before.
 
     On CUDA what the allocator handed out, workspaces included; elsewhere the results of operations, without what they use inside.
+
+    Args:
+        call: what is measured.
+        kept: tensors (any shape) that are alive anyway, which are not counted.
+        device: where it runs.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

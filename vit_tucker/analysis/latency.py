@@ -113,7 +113,11 @@ def latency_to_dense(
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns 'NVIDIA H200' or 'cpu'."""
+    """Returns 'NVIDIA H200' or 'cpu'.
+
+    Args:
+        device: CUDA, or any other.
+    """
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 

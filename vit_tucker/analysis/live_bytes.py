@@ -1,4 +1,4 @@
-"""Which bytes a piece of code has alive at once: on any device, by watching torch's operations."""
+"""Counts the bytes that a piece of code has alive at once, on any device, by watching torch's operations."""
 
 import copy
 import weakref
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
         self._events.append((self._numbers.pop(key), False))
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Leaves out a tensor that was noted."""
+        """Leaves out a noted ``tensor`` (any shape) from the count."""
         self._left_out.add(self._numbers.get(tensor.untyped_storage()._cdata, -1))
 
     def extrapolate(self, other: "LiveBytes", factor: float) -> "LiveBytes":

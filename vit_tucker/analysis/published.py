@@ -11,7 +11,7 @@ from vit_tucker.analysis.formulas import FORMULAS, Sizes
 
 
 class PublishedRow(NamedTuple):
-    """One row as printed.
+    """One row of a table as the paper prints it.
 
     Attributes:
         label: as printed.

@@ -46,7 +46,7 @@ class ModeSpectrum:
         mode: "head", "query", "key", "output" or "value".
         whitened: in the tokens' metrics, or of the weights alone.
         size: full size of the mode.
-        values: singular values of the mode's unfolding, falling, float64.
+        values: (n,) singular values of the mode's unfolding, the largest first, float64.
     """
 
     layer: str
@@ -69,7 +69,12 @@ class ModeSpectrum:
 
 
 class Shape(NamedTuple):
-    """What bounds a layer's ranks: for the marks of the figure."""
+    """The sizes of a layer that bound its ranks: for the marks of the figure.
+
+    Attributes:
+        layer: full module name.
+        embed_dim, num_heads, head_dim: C, H and D.
+    """
 
     layer: str
     embed_dim: int
@@ -98,7 +103,15 @@ def attention_tensors(module: nn.Module, model: nn.Module) -> tuple[HostSpec, Pa
 
 
 def spectra_of(name: str, pre: Pairs | RotaryPairs, post: Pairs, whitened: bool = False) -> list[ModeSpectrum]:
-    """Returns the six spectra of a layer's tensors. A key mode with RoPE: what its latent pairs hold, two equal values each."""
+    """Returns the six spectra of a layer's tensors.
+
+    A key mode with RoPE has the spectrum of its latent pairs, two equal values for each.
+
+    Args:
+        name: of the layer.
+        pre, post: its tensors.
+        whitened: they are in the norm of the tokens.
+    """
     rows = []
     for tensor, given in (("pre", pre), ("post", post)):
         if isinstance(given, RotaryPairs):
@@ -177,13 +190,23 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
 
 @torch.no_grad()
 def rank_scalars(model: nn.Module) -> dict[str, float]:
-    """Returns the effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``."""
+    """Returns the effective rank of each mode of each layer, by TensorBoard tag: ``ranks/pre_key/blocks.0.attn``.
+
+    Args:
+        model: patched or dense.
+    """
     rows = (row for row in analyse(model).rows if row.values[0] > 0)
     return {f"ranks/{row.tensor}_{row.mode}/{row.layer}": effective_rank(row.values) for row in rows}
 
 
 def save_spectra(folder: Path, rows: list[ModeSpectrum], shapes: list[Shape]) -> None:
-    """Writes ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks)."""
+    """Writes ranks.csv (a line per mode), singular_values.csv (a line per value) and layers.csv (what bounds the ranks).
+
+    Args:
+        folder: made if missing.
+        rows: spectra of all modes; at least one.
+        shapes: of the layers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     summaries = [row.summary() for row in rows]
     values = (

@@ -1,4 +1,4 @@
-"""What a training step needs of a device's memory, measured on a copy of the model with a few images, for --dry-run.
+"""Estimates the memory of a training step on a device, measured on a copy of the model with a few images, for --dry-run.
 
 Parameters, gradients, optimizer state and EMA are exact. Activations are the highest sum of bytes alive at once in a forward and
 backward pass, beyond the model and its gradients: every allocation is noted for two small batches and extrapolated by itself. Not
@@ -25,7 +25,7 @@ PROBE = (2, 4)
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device.
+    """Estimated bytes of a training step on each device.
 
     Attributes:
         parameters: the model's, with its buffers.
@@ -86,12 +86,19 @@ def estimate_memory(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of all different tensors."""
+    """Returns the bytes of all different ``tensors`` (any shapes)."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], config: TrainConfig) -> int:
-    """Returns the bytes of an optimizer's state: it keeps state for each tensor by itself, so each shape is tried alone."""
+    """Returns the bytes of an optimizer's state.
+
+    It keeps state for each tensor by itself, so each shape is tried alone.
+
+    Args:
+        parameters: that it trains (any shapes).
+        config: the ``train`` section.
+    """
     kinds = Counter((parameter.shape, parameter.dtype) for parameter in parameters)
     return sum(
         count * _state_of_one(torch.zeros(shape, dtype=dtype), config) for (shape, dtype), count in kinds.items()
@@ -127,7 +134,15 @@ def activation_bytes(
 def own_activation_bytes(
     model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
 ) -> int:
-    """Returns ``activation_bytes`` of a model that may be used up: its mode and its gradients change."""
+    """Returns ``activation_bytes`` of a model that may be used up: its mode and its gradients change.
+
+    Args:
+        model: on its device.
+        input_shape: (channels, height, width).
+        micro_batch: images of a forward pass.
+        precision: "no", "fp16" or "bf16".
+        checkpointed: with activation checkpointing.
+    """
     model.train()
     if checkpointed:
         model.set_grad_checkpointing(True)  # type: ignore[operator]

@@ -61,7 +61,23 @@ def fused_attention(
     dropout: float,
     backend: str,
 ) -> Tensor:
-    """Computes ``attend`` by a backend. A leaf in fx graphs: the choice depends on tensors."""
+    """Computes ``attend`` by a backend; a leaf in fx graphs, since the choice depends on tensors.
+
+    Args:
+        q: (B, H, N, Dk) queries.
+        k, v: (B, G, N, Dk) keys and (B, G, N, Dv) values, G divides H.
+        attn_mask: boolean (True: attend) or added to the scores, broadcasts to (B, H, N, N); None for none.
+        is_causal: attend to earlier tokens and the token itself; the mask is ignored then.
+        scale: factor on the scores.
+        dropout: rate of the attention weights, 0 in evaluation.
+        backend: name of a backend, or "auto".
+
+    Returns:
+        (B, H, N, Dv).
+
+    Raises:
+        PatchError: the backend can't take such calls.
+    """
     facts = facts_of(q, k, v, attn_mask, is_causal, dropout)
     chosen = get_backend(choose(facts, backend).name)
     if chosen.attend is None:
@@ -70,5 +86,11 @@ def fused_attention(
 
 
 def attend_flops(num_heads: int, num_tokens: int, key_dim: int, value_dim: int) -> int:
-    """Operations of the two matrix products of attention for one image: 2 H N^2 (Dk + Dv)."""
+    """Returns the operations of the two matrix products of attention for one image: 2 H N^2 (Dk + Dv).
+
+    Args:
+        num_heads: H.
+        num_tokens: N.
+        key_dim, value_dim: Dk and Dv, widths of a head's keys and values.
+    """
     return 2 * num_heads * num_tokens**2 * (key_dim + value_dim)

@@ -1,4 +1,4 @@
-"""What an attention method is: the base of its config, and how its parameters are counted.
+"""Defines what an attention method is: the base of its config, and how its parameters are counted.
 
 Letters, used in every shape comment of the package:
 B batch, N tokens, C embed_dim, O output width (C in nearly every host), H heads, G key/value heads, D head_dim, R rank.
@@ -37,7 +37,7 @@ class ParameterCount(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Weights and biases."""
+        """Returns the number of weights and biases together."""
         return self.weights + self.biases
 
 
@@ -82,14 +82,18 @@ class AttentionConfig(MethodConfig):
         return name
 
     def set_options(self, module: AttentionModule) -> None:
-        """Sets the backend of a built layer; a backend by name overrides the host's fused_attn."""
+        """Sets the backend of a built layer; a backend by name overrides the host's fused_attn.
+
+        Args:
+            module: changed in place.
+        """
         module.backend = self.backend
         if self.backend != AUTO:  # an explicit backend overrides the host's setting
             module.fused_attn = self.backend != "eager"
 
     @property
     def fitted_to(self) -> Calibration | None:
-        """The images that the conversion looks at; None for a conversion by weights alone."""
+        """Returns the images that the conversion looks at; None for a conversion by weights alone."""
         return self.calibration
 
     def with_ranks(self, pre: Ranks, post: Ranks | None = None) -> Self:
@@ -114,28 +118,53 @@ class AttentionConfig(MethodConfig):
 
     @abstractmethod
     def check(self, spec: HostSpec) -> None:
-        """Raises PatchError with the reason if the method with these options can't replace such a host."""
+        """Raises PatchError with the reason if the method with these options can't replace such a host.
+
+        Args:
+            spec: the host.
+        """
 
     @abstractmethod
     def build(self, spec: HostSpec, **factory: Any) -> AttentionModule:
-        """Returns the module with the method's own random initialisation; ``factory``: device, dtype."""
+        """Returns the module with the method's own random initialisation.
+
+        Args:
+            spec: the host.
+            **factory: ``device`` and ``dtype`` of its parameters.
+        """
 
     @abstractmethod
     def count_parameters(self, spec: HostSpec) -> ParameterCount:
-        """Parameters of the built module, from the formula alone."""
+        """Returns the number of parameters of the built module, from the formula alone.
+
+        Args:
+            spec: the host.
+        """
 
     @classmethod
     @abstractmethod
     def full_rank(cls, spec: HostSpec) -> Self:
-        """Returns the config whose conversion of such a host is exact. The contract tests hold every method to it."""
+        """Returns the config whose conversion of such a host is exact, which the contract tests check for every method.
+
+        Args:
+            spec: the host.
+        """
 
     @classmethod
     @abstractmethod
     def example(cls, spec: HostSpec) -> Self:
-        """Returns a config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs."""
+        """Returns a config that compresses such a host (or is as small as the method gets): for tests, benchmarks and docs.
+
+        Args:
+            spec: the host.
+        """
 
     def refuse_features(self, spec: HostSpec) -> None:
-        """Raises PatchError for a feature of the host that the method can't carry."""
+        """Raises PatchError for a feature of the host that the method can't carry.
+
+        Args:
+            spec: the host.
+        """
         for feature in spec.features:
             if feature not in self.carries:
                 reason = REASONS.get(feature, "unknown").format(method=self.method)
@@ -148,7 +177,12 @@ class PerHeadConfig(AttentionConfig):
     carries: ClassVar[frozenset[str]] = CALL_FEATURES | {"rope", "qk_norm", "scale_norm", "gate"}
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """Counts each weight once per token, then the attention itself, then the host's gate."""
+        """Counts each weight once per token, then the attention itself, then the host's gate.
+
+        Args:
+            spec: the host.
+            num_tokens: N.
+        """
         projections = 2 * num_tokens * self.count_parameters(spec).weights
         gate = 2 * num_tokens * spec.embed_dim * spec.attn_dim if "gate" in spec.extras else 0
         return projections + attend_flops(spec.num_heads, num_tokens, spec.head_dim, spec.head_dim) + gate

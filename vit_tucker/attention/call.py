@@ -1,4 +1,4 @@
-"""How a host's blocks call their attention: layouts of the tokens, masks, and biases of the scores by relative position."""
+"""Reads how a host's blocks call their attention: layouts of the tokens, masks, and biases of the scores by relative position."""
 
 from __future__ import annotations
 
@@ -64,7 +64,13 @@ def to_sequences(x: Tensor, layout: str) -> Tensor:
 
 @torch.fx.wrap
 def from_sequences(y: Tensor, like: Tensor, layout: str) -> Tensor:
-    """Returns (B, N, O) in the layout of the host's tokens ``like``."""
+    """Returns outputs in the layout of the host's tokens.
+
+    Args:
+        y: (B, N, O).
+        like: the host's tokens, (B, N, C) in its layout.
+        layout: see ``HostSpec.layout``.
+    """
     if layout == "channels_first":
         return y.transpose(1, 2).unflatten(2, like.shape[2:])
     return y if like.ndim == 3 else y.reshape(*like.shape[:-1], -1)
@@ -116,15 +122,18 @@ def read_call(
     shared_rel_pos: Tensor | None = None,
     shared_rel_pos_bias: Tensor | None = None,
 ) -> Call:
-    """Reads the arguments of a host's attention, under the names by which timm's blocks hand them over, into one form.
+    """Reads the arguments of a host's attention, under the names that timm's blocks use, into one form.
 
     Args:
         layout: of the host's tokens, see ``HostSpec``.
         position_bias: the layer's own.
-        x: tokens in that layout.
-        attn_mask, is_causal, rope: see ``Call``.
+        x: (B, N, C) tokens in that layout.
+        attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N).
+        is_causal: attend to earlier tokens and the token itself.
+        rope: (N', 2 D) or (B, N', 2 D) table of the call, see ``vit_tucker.attention.rope``.
         mask: (W, N, N), additive, of each window of an image (Swin).
-        shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
+        shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT), broadcasts to
+            (B, H, N, N).
     """
     tokens = to_sequences(x, layout)
     if attn_mask is not None:

@@ -19,9 +19,15 @@ CACHE_BYTES = 2 << 20
 
 
 def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
-    """Multiply-adds of x A B, x (tokens, left), A (left, inner), B (inner, right), in the better order.
+    """Returns the multiply-adds of x A B in the better order.
 
     (x A) B costs tokens * inner * (left + right), x (A B) costs left * right * (tokens + inner). Arguments may be tensors.
+
+    Args:
+        tokens: rows of x, a number or a tensor of any shape that broadcasts with ``inner``.
+        left: columns of x and rows of A.
+        inner: columns of A and rows of B, a number or a tensor.
+        right: columns of B.
     """
     apart, folded = tokens * inner * (left + right), left * right * (tokens + inner)
     if isinstance(apart, Tensor) or isinstance(folded, Tensor):
@@ -30,13 +36,21 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
 
 
 def open_shape(x: Tensor) -> bool:
-    """Whether the number of tokens may be open: in what is recorded."""
+    """Returns whether the number of tokens may be open, because a graph is recorded.
+
+    Args:
+        x: (B, N, C) tokens.
+    """
     return not isinstance(x, Tensor) or is_traced()
 
 
 def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
-    """Whether x (A B) costs less than (x A) B for these tokens (B, N, left), see ``chain_macs``; open numbers of them count as
-    large."""
+    """Returns whether x (A B) costs less than (x A) B, see ``chain_macs``; open numbers of tokens count as large.
+
+    Args:
+        x: (B, N, left) tokens.
+        left, inner, right: sizes of A (left, inner) and B (inner, right).
+    """
     if open_shape(x):
         return left * right < inner * (left + right)
     tokens = x.shape[0] * x.shape[1]
@@ -44,8 +58,10 @@ def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
 
 
 def is_plain(*linears: nn.Module) -> bool:
-    """Whether these are Linears and nothing else: no adapter, quantisation, parametrisation, hook or sharding of their own, which
-    a product with their weights would pass by."""
+    """Returns whether these are Linears and nothing else.
+
+    An adapter, quantisation, parametrisation, hook or sharding would be lost in a product with their weights.
+    """
     return all(
         type(linear) is nn.Linear
         and not linear._forward_hooks
@@ -96,7 +112,11 @@ def latent_inputs(
 def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O).
 
-    y holds the heads' outputs side by side, (B, N, H*r3t), post is S^T, (H*r3t, r2t), weight U2t, (O, r2t), bias (O,) or None.
+    Args:
+        y: the heads' outputs side by side, (B, N, H*r3t).
+        post: S^T, (H*r3t, r2t).
+        weight: U2t, (O, r2t).
+        bias: (O,) or None.
     """
     width, inner = post.shape
     if folds(y, width, inner, weight.shape[0]):
@@ -113,9 +133,13 @@ def _joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor 
 
 
 def joins(x: Tensor, widths: Sequence[int]) -> bool:
-    """Whether projections of these widths are one product, with a copy of their weights.
+    """Returns whether projections of these widths are computed as one product, with a copy of their weights.
 
-    In training, for then the gradient of x is written once; else where x is read from memory each time.
+    That is so in training, where the gradient of x is written once; else where x is read from memory each time.
+
+    Args:
+        x: (B, N, C) tokens.
+        widths: output columns of each projection.
     """
     if len(widths) == 1 or sum(widths) > x.shape[2]:  # the copy may cost more than reading x again
         return False
@@ -123,7 +147,12 @@ def joins(x: Tensor, widths: Sequence[int]) -> bool:
 
 
 def joint_bias(widths: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor | None:
-    """Biases side by side, zeros where there is none; None if there is none at all."""
+    """Returns biases side by side, zeros where there is none; None if there is none at all.
+
+    Args:
+        widths: output columns of each projection.
+        biases: (width,) each, or None.
+    """
     first, *rest = biases
     if all(bias is None for bias in rest):  # Tucker Attention's usual case: only queries have one
         return None if first is None else F.pad(first, (0, sum(widths) - widths[0]))

@@ -43,12 +43,12 @@ def peft_class(place: str, name: str) -> tuple[type, ...]:
 
 
 def is_tuner(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's layers with adapters around another."""
+    """Returns whether a module is one of PEFT's layers with adapters around another."""
     return isinstance(module, peft_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
+    """Returns whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
     return is_tuner(module) or isinstance(module, peft_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
 
 
@@ -71,8 +71,7 @@ def refuse_altered(module: nn.Module) -> None:
 
 
 def plain_part(part: nn.Module) -> nn.Module:
-    """Returns the module itself if it is plain, else one that computes the same in eval mode, with adapters and parametrizations
-    merged.
+    """Returns the module itself if it is plain, else one that computes the same, with adapters and parametrizations merged.
 
     Args:
         part: a projection, norm or gate, or what a user put around one. It is not changed, and no hooks of it are called.
@@ -113,7 +112,7 @@ def with_plain_parts(module: nn.Module, projections: Collection[str] = ()) -> nn
 
 
 def readable(part: nn.Module) -> Any:
-    """Returns a Linear or convolution, plain, whose ``weight`` and ``bias`` say what it computes; see ``plain_part``.
+    """Returns a Linear or convolution, plain, whose ``weight`` and ``bias`` are what it computes with; see ``plain_part``.
 
     Raises:
         WeightsError: there is none.
@@ -124,7 +123,7 @@ def readable(part: nn.Module) -> Any:
 
 
 def plain_layer(layer: Layer) -> Layer:
-    """Returns a layer of ours whose own weights say what it computes: itself, or a copy with adapters and the like merged.
+    """Returns a layer of ours whose own weights are what it computes with: itself, or a copy with adapters and the like merged.
 
     Raises:
         WeightsError: see ``with_plain_parts``.
@@ -136,7 +135,10 @@ def plain_layer(layer: Layer) -> Layer:
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of a module is trained, such as those of its adapters: its replacement is trained as a whole then."""
+    """Returns whether any parameter of a module is trained, such as those of its adapters.
+
+    Its replacement is trained as a whole then.
+    """
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
@@ -178,6 +180,9 @@ def merged(layer: Any) -> nn.Module:
 
     PEFT's own layers merge themselves, in float64; adapters that are switched off don't count. The result is compared with the
     adapted module on random inputs.
+
+    Raises:
+        WeightsError: its adapters can't be merged.
     """
     if not is_tuner(layer):
         return trained_copy(layer)
@@ -213,7 +218,7 @@ def merged(layer: Any) -> nn.Module:
 
 
 def trained_copy(wrapper: Any) -> nn.Module:
-    """Returns the module that PEFT's ``modules_to_save`` puts in place of another; the other where it is switched off."""
+    """Returns the module that PEFT's ``modules_to_save`` trains in place of another; raises WeightsError for other wrappers."""
     copies = getattr(wrapper, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         raise WeightsError(f"is a {full_name(wrapper)}, which can't be merged")
@@ -234,7 +239,11 @@ def inputs_of(part: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises WeightsError for the first of named tensors that holds NaN or infinite values."""
+    """Raises WeightsError for the first of named tensors with NaN or infinite values.
+
+    Args:
+        tensors: (name, tensor of any shape or None).
+    """
     for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")

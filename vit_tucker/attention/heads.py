@@ -34,7 +34,12 @@ class PerHeadModule(AttentionModule):
     proj: nn.Linear
 
     def add_extras(self, spec: HostSpec, **factory: Any) -> None:
-        """Copies the host's q_norm, k_norm, norm and gate (Identity or None where it has none)."""
+        """Copies the host's q_norm, k_norm, norm and gate (Identity or None where it has none).
+
+        Args:
+            spec: the host.
+            **factory: ``device`` and ``dtype`` of the copies.
+        """
         modules = {name: module for key in self.extras for name, module in spec.extras[key].items()}
         for name in ("q_norm", "k_norm", "norm"):
             setattr(self, name, copy.deepcopy(modules[name]) if name in modules else nn.Identity())
@@ -44,10 +49,11 @@ class PerHeadModule(AttentionModule):
 
     @property
     def kv_width(self) -> int | None:
-        """Numbers per token in a KV cache: each key/value head's key and value, 2 G D."""
+        """Returns the numbers per token in a KV cache: each key/value head's key and value, 2 G D."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def readout(self, mixed: Tensor) -> Tensor:
+        """Applies the output projection to ``mixed`` (B, N, H*D), which gives (B, N, O)."""
         return self.proj(mixed)
 
     def attend_heads(
@@ -55,7 +61,14 @@ class PerHeadModule(AttentionModule):
     ) -> Tensor:
         """Computes everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
 
-        The gate reads the layer's input x (B, N, C). q (B, H, N, D), k and v (B, G, N, D), G divides H -> (B, N, H*D)
+        Args:
+            x: (B, N, C) input of the layer, which the gate reads.
+            q: (B, H, N, D) queries.
+            k, v: (B, G, N, D) keys and values, G divides H.
+            attn_mask, is_causal, rope: see ``Call``; the mask broadcasts to (B, H, N, N).
+
+        Returns:
+            (B, N, H*D).
         """
         q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope is not None:
@@ -66,7 +79,12 @@ class PerHeadModule(AttentionModule):
         return self.finish(x, y.transpose(1, 2).flatten(2))
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Applies the norm and the gate of the heads' outputs. x (B, N, C), y (B, N, H*D) -> (B, N, H*D)"""
+        """Applies the norm and the gate of the heads' outputs, (B, N, H*D).
+
+        Args:
+            x: (B, N, C) input of the layer, which the gate reads.
+            y: (B, N, H*D) heads' outputs.
+        """
         y = self.norm(y)
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
@@ -78,15 +96,19 @@ class PerHeadModule(AttentionModule):
 
     @abstractmethod
     def dense_weights(self) -> MHAWeights:
-        """Returns query, key, value and output weights of all H heads and their biases, float64; a key bias only where it
-        does not cancel."""
+        """Returns query, key, value and output weights of all H heads and their biases, float64.
+
+        A key bias is returned only where it does not cancel.
+        """
 
     def rotary_pairs(self) -> RotaryPairs:
+        """Returns the pre-softmax tensor with its rotations, see ``MHAWeights.rotary_pairs``; raises PatchError without RoPE."""
         if self.spec.rope is None:
             raise PatchError(f"{type(self).__name__} has no RoPE here")
         return self.dense_weights().rotary_pairs(self.spec.rope)
 
     def folded_out_bias(self) -> Tensor | None:
+        """Returns the output bias with the value biases in it, (O,), float64, or None."""
         return self.dense_weights().folded_out_bias()
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
@@ -101,15 +123,18 @@ class PerHeadModule(AttentionModule):
 
     @property
     def _heads_per_key(self) -> int:
-        """How many heads have the same key, rotated: where each rotates by angles of its own, one."""
+        """Returns how many heads have the same key, rotated: where each rotates by angles of its own, one."""
         mixed = self.spec.rope is not None and self.spec.rope.per_head
         return 1 if mixed else self.num_heads // self.num_kv_heads
 
     def latent_rotations(self) -> Tensor:
+        """Returns the numbers of the rotations of each key's pairs, one key after the other."""
         return self.rotary_pairs().rotations[:: self._heads_per_key].flatten()
 
     def pre_pairs(self) -> Pairs:
+        """Returns the pre-softmax tensor, see ``MHAWeights.pre_pairs``."""
         return self.dense_weights().pre_pairs()
 
     def post_pairs(self) -> Pairs:
+        """Returns the post-softmax tensor, see ``MHAWeights.post_pairs``."""
         return self.dense_weights().post_pairs()

@@ -71,32 +71,41 @@ class HostSpec:
 
     @property
     def attn_dim(self) -> int:
-        """H * D, width of all heads together."""
+        """Returns H * D, the width of all heads together."""
         return self.num_heads * self.head_dim
 
     @property
     def scale(self) -> float:
-        """1 / sqrt(D): the softmax scale of the host, which every method keeps."""
+        """Returns 1 / sqrt(D): the softmax scale of the host, which every method keeps."""
         return self.head_dim**-0.5
 
     @property
     def has_key_bias(self) -> bool:
-        """Keys have a bias. It cancels in the softmax unless a norm or a rotation follows it."""
+        """Returns whether keys have a bias.
+
+        It cancels in the softmax unless a norm or a rotation follows it.
+        """
         return self.qkv_bias and self.key_bias
 
     @property
     def rotates_latent(self) -> bool:
-        """Methods with a latent key rotate it; norms of each head's key come before its own rotation and forbid that."""
+        """Returns whether methods with a latent key rotate it.
+
+        Norms of each head's key come before its own rotation and forbid that.
+        """
         return self.rope is not None and "qk_norm" not in self.extras
 
     @property
     def latent_key_bias(self) -> bool:
-        """A key bias that does not cancel: rotations of the latent key make it depend on the position."""
+        """Returns whether there is a key bias that does not cancel.
+
+        Rotations of the latent key make it depend on the position.
+        """
         return self.has_key_bias and self.rotates_latent
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What the host does beyond plain attention on (B, N, C): names in ``REASONS``."""
+        """Returns what the host does beyond plain attention on (B, N, C): names in ``REASONS``."""
         rope = ("rope",) if self.rope is not None else ()
         return (*rope, *(("layout",) if self.layout != "sequence" else ()), *self.extras)
 
@@ -122,7 +131,11 @@ class MHAWeights:
     out_bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> MHAWeights:
-        """Returns the same in another precision, detached."""
+        """Returns the same in another precision, detached.
+
+        Args:
+            dtype: of the result.
+        """
         given = {name: value for name, value in vars(self).items() if value is not None}
         return MHAWeights(**{name: value.detach().to(dtype) for name, value in given.items()})
 
@@ -141,11 +154,19 @@ class MHAWeights:
         return Pairs(query, self.key)
 
     def pre_tensor(self, rope: RopeSpec | None) -> Pairs | RotaryPairs:
-        """Returns the pre-softmax tensor with its rotations, if there are any."""
+        """Returns the pre-softmax tensor with its rotations, if there are any.
+
+        Args:
+            rope: rotations of the host, None without RoPE.
+        """
         return self.pre_pairs() if rope is None else self.rotary_pairs(rope)
 
     def rotary_pairs(self, rope: RopeSpec) -> RotaryPairs:
-        """Returns the pre-softmax tensor of a host with RoPE, with a row for the key bias, which does not cancel there."""
+        """Returns the pre-softmax tensor of a host with RoPE, with a row for the key bias, which does not cancel there.
+
+        Args:
+            rope: rotations of the host.
+        """
         query, key = self.pre_pairs()
         if self.key_bias is not None:
             key = torch.cat([key, self.key_bias.unsqueeze(1)], 1)
@@ -166,5 +187,5 @@ class MHAWeights:
 
 
 def count_extras(spec: HostSpec) -> int:
-    """Parameters of the host's norms and gate."""
+    """Returns the number of parameters of the host's norms and gate."""
     return sum(p.numel() for group in spec.extras.values() for module in group.values() for p in module.parameters())

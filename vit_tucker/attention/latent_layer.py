@@ -28,7 +28,13 @@ class LatentModule(AttentionModule):
     pair_rotations: Tensor | None
 
     def add_rotations(self, spec: HostSpec, width: int, **factory: Any) -> None:
-        """Registers the buffer of a latent key of this width."""
+        """Registers the buffer of the rotations of a latent key.
+
+        Args:
+            spec: the host.
+            width: of the latent key.
+            **factory: ``device`` of the buffer.
+        """
         device = factory.get("device")
         rotations = torch.empty(width // 2, dtype=torch.int64, device=device) if spec.rotates_latent else None
         self.register_buffer("pair_rotations", rotations)
@@ -42,11 +48,11 @@ class LatentModule(AttentionModule):
     @property
     @abstractmethod
     def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
-        """The Linears that form the latents of queries, keys and values; None where values share the keys' latent."""
+        """Returns the Linears that form the latents of queries, keys and values; None where values share the keys' latent."""
 
     @property
     def value_projection(self) -> nn.Linear:
-        """The Linear that forms the latent value: that of the key where they share one."""
+        """Returns the Linear that forms the latent value: that of the key where they share one."""
         _, key, value = self.latent_projections
         return key if value is None else value
 
@@ -60,20 +66,26 @@ class LatentModule(AttentionModule):
         return latents[0], latents[1], latents[-1]
 
     def rotate_latent(self, q: Tensor, k: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Returns queries (B, H, N, r3) and the latent key (B, 1, N, r3), rotated where the latent rotates."""
+        """Returns queries and latent key, rotated where the latent rotates.
+
+        Args:
+            q: (B, H, N, r3) queries.
+            k: (B, 1, N, r3) latent key.
+            rope: (N', 2 D) or (B, N', 2 D) table of the call, or None.
+        """
         if self.pair_rotations is None or self.spec.rope is None:
             return q, k
         return rotary.rotate_latent(q, k, rope, self.pair_rotations, self.spec.rope)
 
     @property
     def kv_width(self) -> int | None:
-        """Numbers per token in a KV cache: those of the latent key and value, or of the one latent that they share."""
+        """Returns the numbers per token in a KV cache: those of the latent key and value, or of the one that they share."""
         _, key, value = self.latent_projections
         return key.out_features + (0 if value is None else value.out_features)
 
     @property
     def latent_width(self) -> int | None:
-        """Width of the one key that rotates for all heads (latent RoPE); None without one."""
+        """Returns the width of the one key that rotates for all heads (latent RoPE); None without one."""
         return None if self.pair_rotations is None else 2 * len(self.pair_rotations)
 
     def index_limits(self) -> dict[str, int]:

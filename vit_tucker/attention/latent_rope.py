@@ -83,7 +83,12 @@ def latent_keys(
 
 
 def value_columns(out: Tensor, value: Tensor) -> Tensor:
-    """Weights the heads' values by what the output projection makes of them: (H, D, O), (H, C, D) -> (C, H*D)"""
+    """Returns the heads' values, weighted by what the output projection makes of them, (C, H*D).
+
+    Args:
+        out: (H, D, O).
+        value: (H, C, D).
+    """
     small = torch.linalg.qr(out.mT, mode="r").R  # (H, D, D) with the same inner products
     return (value @ small.mT).transpose(0, 1).flatten(1)
 
@@ -91,7 +96,7 @@ def value_columns(out: Tensor, value: Tensor) -> Tensor:
 def resize_keys(
     factor: Tensor, gram: Tensor, rank: int, rotations: Tensor | None, spec: HostSpec
 ) -> tuple[Resized, Tensor | None]:
-    """Gives the latent key another rank, see ``resize_factor``; where its pairs rotate, they stay whole.
+    """Changes the rank of the latent key, see ``resize_factor``; where its pairs rotate, they stay whole.
 
     Args:
         factor: (C, r) or, with the key bias as last row, (C + 1, r), float64.

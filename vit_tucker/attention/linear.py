@@ -10,13 +10,22 @@ from vit_tucker.attention.effective import readable
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
-    """Returns the weight of a Linear as used in ``x @ W``, (in, out), float64, detached."""
+    """Returns the weight of a Linear as used in ``x @ W``, (in, out), float64, detached.
+
+    Args:
+        linear: a Linear, or what a user put around one.
+    """
     weight: Tensor = readable(linear).weight
     return weight.detach().double().mT
 
 
 def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
-    """Returns the weight (out, in) of a Linear that is more than its weight, by calling it once on the identity."""
+    """Returns the weight (out, in) of a Linear that is more than its weight, by calling it once on the identity.
+
+    Args:
+        linear: a Linear with adapters or the like, on its device.
+        like: a tensor (any shape) of the dtype and device to compute with.
+    """
     width: int = linear.in_features  # type: ignore[assignment]
     identity = torch.eye(width, dtype=like.dtype, device=like.device)
     rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
@@ -24,30 +33,55 @@ def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
 
 
 def augmented_weight(linear: nn.Module) -> Tensor:
-    """Returns the weight (in, out) of a Linear with its bias as a last row, float64."""
+    """Returns the weight (in, out) of a Linear with its bias as a last row, float64.
+
+    Args:
+        linear: a Linear, or what a user put around one.
+    """
     weight, bias = linear_weight(linear), linear_bias(linear)
     return weight if bias is None else torch.cat([weight, bias.unsqueeze(0)])
 
 
 def linear_bias(linear: nn.Module) -> Tensor | None:
-    """Bias of a Linear, (out,), float64, detached, or None."""
+    """Returns the bias of a Linear, (out,), float64, detached, or None.
+
+    Args:
+        linear: a Linear, or what a user put around one.
+    """
     bias: Tensor | None = readable(linear).bias
     return None if bias is None else bias.detach().double()
 
 
 def head_weight(linear: nn.Module, num_heads: int) -> Tensor:
-    """Returns the weight of a Linear by heads of its output, (num_heads, in, D), float64, detached."""
+    """Returns the weight of a Linear by heads of its output, (num_heads, in, D), float64, detached.
+
+    Args:
+        linear: with num_heads * D outputs.
+        num_heads: heads of its output.
+    """
     return split_heads(linear_weight(linear), num_heads)
 
 
 def head_bias(linear: nn.Module, num_heads: int, repeat: int = 1) -> Tensor | None:
-    """Bias of a Linear by heads, (num_heads * repeat, D), each head ``repeat`` times in a row; float64, detached, or None."""
+    """Returns the bias of a Linear by heads, (num_heads * repeat, D), float64, detached, or None.
+
+    Args:
+        linear: with num_heads * D outputs.
+        num_heads: heads of its output.
+        repeat: how many times in a row each head is returned.
+    """
     bias = linear_bias(linear)
     return None if bias is None else bias.unflatten(0, (num_heads, -1)).repeat_interleave(repeat, 0)
 
 
 def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Copies ``weight`` (in, out) and ``bias`` (out,) into a Linear; a bias without a value is set to zero."""
+    """Copies a weight and a bias into a Linear.
+
+    Args:
+        linear: changed in place.
+        weight: (in, out).
+        bias: (out,); None sets a bias of the Linear to zero.
+    """
     linear.weight.copy_(weight.mT)
     if linear.bias is not None:
         if bias is None:
@@ -57,13 +91,23 @@ def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def set_augmented(linear: nn.Linear, weight: Tensor) -> None:
-    """Copies a weight (in, out), or (in + 1, out) with the bias as a last row, into a Linear: see ``augmented_weight``."""
+    """Copies a weight with its bias into a Linear, see ``augmented_weight``.
+
+    Args:
+        linear: changed in place.
+        weight: (in, out), or (in + 1, out) with the bias as a last row.
+    """
     width = linear.in_features
     set_linear(linear, weight[:width], weight[width] if len(weight) > width else None)
 
 
 def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:
-    """Gives a Linear of another size new parameters, without values; one of this size already stays as it is."""
+    """Replaces the parameters of a Linear by ones of another size, without values; one of this size stays as it is.
+
+    Args:
+        linear: changed in place.
+        in_features, out_features: the new size.
+    """
     if (linear.in_features, linear.out_features) == (in_features, out_features):
         return
     linear.weight = resized(linear.weight, (out_features, in_features))
@@ -73,24 +117,43 @@ def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> Non
 
 
 def resized(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    """Returns the parameter, or one of another shape without values, with its dtype, device and requires_grad."""
+    """Returns the parameter, or one of another shape without values, with its dtype, device and requires_grad.
+
+    Args:
+        parameter: (...) of any shape.
+        shape: the new one.
+    """
     if isinstance(parameter, nn.Parameter) and parameter.shape == torch.Size(shape):
         return parameter
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
 def init_linear(linear: nn.Linear, std: float) -> None:
-    """Draws normal weights with standard deviation ``std`` and sets the bias to zero."""
+    """Draws normal weights with standard deviation ``std`` and sets the bias to zero.
+
+    Args:
+        linear: changed in place.
+        std: standard deviation of the weights.
+    """
     nn.init.normal_(linear.weight, std=std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """Reshapes (..., H*D) to (H, ..., D)."""
+    """Reshapes (..., H*D) to (H, ..., D).
+
+    Args:
+        x: (..., H*D).
+        num_heads: H.
+    """
     return x.unflatten(-1, (num_heads, -1)).movedim(-2, 0)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """Reshapes (H, ..., D) to (..., H*D)."""
+    """Reshapes (H, ..., D) to (..., H*D).
+
+    Args:
+        x: (H, ..., D).
+    """
     return x.movedim(0, -2).flatten(-2)

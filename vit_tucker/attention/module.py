@@ -29,8 +29,9 @@ from vit_tucker.tensor.tucker import Pairs, Tucker, hosvd
 class AttentionModule(nn.Module):
     """Base of all attention layers: timm's call contracts and the attributes that timm's tools look for.
 
-    ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``. ``fused_attn`` = False (timm's switch)
-    computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see.
+    ``backend`` names what computes the attention, see ``vit_tucker.attention.backends``; ``fused_attn`` = False (timm's switch)
+    computes it by plain products whatever the backend, with the maps passing through ``attn_drop`` for hooks to see. Methods that
+    a layer does not implement raise PatchError.
     """
 
     position_bias: PositionBias | None
@@ -62,12 +63,12 @@ class AttentionModule(nn.Module):
         """Returns the layer's output (B, N, O) for tokens (B, N, C), both in the host's own layout.
 
         Args:
-            x: tokens.
+            x: (B, N, C) tokens in the host's layout.
             attn_mask: boolean (True: attend) or added to the scores, broadcasts to (B, H, N, N).
             is_causal: attend to earlier tokens and the token itself; takes precedence over the mask.
-            rope: table of sines and cosines, see ``vit_tucker.attention.rope``.
+            rope: (N', 2 D) or (B, N', 2 D) table of sines and cosines, see ``vit_tucker.attention.rope``.
             mask: (W, N, N), additive, of each window (Swin).
-            shared_rel_pos, shared_rel_pos_bias: additive bias from the model (ViTs with relative positions, BEiT).
+            shared_rel_pos, shared_rel_pos_bias: (..., N, N) additive bias from the model (ViTs with relative positions, BEiT).
 
         Raises:
             PatchError: a table for a layer whose host had no RoPE.
@@ -81,37 +82,37 @@ class AttentionModule(nn.Module):
         return calls.from_sequences(self.proj_drop(self.run(call)), x, self.spec.layout)
 
     def run(self, call: Call) -> Tensor:
-        """Computes the layer on arguments in one form, dropout of the output apart. -> (B, N, O)"""
+        """Computes the output (B, N, O) of a ``call``, whose arguments are in one form, dropout of the output apart."""
         return self.readout(self.mix(call.x, call.attn_mask, call.is_causal, call.rope))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Computes softmax(QK^T)V with the layer's scale, dropout and backend: see ``vit_tucker.attention.attend.attend``."""
+        """Computes softmax(QK^T)V with the layer's scale, dropout and backend; arguments as of ``fused_attention``."""
         return attend(q, k, v, scale=self.scale, attn_drop=self.attn_drop, fused=self.fused_attn,
                       attn_mask=attn_mask, is_causal=is_causal, backend=self.heads_backend)  # fmt: skip
 
     @property
     def scale(self) -> float:
-        """The softmax scale, made of an integer: torch.compile(dynamic=True) holds a module's floats for open numbers."""
+        """Returns the softmax scale, made of an integer: torch.compile(dynamic=True) treats a module's floats as open numbers."""
         return self.spec.scale
 
     @property
     def heads_backend(self) -> str:
-        """The backend for queries, keys and values of heads."""
+        """Returns the backend for queries, keys and values of heads."""
         return self.backend
 
     @property
     def rel_pos(self) -> PositionBias | None:
-        """The position bias under the name by which timm's models look for it."""
+        """Returns the position bias under the name by which timm's models look for it."""
         return self.position_bias
 
     def set_window_size(self, window_size: tuple[int, int]) -> None:
-        """Resizes the position bias, if there is one; timm's ``set_input_size`` calls it by this name."""
+        """Resizes the position bias, if any, to ``window_size`` tokens; timm's ``set_input_size`` calls it by this name."""
         if self.position_bias is not None:
             self.position_bias.set_window_size(window_size)
 
     @property
     def latent_width(self) -> int | None:
-        """Width of the one key that rotates for all heads (latent RoPE); None without one."""
+        """Returns the width of the one key that rotates for all heads (latent RoPE); None without one."""
         return None
 
     def factors(self) -> dict[str, Tensor]:
@@ -123,15 +124,15 @@ class AttentionModule(nn.Module):
         return {}
 
     def resize(self, **options: Any) -> dict[Tensor, Tensor]:
-        """Gives the layer other ranks, in place. Growth leaves the layer's function as it is; truncation keeps what a HOSVD of
-        the layer's own tensors keeps.
+        """Changes the layer's ranks in place.
+
+        Growth leaves the layer's function as it is; truncation keeps what a HOSVD of the layer's own tensors keeps.
 
         Args:
-            options: those of ``rank_options`` that change.
+            **options: those of ``rank_options`` that change.
 
         Returns:
-            New parameters by the old ones that they replace; optimizers hold the old ones. Nothing that keeps its shape changes
-            its identity.
+            New parameters by the old ones that they replace, which optimizers still have; a parameter of the same shape stays.
 
         Raises:
             PatchError: the method has no such option, or the ranks are impossible; nothing has changed.
@@ -149,11 +150,11 @@ class AttentionModule(nn.Module):
         return {old: after[key] for key, old in before.items() if after[key] is not old}
 
     def _resize(self, **options: Any) -> None:
-        """Gives the layer these ranks; called under no_grad, only of methods with ``rank_options``."""
+        """Changes the ranks; called under no_grad, only of methods with ``rank_options``."""
 
     @property
     def kv_width(self) -> int | None:
-        """Numbers per token in a KV cache: of keys and values, or of their latents; None if the method does not say."""
+        """Returns the numbers per token in a KV cache: of keys and values, or of their latents; None if unknown."""
         return None
 
     @abstractmethod
@@ -161,7 +162,7 @@ class AttentionModule(nn.Module):
         """Resets the layer to the method's own random initialisation. timm's init functions call it by this name."""
 
     def reset_parameters(self) -> None:
-        """Does the same by the name that timm's EVA, BEiT and Swin call, after the layers inside, and torch after to_empty."""
+        """Calls ``init_weights``, by the name that timm's EVA, BEiT and Swin, and torch after to_empty, call."""
         self.init_weights()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -173,14 +174,13 @@ class AttentionModule(nn.Module):
 
     @abstractmethod
     def convert_from(self, weights: MHAWeights) -> None:
-        """Converts dense attention weights (float64), exactly where the ranks allow; called under no_grad."""
+        """Converts dense attention ``weights`` (float64), exactly where the ranks allow; called under no_grad."""
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Converts dense attention weights so that the error on the tokens is least; called under no_grad.
 
         Args:
-            weights: float64.
-            moments: of the layer's tokens, float64.
+            weights, moments: float64; the moments are those of the layer's tokens.
             damping: of the moments, relative to their mean eigenvalue.
         """
         raise PatchError(f"{type(self).__name__} has no activation-aware conversion; leave calibration out")
@@ -188,16 +188,16 @@ class AttentionModule(nn.Module):
     def mix(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """Returns all heads' outputs side by side, before the linear read-out that ends the layer. (B, N, C) -> (B, N, F)"""
+        """Returns all heads' outputs (B, N, F) of tokens (B, N, C), before the linear read-out; arguments as of ``forward``."""
         raise PatchError(f"{type(self).__name__} does not say what its linear read-out sees; leave calibration out")
 
     def readout(self, mixed: Tensor) -> Tensor:
-        """Computes what follows ``mix``, dropout apart: linear. (B, N, F) -> (B, N, O)"""
+        """Computes what follows ``mix``, dropout apart: a linear map of ``mixed`` (B, N, F), which gives (B, N, O)."""
         raise PatchError(f"{type(self).__name__} does not say what its linear read-out is; leave calibration out")
 
     @property
     def has_out_bias(self) -> bool:
-        """Whether the read-out has a bias, which can take up means."""
+        """Returns whether the read-out has a bias, which can absorb means."""
         return getattr(getattr(self, "proj", None), "bias", None) is not None
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:
@@ -242,7 +242,7 @@ class AttentionModule(nn.Module):
         raise PatchError(f"{type(self).__name__} {lacks}")
 
     def latent_rotations(self) -> Tensor:
-        """Numbers of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE: (R3/2,)."""
+        """Returns the numbers (R3/2,) of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE."""
         raise PatchError(f"{type(self).__name__} does not say what its rotations are")
 
     @abstractmethod

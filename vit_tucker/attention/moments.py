@@ -1,4 +1,4 @@
-"""What a layer sees: second moments of its tokens, streamed, in the form that activation-aware conversions need.
+"""Sums second moments of a layer's tokens, in the form that activation-aware conversions need.
 
 The error of a layer is measured on its tokens x_n by probes g_n, vectors in the space of the layer's output: E (g_n . dy_n)^2.
 A probe of random noise measures the layer's own output; the gradient of a random combination of the model's final features
@@ -8,11 +8,10 @@ measures what the error does to them. To first order, with p the softmax rows an
     dy from dW:   x~_n^T sum_i dW_i kappa_in          metrics: query E[x~ x~^T] with x~ = [x, 1], key E[kappa_i kappa_i^T]
     kappa_in = sum_l s_i(n,l) x_l,   s = p * (g^T Wt_i^T x_l - its mean under p): the gradient of the scores
 
-kappa does not change when all keys are shifted, as the softmax does not; heads with little influence have small kappa.
-
-With RoPE there is a kappa for each rotation, sum_l s_i(n,l) exp(-i angle(l)) x~_l, and the key metric is their mean, weighted by
-how much a rotation matters in the head. It needs none of them: sum_n kappa kappa^* = sum_{l,m} (s^T s)_lm c_lm x~_l x~_m^T with
-c_lm the weighted mean of cos(angle(l) - angle(m)). Shifts don't cancel any more, hence x~ = [x, 1].
+kappa does not change when all keys are shifted, as the softmax does not; heads with little influence have small kappa. With RoPE
+there is a kappa for each rotation, sum_l s_i(n,l) exp(-i angle(l)) x~_l, and the key metric is their mean, weighted by how much a
+rotation matters: sum_n kappa kappa^* = sum_{l,m} (s^T s)_lm c_lm x~_l x~_m^T, with c_lm the weighted mean of
+cos(angle(l) - angle(m)). Shifts don't cancel any more, hence x~ = [x, 1].
 """
 
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ class LayerCall:
     rope: Tensor | None = None
 
     def part(self, sequences: Tensor | slice) -> "LayerCall":
-        """Returns some of the B sequences, with their masks."""
+        """Returns some of the B ``sequences`` (indices or a slice), with their masks."""
 
         def taken(given: Tensor | None) -> Tensor | None:
             each = given is not None and given.ndim == 4 and given.shape[0] == self.x.shape[0] > 1
@@ -91,12 +90,12 @@ class Moments:
 
     @property
     def token_covariance(self) -> Tensor:
-        """Covariance of the tokens, (C, C)."""
+        """Returns the covariance of the tokens, (C, C)."""
         return covariance(self.query[:-1, :-1], self.mean)
 
     @staticmethod
     def bytes(spec: HostSpec) -> int:
-        """Returns the memory of one layer's moments."""
+        """Returns the memory of one layer's moments in bytes, for a host of shape ``spec``."""
         c, hd = spec.embed_dim, spec.attn_dim
         return 8 * ((c + 1) ** 2 + 2 * spec.num_heads * c * c + spec.out_dim**2 + 5 * hd * hd)
 
@@ -123,7 +122,7 @@ class MomentSums:
             self.rotation_weights = pair_shares(self.weights.rotary_pairs(spec.rope))
 
     def add(self, call: LayerCall) -> None:
-        """Adds one call, in slices of the batch, so that the attention maps stay small."""
+        """Adds one ``call``, in slices of the batch, so that the attention maps stay small."""
         slices = max(1, int(call.x.shape[0] * self.spec.num_heads * call.x.shape[1] ** 2 / 2**25))
         for part in torch.arange(call.x.shape[0], device=call.x.device).chunk(slices):
             self._add(call.part(part))
@@ -189,7 +188,7 @@ class MomentSums:
         return change @ key @ change.mT
 
     def moments(self) -> Moments:
-        """Returns the means.
+        """Returns the means of all calls so far.
 
         Raises:
             ValueError: no tokens, values that are not finite, or probes that are all zero.
@@ -217,14 +216,13 @@ class MomentSums:
 
 
 def host_attention(
-    x: Tensor,
-    weights: MHAWeights,
-    spec: HostSpec,
-    attn_mask: Tensor | None,
-    is_causal: bool,
+    x: Tensor, weights: MHAWeights, spec: HostSpec, attn_mask: Tensor | None, is_causal: bool,
     rope: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The host's softmax rows (B, H, N, N), queries and keys (B, H, N, D), with its biases, query/key norms and rotations."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns the softmax rows (B, H, N, N), queries and keys (B, H, N, D) of a host with these ``weights`` and ``spec``.
+
+    Arguments as of ``AttentionModule.forward``.
+    """
     q = heads_of(x, weights.query, weights.query_bias)
     k = heads_of(x, weights.key, weights.key_bias)
     norms = spec.extras.get("qk_norm", {})
@@ -237,7 +235,11 @@ def host_attention(
 
 
 def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiplies (B, N, C) by (H, C, D), plus a bias: (B, H, N, D)."""
+    """Returns the projection of tokens to heads, (B, H, N, D).
+
+    Args:
+        x, weight, bias: (B, N, C), (H, C, D) and (H, D) or None.
+    """
     y = torch.einsum("bnc,hcd->bhnd", x, weight)
     return y if bias is None else y + bias[:, None]
 

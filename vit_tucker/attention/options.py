@@ -102,7 +102,7 @@ class Rule(Checked):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that the rule sets."""
+        """Returns the options that the rule sets."""
         return dict(self.model_extra or {})
 
 
@@ -158,12 +158,12 @@ class MethodConfig(Checked):
 
     @property
     def rank_rule(self) -> RankRule | None:
-        """The rule by which the ranks are yet to be chosen; None where they are given."""
+        """Returns the rule by which the ranks are yet to be chosen; None where they are given."""
         return None
 
     @property
     def fitted_to(self) -> Calibration | None:
-        """The images that the conversion looks at; None for a conversion by weights alone."""
+        """Returns the images that the conversion looks at; None for a conversion by weights alone."""
         return None
 
     def rank_options(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class MethodConfig(Checked):
 
     @abstractmethod
     def count_parameters(self, spec: Any) -> Any:
-        """Parameters of the built layer, from the formula alone: a ``ParameterCount``."""
+        """Returns the number of parameters of the built layer, from the formula alone: a ``ParameterCount``."""
 
     @abstractmethod
     def count_flops(self, spec: Any, num_tokens: int) -> int:

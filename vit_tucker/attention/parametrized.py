@@ -20,7 +20,11 @@ def functional_hooks(module: nn.Module) -> list[Any]:
 
 
 def without_parametrizations(part: nn.Module) -> nn.Module:
-    """Returns a copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters."""
+    """Returns a copy in which the values of parametrizations, weight and spectral norms and pruning are plain parameters.
+
+    Raises:
+        WeightsError: a parametrization or hook can't be merged.
+    """
     new = free_copy(part).eval()  # eval: spectral norms change their vectors in training
     try:
         if parametrize.is_parametrized(new):

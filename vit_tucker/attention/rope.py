@@ -27,7 +27,7 @@ from vit_tucker.attention.tracing import is_traced
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """How a host rotates its queries and keys.
+    """The way in which a host rotates its queries and keys.
 
     Attributes:
         num_prefix_tokens: class and register tokens at the start, which are not rotated.
@@ -41,16 +41,25 @@ class RopeSpec:
 
 
 def head_rotations(rope: RopeSpec, num_heads: int, head_dim: int) -> Tensor:
-    """Returns the numbers of the rotations of each head's D/2 pairs: equal numbers have equal angles. (H, D/2), int64
+    """Returns the numbers (H, D/2), int64, of the rotations of each head's D/2 pairs: equal numbers have equal angles.
 
     The rotation of pair p of head i has the number i * D/2 + p, with one table for all heads p.
+
+    Args:
+        rope: of the host.
+        num_heads, head_dim: H and D.
     """
     numbers = torch.arange(num_heads * (head_dim // 2)).unflatten(0, (num_heads, -1))
     return numbers if rope.per_head else numbers[:1].expand(num_heads, -1)
 
 
 def spread_rotations(width: int, num_heads: int, head_dim: int) -> Tensor:
-    """Spreads rotations for ``width`` / 2 latent pairs evenly over a table's columns, then over the heads. (width/2,), int64"""
+    """Spreads rotations (width/2,), int64, for latent pairs evenly over a table's columns, then over the heads.
+
+    Args:
+        width: of the latent, even.
+        num_heads, head_dim: H and D; one head where all have the same table.
+    """
     columns = head_dim // 2
     rounds, rest = divmod(width // 2, columns)
     whole = torch.arange(rounds * columns)
@@ -64,15 +73,24 @@ def adjacent_pairs(x: Tensor, half: bool) -> Tensor:
 
 
 def separate_pairs(x: Tensor, half: bool) -> Tensor:
-    """Moves the partners of each rotated pair back from adjacent columns to where the host has them, see ``adjacent_pairs``."""
+    """Moves the partners of each rotated pair back from adjacent columns to where the host has them, see ``adjacent_pairs``.
+
+    Args:
+        x: (..., D).
+        half: see ``RopeSpec``.
+    """
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if half else x
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Rotates each pair of neighbours in (..., N, R) by its angle; sin, cos (..., N, R/2). The result has x's dtype.
+    """Rotates each pair of neighbours by its angle; the result has x's dtype.
 
     As complex numbers: one product that reads x once, where their parts take six operations and a copy. What is recorded gets the
     parts: neither compilers nor ONNX know complex numbers well.
+
+    Args:
+        x: (..., N, R).
+        sin, cos: (..., N, R/2).
     """
     if is_traced() or not (x.is_cpu or x.is_cuda):
         first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -100,7 +118,7 @@ def latent_angles(rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tens
     """Returns sines and cosines of latent pairs, each (N', R/2), or (B, 1, N', R/2) for tables per image.
 
     Args:
-        rope: table, see above.
+        rope: (N', 2 D) or (B, N', 2 D) table, see above.
         rotations: number of each latent pair's rotation, (R/2,), see ``head_rotations``.
         spec: of the host.
     """
@@ -115,7 +133,12 @@ def latent_angles(rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tens
 
 
 def with_prefix(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Returns angles (..., N', R/2) with those of the prefix tokens, which are 0: (..., N, R/2)."""
+    """Returns angles (..., N, R/2) with those of the prefix tokens, which are 0.
+
+    Args:
+        sin, cos: (..., N', R/2).
+        prefix: number of prefix tokens, N - N'.
+    """
     if prefix == 0:
         return sin, cos
     return F.pad(sin, (0, 0, prefix, 0)), F.pad(cos, (0, 0, prefix, 0), value=1.0)
@@ -127,7 +150,7 @@ def rotate_heads(x: Tensor, rope: Tensor | None, spec: RopeSpec, inverse: bool =
 
     Args:
         x: queries or keys, (B, H, N, D), or (B, 1, N, D) for a table that all heads share.
-        rope: table, or None to rotate nothing.
+        rope: (N', 2 D) or (B, N', 2 D) table, or None to rotate nothing.
         spec: of the host.
         inverse: rotate back.
     """
@@ -147,7 +170,7 @@ def rotate_latent(
 
     Args:
         q, k: (B, H, N, R) and (B, 1, N, R).
-        rope: table, or None to rotate nothing.
+        rope: (N', 2 D) or (B, N', 2 D) table, or None to rotate nothing.
         rotations: number of each pair's rotation, (R/2,).
         spec: of the host.
     """
@@ -163,7 +186,10 @@ def rotate_latent(
 
 @torch.fx.wrap
 def rotate_key(k: Tensor, rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Rotates the key (B, N, R) for kernels that form the queries themselves, see ``rotate_latent`` for the other arguments.
+    """Rotates the key for kernels that form the queries themselves; other arguments as of ``rotate_latent``.
+
+    Args:
+        k: (B, N, R).
 
     Returns:
         The key, and sines and cosines for the queries, each (N, R/2) or (B, N, R/2): prefix tokens have the angle 0.
@@ -175,9 +201,15 @@ def rotate_key(k: Tensor, rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tu
 
 
 def angle_kernel(rope: Tensor, spec: RopeSpec, weights: Tensor, num_tokens: int) -> Tensor:
-    """Returns weighted means of cos(angle(l) - angle(m)) over a head's rotations, (H, N, N) or (B, H, N, N) for a table per image
+    """Returns weighted means of cos(angle(l) - angle(m)) over a head's rotations, (H, N, N), with a table per image (B, H, N, N).
 
-    The weights of the rotations are (H, D/2); prefix tokens have the angle 0.
+    Prefix tokens have the angle 0.
+
+    Args:
+        rope: (N', 2 D) or (B, N', 2 D) table.
+        spec: of the host.
+        weights: (H, D/2) weights of the rotations.
+        num_tokens: N, prefix tokens included.
     """
     sin, cos = (part.to(weights.dtype) for part in head_angles(rope, spec))
     if sin.ndim == 2:

@@ -113,7 +113,7 @@ def to_mha(layer: AttentionModule, tolerance: float = 1e-9) -> MHA:
 
 
 class HeadsForm(NamedTuple):
-    """A layer's heads.
+    """The multi-head form of a layer, and what it leaves out.
 
     Attributes:
         weights: float64, H heads of everything.
@@ -158,7 +158,13 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
 
 
 def refuse_wide(split: Split, width: int, name: str) -> None:
-    """Raises PatchError for a head whose matrix does not fit into this width; names the widest."""
+    """Raises PatchError for a head whose matrix does not fit into this width; names the widest.
+
+    Args:
+        split: the matrices of all heads.
+        width: head_dim of the dense layer.
+        name: of the tensor, for the message.
+    """
     rank = max(split.ranks)
     if rank > width:
         raise PatchError(
@@ -200,7 +206,13 @@ def fit_biases(weights: MHAWeights, places: MHAWeights) -> MHAWeights:
 
 
 def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
-    """Returns the smallest value biases with sum_i bV_i WO_i = b. (O,), (H, D, O) -> (H, D)"""
+    """Returns the smallest value biases (H, D) with sum_i bV_i WO_i = b; raises PatchError if there are none, or no place.
+
+    Args:
+        out_bias: b, (O,).
+        out: WO, (H, D, O).
+        has_place: the layer has value biases; False: refuse.
+    """
     if not has_place:
         raise PatchError("its output bias has no place in a host without proj_bias and qkv_bias")
     stacked = out.flatten(0, 1).mT  # (O, H*D)
@@ -218,13 +230,20 @@ def refuse_nonlinear(layer: AttentionModule, rope: bool = False) -> None:
 
 
 def with_settings(new: Form, layer: AttentionModule, plain: AttentionModule, backend: str) -> Form:
-    """Returns a new layer with the settings of another and a copy of the position bias of its plain form."""
+    """Returns a new layer with the settings of another and a copy of the position bias of its plain form.
+
+    Args:
+        new: changed in place.
+        layer: whose fused_attn, requires_grad and train/eval mode are copied.
+        plain: its plain form.
+        backend: name of the new layer's backend.
+    """
     new.fused_attn, new.backend = layer.fused_attn, backend
     new.position_bias = copy.deepcopy(plain.position_bias)
     return new.requires_grad_(trains(layer)).train(layer.training)
 
 
 def ranks_of(tucker: Tucker) -> tuple[int, int, int]:
-    """Returns (R1, R2, R3)."""
+    """Returns the ranks (R1, R2, R3) of a decomposition."""
     r1, r2, r3 = tucker.core.shape
     return r1, r2, r3

@@ -1,4 +1,4 @@
-"""Whether a call of a layer is only computed, or recorded too: compiled, exported, traced or transformed.
+"""Detects whether a call of a layer is recorded (compiled, exported, traced or transformed) and not only computed.
 
 Functions under ``torch.fx.wrap`` are leaves of fx graphs where they are looked up in their own module: code that torch.fx may
 trace calls ``masks.cast_mask``, not a ``cast_mask`` that it has imported.
@@ -11,12 +11,15 @@ _is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: 
 
 
 def own_only() -> bool:
-    """Whether only torch's own operations will do: the call is recorded for another runtime, or transformed by torch.func."""
+    """Returns whether the call must use torch's own operations only.
+
+    That is so where it is recorded for another runtime, or transformed by torch.func.
+    """
     if torch.compiler.is_compiling():  # in torch.export as well
         return _is_exporting() or torch.onnx.is_in_onnx_export() or _is_transformed()
     return torch.jit.is_tracing() or _is_transformed()
 
 
 def is_traced() -> bool:
-    """Whether anything looks on: see the module."""
+    """Returns whether the call is recorded in any way."""
     return torch.compiler.is_compiling() or own_only()

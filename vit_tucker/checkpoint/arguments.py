@@ -1,4 +1,4 @@
-"""Which arguments a stored config may hand to timm: those of the model itself, never those that name files, addresses or code."""
+"""Lists the arguments that a stored config may pass to timm: those of the model itself, never those that name files or code."""
 
 import inspect
 import sys
@@ -62,7 +62,7 @@ def is_allowed(name: str, own: Iterable[str]) -> bool:
 
 
 def own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of ``timm.create_model`` that a model is made by, without those that say where things are."""
+    """Returns the arguments of ``timm.create_model`` that a model is made by, without those that name places."""
     return {name: value for name, value in arguments.items() if name not in machinery()}
 
 

@@ -1,4 +1,4 @@
-"""How weights want their images prepared, and the names of their classes, from the files that lie beside them."""
+"""Reads how weights expect their images to be prepared, and the names of their classes, from the files beside them."""
 
 import math
 from collections.abc import Mapping

@@ -132,8 +132,10 @@ def layer_options(model: nn.Module, config: MethodConfig) -> dict[str, dict[str,
 
 
 def creation_arguments(model: nn.Module, architecture: str) -> dict[str, Any]:
-    """Returns the arguments of ``timm.create_model`` that a model was made with, without dropout rates: as timm has recorded
-    them, else those that can be read off it and differ from the architecture's own."""
+    """Returns the arguments of ``timm.create_model`` that a model was made with, without dropout rates.
+
+    They are those that timm has recorded, else those that can be read off the model and differ from the architecture's own.
+    """
     recorded = dict(vars(model).get("_model_args") or {})
     get_model_args = getattr(timm.models, "get_model_args", None)
     if get_model_args is not None:
@@ -164,7 +166,13 @@ def visible_arguments(model: nn.Module) -> dict[str, Any]:
 
 
 def weights_cfg(model: nn.Module, cfg: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns timm's pretrained_cfg for weights that are stored beside it."""
+    """Returns timm's pretrained_cfg for weights that are stored beside it.
+
+    Args:
+        model: whose weights are stored.
+        cfg: its pretrained_cfg.
+        data: how its images are prepared, which overrides ``cfg``.
+    """
     left_out = (*SOURCES, "architecture", "label_names", "label_offset")
     kept = {name: value for name, value in cfg.items() if name not in left_out and value is not None}
     if kept.get("num_classes") != getattr(model, "num_classes", None):

@@ -90,7 +90,7 @@ def refuse_unknown_model(name: str, what: str) -> None:
 
 
 def known_entries(cfg: Any) -> dict[str, Any]:
-    """Returns a pretrained_cfg without what this timm doesn't know and without the architecture, which is the host's again."""
+    """Returns a pretrained_cfg without entries that this timm doesn't know and without the architecture."""
     values = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else dict(cfg)
     known = {field.name for field in fields(PretrainedCfg)} - {"architecture"}
     return {key: value for key, value in values.items() if key in known}
@@ -150,7 +150,13 @@ def create(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
 
 
 def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "config.json") -> None:
-    """Refuses arguments that a config.json must not set, like ``refuse_arguments``; those of a patched model by its host."""
+    """Refuses arguments that a config.json must not set, like ``refuse_arguments``; those of a patched model by its host.
+
+    Args:
+        architecture: timm's name of the model, or that of a patched model.
+        arguments: ``model_args`` of the config.json.
+        origin: the file, for messages.
+    """
     if architecture == PATCHED and isinstance(arguments, Mapping) and isinstance(arguments.get("host"), str):
         architecture = arguments["host"]
         refuse_unknown_model(architecture, "the checkpoint's host")
@@ -159,7 +165,7 @@ def refuse_stored_arguments(architecture: str, arguments: Any, origin: str = "co
 
 
 def forget_source(model: nn.Module) -> None:
-    """Takes the weights and their place out of a loaded model's pretrained_cfg."""
+    """Removes the weights and their place from a loaded model's pretrained_cfg."""
     cfg = vars(model).get("pretrained_cfg")
     if isinstance(cfg, dict):
         set_pretrained_cfg(model, {k: v for k, v in cfg.items() if k != "state_dict"})

@@ -1,4 +1,4 @@
-"""Which file a path to weights means, and what lies beside it: the folders of a run, of timm, Hugging Face and DeepSpeed."""
+"""Finds the file that a path to weights means, and what lies beside it, in folders of runs, timm, Hugging Face and DeepSpeed."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def shards_of(index: Path, what: str) -> list[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the mapping that a JSON file holds; an empty one if there is no such file or it holds something else."""
+    """Returns the mapping in a JSON file; an empty one if there is no such file or it contains something else."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -36,7 +36,13 @@ ELSEWHERE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """Creates the dense timm model with its weights, see ``load_host``."""
+    """Creates the dense timm model with its weights, see ``load_host``.
+
+    Args:
+        config: the ``model`` section.
+        num_classes: outputs of the classifier, None for as many as the weights have.
+        in_chans: channels of the images, None for as many as the weights have.
+    """
     return load_host(config, num_classes, in_chans)[0]
 
 
@@ -94,7 +100,10 @@ def load_host(
 
 
 def refuse_no_tokens(model: nn.Module) -> None:
-    """Raises ConfigError for images that are smaller than one patch: timm builds such a model, which then fails on any image."""
+    """Raises ConfigError if the images of ``model`` are smaller than one patch.
+
+    timm builds such a model, which then fails on any image.
+    """
     embed = getattr(model, "patch_embed", None)
     if getattr(embed, "num_patches", None) == 0:
         sizes = [getattr(embed, name, None) for name in ("img_size", "patch_size")]
@@ -105,7 +114,17 @@ def refuse_no_tokens(model: nn.Module) -> None:
 def check_pretrained(
     name: str, model: nn.Module, load: ObservedLoad | None, added: Callable[[], Collection[str]]
 ) -> LoadReport | None:
-    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself."""
+    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself.
+
+    Args:
+        name: of the model, for messages.
+        model: as timm built it.
+        load: what timm loaded into it, None for nothing.
+        added: returns the names of tensors that only arguments of the config add.
+
+    Raises:
+        CheckpointError: the weights do not fit, or there are none.
+    """
     if load is not None:
         try:
             return check_load(load, f"timm's {name}" if ":" not in name else name, added)
@@ -121,7 +140,7 @@ ADDING = ("init_values", "reg_tokens", "class_token", "qk_norm", "qkv_bias", "gl
 
 
 def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
-    """Returns the names of a model's tensors that are there only because of arguments in ``ADDING``."""
+    """Returns the names of tensors that the model ``name`` has only because of those ``arguments`` that are in ``ADDING``."""
     if not set(ADDING) & arguments.keys():
         return set()
     plain = {key: value for key, value in arguments.items() if key not in ADDING}
@@ -134,7 +153,10 @@ def added_by_config(name: str, arguments: Mapping[str, Any]) -> set[str]:
 
 
 def shrink_classifier(model: nn.Module) -> None:
-    """Starts a classifier behind a new norm of pooled tokens near zero (std 2e-5), as the code of MAE (arXiv 2111.06377) does."""
+    """Sets the weights of a classifier behind a new norm of pooled tokens of ``model`` near zero (std 2e-5).
+
+    The code of MAE (arXiv 2111.06377) does so.
+    """
     head = getattr(model, "head", None)
     if isinstance(head, nn.Linear):
         nn.init.trunc_normal_(head.weight, std=2e-5)
@@ -193,7 +215,7 @@ def create_teacher(
 
 
 def refuse_unknown_name(name: str) -> None:
-    """Raises ConfigError for a name that timm knows neither as a model nor as a place to get one from."""
+    """Raises ConfigError if timm knows ``name`` neither as a model nor as a place to get one from."""
     scheme, colon, _ = name.partition(":")
     if colon and scheme in STORED:
         try:
@@ -209,7 +231,7 @@ def refuse_unknown_name(name: str) -> None:
 
 
 def refuse_stored(name: str) -> None:
-    """Refuses a stored model whose config.json has arguments that are none of its own, before timm sees them."""
+    """Refuses a stored model ``name`` whose config.json has arguments that are none of its own, before timm sees them."""
     if name.partition(":")[0] not in STORED:
         return
     try:
@@ -221,7 +243,7 @@ def refuse_stored(name: str) -> None:
 
 
 def timm_reason(error: Exception) -> str:
-    """Returns timm's reason why it can't build a model, in one line."""
+    """Returns timm's reason why it can't build a model, the ``error`` in one line."""
     reason = short_reason(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
         reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
@@ -229,6 +251,6 @@ def timm_reason(error: Exception) -> str:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Returns the numbers of parameters of the whole model and of its attention layers."""
+    """Returns the numbers of parameters of the whole ``model`` and of its attention layers."""
     attention = {id(p): p for module in find_attention(model).values() for p in module.parameters()}
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in attention.values())

@@ -144,7 +144,7 @@ def structure_keys(architecture: str) -> frozenset[str]:
 
 
 def open_jax(file: Path, what: str) -> HostWeights:
-    """Opens a JAX file of a ViT (.npz), which timm's own function loads; raises CheckpointError if it holds no arrays."""
+    """Opens a JAX file of a ViT (.npz), which timm's own function loads; raises CheckpointError if it has no arrays."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             shapes = {key: tuple(arrays[key].shape) for key in arrays.files}

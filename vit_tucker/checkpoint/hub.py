@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked before its client retries for a minute or longer.
+"""Finds out whether the Hugging Face hub can be reached, before its client retries for a minute or longer.
 
 A file that is in the hub's cache needs no network: the client asks once whether it has changed, and uses it.
 """

@@ -1,4 +1,4 @@
-"""What config.json of a saved model must hold: the parts of timm's layout that are used, and ours.
+"""Checks the contents of config.json of a saved model: the parts of timm's layout that are used, and ours.
 
 Entries that timm or a hub adds and nobody here reads are let through; ours are all known.
 """
@@ -46,7 +46,7 @@ class OtherSlot(Strict):
 
 
 class PatchedEntries(Strict):
-    """What vit_tucker adds to timm's config.json, under the key ``vit_tucker``."""
+    """Entries that vit_tucker adds to timm's config.json, under the key ``vit_tucker``."""
 
     version: Annotated[str, Field(max_length=50)] | None = None
     host: Name | None = None

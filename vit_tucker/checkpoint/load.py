@@ -76,7 +76,13 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
 
 
 def check_sizes(config: Mapping[str, Any], file: Path, place: str) -> None:
-    """Raises CheckpointError if config.json describes no model, or one of other weights; before any memory is given to it."""
+    """Raises CheckpointError if config.json describes no model, or one of other weights, before memory is allocated for it.
+
+    Args:
+        config: contents of config.json.
+        file: the weights beside it.
+        place: name of the checkpoint, for messages.
+    """
     shapes = stored_shapes(file)
     refuse_sizes(config, shapes, place)
     try:
@@ -169,7 +175,13 @@ def weights_file(folder: Path) -> Path:
 
 
 def check_layers(model: nn.Module, config: Mapping[str, Any], origin: str) -> None:
-    """Raises CheckpointError if a patched model's layers came out with other options than were stored."""
+    """Raises CheckpointError if a patched model's layers were built with other options than were stored.
+
+    Args:
+        model: rebuilt from the config.
+        config: contents of config.json.
+        origin: the file, for messages.
+    """
     ours = config.get("vit_tucker") or {}
     for slot, record in patch_records(model).items():
         stored = (ours if slot == ATTENTION.name else ours.get(slot) or {}).get("layers")

@@ -1,4 +1,4 @@
-"""What was loaded into a model: whether the model may be used so, and a report of it in one line."""
+"""Reports in one line what was loaded into a model, and refuses a load after which the model can't be used."""
 
 import math
 import re
@@ -37,7 +37,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded into a model.
+    """The tensors that were loaded into a model, and those that were new or left out.
 
     Attributes:
         origin: file, or timm's name of the weights.
@@ -123,7 +123,13 @@ def check_load(
 
 
 def names_that_may_be_new(load: ObservedLoad, own: set[str], classifier: Collection[str]) -> set[str]:
-    """Returns the names of a model's tensors that may be new: a classifier that the weights lack, and a norm right before it."""
+    """Returns the names of a model's tensors that may be new: a classifier that the weights lack, and a norm right before it.
+
+    Args:
+        load: what timm did.
+        own: names of the model's tensors.
+        classifier: names of those of its classifiers.
+    """
     cfg = vars(load.model).get("pretrained_cfg") or {}
     has_classifier = any(key in load.filtered for key in classifier)
     if has_classifier and cfg.get("num_classes") == getattr(load.model, "num_classes", None):
@@ -133,7 +139,13 @@ def names_that_may_be_new(load: ObservedLoad, own: set[str], classifier: Collect
 
 
 def names_that_may_be_unused(load: ObservedLoad, unused: Collection[str], classifier: Collection[str]) -> set[str]:
-    """Returns the names of tensors of the weights that the model does without: a classifier, the norm that another replaces."""
+    """Returns the names of tensors of the weights that the model does without: a classifier, the norm that another replaces.
+
+    Args:
+        load: what timm did.
+        unused: names of tensors of the weights that the model has not.
+        classifier: names of the tensors of the model's classifiers.
+    """
     names = {*classifier, *(["norm.weight", "norm.bias"] if "fc_norm.weight" in load.missing else [])}
     if not getattr(load.model, "num_classes", 0):  # LeViT's classifiers have norms of their own
         heads = {key.partition(".")[0] for key in classifier}
@@ -149,7 +161,13 @@ def refuse_pre_logits(load: ObservedLoad, classifier: Collection[str]) -> None:
 
 
 def pooling_hint(load: ObservedLoad, missing: list[str], strange: list[str]) -> str:
-    """Returns which global_pool the weights were trained with, where their last norm shows that it is another one."""
+    """Returns which global_pool the weights were trained with, where their last norm shows that it is another one.
+
+    Args:
+        load: what timm did.
+        missing: names of the model's tensors that the weights lack.
+        strange: names of tensors of the weights that the model has not.
+    """
     if "norm.weight" in missing and any(key.startswith("fc_norm.") for key in strange):
         return "; the weights were fine-tuned with pooled tokens: set model.global_pool=avg"
     if "fc_norm.weight" in missing and "norm.weight" in load.filtered:

@@ -20,7 +20,7 @@ SHOWN = 6
 
 @dataclass
 class ObservedLoad:
-    """What timm did while it loaded weights into a model.
+    """Records what timm did while it loaded weights into a model.
 
     Attributes:
         model: the model.
@@ -50,7 +50,7 @@ def shapes_of(state: Mapping[str, Any]) -> Shapes:
 
 @contextmanager
 def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[ObservedLoad]]:
-    """Context in which timm's functions note what they load into the models that they make, in the list that it gives.
+    """Yields a list in which timm's functions note what they load into the models that they make.
 
     timm returns a model without what it could not load, and checks nothing once the number of classes differs. All of its models
     get their weights by one function of its builder, which is wrapped here; what the weights lack is judged afterwards.
@@ -115,6 +115,11 @@ def observed_loads(size: tuple[int, int] | None = None) -> Iterator[list[Observe
 def adapted(filter_fn: Callable[..., Any], state: dict[str, Any], model: nn.Module) -> Any:
     """Returns a state dict after timm's filter of the model.
 
+    Args:
+        filter_fn: the model's ``checkpoint_filter_fn``.
+        state: tensors of the weights by name.
+        model: that they are for.
+
     Raises:
         CheckpointError: timm can't adapt it; names tensors that only one of both has.
     """
@@ -144,7 +149,7 @@ def dropped(given: Mapping[str, Any], filtered: Mapping[str, Any]) -> list[str]:
 
 
 def id_of(value: Tensor) -> tuple[int, int]:
-    """Returns address and size of a tensor: equal for two views of the same values, whatever their shapes."""
+    """Returns the address and size of a tensor ``value`` (any shape): equal for two views of the same values."""
     return value.data_ptr(), value.numel()
 
 
@@ -174,7 +179,7 @@ def refuse_other_sizes(loaded: Shapes, own: Shapes) -> None:
 
 
 def refuse_integers(state: Mapping[str, Any], model: nn.Module) -> None:
-    """Raises CheckpointError if whole numbers would become weights: a quantised checkpoint holds scales beside them."""
+    """Raises CheckpointError if whole numbers would become weights: a quantised checkpoint has scales beside them."""
     for name, parameter in model.named_parameters():
         value = state.get(name)
         if isinstance(value, Tensor) and parameter.is_floating_point() and not value.is_floating_point():

@@ -50,7 +50,7 @@ ADVICE = (
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Context in which torch.load reads tensors and plain values and executes nothing, whatever its caller asks for.
+    """Makes torch.load read tensors and plain values and execute nothing, whatever its caller asks for.
 
     Some ways of loading unpickle anything unless asked otherwise, in timm before it made safe loading its default. Plain values
     that training scripts save beside their weights are let through: their arguments (argparse), paths, and NumPy's numbers.
@@ -133,7 +133,7 @@ def refuse_foreign(file: Path, what: str) -> None:
 
 
 def read_values(file: Path, what: str) -> Any:
-    """Reads what a file holds, without executing anything; raises CheckpointError if it can't be read."""
+    """Reads the contents of a file, without executing anything; raises CheckpointError if it can't be read."""
     try:
         if file.suffix == ".safetensors":
             return load_file(str(file))
@@ -175,7 +175,7 @@ def short_reason(error: Exception) -> str:
 
 
 def find_tensors(values: Any) -> tuple[dict[str, Tensor], str]:
-    """Finds the weights in what a file holds: a state dict, or a mapping with entries that hold one, see ``ENTRIES``.
+    """Finds the weights in the contents of a file: a state dict, or a mapping with entries that are one, see ``ENTRIES``.
 
     Returns:
         Tensors by name, empty if there are none; and the entry, 'state_dict' or 'model.teacher'.
@@ -194,7 +194,7 @@ def find_tensors(values: Any) -> tuple[dict[str, Tensor], str]:
 
 
 def contents(values: Any) -> str:
-    """Returns what a file holds in place of weights, in a few words."""
+    """Describes in a few words what a file contains in place of weights."""
     if isinstance(values, Tensor):
         return f"it is one tensor {tuple(values.shape)}"
     if not isinstance(values, Mapping):

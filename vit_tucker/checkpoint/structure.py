@@ -1,4 +1,4 @@
-"""Whether two models are built alike: modules, tensors and plain values, without looking at weights."""
+"""Compares how two models are built: modules, tensors and plain values, without looking at weights."""
 
 from collections.abc import Iterator
 from typing import Any

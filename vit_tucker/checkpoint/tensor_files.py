@@ -22,8 +22,9 @@ PICKLED = "pytorch_model.bin"
 
 
 def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Reads the tensors that a pretrained_cfg names: in memory, in a local folder or file, or on the hub, in any kind of file
-    that timm writes; nothing in them is executed.
+    """Reads the tensors that a pretrained_cfg names; nothing in them is executed.
+
+    They are in memory, in a local folder or file, or on the hub, in any kind of file that timm writes.
 
     Raises:
         CheckpointError: there are none, they can't be read, or are not those that the config.json beside them names.

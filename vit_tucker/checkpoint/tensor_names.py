@@ -90,7 +90,7 @@ def best_prefix(state: Mapping[str, Tensor], known: Collection[str]) -> str:
 
 
 def without_pretraining(renamed: Renamed, known: Collection[str]) -> Renamed:
-    """Takes out what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
+    """Removes what only pretraining needs, and copies position biases that BEiT's pretraining shares between its blocks."""
     state = renamed.state
     for key in [key for key in state if key not in known and (PRETRAINING.search(key) or BUFFERS.search(key))]:
         del state[key]
@@ -228,7 +228,13 @@ def from_hugging_face_clip(state: Mapping[str, Tensor], prefix: str) -> Renamed:
 
 
 def from_rules(rules: Rules, state: Mapping[str, Tensor], prefix: str) -> Renamed:
-    """Renames the tensors of a layout that has those of timm, one for one."""
+    """Renames the tensors of a layout that has those of timm, one for one.
+
+    Args:
+        rules: patterns of names and the names in timm.
+        state: stored tensors by name.
+        prefix: of the names that belong to the model.
+    """
     found = below(state, prefix)
     return replace(found, state={renamed_by(rules, key): value for key, value in found.state.items()})
 

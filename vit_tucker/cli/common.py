@@ -95,8 +95,10 @@ def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace]
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
     from vit_tucker.config.plugins import command_plugins
+    from vit_tucker.run.openmp import choose_waiting
     from vit_tucker.show.progress_bars import showing_progress
 
+    choose_waiting()
     with command_plugins(args.plugins, args.trust_plugins), showing_progress(False if vars(args).get("json") else None):
         return command(args)
 
@@ -121,13 +123,23 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
         sources: what may name the model, for the message.
 
     Raises:
-        ConfigError: not exactly one model is named.
+        ConfigError: not exactly one model is named; or a mistake in the config that is found without torch.
     """
+    from vit_tucker.config.early import refuse_early
+    from vit_tucker.config.load import read_config
+    from vit_tucker.config.source import Source, merge_values, read_overrides
+
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
         found = f", not {len(names)} models" if names else ""
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
-    return next(iter(names), None), [text for text in args.overrides if "=" in text]
+    overrides = [text for text in args.overrides if "=" in text]
+    refuse_early(
+        read_config(args.cfg, overrides)[1]
+        if args.cfg is not None
+        else merge_values(Source({"model": {"name": names[0]}}), read_overrides(overrides))
+    )
+    return next(iter(names), None), overrides
 
 
 def positive(text: str) -> int:
@@ -174,7 +186,7 @@ def emit(text: str, out: Path | None = None) -> None:
 
 
 def print_notes(notes: Sequence[str]) -> None:
-    """Prints what the user should know about weights and data on standard error, which --json leaves alone."""
+    """Prints notes about weights and data to standard error, so that the output of --json stays clean."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
 

@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Prints the table of runs side by side, and keeps it where asked."""
+    """Prints the table of runs side by side, and writes it to files where asked for."""
     from vit_tucker.report.compare import compared_rows, comparison, save_comparison
     from vit_tucker.storage.paths import refuse_unwritable
 

@@ -38,11 +38,11 @@ def add_parser(commands: Any) -> None:
 
 def convert(args: argparse.Namespace) -> int:
     """Converts the model, saves it and prints the report."""
+    name, overrides = model_and_overrides(args, "MODEL and --cfg")
     from vit_tucker.cli.plan import report_tables
-    from vit_tucker.run.convert import convert as convert_model
+    from vit_tucker.run.convert import convert as convert_model  # after it, as in plan
     from vit_tucker.run.model import plain_reports
 
-    name, overrides = model_and_overrides(args, "MODEL and --cfg")
     options = {"data": args.data, "images": args.images, "device": choose_device(args.device, double=True)}
     done = convert_model(name, args.method, args.out, args.cfg, overrides, **options)
     print_notes(done.notes)

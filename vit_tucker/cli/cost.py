@@ -97,10 +97,10 @@ def _paper(args: argparse.Namespace) -> "Table":
 
 
 def _model(args: argparse.Namespace) -> "Table":
-    from vit_tucker.report.cost import model_table
-    from vit_tucker.run.costs import costs
-
     name, overrides = model_and_overrides(args, "MODEL, --cfg and --table")
+    from vit_tucker.report.cost import model_table
+    from vit_tucker.run.costs import costs  # after it, as in plan
+
     if args.turns < 2:
         raise ConfigError(f"--turns {args.turns}: must be at least 2")
     device = choose_device(args.device) if args.measure else None

@@ -77,13 +77,7 @@ def sweep(args: argparse.Namespace) -> int:
     """Plans the sweep's runs and runs those that are not done, or shows them with ``--dry-run``."""
     from vit_tucker.report.collect import SWEEP
     from vit_tucker.storage.paths import refuse_unwritable
-    from vit_tucker.sweep.check import describe_cost, plan_cells
-    from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
     from vit_tucker.sweep.plan import load_sweep, select_jobs
-    from vit_tucker.sweep.process import share_machine, visible_gpus
-    from vit_tucker.sweep.progress_table import Display
-    from vit_tucker.sweep.runner import Runner
-    from vit_tucker.sweep.status import State, read_records, read_statuses
 
     for values in (args.only, args.done, args.seeds):  # argparse gives overrides to the option before them
         args.overrides += [text for text in values if "=" in text]
@@ -92,6 +86,16 @@ def sweep(args: argparse.Namespace) -> int:
     texts = ("launch", "partition")
     args.overrides += [f"executor.{key}={json.dumps(value) if key in texts else value}" for key, value in flags.items()]
     planned = load_sweep(args.cfg, args.overrides)
+    from vit_tucker.sweep.check import (  # after it: mistakes come before torch
+        describe_cost,
+        plan_cells,
+    )  # after it: mistakes are reported before torch is imported
+    from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
+    from vit_tucker.sweep.process import share_machine, visible_gpus
+    from vit_tucker.sweep.progress_table import Display
+    from vit_tucker.sweep.runner import Runner
+    from vit_tucker.sweep.status import State, read_records, read_statuses
+
     where = planned.config.executor
     if where.kind == "slurm":
         refuse_missing_cluster()

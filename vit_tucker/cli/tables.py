@@ -12,7 +12,10 @@ TABLES = (
     "Tables (Markdown, CSV, LaTeX) and figures (PNG, PDF) of finished runs, and results.jsonl, which keeps their results: "
     "'tables FOLDER' makes everything in FOLDER anew from it."
 )
-REPORT = "README.md over the studies that 'tables --out' kept in a folder: what holds of the paper's claim."
+REPORT = (
+    "README.md over the studies that 'tables --out' kept in a folder: settings, figures, what holds of the paper's claim; and "
+    "one picture of those that compare methods, accuracy_params_light.svg and _dark.svg."
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -21,7 +24,7 @@ def add_parser(commands: Any) -> None:
     add_tables(parser)
     parser.set_defaults(run=tables)
     parser = commands.add_parser(
-        "report", help="what holds of the paper's claim, over kept studies", description=REPORT
+        "report", help="what came out of kept studies, and what holds of the paper's claim", description=REPORT
     )
     add_report(parser)
     parser.set_defaults(run=report)

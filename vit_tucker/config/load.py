@@ -1,18 +1,21 @@
-"""From a config's name and overrides to a validated RunConfig, with one clear line for each mistake."""
+"""Reads a config by name, with overrides, into a validated RunConfig, with one clear line for each mistake."""
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
+from vit_tucker.config.early import refuse_early
 from vit_tucker.config.find import find_config, package_configs, stored_by_name
+from vit_tucker.config.model_section import ModelConfig
 from vit_tucker.config.places import absolute, map_paths, seen_from_here
 from vit_tucker.config.plugins import load_config_plugins
-from vit_tucker.config.schema import ModelConfig, RunConfig, run_config_model
 from vit_tucker.config.source import (
     Source,
     merge_values,
@@ -24,6 +27,9 @@ from vit_tucker.config.yaml_text import Dumper
 from vit_tucker.errors import ConfigError
 from vit_tucker.storage.paths import checked_name, checked_path
 from vit_tucker.validation.mistakes import describe_mistake, models_in
+
+if TYPE_CHECKING:
+    from vit_tucker.config.schema import RunConfig
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
@@ -41,15 +47,8 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
     """
-    path = find_config(name)
-    if "cells" in read_yaml(path).values:
-        raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
-    stored = stored_by_name(name, path)
-    written = read_with_bases(path, stored=stored)
-    written.values = seen_from_here(written.values, path.parent)
-    source = merge_values(written, read_overrides(overrides))
-    load_config_plugins(source, path.parent if stored is None else Path())
-    config = validate(source)
+    path, source = read_config(name, overrides)
+    config = validate_with_plugins(source, path.parent if stored_by_name(name, path) is None else Path())
     run_name = config.name or _default_name(path)
     output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
     try:
@@ -59,14 +58,47 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return config.model_copy(update={"name": run_name, "output_dir": output_dir})
 
 
+def read_config(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Source]:
+    """Reads and merges the files of a config.
+
+    Args:
+        name, overrides: as for ``load_config``.
+
+    Returns:
+        The config's file, and the values of it, its bases and the overrides.
+
+    Raises:
+        ConfigError: one line, for files and overrides; keys and values are not looked at.
+    """
+    path = find_config(name)
+    if "cells" in read_yaml(path).values:
+        raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
+    written = read_with_bases(path, stored=stored_by_name(name, path))
+    written.values = seen_from_here(written.values, path.parent)
+    return path, merge_values(written, read_overrides(overrides))
+
+
 def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     """Makes a config without a file, of values and overrides on top; plug-ins that they name are the user's.
 
     Raises:
         ConfigError: see ``load_config``.
     """
-    source = merge_values(Source(values), read_overrides(overrides))
-    load_config_plugins(source, Path())
+    return validate_with_plugins(merge_values(Source(values), read_overrides(overrides)), Path())
+
+
+def validate_with_plugins(source: Source, folder: Path) -> RunConfig:
+    """Validates the values of a run's config after importing the plug-ins that it names.
+
+    Args:
+        source: with all of its bases and overrides.
+        folder: where its plug-ins' files are looked for.
+
+    Raises:
+        ConfigError: see ``load_config``; most mistakes are found before torch is imported.
+    """
+    refuse_early(source)
+    load_config_plugins(source, folder)
     return validate(source)
 
 
@@ -79,6 +111,8 @@ def _default_name(path: Path) -> str:
 
 def validate(source: Source) -> RunConfig:
     """Validates the values of a run's config strictly: no string becomes a number. Raises ConfigError as ``load_config`` does."""
+    from vit_tucker.config.schema import run_config_model
+
     return validate_as(run_config_model(), source)
 
 
@@ -102,6 +136,8 @@ def validate_section(section: type[AnyModel], source: Source) -> AnyModel:
     Raises:
         ConfigError: see ``load_config``; the key is named with its section.
     """
+    from vit_tucker.config.schema import RunConfig, run_config_model
+
     name = next(name for name, info in RunConfig.model_fields.items() if section in models_in(info.annotation))
     alone = Source({name: source.values.get(name, {})}, source.origin, source.stored)
     found: AnyModel = getattr(validate_as(section_model(run_config_model()), alone), name)
@@ -110,7 +146,7 @@ def validate_section(section: type[AnyModel], source: Source) -> AnyModel:
 
 @lru_cache
 def section_model(run: type[RunConfig]) -> type[RunConfig]:
-    """Returns the model of a run's config in which no section is required: it knows all keys, for the hints of messages."""
+    """Returns the model of a run's config in which no section is required, to look up valid keys for messages."""
     return create_model("Sections", __base__=run, model=(ModelConfig | None, None))
 
 
@@ -127,7 +163,11 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 
 
 def dump_config(config: RunConfig) -> str:
-    """Returns the resolved config as YAML text; reading it gives an equal config."""
+    """Returns the resolved config as YAML text; reading it gives an equal config.
+
+    Args:
+        config: validated.
+    """
     return yaml.dump(plain_config(config), Dumper=Dumper, sort_keys=False, default_flow_style=False, width=120)
 
 
@@ -137,7 +177,11 @@ def everywhere(config: RunConfig) -> RunConfig:
 
 
 def config_difference(old: RunConfig, new: RunConfig) -> list[str]:
-    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart."""
+    """Returns 'train.lr: 0.001 -> 0.002' for each key that differs, output_dir apart.
+
+    Args:
+        old, new: validated.
+    """
 
     def flat(value: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -30,7 +30,11 @@ _NAMED: ContextVar[dict[str, None]] = ContextVar("named", default=_in_this_proce
 
 @contextmanager
 def trust_plugins(trusted: bool = True) -> Iterator[None]:
-    """Allows, within a context, the plug-ins that a stored folder's config names, as ``--trust-plugins`` does."""
+    """Allows, within a context, the plug-ins that a stored folder's config names, as ``--trust-plugins`` does.
+
+    Args:
+        trusted: False refuses them, as without the option.
+    """
     token = _TRUSTED.set(trusted)
     try:
         yield
@@ -108,7 +112,14 @@ def load_config_plugins(source: Source, folder: Path) -> None:
 
 
 def refusal(plugin: str, folder: Path, stored: Path, where: str) -> str:
-    """Returns the line for a plug-in that only a stored folder names."""
+    """Returns the line for a plug-in that only a stored folder names.
+
+    Args:
+        plugin: as the config names it.
+        folder: that relative names start from.
+        stored: the config that names it.
+        where: place of the key, for messages.
+    """
     file: str | Path = plugin if (found := find_file(plugin, folder)) is None else displayed(found)
     return (
         f"{where}: plugins: {file} is not run: {displayed(stored)} is data, and what its config names runs only if you say so: "

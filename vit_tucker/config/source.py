@@ -18,7 +18,7 @@ from vit_tucker.storage.paths import displayed
 
 @dataclass
 class Source:
-    """Holds the values read so far and where each came from ('file:line' or 'command line').
+    """Collects the values read so far and where each came from ('file:line' or 'command line').
 
     Attributes:
         values: nested.

@@ -16,6 +16,7 @@ from vit_tucker.attention.call import Call, to_sequences
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
+from vit_tucker.conversion.error_sums import ErrorSums
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
 from vit_tucker.conversion.images import collect_images
 from vit_tucker.conversion.observe import (
@@ -70,15 +71,27 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
             for layer in each(group, "converting", "layers"):
                 metrics[layer.name] = convert_layer(layer, sums.pop(layer.name), options.damping)
             fit_readouts(model, group, images, weights, metrics, options.damping)
-            if options.refine_steps:
-                refine_layers(model, group, images, weights, metrics, options)
+            with progress_bar(total=len(group) * options.refine_steps, what="refining", unit="steps") as bar:
+                for layer in group if options.refine_steps else []:
+                    bar.set_description(f"refining {layer.name}")
+                    with timed(layer):
+                        refine_layer(
+                            model, layer, images, weights[layer.name], metrics[layer.name], options, bar.update
+                        )
         measure(model, layers, images)
 
 
 def sum_moments(
     model: nn.Module, layers: list[Layer], images: list[Tensor], options: Calibration
 ) -> tuple[dict[str, MomentSums], dict[str, list[Tensor]]]:
-    """Sums each layer's moments over the images, the first pass; returns them and the token weights of its calls, by name."""
+    """Sums each layer's moments over the images, the first pass; returns them and the token weights of its calls, by name.
+
+    Args:
+        model: in eval mode, its layers still dense.
+        layers: whose moments are summed.
+        images: (B, channels, height, width) batches, as ``collect_images`` returns them.
+        options: the calibration's.
+    """
     sums = {layer.name: MomentSums(layer.host.spec, layer.host.weights) for layer in layers}
     weights: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
@@ -96,7 +109,7 @@ def sum_moments(
 def collect_moments(
     model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any], what: str
 ) -> Iterator[tuple[Layer, Moments]]:
-    """Returns the moments of each layer, one after the other; see ``calibrate`` for arguments and errors.
+    """Yields each layer with its moments, one after the other; arguments as of ``calibrate``, and so are the errors.
 
     ``what`` says in progress bars what is done with them: 'choosing ranks of'.
     """
@@ -112,7 +125,7 @@ def collect_moments(
 
 @dataclass(frozen=True)
 class KeptMoments:
-    """What is kept of a layer's moments after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
+    """The moments of a layer that are needed after its conversion: second moments of tokens (C, C) and of probes (O, O)."""
 
     tokens: Tensor
     output: Tensor
@@ -121,8 +134,13 @@ class KeptMoments:
 def convert_layer(layer: CalibratedLayer, sums: MomentSums, damping: float) -> KeptMoments:
     """Converts one layer from its moments.
 
+    Args:
+        layer: its replacement is changed in place.
+        sums: of the layer's moments.
+        damping: see ``Calibration.damping``.
+
     Raises:
-        PatchError: too few tokens, or moments that are constant or not finite.
+        PatchError: too few tokens (a ValueError that ``located`` names), or moments that are constant or not finite.
     """
     with timed(layer), located(layer.name), torch.no_grad():
         moments = sums.moments()
@@ -143,7 +161,13 @@ def fit_readouts(
     metrics: Mapping[str, KeptMoments],
     damping: float,
 ) -> None:
-    """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone."""
+    """Fits each replacement's read-out to the host's outputs on its inputs, the second pass; an exact one is left alone.
+
+    Args:
+        model, layers, images: as of ``sum_moments`` (images (B, channels, height, width)); the layers are converted, and changed.
+        weights: token weights (B, N) of each layer's calls in order, by layer name.
+        metrics, damping: moments by layer name, and ``Calibration.damping``.
+    """
     sums: dict[str, HeldOut] = {}
     errors = {layer.name: ErrorSums() for layer in layers}
     remaining = {name: iter(values) for name, values in weights.items()}
@@ -166,22 +190,6 @@ def fit_readouts(
                 fit_readout(layer.replacement, sums.pop(layer.name), root, damping)
 
 
-def refine_layers(
-    model: nn.Module,
-    layers: list[CalibratedLayer],
-    images: list[Tensor],
-    weights: Mapping[str, list[Tensor]],
-    metrics: Mapping[str, KeptMoments],
-    options: Calibration,
-) -> None:
-    """Refines converted layers one by one."""
-    with progress_bar(total=len(layers) * options.refine_steps, unit="steps") as bar:
-        for layer in layers:
-            bar.set_description(f"refining {layer.name}")
-            with timed(layer):
-                refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options, bar.update)
-
-
 @torch.no_grad()
 def refine_layer(
     model: nn.Module,
@@ -192,7 +200,14 @@ def refine_layer(
     options: Calibration,
     after_step: Callable[[], object],
 ) -> None:
-    """Refines one converted layer on its calls; these are kept in memory while it lasts."""
+    """Refines one converted layer on its calls, which are kept in memory meanwhile.
+
+    Args:
+        model, images, options: as of ``sum_moments``, images (B, channels, height, width).
+        layer: converted; its replacement is changed in place.
+        weights, metrics: token weights (B, N) of the layer's calls in order, and its moments.
+        after_step: called after each step.
+    """
     calls: list[LayerCall] = []
     remaining = iter(weights)
 
@@ -209,7 +224,7 @@ def refine_layer(
 
 @torch.no_grad()
 def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor]) -> None:
-    """Fills in each layer's output error, on the tokens of the dense model."""
+    """Sets each layer's relative output error, on the tokens of the dense model; arguments as of ``sum_moments``."""
     errors = {layer.name: ErrorSums() for layer in layers}
 
     def see(layer: CalibratedLayer, call: Call, y: Tensor) -> None:
@@ -219,28 +234,3 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
         show_calls(model, layers, images, see, "output errors")
     for layer in layers:
         layer.output_error = errors[layer.name].relative()
-
-
-@dataclass
-class ErrorSums:
-    """Running sums for ||y^ - y|| / ||y - mean y||."""
-
-    squares: float = 0.0
-    total: float = 0.0
-    count: int = 0
-    mean_sum: Tensor | None = None
-
-    def add(self, output: Tensor, y: Tensor) -> None:
-        """Adds outputs and targets, both (..., O)."""
-        y = y.double().flatten(0, -2)
-        self.squares += (output.double().flatten(0, -2) - y).square().sum().item()
-        self.total += y.square().sum().item()
-        self.count += len(y)
-        self.mean_sum = y.sum(0) if self.mean_sum is None else self.mean_sum + y.sum(0)
-
-    def relative(self) -> float:
-        """Returns the error; of a constant y against its norm."""
-        if self.mean_sum is None:
-            return 0.0
-        variance = self.total - self.mean_sum.square().sum().item() / self.count
-        return (self.squares / max(variance, 1e-12 * self.total, 1e-300)) ** 0.5

@@ -54,7 +54,7 @@ def resolve_ranks(
         config: of the patch.
         configs, read: config and host of each layer to patch, by full module name.
         tokens: see ``choose_layer_ranks``.
-        images: calibration images, if there are any.
+        images: (B, channels, height, width) calibration images, if there are any.
 
     Raises:
         PatchError: no weights to look at, or see ``choose_layer_ranks``.
@@ -84,13 +84,15 @@ def choose_layer_ranks(
     tokens: Mapping[str, tuple[int, int]],
     calibration: tuple[Calibration, list[Tensor]] | None,
 ) -> list[Rule]:
-    """Rules that give each layer its ranks; layers with the same rank rule share its budget.
+    """Returns rules that give each layer its ranks; layers with the same rank rule share its budget.
 
     Args:
         model: dense.
         layers: distinct modules of the model, on a real device.
         tokens: sequences per image and tokens of each, by name of the layer.
-        calibration: options and images to look at; None: the weights alone decide, each tensor by its relative error.
+        calibration: options and images (B, channels, height, width) to look at; None: the weights alone decide, each tensor by
+            its
+            relative error.
 
     Raises:
         PatchError: the budget is too small, the operations can't be counted, or the images are unusable.

@@ -1,4 +1,4 @@
-"""The read-out of a converted layer, by regression: how strong a ridge it needs is for held-out sequences to say.
+"""Fits the read-out of a converted layer by ridge regression, whose strength is chosen on held-out sequences.
 
 Features of many heads are nearly collinear, and images share much of what they show: fitted to the last digit, a read-out knows
 the calibration images by heart.
@@ -37,12 +37,24 @@ class HeldOut:
 
     @classmethod
     def like(cls, mixed: Tensor, y: Tensor, centre: bool) -> HeldOut:
-        """Returns empty sums for features (B, N, F) and targets (B, N, O)."""
+        """Returns sums of no sequences yet.
+
+        Args:
+            mixed: (B, N, F) features, of the width and dtype of those to come.
+            y: (B, N, O) targets.
+            centre: subtract the means of these tokens, for a read-out with a bias.
+        """
         kept = LinearMoments.like(tokens(mixed), tokens(y), centre)
         return cls(kept, LinearMoments.zeros(kept.f_shift, kept.y_shift))
 
     def add(self, mixed: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Adds features (B, N, F) and targets (B, N, O) with weights (B, N)."""
+        """Adds sequences to the sums, some of them to the held-out ones.
+
+        Args:
+            mixed: (B, N, F) features.
+            y: (B, N, O) targets.
+            weights: (B, N) weights of the tokens.
+        """
         number = torch.arange(len(mixed), device=mixed.device) + self.sequences
         held = number % HELD_OUT == HELD_OUT - 1
         for sums, part in ((self.kept, ~held), (self.held, held)):

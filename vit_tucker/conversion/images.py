@@ -15,6 +15,11 @@ from vit_tucker.show.progress_bars import progress_bar
 def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
     """Collects the first ``limit`` images, in batches, on the model's device and in its dtype.
 
+    Args:
+        model: whose images they are.
+        batches: a tensor (B, channels, height, width), or batches of images, tensors or tuples that start with one.
+        limit: how many at most.
+
     Raises:
         PatchError: nothing there, no image tensors, values that are not finite, or images that the model does not take.
     """
@@ -52,7 +57,16 @@ def tensor_of(batch: Any, number: int) -> Tensor:
 
 @torch.no_grad()
 def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
-    """Tries one of the images; raises PatchError for a size or number of channels that the model does not take."""
+    """Tries one of the images on the model.
+
+    Args:
+        model: whose images they are to be.
+        images: a batch (B, channels, height, width).
+        number: of the batch, for the message.
+
+    Raises:
+        PatchError: the model does not take their size or their number of channels.
+    """
     if len(images) == 0:
         return
     try:

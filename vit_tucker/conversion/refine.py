@@ -37,11 +37,19 @@ class Whitened(nn.Module):
         self.output = output
 
     def forward(self, v: Tensor) -> Tensor:
-        """Maps V to a weight."""
+        """Maps V to a weight.
+
+        Args:
+            v: (rows, columns) of the weight's shape.
+        """
         return self.inverse @ v if self.output else v @ self.inverse
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Maps a weight to V."""
+        """Maps a weight to V.
+
+        Args:
+            weight: (rows, columns).
+        """
         return self.root @ weight if self.output else weight @ self.root
 
 

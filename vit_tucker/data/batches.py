@@ -1,4 +1,4 @@
-"""From images to batches: reading, bad images, seeded transforms, collating."""
+"""Turns images into batches: reading, bad images, seeded transforms, collating."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,7 +43,12 @@ class BadImageError(DataError):
 
 
 def read_image(dataset: Any, index: int, split: str) -> tuple[Image.Image, int]:
-    """Reads image ``index`` of a map-style data set.
+    """Reads one image and its label from a map-style data set.
+
+    Args:
+        dataset: ``dataset[index]`` is (PIL image, label).
+        index: of the image, from 0.
+        split: name of the split, for messages.
 
     Raises:
         BadImageError: it can't be read, for whatever reason its reader gives.
@@ -101,7 +106,13 @@ class SeededDataset(Dataset):
 
 
 def augmentation_seed(seed: int, epoch: int, index: int, repeat: int) -> int:
-    """Returns the seed of one augmentation; the first one of an image is that of a run without repeated augmentation."""
+    """Returns the seed of one augmentation; the first one of an image is that of a run without repeated augmentation.
+
+    Args:
+        seed: of the run.
+        epoch, index: number of the epoch and of the image, from 0.
+        repeat: number of the augmentation of this image in the epoch, from 0.
+    """
     return derive_seed(seed, epoch, 1, index, *([repeat] if repeat else []))
 
 
@@ -143,6 +154,11 @@ class Normalise:
 
 def checked_batches(loader: Iterable[Any], faults: FaultLog, normalise: Normalise) -> Iterator[Batch]:
     """Yields the loader's batches, normalised, and logs their bad images; a worker's DataError is raised as its one line.
+
+    Args:
+        loader: yields images (B, channels, height, width), labels (B,) and lines about bad images.
+        faults: where bad images are counted.
+        normalise: moves images to the model's device.
 
     Raises:
         DataError: too many bad images; or what a worker raised.

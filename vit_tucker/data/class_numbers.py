@@ -62,11 +62,17 @@ class Targets:
 
     @property
     def where(self) -> str:
-        """Name of the split in messages."""
+        """Returns the name of the split in messages."""
         return f"{self.source}, split '{self.split}'"
 
     def refuse(self, number: int, count: int | None, where: str) -> NoReturn:
-        """Raises DataError for a label that is no number of a class, see ``refuse_label``."""
+        """Raises DataError for a label that is no number of a class, see ``refuse_label``.
+
+        Args:
+            number: the label.
+            count: number of classes, None if unknown.
+            where: the image, for the message.
+        """
         refuse_label(number, count, self.split, f"{where} ({self.source})")
 
     @property

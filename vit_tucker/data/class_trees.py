@@ -34,7 +34,13 @@ class Scan:
 
 
 def unlabelled_message(split: str, folder: Path, images: Sequence[str]) -> str:
-    """Returns the message for images whose classes nothing tells."""
+    """Returns the message for images without classes.
+
+    Args:
+        split: name of the split.
+        folder: of the split.
+        images: paths below the folder.
+    """
     return (
         f"split '{split}': all {len(images):,} images lie directly in {folder}, e.g. {images[0]}, so that nothing tells their "
         f"classes; expected {folder}/<class>/<image>, or a list of labels: a CSV file named by data.labels, Tiny-ImageNet's "
@@ -87,7 +93,14 @@ def by_folders(folder: Path, split: str, found: Found, notes: Sequence[str], lev
 def ambiguous_message(
     split: str, folder: Path, images: Sequence[str], first: Sequence[str], leaf: Sequence[str]
 ) -> str:
-    """Returns the message for folders in folders that can be read in two ways."""
+    """Returns the message for folders in folders that can be read in two ways.
+
+    Args:
+        split: name of the split.
+        folder: of the split.
+        images: paths below the folder.
+        first, leaf: class of each image by its first and by its last folder.
+    """
     depths = Counter(name.count("/") for name in images)
     shortest, longest = min(images, key=lambda name: name.count("/")), max(images, key=lambda name: name.count("/"))
     if len(depths) > 1:

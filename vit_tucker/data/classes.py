@@ -90,7 +90,13 @@ def checked_map(pairs: Sequence[tuple[str, object]], where: str) -> dict[str, in
 
 
 def find_class_file(given: str, folders: Sequence[Path], key: str) -> Path:
-    """Finds a file of the config, absolute or relative to the current or one of the folders; raises DataError without one."""
+    """Finds a file of the config, absolute or relative to the current or one of the folders; raises DataError without one.
+
+    Args:
+        given: path as the config has it.
+        folders: where a relative path is looked for, after the current folder.
+        key: of the config, for the message.
+    """
     path = Path(given).expanduser()
     for place in (Path(), *folders):
         if (place / path).is_file():
@@ -123,7 +129,14 @@ def unpadded(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_unknown(names: Sequence[str], known: Mapping[str, int], split: str, source: str) -> None:
-    """Raises DataError if a split has classes that the class map lacks; ``source`` names where the map comes from."""
+    """Raises DataError if a split has classes that the class map lacks.
+
+    Args:
+        names: classes of the split.
+        known: the class map.
+        split: name of the split.
+        source: where the map comes from, for the message.
+    """
     unknown = [name for name in names if name not in known]
     if not unknown:
         return
@@ -136,7 +149,13 @@ def refuse_unknown(names: Sequence[str], known: Mapping[str, int], split: str, s
 
 
 def refuse_changed(own: Sequence[str], stored: Sequence[str], split: str) -> None:
-    """Raises DataError if the training split's ``own`` classes are not those that the run began with, ``stored``."""
+    """Raises DataError if the training split's classes are not those that the run began with.
+
+    Args:
+        own: classes of the training split now.
+        stored: classes that the run began with.
+        split: name of the split.
+    """
     if tuple(own) == tuple(stored):
         return
     new, gone = [name for name in own if name not in stored], [name for name in stored if name not in own]
@@ -151,7 +170,13 @@ def refuse_changed(own: Sequence[str], stored: Sequence[str], split: str) -> Non
 
 
 def missing_note(present: Sequence[str], names: Sequence[str], split: str) -> list[str]:
-    """Returns a line about ``names`` of the class map that are not ``present`` in a split; none if all are."""
+    """Returns a line about classes of which a split has no images; none if it has all.
+
+    Args:
+        present: classes of the split.
+        names: of the class map.
+        split: name of the split.
+    """
     there = set(present)
     missing = [name for name in unpadded(names) if name not in there]
     if not missing:

@@ -83,7 +83,13 @@ def open_columns(source: SplitSource) -> ColumnDataset:
 
 
 def mapped(targets: Targets, raw: Sequence[Raw], source: SplitSource) -> tuple[list[int], list[str]]:
-    """Returns the images with a class of ``data.class_map`` and a note about the others; raises DataError if none has one."""
+    """Returns the images with a class of ``data.class_map`` and a note about the others; raises DataError if none has one.
+
+    Args:
+        targets: of the split's labels.
+        raw: label of each image, as stored.
+        source: what is read, with a class map.
+    """
     assert source.class_map is not None
     known = {label: targets.mapped_key(label) is not None for label in set(raw)}
     left_out = in_order(targets.name_of(label) for label, kept in known.items() if not kept)
@@ -155,7 +161,13 @@ def split_targets(builder: Any, source: SplitSource, feature: Any, raw: Sequence
 
 
 def own_names(builder: Any, source: SplitSource, feature: Any) -> tuple[str, ...] | None:
-    """Returns the class names of a split's ClassLabel, as its own files have them; None for a column of another type."""
+    """Returns the class names of a split's ClassLabel, as its own files have them; None for a column of another type.
+
+    Args:
+        builder: of `datasets`.
+        source: what is read.
+        feature: type of the label column.
+    """
     stored = columns.stored_names(builder, source, columns.columns_of(source)[1])
     names = getattr(feature, "names", None)
     return stored or (tuple(names) if names is not None else None)

@@ -36,6 +36,7 @@ class ColumnStream(Stream):
         self.key, self.label_key = columns.columns_of(source)
 
     def rows(self, share: Share, generator: random.Random, record: Record) -> Iterator[Any]:
+        """Yields the undecoded samples of a share, by the shards and the shuffle buffer of `datasets`."""
         from datasets.distributed import split_dataset_by_node
 
         if self.source.options.get("download"):  # cut to as many shards as there are readers
@@ -51,6 +52,7 @@ class ColumnStream(Stream):
         return enumerate(stream)  # `datasets` gives each loader worker shards of its own
 
     def ordered(self, record: Record) -> Iterator[Any]:
+        """Yields all undecoded samples in the order of the files."""
         downloaded = self.source.options.get("download")
         opened = self.builder.as_dataset if downloaded else self.builder.as_streaming_dataset
         batches = self._undecoded(opened(split=self.split)).iter(batch_size=1)  # whose reading knows no loader workers
@@ -60,15 +62,18 @@ class ColumnStream(Stream):
         return undecoded(with_features(stream).select_columns([self.key, self.label_key]), self.key)
 
     def label(self, row: Any) -> int:
+        """Returns the class number of a sample, raising DataError for an unlabelled one."""
         raw = row[1][self.label_key]
         if raw is None:
             raise DataError(f"{self.targets.where}: {self.name(row)} has no label; unlabelled images can't be used")
         return self.targets.number(plain(raw), self.name(row))
 
     def image(self, row: Any) -> Image.Image:
+        """Returns the decoded image of a sample."""
         return read_stored(row[1][self.key], self.source)
 
     def name(self, row: Any) -> str:
+        """Returns the file name of a sample, or its number in the stream."""
         return stored_name(row[1][self.key]) or f"image {row[0]} of the stream"
 
 
@@ -92,7 +97,7 @@ def open_column_stream(source: SplitSource) -> ColumnStream:
 
 
 def with_features(stream: Any) -> Any:
-    """Returns a stream that knows the types of its columns; from its first samples where the set does not say them."""
+    """Returns a stream with the types of its columns, inferred from its first samples if the set does not state them."""
     return stream if stream.features is not None else stream._resolve_features()
 
 

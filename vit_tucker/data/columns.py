@@ -25,7 +25,7 @@ SPLIT_WORDS = {
 
 
 def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
-    """Calls ``load_dataset`` or ``load_dataset_builder``, whose builder knows the splits and files; executes nothing of a set.
+    """Calls ``load_dataset`` or ``load_dataset_builder``, which finds the splits and files; executes nothing of a set.
 
     Args:
         function: its name.
@@ -49,7 +49,7 @@ def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
 
 
 def split_names(builder: Any) -> list[str]:
-    """Returns the splits of a data set; empty if only reading it tells."""
+    """Returns the splits of a data set; empty if they are not known before it is read."""
     if builder.info.splits:
         return [str(name) for name in builder.info.splits]
     files = getattr(builder.config, "data_files", None)
@@ -103,6 +103,11 @@ def stored_names(builder: Any, source: SplitSource, key: str) -> tuple[str, ...]
     """Returns the class names that the files of a split have themselves; None if they have none.
 
     `datasets` gives all splits the names of the first one's first file, whatever the files of the others say.
+
+    Args:
+        builder: of `datasets`.
+        source: what is read.
+        key: the label column.
 
     Raises:
         DataError: files of one split that differ.

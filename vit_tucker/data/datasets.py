@@ -131,9 +131,15 @@ def _read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> ArrayDataset:
-    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout below ``root``.
+    """Reads Fashion-MNIST (70,000 images of 28x28) in torchvision's layout; raises DataError if it is missing or damaged.
 
-    The Debian package's folder is read only if ``root`` is the default: a folder that the user names is not left for another.
+    The Debian package's folder is read only if ``root`` is the default, never in place of a folder that the user names.
+
+    Args:
+        train: the 60,000 training images, else the 10,000 test images.
+        mode: PIL's mode of the images, "L" or "RGB".
+        root: folder that it lies in.
+        download: get it first.
     """
     if download:
         try:
@@ -161,7 +167,12 @@ def load_fashion_mnist(train: bool, mode: str, root: Path, download: bool) -> Ar
 
 
 def load_cifar(name: str, train: bool, mode: str, root: Path, download: bool) -> ConvertedDataset:
-    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32) in torchvision's layout below ``root``."""
+    """Reads CIFAR-10 or CIFAR-100 (60,000 images of 32x32); raises DataError if it is missing or damaged.
+
+    Args:
+        name: "cifar10" or "cifar100".
+        train, mode, root, download: as of ``load_fashion_mnist``; 50,000 training and 10,000 test images.
+    """
     cls = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]
     try:
         return ConvertedDataset(cls(str(root), train=train, download=download), mode)

@@ -36,7 +36,7 @@ class FaultLog:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """Lines of the bad images, in the order in which they were met."""
+        """Returns the lines about bad images, in the order in which they were met."""
         return tuple(self._lines)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ SYSTEM_FOLDERS = frozenset({"__macosx", "$recycle.bin", "system volume informati
 
 
 class Found(NamedTuple):
-    """What is below a folder.
+    """The images and other files below a folder.
 
     Attributes:
         images: paths relative to the folder, with slashes, in natural order.
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     folders: tuple[str, ...]
 
     def notes(self, split: str) -> list[str]:
-        """Returns what the log has to say about the files of a split that are not read."""
+        """Returns lines for the log about the files of a split that are not read."""
         notes = []
         if count := sum(self.left_out.values()):
             kinds = sorted(self.left_out.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -96,7 +96,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def identity(folder: Path) -> tuple[int, int]:
-    """Returns what tells whether two paths are the same folder."""
+    """Returns a value that is equal for two paths of the same folder."""
     facts = folder.stat()
     return facts.st_dev, facts.st_ino
 

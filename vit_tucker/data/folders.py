@@ -124,7 +124,15 @@ def own_names(scan: Scan, split: str) -> tuple[str, ...]:
 def chosen_map(
     data: DataConfig, split: str, scan: Scan, classes: Sequence[str] | None, notes: list[str]
 ) -> tuple[Mapping[str, int], str]:
-    """Returns the class map of a split without ``data.class_map``, and where it comes from; adds to the notes."""
+    """Returns the class map of a split without ``data.class_map``, and where it comes from; adds to the notes.
+
+    Args:
+        data: config section.
+        split: name of the split.
+        scan: its images.
+        classes: names that the caller gives, in the order of their numbers; None for those of the training split.
+        notes: lines for the log, appended to.
+    """
     if classes:
         return numbers_of(classes), "the class map"
     if is_training_split(data, split, scan):
@@ -141,7 +149,13 @@ def chosen_map(
 
 
 def is_training_split(data: DataConfig, split: str, scan: Scan) -> bool:
-    """Returns whether a split is the one that is trained on, perhaps by another name."""
+    """Returns whether a split is the one that is trained on, perhaps by another name.
+
+    Args:
+        data: config section.
+        split: name of the split.
+        scan: its images.
+    """
     folder = split_folder(data, data.train_split)[0]
     same = folder is not None and folder.resolve() == scan.folder.resolve()
     return split == data.train_split or (same and label_list(data, split) == label_list(data, data.train_split))
@@ -153,7 +167,14 @@ def has_training_split(data: DataConfig) -> bool:
 
 
 def mapped(scan: Scan, numbers: Mapping[str, int], split: str, notes: list[str]) -> Scan:
-    """Returns the images with a class of ``data.class_map`` and adds a note about the others; raises DataError if none has."""
+    """Returns the images with a class of ``data.class_map`` and adds a note about the others; raises DataError if none has.
+
+    Args:
+        scan: images of the split.
+        numbers: ``data.class_map``.
+        split: name of the split.
+        notes: lines for the log, appended to.
+    """
     keep = [name in numbers or scan.numeric for name in scan.names]
     left_out = in_order(name for name, kept in zip(scan.names, keep, strict=True) if not kept)
     if not left_out:
@@ -175,7 +196,14 @@ def mapped(scan: Scan, numbers: Mapping[str, int], split: str, notes: list[str])
 
 
 def numbers_for(scan: Scan, numbers: Mapping[str, int], count: int, split: str) -> np.ndarray:
-    """Returns the number of each image's class, (n,) int64; raises DataError for a number in a CSV file that is none."""
+    """Returns the number of each image's class, (n,) int64; raises DataError for a number in a CSV file that is none.
+
+    Args:
+        scan: images of the split.
+        numbers: number of each class name.
+        count: number of classes.
+        split: name of the split.
+    """
     labels = np.empty(len(scan.names), dtype=np.int64)
     for index, name in enumerate(scan.names):
         label = numbers.get(name)

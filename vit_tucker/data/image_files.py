@@ -20,7 +20,7 @@ SIXTEEN_BIT = ("PNG", "PPM")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How stored images are read, the same in training and wherever the model is used.
+    """Options for reading stored images, the same in training and wherever the model is used.
 
     Attributes:
         exif_orientation: turn images as their EXIF data says.
@@ -73,7 +73,11 @@ def to_mode(image: Image.Image, mode: str, options: ImageOptions = AS_STORED) ->
 
 
 def scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
-    """Returns a grey image of more than 8 bits as one of 8, see ``to_mode``."""
+    """Returns a grey image of more than 8 bits as one of 8, see ``to_mode``.
+
+    Raises:
+        DataError: the range of its values is not known.
+    """
     if value_range is None:
         if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in SIXTEEN_BIT):
             kind = "floating-point" if image.mode == "F" else "32-bit integer"

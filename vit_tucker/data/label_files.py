@@ -40,7 +40,11 @@ def find_label_file(folder: Path, root: Path) -> Path | None:
 
 
 def tiny_labels(file: Path) -> dict[str, str]:
-    """Reads Tiny-ImageNet's val_annotations.txt: file name, class and a box in each line; returns each file's class."""
+    """Reads Tiny-ImageNet's val_annotations.txt: file name, class and a box in each line; returns each file's class.
+
+    Raises:
+        DataError: a line is something else.
+    """
     labels = {}
     for number, line in enumerate(lines_of(file), 1):
         parts = line.split("\t") if "\t" in line else line.split()
@@ -90,7 +94,11 @@ def truth_labels(file: Path, images: Sequence[str]) -> dict[str, str]:
 
 
 def synsets(meta: Path) -> dict[int, str]:
-    """Reads meta.mat of ImageNet's development kit; returns the WordNet ID of each ILSVRC2012_ID."""
+    """Reads meta.mat of ImageNet's development kit; returns the WordNet ID of each ILSVRC2012_ID.
+
+    Raises:
+        DataError: it is another file.
+    """
     from scipy.io import loadmat  # type: ignore[import-untyped]  # comes with scikit-learn
 
     try:
@@ -128,7 +136,11 @@ def csv_labels(file: Path, columns: tuple[str, str]) -> dict[str, str]:
 
 
 def csv_rows(file: Path, columns: tuple[str, str]) -> Iterable[tuple[str, str]]:
-    """Yields two columns of a CSV file with a header, row by row."""
+    """Yields two columns of a CSV file with a header, row by row.
+
+    Raises:
+        DataError: no header, no such column, or a row of another length.
+    """
     lines = lines_of(file)
     if not lines:
         raise DataError(f"{file}: is empty; expected a header with the columns {columns[0]}, {columns[1]}")

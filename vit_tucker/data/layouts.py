@@ -1,4 +1,4 @@
-"""The splits of an image folder set: where they lie, and what tells the class of each image."""
+"""Finds the splits of an image folder set, and the source of the class of each image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +94,13 @@ def scan_split(data: DataConfig, split: str) -> Scan:
 
 
 def found_images(folder: Path, split: str, ignored: Sequence[Path] = ()) -> Found:
-    """Returns the images below the folder of a split; raises DataError if there are none."""
+    """Returns the images below the folder of a split; raises DataError if there are none.
+
+    Args:
+        folder: of the split.
+        split: its name.
+        ignored: folders below it that are left out.
+    """
     found = walk(folder, image_endings(), ignored)
     if not found.images:
         left_out = "; ".join(found.notes(split))

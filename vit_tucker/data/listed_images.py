@@ -22,7 +22,7 @@ def labelled(
     root: Path,
     own: bool = False,
 ) -> Scan:
-    """Gives images the classes that a file lists.
+    """Assigns images the classes that a file lists.
 
     Args:
         folder, split, found, notes: see ``by_folders``.
@@ -62,8 +62,17 @@ def labelled(
 
 
 def image_index(folder: Path, images: Sequence[str], file: Path, root: Path) -> dict[str, str]:
-    """Returns images by all that a list may call them: paths from the split's, the file's or the root folder, names, both also
-    without ending; what two images would share is left out.
+    """Returns images by all names that a list may use for them.
+
+    These are paths from the split's, the file's or the root folder, and names, both also without ending. A name that two images
+    would
+    share is left out.
+
+    Args:
+        folder: of the split.
+        images: paths below it.
+        file: the list.
+        root: of the data set.
     """
     index: dict[str, str] = {}
     bases = []

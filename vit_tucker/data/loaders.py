@@ -171,17 +171,20 @@ class LoaderSources:
 
     @property
     def micro_batch(self) -> int:
-        """Number of images of one process and accumulation step."""
+        """Returns the number of images of one process and accumulation step."""
         return self.train.global_batch_size // (self.world_size * self.train.grad_accum_steps)
 
     def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
-        """Returns the reader of a streamed set; it splits by loader workers and must know their number."""
+        """Returns the reader of ``split`` of a streamed ``dataset``; other arguments as of ``build_loaders``.
+
+        It splits by loader workers and must know their number.
+        """
         if hasattr(dataset, "set_loader_cfg"):  # where old timm takes 0 to mean no shard at all
             dataset.set_loader_cfg(num_workers=max(1, self.data.num_workers))
         return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
-        """Returns a DataLoader with the options that all loaders share; ``in_process`` goes without workers."""
+        """Returns a DataLoader of ``dataset`` with the shared options and ``options``; ``in_process`` uses no workers."""
         workers = 0 if in_process else self.data.num_workers
         return WorkerLoader(
             dataset,
@@ -193,7 +196,7 @@ class LoaderSources:
         )
 
     def load_samples(self, samples: SeededDataset, sampler: Sampler, preparation: Preparation) -> DataLoader:
-        """Returns the DataLoader of a map-style data set; one that is transformed once is read in this process."""
+        """Returns the DataLoader of ``samples`` in the order of ``sampler``; a ``preparation`` "kept" is read in this process."""
         if preparation.kind == "kept":
             return self.load(KeptSamples(samples), in_process=True, batch_sampler=sampler)
         return self.load(samples, batch_sampler=sampler)

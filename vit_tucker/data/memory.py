@@ -25,7 +25,7 @@ def is_array(dataset: Any) -> bool:
 
 
 class HeldImages(Dataset):
-    """Decodes all images of a split once and holds them; a bad one raises its error whenever it is asked for.
+    """Decodes all images of a split once and keeps them in memory; a bad one raises its error whenever it is read.
 
     Args:
         dataset: map-style, yields (PIL image, int).

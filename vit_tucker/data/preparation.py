@@ -1,4 +1,4 @@
-"""How the images of a split are read: from memory or from files, transformed anew or once."""
+"""Chooses how the images of a split are read: from memory or from files, transformed anew or once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ LIMIT_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Preparation:
-    """How the images of a split are read.
+    """The way in which the images of a split are read.
 
     Attributes:
         kind: "image" one by one, "array" from the set's own array, "held" decoded once, "kept" transformed once.

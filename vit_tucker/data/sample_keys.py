@@ -1,4 +1,4 @@
-"""Which file of a webdataset's sample is the image, and where its label is."""
+"""Finds the image and the label in the files of a webdataset's sample."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which image goes to which process at which step.
+"""Assigns images to processes and steps.
 
 An epoch is one permutation of the data set, cut into global batches (with repeated augmentation: of fewer images, each several
 times); a global batch is cut into one shard for each process and accumulation step. The union over processes is the same for
@@ -82,7 +82,7 @@ class TrainSampler(Sampler[list[Key]]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Number of optimizer steps per epoch."""
+        """Returns the number of optimizer steps per epoch."""
         return self.num_samples // self.global_batch_size
 
     def set_position(self, epoch: int, start_step: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Some images of a data set as the evaluation sees them, for calibration, comparison and explanation; or files and folders."""
+"""Reads some images as the evaluation sees them, from a data set or from files, for calibration, comparison and explanation."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -125,7 +125,13 @@ def file_images(
 
 
 def in_batches(samples: Iterable[tuple[Any, int | None]], resolved: dict[str, Any], size: int) -> Iterator[Labelled]:
-    """Yields PIL images with labels (or None), transformed and stacked."""
+    """Yields images with labels (or None), transformed and stacked to (B, channels, height, width).
+
+    Args:
+        samples: PIL images with labels, or None in place of all labels.
+        resolved: timm's data config, see ``resolve_data``.
+        size: images of a batch, B.
+    """
     transform, rest = eval_transform(resolved), iter(samples)
     while batch := list(itertools.islice(rest, size)):
         labels = [label for _, label in batch]

@@ -33,7 +33,7 @@ def seed_transforms(seed: int) -> None:
 
 @contextlib.contextmanager
 def restored_generators() -> Iterator[None]:
-    """Gives Python's, NumPy's and torch's CPU generators their states back at the end; costs more than seeding them."""
+    """Restores the states of Python's, NumPy's and torch's CPU generators at the end; costs more than seeding them."""
     own, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield

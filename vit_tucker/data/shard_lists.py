@@ -1,4 +1,4 @@
-"""Which shards a split of a webdataset has: by the _info.json beside them, or by a pattern of their names."""
+"""Lists the shards that a split of a webdataset has, by the _info.json beside them or by a pattern of their names."""
 
 import json
 import os
@@ -69,7 +69,16 @@ def list_shards(source: SplitSource) -> ShardList:
 
 
 def shards_by_pattern(source: SplitSource, splits: Mapping[str, Any], names: tuple[str, ...] | None) -> ShardList:
-    """Returns the shards that a pattern names; their number of samples follows it, or is that of the _info.json."""
+    """Returns the shards that a pattern names; their number of samples follows it, or is that of the _info.json.
+
+    Args:
+        source: what is read; its split is the pattern, as in "train-{000..099}.tar|12345".
+        splits: those of the _info.json, by name.
+        names: of the classes, None if unknown.
+
+    Raises:
+        DataError: it is no pattern, or has no number behind "|".
+    """
     from webdataset.shardlists import expand_urls
 
     pattern, _, count = source.split.partition("|")

@@ -36,6 +36,7 @@ class ShardStream(Stream):
         self.source, self.shards, self.targets = source, shards, targets
 
     def rows(self, share: Share, generator: random.Random, record: Record) -> Iterator[Any]:
+        """Yields the undecoded samples of a share, shuffled by webdataset."""
         import webdataset as wds
 
         files, stages = self.shards.files, []
@@ -49,6 +50,7 @@ class ShardStream(Stream):
         return self._samples(files[share.number :: share.count], record, stages)
 
     def ordered(self, record: Record) -> Iterator[Any]:
+        """Yields all undecoded samples in the order of the files."""
         return self._samples(self.shards.files, record)
 
     def _samples(self, files: Sequence[str], record: Record, stages: Sequence[Any] = ()) -> Iterator[Any]:
@@ -57,13 +59,16 @@ class ShardStream(Stream):
         faults.finish()
 
     def label(self, row: Any) -> int:
+        """Returns the class number of a sample."""
         return self.targets.number(label_of(row, self.source, self.shards.label_field), self.name(row))
 
     def image(self, row: Any) -> Image.Image:
+        """Returns the decoded image of a sample."""
         with Image.open(io.BytesIO(row[image_key(row, self.source)])) as image:
             return to_mode(image, self.source.mode, self.source.images)
 
     def name(self, row: Any) -> str:
+        """Returns the key of a sample and its shard."""
         return f"{row.get('__key__')} in {row.get('__url__')}"
 
 
@@ -80,6 +85,7 @@ class ShardFaults:
         self.unnamed: str | None = None
 
     def __call__(self, error: Exception) -> bool:
+        """Records the error, and returns True, so that webdataset goes on; raises a DataError again."""
         if isinstance(error, DataError):
             raise error
         texts = [part for part in error.args if isinstance(part, str)]
@@ -98,7 +104,13 @@ class ShardFaults:
 
 
 def read_shards(files: Sequence[str], handler: Any, stages: Sequence[Any] = ()) -> Any:
-    """Returns an iterable of the undecoded samples of some shards, by webdataset's ``handler`` of errors and further stages."""
+    """Returns an iterable of the undecoded samples of some shards.
+
+    Args:
+        files: the shards.
+        handler: of webdataset's errors.
+        stages: further stages of webdataset's pipeline.
+    """
     import webdataset as wds
 
     if not files:

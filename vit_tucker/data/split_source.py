@@ -44,7 +44,7 @@ class SplitSource:
 
     @property
     def where(self) -> str:
-        """Name of the split in messages."""
+        """Returns the name of the split in messages."""
         return f"{self.name}, split '{self.split}'"
 
     def cant_open(self, error: BaseException) -> DataError:

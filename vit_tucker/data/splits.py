@@ -98,7 +98,13 @@ def refuse_too_many(names: Sequence[str] | None, num_classes: int) -> None:
 
 
 def classes_note(names: Sequence[str], num_classes: int | None, opened: Mapping[str, Any]) -> str:
-    """Returns a line about the number of classes: of the class map, of each split, of the model."""
+    """Returns a line about the number of classes: of the class map, of each split, of the model.
+
+    Args:
+        names: of the classes.
+        num_classes: outputs of the model, None if unknown.
+        opened: data sets by split.
+    """
     counts = []
     for split, dataset in opened.items():
         labels = labels_of(dataset)

@@ -40,12 +40,12 @@ class Share:
 
     @property
     def number(self) -> int:
-        """Number of this worker among those of all processes."""
+        """Returns the number of this worker among those of all processes, from 0."""
         return self.rank * self.workers + self.worker
 
     @property
     def count(self) -> int:
-        """Number of loader workers of all processes."""
+        """Returns the number of loader workers of all processes."""
         return self.world_size * self.workers
 
     def wanted(self, images: int, batch_size: int) -> int:
@@ -175,7 +175,13 @@ def _refuse(line: str) -> None:
 
 
 def shuffled(rows: Iterator[Any], size: int, generator: random.Random) -> Iterator[Any]:
-    """Yields rows through a buffer from which each next one is drawn."""
+    """Yields rows through a buffer from which each next one is drawn.
+
+    Args:
+        rows: of any kind.
+        size: of the buffer, in rows.
+        generator: that draws.
+    """
     held: list[Any] = []
     for row in rows:
         if len(held) < size:

@@ -39,6 +39,9 @@ def resolve_data(
 
     Returns:
         timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+
+    Raises:
+        ConfigError: mean or std for another number of channels.
     """
     own = {"mean": None, "std": None} if trained else {"mean": info.mean, "std": info.std}
     args: dict[str, Any] = {
@@ -64,7 +67,7 @@ def describe_data(config: DataConfig, info: DatasetInfo, resolved: Mapping[str, 
     """Returns one line for the log: how images are prepared, and whose mean and standard deviation they get.
 
     Args:
-        config, info: see ``resolve_data``, which has returned ``resolved``.
+        config, info, resolved: see ``resolve_data``; ``resolved`` is its result.
         weights: names the weights that the model starts from; None for timm's initialisation.
     """
     source = "the model's pretrained_cfg"
@@ -83,7 +86,12 @@ def describe_data(config: DataConfig, info: DatasetInfo, resolved: Mapping[str, 
 
 
 def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
-    """timm's training transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``.
+    """Returns timm's training transform: PIL image -> float32 (channels, height, width).
+
+    Args:
+        config: config section.
+        resolved: timm's data config, see ``resolve_data``.
+        normalize: False: the result is uint8.
 
     Raises:
         ConfigError: a policy that timm does not know, or options that it can't combine.
@@ -123,19 +131,27 @@ def train_transform(config: DataConfig, resolved: dict[str, Any], normalize: boo
 
 
 def augment_ops(transform: Any) -> Iterator[Any]:
-    """timm's AugmentOps of all policies in a composed transform."""
+    """Yields timm's AugmentOps of all policies in a composed transform."""
     for step in getattr(transform, "transforms", []):
         for part in [*getattr(step, "ops", []), *getattr(step, "policy", [])]:
             yield from part if isinstance(part, list | tuple) else [part]
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's operation; its policies also ask for 0 bits (in 'rand-m9-mstd0.5-inc1'), which newer Pillow refuses: 1 then."""
+    """Applies timm's operation with at least 1 bit.
+
+    timm's policies also ask for 0 bits (in 'rand-m9-mstd0.5-inc1'), which newer Pillow refuses.
+
+    Args:
+        image: of PIL.
+        bits_to_keep: 0 to 8 of each channel.
+        _: other options of timm's operation, not used.
+    """
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, max(1, bits_to_keep))
 
 
 def eval_transform(resolved: dict[str, Any], normalize: bool = True) -> Callable[[Any], Any]:
-    """timm's evaluation transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
+    """Returns timm's evaluation transform: PIL image -> float32 (channels, height, width); uint8 without ``normalize``."""
     return create_transform(
         resolved["input_size"],
         is_training=False,

@@ -54,7 +54,13 @@ def open_vision(source: SplitSource) -> Any:
 
 
 def check_vision_folder(name: str, split: str, root: Path) -> None:
-    """Raises DataError if there is no folder for a split; timm would read all of the root instead."""
+    """Raises DataError if there is no folder for a split; timm would read all of the root instead.
+
+    Args:
+        name: of the data set, for the message.
+        split: name of the split.
+        root: folder of the data set.
+    """
     names = next((group for group in (TRAIN_SPLITS, VALIDATION_SPLITS) if split in group), ())
     if not any((root / folder).is_dir() for folder in (split, *names)):
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -110,7 +116,7 @@ class ConvertedDataset(Dataset):
 
     @property
     def labels(self) -> Any:
-        """Labels of all images, as the set has them; None if only reading the images tells."""
+        """Returns the labels of all images, as the set has them; None if the images must be read for that."""
         if hasattr(self.dataset, "all_categories"):
             return [number for number, _ in self.dataset.index] if self.dataset.target_type == ["full"] else None
         names = ("targets", "labels", "_labels")

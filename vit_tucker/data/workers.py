@@ -13,7 +13,7 @@ PARENT_CHECK_SECONDS = 1.0
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader whose workers go by signals as ``init_worker`` says.
+    """A DataLoader whose workers handle signals as ``init_worker`` sets them.
 
     Args:
         dataset, options: torch's own, without ``worker_init_fn``.

@@ -1,4 +1,4 @@
-"""What attention looks at: maps of all heads, rollout, and how far a patched model's maps agree with its dense host's."""
+"""Shows what attention looks at: maps of all heads, rollout, and how far a patched model's maps agree with its dense host's."""
 
 from vit_tucker.explain.agreement import HeadAgreement, compare_attention, total_variation
 from vit_tucker.explain.capture import Recording, attention_maps, record_attention

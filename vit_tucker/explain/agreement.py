@@ -1,4 +1,4 @@
-"""How far the attention of two models agrees on the same image, layer by layer and head by head."""
+"""Measures how far the attention of two models agrees on the same image, layer by layer and head by head."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class HeadAgreement(NamedTuple):
 
 
 def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tensor:
-    """Returns the mean over queries of the total variation distance of two maps' rows. (S, H, n, n) twice -> (H,)
+    """Returns the mean over queries of the total variation distance of two maps' rows, (H,).
 
     Args:
         a, b: maps, (S, H, n, n).
@@ -44,7 +44,11 @@ def total_variation(a: Tensor, b: Tensor, queries: Tensor | None = None) -> Tens
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the cosine of two maps of each head as vectors. (S, H, n, n) twice -> (H,)"""
+    """Returns the cosine of two maps of each head as vectors, (H,).
+
+    Args:
+        a, b: maps, (S, H, n, n).
+    """
     one, other = (x.transpose(0, 1).flatten(1) for x in (a, b))
     return torch.nn.functional.cosine_similarity(one, other, dim=1)
 
@@ -80,5 +84,5 @@ def compare_attention(
 
 
 def shape(attn: Tensor) -> str:
-    """Returns '3 heads and 197 tokens'."""
+    """Returns the size of maps ``attn`` (S, H, n, n) in words, such as '3 heads and 197 tokens'."""
     return f"{attn.shape[1]} heads and {attn.shape[-1]} tokens"

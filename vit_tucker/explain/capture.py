@@ -136,23 +136,44 @@ class CaptureHooks:
             handle.remove()
 
     def around(self, name: str) -> list[nn.Module]:
-        """Returns the modules that hold a layer, the nearest first."""
+        """Returns the modules that contain a layer, the innermost first."""
         parts = name.split(".")
         return [self.modules[".".join(parts[:count])] for count in range(len(parts) - 1, -1, -1)]
 
     def add_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notes the shape of a module's input."""
+        """Records the shape of a module's input; a forward pre-hook.
+
+        Args:
+            module: that is called.
+            args, kwargs: of its call.
+        """
         x = args[0] if args else next(iter(kwargs.values()), None)
         self.shapes[module] = tuple(x.shape) if isinstance(x, Tensor) else ()
 
     def add_mixer(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Notes that something else mixed tokens."""
+        """Records that something else mixed tokens; a forward pre-hook.
+
+        Args:
+            name: full name of the module.
+            _: the module, not used.
+            args: of its call.
+        """
         self.recording.events.append(("mixer", name))
         if is_pool(self.modules[name]) and args:
             self.recording.pooled[name] = args[0].detach()
 
     def add_map(self, module: nn.Module, _: nn.Module, args: tuple[Any, ...], output: Tensor | None = None) -> None:
-        """Checks, locates, reduces and notes a layer's map: the input of its dropout, or the output of its softmax."""
+        """Checks, locates, reduces and records a layer's map: the input of its dropout, or the output of its softmax.
+
+        Args:
+            module: the attention layer.
+            _: the module that the hook is on, not used.
+            args: of its call; the first is the map (S, H, n, n) before dropout.
+            output: the map (S, H, n, n) of a softmax; None for a dropout.
+
+        Raises:
+            ExplainError: the layer ran twice, or its map is none.
+        """
         attn = args[0] if output is None else output
         names = self.names[module]
         name = next((n for n in names if n not in self.recording.maps), None)
@@ -166,7 +187,13 @@ class CaptureHooks:
         self.recording.maps[name] = attn if self.reduce is None else self.reduce(name, attn, grid)
 
     def call_site(self, name: str, module: nn.Module, attn: Tensor) -> CallSite:
-        """Returns what is known of the call."""
+        """Returns what is known of a layer's call.
+
+        Args:
+            name: full name of the layer.
+            module: the layer.
+            attn: its map, (S, H, n, n).
+        """
         declared = getattr(self.model, "num_prefix_tokens", None)
         prefixes = list(dict.fromkeys([0 if declared is None else declared, 0, 1, 2]))
         around = [(part, self.shapes.get(part, ())) for part in self.around(name)]

@@ -1,4 +1,4 @@
-"""What a model's attention does with one image: maps of each head and rollout, as pictures over the image."""
+"""Explains what a model's attention does with one image: maps of each head and rollout, as pictures over the image."""
 
 from typing import Any, NamedTuple
 
@@ -110,7 +110,13 @@ def explain_image(
 
 
 def head_pictures(attn: Tensor, grid: TokenGrid, chosen: ReadOut) -> Tensor:
-    """Returns what chosen tokens attend to, head by head, relative to uniform attention. (S, H, n, n) -> (H, height, width)"""
+    """Returns what chosen tokens attend to, (H, height, width), head by head, relative to uniform attention.
+
+    Args:
+        attn: maps of one image, (S, H, n, n).
+        grid: where its tokens lie.
+        chosen: the tokens.
+    """
     rows = grid.gather(chosen.rows(grid).to(attn))  # (S, n)
     received = torch.einsum("si,shij->hsj", rows, attn)
     return grid.patches(grid.scatter(received)) * grid.num_tokens
@@ -122,6 +128,11 @@ def check_output(model: nn.Module, images: Tensor, output: Any) -> None:
     Fused kernels sum the same products in another order: rounding, which a trained network may amplify a thousandfold. A map that
     lacks a mask, a bias or the scale shows in the first digits. Hence ten thousand units of rounding of the largest output, but
     no more than a tenth of it (in half precision).
+
+    Args:
+        model: the uninstrumented model.
+        images: (B, channels, height, width).
+        output: of the instrumented model, (B, classes).
     """
     if not isinstance(output, Tensor):
         what = f"{type(model).__name__} gives a {type(output).__name__}"

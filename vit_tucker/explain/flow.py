@@ -14,7 +14,7 @@ from vit_tucker.explain.token_mixing import is_pool
 
 
 class Flow(NamedTuple):
-    """How much of each patch reaches what the model reads out.
+    """The share of each patch that reaches what the model reads its answer from.
 
     Attributes:
         picture: (height, width), relative to an even share: its mean is 1.
@@ -35,7 +35,7 @@ def roll_out(
     discard_ratio: float = 0.0,
     weighted: bool = False,
 ) -> Flow:
-    """Does rollout of one recorded image, from the output back to the patches.
+    """Computes the rollout of one recorded image, from the output back to the patches.
 
     Args:
         model: that was recorded.

@@ -44,5 +44,9 @@ def class_relevance(model: nn.Module, image: Tensor, target: int | None = None) 
 
 
 def weigh(attn: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the mean over heads of what speaks for the class. (S, H, n, n) twice -> (S, n, n), float32"""
+    """Returns the mean over heads of what speaks for the class, (S, n, n), float32.
+
+    Args:
+        attn, gradient: (S, H, n, n) maps and their gradients.
+    """
     return (attn.float() * gradient.float()).clamp_min(0).mean(1)

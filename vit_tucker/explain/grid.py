@@ -1,4 +1,4 @@
-"""Where the tokens of an attention layer lie in the image: whole images, windows (shifted, padded), strided grids."""
+"""Maps the tokens of an attention layer to places in the image: whole images, windows (shifted, padded), strided grids."""
 
 from dataclasses import dataclass
 
@@ -40,11 +40,19 @@ class TokenGrid:
         return self.index.shape[0] == 1 and self.index.shape[1] == self.num_tokens
 
     def gather(self, values: Tensor) -> Tensor:
-        """Gathers values of an image's tokens, sequence by sequence; 0 for padding. (..., T) -> (..., S, n)"""
+        """Gathers values of an image's tokens, sequence by sequence, (..., S, n); 0 for padding.
+
+        Args:
+            values: (..., T).
+        """
         return F.pad(values, (0, 1))[..., self.index]  # PADDING, -1, reads the last entry: the added zero
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Undoes ``gather``: values of padding are dropped. (..., S, n) -> (..., T)"""
+        """Undoes ``gather``, (..., T): values of padding are dropped.
+
+        Args:
+            values: (..., S, n).
+        """
         flat = self.index.flatten()
         order = flat.new_zeros(self.num_tokens)
         real = flat != PADDING
@@ -52,7 +60,11 @@ class TokenGrid:
         return values.flatten(-2)[..., order]
 
     def patches(self, values: Tensor) -> Tensor:
-        """Returns the patches' values as pictures, without prefix tokens. (..., T) -> (..., height, width)"""
+        """Returns the patches' values as pictures, (..., height, width), without prefix tokens.
+
+        Args:
+            values: (..., T).
+        """
         return values[..., self.num_prefix :].unflatten(-1, (self.height, self.width))
 
 
@@ -62,7 +74,12 @@ def patch_numbers(height: int, width: int) -> Tensor:
 
 
 def whole_grid(height: int, width: int, num_prefix: int = 0) -> TokenGrid:
-    """Returns a grid of all tokens in one sequence."""
+    """Returns a grid of all tokens in one sequence.
+
+    Args:
+        height, width: in patches.
+        num_prefix: class and register tokens at the start.
+    """
     return TokenGrid(height, width, num_prefix, torch.arange(num_prefix + height * width)[None])
 
 

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 class CallSite(NamedTuple):
-    """What is known of one call of an attention layer.
+    """The facts of one call of an attention layer by which its tokens are located.
 
     Attributes:
         name: full name of the layer.

@@ -1,4 +1,4 @@
-"""Where the maps of an attention layer show, in which form they come, and that they are maps."""
+"""Finds the modules that an attention layer's maps pass through, the form of the maps, and checks that they are maps."""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -40,7 +40,7 @@ def map_module_of(module: nn.Module) -> nn.Module | None:
 
 @contextlib.contextmanager
 def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context in which attention layers use plain products instead of fused kernels; their switches are restored afterwards."""
+    """Makes attention layers use plain products instead of fused kernels; their switches are restored afterwards."""
     switches: dict[Any, bool] = {m: m.fused_attn for m in modules if hasattr(m, "fused_attn")}  # type: ignore[misc]
     try:
         for module in switches:
@@ -72,6 +72,10 @@ def check_rows(name: str, attn: Tensor) -> None:
     """Raises ExplainError unless every row of a map is a distribution, or zeros where a query may attend to nothing.
 
     A softmax row of N numbers is off by the rounding of its sum, at most N units, and of its own divisions.
+
+    Args:
+        name: of the layer, for the message.
+        attn: (S, H, n, n).
     """
     tolerance = torch.finfo(attn.dtype).eps * (attn.shape[-1] + 4)
     sums = attn.sum(-1, dtype=torch.float64)

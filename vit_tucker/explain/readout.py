@@ -1,4 +1,4 @@
-"""Which tokens a model reads its answer from: the class token, all patches alike, or what its attention pooling weighs."""
+"""Finds the tokens that a model reads its answer from: the class token, all patches alike, or what its pooling weighs."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -37,7 +37,7 @@ class ReadOut(NamedTuple):
 
 
 def read_out(model: nn.Module, grid: TokenGrid, queries: Queries = "auto") -> ReadOut:
-    """Returns the tokens that a model reads out, by its own pooling, or those asked for.
+    """Returns the tokens that a model reads its answer from, by its own pooling, or the requested ones.
 
     Args:
         model: of timm.
@@ -70,7 +70,7 @@ def final_rows(
 
     Args:
         model, grid, queries: see ``read_out``.
-        pooled: inputs of its attention pooling, whose own weights count where there is one; see ``Recording``.
+        pooled: inputs (B, N, C) of its attention pooling, whose own weights count where there is one; see ``Recording``.
     """
     if queries == "auto" and len(pooled) == 1:
         name, x = next(iter(pooled.items()))

@@ -28,7 +28,7 @@ KINDS = {False: "rollout", True: "relevance"}
 
 @dataclass
 class Finding:
-    """What was found of one image.
+    """The results for one image.
 
     Attributes:
         image: its name.
@@ -114,7 +114,14 @@ def explain_images(
 def explain_one(
     subjects: Sequence[Subject], image: NamedImage, seen: Tensor, options: Mapping[str, Any]
 ) -> tuple[Finding, dict[str, Any]]:
-    """Explains one image by all models. Returns what was found, and its figures by name, rollout and heads."""
+    """Explains one image by all models; returns the finding, and its figures by name, rollout and heads.
+
+    Args:
+        subjects: one model, or the dense and the patched one.
+        image: its name, source and label.
+        seen: (1, channels, height, width) in [0, 1].
+        options: of ``explain_image``.
+    """
     from vit_tucker.explain.figures import Panel, draw_heads, draw_rollout
 
     inputs = [Normalise(one.data["mean"], one.data["std"], one.device)(seen) for one in subjects]
@@ -132,16 +139,23 @@ def explain_one(
               for title, one in zip(titles, found, strict=True)]  # fmt: skip
     true = "" if image.label is None else f" (true: {class_label(subjects[-1], image.label)})"
     figures = {}
+    picture = to_picture(seen)
     if any(panel.rollout is not None for panel in panels):
-        figures[kind] = draw_rollout(to_picture(seen), panels, f"{image.name}{true}", kind)
+        figures[kind] = draw_rollout(picture, panels, f"{image.name}{true}", kind)
     if any(panel.heads for panel in panels):
         heading = f"{image.name}{true}: attention of the heads, {found[-1].queries}"
-        figures["heads"] = draw_heads(panels, heading, finding.agreement or None)
+        figures["heads"] = draw_heads(picture, panels, heading, finding.agreement or None)
     return finding, figures
 
 
 def add_agreement(finding: Finding, heads: Sequence[HeadAgreement], found: Sequence[Explanation]) -> None:
-    """Adds rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one."""
+    """Adds rows of the table, and means per layer, of two models; with their rollout (or relevance) where both have one.
+
+    Args:
+        finding: of the image, changed in place.
+        heads: rows of the table.
+        found: explanations of both models.
+    """
     by_layer: dict[str, list[float]] = defaultdict(list)
     for row in heads:
         by_layer[row.layer].append(row.total_variation)
@@ -180,7 +194,13 @@ def model_title(name: str, said: Mapping[str, Any]) -> str:
 
 
 def notes(names: Sequence[str], found: Sequence[Explanation], kind: str) -> list[str]:
-    """Returns what could not be shown, once for all models of which it holds."""
+    """Returns what could not be shown, once for all models that it is true of.
+
+    Args:
+        names: of the models.
+        found: their explanations.
+        kind: "rollout" or "relevance".
+    """
     said: dict[str, list[str]] = defaultdict(list)
     for name, explanation in zip(names, found, strict=True):
         if explanation.obstacle:

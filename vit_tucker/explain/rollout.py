@@ -20,7 +20,7 @@ from vit_tucker.explain.grid import TokenGrid
 
 
 class RolloutError(ExplainError):
-    """Rollout is not defined for a model; the message says why."""
+    """Rollout is not defined for a model; the message gives the reason."""
 
 
 Fusion = Literal["mean", "max", "min"]
@@ -28,7 +28,11 @@ FUSIONS: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": Tensor.mean, "max
 
 
 def fuse_heads(attn: Tensor, fusion: Fusion = "mean") -> Tensor:
-    """Returns one map for all heads, their mean, maximum or minimum. (B, H, N, N) -> (B, N, N)
+    """Returns one map for all heads, (B, N, N): their mean, maximum or minimum.
+
+    Args:
+        attn: (B, H, N, N).
+        fusion: "mean", "max" or "min".
 
     Raises:
         ExplainError: another fusion.
@@ -60,7 +64,11 @@ def discard(fused: Tensor, ratio: float, keep_first: bool = False) -> Tensor:
 
 
 def with_residual(fused: Tensor) -> Tensor:
-    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it. (..., n, n)"""
+    """Returns (A + I) / 2 with rows that sum to 1: attention and the skip connection around it.
+
+    Args:
+        fused: A, (..., n, n).
+    """
     both = (fused + torch.eye(fused.shape[-1], dtype=fused.dtype, device=fused.device)) / 2
     return both / both.sum(-1, keepdim=True)
 
@@ -72,7 +80,7 @@ def attention_rollout(
     discard_ratio: float = 0.0,
     start: Tensor | None = None,
 ) -> Tensor:
-    """Does rollout over layers in which all tokens of an image attend to each other, see the module.
+    """Computes rollout over layers in which all tokens of an image attend to each other, see the module.
 
     Args:
         maps: of the layers from the first to the last, (B, H, N, N) each, as ``attention_maps`` gives them.
@@ -107,7 +115,7 @@ def attention_rollout(
 def roll_back(
     rows: Tensor, fused: Tensor, grid: TokenGrid, discard_ratio: float = 0.0, normalised: bool = True
 ) -> Tensor:
-    """Does one step of rollout through a layer, whatever its sequences. What goes to padding is lost.
+    """Computes one step of rollout through a layer, whatever its sequences; what goes to padding is lost.
 
     Args:
         rows: (B, R, T), shares of the layer's outputs, T tokens of an image; those of its inputs are returned.
@@ -124,12 +132,12 @@ def roll_back(
 
 
 def spread_rows(rows: Tensor, coarse: TokenGrid, fine: TokenGrid) -> Tensor:
-    """Spreads shares of merged patches evenly over the patches that were merged. (B, R, T) -> (B, R, T')
+    """Spreads shares of merged patches evenly over the patches that were merged, (B, R, T').
 
     A class token that joins the patches between both layers (ConViT) keeps its share.
 
     Args:
-        rows: of the later layer's tokens.
+        rows: (B, R, T) of the later layer's tokens.
         coarse, fine: grids of the later and of the earlier layer.
 
     Raises:

@@ -70,7 +70,7 @@ def open_subject(where: str) -> Subject:
 
 
 def subject(model: nn.Module, data: dict[str, Any] | None = None, classifies: bool = True) -> Subject:
-    """Returns a model with what its pretrained_cfg says.
+    """Returns a model with the image preparation in its pretrained_cfg.
 
     Args:
         model: of timm, patched or not.
@@ -145,7 +145,7 @@ def host_of(config: RunConfig, run: Subject) -> Subject | None:
 
 
 def seen_from_run(path: Path, run: Path) -> Path:
-    """Returns a relative path of a run's config from here, else from a folder that holds the run, where it was started."""
+    """Returns a relative path of a run's config from here, else from a folder above the run, where it was started."""
     if path.is_absolute() or path.exists():
         return path
     return next((found for folder in run.resolve().parents if (found := folder / path).exists()), path)
@@ -153,6 +153,11 @@ def seen_from_run(path: Path, run: Path) -> Path:
 
 def weights_subject(config: ModelConfig, run: Subject, what: str) -> Subject:
     """Opens a dense model from a weights file or run folder, with the run's normalisation; without a head for other classes.
+
+    Args:
+        config: names the weights.
+        run: the patched model.
+        what: the option that named them, for messages.
 
     Raises:
         CheckpointError: missing, or not of this model; the message starts with ``what``.
@@ -183,6 +188,11 @@ def stored_host(run: Subject, file: Path) -> Subject:
 
 def pretrained_host(run: Subject, config: RunConfig | None, where: str) -> Subject:
     """Returns timm's pretrained weights of the run's architecture.
+
+    Args:
+        run: the patched model.
+        config: of the run, None if it has none.
+        where: name of the run, for messages.
 
     Raises:
         ConfigError: the architecture is not known. CheckpointError: there are no weights.

@@ -100,7 +100,11 @@ def open_subjects(
     layers: list[int | str] | None,
     tell: Tell | None,
 ) -> tuple[list[Subject], list[NamedImage]]:
-    """Returns models, dense first, and images; for the arguments see ``explain_stored``."""
+    """Returns models, dense first, and images, of ``files`` and the data set; other arguments as of ``explain_stored``.
+
+    Raises:
+        ConfigError: the data set is asked for, but not known.
+    """
     config = run_config(where)
     if data is not None and config is None:
         raise ConfigError(f"--data: {where} is no run, so that its data set is not known; name image files")
@@ -120,7 +124,7 @@ def open_subjects(
 
 
 def refuse_clashes(head_fusion: str, discard_ratio: float, relevance: bool, target: int | None) -> None:
-    """Raises ConfigError for options that don't go together, or values out of range."""
+    """Raises ConfigError for options that exclude each other, or values out of range; arguments as of ``explain_stored``."""
     if not 0 <= discard_ratio < 1:
         raise ConfigError(f"--discard-ratio {discard_ratio:g}: must be at least 0 and below 1")
     if relevance and (discard_ratio or head_fusion != "mean"):

@@ -1,4 +1,4 @@
-"""What moves information between tokens besides the attention whose maps are known."""
+"""Finds the modules that move information between tokens besides the attention whose maps are known."""
 
 from collections.abc import Iterable
 

@@ -21,7 +21,7 @@ TRACED_BATCH = 2
 
 
 class Normalised(nn.Module):
-    """A model that takes images in [0, 1]: it normalises them itself, (image - mean) / std."""
+    """A model for images in [0, 1], which it normalises itself: (image - mean) / std."""
 
     mean: Tensor
     std: Tensor
@@ -39,7 +39,7 @@ class Normalised(nn.Module):
 
 
 def served(model: nn.Module, normalise: bool) -> nn.Module:
-    """Returns a copy as it is exported: on the CPU, float32, eval mode; the copy does not hold the layers that a patch replaced.
+    """Returns a copy as it is exported: on the CPU, float32, eval mode, without the layers that a patch replaced.
 
     Args:
         model: any; it is not touched.

@@ -1,4 +1,4 @@
-"""What is asked of an export, and how what was written is compared with the model: on noise, then on real images."""
+"""Defines the options of an export, and compares what was written with the model: on noise, then on real images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Batches = Iterable[tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a model is exported: to which format, with which inputs and which checks.
+    """The options of an export: its format, inputs and checks.
 
     Attributes:
         format: "onnx", or "torch_export" for torch's own (.pt2).
@@ -85,7 +85,7 @@ class Written:
 
 
 class Check:
-    """What files are compared with, and on which images.
+    """The model that files are compared with, and the images of the comparison.
 
     Args:
         expected: what they must compute, see ``served``.
@@ -118,7 +118,7 @@ class Check:
             require(self.on_noise[name], self.options.tolerance, "random images")
 
     def real(self, runners: dict[str, ImageFunction]) -> None:
-        """Compares all files on the real images, in one pass; float32 must agree."""
+        """Compares all files on the real images, in one pass; float32 must agree, else ExportError is raised."""
         if self.batches is not None:
             self.on_real = compare(self.run, runners, self.images())
             if self.on_real["float32"].images == 0:
@@ -131,7 +131,7 @@ class Check:
         return self.on_noise[name], self.on_real.get(name)
 
     def images(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yields the real images as the file takes them."""
+        """Yields the real images as the file expects them; raises ExportError for images of another shape."""
         for images, labels in self.batches or ():
             images = images.detach().to("cpu", torch.float32)
             fixed = 1 if self.options.dynamic_img_size else 3

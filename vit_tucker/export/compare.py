@@ -1,4 +1,4 @@
-"""Is a file what the model is? The same images through both: errors of the logits, and how often the first class agrees."""
+"""Compares a file with the model: the same images through both, errors of the logits, and how often the first class agrees."""
 
 from __future__ import annotations
 
@@ -60,7 +60,15 @@ class Comparison:
         return self.correct_file / self.labelled if self.labelled else None
 
     def add(self, expected: Tensor, got: Tensor, labels: Tensor | None = None) -> None:
-        """Adds a batch of outputs (B, classes), and labels (B,); -1 is no label."""
+        """Adds a batch of outputs.
+
+        Args:
+            expected, got: (B, classes) of the model and of the file.
+            labels: (B,) int64, -1 for none; None if there are no labels at all.
+
+        Raises:
+            MismatchError: the outputs have different shapes.
+        """
         if expected.shape != got.shape:
             raise MismatchError(f"the file gives outputs {tuple(got.shape)}, the model {tuple(expected.shape)}")
         if len(expected) == 0:
@@ -80,7 +88,12 @@ class Comparison:
 def compare(
     model: ImageFunction, files: Mapping[str, ImageFunction], batches: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, Comparison]:
-    """Runs a model and files on batches of images, with labels or None; one pass.
+    """Runs a model and files on batches of images, in one pass.
+
+    Args:
+        model: images (B, channels, height, width) -> outputs (B, classes).
+        files: the same by name.
+        batches: images, with labels (B,) or None.
 
     Raises:
         MismatchError: outputs of other shapes, or a runtime fails.
@@ -99,7 +112,13 @@ def compare(
 
 
 def require(comparison: Comparison, tolerance: float, what: str) -> None:
-    """Raises MismatchError if the error is above the tolerance, or no number."""
+    """Raises MismatchError if the error is above the tolerance, or no number.
+
+    Args:
+        comparison: on the images so far.
+        tolerance: allowed error, relative to the largest output.
+        what: the images, for the message.
+    """
     if not comparison.relative_error <= tolerance:
         raise MismatchError(
             f"on {what} the file's outputs are off by {comparison.relative_error:.1e} of the largest one, {tolerance:.0e} is "

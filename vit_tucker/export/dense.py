@@ -23,7 +23,7 @@ from vit_tucker.patching.record import host_name, patch_records
 
 @dataclass(frozen=True)
 class DenseFolder:
-    """What a dense export wrote.
+    """The result of a dense export.
 
     Attributes:
         path: the folder, in timm's hub layout.
@@ -93,7 +93,9 @@ def export_dense(
     batches: Batches | None = None,
     tolerance: float = TOLERANCE,
 ) -> DenseFolder:
-    """Writes a model as a folder in timm's hub layout with plain attention, loaded by timm alone::
+    """Writes a model as a folder in timm's hub layout with plain attention.
+
+    timm alone loads it::
 
         timm.create_model("local-dir:FOLDER", pretrained=True)
 

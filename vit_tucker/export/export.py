@@ -18,7 +18,7 @@ from vit_tucker.version import __version__
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the file, and how it compares with PyTorch.
+    """The result of an export: the file, and how it compares with PyTorch.
 
     Attributes:
         path: the file.

@@ -1,4 +1,4 @@
-"""What a consumer of an exported file must know to use it, as strings by name."""
+"""Collects what a consumer of an exported file must know to use it, as strings by name."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Context without the exporter's remarks on its own work."""
+    """Suppresses the exporter's remarks on its own work within the context."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Which image sizes a model takes."""
+"""Finds the image sizes that a model accepts."""
 
 from __future__ import annotations
 

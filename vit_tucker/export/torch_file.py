@@ -15,7 +15,13 @@ METADATA = "metadata.json"
 
 
 def write_torch_export(program: torch.export.ExportedProgram, file: Path, metadata: Mapping[str, str]) -> None:
-    """Writes a recorded program without stack traces, which have paths of this machine; its metadata is an extra file."""
+    """Writes a recorded program without stack traces, which have paths of this machine.
+
+    Args:
+        program: the recorded model; its stack traces are removed.
+        file: new, or replaced.
+        metadata: strings by name, written as an extra file in it.
+    """
     for module in program.graph_module.modules():
         for node in getattr(getattr(module, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)

@@ -1,1 +1,1 @@
-"""What the models look like whose modules are replaced."""
+"""Describes the models whose modules are replaced: how these are found, read, called and written."""

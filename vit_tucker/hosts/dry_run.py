@@ -1,4 +1,4 @@
-"""Runs a model's structure on the meta device: what shapes its layers receive, and whether it takes an image's size at all."""
+"""Runs a model's structure on the meta device, to find the shapes that its layers receive and the image sizes that it accepts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +17,10 @@ def dry_run(structure: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 class ShapesAlone(TorchFunctionMode):
-    """Answers the commonest functions of a ViT on the meta device by their shape: torch decomposes them in Python, which takes
-    several times as long as all the rest of a forward."""
+    """Answers the commonest functions of a ViT on the meta device by their shape.
+
+    torch decomposes them in Python, which takes several times as long as all the rest of a forward.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Which file reads a module: by the library that its class is from. A library's file is imported once a module of it is met.
+"""Finds the file that reads a module by the library that its class is from, and imports it once such a module is met.
 
 A new library is one file of readers with a ``FAMILY``, and one entry here; the library itself is imported by its users alone.
 """
@@ -55,7 +55,7 @@ def family_of(module: nn.Module) -> Family | None:
 
 
 def read_host(module: nn.Module, model: nn.Module | None = None, *, plain: bool = True) -> Host:
-    """Reads an attention module.
+    """Reads an attention module's weights and shape.
 
     Args:
         module: of a model.

@@ -1,4 +1,4 @@
-"""Which modules of a model are self-attention, and which models can't be patched at all."""
+"""Finds the self-attention modules of a model, and refuses models that can't be patched at all."""
 
 from torch import nn
 
@@ -36,7 +36,7 @@ def is_left_alone(module: nn.Module) -> bool:
 
 
 def own_parts(model: nn.Module) -> set[int]:
-    """Modules inside layers of ours: copies of a host's position bias may be of a class that looks like attention."""
+    """Returns modules inside layers of ours: copies of a host's position bias may be of a class that looks like attention."""
     layers = [module for module in model.modules() if isinstance(module, AttentionModule)]
     return {id(part) for layer in layers for part in layer.modules() if part is not layer}
 
@@ -85,7 +85,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raises PatchError for a model inside DDP, FSDP or torch.compile: their state would still hold the old modules."""
+    """Raises PatchError for a model inside DDP, FSDP or torch.compile: their state would still refer to the old modules."""
     for name, module in model.named_modules():
         advice = WRAPPERS.get(type(module).__name__)
         if advice is not None:

@@ -1,4 +1,4 @@
-"""What images a timm model takes: channels and size."""
+"""Finds the channels and size of the images that a timm model accepts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -41,8 +41,12 @@ def built_size(model: nn.Module) -> tuple[int, int] | None:
 
 
 def recorded_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Returns the image sizes that a model names, the most reliable first: what timm keeps of the model, its own attribute or its
-    first layer with one (of TNT, CoaT, Twins), the arguments that it was made with."""
+    """Returns the image sizes that a model names, the most reliable first.
+
+    That is what timm keeps of the model, its own attribute or its first layer with one (of TNT, CoaT, Twins), and the arguments
+    that
+    it was made with.
+    """
     traits, arguments = (vars(model).get(name) or {} for name in ("_traits", "_model_args"))
     layers = (as_pair(getattr(module, "img_size", None)) for module in model.modules())
     found = (as_pair(traits.get("img_size")), next(filter(None, layers), None), as_pair(arguments.get("img_size")))
@@ -50,7 +54,7 @@ def recorded_sizes(model: nn.Module) -> list[tuple[int, int]]:
 
 
 def runs_at(model: nn.Module, size: tuple[int, int]) -> bool:
-    """Returns whether a model takes images of this height and width; True if it can't run without values, which is no answer."""
+    """Returns whether a model accepts images of this height and width; True if it can't run without values."""
     structure = structure_copy(model)
     try:
         dry_run(structure, (input_channels(model) or 3, *size))
@@ -71,13 +75,15 @@ def as_pair(size: Any) -> tuple[int, int] | None:
 
 
 def pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
-    """Returns what timm knows of a model's weights and images; nothing for a model that is not timm's."""
+    """Returns timm's record of a model's weights and images; nothing for a model that is not timm's."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Channels that the model's first convolution takes: the one pretrained_cfg names, else the first there is; None if the
-    images go through something else first."""
+    """Returns the channels of the model's first convolution, None if the images go through something else first.
+
+    It is the convolution that pretrained_cfg names, else the first there is.
+    """
     config = pretrained_cfg(model)
     modules = dict(model.named_modules())
     if "first_conv" in config:

@@ -33,7 +33,7 @@ class LinearHost:
 
     @property
     def like(self) -> Tensor:
-        """A tensor whose device and dtype the replacement gets."""
+        """Returns a tensor whose device and dtype the replacement gets."""
         return self.weights.weight
 
     def refuse_not_finite(self) -> None:

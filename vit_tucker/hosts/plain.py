@@ -1,4 +1,4 @@
-"""Hosts with plain parts: adapters and parametrizations merged, and what computes something else than its weights say refused."""
+"""Merges adapters and parametrizations of hosts, and refuses parts that compute something else than their weights."""
 
 from typing import Any, cast
 

@@ -33,7 +33,7 @@ class Host:
 
     @property
     def like(self) -> Tensor:
-        """A tensor whose device and dtype the replacement gets."""
+        """Returns a tensor whose device and dtype the replacement gets."""
         return self.weights.query
 
     def refuse_not_finite(self) -> None:
@@ -71,7 +71,7 @@ def read_fused(m: Any, heads_first: bool = False) -> Projections:
 
 
 def read_unfused(m: Any) -> Projections:
-    """Projections of their own, ``q_proj``, ``k_proj`` and ``v_proj``; the latter may have fewer heads."""
+    """Reads ``q_proj``, ``k_proj`` and ``v_proj`` as projections of their own; the latter two may have fewer heads."""
     weights: Projections = {}
     for name, linear in (("query", m.q_proj), ("key", m.k_proj), ("value", m.v_proj)):
         heads = m.num_heads if name == "query" else getattr(m, "num_kv_heads", m.num_heads)

@@ -29,7 +29,7 @@ from vit_tucker.tensor.tucker import relative_distance
 
 @dataclass(frozen=True)
 class Slot:
-    """What can be replaced in a model: how it is found, read, called and restored, and what its report says.
+    """A kind of module that can be replaced: how it is found, read, called and restored, and what its report says.
 
     Attributes:
         name: of the YAML's section, of the record, and of the ``slot=`` argument.

@@ -17,7 +17,7 @@ from vit_tucker.errors import ConfigError
 
 
 class ReadableLinspace(TorchFunctionMode):
-    """``torch.linspace`` on the CPU within a meta device: older timm takes drop path rates out of it with ``item()``."""
+    """Makes ``torch.linspace`` work within a meta device: older timm reads drop path rates from it with ``item()``."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,7 +60,7 @@ def without_global_hooks() -> Iterator[None]:
 
 
 def structure_copy(model: nn.Module, device: str = "meta", shared: Iterable[object] = ()) -> nn.Module:
-    """Copies a model's structure, with parameters and buffers that hold no values, and without hooks, which are made for values.
+    """Copies a model's structure, with parameters and buffers without values, and without hooks, which need values.
 
     Args:
         model: any.

@@ -1,4 +1,4 @@
-"""The only file that knows timm's attention classes: finds them in a model and reads shape, options and weights.
+"""Finds timm's attention classes in a model and reads shape, options and weights; no other file names them.
 
 A host is recognised by its exact class; a subclass may compute something else. A new host is one reader here.
 """
@@ -24,7 +24,11 @@ from vit_tucker.hosts.readers import Host, make_host, read_fused, read_split, re
 
 
 def read_rotary(m: Any, per_head: bool) -> Host:
-    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations."""
+    """Reads AttentionRope and EvaAttention: fused or unfused projections, key/value heads, norms, gate, rotations.
+
+    Raises:
+        PatchError: fused projections with fewer key/value heads.
+    """
     if m.qkv is not None and m.num_heads != getattr(m, "num_kv_heads", m.num_heads):
         raise PatchError("fused projections with fewer key/value heads")
     rope = RopeSpec(m.num_prefix_tokens, getattr(m, "rotate_half", False), per_head)
@@ -67,7 +71,11 @@ def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
 
 
 def read_sam(m: Any) -> Host:
-    """Reads SAM's ViT without relative positions."""
+    """Reads SAM's ViT without relative positions.
+
+    Raises:
+        PatchError: relative positions, or a table of rotations.
+    """
     if m.use_rel_pos:
         raise PatchError(BY_QUERIES)
     if m.rope is not None:
@@ -176,7 +184,7 @@ SELF_ATTENTION = (*READERS_BY_CLASS, *ROTARY_CLASSES, *REASONS_BY_CLASS)
 
 
 def has_mixed_rope(model: nn.Module) -> bool:
-    """Returns whether a model rotates head by head: it says so, or its embedding is timm's or derived from it."""
+    """Returns whether a model rotates head by head, by its own flag or by its embedding, timm's or derived from it."""
     return any(
         isinstance(module, MIXED_ROPE_CLASSES) or any(getattr(module, flag, False) for flag in MIXED_FLAGS)
         for module in model.modules()
@@ -184,7 +192,7 @@ def has_mixed_rope(model: nn.Module) -> bool:
 
 
 def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
-    """Reads an attention module of timm's; arguments and errors are those of ``vit_tucker.hosts.families.read_host``."""
+    """Reads an attention module of timm's; arguments as of ``families.read_host``, which raises PatchError alike."""
     cls = type(module)
     reason = REASONS_BY_CLASS.get(cls, LEFT_ALONE_BY_CLASS.get(cls))
     if reason is not None:

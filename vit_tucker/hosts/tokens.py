@@ -1,4 +1,4 @@
-"""How many tokens each layer of a model receives."""
+"""Counts the tokens that each layer of a model receives."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -29,7 +29,13 @@ def counter(layout: str) -> Counter:
 def count_tokens(
     model: nn.Module, layouts: Mapping[str, str], img_size: int | tuple[int, int] | None = None
 ) -> dict[str, Shape]:
-    """Sequences per image and tokens per sequence that each named attention module receives, see ``count_calls``."""
+    """Returns the sequences per image and tokens per sequence that each named attention module receives, see ``count_calls``.
+
+    Args:
+        model: as of ``count_calls``.
+        layouts: layout of the tokens of each module, see ``HostSpec.layout``, by full name.
+        img_size: pixels, of a square or (height, width); None for the model's own.
+    """
     return count_calls(model, {name: counter(layout) for name, layout in layouts.items()}, img_size)
 
 

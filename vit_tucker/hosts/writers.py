@@ -21,7 +21,7 @@ from vit_tucker.linear.base import LinearModule
 
 
 def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, model: nn.Module | None = None) -> None:
-    """Gives a host's module the attention of a layer of ours: weights, position bias, norms and gate. In place.
+    """Writes the attention of a layer of ours into a host's module, in place: weights, position bias, norms and gate.
 
     Args:
         module: of the class, and with the shape, of the module that the layer replaced.
@@ -51,7 +51,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
 
 
 def write_linear(module: Any, layer: LinearModule) -> None:
-    """Gives a Linear of the host's the weights that a layer of ours comes to. In place.
+    """Writes the weights that a layer of ours is equal to into a Linear of the host's, in place.
 
     Raises:
         PatchError: the layer has a bias, or a shape, that the Linear has no place for.
@@ -67,6 +67,10 @@ def write_linear(module: Any, layer: LinearModule) -> None:
 
 def write_heads(place: Tensor, value: Tensor | None) -> None:
     """Copies weights or biases of H heads into a place for as many, or for G key/value heads.
+
+    Args:
+        place: (G, ...) weights or biases of the host's heads, changed in place.
+        value: (H, ...) of as many heads or more; None for zeros.
 
     Raises:
         PatchError: heads that share a key or a value have different ones.

@@ -53,7 +53,16 @@ def bench(
 
 
 def build(models: Sequence[str], methods: Sequence[str], img_size: int | None) -> dict[str, nn.Module]:
-    """Returns the models by name: as stored, or made by timm, dense and with each method."""
+    """Returns the models by name: as stored, or made by timm, dense and with each method.
+
+    Args:
+        models: folders, hub names or names of timm models.
+        methods: as on the command line, such as "gqa:num_kv_heads=4".
+        img_size: pixels of a square, None for each model's own.
+
+    Raises:
+        ConfigError: methods are given for stored models alone.
+    """
     found: dict[str, nn.Module] = {}
     for name in dict.fromkeys(models):
         if Path(name).exists() or "/" in name:

@@ -34,7 +34,7 @@ OF_THE_MODEL = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Holds the scores of a model on the evaluation split of a data set.
+    """The scores of a model on the evaluation split of a data set.
 
     Attributes:
         model: the folder or name that was given; None for a model in memory.
@@ -137,7 +137,13 @@ def _log(notes: Sequence[str]) -> None:
 
 
 def refuse_other_classes(where: str | Path | None, model: nn.Module, dataset: str) -> None:
-    """Raises ConfigError if a data set has another number of classes than a model; of folders the class map says more."""
+    """Raises ConfigError if a data set has another number of classes than a model; of folders the class map decides.
+
+    Args:
+        where: name of the model for the message, None if it has none.
+        model: with ``num_classes``.
+        dataset: as in ``data.dataset``.
+    """
     theirs = dataset_info(dataset).num_classes
     if not is_folder_set(dataset) and theirs not in (None, model.num_classes):
         raise ConfigError(
@@ -146,7 +152,13 @@ def refuse_other_classes(where: str | Path | None, model: nn.Module, dataset: st
 
 
 def with_image_options(data: DataConfig, model: nn.Module, overrides: Sequence[str]) -> DataConfig:
-    """Returns the data section with the stored model's way to read images, where no override names another."""
+    """Returns the data section with the stored model's way to read images, unless an override names another.
+
+    Args:
+        data: the data section.
+        model: as stored.
+        overrides: ``key=value`` of the caller.
+    """
     given = {text.partition("=")[0] for text in overrides}
     stored = image_options(model).plain()
     return data.model_copy(update={name: value for name, value in stored.items() if f"data.{name}" not in given})

@@ -84,7 +84,7 @@ def export(
 def read_options(
     format: str, dense: bool, approximate: bool, tolerance: float, file_options: dict[str, Any]
 ) -> ExportOptions:
-    """Returns what is asked for, checked before anything is loaded.
+    """Returns the requested options, checked before anything is loaded.
 
     Args:
         format, dense, approximate, tolerance, file_options: see ``export``.
@@ -111,7 +111,13 @@ def read_options(
 
 
 def destination(where: str | Path, out: Path | None, format: str, dense: bool, int8: bool) -> Path:
-    """Returns where the result goes: ``out``, else into the run's folder, else here.
+    """Returns where the result is written: ``out``, else into the run's folder, else the current folder.
+
+    Args:
+        where: the model's folder or name.
+        out: the user's choice, None for none.
+        format: one of ``FORMATS``.
+        dense, int8: forms of the exported model.
 
     Raises:
         ConfigError: nothing can be written there.

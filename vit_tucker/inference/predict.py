@@ -48,6 +48,9 @@ def open_model(where: str | Path, **overrides: Any) -> nn.Module:
 def run_config(where: str | Path) -> RunConfig | None:
     """Returns the config of the run that a folder is or is a checkpoint of, with its present place; None without one.
 
+    Args:
+        where: a run's folder, or one of its checkpoints.
+
     Raises:
         ConfigError: it can't be read, or a plugin fails.
     """
@@ -133,7 +136,7 @@ def classes_for(
 
 @dataclass(frozen=True)
 class Guess:
-    """Holds one class of a prediction.
+    """One class of a prediction.
 
     Attributes:
         index: number of the class.

@@ -16,7 +16,7 @@ from vit_tucker.inference.predict import open_model
 
 
 def is_stored(name: str) -> bool:
-    """Whether a name means a run folder, a saved folder or OWNER/NAME of the hub, not one of timm's."""
+    """Returns whether a name means a run folder, a saved folder or OWNER/NAME of the hub, not one of timm's."""
     return Path(name).expanduser().exists() or ("/" in name and ":" not in name)
 
 

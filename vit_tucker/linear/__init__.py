@@ -1,1 +1,1 @@
-"""Methods that take the place of ``nn.Linear``; none is shipped yet, plug-ins register theirs."""
+"""Provides the base of methods that replace ``nn.Linear``; none is shipped yet, plug-ins register theirs."""

@@ -1,4 +1,4 @@
-"""What a method for ``nn.Linear`` is: its config, the layer that it builds, and what both know of the host."""
+"""Defines what a method for ``nn.Linear`` consists of: its config, the layer that it builds, and what both know of the host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LinearWeights:
-    """What a linear layer computes: y = x weight^T + bias.
+    """Weights of a linear layer, y = x weight^T + bias.
 
     Attributes:
         weight: (out_features, in_features).
@@ -56,12 +56,16 @@ class LinearModule(nn.Module):
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def rank_options(self) -> dict[str, Any]:
-        """Returns the options of the config that say the layer's present ranks, where they can change. Here: none."""
+        """Returns the options of the config with the layer's present ranks, where they can change. Here: none."""
         return {}
 
     @abstractmethod
     def convert_from(self, weights: LinearWeights) -> None:
-        """Takes over the host's weights, float64, as well as the layer can; called under no_grad."""
+        """Approximates the host's weights as well as the layer can; called under no_grad.
+
+        Args:
+            weights: (out_features, in_features) and a bias or None, float64.
+        """
 
     @abstractmethod
     def dense_weights(self) -> LinearWeights:
@@ -83,26 +87,44 @@ class LinearConfig(MethodConfig):
     exclude: Selection | None = Field(default=None, description="Linear layers to leave alone, written as in layers.")
 
     def check(self, spec: LinearSpec) -> None:
-        """Raises PatchError with the reason if the method with these options can't replace such a layer."""
+        """Raises PatchError with the reason if the method with these options can't replace such a layer.
+
+        Args:
+            spec: shape of the layer to replace.
+        """
 
     @abstractmethod
     def build(self, spec: LinearSpec, **factory: Any) -> LinearModule:
-        """Returns the layer with the method's own random initialisation; ``factory``: device, dtype."""
+        """Returns the layer with the method's own random initialisation.
+
+        Args:
+            spec: shape of the layer to replace.
+            **factory: ``device`` and ``dtype`` of its parameters.
+        """
 
     @abstractmethod
     def count_parameters(self, spec: LinearSpec) -> ParameterCount:
-        """Parameters of the built layer, from the formula alone."""
+        """Returns the number of parameters of the built layer, from the formula alone.
+
+        Args:
+            spec: shape of the layer to replace.
+        """
 
     @abstractmethod
     def count_flops(self, spec: LinearSpec, num_tokens: int) -> int:
-        """Returns the floating point operations (2 per multiply-add) of the matrix products for N tokens."""
+        """Returns the floating point operations (2 per multiply-add) of the matrix products for N tokens.
+
+        Args:
+            spec: shape of the layer to replace.
+            num_tokens: N.
+        """
 
 
 LINEAR_METHODS = MethodRegistry("linear method", LinearConfig)  # type: ignore[type-abstract]
 
 
 def register_linear_method(name: str) -> Callable[[type[Own]], type[Own]]:
-    """Class decorator that makes a linear method available by name, in Python and in the YAML's ``linear.method``.
+    """Returns a class decorator that makes a linear method available by name, in Python and in the YAML's ``linear.method``.
 
     Args:
         name: the method's name; the class must say ``method: Literal[name] = name``.

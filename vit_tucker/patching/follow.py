@@ -1,4 +1,4 @@
-"""What a host's module takes over from its replacement when it is put back: device, dtype, train/eval mode, requires_grad.
+"""Copies onto a host's module what changed in its replacement: device, dtype, train/eval mode, requires_grad.
 
 Only what has changed since the patch is taken over: a host that was partly frozen, or of several dtypes, comes back as it was.
 Tensors and modules that both have (output projection, norms, gate, position bias) follow each their own counterpart; the others,
@@ -32,7 +32,7 @@ def refuse_lost(name: str, original: nn.Module, current: nn.Module) -> None:
 
 
 def follow(pairs: Collection[tuple[nn.Module, nn.Module]]) -> None:
-    """Gives the host's modules the device, dtype, mode and requires_grad of what stands in their place, in place.
+    """Copies device, dtype, mode and requires_grad of a replacement to the host's modules, in place.
 
     Args:
         pairs: each module of the host with its replacement; they may share tensors with each other.
@@ -60,7 +60,7 @@ def _follow_modes(original: nn.Module, current: nn.Module) -> None:
 
 
 def _requires_grad(original: nn.Module, current: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Flags to set. One flag for the whole layer is what ``patch`` has set; others than that are the user's."""
+    """Returns the flags to set: one for the whole layer is what ``patch`` has set, others are the user's."""
     own, now = dict(original.named_parameters()), {_tail(name): p for name, p in current.named_parameters()}
     if not now or {p.requires_grad for p in now.values()} == {any(p.requires_grad for p in own.values())}:
         return
@@ -72,7 +72,7 @@ def _requires_grad(original: nn.Module, current: nn.Module) -> Iterator[tuple[nn
 
 
 def _dtypes(original: nn.Module, current: nn.Module) -> Iterator[tuple[Tensor, torch.dtype]]:
-    """Tensors to cast. The dtype of the host's projections is what ``patch`` has given to the layer; another is the user's."""
+    """Returns the tensors to cast: the dtype of the host's projections is what ``patch`` has set, another is the user's."""
     own, now = _tensors(original), {_tail(name): tensor for name, tensor in _tensors(current).items()}
     shared = {_tail(name) for name in own} & now.keys()
     before, after = _projection_dtype(own, shared), _projection_dtype(now, shared)

@@ -1,4 +1,4 @@
-"""Which parameters are trained: the attention layers alone, or what patterns name."""
+"""Selects the parameters that are trained: those of the attention layers alone, or those that patterns name."""
 
 from collections.abc import Collection, Sequence
 from itertools import accumulate

@@ -1,4 +1,4 @@
-"""The config by which a method takes over a whole model without loss."""
+"""Finds the config by which a method replaces the attention of a whole model without loss."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""What a patched model tells timm about itself, so that timm's own functions save what it is and not the dense model it was.
+"""Tells timm what a patched model is, so that timm's own functions save it as such and not as the dense model it was.
 
 timm writes ``pretrained_cfg["architecture"]`` and the arguments of ``create_model`` into a hub folder. Under the host's name the
 weights of a patched model would fit a dense one badly: with another ``num_classes`` timm loads what fits and says nothing, so
@@ -22,7 +22,7 @@ OWN_ARGUMENTS = frozenset({"host", *(slot.argument for slot in SLOTS.values())})
 
 @dataclass(frozen=True)
 class Identity:
-    """What a model said of itself before it was patched.
+    """The names and arguments under which timm knew a model before it was patched.
 
     Attributes:
         architecture: timm name, without a tag; None if the model does not tell.
@@ -39,7 +39,7 @@ def patch_values(config: MethodConfig) -> dict[str, Any]:
 
 
 def identity_of(model: nn.Module) -> Identity:
-    """Returns what a model that is not patched says of itself."""
+    """Returns the names and arguments under which timm knows a model that is not patched."""
     cfg = vars(model).get("pretrained_cfg")
     return Identity(cfg.get("architecture") if isinstance(cfg, dict) else None, "_model_args" in vars(model))
 

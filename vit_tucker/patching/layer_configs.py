@@ -1,4 +1,4 @@
-"""Which modules a config patches, and with which options each."""
+"""Resolves a config into the options of each module that it patches."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -31,9 +31,14 @@ def choose_layers(config: MethodConfig, names: list[str]) -> list[str]:
 
 
 def layer_configs(config: Config, names: list[str], chosen: Iterable[str]) -> dict[str, Config]:
-    """Returns the config of each chosen layer: the rules in order, a later one on top of an earlier one.
+    """Returns the config of each chosen layer: the rules in order, a later one overrides an earlier one.
 
-    Ranks that a rank rule chose hold only where the layer's ranks still are that rule: who changes it gets others.
+    Ranks that a rank rule chose apply only while the layer's ranks are still that rule; a later rule may change them.
+
+    Args:
+        config: the config of the whole model.
+        names: full names of all modules that the slot's methods could replace, in the model's order.
+        chosen: those among them that the config patches.
 
     Raises:
         PatchError: a rule selects nothing, or an option is unknown or invalid.
@@ -55,7 +60,12 @@ def layer_configs(config: Config, names: list[str], chosen: Iterable[str]) -> di
 
 
 def without_stale_choices(config: Config, names: list[str], chosen: Iterable[str]) -> Config:
-    """Returns the config without ranks that were chosen by a rule which no layer has any more."""
+    """Returns the config without ranks that were chosen by a rule which no layer has any more.
+
+    Args:
+        config: the config of the whole model.
+        names, chosen: as of ``layer_configs``.
+    """
     written = config.without_choices()
     current = {layer.rank_rule for layer in layer_configs(written, names, chosen).values()}
     kept = tuple(rule for rule in config.rules if rule.chosen_by is None or rule.chosen_by in current)

@@ -19,7 +19,7 @@ from vit_tucker.patching.record import patch_records, set_module, set_records, s
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What became of one layer.
+    """The result of merging one layer.
 
     Attributes:
         name: full module name.
@@ -34,7 +34,7 @@ class MergedLayer:
 
     @property
     def exact(self) -> bool:
-        """Whether the merged layer computes what the replaced one did, with no rank cut."""
+        """Returns whether the merged layer computes what the replaced one did, with no rank cut."""
         return self.pre_error == self.post_error == 0
 
 
@@ -86,7 +86,7 @@ def merge(model: nn.Module, host: nn.Module | None = None, *, approximate: bool 
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Puts plain modules in place of a model's modules with adapters, wherever they are. In place.
+    """Replaces a model's modules with adapters by plain modules, wherever they are, in place.
 
     Raises:
         PatchError: one can't be merged; names it.
@@ -134,7 +134,7 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
 
 
 def _without_record(model: nn.Module) -> nn.Module:
-    """Returns a copy that does not know of its patch, and is freed of the replaced modules."""
+    """Returns a copy without its patch record and the replaced modules."""
     result = copy.deepcopy(model, shared_records(model))
     for record in patch_records(model).values():
         mark(result, {}, record.identity)

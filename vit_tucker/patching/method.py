@@ -1,4 +1,4 @@
-"""Which method a call of ``patch`` or ``plan`` means, and with which options."""
+"""Reads the method and options that a call of ``patch`` or ``plan`` asks for."""
 
 from collections.abc import Mapping
 from typing import Any

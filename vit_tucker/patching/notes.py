@@ -75,7 +75,7 @@ def untrained_notes(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
 
 
 def looks_untrained(model: nn.Module) -> bool:
-    """Whether a model's weights are timm's initialisation, as far as its norms show: each has equal scales and zero shifts.
+    """Returns whether a model's weights are timm's initialisation, as far as its norms show: equal scales, zero shifts.
 
     Training moves these from the first step on. Without such norms, or on the meta device, nothing is known: False.
     """
@@ -86,12 +86,12 @@ def looks_untrained(model: nn.Module) -> bool:
 
 
 def is_vector(value: Any) -> bool:
-    """Whether something is a tensor of several values in one dimension, with values."""
+    """Returns whether something is a tensor of several values in one dimension, with values."""
     return isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 and not value.is_meta
 
 
 def at_start(norm: nn.Module) -> bool:
-    """Whether a norm's scales are all equal, and its shifts zero."""
+    """Returns whether a norm's scales are all equal, and its shifts zero."""
     scale: Any = norm.weight
     shift: Any = getattr(norm, "bias", None)
     constant = bool((scale == scale[0]).all())
@@ -133,7 +133,7 @@ def hooks_of(name: str, module: nn.Module) -> Iterator[str]:
 
 
 def optimizer_notes(modules: Iterable[nn.Module]) -> tuple[str, ...]:
-    """Notes which optimizers were made before the patch, and so hold parameters that it replaces.
+    """Notes which optimizers were made before the patch, and so train parameters that it replaces.
 
     Args:
         modules: to be replaced.

@@ -1,4 +1,4 @@
-"""What a patch installs: hosts are read, their replacements built and converted, while the model stays as it is."""
+"""Builds what a patch installs: hosts are read, their replacements built and converted, while the model stays as it is."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,8 +47,10 @@ class Prepared(NamedTuple):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Draws of torch inside start from its generators' state, which is restored afterwards, as if nothing had been drawn; tensors
-    made inside can be trained, also where the caller is in torch.inference_mode."""
+    """Restores the state of torch's random generators after the block, so that draws inside have no effect outside.
+
+    Tensors made inside can be trained, also where the caller is in torch.inference_mode.
+    """
     cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[index for index in cuda if index is not None]), ExitStack() as stack:
         if torch.is_inference_mode_enabled():

@@ -1,4 +1,4 @@
-"""What a patched model remembers: one record per slot."""
+"""Stores what a patched model remembers: one record per slot."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ RECORDS = "_vit_tucker_patches"
 
 @dataclass
 class PatchRecord:
-    """What a patched model remembers. A plain object, so that the originals are no submodules and not in the state dict.
+    """The config, originals and report of a patch, as the patched model remembers them.
+
+    A plain object, so that the originals are neither submodules nor in the state dict.
 
     Attributes:
         config: the config of the patch, with the ranks that rank rules chose.
@@ -83,6 +85,12 @@ def shared_records(model: nn.Module) -> dict[int, Any]:
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts a module in the place of the one of that full name."""
+    """Replaces the module of that full name.
+
+    Args:
+        model: changed in place.
+        name: full name of a submodule of ``model``.
+        module: its replacement.
+    """
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -1,4 +1,4 @@
-"""What a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
+"""Reports what a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,32 +72,32 @@ class PatchReport:
 
     @property
     def modules(self) -> tuple[LayerReport, ...]:
-        """The replaced modules, each once, whatever number of places it stands at."""
+        """Returns the replaced modules, each once, however many names it has."""
         return tuple(layer for layer in self.layers if layer.shared_with is None)
 
     @property
     def params_before(self) -> int:
-        """Parameters of the replaced modules before, biases included."""
+        """Returns the number of parameters of the replaced modules before, biases included."""
         return sum(layer.params_before.total for layer in self.modules)
 
     @property
     def params_after(self) -> int:
-        """Parameters of the replaced modules after, biases included."""
+        """Returns the number of parameters of the replaced modules after, biases included."""
         return sum(layer.params_after.total for layer in self.modules)
 
     @property
     def flops_before(self) -> int | None:
-        """Their operations per image before, None if unknown."""
+        """Returns the operations per image of the replaced modules before, None if unknown."""
         return _total([layer.flops_before for layer in self.layers])
 
     @property
     def flops_after(self) -> int | None:
-        """Their operations per image after, None if unknown."""
+        """Returns the operations per image of the replaced modules after, None if unknown."""
         return _total([layer.flops_after for layer in self.layers])
 
     @property
     def seconds(self) -> float | None:
-        """Time of all conversions, None if nothing was converted."""
+        """Returns the time of all conversions in seconds, None if nothing was converted."""
         known = [layer.seconds for layer in self.modules if layer.seconds is not None]
         return sum(known) if known else None
 

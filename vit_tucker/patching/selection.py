@@ -1,4 +1,4 @@
-"""Which modules a config means: full names with wildcards, regular expressions, indices and index ranges."""
+"""Selects modules as configs name them: full names with wildcards, regular expressions, indices and index ranges."""
 
 import fnmatch
 import re
@@ -66,7 +66,12 @@ def by_pattern(pattern: str, names: Iterable[str]) -> set[str]:
 
 
 def select(selection: Selection | None, names: Sequence[str], noun: str = "attention module") -> list[str]:
-    """Names selected by any item of ``selection``, in the model's order; all for None.
+    """Returns the names that any item of ``selection`` selects, in the model's order.
+
+    Args:
+        selection: names, indices or patterns; None for all.
+        names: all names, in the model's order.
+        noun: what they are, for messages.
 
     Raises:
         PatchError: an item selects nothing, or the selection is empty.

@@ -3,15 +3,12 @@
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from textwrap import fill
 from typing import Any, NamedTuple
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.report.collect import is_below
 from vit_tucker.report.sections import RECIPE_KEYS, Section, table_order
 from vit_tucker.report.settings import Setting
-from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save, subplots
 from vit_tucker.show.tables import Table, spread
 
 INIT = "init"
@@ -30,10 +27,6 @@ NAMES = {
     "train.epochs": "epochs",
 }
 """Options as readers know them."""
-TICK, TICK_WIDTH = 0.7, 11
-"""Room for a word at a tick: inches, and letters in a line."""
-HEIGHT, ROW = 2.2, 0.13
-"""Of the figure and of a line of its legend, inches."""
 MISSING = "null"
 
 
@@ -134,35 +127,6 @@ def categories(lines: Sequence[Line]) -> list[str]:
     """Returns all values of the lines: numbers in order, words as they come."""
     values = list(dict.fromkeys(value for line in lines for value in line.values))
     return values if any(as_number(value) is None for value in values) else sorted(values, key=float)
-
-
-def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Draws accuracy over the option's values, a line per group; returns the name of the PNG."""
-    values = categories(lines)
-    numbers = [number for value in values if (number := as_number(value)) is not None]
-    numeric = len(numbers) == len(values)
-    places = dict(zip(values, numbers if numeric else map(float, range(len(values))), strict=True))
-    ticks = list(places.values())
-    width = COLUMN if numeric else max(COLUMN, TICK * len(values))
-    with subplots(width, HEIGHT + ROW * len(lines)) as (figure, axis):
-        for i, line in enumerate(lines):
-            style: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)], "marker": SHAPES[i % len(SHAPES)]}
-            style["markersize"] = 3.6
-            x, means = [places[value] for value in line.values], [s.top1_mean for s in line.settings]
-            errors = [s.top1_std or 0.0 for s in line.settings]
-            axis.errorbar(x, means, errors, linestyle="none", capsize=1.3, elinewidth=0.7, **style)
-            axis.plot(x, means, LINES[i // len(PALETTE) % len(LINES)], linewidth=0.9, label=line.label, **style)
-        if numeric and ticks[0] > 0 and ticks[-1] >= WIDE * ticks[0]:
-            axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks, [fill(value, TICK_WIDTH) for value in values])
-        axis.minorticks_off()
-        axis.margins(x=0.08)
-        axis.set_xlabel(name_of(option))
-        means = [s.top1_mean for line in lines for s in line.settings]
-        accuracy_axis(axis, min(means), max(means))
-        grid(axis)
-        figure.legend(loc="outside lower center", ncols=1, frameon=False, handlelength=2.4)
-        return save(figure, folder, stem_of(option))
 
 
 def as_number(text: str) -> float | None:

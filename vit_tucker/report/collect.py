@@ -32,7 +32,7 @@ NOT_COMPARED_KEYS = IGNORED_KEYS | {"train.cpu"}
 
 
 class Collection(NamedTuple):
-    """Results that were found.
+    """The results that were found, and notes about what was left out.
 
     Attributes:
         results: of distinct runs, sorted.

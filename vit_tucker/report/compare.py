@@ -46,7 +46,7 @@ def linear_method(config: dict[str, Any]) -> str | None:
 
 
 def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
-    """Returns what a comparison says of each finished run, as plain values.
+    """Returns a row for each finished run of a comparison, as plain values.
 
     Raises:
         ConfigError: a run is not finished.

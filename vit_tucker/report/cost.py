@@ -76,7 +76,7 @@ LATENCY_COLUMNS = (
 def value_table(
     title: str, columns: Sequence[Column], rows: Sequence[Sequence[Any]], text_columns: int, notes: Sequence[str]
 ) -> Table:
-    """Returns a table of plain values, written as their columns say.
+    """Returns a table of plain values, formatted by their columns.
 
     Args:
         title: one line above.
@@ -102,7 +102,13 @@ def formula_table(sizes: str, rows: Sequence[Sequence[Any]]) -> Table:
 
 
 def published_table(title: str, rows: Sequence[Sequence[Any]], notes: Sequence[str]) -> Table:
-    """Returns Table 2 or 3: formulas beside the printed numbers."""
+    """Returns Table 2 or 3: formulas beside the printed numbers.
+
+    Args:
+        title: of the table.
+        rows: cells in the order of ``PUBLISHED_COLUMNS``.
+        notes: lines below the table.
+    """
     legend = (
         "published: as the paper prints it; - where we do not know it",
         "deviation: equal: the formula's value rounds to the published one; cut: its further digits are dropped there; a number: "

@@ -18,7 +18,7 @@ from vit_tucker.show.tables import Table, count
 POINTS = (5.0, 2.0, 1.0)
 """Percentage points below dense at which a setting counts as recovered, a column each."""
 COLUMNS = 4
-"""Panels beside each other; more go below."""
+"""Panels beside each other at most; more go below, as many in each row."""
 ROWS = (("eval_top1", "top-1 accuracy, %"), ("train_loss", "training loss"))
 
 
@@ -90,12 +90,13 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
     if not has_course(drawn):
         return None
     series = list(dict.fromkeys(s.series for s in drawn))
-    width, blocks = min(len(series), COLUMNS), -(-len(series) // COLUMNS)
+    blocks = -(-len(series) // COLUMNS)
+    width = -(-len(series) // blocks)
     scale = sizes_scale([s.params for s in drawn])
     size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(ROWS) * blocks, width)
     with subplots(*size, *grid_of, squeeze=False, sharex=True) as (figure, axes):
         for row, (key, label) in enumerate(ROWS):
-            panels = [axes[len(ROWS) * (i // COLUMNS) + row, i % COLUMNS] for i in range(blocks * width)]
+            panels = [axes[len(ROWS) * (i // width) + row, i % width] for i in range(blocks * width)]
             for axis, one in zip(panels, series, strict=False):
                 axis.sharey(panels[0])
                 draw_panel(axis, section, [s for s in drawn if s.series == one], key, scale)

@@ -1,4 +1,4 @@
-"""What an export wrote and how it compares with PyTorch, as people read it."""
+"""Formats what an export wrote and how it compares with PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any

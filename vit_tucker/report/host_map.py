@@ -57,7 +57,13 @@ def counts(values: dict[str, int]) -> str:
 
 
 def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) -> str:
-    """Returns a table with a row for each model."""
+    """Returns a table with a row for each model.
+
+    Args:
+        entries: one for each model; at least one.
+        notes: numbered footnotes.
+        aligned: pad the cells.
+    """
     methods = list(entries[0]["methods"])
     header = ("model", "self-attention", "heads", *methods, "stays as it is")
     rows = [
@@ -69,7 +75,7 @@ def hosts_table(entries: Sequence[Entry], notes: Notes, aligned: bool = True) ->
 
 
 def kind_table(entries: Sequence[Entry], notes: Notes) -> str:
-    """Returns a table with a row for each kind of attention: its classes, its features, and the verdict of each method."""
+    """Returns a table with a row for each kind of attention: its classes, its features, and the status of each method."""
     methods = list(entries[0]["methods"])
     kinds: dict[tuple[str, ...], list[str]] = {}
     for entry in entries:
@@ -83,7 +89,7 @@ def kind_table(entries: Sequence[Entry], notes: Notes) -> str:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """Returns a line that says how many models each method can replace as a whole."""
+    """Returns a line with the number of models whose every attention layer each method can replace."""
     exact = Counter(
         method for entry in entries for method in entry["methods"] if entry["methods"][method].startswith("exact")
     )

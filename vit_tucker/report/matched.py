@@ -1,4 +1,4 @@
-"""How many attention parameters other methods need for the accuracy of Tucker Attention, with the uncertainty of few seeds."""
+"""Computes the attention parameters that other methods need for the accuracy of Tucker Attention, with its uncertainty."""
 
 import math
 from collections.abc import Sequence

@@ -85,7 +85,7 @@ class Section:
 
 
 def recipe_of(setting: Setting) -> dict[str, Any]:
-    """Returns the keys of a setting's config that say how it is trained, on what, and from where it starts."""
+    """Returns the keys of a setting's config for its training, data and start."""
     return {key: value for key, value in setting.config.items() if is_below(key, RECIPE_KEYS)}
 
 

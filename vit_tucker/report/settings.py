@@ -61,7 +61,7 @@ class Setting:
 
     @cached_property
     def display(self) -> MethodDisplay:
-        """Returns how the method is shown: as its results say, else as the package's own of this name, its name filled in."""
+        """Returns how the method is shown: as stored in its results, else as the package's own of this name."""
         said = self.runs[0].get("display")
         display = SHIPPED.get(self.method, MethodDisplay()) if said is None else MethodDisplay(**said)
         return display.model_copy(update={"name": display.name or self.method})
@@ -131,7 +131,7 @@ class Setting:
 
     @cached_property
     def flops(self) -> float | None:
-        """Returns operations of the whole model per image, mean over the seeds; None where a run does not say."""
+        """Returns operations of the whole model per image, mean over the seeds; None where a run has none."""
         costs = [cost["flops"] for run in self.runs if (cost := run.get("cost")) and cost["flops"] is not None]
         return mean(costs) if len(costs) == len(self.runs) else None
 
@@ -143,7 +143,7 @@ class Setting:
 
     @property
     def latency(self) -> float | None:
-        """Returns latency relative to the dense host, median over the seeds; None where a run does not say."""
+        """Returns latency relative to the dense host, median over the seeds; None where a run has none."""
         return float(np.median([m["ratio"] for m in self.latencies])) if self.latencies else None
 
     @property

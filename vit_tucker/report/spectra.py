@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from vit_tucker.show.figures import grid, save, subplots
 from vit_tucker.show.tables import markdown
 
 PANELS = (("pre", "head"), ("pre", "query"), ("pre", "key"), ("post", "head"), ("post", "output"), ("post", "value"))
@@ -62,10 +63,8 @@ def draw_spectra(
     Returns:
         The PNG file.
     """
-    figure, file = spectra_figure(folder, whitened, gqa, mla), folder / f"spectra{'_whitened' * whitened}.png"
-    for suffix in (".png", ".pdf"):
-        figure.savefig(file.with_suffix(suffix), dpi=200)
-    return file
+    figure = spectra_figure(folder, whitened, gqa, mla)
+    return folder / save(figure, folder, f"spectra{'_whitened' * whitened}", dpi=200)
 
 
 def spectra_figure(
@@ -88,34 +87,30 @@ def spectra_figure(
     heads, width, dim = (int(layers[0][name]) for name in ("num_heads", "head_dim", "embed_dim"))
     gqa = tuple(dict.fromkeys((max(1, heads // 2), 1))) if gqa is None else gqa
     mla = (max(1, dim // 4),) if mla is None else mla
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots(2, 3, sharey=True)
     colours = colormaps["viridis"]
     last = max(1, len(layers) - 1)
-    for axis, (tensor, mode) in zip(axes.flat, PANELS, strict=True):
-        for layer, values in curves[tensor, mode].items():
-            relative = [value / values[0] if values[0] > 0 else 0.0 for value in values]
-            # a head mode of few values is read by its points
-            style = {"marker": "o", "markersize": 2.5} if len(values) <= 32 else {}
-            axis.plot(
-                range(1, len(values) + 1), relative, color=colours(0.92 * depth[layer] / last), linewidth=0.9, **style
-            )
-        mark_limits(axis, mode, heads, width, gqa, mla)
-        axis.set_yscale("log")
-        axis.set_ylim(FLOOR, 1.5)
-        axis.set_title(f"{tensor}-softmax, {mode} mode", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.25, linewidth=0.4)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("singular value / largest", fontsize=7)
-    for axis in axes[1]:
-        axis.set_xlabel("index", fontsize=7)
-    scale = ScalarMappable(Normalize(0, last / 0.92), colours)
-    bar = figure.colorbar(scale, ax=axes, shrink=0.7, pad=0.01, boundaries=[last * i / 100 for i in range(101)])
-    bar.set_ticks([0, last])
-    bar.set_label("layer", fontsize=7, labelpad=-6)
-    bar.ax.tick_params(labelsize=7)
-    return figure
+    with subplots(7.2, 4.2, 2, 3, sharey=True) as (figure, axes):
+        for axis, (tensor, mode) in zip(axes.flat, PANELS, strict=True):
+            for layer, values in curves[tensor, mode].items():
+                relative = [value / values[0] if values[0] > 0 else 0.0 for value in values]
+                # a head mode of few values is read by its points
+                style = {"marker": "o", "markersize": 2.5} if len(values) <= 32 else {}
+                colour = colours(0.92 * depth[layer] / last)
+                axis.plot(range(1, len(values) + 1), relative, color=colour, linewidth=0.9, **style)
+            mark_limits(axis, mode, heads, width, gqa, mla)
+            axis.set_yscale("log")
+            axis.set_ylim(FLOOR, 1.5)
+            axis.set_title(f"{tensor}-softmax, {mode} mode")
+            grid(axis)
+        for axis in axes[:, 0]:
+            axis.set_ylabel("singular value / largest")
+        for axis in axes[1]:
+            axis.set_xlabel("index")
+        scale = ScalarMappable(Normalize(0, last / 0.92), colours)
+        bar = figure.colorbar(scale, ax=axes, shrink=0.7, pad=0.01, boundaries=[last * i / 100 for i in range(101)])
+        bar.set_ticks([0, last])
+        bar.set_label("layer", labelpad=-6)
+        return figure
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:

@@ -15,7 +15,10 @@ CONFIDENCE = 0.95
 
 
 class Bounds(NamedTuple):
-    """What is known of a number: both equal if it is known, (x, inf) if it is more than x, (0, x) if it is less."""
+    """Bounds of a number that may not be known exactly.
+
+    Both are equal if it is known, (x, inf) if it is more than x, (0, x) if it is less.
+    """
 
     low: float
     high: float
@@ -28,7 +31,7 @@ class Bounds(NamedTuple):
         return f"<{significant(self.high)}" if self.low <= 0 else f"{significant(self.low)}-{significant(self.high)}"
 
     def over(self, divisor: float) -> "Bounds":
-        """Returns both bounds divided."""
+        """Returns the bounds of the number divided by a positive one."""
         return Bounds(self.low / divisor, self.high / divisor)
 
 
@@ -48,7 +51,7 @@ def significant(value: float) -> str:
 
 
 def mean(values: Sequence[float] | Floats) -> float:
-    """Returns the arithmetic mean."""
+    """Returns the arithmetic mean of some values."""
     return float(np.mean(values))
 
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from vit_tucker.errors import ConfigError, one_line
-from vit_tucker.report import ablations
+from vit_tucker.report import ablation_figures, ablations
 from vit_tucker.report.collect import KEPT, SWEEP, collect, write_results
 from vit_tucker.report.curves import check_patterns, draw_curves, has_course, recovery_table
 from vit_tucker.report.figures import COSTS, draw_accuracy
 from vit_tucker.report.matched import compare_methods
 from vit_tucker.report.sections import Section, sections
+from vit_tucker.report.starts import compare_starts, starts_table
 from vit_tucker.report.tables import headline_table, matched_table, seed_list, settings_table
 from vit_tucker.show.tables import Table
 
@@ -137,12 +138,14 @@ def write_section(
     if comparison is not None:
         parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
         parts["In short"] = Part(headline_table(comparison), None)
+    if starts := compare_starts(section):
+        parts["Starts compared"] = Part(starts_table(starts), None)
     parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
     if not has_course(section.comparable):
         notes.append("No training curves, nor epochs to recover: no setting was evaluated after more than one epoch.")
     for option in dict.fromkeys((*ablations.usual_options(section), *options)):
         if lines := ablations.option_lines(section, option):
-            figure = ablations.draw_ablation(option, lines, folder)
+            figure = ablation_figures.draw_ablation(option, lines, folder)
             parts[f"Accuracy by {ablations.name_of(option)}"] = Part(ablations.ablation_table(option, lines), figure)
         else:
             notes.append(f"No two settings differ in {option} alone.")

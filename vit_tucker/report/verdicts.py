@@ -1,4 +1,4 @@
-"""What holds of the paper's claim and what does not, as sentences: by rules, from the numbers and their uncertainty."""
+"""Compares the paper's claim with the results, as sentences: by rules, from the numbers and their uncertainty."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""What a patch would do to a dense model, and a patched model as a folder that rebuilds itself."""
+"""Reports what a patch would do to a dense model, and stores a patched model as a folder that rebuilds itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def plan(
     *,
     device: torch.device | str = "cpu",
 ) -> Converted:
-    """Tells what a patch would do to a timm model, layer by layer; nothing is trained or written.
+    """Reports what a patch would do to a timm model, layer by layer; nothing is trained or written.
 
     Args:
         model: timm model name; None with ``cfg``.
@@ -147,11 +147,17 @@ def calibrated(method: MethodConfig, images: int) -> MethodConfig:
 
 
 def dense_model(config: RunConfig) -> tuple[nn.Module, list[str]]:
-    """Makes the dense model of a config.
+    """Creates the dense model of a config, with its weights.
+
+    Args:
+        config: validated; its name may be None, where it comes from a model alone.
 
     Returns:
         The model, with the classes of its data set where it has a config file, else those of its weights, or timm's; and lines
         for the user about its weights.
+
+    Raises:
+        CheckpointError: its weights are not there.
     """
     sizes = () if config.name is None else classes_and_channels(config)
     start = config.model.checkpoint

@@ -1,4 +1,4 @@
-"""What a timm model costs, dense and with attention methods, from names alone."""
+"""Counts what a timm model costs, dense and with attention methods, from names alone."""
 
 from collections.abc import Sequence
 

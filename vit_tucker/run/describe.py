@@ -26,7 +26,7 @@ from vit_tucker.training.trainer import Trainer
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
-    """Returns the entries of results.json that are known before a run is trained."""
+    """Returns the entries of results.json that are known before a run is trained; arguments as of ``build_trainer``."""
     return {
         "name": config.name,
         **stored_display(built.attention),
@@ -59,7 +59,12 @@ def report_entries(patch: dict[str, Any] | None) -> dict[str, Any]:
 def latency_of_run(
     config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
 ) -> dict[str, Any] | None:
-    """Measures the latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model."""
+    """Measures the latency that ``train.latency_batch_size`` asks for, see ``latency_to_dense``; None for a sharded model.
+
+    Args:
+        config, accelerator, built: as of ``build_trainer``.
+        model: after training, without wrappers.
+    """
     size, batch_size = built.data["input_size"], config.train.latency_batch_size
     if batch_size is None or is_sharded(model):
         return None
@@ -71,7 +76,13 @@ def latency_of_run(
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:
-    """Returns what --dry-run prints beside ``log_run``: steps (of an epoch: ``steps``), schedule, checkpoints, memory."""
+    """Returns what --dry-run prints beside ``log_run``: steps, schedule, checkpoints, memory.
+
+    Args:
+        config, accelerator, built: as of ``build_trainer``.
+        steps: of an epoch.
+        trainer: as built.
+    """
     recipe = config.train
     micro_batch = recipe.global_batch_size // (accelerator.num_processes * recipe.grad_accum_steps)
     memory = estimate_memory(
@@ -106,7 +117,13 @@ def log_run(
     loaders: Loaders,
     trainer: Trainer,
 ) -> None:
-    """Logs what is about to run: weights, patch, parameter groups, sizes."""
+    """Logs what is about to run: weights, patch, parameter groups, sizes.
+
+    Args:
+        config, accelerator, built, loaders: as of ``build_trainer``.
+        results: from ``describe_run``.
+        trainer: as built.
+    """
     for load in built.loads:
         LOGGER.info(str(load))
     info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None

@@ -22,7 +22,7 @@ from vit_tucker.training.lock import RunLock
 
 @dataclass
 class Claim:
-    """Tracks what the processes of one run may do with its folder; only the first one holds the lock.
+    """Tracks what the processes of one run may do with its folder; only the first one has the lock.
 
     Attributes:
         run_dir: the folder.
@@ -67,6 +67,12 @@ class Claim:
     def begin(self, config: RunConfig, started: str, built: BuiltModel, loaders: Loaders) -> None:
         """Writes what a run starts with; on the first process.
 
+        Args:
+            config: of the run, as it is stored.
+            started: text of started.json.
+            built: the model.
+            loaders: of the run.
+
         Raises:
             ConfigError: another run has begun in the folder since this one looked. SaveError: it can't be written to.
         """
@@ -100,6 +106,11 @@ def record_failure(claim: Claim, coordinator: Coordinator, error: Exception) -> 
     """Writes a failure to train.log: the traceback of what is no user's mistake; of several processes, whose it was.
 
     Where the first process does not report it, a line goes to standard error too.
+
+    Args:
+        claim: on the run's folder.
+        coordinator: of the processes.
+        error: that ended the run.
     """
     expected = isinstance(error, VitTuckerError | FailedError)
     alone = coordinator.num_processes > 1 and not coordinator.agreed

@@ -27,9 +27,10 @@ def train(
         VitTuckerError, FailedError: see ``run``. StoppedError: with the command that continues.
     """
     from vit_tucker.config.load import load_config
-    from vit_tucker.run.run import run
 
     config = load_config(cfg, overrides)
+    from vit_tucker.run.run import run  # after it: a mistake is reported before torch is imported
+
     if Path(cfg).is_dir():
         config = config.model_copy(update={"output_dir": str(Path(cfg))})
     try:

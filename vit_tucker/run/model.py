@@ -32,7 +32,7 @@ from vit_tucker.storage.run_dir import RunDir
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """Holds the model of a run before training.
+    """The model of a run before training.
 
     Attributes:
         model: patched, on the device.
@@ -89,6 +89,12 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
 
     A run that has weights of its own to go on from is only built: what it started from need not be there any more. Best weights
     alone are some to evaluate, but none to go on from: such a run was killed before its first checkpoint.
+
+    Args:
+        config: validated.
+        run_dir: its folder, which may hold the same run.
+        device: where the model is patched and trained.
+        training: False: it is evaluated only, so that no teacher is needed.
 
     Raises:
         VitTuckerError: see ``create_host`` and ``patch``.

@@ -105,7 +105,14 @@ def evaluate_run(
     coordinator: Coordinator,
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """Evaluates a run's weights; the model as created (dense weights, converted) if nothing was trained."""
+    """Evaluates a run's weights; the model as created (dense weights, converted) if nothing was trained.
+
+    Other arguments as of ``build_trainer``.
+
+    Args:
+        weights: file of the best or last weights; None for the model as created.
+        results: from ``describe_run``.
+    """
     for note in loaders.notes:
         LOGGER.info(note)
     which = "the model as created"

@@ -36,7 +36,7 @@ from vit_tucker.training.trackers import Trackers
 
 @dataclass(frozen=True)
 class Request:
-    """Holds the arguments of ``run`` beside the config."""
+    """The arguments of ``run`` beside the config."""
 
     evaluate_only: bool
     allow_changes: bool
@@ -103,7 +103,16 @@ def run_together(
     request: Request,
     used: Choices,
 ) -> dict[str, Any]:
-    """Runs it from its folder to its results, see ``run``. ``used``: the attention backends that compute its calls."""
+    """Runs a config from its folder to its results, see ``run``.
+
+    Args:
+        config: validated.
+        claim: on the run's folder.
+        accelerator, coordinator: of the processes.
+        signals: that ask this process to stop.
+        request: the other arguments of ``run``.
+        used: filled with the attention backends that compute the run's calls.
+    """
     run_dir = claim.run_dir
     config, changes, with_train = enter_folder(config, claim, coordinator, request)
     weights = None if with_train else coordinator.on_main(lambda: weights_to_evaluate(run_dir))
@@ -148,7 +157,7 @@ def run_together(
 def enter_folder(
     config: RunConfig, claim: Claim, coordinator: Coordinator, request: Request
 ) -> tuple[RunConfig, list[str], bool]:
-    """Locks a run's folder where it is to be trained.
+    """Locks a run's folder where it is to be trained; arguments as of ``run_together``.
 
     Returns:
         The config to go on with, what has changed in it since the run began, and whether there is anything to train.
@@ -175,7 +184,14 @@ def enter_folder(
 def build_run(
     config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool
 ) -> tuple[BuiltModel, Loaders]:
-    """Builds model and loaders of one process."""
+    """Builds model and loaders of one process.
+
+    Args:
+        config: validated.
+        run_dir: its folder.
+        accelerator: of this process.
+        with_train: open the training split too.
+    """
     with showing_progress(None if accelerator.is_main_process else False):
         built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
@@ -196,6 +212,12 @@ def build_run(
 
 def check_images(config: RunConfig, run_dir: RunDir, coordinator: Coordinator, with_train: bool) -> list[str]:
     """Opens every image of the run's splits, shared among the processes; streams are only checked as they are read.
+
+    Args:
+        config: validated.
+        run_dir: its folder.
+        coordinator: of the processes.
+        with_train: check the training split too.
 
     Returns:
         The fault lines of the bad ones, of all processes.

@@ -1,4 +1,4 @@
-"""Whether a folder holds the same run: what its config may change, and what may not."""
+"""Compares a config with that of the run in its folder: some keys may change, others may not."""
 
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.entry import read_patch
@@ -17,9 +17,14 @@ STREAMS = ("wds", "hfids", "tfds")
 
 
 def check_folder(run_dir: RunDir, config: RunConfig, allow_changes: bool = False) -> tuple[RunConfig, list[str]]:
-    """Refuses a folder that holds a run of another config, or that can't be made.
+    """Refuses a folder with a run of another config, or that can't be made.
 
     A run that left no weights is none to go on with: its folder takes any config.
+
+    Args:
+        run_dir: folder of the run, which may be missing.
+        config: validated.
+        allow_changes: accept differences that matter.
 
     Returns:
         The config, with the ranks that a rank rule chose when the run began; and what has changed since then that matters.

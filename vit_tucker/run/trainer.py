@@ -99,7 +99,7 @@ def build_trainer(
 
 
 def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadReport]) -> None:
-    """Sets up activation checkpointing, and freezes what is not trained, as the recipe asks for.
+    """Freezes what ``config`` does not train and checkpoints activations of ``model``; ``loads`` as of ``freeze_others``.
 
     Raises:
         ConfigError: the model can't, or its timm can't do both.
@@ -118,7 +118,7 @@ def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadRe
 
 
 def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> Objective:
-    """Creates the loss of labels, teacher and penalties of the model, each of which is computed once to check it.
+    """Creates the loss of a ``recipe`` and computes each penalty once to check it; arguments as of ``build_trainer``.
 
     Raises:
         ConfigError: the teacher is another kind of model; a penalty fails. CheckpointError: the teacher's classes differ.
@@ -138,7 +138,7 @@ def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: Built
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: TrainConfig
 ) -> tuple[nn.Module, Any, nn.Module]:
-    """Compiles the model if asked for, and has Accelerate wrap it and its optimizer.
+    """Compiles ``model`` if ``recipe`` asks for it, and has ``accelerator`` wrap it and its ``optimizer``.
 
     Returns:
         Wrapped model and optimizer, and the model without wrappers.
@@ -186,7 +186,7 @@ def go_on(trainer: Trainer, saved: Saved, optimizer: torch.optim.Optimizer, step
 
 
 def freeze_others(model: nn.Module, only: str | Sequence[str], loads: Sequence[LoadReport]) -> None:
-    """Freezes what ``train.only`` does not name; two lines in the log state how much is trained, and what stays random.
+    """Freezes all of ``model`` but what ``only`` names, and logs how much is trained and what ``loads`` left random.
 
     Raises:
         ConfigError: it names nothing.

@@ -21,7 +21,14 @@ from vit_tucker.storage.weights import full_state, save_weights
 def describe_weights(
     model: nn.Module, config: RunConfig, built: BuiltModel, loaders: Loaders
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Returns header and config.json of a run's weights; the latter None, with a line in the log, if timm can't rebuild it."""
+    """Returns header and config.json of a run's weights.
+
+    config.json is None, with a line in the log, if timm can't rebuild the model.
+
+    Args:
+        model: whose weights are saved.
+        config, built, loaders: as of ``build_trainer``.
+    """
     names = loaders.label_names and padded(loaders.label_names, built.num_classes)
     labels = names if names and len(names) == built.num_classes else None
     try:
@@ -33,7 +40,13 @@ def describe_weights(
 
 
 def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
-    """Saves the weights of a run's teacher, with the config.json by which a change is found, where timm can rebuild it."""
+    """Saves the weights of a run's teacher, with a config.json by which a change is found, where timm can rebuild it.
+
+    Args:
+        run_dir: of the run.
+        teacher: on any device.
+        name: timm's name of the student.
+    """
     file, header_entries = run_dir.teacher, weights_header(name)
     try:
         config = describe(teacher)

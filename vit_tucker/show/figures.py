@@ -3,17 +3,31 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, LogNorm, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from vit_tucker.show.fonts import installed_fonts
 from vit_tucker.show.tables import short_count
 
+
+class Theme(NamedTuple):
+    """The page that a figure is for, as two colours."""
+
+    background: str
+    ink: str
+
+
+LIGHT, DARK = Theme("#ffffff", "#000000"), Theme("#0d1117", "#e6edf3")
+"""Paper, and GitHub's dark pages."""
+PAGE = ("figure.facecolor", "axes.facecolor")
+INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+"""Settings of matplotlib that are a theme's background, and its ink."""
 COLUMN = 3.4
 """Width of a column of a paper, inches."""
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -33,19 +47,27 @@ FONTS: dict[Any, Any] = {
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "pdf.fonttype": 42,
 }
+FILES: dict[Any, Any] = {"pdf.fonttype": 42, "svg.hashsalt": "vit_tucker"}
+"""Settings of matplotlib for files: fonts that journals accept, and the same bytes for the same data."""
 
 
 @contextmanager
 def subplots(
-    width: float, height: float, rows: int = 1, columns: int = 1, **options: Any
+    width: float, height: float, rows: int = 1, columns: int = 1, theme: Theme = LIGHT, **options: Any
 ) -> Iterator[tuple[Figure, Any]]:
-    """Context with a figure in our style, sizes in inches, and its axes; for options see ``Figure.subplots``.
+    """Opens a figure in the project's style, and its axes; the style is in force within the context.
 
     The figure is none of pyplot's, which chooses a backend for the process.
+
+    Args:
+        width, height: of the figure, inches.
+        rows, columns: of axes.
+        theme: of the page that it is for.
+        options: of ``Figure.subplots``.
     """
-    with rc_context(FONTS):
+    page: dict[Any, Any] = {**dict.fromkeys(PAGE, theme.background), **dict.fromkeys(INK, theme.ink)}
+    with rc_context({**FONTS, **page}):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, **options)
 
@@ -60,25 +82,29 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def accuracy_axis(axis: Any, low: float, high: float) -> None:
+def accuracy_axis(axis: Any, low: float, high: float, horizontal: bool = False) -> None:
     """Makes y an axis in percent; where errors differ much, their log scale spreads what is close to 100%.
 
     Args:
         axis: of a figure whose data are drawn.
         low, high: the accuracies.
+        horizontal: make it x.
     """
-    axis.set_ylabel("top-1 accuracy, %")
+    name = "x" if horizontal else "y"
+    axis.set(**{f"{name}label": "top-1 accuracy, %"})
     floor = 0.05
     least, most = max(100 - high, floor), max(100 - low, floor)
     if most < WIDE * least:
         return
-    axis.set_yscale("function", functions=(lambda a: -np.log(np.maximum(100 - a, floor)), lambda y: 100 - np.exp(-y)))
-    axis.set_ylim(100 - min(most * 1.25, 100), 100 - least / 1.25)
+    functions = (lambda a: -np.log(np.maximum(100 - a, floor)), lambda y: 100 - np.exp(-y))
+    getattr(axis, f"set_{name}scale")("function", functions=functions)
+    axis.set(**{f"{name}lim": (100 - min(most * 1.25, 100), 100 - least / 1.25)})
     ticks = [tick for tick in ACCURACY_TICKS if least / 1.25 <= 100 - tick <= most * 1.25]
-    axis.yaxis.set_major_locator(FixedLocator(ticks))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_ylabel("top-1 accuracy, % (log error)")
+    along = axis.xaxis if horizontal else axis.yaxis
+    along.set_major_locator(FixedLocator(ticks))
+    along.set_minor_locator(NullLocator())
+    along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set(**{f"{name}label": "top-1 accuracy, % (log error)"})
 
 
 def sizes_scale(sizes: Sequence[float]) -> Any:
@@ -111,8 +137,35 @@ def grid(axis: Any) -> None:
     axis.set_axisbelow(True)
 
 
-def save(figure: Figure, folder: Path, stem: str) -> str:
+def luminance(colour: str) -> float:
+    """Returns the relative luminance of an sRGB colour, 0 to 1, as WCAG defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one: str, other: str) -> float:
+    """Returns the contrast of two colours, 1 to 21, as WCAG defines it."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def themed(colour: str, theme: Theme) -> str:
+    """Returns a colour mixed with the theme's ink until it has the contrast that it has on white: black becomes the ink."""
+    wanted = min(contrast(colour, LIGHT.background), contrast(theme.ink, theme.background))
+    ink, own = np.array(to_rgb(theme.ink)), np.array(to_rgb(colour))
+    mixtures = (to_hex(part * ink + (1 - part) * own) for part in np.linspace(0, 1, 21))
+    return next((mixture for mixture in mixtures if contrast(mixture, theme.background) >= wanted), theme.ink)
+
+
+def save(figure: Figure, folder: Path, stem: str, dpi: int = 300) -> str:
     """Writes PNG and PDF, the same bytes for the same data; returns the name of the PNG file."""
-    figure.savefig(folder / f"{stem}.png", dpi=300)
-    figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})
+    with rc_context(FILES), installed_fonts(figure):
+        figure.savefig(folder / f"{stem}.png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})
     return f"{stem}.png"
+
+
+def save_svg(figure: Figure, file: Path) -> None:
+    """Writes SVG, the same bytes for the same data, without the date and the version of matplotlib."""
+    with rc_context(FILES), installed_fonts(figure):
+        figure.savefig(file, metadata={"Date": None, "Creator": None})

@@ -36,7 +36,7 @@ def _folded(groups: dict[tuple[str, ...], list[str]], place: int) -> dict[tuple[
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Writes numbers as '0-3,5'."""
+    """Writes whole numbers as ranges, '0-3,5'."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

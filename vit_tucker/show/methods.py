@@ -1,4 +1,4 @@
-"""How tables and figures show an attention method: a class attribute of its config, read here without importing torch."""
+"""Defines how tables and figures show an attention method: a class attribute of its config, read here without importing torch."""
 
 from collections.abc import Mapping
 from itertools import cycle
@@ -13,9 +13,9 @@ FREE_MARKERS = ("v", "P", "X", "d")
 
 
 class MethodDisplay(Checked):
-    """How tables and figures show a method. What is left out has a fallback: the method's name, the last place, a free colour.
+    """Name, place, colour and marker of a method in tables and figures.
 
-    Plug-ins set it as ``display`` of their config class; their runs keep it in results.json, so that tables need no plug-in.
+    What is left out has a fallback: the method's name, the last place, a free colour.
     """
 
     name: str = Field(default="", max_length=60, pattern=r"^[^\r\n|]*$", description="As papers write it.")
@@ -35,11 +35,20 @@ class MethodDisplay(Checked):
     )
 
     def place(self, method: str) -> tuple[float, str]:
-        """Returns what methods are sorted by."""
+        """Returns the key that methods are sorted by.
+
+        Args:
+            method: its name in configs.
+        """
         return float("inf") if self.order is None else self.order, method
 
     def start(self, conversion: str | None, calibrated: bool) -> str:
-        """Returns the name of a conversion; of configs from before there was a choice, that of the default."""
+        """Returns the name of a conversion.
+
+        Args:
+            conversion: as in the config; None in configs from before there was a choice, for the default.
+            calibrated: for the tokens of some images.
+        """
         conversion = conversion or next(iter(self.starts), "")
         plain = self.starts.get(conversion, conversion or "converted")
         return self.calibrated.replace("{start}", plain) if calibrated else plain

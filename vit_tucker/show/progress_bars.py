@@ -20,7 +20,7 @@ IN_NOTEBOOK = any(cls.__module__ == "tqdm.notebook" for cls in tqdm.__mro__)
 
 @contextmanager
 def showing_progress(wanted: bool | None) -> Iterator[None]:
-    """Context in which bars are shown always (True), never (False), or as outside of it (None)."""
+    """Makes a context in which bars are shown always (True), never (False), or as outside of it (None)."""
     before = WANTED.set(WANTED.get() if wanted is None else wanted)
     try:
         yield

@@ -107,7 +107,7 @@ def plain(rows: Rows, left: Collection[int], rule_after: Collection[int] = ()) -
 def markdown(
     header: Sequence[str], rows: Rows, text_columns: int = 1, *, aligned: bool = True, colons: bool = True
 ) -> str:
-    """Returns a Markdown table.
+    """Returns a table in Markdown, with its header.
 
     Args:
         header: names of the columns.
@@ -175,7 +175,13 @@ def share(value: float | None) -> str:
 
 
 def spread(mean: float | None, std: float | None, digits: int = 2) -> str:
-    """Returns '98.61 ± 0.20'; '98.61 ± -' where one run alone has no spread; '-' for None."""
+    """Returns '98.61 ± 0.20'; '98.61 ± -' where one run alone has no spread; '-' for None.
+
+    Args:
+        mean: None for no value.
+        std: standard deviation, None with one run alone.
+        digits: behind the point.
+    """
     return "-" if mean is None else f"{mean:.{digits}f} ± {decimal(std, digits)}"
 
 

@@ -1,4 +1,4 @@
-"""What was saved, so that what has changed since is found: SHA-256, dtypes and shapes in config.json, beside the weights.
+"""Stores what was saved, so that changes are found: SHA-256, dtypes and shapes in config.json, beside the weights.
 
 Under ``vit_tucker.stored``: ``config`` is the SHA-256 of all else in config.json (its values, in whatever order and layout);
 ``files`` has for each weights file its SHA-256 and, by name, its tensors as "F32 [2, 8]".
@@ -84,7 +84,7 @@ def tensors_of(file: Path) -> dict[str, str]:
 
 
 def stored_file(file: Path, sha256: str | None = None) -> dict[str, Any]:
-    """Returns what config.json has to hold of a safetensors file, whose SHA-256 may be known."""
+    """Returns the entry of config.json for a safetensors file, whose SHA-256 may be known."""
     return {"sha256": sha256 or sha256_of(file), "tensors": tensors_of(file)}
 
 
@@ -141,7 +141,13 @@ def save_model(
 
 
 def replaced(folder: Path, name: str, config: Mapping[str, Any]) -> str | None:
-    """Returns the SHA-256 of the weights that a folder has; None if it has none, or those of another model."""
+    """Returns the SHA-256 of the weights that a folder has; None if it has none, or those of another model.
+
+    Args:
+        folder: may be missing.
+        name: of the weights file.
+        config: contents of the config.json that they must belong to.
+    """
     try:
         stored = read_stored(read_object(folder / CONFIG), str(folder))
     except CheckpointError:
@@ -187,7 +193,13 @@ def verify(config: Mapping[str, Any], file: Path, where: str, siblings: bool = T
 
 
 def verify_file(file: Path, stored: StoredFile, where: str) -> None:
-    """Raises CheckpointError if a weights file is not the one that was saved; names a tensor that differs in its header."""
+    """Raises CheckpointError if a weights file is not the one that was saved; names a tensor that differs in its header.
+
+    Args:
+        file: a weights file.
+        stored: its digests as saved.
+        where: name of the checkpoint, for messages.
+    """
     try:
         found = sha256_of(file)
     except OSError as error:
@@ -210,7 +222,10 @@ def verify_file(file: Path, stored: StoredFile, where: str) -> None:
 
 
 def verify_beside(file: Path, siblings: bool = True) -> bool:
-    """Like ``verify``, of a weights file and the config.json beside it; False if there is none, or it has no digests."""
+    """Verifies a weights file against the config.json beside it, see ``verify``.
+
+    False if there is none, or it has no digests.
+    """
     if not (file.parent / CONFIG).is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""JSON files from elsewhere: read strictly, and checked against a model of what they hold; each fault is one line."""
+"""Reads JSON files from elsewhere strictly, and checks them against a model of their contents; each fault is one line."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ NEWER = "; was it written by a newer vit_tucker?"
 
 
 class Strict(BaseModel):
-    """Base of what a JSON file must hold: no booleans for numbers, no fractions for whole numbers, nothing unknown."""
+    """Base of models of JSON contents: no booleans for numbers, no fractions for whole numbers, nothing unknown."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
@@ -31,7 +31,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_object(file: Path, error: type[VitTuckerError] = CheckpointError, all_finite: bool = True) -> dict[str, Any]:
-    """Reads the mapping that a JSON file holds.
+    """Reads the mapping in a JSON file.
 
     Args:
         file: UTF-8, no larger than ``MAX_BYTES``.
@@ -54,7 +54,7 @@ def read_object(file: Path, error: type[VitTuckerError] = CheckpointError, all_f
 def parse_object(
     text: str, where: str, error: type[VitTuckerError] = CheckpointError, all_finite: bool = True
 ) -> dict[str, Any]:
-    """Returns the mapping that a JSON text holds.
+    """Returns the mapping in a JSON text.
 
     Args:
         text: JSON.

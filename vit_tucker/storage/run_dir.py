@@ -85,6 +85,12 @@ class RunDir:
     ) -> None:
         """Writes config.yaml, data_config.json, patch.json and classes.json, and sends the package's log lines to train.log too.
 
+        Args:
+            config: the YAML text.
+            patch: the patch, for patch.json; None for a dense model.
+            data_config: how images are prepared, in timm's terms.
+            classes: names of the classes in the order of their numbers; None if unknown.
+
         Raises:
             OSError: they can't be written. A log that can't be is a warning.
         """
@@ -138,7 +144,7 @@ class RunDir:
         return None
 
     def write_summary(self, rows: list[dict[str, Any]]) -> None:
-        """Writes summary.csv anew from all rows, so that a resumed run has none twice; if it can't be, that is a warning."""
+        """Writes summary.csv anew from all ``rows``, so that a resumed run has none twice; a failure is a warning."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -150,14 +156,14 @@ class RunDir:
             warn_of_loss("summary.csv", error)
 
     def log_failure(self, text: str) -> None:
-        """Adds lines to train.log from any process, if the run had begun and if it can be written."""
+        """Adds lines of ``text`` to train.log from any process, if the run had begun and if it can be written."""
         if self.config.is_file():
             stamp = datetime.now().strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
             with contextlib.suppress(OSError), (self.path / "train.log").open("a") as log:
                 log.write(f"{stamp} {text}\n")
 
     def write_results(self, results: dict[str, Any]) -> None:
-        """Writes results.json, whole or not at all."""
+        """Writes ``results`` to results.json, as a whole or not at all."""
         replace_text(self.results, json.dumps(results, indent=2) + "\n")
 
 
@@ -173,7 +179,7 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
     def close(self) -> None:
-        """Closes the file; what it still holds may be lost too."""
+        """Closes the file; lines that are not written yet may be lost too."""
         with contextlib.suppress(OSError):
             super().close()
 
@@ -199,7 +205,7 @@ def warn_of_loss(what: str, error: OSError) -> None:
 
 @contextlib.contextmanager
 def log_lines(main_process: bool) -> Iterator[None]:
-    """Context with plain log lines on standard output, from the main process only; afterwards the logger is what it was.
+    """Writes plain log lines to standard output, from the main process only; afterwards the logger is what it was.
 
     Files that ``RunDir.start`` adds within are closed at the end: what runs in this process later is not this run's.
     """

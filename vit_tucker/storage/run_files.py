@@ -1,4 +1,4 @@
-"""What the small files of a run folder must hold, where they are read again: by a run that goes on, tables, sweeps."""
+"""Checks the small files of a run folder where they are read again: by a run that goes on, tables, sweeps."""
 
 import json
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ def classes_text(names: Sequence[str]) -> str:
 
 
 class DataEntries(Lenient):
-    """How images are prepared, in timm's words."""
+    """Entries that say how images are prepared, in timm's terms."""
 
     input_size: Size | None = None
     mean: Means | None = None

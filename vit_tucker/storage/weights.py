@@ -17,19 +17,33 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."
 
 
 def without_wrappers(name: str) -> str:
-    """Returns a tensor's name without what torch's wrappers have added to it."""
+    """Returns a tensor's name without what torch's wrappers have added to it.
+
+    Args:
+        name: as in a state dict.
+    """
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns the whole of a tensor that FSDP2 has spread over processes (all of them must call this); any other as it is."""
+    """Returns the whole of a tensor that FSDP2 has spread over processes; any other as it is.
+
+    All processes must call this.
+
+    Args:
+        tensor: (any shape).
+    """
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether FSDP2 has spread a model's parameters over processes."""
+    """Returns whether FSDP2 has spread a model's parameters over processes.
+
+    Args:
+        model: unwrapped.
+    """
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -37,6 +51,9 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Returns the state dict of an unwrapped model: whole tensors, names without those of wrappers.
 
     All processes must call this if the model is sharded.
+
+    Args:
+        model: unwrapped.
     """
     return {without_wrappers(key): whole(value.detach()) for key, value in model.state_dict().items()}
 
@@ -75,6 +92,11 @@ def save_weights(
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Writes tensors as safetensors, on the disk when this returns; a tensor may share memory with another.
 
+    Args:
+        file: replaced if it is there.
+        tensors: by name.
+        metadata: strings for the header.
+
     Raises:
         OSError: it can't be written.
     """
@@ -89,7 +111,12 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a text file, replaced as a whole and on the disk when this returns."""
+    """Writes a text file, replaced as a whole and on the disk when this returns.
+
+    Args:
+        file: new, or replaced atomically.
+        text: its whole contents, written as UTF-8.
+    """
     beside = file.with_name(f".{file.name}.tmp")
     beside.write_text(text, encoding="utf-8")
     sync(beside)
@@ -97,7 +124,11 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's contents, or a folder's entries, are on the disk."""
+    """Waits until a file's contents, or a folder's entries, are on the disk.
+
+    Args:
+        path: a file or folder.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,6 +138,10 @@ def sync(path: Path) -> None:
 
 def load_weights(file: Path, model: nn.Module) -> None:
     """Loads what ``save_weights`` wrote; every key must match.
+
+    Args:
+        file: a safetensors file.
+        model: changed in place.
 
     Raises:
         CheckpointError: unreadable, or of another model.
@@ -123,6 +158,9 @@ def load_weights(file: Path, model: nn.Module) -> None:
 
 def weights_metadata(file: Path) -> dict[str, str]:
     """Returns the header strings of a safetensors file; empty for other formats and plain files.
+
+    Args:
+        file: weights in any format.
 
     Raises:
         CheckpointError: a .safetensors file that can't be read.

@@ -78,11 +78,12 @@ class ClusterRun(StartedRun):
 
     @property
     def queued(self) -> bool:
+        """Returns whether the job still waits for its turn."""
         info = self.submitted.watcher.get_info(self.submitted.job_id, mode="cache")
         return info.get("State") in ("PENDING", "REQUEUED")
 
     def describe_ending(self) -> str:
-        """Returns its process' status, else what the cluster says, and the last words of the run, else of the job."""
+        """Returns the exit status or what the cluster reports, and the last words of the run, else of the job."""
         paths, log, start = self.submitted.paths, self.job.log, self.log_start
         how = f"status {self.status}" if paths.result_pickle.exists() else self.submitted.state
         if not log.exists() or log.stat().st_size == start:

@@ -70,7 +70,7 @@ class ClusterJob:
         return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """Has the run save and leave, at the cluster's warning; called by submitit.
+        """Makes the run save and stop, at the cluster's warning; called by submitit.
 
         Returns:
             What is queued again (a DelayedSubmission); None if the run is finished, or wrote no checkpoint in all its time.

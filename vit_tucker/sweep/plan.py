@@ -3,19 +3,22 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from vit_tucker.config.early import refuse_early
 from vit_tucker.config.find import find_config, stored_by_name
-from vit_tucker.config.load import validate, validate_as
-from vit_tucker.config.plugins import load_config_plugins
-from vit_tucker.config.schema import RunConfig
+from vit_tucker.config.load import validate_as, validate_with_plugins
 from vit_tucker.config.source import Source, merge_values, read_overrides, read_with_bases, read_yaml
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.storage.paths import MAX_NAME
 from vit_tucker.sweep.schema import START, CellConfig, SweepConfig
+
+if TYPE_CHECKING:
+    from vit_tucker.config.schema import RunConfig
 
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
@@ -34,7 +37,7 @@ class Job:
 
     name: str
     seed: int
-    config: RunConfig
+    config: "RunConfig"
     after: "Job | None" = None
 
     @property
@@ -94,7 +97,6 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     source.stored = stored_by_name(name, file)
     base = _read_base(config, source, file)
     common = merge_values(base, _section(source, config.set, "set"))
-    load_config_plugins(common, file.parent)
     finetune = merge_values(common, _section(source, config.finetune, "finetune"))
     settings = [setting for number, cell in enumerate(config.cells) for setting in _settings(cell, number, source)]
     names = [name for name, _ in settings]
@@ -103,14 +105,16 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             f"{source.where(('cells',))}: cells: two are named '{twice[0]}'; put what varies into the name, as in "
             "'gqa{attention.num_kv_heads}'"
         )
+    cells = [(name, merge_values(finetune, given)) for name, given in settings]
+    first = [] if config.start is None else [(START, merge_values(common, _section(source, config.start, "start")))]
+    for name, values in (*first, *cells):
+        with _named(name):
+            refuse_early(values)
     jobs: list[Job] = []
     for seed in config.seeds:
-        start = None
-        if config.start is not None:
-            own = _section(source, config.start, "start")
-            start = _job(START, seed, merge_values(common, own), output_dir, file)
-            jobs.append(start)
-        jobs += [_job(cell, seed, merge_values(finetune, given), output_dir, file, start) for cell, given in settings]
+        starts = [_job(name, seed, values, output_dir, file) for name, values in first]
+        jobs += starts
+        jobs += [_job(name, seed, values, output_dir, file, *starts) for name, values in cells]
     return Sweep(file, config, output_dir, tuple(jobs))
 
 
@@ -214,8 +218,14 @@ def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, sta
     fixed: dict[str, Any] = {"name": name, "seed": seed, "output_dir": str(output_dir / name / f"seed{seed}")}
     if start is not None:
         fixed["model"] = {"checkpoint": str(start.folder)}
+    with _named(name):
+        return Job(name, seed, validate_with_plugins(merge_values(source, Source(fixed)), file.parent), start)
+
+
+@contextmanager
+def _named(cell: str) -> Iterator[None]:
+    """Adds the cell to the line of a mistake."""
     try:
-        load_config_plugins(source, file.parent)
-        return Job(name, seed, validate(merge_values(source, Source(fixed))), start)
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{error} (cell {name})") from None
+        raise ConfigError(f"{error} (cell {cell})") from None

@@ -64,7 +64,7 @@ class StartedRun(ABC):
 
 
 class Executor(Protocol):
-    """What starts the runs of a sweep: processes of this machine, or jobs of a cluster.
+    """Starts the runs of a sweep: as processes of this machine, or jobs of a cluster.
 
     Attributes:
         capacity: runs at a time.
@@ -92,12 +92,15 @@ class RunProcess(StartedRun):
 
     @property
     def status(self) -> int | None:
+        """Returns the exit status, None while the run goes on."""
         return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
 
     def describe_ending(self) -> str:
+        """Returns the exit status and the last line of the log."""
         return f"status {self.status}: {last_words(self.job.log, self.log_start)}; see {self.job.log}"
 
     def send(self, number: int) -> None:
+        """Sends a signal to the run's process group."""
         if self.status is None and self.process.pid is not None:
             try:
                 os.killpg(self.process.pid, number)
@@ -124,6 +127,7 @@ class LocalExecutor:
     _started: list[RunProcess] = field(default_factory=list, repr=False)
 
     def start(self, jobs: Sequence[Job]) -> list[RunProcess | None]:
+        """Starts (or continues) runs; None for one that another sweep runs."""
         return [self._start(job) for job in jobs]
 
     def _start(self, job: Job) -> RunProcess | None:
@@ -182,7 +186,7 @@ def write_config(job: Job) -> str:
 
 
 def _lock(log: IO[bytes]) -> bool:
-    """Locks a run's log; returns False if another sweep holds it."""
+    """Locks a run's log; returns False if another sweep has locked it."""
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -47,7 +47,7 @@ SBATCH_OPTIONS = {
 
 
 class ExecutorConfig(Checked):
-    """Where the runs are trained; command-line values override the file: executor.time=600."""
+    """The place where the runs are trained; command-line values override the file: executor.time=600."""
 
     kind: Literal["local", "slurm"] = Field(
         default="local", description="local: processes of this machine; slurm: job arrays of a cluster (--executor)."

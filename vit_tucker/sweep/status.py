@@ -21,7 +21,7 @@ PLACES = frozenset({"model.checkpoint", "name"})
 
 
 class State(Enum):
-    """How far a run has got; the value is what users see."""
+    """The state of a run; the value is what users see."""
 
     WAITING = "waiting"
     QUEUED = "queued"

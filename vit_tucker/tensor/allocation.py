@@ -36,14 +36,23 @@ class RankTable:
     norm: float
 
     def triple(self, index: int) -> Ranks:
-        """Returns the ranks of an entry, by its index in the flattened tables."""
+        """Returns the ranks of an entry, by its index in the flattened tables.
+
+        Args:
+            index: of the entry in the flattened tables, from 0.
+        """
         at = torch.unravel_index(torch.tensor(index), self.error.shape)
         r1, r2, r3 = (int(values[i]) for values, i in zip(self.ranks, at, strict=True))
         return r1, r2, r3
 
 
 def rank_steps(full: int, multiple: int) -> Tensor:
-    """Multiples below the full rank, at most MAX_STEPS of them, and the full rank."""
+    """Returns the ranks that are tried along a mode: multiples below the full rank, at most MAX_STEPS, and the full rank.
+
+    Args:
+        full: the largest rank of the mode.
+        multiple: the smallest step between two ranks.
+    """
     step = multiple * -(-full // (MAX_STEPS * multiple))
     return torch.tensor([*range(step, full, step), full])
 
@@ -76,6 +85,10 @@ def rank_table(
 def least_error(tables: Sequence[RankTable], budget: float) -> list[Ranks]:
     """Returns the triples of least summed error whose summed cost is within the budget.
 
+    Args:
+        tables: errors and costs of the ranks of each tensor.
+        budget: the most that all tensors together may cost, in the unit of ``RankTable.cost``.
+
     Raises:
         ValueError: even the smallest ranks cost more; says how much.
     """
@@ -102,7 +115,7 @@ def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: f
     """Returns an entry of each flattened table: the summed objective is low, the summed constraint within the limit.
 
     Args:
-        objective, constraint: one pair of tables of the same shape per tensor.
+        objective, constraint: one pair of tables (any shape, the same in both) per tensor.
         limit: at least the sum of the constraints' least entries.
     """
     goals, uses = [t.flatten() for t in objective], [t.flatten() for t in constraint]
@@ -135,7 +148,16 @@ def minimise(objective: Sequence[Tensor], constraint: Sequence[Tensor], limit: f
 
 
 def spend(goals: list[Tensor], uses: list[Tensor], chosen: list[int], limit: float) -> list[int]:
-    """Spends what is left below the limit: again and again the change with the largest gain per use that still fits."""
+    """Spends what is left below the limit: again and again the change with the largest gain per use that still fits.
+
+    Args:
+        goals, uses: one pair of tables (any shape, the same in both) per tensor: what is minimised, and what is limited.
+        chosen: the chosen entry of each flattened table; not changed.
+        limit: the most that the chosen entries may use together.
+
+    Returns:
+        The chosen entries, improved until no change that fits gains anything.
+    """
     left = limit - sum(use[i].item() for use, i in zip(uses, chosen, strict=True))
     while True:
         best, which, entry = 0.0, -1, -1

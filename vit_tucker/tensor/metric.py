@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Root(NamedTuple):
-    """Square root of a metric and its inverse; both (..., I, I), symmetric.
+    """The square root of a metric and its inverse, both symmetric.
 
     Attributes:
-        root: R with R R = M + damping.
-        inverse: R^-1.
+        root: R with R R = M + damping, (..., I, I).
+        inverse: R^-1, (..., I, I).
     """
 
     root: Tensor
@@ -46,18 +46,38 @@ def metric_root(metric: Tensor, damping: float = 0.0) -> Root:
 
 
 def identity_root(size: int, like: Tensor) -> Root:
-    """Returns the root of the identity metric (size, size), with the device and dtype of ``like``."""
+    """Returns the root of the identity metric (size, size), with the device and dtype of ``like``.
+
+    Args:
+        size: rows and columns.
+        like: a tensor (any shape) of the device and dtype.
+    """
     eye = torch.eye(size, dtype=like.dtype, device=like.device)
     return Root(eye, eye)
 
 
 def covariance(second_moment: Tensor, mean: Tensor) -> Tensor:
-    """Returns E[x x^T] - E[x] E[x]^T. (..., I, I) and (..., I) -> (..., I, I)"""
+    """Returns E[x x^T] - E[x] E[x]^T.
+
+    Args:
+        second_moment: (..., I, I) E[x x^T].
+        mean: (..., I) E[x].
+
+    Returns:
+        (..., I, I).
+    """
     return second_moment - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def mean_metric(metrics: Tensor) -> Tensor:
-    """Averages the metrics over heads, each scaled to trace 1, so that no head drowns the others. (H, J, J) -> (J, J)"""
+    """Averages the metrics over heads, each scaled to trace 1, so that none dominates.
+
+    Args:
+        metrics: (H, J, J) one positive semidefinite metric per head.
+
+    Returns:
+        (J, J).
+    """
     traces = metrics.diagonal(dim1=-2, dim2=-1).sum(-1)
     share = torch.where(traces > 0, 1 / traces.clamp_min(torch.finfo(metrics.dtype).tiny), 0.0)
     return (metrics * share[:, None, None]).mean(0)

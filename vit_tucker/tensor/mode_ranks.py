@@ -9,7 +9,13 @@ from vit_tucker.tensor.tucker import Pairs
 
 
 class ModeSpectra(NamedTuple):
-    """Singular values of the three unfoldings, falling: head (H,), left (min(I, H*D),), right (min(J, H*D),)."""
+    """Singular values of the three unfoldings of a tensor, the largest first.
+
+    Attributes:
+        head: (H,).
+        left: (min(I, H*D),).
+        right: (min(J, H*D),).
+    """
 
     head: Tensor
     left: Tensor
@@ -54,7 +60,7 @@ def numerical_rank(values: Tensor, size: int, tolerance: float | None = None) ->
     """Counts the singular values above rounding: tolerance * largest, tolerance = size * machine epsilon by default.
 
     Args:
-        values: falling singular values.
+        values: (n,) singular values, the largest first.
         size: the larger side of the matrix.
         tolerance: relative.
     """
@@ -66,13 +72,20 @@ def effective_rank(values: Tensor) -> float:
     """Returns exp of the entropy of the singular values as shares of their sum.
 
     Source: Roy and Vetterli, The effective rank, 2007.
+
+    Args:
+        values: (n,) singular values, not all zero.
     """
     shares = values / values.sum()
     return torch.special.entr(shares).sum().exp().item()
 
 
 def stable_rank(values: Tensor) -> float:
-    """Returns the squared Frobenius norm over the squared largest singular value."""
+    """Returns the squared Frobenius norm over the squared largest singular value.
+
+    Args:
+        values: (n,) singular values, the largest first and not zero.
+    """
     return (values.square().sum() / values[0].square()).item()
 
 
@@ -80,7 +93,7 @@ def energy_rank(values: Tensor, energy: float) -> int:
     """Returns the smallest rank that keeps this share of the squared norm.
 
     Args:
-        values: falling singular values.
+        values: (n,) singular values, the largest first.
         energy: 0 < energy <= 1.
     """
     squares = values.double().square()
@@ -90,7 +103,13 @@ def energy_rank(values: Tensor, energy: float) -> int:
 
 
 def mode_ranks(pairs: Pairs, tolerance: float | None = None) -> tuple[int, int, int]:
-    """Returns the numerical ranks (head, left, right) of a Pairs tensor."""
+    """Returns the numerical ranks (head, left, right) of a Pairs tensor.
+
+    Args:
+        pairs: the tensor.
+        tolerance: singular values up to this share of the largest count as zero; None: larger side of the matrix times machine
+            epsilon.
+    """
     heads, rows, columns = pairs.left.shape[0], pairs.left.shape[1], pairs.right.shape[1]
     spectra = mode_spectra(pairs)
     head, left, right = (

@@ -18,11 +18,11 @@ class LinearMoments:
     """Weighted sums over tokens for the regression of y on f.
 
     Attributes:
-        count: sum of the weights.
+        count: () sum of the weights.
         f_sum, y_sum: (F,), (O,).
         ff: sum of f f^T, (F, F).
         yf: sum of y f^T, (O, F).
-        f_shift, y_shift: subtracted from f and y before summing, so that large means don't eat the digits.
+        f_shift, y_shift: (F,), (O,), subtracted from f and y before summing, so that large means cost no precision.
     """
 
     count: Tensor
@@ -35,19 +35,36 @@ class LinearMoments:
 
     @classmethod
     def like(cls, f: Tensor, y: Tensor, centre: bool) -> "LinearMoments":
-        """Returns empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``."""
+        """Returns empty sums for features (n, F) and targets (n, O); their means are the shifts if ``centre``.
+
+        Args:
+            f: (n, F) features.
+            y: (n, O) targets.
+            centre: shift by the means of these tokens, for a regression with a bias.
+        """
         return cls.zeros(*(t.mean(0) if centre else torch.zeros_like(t[0]) for t in (f, y)))
 
     @classmethod
     def zeros(cls, f_shift: Tensor, y_shift: Tensor) -> "LinearMoments":
-        """Sums of nothing yet; sums with the same shifts can be added."""
+        """Returns empty sums; two sums with the same shifts can be added.
+
+        Args:
+            f_shift: (F,) subtracted from all features.
+            y_shift: (O,) subtracted from all targets.
+        """
         f, o = len(f_shift), len(y_shift)
         shapes: tuple[tuple[int, ...], ...] = ((), (f,), (o,), (f, f), (o, f))
         count, f_sum, y_sum, ff, yf = (f_shift.new_zeros(shape, dtype=torch.float64) for shape in shapes)
         return cls(count, f_sum, y_sum, ff, yf, f_shift, y_shift)
 
     def add(self, f: Tensor, y: Tensor, weights: Tensor) -> None:
-        """Adds features (n, F) and targets (n, O) with weights (n,)."""
+        """Adds features (n, F) and targets (n, O) with weights (n,).
+
+        Args:
+            f: (n, F) features.
+            y: (n, O) targets.
+            weights: (n,) weights of the tokens, not negative.
+        """
         f, y = f - self.f_shift, y - self.y_shift
         weighted = f * weights[:, None]
         self.count += weights.sum().double()
@@ -57,7 +74,11 @@ class LinearMoments:
         self.yf += (y.mT @ weighted).double()
 
     def plus(self, other: "LinearMoments") -> "LinearMoments":
-        """Sums over the tokens of both; the shifts must be the same."""
+        """Returns the sums over the tokens of both.
+
+        Args:
+            other: sums with the same shifts.
+        """
         sums = {name: getattr(self, name) + getattr(other, name) for name in ("count", "f_sum", "y_sum", "ff", "yf")}
         return replace(self, **sums)
 
@@ -76,7 +97,11 @@ class LinearMoments:
         return (squares + means + self.count * rest @ metric @ rest).item()
 
     def centred(self, has_bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Covariances ff (F, F) and yf (O, F) and the means of f and y; with no bias raw moments, zero means."""
+        """Returns the covariances ff (F, F) and yf (O, F) and the means of f (F,) and y (O,).
+
+        Args:
+            has_bias: False: raw second moments and zero means.
+        """
         f_mean, y_mean = self.f_sum / self.count, self.y_sum / self.count
         ff, yf = self.ff / self.count, self.yf / self.count
         if not has_bias:

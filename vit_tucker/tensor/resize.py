@@ -107,5 +107,11 @@ def resize_factor(factor: Tensor, gram: Tensor, rank: int, rows: int) -> Resized
 
 
 def apply_map(core: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Returns ``core x_mode matrix``: (..., r, ...) -> (..., R, ...)"""
+    """Returns ``core x_mode matrix``: (..., r, ...) -> (..., R, ...).
+
+    Args:
+        core: (..., r, ...) with r entries along the mode.
+        matrix: (R, r).
+        mode: the dimension of ``core``, from 0.
+    """
     return torch.tensordot(matrix, core, dims=([1], [mode])).movedim(0, mode)

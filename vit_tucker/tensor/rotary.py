@@ -1,12 +1,11 @@
 """Stacks of matrix products whose inner coordinates are rotated in pairs: the pre-softmax tensor of heads with RoPE.
 
 Head i scores tokens x and y as sum_k Re(conj(x^T a_ik) (y^T b_ik) exp(i angle_k)), with complex columns a_ik = A_i[:, 2k] +
-i A_i[:, 2k+1], b_ik likewise, and an angle per pair of tokens that belongs to the rotation of pair k. Averaged over all angles
-rotations don't mix: the squared norm is half of the sum, over heads and rotations, of |sum_k conj(a_ik) b_ik^T|^2.
-
-For each rotation the b_ik of all heads span a small complex space. In orthonormal bases of these spaces, side by side, the
-tensor is an ordinary one (H, I, S) with twice that squared norm, whose right mode may be cut but not turned: ``lift``. A latent
-key for all heads (latent RoPE) is such a cut; with all S coordinates nothing is lost: heads with RoPE are a special case of it.
+i A_i[:, 2k+1], b_ik likewise, and an angle per pair of tokens that belongs to the rotation of pair k. Averaged over all angles,
+the squared norm is half of the sum, over heads and rotations, of |sum_k conj(a_ik) b_ik^T|^2. For each rotation the b_ik of all
+heads span a small complex space. In orthonormal bases of these spaces, side by side, the tensor is an ordinary one (H, I, S)
+with twice that squared norm, whose right mode may be truncated but not rotated: ``lift``. A latent key for all heads (latent
+RoPE) is such a truncation, and exact with all S coordinates.
 """
 
 from typing import NamedTuple
@@ -47,12 +46,20 @@ class Lifted(NamedTuple):
 
 
 def as_complex(x: Tensor) -> Tensor:
-    """Views pairs of coordinates as complex numbers: (..., K) -> (..., K/2)."""
+    """Returns pairs of coordinates as complex numbers (..., K/2).
+
+    Args:
+        x: (..., K) real, K even.
+    """
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
 def as_real(z: Tensor) -> Tensor:
-    """Views complex numbers as pairs of coordinates: (..., K/2) -> (..., K)."""
+    """Returns complex numbers as pairs of coordinates (..., K).
+
+    Args:
+        z: (..., K/2) complex.
+    """
     return torch.view_as_real(z).flatten(-2)
 
 
@@ -60,13 +67,20 @@ def coefficient_blocks(gamma: Tensor) -> Tensor:
     """Returns the real matrices (..., S, K) of complex coefficients (..., S/2, K/2), to multiply rows of pairs on the right.
 
     A key k = sum_j gamma_j kappa_j meets the query q as the latent keys kappa_j meet conj(gamma_j) q.
+
+    Args:
+        gamma: (..., S/2, K/2) complex.
     """
     rows = torch.stack([torch.stack([gamma.real, gamma.imag], -1), torch.stack([-gamma.imag, gamma.real], -1)], -3)
     return rows.flatten(-2).flatten(-3, -2)  # (..., S/2, 2, K/2, 2) -> (..., S, K)
 
 
 def pair_shares(tensor: RotaryPairs) -> Tensor:
-    """Returns the share of each pair in its head's squared norm, (H, K/2)."""
+    """Returns the share of each pair in its head's squared norm, (H, K/2).
+
+    Args:
+        tensor: H heads with K coordinates, K even.
+    """
     left, right = (side.square().unflatten(-1, (-1, 2)).sum((1, 3)) for side in (tensor.left, tensor.right))
     return left * right / (left * right).sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
 
@@ -80,9 +94,7 @@ def lift(tensor: RotaryPairs) -> Lifted:
     left, right, numbers = tensor
     energy = left.square().unflatten(-1, (-1, 2)).sum((1, 3))  # |a_ik|^2, (H, K/2)
     rotations, counts = numbers.flatten().unique(return_counts=True)
-    members = (
-        numbers.flatten().argsort(stable=True).split(counts.tolist())
-    )  # of each rotation: pairs (i, k) as i * K/2 + k
+    members = numbers.flatten().argsort(stable=True).split(counts.tolist())  # (i, k) of each rotation as i * K/2 + k
     none = numbers.numel()  # a pair of zeros
     index = torch.nn.utils.rnn.pad_sequence(list(members), batch_first=True, padding_value=none)  # (F, M)
     vectors = as_complex(right).transpose(0, 1).flatten(1) * energy.flatten().sqrt()  # (J, H*K/2)
@@ -98,7 +110,11 @@ def lift(tensor: RotaryPairs) -> Lifted:
 
 
 def pair_energies(lifted: Lifted) -> Tensor:
-    """Returns the squared norm of each pair of coordinates of the right mode, falling. (S/2,)"""
+    """Returns the squared norm (S/2,) of each pair of coordinates of the right mode, the largest first.
+
+    Args:
+        lifted: the lifted tensor, its right mode of S coordinates sorted by energy.
+    """
     return (lifted.pairs.left @ lifted.pairs.right.mT).square().sum((0, 1)).unflatten(0, (-1, 2)).sum(1)
 
 
@@ -106,8 +122,7 @@ def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
     """Returns ||tensor - other|| / ||tensor|| averaged over all angles, as precise as ``relative_distance``; widths K may differ.
 
     Args:
-        tensor: reference.
-        other: approximation with the same (H, I, J).
+        tensor, other: reference and approximation with the same (H, I, J).
     """
     sides = as_complex(tensor.right), as_complex(other.right)
     parts: list[list[Tensor]] = [[], []]
@@ -122,14 +137,22 @@ def rotary_distance(tensor: RotaryPairs, other: RotaryPairs) -> Tensor:
 
 
 def tensor_distance(tensor: Pairs | RotaryPairs, other: Pairs | RotaryPairs) -> Tensor:
-    """Returns the relative distance of two tensors, both with rotations or both without."""
+    """Returns the relative distance of two tensors, both with rotations or both without.
+
+    Args:
+        tensor, other: of the same shape, both with rotations or both without.
+    """
     if isinstance(tensor, RotaryPairs) and isinstance(other, RotaryPairs):
         return rotary_distance(tensor, other)
     return relative_distance(Pairs(tensor.left, tensor.right), Pairs(other.left, other.right))
 
 
 def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
-    """Returns an ordinary tensor with the norm of the given one: itself, or lifted."""
+    """Returns an ordinary tensor with the norm of the given one: itself, or lifted.
+
+    Args:
+        tensor: with or without rotations.
+    """
     if not isinstance(tensor, RotaryPairs):
         return tensor
     left, right = lift(tensor).pairs
@@ -157,7 +180,13 @@ def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:
 def whiten_rotary(
     tensor: RotaryPairs, left: Tensor | None = None, right: Tensor | None = None, weights: Tensor | None = None
 ) -> RotaryPairs:
-    """Returns the tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,)."""
+    """Returns the tensor in the norm of metrics, given by their roots (I, I) and (J, J), and of weights of the heads (H,).
+
+    Args:
+        tensor: the tensor in the ordinary norm.
+        left, right: (I, I) and (J, J) roots of the metrics of both modes; None for the identity.
+        weights: (H,) weights of the heads; None for equal ones.
+    """
     a, b, rotations = tensor
     if weights is not None:
         a = a * weights[:, None, None]
@@ -165,14 +194,13 @@ def whiten_rotary(
 
 
 def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
-    """Truncates the higher-order SVD of a lifted tensor to its leading pairs, and to the leading bases of the other modes.
+    """Truncates the higher-order SVD of a lifted tensor in all modes; raises ValueError for an odd or impossible R3.
+
+    Its right factor (J, R3) has pairs that rotate by ``lifted.rotations[: R3 / 2]``. Exact at full rank.
 
     Args:
         lifted: the tensor (H, I, S).
         ranks: (R1, R2, R3), R3 even.
-
-    Returns:
-        Tucker with right factor (J, R3), whose pairs rotate by ``lifted.rotations[: R3 / 2]``; exact at full rank.
     """
     size, rank = lifted.basis.shape[1], ranks[2]
     if rank % 2 or not 2 <= rank <= size:
@@ -182,17 +210,12 @@ def rotary_tucker(lifted: Lifted, ranks: tuple[int, int, int]) -> Tucker:
 
 
 def leave_room(
-    lifted: Lifted,
-    values: Tensor,
-    width: int,
-    spare_rotations: Tensor,
-    metric: Root | None = None,
-    trials: int = 9,
+    lifted: Lifted, values: Tensor, width: int, spare_rotations: Tensor, metric: Root | None = None, trials: int = 9
 ) -> Lifted:
-    """Returns a latent of given width that holds keys, which rotate, and values, which don't (one latent for both).
+    """Returns a latent of given width for both keys, which rotate, and values, which don't.
 
-    The leading pairs serve the keys; values read the real span of all coordinates, and the rest of the width is theirs. How many
-    pairs the keys get is tried out: the summed relative errors of both decide.
+    The leading pairs serve the keys, the rest of the width the values; the summed relative errors of both decide how many. The
+    result is the keys' tensor with ``width`` coordinates; its right factors are zero where pairs serve the values alone.
 
     Args:
         lifted: the keys' tensor (H, I, S), with its basis (J, S) in the coordinates of the values.
@@ -201,9 +224,6 @@ def leave_room(
         spare_rotations: rotations for pairs that serve no key yet, (width/2,).
         metric: root of the metric (C, C) of their error; None for the identity.
         trials: how many divisions are tried; keys get one pair at least.
-
-    Returns:
-        The keys' tensor with ``width`` coordinates; its right factors are zero where pairs serve the values alone.
     """
     pairs, rows = width // 2, values.shape[0]
     energy = pair_energies(lifted)

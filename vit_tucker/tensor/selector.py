@@ -7,7 +7,7 @@ from vit_tucker.tensor.tucker import Tucker
 
 
 def selector_form(left: Tensor, right: Tensor, groups: int, keep_columns: bool = False) -> Tucker:
-    """Writes stack_i A_i B_g(i)^T, head i in group g(i), as Tucker: the bases hold all columns, the core selects.
+    """Writes stack_i A_i B_g(i)^T, head i in group g(i), as Tucker: the bases have all columns, the core selects.
 
     Where the columns outnumber the rows the basis is the identity, and the core holds the matrices themselves.
 

@@ -1,8 +1,7 @@
 """Tucker decomposition (HOSVD) of a stack of matrix products, without ever forming the tensor.
 
-Attention weights come as pairs: head i has the matrix A_i B_i^T, with A_i (I, D) and B_i (J, D). Stacked over heads this is a
-tensor of shape (H, I, J) with I = J = embed_dim; for ViT-B/16 it has 7 million entries and its unfoldings an SVD of minutes,
-while everything that a HOSVD needs fits into the pairs and three Gram matrices.
+Attention weights come as pairs: head i has the matrix A_i B_i^T, with A_i (I, D) and B_i (J, D). The stacked tensor (H, I, J)
+has 7 million entries for ViT-B/16; the pairs and three Gram matrices have all that its HOSVD needs.
 """
 
 from typing import NamedTuple
@@ -47,19 +46,31 @@ class Tucker(NamedTuple):
 
 
 def gram_left(pairs: Pairs) -> Tensor:
-    """Returns the Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite."""
+    """Returns the Gram of the left mode, sum_i A_i (B_i^T B_i) A_i^T. Shape (I, I); symmetric, positive semidefinite.
+
+    Args:
+        pairs: the tensor.
+    """
     weighted = pairs.left @ (pairs.right.mT @ pairs.right)  # (H, I, D)
     flat = pairs.left.transpose(0, 1).flatten(1)  # (I, H*D)
     return weighted.transpose(0, 1).flatten(1) @ flat.mT
 
 
 def gram_right(pairs: Pairs) -> Tensor:
-    """Returns the Gram of the right mode, sum_i B_i (A_i^T A_i) B_i^T. Shape (J, J)."""
+    """Returns the Gram of the right mode, sum_i B_i (A_i^T A_i) B_i^T. Shape (J, J).
+
+    Args:
+        pairs: the tensor.
+    """
     return gram_left(Pairs(pairs.right, pairs.left))
 
 
 def gram_head(pairs: Pairs) -> Tensor:
-    """Returns the Gram of the head mode, G[i, j] = <A_i B_i^T, A_j B_j^T>. Shape (H, H)."""
+    """Returns the Gram of the head mode, G[i, j] = <A_i B_i^T, A_j B_j^T>. Shape (H, H).
+
+    Args:
+        pairs: the tensor.
+    """
     left = torch.einsum("iad,jae->ijde", pairs.left, pairs.left)
     right = torch.einsum("iad,jae->ijde", pairs.right, pairs.right)
     return (left * right).sum((-2, -1))
@@ -180,24 +191,42 @@ def _mode_basis(own: Tensor, other: Tensor, head: Tensor, rank: int) -> Tensor:
 
 
 def joint_right_basis(pre: Pairs, post: Pairs, rank: int) -> Tensor:
-    """Returns one orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm."""
+    """Returns one orthonormal basis (C, rank) for keys and values, each tensor weighted by its norm.
+
+    Args:
+        pre, post: the tensors of queries and keys, and of values and outputs.
+        rank: columns of the basis, 1 to C.
+    """
     weighted = gram_right(pre) / squared_norm(pre) + gram_right(post) / squared_norm(post)
     return leading_eigenvectors(weighted, rank)
 
 
 def tucker_pairs(tucker: Tucker) -> Pairs:
-    """Returns the tensor of a Tucker decomposition as pairs of width R2."""
+    """Returns the tensor of a Tucker decomposition as pairs of width R2.
+
+    Args:
+        tucker: the decomposition.
+    """
     slices = torch.tensordot(tucker.head, tucker.core, 1)
     return Pairs(tucker.left.expand(len(slices), -1, -1), tucker.right @ slices.mT)
 
 
 def apply_pairs(pairs: Pairs, vectors: Tensor) -> Tensor:
-    """Returns sum_i A_i B_i^T x_i for one vector per head. (H, J) -> (I,)"""
+    """Returns sum_i A_i B_i^T x_i for one vector per head, (I,).
+
+    Args:
+        pairs: the tensor.
+        vectors: (H, J).
+    """
     return torch.einsum("hid,hd->i", pairs.left, torch.einsum("hjd,hj->hd", pairs.right, vectors))
 
 
 def squared_norm(pairs: Pairs) -> Tensor:
-    """Returns the squared Frobenius norm of the tensor, from D x D products. Scalar."""
+    """Returns the squared Frobenius norm of the tensor, from D x D products. Scalar.
+
+    Args:
+        pairs: the tensor.
+    """
     return ((pairs.left.mT @ pairs.left) * (pairs.right.mT @ pairs.right)).sum()
 
 

@@ -17,7 +17,17 @@ from vit_tucker.tensor.tucker import Pairs, Ranks, Tucker, hosvd, joint_right_ba
 
 
 def head_weights(metrics: Tensor) -> Tensor:
-    """Returns how much each head counts: the root of its metric's trace, the largest 1, none below 1e-3. (H, J, J) -> (H,)"""
+    """Returns how much each head counts: the root of its metric's trace, the largest 1, none below 1e-3.
+
+    Args:
+        metrics: (H, J, J) one positive semidefinite metric per head.
+
+    Returns:
+        (H,).
+
+    Raises:
+        ValueError: all metrics are zero, since the inputs are constant.
+    """
     weights = metrics.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()
     if not (weights > 0).any():
         raise ValueError("the second moments are zero: the inputs are constant")
@@ -161,7 +171,7 @@ def joint_weighted_basis(
 
     Args:
         pre, post: the tensors.
-        query, output: left metrics of pre and post.
+        query, output: (C, C) left metrics of pre and post.
         key: right metrics of pre, one per head (H, C, C).
         value: right metric of post, (C, C).
         rank: width of the basis.

@@ -1,1 +1,1 @@
-"""The training engine: knows nothing of attention methods, data sets or configs' files; gets its objects passed in."""
+"""Trains a model, without knowledge of attention methods, data sets or config files: it works on the objects passed in."""

@@ -24,7 +24,7 @@ FAILURE = "vit_tucker/failure"
 
 @dataclass(frozen=True)
 class VoteResult:
-    """Holds what any of the processes has seen.
+    """The reports of all processes, joined: what any of them has seen.
 
     Attributes:
         signal: number of a signal that one of them caught; 0 for none.
@@ -55,6 +55,11 @@ class Coordinator:
 
     def vote(self, signal: int = 0, diverged: bool = False, faults: bool = False) -> VoteResult:
         """Reports what this process has seen; every process must call this equally often.
+
+        Args:
+            signal: number of a signal that asked this process to stop, 0 for none.
+            diverged: its loss or gradient is not finite.
+            faults: it has new bad images.
 
         Returns:
             What any of them said in the vote before this one; a single process hears itself at once.
@@ -92,7 +97,7 @@ class Coordinator:
         return self._agree(work)  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Works as ``together``, the first process before the others: what has to be downloaded is downloaded once."""
+        """Runs a function like ``together``, in the first process before the others: downloads are made once."""
         first = self._agree(work, here=self.rank == 0)
         later = self._agree(work, here=self.rank != 0)
         return first if self.rank == 0 else later  # type: ignore[return-value]
@@ -102,7 +107,7 @@ class Coordinator:
         return self.gather(self._agree(work, here=self.rank == 0))[0]
 
     def tell(self, error: Exception) -> None:
-        """Stores a failure that only this process knows, for ``ask``; the others will lose contact soon."""
+        """Stores a failure of this process alone, for ``ask``; the others will lose contact soon."""
         with contextlib.suppress(RuntimeError):  # the process that keeps the store may be gone
             if (store := self._store()) is not None:
                 store.set(FAILURE, json.dumps([self.rank, isinstance(error, VitTuckerError), error_line(error)]))
@@ -151,7 +156,7 @@ class Mirror:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def swap(self, value: Tensor) -> Tensor | None:
-        """Stores ``value`` and returns the one before it on the CPU, None at first; a CPU tensor is returned at once."""
+        """Stores ``value`` (any shape) and returns the one before it on the CPU, None at first; one on the CPU is not stored."""
         if value.device.type != "cuda":
             return value
         before = self._pending

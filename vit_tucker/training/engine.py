@@ -27,7 +27,12 @@ from vit_tucker.training.trainer import Trainer
 
 
 def fit(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> None:
-    """Trains from where ``trainer.progress`` stands to the last epoch: train, evaluate, save; epoch by epoch.
+    """Trains from ``trainer.progress`` to the last epoch: train, evaluate, save; epoch by epoch.
+
+    Args:
+        trainer: model, optimizer and state of the run.
+        loaders: with training data.
+        monitor: is called back at each step and epoch.
 
     Raises:
         DivergedError: the loss became NaN or infinite; the state is saved for inspection, no checkpoint is made of it.
@@ -128,7 +133,7 @@ def batch_gradient(trainer: Trainer, micro_batches: list[Batch]) -> Loss:
 
 
 def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> dict[str, Any]:
-    """Evaluates model and EMA at the end of an epoch, and saves the best weights.
+    """Evaluates model and EMA at the end of an epoch, and saves the best weights; arguments as of ``fit``.
 
     Returns:
         The epoch's row of summary.csv; scores are None where it was not evaluated.
@@ -176,7 +181,10 @@ def evaluate(
         coordinator: the other processes.
         input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
-        first: gets images, labels and logits of this process's first batch.
+        first: filled with images (B, channels, height, width), labels (B,) and logits (B, classes) of this process's first batch.
+
+    Raises:
+        RuntimeError: some images were not evaluated.
     """
     was_training = model.training
     model.eval()
@@ -212,7 +220,13 @@ def in_step(loader: BatchLoader, coordinator: Coordinator | None) -> Iterable[Ba
 
 
 def refuse_short_epoch(data: TrainLoader, step: int, epoch: int) -> None:
-    """Raises DataError if the loader ended before the epoch did."""
+    """Raises DataError if the loader ended before the epoch did.
+
+    Args:
+        data: the training loader.
+        step: steps done in the epoch.
+        epoch: its number, from 0.
+    """
     if step != data.steps_per_epoch:
         raise DataError(
             f"the training data ended after {step} of {data.steps_per_epoch} steps of epoch {epoch + 1}; "

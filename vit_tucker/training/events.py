@@ -25,15 +25,33 @@ class Events:
         self._guarded(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=first_step)))
 
     def scalar(self, name: str, value: float | None, step: int) -> None:
-        """Writes a number."""
+        """Writes a number, if it is not None.
+
+        Args:
+            name: of the curve.
+            value: the number.
+            step: global step.
+        """
         self._write(lambda writer: writer.add_scalar(name, value, step))
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Writes Markdown."""
+        """Writes a text in Markdown.
+
+        Args:
+            name: of the text.
+            text: in Markdown.
+            step: global step.
+        """
         self._write(lambda writer: writer.add_text(name, text, step))
 
     def image(self, name: str, pixels: Any, step: int) -> None:
-        """Writes a picture (channels, height, width)."""
+        """Writes a picture of some predictions or the like.
+
+        Args:
+            name: of the picture.
+            pixels: (channels, height, width), float in [0, 1] or uint8.
+            step: global step.
+        """
         self._write(lambda writer: writer.add_image(name, pixels, step))
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ IMPATIENT_SECONDS = 2.0
 
 @dataclass
 class Signals:
-    """Holds the signal that asked this process to stop.
+    """Records the signal by which this process was asked to stop.
 
     Attributes:
         number: the first one caught; 0 for none.
@@ -34,7 +34,10 @@ class Signals:
 
 @contextmanager
 def catch_signals(signals: Signals, *numbers: int) -> Iterator[None]:
-    """Only records these signals inside (SIGINT, SIGTERM and SIGUSR1, Slurm's warning, if none are given)."""
+    """Records these signals inside the context instead of being ended by them.
+
+    These are SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) if none are given.
+    """
     try:
         before = {number: signal.signal(number, signals.catch) for number in numbers or STOPPING}
     except ValueError:  # not the main thread: whoever runs us there has the signals

@@ -1,4 +1,4 @@
-"""One writer per run folder: a lock that the training process holds, and that its death gives back.
+"""Ensures one writer per run folder, by a lock that the training process takes and that its end releases.
 
 It is a POSIX record lock on ``run.lock``, which network file systems know too. Children don't inherit it: a loader's workers
 outlive a killed process by some seconds and hold nothing. It excludes other processes only, so that this process also lists what
@@ -43,7 +43,7 @@ class RunLock:
 
     @property
     def held(self) -> bool:
-        """Returns whether this object holds the lock."""
+        """Returns whether this object has the lock."""
         return self._descriptor is not None
 
     def take(self) -> None:
@@ -73,7 +73,7 @@ class RunLock:
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
 
     def refuse_held(self) -> None:
-        """Raises ConfigError as ``take`` would if another run holds the lock; nothing is written."""
+        """Raises ConfigError as ``take`` would if another run has the lock; nothing is written."""
         if self.held:
             return
         self._refuse_own()
@@ -91,7 +91,7 @@ class RunLock:
         _held.discard(self._key)
 
     def _refuse_own(self) -> None:
-        """Raises ConfigError if this process holds it already: opening its file again and closing it would release it."""
+        """Raises ConfigError if this process has it already: opening its file again and closing it would release it."""
         if self._key in _held:
             raise ConfigError(self._refusal({"host": socket.gethostname(), "pid": os.getpid(), "started": None}))
 

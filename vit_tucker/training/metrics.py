@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Scores:
-    """Holds the scores of one model on one set.
+    """The scores of one model on one set.
 
     Attributes:
         loss: mean cross-entropy.
@@ -41,7 +41,14 @@ def batch_sums(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def scores_from_sums(sums: Tensor) -> Scores:
-    """Returns the scores from the summed ``batch_sums`` of all processes."""
+    """Returns the scores from the summed ``batch_sums`` of all processes.
+
+    Args:
+        sums: (4,) summed over processes: loss, top-1 and top-5 hits, images.
+
+    Raises:
+        ValueError: no images were evaluated.
+    """
     loss, top1, top5, count = sums.tolist()
     if count == 0:
         raise ValueError("no images were evaluated")

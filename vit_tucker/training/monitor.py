@@ -1,4 +1,4 @@
-"""What a run shows: console lines, one progress bar, TensorBoard and other trackers; and the times that it measures for them."""
+"""Shows a run's progress: console lines, one progress bar, TensorBoard and other trackers, and the times measured for them."""
 
 import resource
 import time
@@ -25,31 +25,56 @@ class NullMonitor:
     """Receives the events of a run and shows none of them: the base of monitors. A run is the same with any."""
 
     def begin_epoch(self, progress: Progress) -> None:
-        """Is called when an epoch begins, or what is left of it."""
+        """Notes that an epoch begins, or what is left of it.
+
+        Args:
+            progress: state of the run.
+        """
 
     def timed(self, batches: Iterable[T]) -> Iterable[T]:
-        """Yields the same items; the time that they are waited for may be counted."""
+        """Yields the same items; the time that they are waited for may be counted.
+
+        Args:
+            batches: of the epoch.
+        """
         return batches
 
     def stepped(self) -> None:
-        """Is called after each step."""
+        """Notes that a step is done."""
 
     def show_steps(self, steps: Steps, progress: Progress, optimizer: Any) -> None:
-        """Receives losses and gradient norms of the steps since the last time; every process calls this alike."""
+        """Receives losses and gradient norms of the steps since the last time; every process calls this alike.
+
+        Args:
+            steps: losses and norms, averaged over processes.
+            progress: state of the run.
+            optimizer: whose groups have the learning rates.
+        """
 
     def begin_evaluation(self) -> None:
-        """Is called when the steps of the epoch are done."""
+        """Notes that the steps of the epoch are done."""
 
     def evaluated(
         self, row: dict[str, Any], extra: dict[str, float], progress: Progress, first: Sequence[tuple[Tensor, ...]] = ()
     ) -> None:
-        """Receives scores of the model, other scalars of it, and images, labels and logits of one batch."""
+        """Receives scores of the model, other scalars of it, and images, labels and logits of one batch.
+
+        Args:
+            row: of summary.csv, with scores in percent.
+            extra: other scalars of the model by name.
+            progress: state of the run.
+            first: images (B, channels, height, width), labels (B,) and logits (B, classes) of one batch; may be empty.
+        """
 
     def end_epoch(self, progress: Progress) -> None:
-        """Is called when an epoch is trained and evaluated."""
+        """Notes that an epoch is trained and evaluated.
+
+        Args:
+            progress: state of the run.
+        """
 
     def close(self) -> None:
-        """Is called when the run has ended, whether well or not."""
+        """Ends the monitor when the run has ended, whether well or not."""
 
 
 class Monitor(NullMonitor):
@@ -109,7 +134,7 @@ class Monitor(NullMonitor):
             yield item
 
     def stepped(self) -> None:
-        """Counts a step."""
+        """Counts a step that is done."""
         self.steps += 1
         self.bar.update()
         if not self.warm and self.steps < self.steps_per_epoch:  # the run's first step starts workers and kernels
@@ -176,7 +201,7 @@ class Monitor(NullMonitor):
         LOGGER.info("  ".join(parts))
 
     def seconds_left(self, progress: Progress) -> float:
-        """Returns how long training and evaluation still take, at the pace of the last epoch."""
+        """Returns the seconds that training and evaluation still need, at the pace of the last epoch."""
         epochs = self.config.epochs - progress.epoch
         evaluations = self.config.epochs // self.config.eval_interval - progress.epoch // self.config.eval_interval
         return epochs * self.steps_per_epoch * self.step_seconds + evaluations * self.eval_seconds

@@ -1,4 +1,4 @@
-"""What is minimised: the loss of a batch, and penalties of the model itself.
+"""Defines what is minimised: the loss of a batch, and penalties of the model itself.
 
 loss of the labels, or with a teacher see ``vit_tucker.training.distill``  +  sum of weight * penalty(model)
 """
@@ -48,7 +48,7 @@ def named_penalties(weights: Mapping[str, float]) -> dict[str, tuple[float, Pena
 
 
 class Loss(NamedTuple):
-    """Holds a loss and what it consists of.
+    """A loss and the terms that it consists of.
 
     Attributes:
         total: what is minimised, scalar.
@@ -96,7 +96,7 @@ class Objective:
         """Adds the weighted penalties of the model to a loss, for one backward pass; the terms are the penalties alone.
 
         Args:
-            loss: scalar.
+            loss: () scalar.
             bare: without wrappers; its parameters are those that train.
 
         Raises:
@@ -118,6 +118,9 @@ class Objective:
     @torch.no_grad()
     def check(self, bare: nn.Module) -> None:
         """Computes each penalty once, so that a mistake in one is known before any training.
+
+        Args:
+            bare: the model without wrappers.
 
         Raises:
             ConfigError: one fails, is no scalar tensor, or is not finite.

@@ -208,6 +208,11 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step
     The schedule is driven by ``step_update(number of finished steps)`` and is not prepared by Accelerate, which would step it
     once per process.
 
+    Args:
+        optimizer: whose learning rates it sets.
+        config: the ``train`` section.
+        steps_per_epoch: optimizer steps.
+
     Raises:
         ConfigError: warm-up longer than the training.
     """

@@ -1,4 +1,4 @@
-"""Loading the state that a checkpoint holds of an optimizer; the state of another one is refused."""
+"""Loads the state of an optimizer from a checkpoint; the state of another one is refused."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads the state that a checkpoint holds into an optimizer; of sharded parameters, each process gets its part.
+    """Loads a checkpoint's state into an optimizer; of sharded parameters, each process gets its part.
 
     Raises:
         CheckpointError: of another optimizer, or of other parameters.
@@ -44,7 +44,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
 
 def refuse_other_groups(state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], count: int) -> None:
-    """Raises ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's."""
+    """Raises ValueError if a saved state's groups have other parameters or other kinds of options than an optimizer's.
+
+    Args:
+        state: the saved one.
+        groups: of the optimizer.
+        count: its parameters.
+    """
     saved = state["param_groups"]
     numbers = [number for group in saved for number in group["params"]]
     if len(saved) != len(groups) or numbers != list(range(count)):
@@ -73,7 +79,13 @@ def alike(value: Any, saved: Any) -> bool:
 
 
 def refuse_other_shapes(entries: Mapping[str, Any], parameter: Tensor, number: int) -> None:
-    """Raises ValueError if a parameter's saved moments are not of its shape."""
+    """Raises ValueError if a parameter's saved moments are not of its shape.
+
+    Args:
+        entries: saved state of the parameter.
+        parameter: (any shape).
+        number: of the parameter, for the message.
+    """
     for name in MOMENTS:
         value = entries.get(name)
         if isinstance(value, Tensor) and value.shape != parameter.shape:

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 MAX_IMAGES = 16
@@ -37,6 +34,10 @@ def prediction_figure(
     Raises:
         ValueError: no images.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes half a second to import
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
     count = min(len(images), MAX_IMAGES)
     if count == 0:
         raise ValueError("no images to show")

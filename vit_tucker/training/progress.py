@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""Defines how far a run has come, as it is saved with each checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass
 class Progress:
-    """Holds where a run stands; saved with each checkpoint.
+    """The epoch, step and scores that a run has reached; saved with each checkpoint.
 
     Attributes:
         epoch: finished epochs, their evaluation included; the current one's number from 0.

@@ -50,7 +50,7 @@ def replace_parameters(trainer: Trainer, result: StepResult) -> None:
 def replace_in_optimizer(
     optimizer: torch.optim.Optimizer, new: Parameters, carried: Mapping[nn.Parameter, dict[str, Any]]
 ) -> None:
-    """Puts new parameters into the groups of those that they replace, whose state is dropped.
+    """Moves new parameters into the groups of those that they replace, whose state is dropped.
 
     Args:
         optimizer: bare; timm's Lookahead too, whose groups and state are those of the optimizer within it.
@@ -94,7 +94,7 @@ def shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def rewrap(model: DistributedDataParallel) -> DistributedDataParallel:
-    """Wraps the same model anew with the same options: the buckets hold the parameters that it has now."""
+    """Wraps the same model anew with the same options, so that the buckets have its present parameters."""
     return DistributedDataParallel(
         model.module,
         device_ids=model.device_ids,

@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest checkpoint that is whole, the same one in all processes."""
+"""Finds the checkpoint that a run continues from: the newest that is whole, the same one in all processes."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from vit_tucker.training.state import load_checkpoint
 
 @dataclass
 class Saved:
-    """Holds what a run goes on from; the defaults are a fresh start.
+    """The state that a run goes on from; the defaults are a fresh start.
 
     Attributes:
         progress: where it stood.
@@ -40,6 +40,11 @@ def resume(run_dir: RunDir, coordinator: Coordinator, model: nn.Module, ema: Mod
     """Returns the state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start without one.
 
     Damaged checkpoints that are newer are named and skipped; the run replaces them when it comes to their steps again.
+
+    Args:
+        run_dir: of the run.
+        coordinator: of the processes.
+        model, ema: given the checkpoint's weights, in place.
 
     Raises:
         CheckpointError: none is intact, or it is of another model.

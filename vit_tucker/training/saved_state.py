@@ -1,4 +1,4 @@
-"""What state.json of a checkpoint must hold, and that it is of the files beside it."""
+"""Checks the contents of state.json of a checkpoint, and that it is of the files beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +100,7 @@ def contradictions(progress: Progress, checkpoint: Path) -> list[str]:
 
 
 class SavedState(NamedTuple):
-    """Holds the contents of state.json and optimizer.safetensors of a checkpoint.
+    """The contents of state.json and optimizer.safetensors of a checkpoint.
 
     Attributes:
         progress: JSON values, for ``read_progress``.
@@ -114,7 +114,7 @@ class SavedState(NamedTuple):
 
 
 def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> SavedState:
-    """Returns what a checkpoint's state.json holds, with the tensors in their places.
+    """Returns the contents of a checkpoint's state.json, with the tensors in their places.
 
     Raises:
         CheckpointError: it holds something else.
@@ -140,7 +140,12 @@ def read_training_state(checkpoint: Path, tensors: Mapping[str, Tensor]) -> Save
 
 
 def unflatten(value: Any, tensors: Mapping[str, Tensor], place: str) -> Any:
-    """Inverts ``vit_tucker.training.state.flatten``.
+    """Restores nested state from JSON values, the inverse of ``vit_tucker.training.state.flatten``.
+
+    Args:
+        value: as ``flatten`` returned it.
+        tensors: by name.
+        place: name of the value, for messages and tensors.
 
     Raises:
         CheckpointError: something that ``flatten`` does not make.

@@ -32,6 +32,11 @@ def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     Tuples and dtypes are kept as such: a random generator's state (in timm's Kron) must come back as a tuple. All processes
     must call this if tensors are sharded.
 
+    Args:
+        value: nested state.
+        prefix: name of the value, which tensors in it start with.
+        tensors: filled, by name.
+
     Raises:
         CheckpointError: a value that is none of these nor JSON.
     """
@@ -113,7 +118,15 @@ def write_state(
     facts: dict[str, Any],
     metadata: dict[str, str],
 ) -> None:
-    """Writes weights, optimizer and facts (JSON values, into state.json) as files of a folder; see ``save_checkpoint``."""
+    """Writes weights, optimizer and facts as files of a folder, see ``save_checkpoint``.
+
+    Args:
+        folder: made if missing.
+        weights: state dicts by file name: "model", and "ema" where there is one.
+        optimizer: its state as ``flatten`` returns it, and the tensors of that.
+        facts: JSON values for state.json.
+        metadata: header of the weights files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():
         save_weights(folder / f"{name}.safetensors", state, metadata)

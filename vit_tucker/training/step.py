@@ -1,4 +1,4 @@
-"""How one optimizer step is made, which a plug-in may change: ``train.step_rule`` in the YAML."""
+"""Defines how one optimizer step is made, which a plug-in may change: ``train.step_rule`` in the YAML."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,10 +49,11 @@ class StepResult:
     """Reports what a step rule has done.
 
     Attributes:
-        loss: what the closure gave.
-        norm: of all processes' gradient, scalar; None if it was not measured.
+        loss: what the closure returned.
+        norm: of all processes' gradient, (); None if it was not measured.
         reshaped: new parameters by those whose place they took in the model. The trainer replaces them in the optimizer, EMA and
-            DDP; all processes must reshape alike.
+            DDP;
+            all processes must reshape alike.
         carried: entries of the optimizer's state by new parameter; those that are missing start without.
     """
 
@@ -66,13 +67,25 @@ class StepRule(Protocol):
     """Defines how an optimizer step is made; its state is part of each checkpoint."""
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Makes one step, and leaves no gradients behind."""
+        """Makes one step, and leaves no gradients behind.
+
+        Args:
+            closure: computes loss and gradients anew each time it is called.
+            trainer: model and optimizer.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a run that goes on needs: JSON values, tuples, dtypes and tensors, nested."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what ``state_dict`` returned; tensors come on the CPU. ValueError or KeyError: it is of another rule."""
+        """Restores what ``state_dict`` returned; tensors are on the CPU.
+
+        Args:
+            state: as it was saved.
+
+        Raises:
+            ValueError: it is of another rule; a KeyError counts likewise.
+        """
 
 
 class NoOptions(Checked):
@@ -93,7 +106,7 @@ class OrdinaryStep:
         self.options = self.Options() if options is None else options
 
     def step(self, closure: Closure, trainer: Stepping) -> StepResult:
-        """Makes one step, and leaves no gradients behind."""
+        """Makes one step, and leaves no gradients behind; arguments as of ``StepRule.step``."""
         loss = closure()
         norm = clip_gradient(trainer)
         trainer.optimizer.step()
@@ -105,7 +118,7 @@ class OrdinaryStep:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses the state of another rule."""
+        """Raises ValueError for any ``state``, which must be that of another rule."""
         if state:
             raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not know")
 
@@ -163,7 +176,7 @@ def create_step_rule(given: dict[str, Any] | None) -> StepRule:
 
 
 def restore_rule(rule: StepRule, given: dict[str, Any] | None, saved: Mapping[str, Any] | None) -> bool:
-    """Restores the state that a checkpoint holds of the same rule.
+    """Restores the state of the same rule from a checkpoint.
 
     Args:
         rule, given: the run's, see ``create_step_rule``.

@@ -1,4 +1,4 @@
-"""What the steps of a run gave, kept on the device until it is averaged over processes."""
+"""Collects the results of a run's steps, on the device until they are averaged over processes."""
 
 import time
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from vit_tucker.training.step import StepResult
 
 @dataclass(frozen=True)
 class Steps:
-    """Holds the results of steps that follow each other, of all processes.
+    """The results of steps that follow each other, of all processes.
 
     Attributes:
         first: number of the first one, from 1.

@@ -32,7 +32,7 @@ from vit_tucker.training.step_log import StepLog, Steps
 
 @dataclass
 class Trainer:
-    """Holds all that the loop works on; built by vit_tucker.run.trainer.
+    """The model, optimizer and state that the training loop works on; built by vit_tucker.run.trainer.
 
     Attributes:
         accelerator: device, processes, precision.
@@ -88,7 +88,7 @@ class Trainer:
     log_due: bool = False
 
     def is_finite(self, loss: Tensor, norm: Tensor | None) -> bool:
-        """Returns whether this process's loss, and the gradient where no scaler checks it, are finite; one step late on a GPU."""
+        """Returns whether ``loss`` and ``norm`` (scalars; None or unused if a scaler checks it) are finite, late on a GPU."""
         watched = [loss] if norm is None or self.accelerator.scaler is not None else [loss, norm]
         value = self.losses.swap(torch.stack([x.float() for x in watched]).sum())
         return value is None or bool(torch.isfinite(value))
@@ -127,7 +127,7 @@ class Trainer:
         self.faults.add(lines)
 
     def save(self) -> None:
-        """Writes a resumable checkpoint.
+        """Writes a checkpoint that the run can be resumed from.
 
         Raises:
             SaveError: it can't be written; those before it are intact.
@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def save_best(self) -> None:
-        """Writes the current weights (the EMA's where there is one) as the best; their header holds ``progress.best``.
+        """Writes the current weights (the EMA's where there is one) as the best; their header has ``progress.best``.
 
         Raises:
             SaveError: they can't be written; the best before them are intact.

@@ -54,12 +54,18 @@ def describe_mistake(
 
 
 def quoted(text: Any) -> list[str]:
-    """Returns the words that pydantic lists: "'a', 'b' or 'c'" -> [a, b, c]"""
+    """Returns the words that pydantic lists: "'a', 'b' or 'c'" -> [a, b, c]."""
     return re.findall(r"'([^']*)'", str(text))
 
 
 def unknown_key_hint(path: KeyPath, model: type[BaseModel], values: Any) -> str:
-    """Returns '; did you mean X?' for the nearest key beside an unknown one, or the same key elsewhere; else what is valid."""
+    """Returns '; did you mean X?' for the nearest key beside an unknown one, or the same key elsewhere; else what is valid.
+
+    Args:
+        path: of the unknown key.
+        model: of the section.
+        values: of the section, as given.
+    """
     name = str(path[-1])
     parent = ".".join(part for part in path[:-1] if isinstance(part, str))  # an entry of a list: any entry's keys
     valid = list(valid_keys(model, values))
@@ -71,12 +77,18 @@ def unknown_key_hint(path: KeyPath, model: type[BaseModel], values: Any) -> str:
 
 
 def leaf(key: str) -> str:
-    """Returns the last part of a dotted key: 'train.lr' -> 'lr'"""
+    """Returns the last part of a dotted key: 'train.lr' -> 'lr'."""
     return key.rpartition(".")[2]
 
 
 def config_path(loc: Sequence[int | str], values: Any, missing: bool) -> KeyPath:
-    """Returns pydantic's location without the names of union members, which are no keys; the last key may be missing."""
+    """Returns pydantic's location without the names of union members, which are no keys; the last key may be missing.
+
+    Args:
+        loc: pydantic's location of an error.
+        values: of the section, as given.
+        missing: the error is that the last key is not there.
+    """
     path: list[str | int] = []
     for number, part in enumerate(loc):
         children = dict(enumerate(values)) if isinstance(values, list | tuple) else values
@@ -89,7 +101,13 @@ def config_path(loc: Sequence[int | str], values: Any, missing: bool) -> KeyPath
 
 
 def valid_keys(model: type[BaseModel], values: Any, prefix: str = "") -> Iterator[str]:
-    """Yields all dotted keys of a model; of sections with a ``method``, those of the chosen one alone."""
+    """Yields all dotted keys of a model; of sections with a ``method``, those of the chosen one alone.
+
+    Args:
+        model: of the section.
+        values: of the section, as given.
+        prefix: before each key.
+    """
     for name, info in model.model_fields.items():
         yield prefix + name
         given = values.get(name) if isinstance(values, Mapping) else None

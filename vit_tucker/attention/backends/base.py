@@ -1,4 +1,4 @@
-"""What a backend of attention is, and the facts of a call by which one is chosen."""
+"""Defines what a backend of attention is, and the facts of a call by which one is chosen."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Facts(NamedTuple):
-    """What a backend may need to know of a call: nothing that changes from batch to batch.
+    """Facts of a call by which a backend is chosen; none of them changes from batch to batch.
 
     Attributes:
         device: "cpu", "cuda", ...
@@ -118,7 +118,7 @@ class Backend:
 
 
 def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, dropout: float) -> Facts:
-    """Returns the facts of a call, see ``Backend.attend`` for the arguments."""
+    """Returns the facts of a call; arguments as of ``fused_attention``."""
     mask, mask_grad = mask_facts(attn_mask, is_causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
     return Facts(device_type(q), q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
@@ -126,14 +126,19 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causa
 
 
 def drops(rate: float) -> bool:
-    """Whether attention weights are dropped. By a branch: what torch.compile compares of open numbers is open as well."""
+    """Returns whether attention weights are dropped at this rate."""
     if rate:  # noqa: SIM103
         return True
     return False
 
 
 def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
-    """Returns the kind of a mask, and whether it is trained; a causal call ignores its mask."""
+    """Returns the kind of a mask, and whether it is trained.
+
+    Args:
+        attn_mask: boolean or additive, broadcasts to (B, H, N, N); None for none.
+        is_causal: the mask is ignored.
+    """
     if is_causal:
         return "causal", False
     if attn_mask is None:
@@ -145,12 +150,12 @@ def mask_facts(attn_mask: Tensor | None, is_causal: bool) -> tuple[str, bool]:
 
 
 def device_type(x: Tensor) -> str:
-    """Returns ``x.device.type``, which torch is slow to make a string of."""
+    """Returns ``x.device.type`` of a tensor ``x`` (any shape), which torch is slow to make a string of."""
     return "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type
 
 
 @functools.cache
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
+    """Returns whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)

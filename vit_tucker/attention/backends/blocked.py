@@ -25,7 +25,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Returns softmax(Q K^T) V by plain products of blocks."""
+    """Returns softmax(Q K^T) V by plain products of blocks; arguments as of ``fused_attention``."""
     heads, (batch, kv_heads) = q.shape[1], k.shape[:2]
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     keep = grad and room_for_maps(q, k, v, scale)
@@ -34,8 +34,11 @@ def attend(
 
 
 def room_for_maps(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
-    """Whether keeping the maps for the backward pass, with everything else, is no more than dense attention keeps: 4 H D numbers
-    per token, where 1 / sqrt(D) is the scale. So it can be where many heads share a narrow key and tokens are few."""
+    """Returns whether keeping the maps for the backward pass takes no more memory than dense attention.
+
+    Dense attention keeps 4 H D numbers per token, where 1 / sqrt(D) is the scale. The maps can be kept where many heads share a
+    narrow key and tokens are few. Arguments as of ``fused_attention``.
+    """
     if torch.compiler.is_compiling():  # the number of tokens may be open
         return False
     heads, kv_heads, tokens = q.shape[1], k.shape[1], k.shape[2]

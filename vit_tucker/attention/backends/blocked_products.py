@@ -48,7 +48,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, keep_maps: bool) -> tuple[T
 
 
 def allocate(q: Tensor, k: Tensor, v: Tensor, keep_maps: bool) -> tuple[Tensor, Tensor]:
-    """Allocates memory for outputs and maps."""
+    """Allocates memory for outputs and maps; arguments as of ``blocked_attention``."""
     (batch, rows), keys = q.shape[:2], k.shape[1]
     return q.new_empty(batch, rows, v.shape[2]), q.new_empty(batch if keep_maps else 0, rows, keys)
 
@@ -57,7 +57,14 @@ def allocate(q: Tensor, k: Tensor, v: Tensor, keep_maps: bool) -> tuple[Tensor, 
 def blocked_attention_backward(
     dy: Tensor, maps: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; dy (B, M, Dv), maps as kept. Sums over the blocks of an image are taken in float32."""
+    """Returns the gradients of q, k and v; other arguments as of ``blocked_attention``.
+
+    Sums over the blocks of an image are taken in float32.
+
+    Args:
+        dy: (B, M, Dv) gradient of the outputs.
+        maps: (B, M, N), or (0, M, N) where they were not kept.
+    """
     scaled = k * scale
     dq = torch.empty_like(q)
     dk, dv = (torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (k, v))
@@ -83,20 +90,34 @@ register_gradients(blocked_attention, blocked_attention_backward, tensors=3, opt
 
 
 def softmax_maps(q: Tensor, k: Tensor, scores: Tensor, maps: Tensor) -> None:
-    """Writes maps = softmax(Q K^T), (B, M, N); scores is memory for the products."""
+    """Writes softmax(Q K^T) into ``maps``.
+
+    Args:
+        q, k: (B, M, Dk) and (B, N, Dk), the scale in one of them.
+        scores: (B, M, N), overwritten by the products.
+        maps: (B, M, N), overwritten.
+    """
     torch.bmm(q, k.mT, out=scores)
     torch._softmax(scores, -1, False, out=maps)
 
 
 def rows_per_block(q: Tensor, k: Tensor) -> int:
-    """Rows of queries whose scores against all keys of one image fit a block."""
+    """Returns how many rows of queries have scores against all keys of one image that fit a block.
+
+    Args:
+        q, k: (B, M, Dk) and (B, N, Dk).
+    """
     return max(1, BLOCK_BYTES * torch.get_num_threads() // (k.shape[1] * q.element_size()))
 
 
 def blocks(q: Tensor, k: Tensor, rooms: int) -> Iterator[tuple[slice, slice, tuple[Tensor, ...]]]:
-    """Yields the blocks of scores (B, M, N) of q (B, M, Dk) and k (B, N, Dk): several images, or some rows of a large one.
+    """Yields the blocks of scores (B, M, N): several images, or some rows of a large one.
 
     Each is a slice of images, one of rows, and ``rooms`` tensors without values, (images, rows, N), in memory that all share.
+
+    Args:
+        q, k: (B, M, Dk) and (B, N, Dk).
+        rooms: how many tensors of a block's shape are needed.
     """
     (batch, rows), keys = q.shape[:2], k.shape[1]
     images = max(1, rows_per_block(q, k) // max(rows, 1))

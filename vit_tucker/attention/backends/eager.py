@@ -17,7 +17,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Returns softmax(Q K^T) V by plain products of all heads at once."""
+    """Returns softmax(Q K^T) V by plain products of all heads at once; arguments as of ``fused_attention``."""
     attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
     return zero_rows(
         F.dropout(attn, dropout) @ heads.expand_heads(v, q.shape[1]), blind
@@ -25,12 +25,12 @@ def attend(
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-    """Returns softmax(scale * Q K^T + mask), (B, H, N, N); works on fx proxies."""
+    """Returns softmax(scale * Q K^T + mask), (B, H, N, N), also of fx proxies; arguments as of ``fused_attention``."""
     return masked_softmax(scores_of(q, k, scale), attn_mask, is_causal)
 
 
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Returns scale * Q K^T, (B, H, N, N)."""
+    """Returns scale * Q K^T, (B, H, N, N); arguments as of ``fused_attention``."""
     return (q * scale) @ heads.expand_heads(k, q.shape[1]).transpose(-2, -1)
 
 

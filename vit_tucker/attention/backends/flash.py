@@ -73,7 +73,7 @@ def widths(facts: Facts) -> tuple[int, int]:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Returns softmax(Q K^T) V by the package's function."""
+    """Returns softmax(Q K^T) V by the package's function; arguments as of ``fused_attention``."""
     by_tokens = (t.transpose(1, 2) for t in (q, k, v))  # (B, N, heads, width)
     y: Tensor = flash_attn_func(*by_tokens, dropout_p=dropout, softmax_scale=scale, causal=is_causal)
     return y.transpose(1, 2)

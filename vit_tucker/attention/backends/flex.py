@@ -33,7 +33,7 @@ def refuses(facts: Facts) -> str | None:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Returns softmax(Q K^T) V by flex_attention, with the mask inside the kernel."""
+    """Returns softmax(Q K^T) V by flex_attention, with the mask inside the kernel; arguments as of ``fused_attention``."""
     score_mod = mask_of_scores(attn_mask, is_causal, q)
     attention = kernel(q.is_cuda and not torch.compiler.is_compiling())
     y: Tensor = attention(q, k, v, score_mod=score_mod, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
@@ -41,7 +41,10 @@ def attend(
 
 
 def mask_of_scores(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Any:
-    """Returns the mask as flex_attention reads it: (score, image, head, query, key) -> score. None without one."""
+    """Returns the mask as flex_attention reads it, (score, image, head, query, key) -> score, or None without one.
+
+    Arguments as of ``fused_attention``.
+    """
     if is_causal:
         return lambda score, b, h, m, n: torch.where(m >= n, score, float("-inf"))
     if attn_mask is None:

@@ -11,7 +11,13 @@ from vit_tucker.errors import PatchError
 
 @torch.fx.wrap
 def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Scores (B, H, N, N) with a boolean, additive or causal mask."""
+    """Returns scores with a boolean, additive or causal mask.
+
+    Args:
+        scores: (B, H, N, N).
+        attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N); None for none.
+        is_causal: instead of the mask, attend to earlier tokens and the token itself.
+    """
     if is_causal:
         tokens = scores.shape[-1]
         return scores + scores.new_full((tokens, tokens), float("-inf")).triu(1)
@@ -23,13 +29,19 @@ def add_mask(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tenso
 
 
 def masked_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """Returns softmax(scores + mask), (B, H, N, N), with rows of zeros where nothing may be attended to; works on fx proxies."""
+    """Returns softmax(scores + mask), (B, H, N, N), with rows of zeros where nothing may be attended to.
+
+    Arguments as of ``add_mask``; works on fx proxies.
+    """
     maps, blind = open_softmax(scores, attn_mask, is_causal)
     return maps if blind is None else zero_rows(maps, blind)
 
 
 def open_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, Tensor | None]:
-    """Returns softmax(scores + mask), finite everywhere, and the rows that are to be zeros, (..., 1), for outputs as well."""
+    """Returns softmax(scores + mask), finite everywhere, and the rows that are to be zeros, (..., 1), for outputs as well.
+
+    Arguments as of ``add_mask``.
+    """
     if attn_mask is None:
         return add_mask(scores, attn_mask, is_causal).softmax(dim=-1), None
     blind = _blind_rows(attn_mask, is_causal)
@@ -37,16 +49,21 @@ def open_softmax(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> t
 
 
 def zero_blind_rows(y: Tensor, attn_mask: Tensor, is_causal: bool) -> Tensor:
-    """Returns heads' outputs (B, H, N, D) with zeros for tokens that may attend to nothing."""
+    """Returns heads' outputs with zeros for tokens that may attend to nothing.
+
+    Args:
+        y: (B, H, N, D).
+        attn_mask, is_causal: as of ``add_mask``, the mask broadcasts to (B, H, N, N).
+    """
     return zero_rows(y, _blind_rows(attn_mask, is_causal))
 
 
 @torch.fx.wrap
 def for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, images: int, num_tokens: int) -> Tensor:
-    """Returns the sum of what the heads add to tokens that may attend to nothing, zeros for other tokens: (B, N, O)
+    """Returns the sum (B, N, O) of what the heads add to tokens that may attend to nothing, zeros for other tokens.
 
     Args:
-        attn_mask, is_causal: of the call.
+        attn_mask, is_causal: as of ``add_mask``, the mask broadcasts to (B, H, N, N).
         each: a row for each head, (H, O).
         images, num_tokens: B, N.
     """
@@ -59,7 +76,11 @@ def for_blind_rows(attn_mask: Tensor | None, is_causal: bool, each: Tensor, imag
 
 @torch.fx.wrap
 def cast_mask(attn_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Returns the mask in the layer's dtype, as kernels read it: torch's kernel for CPUs misreads others. Boolean ones stay.
+    """Returns the mask in the layer's dtype, as kernels read it; boolean ones stay.
+
+    Args:
+        attn_mask: boolean or floating point, broadcasts to (B, H, N, N); None for none.
+        x: (B, N, C) tokens of the layer's dtype.
 
     Raises:
         PatchError: the mask holds integers.

@@ -1,4 +1,4 @@
-"""Widths of heads that a backend's kernels like: narrower keys, values and factors get columns of zeros.
+"""Pads heads to the widths that a backend's kernels need: narrower keys, values and factors get columns of zeros.
 
 They change neither scores nor outputs. Tucker Attention gets them in its factors and latents, so that queries come out of their
 product as wide as they should be; queries, keys and values of heads are copied.
@@ -19,7 +19,7 @@ SMALLEST_WIDTH, STEP = 16, 4
 
 
 def pad(x: Tensor, width: int) -> Tensor:
-    """Columns of zeros up to a width."""
+    """Returns ``x`` (..., columns) with columns of zeros up to ``width``."""
     return F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
 
 
@@ -29,12 +29,19 @@ def round_up(width: int, step: int) -> int:
 
 
 def cpu_width(width: int) -> int:
-    """As which torch's CPU kernel computes heads of a width fastest."""
+    """Returns the width, at least the given one, that torch's CPU kernel computes fastest."""
     return max(SMALLEST_WIDTH, round_up(width, STEP))
 
 
 def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    """Computes ``Backend.attend`` at the widths that the backend wants; ``options`` follow q, k and v there. -> (B, H, N, Dv)"""
+    """Computes ``Backend.attend`` at the widths that the backend needs, (B, H, N, Dv).
+
+    Args:
+        backend: one that takes queries, keys and values.
+        facts: of the call.
+        q, k, v: (B, H, N, Dk), (B, G, N, Dk), (B, G, N, Dv).
+        *options: the arguments of ``Backend.attend`` after q, k and v.
+    """
     assert backend.attend is not None
     key_width, value_width = backend.widths(facts)
     y = backend.attend(pad(q, key_width), pad(k, key_width), pad(v, value_width), *options)
@@ -42,7 +49,13 @@ def attend_padded(backend: Backend, facts: Facts, q: Tensor, k: Tensor, v: Tenso
 
 
 def pad_call(call: TuckerCall, key_width: int, value_width: int) -> TuckerCall:
-    """Pads queries, keys and values of Tucker Attention to these widths, an even key width where they rotate."""
+    """Pads queries, keys and values of Tucker Attention.
+
+    Args:
+        call: with keys and values of r3 and r3t columns.
+        key_width: at least r3, even where queries and keys rotate.
+        value_width: at least r3t.
+    """
     if call.k.shape[2] == key_width and call.v.shape[2] == value_width:
         return call
     angles = call.angles

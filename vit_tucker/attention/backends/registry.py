@@ -18,7 +18,7 @@ _BACKENDS: dict[str, Backend] = {}
 
 
 class Choice(NamedTuple):
-    """Which backend computes calls of a kind, and why.
+    """The backend that computes calls of a kind, and the reason.
 
     Attributes:
         name: of the backend.
@@ -30,14 +30,20 @@ class Choice(NamedTuple):
 
 
 class Choices(dict[tuple[Facts, str], Choice]):
-    """Which backend took each kind of call, by its facts and what was asked for, in the order of first calls."""
+    """Choices of backends by the facts of a call and the requested name, in the order of first calls."""
 
     def lines(self) -> list[str]:
         """Returns what ran and why, line by line."""
         return [f"{choice.name}: {choice.reason} [{facts}]" for (facts, _), choice in self.items()]
 
     def add(self, facts: Facts, wanted: str, choice: Choice) -> Choice:
-        """Adds the choice for a new kind of call, and logs it."""
+        """Adds the choice for a new kind of call, and logs it.
+
+        Args:
+            facts: of the call.
+            wanted: the requested backend, or "auto".
+            choice: the backend that computes it.
+        """
         self[facts, wanted] = choice
         LOGGER.info("attention backend %s: %s [%s]", choice.name, choice.reason, facts)
         return choice
@@ -51,7 +57,7 @@ _COMPILED: set[str] = set()
 
 @contextmanager
 def recorded_choices() -> Iterator[Choices]:
-    """Records which backends take the calls inside the context, in all threads, and logs each kind of call once.
+    """Records which backends compute the calls inside the context, in all threads, and logs each kind of call once.
 
     Code that torch compiled before makes no choice when it runs again, so it is dropped: what is called in here is compiled anew.
 
@@ -101,12 +107,12 @@ def get_backend(name: str) -> Backend:
 
 
 def is_whole(name: str) -> bool:
-    """Whether this backend computes Tucker Attention only: it takes no queries, keys and values."""
+    """Returns whether a backend computes Tucker Attention only, and accepts no queries, keys and values."""
     return name != AUTO and get_backend(name).attend is None
 
 
 def choose(facts: Facts, wanted: str = AUTO) -> Choice:
-    """Chooses the backend for calls with these facts; one asked for by name takes them or the call fails, there is no fallback.
+    """Chooses the backend for calls with these facts; a backend requested by name computes them or the call fails.
 
     Raises:
         ConfigError: no backend has this name.
@@ -121,9 +127,8 @@ def choose(facts: Facts, wanted: str = AUTO) -> Choice:
     return known.add(facts, wanted, decide(facts, wanted)) if choice is None else choice
 
 
-@torch.compiler.assume_constant_result
 def _choose_while_compiling(wanted: str, *facts: Any) -> str:
-    """Runs ``choose`` once, as torch.compile traces the call, which hands over plain values and takes back a name."""
+    """Runs ``choose`` once, as torch.compile traces the call, with plain values and a name as result."""
     given = Facts(*facts)
     choice = decide(given, wanted)
     _COMPILED.add(choice.name)
@@ -131,8 +136,16 @@ def _choose_while_compiling(wanted: str, *facts: Any) -> str:
     return choice.name
 
 
+_choose_while_compiling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+"""What ``torch.compiler.assume_constant_result`` sets, without its import of ``torch._dynamo``, which takes a second."""
+
+
 def decide(facts: Facts, wanted: str) -> Choice:
-    """Decides as ``choose`` does, without memory or log."""
+    """Decides as ``choose`` does, without memory or log.
+
+    Raises:
+        PatchError: the requested backend can't compute such calls.
+    """
     if wanted != AUTO:
         reason = get_backend(wanted).refuses(facts)
         if reason is None:
@@ -158,7 +171,7 @@ def _chosen(name: str, facts: Facts, reasons: list[str]) -> Choice:
 
 
 def preferences(facts: Facts) -> list[tuple[str, str]]:
-    """Backends in the order in which "auto" tries them, each with its reason, which may be empty.
+    """Returns the backends in the order in which "auto" tries them, each with its reason, which may be empty.
 
     The measured ground of it is in benchmarks/README.md. What was never measured is not chosen: so far no GPU kernel was.
     """

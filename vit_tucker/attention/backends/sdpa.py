@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, called so that its fused kernels take the call.
+"""Computes attention by torch's scaled_dot_product_attention, called so that its fused kernels accept the call.
 
 Without a mask, queries of heads that share a key/value head are packed into one head of (H/G) * N queries: exact, since each
 query's softmax is its own, and no kernel sees expanded keys. torch's CPU kernel shares the backward pass out by images and
@@ -25,12 +25,12 @@ ALIGNMENT = 8
 
 
 def refuses(facts: Facts) -> str | None:
-    """Takes everything; what its fused kernels can't do, torch computes in parts."""
+    """Returns None: torch computes in parts what its fused kernels can't do."""
     return None
 
 
 def remark(facts: Facts) -> str:
-    """Whether one kernel takes such calls; what torch computes in parts needs memory for the maps."""
+    """Returns how torch computes such calls: by one kernel, or in parts, which need memory for the maps."""
     if facts.device == "cpu" and facts.dropout:
         return "in parts: torch's CPU kernel has no dropout"
     if facts.device == "cpu" and facts.mask_grad:
@@ -46,7 +46,10 @@ def remark(facts: Facts) -> str:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float, dropout: float
 ) -> Tensor:
-    """Returns softmax(Q K^T) V by torch's function, with heads that share a key packed where that pays."""
+    """Returns softmax(Q K^T) V by torch's function, with heads that share a key packed where that pays.
+
+    Arguments as of ``fused_attention``.
+    """
     heads, kv_heads = q.shape[1], k.shape[1]
     if is_causal:
         attn_mask = None
@@ -62,15 +65,24 @@ def attend(
 
 
 def packs(q: Tensor, kv_heads: int) -> bool:
-    """Whether to pack: on the CPU only where images and key/value heads are tasks enough for all threads."""
+    """Returns whether to pack heads that share a key.
+
+    On the CPU they are packed only where images and key/value heads are tasks enough for all threads.
+
+    Args:
+        q: (B, H, N, Dk).
+        kv_heads: G.
+    """
     if q.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return True
     return q.shape[0] * kv_heads >= torch.get_num_threads()
 
 
 def widths(facts: Facts) -> tuple[int, int]:
-    """As the device's fused kernel takes them, or is fast with. Exports keep equal widths as they are, and so does multi-head
-    attention, which then is the host's in memory as well."""
+    """Returns the widths of keys and values that the device's fused kernel accepts, or is fast with.
+
+    Exports keep equal widths as they are, and so does multi-head attention, which then uses as much memory as the host.
+    """
     keys, values = facts.key_width, facts.value_width
     fused = not facts.dropout and not facts.mask_grad
     as_they_are = keys == values and (facts.own_only or facts.kv_heads == facts.heads)

@@ -50,7 +50,14 @@ def facts_of_call(call: TuckerCall) -> Facts:
 
 
 def keeps_more(ranks: tuple[int, int, int, int], heads: int, scale: float) -> bool:
-    """Whether p, k, v and all heads' queries and outputs, of the width that they are computed with, are more than
-    4 H D numbers; the scale is 1 / sqrt(D)."""
+    """Returns whether a backward pass keeps more numbers per token than dense attention does, which keeps 4 H D.
+
+    Counted are p, k, v and all heads' queries and outputs, of the width that they are computed with.
+
+    Args:
+        ranks: r2, r3, r2t, r3t.
+        heads: H.
+        scale: of the softmax, 1 / sqrt(D).
+    """
     r2, r3, _, r3t = ranks
     return r2 + r3 + r3t + 2 * heads * cpu_width(max(r3, r3t)) > 4 * heads / scale**2

@@ -73,8 +73,10 @@ def latent_attention(
     """Computes Z, and what the backward pass needs of the way there.
 
     Args:
-        p, k, v, pre, post, scale: see ``TuckerCall``.
-        sin, cos: the call's angles, or None.
+        p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t), see ``TuckerCall``.
+        pre, post: (H, r2, r3), (H, r2t, r3t).
+        sin, cos: the call's angles, (N, r3/2) or (B, N, r3/2), or None.
+        scale: factor on the scores.
         grad: a backward pass follows.
 
     Returns:
@@ -98,7 +100,14 @@ def _(p: Tensor, k: Tensor, v: Tensor, pre: Tensor, post: Tensor, *rest: Any) ->
 
 
 def allocate(p: Tensor, v: Tensor, heads: int, width: int, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Allocates memory for z, y and the log-sum-exp."""
+    """Allocates memory for z, y and the log-sum-exp.
+
+    Args:
+        p, v: (B, N, r2) and (B, N, r3t).
+        heads: H.
+        width: r2t.
+        grad: y and the log-sum-exp have the images of the batch, else none.
+    """
     B, N = p.shape[:2]
     y = p.new_empty(B if grad else 0, N * heads, v.shape[2])
     sums = torch.promote_types(p.dtype, torch.float32)
@@ -119,7 +128,14 @@ def latent_attention_backward(
     cos: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of p, k, v, pre and post; sums over images of the last two in float32 at least."""
+    """Returns the gradients of p, k, v, pre and post; other arguments as of ``latent_attention``.
+
+    Sums over images are taken in float32 at least.
+
+    Args:
+        dz: (B, N, r2t) gradient of the outputs.
+        y, lse: (B, N*H, r3t) and (B, N*H), as ``latent_attention`` returns them.
+    """
     B, N, H = *p.shape[:2], pre.shape[0]
     columns, rows = pre_columns(pre), post_rows(post)
     dp, dk, dv = (t.new_empty(t.shape) for t in (p, k, v))
@@ -150,13 +166,16 @@ register_gradients(latent_attention, latent_attention_backward, tensors=7, optio
 
 
 def blocks(batch: int) -> Iterator[slice]:
-    """Images that are worked on together. In its backward pass torch's flash kernel shares images out to threads."""
+    """Yields slices of images that are computed together.
+
+    In its backward pass torch's flash kernel distributes images over threads.
+    """
     images = IMAGES_PER_THREAD * torch.get_num_threads()
     return (slice(b, b + images) for b in range(0, batch, images))
 
 
 def packed(*tensors: Tensor) -> Iterator[Tensor]:
-    """Queries of all heads, keys and values as those of one head."""
+    """Yields queries of all heads, keys and values as those of one head."""
     return (t.unsqueeze(1) for t in tensors)
 
 
@@ -171,12 +190,26 @@ def post_rows(post: Tensor) -> Tensor:
 
 
 def queries(p: Tensor, pre: Tensor, heads: int, sin: Tensor | None, cos: Tensor | None, images: slice) -> Tensor:
-    """Returns all heads' queries of some images, token by token: (images, N*H, r3)."""
+    """Returns all heads' queries of some images, token by token: (images, N*H, r3).
+
+    Args:
+        p: (images, N, r2).
+        pre: (r2, H*r3).
+        heads: H.
+        sin, cos: as of ``latent_attention``, (N, r3/2) or (B, N, r3/2).
+        images: the rows of the angles that belong to these images.
+    """
     return rotated((p @ pre).unflatten(2, (heads, -1)), sin, cos, images).flatten(1, 2)
 
 
 def rotated(x: Tensor, sin: Tensor | None, cos: Tensor | None, images: slice) -> Tensor:
-    """Rotates the pairs of (images, N, H, r3), see ``latent_attention``."""
+    """Rotates neighbouring columns as pairs.
+
+    Args:
+        x: (images, N, H, r3).
+        sin, cos: as of ``latent_attention``, (N, r3/2) or (B, N, r3/2).
+        images: the rows of the angles that belong to these images.
+    """
     if sin is None or cos is None:
         return x
     sin, cos = (t[images].unsqueeze(2) if t.ndim == 3 else t.unsqueeze(1) for t in (sin, cos))

@@ -59,11 +59,15 @@ def keys_kernel(
     LOW: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """One block of COLUMNS keys of one image, for one part of the heads: dk (splits, B, N, r3) and dv (splits, B, N, r3t).
+    """Computes dk (splits, B, N, r3) and dv (splits, B, N, r3t) of COLUMNS keys of one image, for one part of the heads.
 
-    Program numbers run over blocks of keys, then parts of the heads, then images. q is (B, N, H, r3) and holds the factor
-    scale log2(e); dy is (B, N, H, r3t); lse and delta are (B, H, N). Scores and their gradients are held transposed,
-    (COLUMNS, ROWS), as the products with them want it.
+    Program numbers run over blocks of keys, then parts of the heads, then images. Scores and their gradients are held transposed,
+    (COLUMNS, ROWS), as the products with them need it. Other arguments as of ``forward_kernel``.
+
+    Args:
+        q, dy: (B, N, H, r3), times scale log2(e), and (B, N, H, r3t).
+        delta: (B, H, N).
+        dk, dv: memory for the results.
     """
     blocks = tl.cdiv(N, COLUMNS)
     number = tl.program_id(0)

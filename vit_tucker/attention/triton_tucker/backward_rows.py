@@ -79,10 +79,15 @@ def rows_kernel(
     LOW: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """One block of ROWS rows of one head of one image: delta (B, H, N), dQ and Q (B, N, H, r3), Y and dY (B, N, H, r3t).
+    """Computes ROWS rows of one head of one image: delta (B, H, N), dQ and Q (B, N, H, r3), Y and dY (B, N, H, r3t).
 
-    Q is stored as the scores need it: times scale log2(e), and rotated with RoPE. Program numbers run over row
-    blocks, then heads, then images. Other arguments as in ``forward_kernel``.
+    Q is stored as the scores need it: times scale log2(e), and rotated with RoPE. Program numbers run over row blocks, then
+    heads,
+    then images. Other arguments as of ``forward_kernel``.
+
+    Args:
+        dz, dz_image, dz_row, dz_column: gradient of the outputs (B, N, r2t), and its strides.
+        delta, dq, y, q, dy: memory for the results.
     """
     row_blocks = tl.cdiv(N, ROWS)
     number = tl.program_id(0)

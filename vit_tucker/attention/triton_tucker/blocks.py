@@ -1,8 +1,7 @@
-"""What the kernels have in common: loads, rounding, rotation and masking of one block.
+"""Provides what the kernels have in common: loads, rounding, rotation and masking of one block.
 
 The interpreter multiplies the bit patterns of bfloat16 numbers and truncates them when it converts. With EMULATE (bfloat16 in the
-interpreter only) operands are therefore float32 numbers rounded to bfloat16's grid: products of those are exact in float32, which
-is what tensor cores compute.
+interpreter only) operands are therefore float32 numbers rounded to bfloat16's grid.
 """
 
 from typing import Any
@@ -33,9 +32,16 @@ def load_block(
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> Block:
-    """Loads rows first + ``rows`` below row_end and columns below COLUMNS of a matrix; zeros elsewhere.
+    """Loads a block of a matrix; zeros where it has no entries.
 
     The block's address has 64 bits, offsets in it 32.
+
+    Args:
+        start, row_stride, column_stride: of the matrix.
+        first, rows: rows first + ``rows`` are loaded.
+        columns: numbers of the columns.
+        row_end, COLUMNS: rows and columns of the matrix.
+        EMULATE: convert to float32, see the module.
     """
     inside = (first + rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
     corner = start + tl.cast(first, tl.int64) * row_stride
@@ -57,7 +63,13 @@ def store_block(
     COLUMNS: tl.constexpr,
     EMULATE: tl.constexpr,
 ) -> None:
-    """Stores rows whose entries are neighbours, rounded to the dtype of the memory: the inverse of ``load_block``."""
+    """Stores rows whose entries are neighbours, rounded to the dtype of the memory: the inverse of ``load_block``.
+
+    Other arguments as of ``load_block``.
+
+    Args:
+        block: (rows, columns).
+    """
     inside = (first + rows < row_end)[:, None] & (columns < COLUMNS)[None, :]
     corner = start + tl.cast(first, tl.int64) * row_stride
     if EMULATE and start.dtype.element_ty == tl.bfloat16:
@@ -67,7 +79,13 @@ def store_block(
 
 @triton.jit
 def rounded(block: "Block", LOW: tl.constexpr, EMULATE: tl.constexpr) -> Block:
-    """Rounds a float32 block to an operand of a product in the inputs' dtype LOW."""
+    """Rounds a block to an operand of a product.
+
+    Args:
+        block: float32.
+        LOW: dtype of the inputs.
+        EMULATE: see the module.
+    """
     if EMULATE:  # to nearest, ties to even
         bits = block.to(tl.uint32, bitcast=True)
         bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
@@ -85,7 +103,12 @@ def product(a: "Block", b: "Block") -> Block:
 
 @triton.jit
 def rotate(block: "Block", sin: "Block", cos: "Block") -> Block:
-    """Rotates each pair of neighbours (2 p, 2 p + 1) of a (M, R) block by its angle; sin, cos (M, R/2). See ``rope.rotate``."""
+    """Rotates each pair of neighbours (2 p, 2 p + 1) of a block by its angle, see ``rope.rotate``.
+
+    Args:
+        block: (M, R).
+        sin, cos: (M, R/2).
+    """
     first, second = tl.split(tl.reshape(block, (block.shape[0], block.shape[1] // 2, 2)))
     return tl.interleave(first * cos - second * sin, second * cos + first * sin)
 
@@ -103,11 +126,19 @@ def masked_scores(
     N: "Scalar",
     MASK: tl.constexpr,
 ) -> Block:
-    """Scores in base 2 with the mask; -inf for columns that are no tokens.
+    """Returns scores in base 2 with the mask; -inf for columns that are no tokens.
 
-    ``rows`` and ``columns`` are numbers within the block that starts at first_row and first_column; they broadcast to the
-    scores' shape, so that scores may be transposed. The block's address is one 64-bit number (N * N can exceed 32 bits), the
-    offsets in it have 32 bits: 64-bit ones for each entry would fill the registers.
+    The block's address is one 64-bit number (N * N can exceed 32 bits), the offsets in it have 32 bits: 64-bit ones for each
+    entry
+    would fill the registers.
+
+    Args:
+        scores: a block.
+        mask, row_stride, column_stride: of the image and head.
+        first_row, first_column: where the block starts.
+        rows, columns: numbers within the block; they broadcast to the scores' shape, so that scores may be transposed.
+        N: tokens.
+        MASK: kind of the mask.
     """
     inside = first_column + columns < N
     if MASK == CAUSAL:

@@ -73,10 +73,24 @@ def forward_kernel(
 ) -> None:
     """Computes one block of ROWS rows of one image, for one part of the heads.
 
-    Program numbers run over row blocks, then parts of the heads, then images. ``z`` is (splits, B, N, r2t), ``lse`` (B, H, N)
-    in base 2; +inf marks a row in which everything is masked, whose Y is zero. Cores are contiguous, (H, r2, r3) and
-    (H, r2t, r3t); sin and cos (N, r3/2) per ``angle_image``. WIDTHs are ranks rounded up to powers of two. No size makes a
-    kernel of its own: another batch or image size needs no compilation.
+    Program numbers run over row blocks, then parts of the heads, then images. No size makes a kernel of its own: another batch or
+    image size needs no compilation.
+
+    Args:
+        p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t).
+        pre, post: (H, r2, r3), (H, r2t, r3t), contiguous.
+        sin, cos, angle_image: (N, r3/2) per image, and the stride of the images.
+        mask: (B, H, N, N), see MASK.
+        z: (splits, B, N, r2t), written.
+        lse: (B, H, N) in base 2, written; +inf marks a row in which everything is masked, whose Y is zero.
+        scale: factor on the scores.
+        B, N, H, splits: images, tokens, heads and parts of the heads.
+        p_image, p_row, p_column, k_image, k_row, k_column, v_image, v_row, v_column: strides.
+        mask_image, mask_head, mask_row, mask_column: strides.
+        R2, R3, R2T, R3T, WIDTH2, WIDTH3, WIDTH2T, WIDTH3T: ranks, and ranks rounded up to powers of two.
+        ROWS, COLUMNS: tile of the scores.
+        MASK, ROPE: kind of the mask, and whether queries are rotated.
+        LOW, EMULATE: dtype of the inputs, see ``rounded``.
     """
     row_blocks = tl.cdiv(N, ROWS)
     number = tl.program_id(0)

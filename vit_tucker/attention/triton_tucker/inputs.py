@@ -1,4 +1,4 @@
-"""What both passes read, and how it becomes arguments of the kernels."""
+"""Collects the tensors that both passes read, and turns them into arguments of the kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both passes read.
+    """The tensors and options that the kernels of both passes read.
 
     Attributes:
         p, k, v: (B, N, r2), (B, N, r3), (B, N, r3t), any strides.
@@ -54,7 +54,15 @@ class Inputs:
         scale: float,
         is_causal: bool,
     ) -> Inputs:
-        """Cores and angles, which are small, are copied if they are not contiguous; nothing else is."""
+        """Returns the inputs of a call; cores and angles, which are small, are copied if they are not contiguous.
+
+        Args:
+            p, k, v, pre, post: see ``TuckerCall``: (B, N, r2), (B, N, r3), (B, N, r3t), (H, r2, r3), (H, r2t, r3t).
+            attn_mask: boolean (True: attend) or additive, broadcasts to (B, H, N, N); None for none.
+            sin, cos: (N, r3/2) or (B, N, r3/2), or None.
+            scale: factor on the scores.
+            is_causal: instead of a mask.
+        """
         mask = None
         if attn_mask is not None and not is_causal:
             mask = attn_mask.expand(p.shape[0], pre.shape[0], p.shape[1], p.shape[1])
@@ -64,12 +72,12 @@ class Inputs:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """B, N, H."""
+        """Returns the numbers of images, tokens and heads: B, N, H."""
         return self.p.shape[0], self.p.shape[1], self.pre.shape[0]
 
     @property
     def ranks(self) -> tiles.Ranks:
-        """r2, r3, r2t, r3t."""
+        """Returns the ranks r2, r3, r2t, r3t."""
         return tiles.Ranks(*self.pre.shape[1:], *self.post.shape[1:])
 
     def images(self, start: int, end: int) -> Inputs:
@@ -102,5 +110,5 @@ class Inputs:
 
 
 def interpreted() -> bool:
-    """Whether the kernels are objects of Triton's interpreter."""
+    """Returns whether the kernels are objects of Triton's interpreter."""
     return not isinstance(forward_kernel, triton.runtime.JITFunction)

@@ -40,7 +40,13 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(dz: Tensor, inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of p, k, v, pre and post, in their dtypes."""
+    """Returns the gradients of p, k, v, pre and post, in their dtypes.
+
+    Args:
+        dz: (B, N, r2t) gradient of the outputs.
+        inputs: of the forward pass.
+        lse: (B, H, N), as the forward pass returned it.
+    """
     p, k, v, pre, post = inputs.p, inputs.k, inputs.v, inputs.pre, inputs.post
     B, dtype = p.shape[0], p.dtype
     dp, dk, dv = (torch.empty(x.shape, dtype=dtype, device=x.device) for x in (p, k, v))
@@ -63,7 +69,10 @@ def backward(dz: Tensor, inputs: Inputs, lse: Tensor) -> tuple[Tensor, Tensor, T
 
 @dataclass(frozen=True)
 class Buffers:
-    """What the kernel over rows leaves for a chunk of images: dq, q (B, N, H, r3), y, dy (B, N, H, r3t), delta (B, H, N)."""
+    """Results of the kernel over rows for a chunk of images.
+
+    These are dq and q (B, N, H, r3), y and dy (B, N, H, r3t), and delta (B, H, N).
+    """
 
     dq: Tensor
     y: Tensor
@@ -73,14 +82,14 @@ class Buffers:
 
 
 def images_per_chunk(inputs: Inputs) -> int:
-    """As many images as ``CHUNK_BYTES`` has room for, at least one."""
+    """Returns how many images ``CHUNK_BYTES`` has room for, at least one."""
     B, N, H = inputs.sizes
     stored = 2 * inputs.p.element_size() * (inputs.ranks.r3 + inputs.ranks.r3t)
     return max(1, min(B, CHUNK_BYTES // (N * H * (stored + 4))))
 
 
 def run_rows(inputs: Inputs, dz: Tensor, lse: Tensor) -> Buffers:
-    """Launches the kernel over rows."""
+    """Launches the kernel over rows; arguments as of ``backward``."""
     B, N, H = inputs.sizes
     dq, q = (inputs.p.new_empty(B, N, H, inputs.ranks.r3) for _ in range(2))
     y, dy = (inputs.p.new_empty(B, N, H, inputs.ranks.r3t) for _ in range(2))
@@ -100,7 +109,14 @@ def run_rows(inputs: Inputs, dz: Tensor, lse: Tensor) -> Buffers:
 
 
 def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tensor) -> None:
-    """Launches the kernel over keys, which writes dk (B, N, r3) and dv (B, N, r3t)."""
+    """Launches the kernel over keys.
+
+    Args:
+        inputs: of the forward pass.
+        lse: (B, H, N), as the forward pass returned it.
+        buffers: from ``run_rows``.
+        dk, dv: (B, N, r3) and (B, N, r3t), overwritten.
+    """
     B, N, H = inputs.sizes
     tile = choose("keys", inputs)
     blocks = triton.cdiv(N, tile.columns)
@@ -119,7 +135,11 @@ def run_keys(inputs: Inputs, lse: Tensor, buffers: Buffers, dk: Tensor, dv: Tens
 
 
 def choose(kernel: tiles.KernelName, inputs: Inputs) -> tiles.Tile:
-    """Returns the kernel's tile on this device."""
+    """Returns the kernel's tile on this device.
+
+    Raises:
+        ValueError: no tile fits the device.
+    """
     size, rope = inputs.p.element_size(), inputs.sin is not None
     tile = tiles.choose(kernel, inputs.ranks, size, rope, inputs.mask is not None, tiles.shared_memory(inputs.p.device))
     if tile is None:
@@ -140,5 +160,11 @@ def parts(programs: int, inputs: Inputs) -> int:
 
 
 def partial_sums(splits: int, B: int, N: int, rank: int, like: Tensor) -> Tensor:
-    """Allocates (splits, B, N, rank), float32 if there is anything to add."""
+    """Allocates (splits, B, N, rank), float32 if there is anything to add.
+
+    Args:
+        splits: parts of the heads.
+        B, N, rank: images, tokens and columns.
+        like: a tensor (any shape) of the device and dtype.
+    """
     return like.new_empty(splits, B, N, rank, dtype=like.dtype if splits == 1 else torch.float32)

@@ -195,7 +195,13 @@ def forward_op(p: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("vit_tucker::triton_tucker_attention_backward", mutates_args=(), schema=BACKWARD)
 def backward_op(dz: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Computes the gradients of p, k, v, pre and post."""
+    """Computes the gradients of p, k, v, pre and post.
+
+    Args:
+        dz: (B, N, r2t) gradient of the outputs.
+        lse: (B, H, N), as ``forward_op`` returned it.
+        *inputs: the arguments of ``forward_op``.
+    """
     launch = _kernels(dz.device)
     with torch.cuda.device_of(dz):
         return launch.backward(dz, launch.Inputs.of(*inputs), lse)

@@ -126,6 +126,13 @@ def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, m
     Counted is what may lie there at once, by what the compiler does on all targets: operands that outlive the inner loop, the
     blocks that the loop has in flight (one per stage but the last, for the kernel over keys one per stage), twice a block of
     scores on its way between layouts, a block of the mask in 32 bits, and the cores.
+
+    Args:
+        kernel: one of ``KERNELS``.
+        tile: rows, columns and stages.
+        widths: of the blocks that hold r2, r3, r2t, r3t.
+        itemsize: bytes of a number, 2 or 4.
+        mask: whether there is a mask in memory.
     """
     r2, r3, r2t, r3t = widths
     scores = tile.rows * tile.columns * (2 * itemsize + (4 if mask else 0))
@@ -138,7 +145,13 @@ def shared_bytes(kernel: KernelName, tile: Tile, widths: Ranks, itemsize: int, m
 
 
 def parts_of_heads(programs: int, heads: int, multiprocessors: int) -> int:
-    """Returns into how many parts the heads go, so that a grid of ``programs`` fills the device."""
+    """Returns the number of parts into which the heads are split, so that a grid fills the device.
+
+    Args:
+        programs: of the grid without parts.
+        heads: H, the most parts.
+        multiprocessors: of the device.
+    """
     return max(1, min(heads, -(-PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // max(programs, 1))))
 
 
@@ -148,7 +161,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a block may have."""
+    """Returns the bytes of shared memory that a block may have."""
     if device.type != "cuda":
         return WITHOUT_DEVICE
     known: Any = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)

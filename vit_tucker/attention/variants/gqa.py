@@ -71,7 +71,7 @@ class GQAConfig(PerHeadConfig):
 
     @classmethod
     def example(cls, spec: HostSpec) -> "GQAConfig":
-        """Returns multi-query attention."""
+        """Returns a config of multi-query attention."""
         return cls(num_kv_heads=1)
 
     def build(self, spec: HostSpec, **factory: Any) -> "GQA":
@@ -89,7 +89,7 @@ class GQAConfig(PerHeadConfig):
 
 
 def has_proj_bias(spec: HostSpec, config: GQAConfig) -> bool:
-    """Whether the layer has an output bias: the SVD conversion folds value biases into it."""
+    """Returns whether the layer has an output bias: the SVD conversion folds value biases into it."""
     return spec.proj_bias or (config.conversion == "svd" and spec.qkv_bias)
 
 
@@ -138,6 +138,7 @@ class GQA(PerHeadModule):
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
 
     def input_projections(self) -> list[nn.Linear]:
+        """Returns the projections of queries, keys and values."""
         return [self.q_proj, self.k_proj, self.v_proj]
 
     def _set(self, converted: MHAWeights) -> None:
@@ -150,6 +151,7 @@ class GQA(PerHeadModule):
         set_linear(self.proj, converted.out.flatten(0, 1), converted.out_bias)
 
     def dense_weights(self) -> MHAWeights:
+        """Returns the weights of all H heads; heads of a group share keys and values."""
         group = self.num_heads // self.num_kv_heads
         return MHAWeights(
             query=head_weight(self.q_proj, self.num_heads),
@@ -165,7 +167,6 @@ class GQA(PerHeadModule):
 
 def mean_pool_groups(weights: MHAWeights, num_kv_heads: int) -> MHAWeights:
     """Returns H heads with the G means of each group's keys and values (section 2.1 of the GQA paper); G divides H."""
-
     given = {name: getattr(weights, name) for name in ("key", "value", "key_bias", "value_bias")}
     pooled = {name: x.unflatten(0, (num_kv_heads, -1)).mean(1) for name, x in given.items() if x is not None}
     return replace(weights, **pooled)

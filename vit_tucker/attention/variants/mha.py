@@ -111,9 +111,11 @@ class MHA(PerHeadModule):
         self.convert_from(weights)
 
     def input_projections(self) -> list[nn.Linear]:
+        """Returns the joint projection of queries, keys and values."""
         return [self.qkv]
 
     def dense_weights(self) -> MHAWeights:
+        """Returns the weights of all H heads."""
         query, key, value = (split_heads(w, self.num_heads) for w in linear_weight(self.qkv).chunk(3, -1))
         biases = head_bias(self.qkv, 3 * self.num_heads)
         query_bias, key_bias, value_bias = (None, None, None) if biases is None else biases.chunk(3)

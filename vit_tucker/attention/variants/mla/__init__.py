@@ -1,1 +1,1 @@
-"""Multi-head latent attention."""
+"""Implements multi-head latent attention: its config, layer and conversion."""

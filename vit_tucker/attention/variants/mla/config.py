@@ -86,9 +86,12 @@ class MLAConfig(PerHeadConfig):
         return ParameterCount(query + key_value + spec.attn_dim * spec.out_dim, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """Counts the products for a batch of one image. Absorbed: queries and outputs of width cKV instead of the heads' keys and
-        values, and the products of up projections that a batch forms once. With RoPE and wide latents: the same widths, no such
-        products."""
+        """Counts the products for a batch of one image.
+
+        Absorbed: queries and outputs of width cKV instead of the heads' keys and values, and the products of up projections that
+        a batch
+        forms once. With RoPE and wide latents: the same widths, no such products.
+        """
         heads, width, rank = spec.num_heads, spec.head_dim, self.kv_lora_rank
         latent = attend_flops(heads, num_tokens, rank, rank)
         if can_absorb(spec) and absorbing_saves(spec, self.q_lora_rank, rank, 1, num_tokens):

@@ -1,4 +1,4 @@
-"""From dense heads to the latents of MLA: best low-rank factors of their projections, by the weights alone or by moments."""
+"""Converts dense heads to the latents of MLA: best low-rank factors of their projections, by the weights alone or by moments."""
 
 from typing import NamedTuple
 
@@ -33,8 +33,10 @@ class MLATarget(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Projections of keys and values, down (C, cKV) and up (cKV, H*D); biases of the latent key and of the heads' keys;
-    numbers of the rotations of the latent pairs, (cKV/2,)."""
+    """Projections of keys and values, down (C, cKV) and up (cKV, H*D).
+
+    There are biases of the latent key and of the heads' keys, and numbers of the rotations of the latent pairs, (cKV/2,).
+    """
 
     k_down: Tensor
     k_up: Tensor
@@ -69,7 +71,11 @@ def fit_latents(
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
     the other; query and value biases take up the tokens' mean.
 
-    All are float64; the damping of the moments is relative to their mean eigenvalue.
+    Args:
+        weights: of the host, float64.
+        target: widths and options of the layer.
+        moments: of its tokens, float64; None for the error in the weights.
+        damping: of the moments, relative to their mean eigenvalue.
     """
     query, value = join_heads(weights.query), join_heads(weights.value)  # (C, H*D)
     q_bias, v_bias = (None if bias is None else bias.flatten() for bias in (weights.query_bias, weights.value_bias))
@@ -91,12 +97,23 @@ def fit_latents(
 
 
 def paired(x: Tensor, heads: int, rope: RopeSpec) -> Tensor:
-    """Reorders columns of the heads, (..., H*D), so that the two of each rotation are side by side."""
+    """Reorders columns of the heads so that the two of each rotation are side by side.
+
+    Args:
+        x: (..., H*D).
+        heads: H.
+        rope: of the host.
+    """
     return adjacent_pairs(x.unflatten(-1, (heads, -1)), rope.half).flatten(-2)
 
 
 def plain_latents(weights: MHAWeights, target: MLATarget, metrics: "ErrorMetrics") -> KeyValue:
-    """Finds the best latents of keys and values."""
+    """Finds the best latents of keys and values of a host without RoPE.
+
+    Args:
+        weights, target: as of ``fit_latents``.
+        metrics: of the errors.
+    """
     key, value = join_heads(weights.key), join_heads(weights.value)
     width, rank = key.shape[1], target.key_value
     k_bias = None if weights.key_bias is None else weights.key_bias.flatten()
@@ -115,7 +132,13 @@ def rotary_latents(
     moments: Moments | None,
     damping: float,
 ) -> KeyValue:
-    """Finds the same of a host with RoPE, where latent pairs keep rotations of the heads' pairs."""
+    """Finds the best latents of a host with RoPE, where latent pairs keep rotations of the heads' pairs.
+
+    Args:
+        weights, target, moments, damping: as of ``fit_latents``.
+        rope: of the host.
+        metrics: of the errors.
+    """
     value, rank = join_heads(weights.value), target.key_value
     width, (_, v_grad) = len(value), metrics.parts(value.shape[1])
     shared = None if not target.shared_kv else value if v_grad is None else value @ v_grad
@@ -145,7 +168,7 @@ class ErrorMetrics(NamedTuple):
     kv_grad: Tensor | None
 
     def parts(self, width: int) -> tuple[Tensor | None, Tensor | None]:
-        """Roots for keys and for values alone."""
+        """Returns roots for keys and for values alone, of ``width`` H*D."""
         if self.kv_grad is None:
             return None, None
         square = self.kv_grad @ self.kv_grad
@@ -153,7 +176,13 @@ class ErrorMetrics(NamedTuple):
 
 
 def read_metrics(moments: Moments | None, centred: bool, damping: float) -> ErrorMetrics:
-    """Returns metrics from the moments of a layer; ``centred``: biases take up the tokens' mean, so that it costs nothing."""
+    """Returns the metrics of errors from the moments of a layer.
+
+    Args:
+        moments: of the layer; None for the error in the weights.
+        centred: biases take up the tokens' mean, so that an error in it costs nothing.
+        damping: of the metrics, relative to their mean eigenvalue.
+    """
     if moments is None:
         return ErrorMetrics(None, None, None)
     tokens = moments.token_covariance if centred else moments.query[:-1, :-1]
@@ -164,8 +193,14 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
 def latent(matrix: Tensor, rank: int, left: Root | None = None, right: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Finds the best factors of a matrix (C, K), matrix ~ down @ up, by an SVD through the Gram; weighted if roots are given.
 
+    Args:
+        matrix: (C, K).
+        rank: width of the latent.
+        left: (C, C) root of the metric of the rows; None for the identity.
+        right: (K, K) root of the metric of the columns; None for the identity.
+
     Returns:
-        down (C, rank) and up (rank, K), with the least ||left (matrix - down up) right||_F, left (C, C) and right (K, K).
+        down (C, rank) and up (rank, K), with the least ||left (matrix - down up) right||_F.
     """
     whitened = matrix if left is None else left.root @ matrix
     weighted = whitened if right is None else whitened @ right

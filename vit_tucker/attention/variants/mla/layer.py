@@ -36,8 +36,10 @@ from vit_tucker.tensor.tucker import Tucker
 
 
 class MLA(LatentModule, PerHeadModule):
-    """Multi-head latent self-attention, expanded (queries and keys of width D) or absorbed, whichever costs less; with RoPE
-    absorbed."""
+    """Multi-head latent self-attention, expanded (queries and keys of width D) or absorbed, whichever costs less.
+
+    With RoPE it is absorbed.
+    """
 
     def __init__(
         self, spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, *, shared_kv: bool = True, **factory: Any
@@ -74,7 +76,10 @@ class MLA(LatentModule, PerHeadModule):
         return super().run(call)
 
     def absorbs(self, x: Tensor) -> bool:
-        """Whether these tokens attend in the latent, see ``absorbing_saves``; open numbers of tokens count as large."""
+        """Returns whether tokens ``x`` (B, N, C) attend in the latent, see ``absorbing_saves``.
+
+        Open numbers of tokens count as large.
+        """
         if not self.can_absorb:
             return False
         q_lora_rank, kv_lora_rank = self.q_down.out_features, self.kv_down.out_features
@@ -124,7 +129,12 @@ class MLA(LatentModule, PerHeadModule):
     def attend_latent(
         self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
     ) -> Tensor:
-        """Attends in the latent space, where keys are rotated. q (B, H, N, D), latents k and v (B, N, cKV) -> (B, N, H*D)"""
+        """Attends in the latent space, where keys are rotated; other arguments as of ``AttentionModule.forward``.
+
+        Args:
+            q: (B, H, N, D) queries.
+            k, v: (B, N, cKV) latents.
+        """
         plain = is_plain(self.k_up, self.v_up)
         q = q @ by_heads(self.k_up.weight if plain else called_weight(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
         q, key = self.rotate_latent(q, k.unsqueeze(1), rope)  # (B, H, N, cKV)
@@ -144,8 +154,7 @@ class MLA(LatentModule, PerHeadModule):
         self._set(weights, fit_latents(weights, self._target()))
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
-        """The same SVDs, weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
-        the other; query and value biases take up the tokens' mean."""
+        """Runs the SVDs of ``fit_latents`` weighted by moments."""
         self._set(weights, fit_latents(weights, self._target(), moments, damping))
 
     def _target(self) -> MLATarget:
@@ -166,6 +175,7 @@ class MLA(LatentModule, PerHeadModule):
             self.pair_rotations.copy_(parts.rotations)
 
     def rank_options(self) -> dict[str, Any]:
+        """Returns the present widths of the latents."""
         return {"q_lora_rank": self.q_down.out_features, "kv_lora_rank": self.kv_down.out_features}
 
     def _resize(self, **options: Any) -> None:
@@ -198,10 +208,11 @@ class MLA(LatentModule, PerHeadModule):
 
     @property
     def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
-        """The down projections of queries, keys and values."""
+        """Returns the down projections of queries, keys and values."""
         return self.q_down, self.kv_down, self.v_down
 
     def dense_weights(self) -> MHAWeights:
+        """Returns the weights of all H heads."""
         latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
         value_bias = head_bias(self.v_up, self.num_heads)
         latent_bias = linear_bias(self.kv_down)

@@ -12,7 +12,13 @@ def full_latents(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
 
 
 def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv: bool) -> None:
-    """Raises PatchError for latents that a layer in place of such a host can't have; names the limit."""
+    """Raises PatchError for latents that a layer in place of such a host can't have; names the limit.
+
+    Args:
+        spec: the host.
+        q_lora_rank, kv_lora_rank: widths of the latents.
+        shared_kv: keys and values share one latent.
+    """
     refuse_odd(spec, "kv_lora_rank", kv_lora_rank)
     given = {"q_lora_rank": q_lora_rank, "kv_lora_rank": kv_lora_rank}
     for (name, rank), limit in zip(given.items(), full_latents(spec, shared_kv), strict=True):
@@ -21,12 +27,15 @@ def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv:
 
 
 def can_absorb(spec: HostSpec) -> bool:
-    """Whether nothing comes between projections and attention, or attention and output projection, so that these can be one."""
+    """Returns whether projections can be merged with attention (absorption).
+
+    Nothing may come between projections and attention, or attention and output projection.
+    """
     return all(feature in CALL_FEATURES for feature in spec.extras)
 
 
 def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images: int, num_tokens: int) -> bool:
-    """Whether heads attend in the latent at less cost, their up projections folded (absorption).
+    """Returns whether attending in the latent, with folded up projections (absorption), costs less.
 
     Per head and token the absorbed form has products of cKV (cQ + O + 2 N) multiply-adds, the expanded one of
     D (cQ + O + 2 N + 2 cKV); folding costs D cKV (cQ + O) per head once. Where latents rotate, both forms attend in the latent:
@@ -45,5 +54,5 @@ def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images:
 
 
 def has_head_key_bias(spec: HostSpec) -> bool:
-    """Whether each head's key has a bias: it cancels in the softmax unless a norm follows it."""
+    """Returns whether each head's key has a bias: it cancels in the softmax unless a norm follows it."""
     return spec.has_key_bias and "qk_norm" in spec.extras

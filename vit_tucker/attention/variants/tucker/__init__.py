@@ -1,1 +1,1 @@
-"""Tucker Attention."""
+"""Implements Tucker Attention: its config, layer, ranks and conversion."""

@@ -63,19 +63,19 @@ class TuckerConfig(AttentionConfig):
 
     @property
     def rank_rule(self) -> RankRule | None:
-        """The rule by which the ranks are yet to be chosen; None where they are given."""
+        """Returns the rule by which the ranks are yet to be chosen; None where they are given."""
         return self.ranks if isinstance(self.ranks, RankRule) else None
 
     @property
     def pre(self) -> Ranks:
-        """Ranks of the pre-softmax tensor."""
+        """Returns the ranks of the pre-softmax tensor; raises PatchError while they are still to be chosen."""
         if isinstance(self.ranks, RankRule):
             raise PatchError(f"ranks {self.ranks}: they are chosen when a model is patched")
         return self.ranks
 
     @property
     def post(self) -> Ranks:
-        """Ranks of the post-softmax tensor."""
+        """Returns the ranks of the post-softmax tensor."""
         return self.post_ranks or self.pre
 
     def rank_options(self) -> dict[str, Any]:
@@ -144,7 +144,12 @@ class TuckerConfig(AttentionConfig):
         return ParameterCount(weights, biases + count_extras(spec))
 
     def count_flops(self, spec: HostSpec, num_tokens: int) -> int:
-        """Counts all products, also folding the head factors into the cores, which a batch does once."""
+        """Counts all products, also folding the head factors into the cores, which a batch does once.
+
+        Args:
+            spec: the host.
+            num_tokens: N.
+        """
         heads, width = spec.num_heads, spec.embed_dim
         macs = tensor_macs(*self.pre, heads, width, width, num_tokens)
         macs += tensor_macs(*self.post, heads, spec.out_dim, width, num_tokens)

@@ -1,4 +1,4 @@
-"""From dense heads to the two Tucker tensors of a layer: by the weights alone, by the moments of its tokens, by regression.
+"""Converts dense heads to the two Tucker tensors of a layer: by the weights alone, by the moments of its tokens, by regression.
 
 Source: Klein et al., Tucker Attention, arXiv 2603.30033, App. C.1.4 for the HOSVD; the weighted forms and those with RoPE are
 ours, see ``tensor.weighted`` and ``tensor.rotary``.
@@ -57,7 +57,10 @@ class TuckerTensors(NamedTuple):
 def decompose(weights: MHAWeights, target: TuckerTarget, conversion: str = "hosvd") -> TuckerTensors:
     """Decomposes both weight tensors by HOSVD (App. C.1.4) or HOOI; exact at full ranks.
 
-    ``conversion`` is "hosvd" or "hooi", the latter without RoPE and without shared_kv.
+    Args:
+        weights: of the host, float64.
+        target: ranks and options of the layer.
+        conversion: "hosvd", or "hooi" without RoPE and without shared_kv.
     """
     pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
     out_bias, rotations = weights.folded_out_bias(), None
@@ -119,7 +122,13 @@ def rotary_pre(
 ) -> tuple[Tucker, Tensor]:
     """Returns the pre-softmax tensor of a host with RoPE on a latent key, and the rotations of its pairs.
 
-    ``value`` is the metric of the values (C, C), where they share the latent; None for the identity.
+    Args:
+        weights: of the host, float64.
+        rope: of the host.
+        target: ranks and options of the layer.
+        moments: of its tokens, float64; None for the error in the weights.
+        damping: of the moments, relative to their mean eigenvalue.
+        value: (C, C) metric of the values, where they share the latent; None for the identity.
     """
     columns = value_columns(weights.out, weights.value) if target.shared_kv else None
     root = None if value is None or columns is None else metric_root(value, damping)

@@ -124,7 +124,7 @@ class TuckerFactors(LatentModule):
 
     @property
     def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
-        """The Linears of U2, U3 and U3t."""
+        """Returns the Linears of U2, U3 and U3t."""
         return self.q_proj, self.k_proj, self.v_proj
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
@@ -139,7 +139,7 @@ class TuckerFactors(LatentModule):
 
     @property
     def ranks(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Ranks of the pre- and of the post-softmax tensor."""
+        """Returns the ranks of the pre- and of the post-softmax tensor."""
         return tuple(self.pre_core.shape), tuple(self.post_core.shape)  # type: ignore[return-value]
 
     def factors(self) -> dict[str, Tensor]:
@@ -150,6 +150,7 @@ class TuckerFactors(LatentModule):
                 for role, factor in zip(Tucker._fields, factors, strict=True)}  # fmt: skip
 
     def rank_options(self) -> dict[str, Any]:
+        """Returns the present ranks and post_ranks."""
         return dict(zip(("ranks", "post_ranks"), self.ranks, strict=True))
 
     def _resize(self, **options: Any) -> None:
@@ -170,7 +171,13 @@ class TuckerFactors(LatentModule):
         self.set_tensors(pre, post, out_bias)
 
     def set_tensors(self, pre: Tucker, post: Tucker, out_bias: Tensor | None, rotations: Tensor | None = None) -> None:
-        """Copies two Tucker decompositions into the parameters; for the arguments see ``TuckerTensors``."""
+        """Copies two Tucker decompositions into the parameters.
+
+        Args:
+            pre, post: the decompositions, see ``TuckerTensors``.
+            out_bias: (O,) or None.
+            rotations: (R3/2,), see ``TuckerTensors``; None leaves those of the layer.
+        """
         set_augmented(self.q_proj, pre.left)
         set_augmented(self.k_proj, pre.right)
         if self.v_proj is not None:
@@ -185,6 +192,7 @@ class TuckerFactors(LatentModule):
             self.pair_rotations.copy_(rotations)
 
     def folded_out_bias(self) -> Tensor | None:
+        """Returns the output bias with what a shared key bias adds to the values, (O,), float64, or None."""
         bias, key_bias = linear_bias(self.proj), linear_bias(self.k_proj)
         if bias is None or self.v_proj is not None or key_bias is None:
             return bias
@@ -208,5 +216,10 @@ class TuckerFactors(LatentModule):
 
 
 def constant_output(post: Tucker, value: Tensor) -> Tensor:
-    """Returns the output of values that are the same for all tokens: U2t sum_i S_i v. (R3,) -> (O,)"""
+    """Returns the output (O,) of values that are the same for all tokens: U2t sum_i S_i v.
+
+    Args:
+        post: the post-softmax tensor.
+        value: v, (R3,).
+    """
     return post.left @ (torch.tensordot(post.head, post.core, 1).sum(0) @ value)

@@ -23,14 +23,16 @@ class TuckerAttention(TuckerFactors):
     """Tucker self-attention, computed as a whole or head by head; for its arguments and parameters see ``TuckerFactors``."""
 
     def run(self, call: Call) -> Tensor:
-        """Computes the layer as a whole between its projections, unless hooks are to see maps or cores fold into
-        the projections."""
+        """Computes the output (B, N, O) of a ``call``, all between the projections as a whole.
+
+        The parts are computed one by one where hooks are to see maps, or where cores fold into the projections.
+        """
         if not self.fused_attn or (not is_whole(self.backend) and self.folds(call.x)):
             return super().run(call)
         return self.proj(self.attend_whole(call))
 
     def folds(self, x: Tensor) -> bool:
-        """Whether a core costs less as a part of the projection beside it, for these tokens."""
+        """Returns whether a core costs less as a part of the projection beside it, for tokens ``x`` (B, N, C)."""
         r2, r3, r2t, r3t = self.widths
         heads, spec = self.num_heads, self.spec
         less = folds(x, spec.embed_dim, r2, heads * r3) or folds(x, heads * r3t, r2t, spec.out_dim)
@@ -38,7 +40,7 @@ class TuckerAttention(TuckerFactors):
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
-        """r2, r3, r2t and r3t as plain numbers: while torch.fx traces, a parameter's shape is none."""
+        """Returns r2, r3, r2t and r3t as plain numbers: while torch.fx traces, a parameter's shape is none."""
         values = self.value_projection.out_features
         return self.q_proj.out_features, self.k_proj.out_features, self.proj.in_features, values
 
@@ -55,7 +57,7 @@ class TuckerAttention(TuckerFactors):
 
     @property
     def heads_backend(self) -> str:
-        """The backend for queries, keys and values of heads: a backend that computes the whole takes none."""
+        """Returns the backend for queries, keys and values of heads, "auto" where the layer's own takes none."""
         return AUTO if is_whole(self.backend) else self.backend
 
     def pre_heads(self) -> Tensor:

@@ -42,14 +42,27 @@ def even_rank(rank: int) -> int:
 
 
 def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
-    """Raises PatchError for a latent key of odd width on a host with RoPE."""
+    """Raises PatchError for a latent key of odd width on a host with RoPE.
+
+    Args:
+        spec: the host.
+        name: of the rank, for the message.
+        rank: width of the latent key.
+    """
     if spec.rotates_latent and rank % 2:
         lower = f"{rank - 1} or " if rank > 1 else ""
         raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
 
 
 def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query_bias: bool) -> None:
-    """Raises PatchError for ranks that a Tucker layer in place of such a host can't have; names the mode and its limit."""
+    """Raises PatchError for ranks that a Tucker layer in place of such a host can't have; names the mode and its limit.
+
+    Args:
+        spec: the host.
+        pre, post: ranks of both tensors.
+        shared_kv: one right factor for both.
+        query_bias: the layer keeps the host's query bias.
+    """
     full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and query_bias))
     for name, ranks, limits in (("ranks", pre, full[0]), ("post_ranks", post, full[1])):
         for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
@@ -61,7 +74,7 @@ def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query
 
 
 def has_out_bias(spec: HostSpec) -> bool:
-    """Whether the layer has an output bias, which also holds the host's value biases."""
+    """Returns whether the layer has an output bias, which includes the host's value biases."""
     return spec.proj_bias or spec.qkv_bias
 
 
@@ -76,8 +89,17 @@ def tensor_weights(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int)
 
 
 def tensor_macs(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int, tokens: int) -> Any:
-    """Multiply-adds for N tokens: both projections, the core per head in the order that costs least, and what a batch does once:
-    folding the head factor into the core, and, where that pays, the core into the projection."""
+    """Returns the multiply-adds of one tensor for N tokens.
+
+    These are both projections, the core per head in the order that costs least, and what a batch does once: folding the head
+    factor
+    into the core, and, where that pays, the core into the projection.
+
+    Args:
+        r1, r2, r3: ranks.
+        heads, left, right: the tensor's size H, I, J.
+        tokens: N.
+    """
     return heads * r1 * r2 * r3 + chain_macs(tokens, left, r2, heads * r3) + tokens * right * r3
 
 
@@ -129,7 +151,7 @@ def layer_tables(
     calls: int,
     num_tokens: int,
 ) -> LayerTables:
-    """Tables of one layer, in the costs of the rule.
+    """Returns the error and cost tables of one layer, in the costs of the rule.
 
     Args:
         rule: flops counts operations, budget and energy count parameters.
@@ -162,7 +184,11 @@ def layer_tables(
 
 
 def choose_ranks(rule: RankRule, layers: Sequence[LayerTables]) -> list[tuple[Ranks, Ranks]]:
-    """Ranks of the pre- and post-softmax tensor of each layer.
+    """Returns the ranks of the pre- and post-softmax tensor of each layer.
+
+    Args:
+        rule: budget, energy or flops.
+        layers: their tables.
 
     Raises:
         ValueError: the budget is too small; names the smallest possible one.

@@ -47,7 +47,14 @@ def resize_tensors(
 
 
 def resize_tucker(tucker: Tucker, ranks: Ranks, right: Resized, spec: HostSpec) -> Tucker:
-    """Returns the tensor with other ranks, its right factor given."""
+    """Returns the tensor with other ranks, its right factor given.
+
+    Args:
+        tucker: the tensor, float64.
+        ranks: the new ones.
+        right: the new right factor.
+        spec: of the layer.
+    """
     head = resize_factor(tucker.head, mode_gram(tucker, HEAD), ranks[0], len(tucker.head))
     left = resize_factor(tucker.left, mode_gram(tucker, LEFT), ranks[1], min(len(tucker.left), spec.embed_dim))
     core = tucker.core
