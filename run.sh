@@ -13,8 +13,9 @@
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
 #   ./run.sh COMMAND ...              any command of vit-tucker: convert, evaluate, predict, explain, export, bench, ...; --help lists them
 #   ./run.sh docs                     the documentation into site/; ./run.sh docs serve: while you write it
-#   ./run.sh setup                    only set up
+#   ./run.sh setup [EXTRA]            only set up; with an extra of setup.cfg: onnx, data (webdataset, sets of the hub), slurm
 #
+# What a command needs beside the package is installed when its arguments first ask for it: onnx by export, slurm, data.
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 set -euo pipefail
 called_from=$PWD
@@ -32,9 +33,9 @@ find_python() {
   return 2
 }
 
-# setup EXTRA: install the package with an extra ("" or test,lint) and the versions of constraints.txt into .venv.
+# setup EXTRA: install the package with an extra of setup.cfg, or "", and the versions of constraints.txt into .venv.
 setup() {
-  local extra=$1 stamp state
+  local extra=$1 stamp state stamps
   stamp=".venv/.installed-${extra:-main}"
   if [ ! -x .venv/bin/python ]; then
     local python
@@ -44,7 +45,13 @@ setup() {
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python can't make a virtual environment (Debian: apt install python3-venv)" >&2; return 2; }
   fi
   state=$(cat setup.cfg pyproject.toml constraints.txt | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+  case $extra in
+    "") stamps=.venv/.installed-* ;;  # each extra brings the package
+    lint) stamps=$stamp ;;
+    *) stamps="$stamp .venv/.installed-test" ;;  # which has the others in it
+  esac
+  if ! grep -qsxF "$state" $stamps; then
+    [ -z "$extra" ] || echo "installing what this needs besides: vit_tucker[$extra]" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" >&2
     echo "$state" >"$stamp"
   fi
@@ -83,6 +90,18 @@ train() {
   fi
 }
 
+# extra_of COMMAND ARGS: what of setup.cfg's extras a command needs, as far as its arguments tell.
+extra_of() {
+  local extra=""
+  case " $* " in
+    *" -h "* | *" --help "* | " export "*--format[\ =]dense* | " export "*--format[\ =]torch_export*) ;;
+    " export "*) extra=onnx ;;
+    " sweep "*slurm*) extra=slurm ;;
+  esac
+  case " $* " in *[\ =]wds/* | *[\ =]hfds/* | *[\ =]hfids/*) extra=${extra:+$extra,}data ;; esac
+  echo "$extra"
+}
+
 main_job() {
   train --cfg digits/dense
   train --cfg digits/tucker_r16_finetune
@@ -94,12 +113,12 @@ command=${1:-main}
 [ $# -gt 0 ] && shift
 case "$command" in
   main) setup "" && main_job ;;
-  setup) setup "" ;;
+  setup) setup "${1:-}" ;;
   test) setup test && run_tests "$@" ;;
   docs) setup docs && NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
-  train) setup "" && train "$@" ;;
-  sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
+  train) setup "$(extra_of train "$@")" && train "$@" ;;
+  sweep | tables | report) setup "$(extra_of "$command" "$@")" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
   -h | --help | help) sed -n '2,19s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
-  *) setup "" && exec .venv/bin/vit-tucker "$command" "$@" ;;
+  *) setup "$(extra_of "$command" "$@")" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

@@ -76,7 +76,7 @@ def test_plan_prints_a_table_or_json(in_tmp, capfd):
     small = ["model.pretrained=false", "model.depth=2", "model.embed_dim=192", "model.img_size=32"]
     assert main(["plan", "--cfg", "imagenet/tucker_r16", *small]) == 0
     out = capfd.readouterr().out
-    assert "blocks.1.attn" in out
+    assert "blocks.0-1.attn" in out
     assert "plan only: nothing was changed" in out
     assert main(["plan", "--cfg", "imagenet/gqa2", "--json", *small]) == 0
     assert len(json.loads(capfd.readouterr().out)["layers"]) == 2

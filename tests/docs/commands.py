@@ -180,7 +180,7 @@ def check_parsed(command: str, args: argparse.Namespace) -> None:
     names = [word for word in overrides if "=" not in word] if command in targets else []
     if command == "train" and config is None and args.whole:
         read_run(None, next(iter(names), None), args.method, [word for word in overrides if "=" in word])
-    names += [args.model] if command == "ranks" else []
+    names += [args.model] if command == "ranks" and "/" not in args.model else []
     names += [name for name in args.models if "/" not in name] if command == "bench" else []
     for name in names:
         expect(timm.is_model(name), f"timm has no model '{name}'")

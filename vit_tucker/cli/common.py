@@ -89,16 +89,17 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Imports the plug-ins that the user names, runs a command and returns its exit status.
+    """Imports the plug-ins that the user names, runs a command, without progress bars for --json, and returns its exit status.
 
     Raises:
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
     from vit_tucker.config.plugins import command_plugins
     from vit_tucker.run.openmp import choose_waiting
+    from vit_tucker.show.progress_bars import showing_progress
 
     choose_waiting()
-    with command_plugins(args.plugins, args.trust_plugins):
+    with command_plugins(args.plugins, args.trust_plugins), showing_progress(False if vars(args).get("json") else None):
         return command(args)
 
 
@@ -147,11 +148,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def choose_device(name: str | None) -> "torch.device":
+def choose_device(name: str | None, double: bool = False) -> "torch.device":
     """Returns the device of that name; for None a GPU if there is one, else the CPU.
 
+    Args:
+        name: as of ``--device``.
+        double: it must have float64, as conversions need.
+
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or it has no float64.
     """
     import torch
 
@@ -161,7 +166,9 @@ def choose_device(name: str | None) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if double:
+            torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 

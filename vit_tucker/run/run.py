@@ -24,6 +24,7 @@ from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
 from vit_tucker.run.results import evaluate_run, finish_run
 from vit_tucker.run.same_run import check_folder
 from vit_tucker.run.trainer import build_trainer
+from vit_tucker.show.progress_bars import showing_progress
 from vit_tucker.storage.run_dir import LOGGER, RunDir, log_lines
 from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.engine import fit
@@ -223,7 +224,8 @@ def build_run(
         accelerator: of this process.
         with_train: open the training split too.
     """
-    built = build_model(config, run_dir, accelerator.device, training=with_train)
+    with showing_progress(None if accelerator.is_main_process else False):
+        built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
         config.data,
         config.train,

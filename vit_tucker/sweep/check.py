@@ -15,6 +15,7 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import plan
 from vit_tucker.run.model import classes_and_channels
 from vit_tucker.run.run import run
+from vit_tucker.show.progress_bars import each
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 
@@ -40,7 +41,7 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     hosts: dict[str, tuple[nn.Module, int | None]] = {}
     saved: dict[str, int] = {}  # cells that differ in their start alone have one structure
     flops: dict[str, int | None] = {}
-    for job in {job.name: job for job in jobs}.values():
+    for job in each({job.name: job for job in jobs}.values(), "checking", "cells"):
         model, attention = job.config.model, job.config.attention
         factory = HostFactory(model, *classes_and_channels(job.config))
         if (key := repr(vars(factory))) not in hosts:
