@@ -4,7 +4,8 @@
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
 #   ./run.sh test [pytest args]       all tests; -p mymethod.py tests/contract: those that a method of yours must pass;
 #                                     --quick: under a minute, for the inner loop; it says what it leaves out
-#   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
+#   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs;
+#                                     --quick-check tries it; or train MODEL --method 'NAME ...' data.dataset=Y, without a file
 #   ./run.sh sweep --cfg sweeps/X     methods x options x seeds, from one dense model per seed
 #   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
@@ -12,8 +13,9 @@
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
 #   ./run.sh COMMAND ...              any command of vit-tucker: convert, evaluate, predict, explain, export, bench, ...; --help lists them
 #   ./run.sh docs                     the documentation into site/; ./run.sh docs serve: while you write it
-#   ./run.sh setup                    only set up
+#   ./run.sh setup [EXTRA]            only set up; with an extra of setup.cfg: onnx, data (webdataset, sets of the hub), slurm
 #
+# What a command needs beside the package is installed when its arguments first ask for it: onnx by export, slurm, data.
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
 set -euo pipefail
 called_from=$PWD
@@ -31,9 +33,9 @@ find_python() {
   return 2
 }
 
-# setup EXTRA: install the package with an extra ("" or test,lint) and the versions of constraints.txt into .venv.
+# setup EXTRA: install the package with an extra of setup.cfg, or "", and the versions of constraints.txt into .venv.
 setup() {
-  local extra=$1 stamp state
+  local extra=$1 stamp state stamps
   stamp=".venv/.installed-${extra:-main}"
   if [ ! -x .venv/bin/python ]; then
     local python
@@ -43,7 +45,13 @@ setup() {
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python can't make a virtual environment (Debian: apt install python3-venv)" >&2; return 2; }
   fi
   state=$(cat setup.cfg pyproject.toml constraints.txt | cksum)
-  if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+  case $extra in
+    "") stamps=.venv/.installed-* ;;  # each extra brings the package
+    lint) stamps=$stamp ;;
+    *) stamps="$stamp .venv/.installed-test" ;;  # which has the others in it
+  esac
+  if ! grep -qsxF "$state" $stamps; then
+    [ -z "$extra" ] || echo "installing what this needs besides: vit_tucker[$extra]" >&2
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" >&2
     echo "$state" >"$stamp"
   fi
@@ -66,15 +74,32 @@ run_tests() {
 }
 
 train() {
+  case "${NUM_PROCESSES:-1}" in *[!0-9]* | 0*)
+    echo "error: NUM_PROCESSES=$NUM_PROCESSES: a number of processes, 1 or more" >&2
+    return 2
+    ;;
+  esac
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
     local port
     port=${MASTER_PORT:-$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-    .venv/bin/accelerate launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port "$port" experiments/train_vit.py "$@"
+    .venv/bin/python -m vit_tucker.cli.launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 \
+      --mixed_precision no --dynamo_backend no --main_process_port "$port" experiments/train_vit.py "$@"
   else
     .venv/bin/python experiments/train_vit.py "$@"
   fi
+}
+
+# extra_of COMMAND ARGS: what of setup.cfg's extras a command needs, as far as its arguments tell.
+extra_of() {
+  local extra=""
+  case " $* " in
+    *" -h "* | *" --help "* | " export "*--format[\ =]dense* | " export "*--format[\ =]torch_export*) ;;
+    " export "*) extra=onnx ;;
+    " sweep "*slurm*) extra=slurm ;;
+  esac
+  case " $* " in *[\ =]wds/* | *[\ =]hfds/* | *[\ =]hfids/*) extra=${extra:+$extra,}data ;; esac
+  echo "$extra"
 }
 
 main_job() {
@@ -88,12 +113,12 @@ command=${1:-main}
 [ $# -gt 0 ] && shift
 case "$command" in
   main) setup "" && main_job ;;
-  setup) setup "" ;;
+  setup) setup "${1:-}" ;;
   test) setup test && run_tests "$@" ;;
   docs) setup docs && NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
-  train) setup "" && train "$@" ;;
-  sweep | tables | report) setup "" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  -h | --help | help) sed -n '2,18s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
-  *) setup "" && exec .venv/bin/vit-tucker "$command" "$@" ;;
+  train) setup "$(extra_of train "$@")" && train "$@" ;;
+  sweep | tables | report) setup "$(extra_of "$command" "$@")" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
+  -h | --help | help) sed -n '2,19s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  *) setup "$(extra_of "$command" "$@")" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

@@ -1,6 +1,6 @@
 """A saved model in another process: rebuilt from its folder, exported to ONNX, run without torch; both count the same digits.
 
-pip install 'vit_tucker[onnx]'
+pip install 'vit_tucker[onnx]'  (in a clone: ./run.sh setup onnx, then .venv/bin/python in place of python)
 python examples/finetune.py --out runs/example
 python examples/deploy.py runs/example
 """
@@ -9,7 +9,6 @@ import argparse
 import json
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -18,6 +17,11 @@ from timm.data import create_transform, resolve_data_config
 
 import vit_tucker
 from vit_tucker.export import export_model
+
+try:
+    import onnxruntime
+except ImportError:
+    raise SystemExit("error: onnxruntime is missing: pip install 'vit_tucker[onnx]', or ./run.sh setup onnx") from None
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", help="of vit_tucker.save, a run folder, or owner/name on the hub")

@@ -21,7 +21,7 @@ ALLOWED = {
     "config": {"errors", "attention", "linear", "storage", "validation"},
     "linear": {"errors", "attention"},
     "hosts": {"errors", "tensor", "attention", "linear"},
-    "conversion": {"errors", "tensor", "attention", "hosts"},
+    "conversion": {"errors", "tensor", "attention", "hosts", "show"},
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
@@ -40,8 +40,8 @@ ALLOWED = {
         "show",
     },
     "inference": {
-        *("errors", "storage", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
-        *("analysis", "run"),
+        *("errors", "storage", "attention", "config", "hosts", "patching", "checkpoint", "export", "data", "training"),
+        *("analysis", "run", "show"),
     },
     "report": {"errors", "storage", "show"},
     "explain": {
@@ -87,6 +87,7 @@ ALLOWED = {
             "analysis",
             "report",
             "run",
+            "show",
         ),
     },
     "cli": {

@@ -98,6 +98,11 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     return one_line(error, most) or type(error).__name__
 
 
+def how_to_install(extra: str) -> str:
+    """Returns how the packages of an extra of setup.cfg are installed, for messages."""
+    return f"pip install 'vit_tucker[{extra}]' (in a clone: ./run.sh setup {extra})"
+
+
 def and_more(names: Sized, shown: int = 1) -> str:
     """Returns ' (and 3 more)' where a message names only the first of several things; '' where it names all."""
     return f" (and {len(names) - shown} more)" if len(names) > shown else ""

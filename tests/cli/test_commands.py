@@ -143,6 +143,13 @@ class TestPlanAndConvert:
         values = json.loads(command("plan", "vit_tiny_patch16_224", *METHOD, *TINY, "--json"))
         assert values["layers"][0]["options"] == "ranks=2,8,8"
 
+    def test_alike_layers_share_a_row_unless_each_is_asked_for(self, command):
+        deep = ["plan", "vit_tiny_patch16_224", *METHOD, *TINY, "model.depth=3"]
+        assert "blocks.0-2.attn" in command(*deep)
+        assert "blocks.1.attn" in command(*deep, "--each-layer")
+        assert len(json.loads(command(*deep, "--json"))["layers"]) == 3
+        assert "look freshly initialised" in command(*deep)  # of random weights
+
     def test_converted_models_are_folders_that_rebuild_themselves(self, command):
         torch.manual_seed(0)
         values = json.loads(
@@ -176,6 +183,9 @@ class TestPlanAndConvert:
         assert "did you mean 'vit_tiny_patch16_224'" in refusal("convert", "vit_tiny_patch16_225", *METHOD, *out)
         assert "did you mean 'digits'" in refusal(*model, *METHOD, "--data", "digit")
         assert "needs one of MODEL and --cfg" in refusal("plan", *METHOD)
+        assert "--device cup: one of cpu, cuda, mps, xpu; did you mean 'cpu'?" in refusal(
+            *model, *METHOD, "--device", "cup"
+        )
         assert "not 2 models" in refusal("plan", "a", "b", *METHOD)
         assert "must be at least 1" in refusal(*model, *METHOD, "--images", "0")
         Path("file").touch()
@@ -326,6 +336,10 @@ class TestOthers:
 
     def test_push_says_why_not(self, refusal, run_folder, monkeypatch):
         assert "written OWNER/NAME" in refusal("push", run_folder, "name")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "me/x: not uploaded: HF_HUB_OFFLINE is set" in refusal("push", run_folder, "me/x", status=1)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("https_proxy", "http://proxy.example")  # so that nobody asks for the hub itself
         monkeypatch.setattr("vit_tucker.checkpoint.save.push_to_hf_hub", _offline)
         assert "me/x: not uploaded: ConnectionError: no way" in refusal("push", run_folder, "me/x", status=1)
         assert "no such folder" in refusal("push", "nowhere", "me/x")

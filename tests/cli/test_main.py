@@ -31,7 +31,18 @@ TINY = ["model.depth=1", "model.embed_dim=32", "train.epochs=1", "train.warmup_e
         ),
         (["--cfg", "tucker_r16.yaml", "train.epochs"], "overrides are written key.sub=value"),
         (["--cfg", "tucker_r16.yaml", "--epochs", "5"], "unrecognized arguments: --epochs"),
-        ([], "the following arguments are required: --cfg"),
+        ([], "train needs one of MODEL and --cfg"),
+        (["vit_tiny_patch16_224", "--cfg", "tucker_r16.yaml"], "not both: 'vit_tiny_patch16_224' beside --cfg tucker"),
+        (["vit_tiny_patch16_224"], "train vit_tiny_patch16_224: name a data set, e.g. data.dataset=cifar10"),
+        (["vit_tiny_patch16_224", "--method", "tuker", "data.dataset=digits"], "did you mean 'tucker'?"),
+        (["vit_tinny_patch16_224", "data.dataset=digits"], "did you mean 'vit_tiny_patch16_224'?"),
+        (["vit_tiny_patch16_224", "data.dataset=digitz"], "did you mean 'digits'?"),
+        (
+            ["--cfg", "tucker_r16.yaml", "--quick-check", "--dry-run"],
+            "--quick-check goes without --dry-run: choose one",
+        ),
+        (["--cfg", "tucker_r16.yaml", "--device", "cpuu"], "training runs on cpu, cuda or cuda:N; did you mean 'cpu'?"),
+        (["--cfg", "tucker_r16.yaml", "--device", "cuda:99"], "--device cuda:99: "),
     ],
     ids=str,
 )
@@ -65,7 +76,7 @@ def test_plan_prints_a_table_or_json(in_tmp, capfd):
     small = ["model.pretrained=false", "model.depth=2", "model.embed_dim=192", "model.img_size=32"]
     assert main(["plan", "--cfg", "imagenet/tucker_r16", *small]) == 0
     out = capfd.readouterr().out
-    assert "blocks.1.attn" in out
+    assert "blocks.0-1.attn" in out
     assert "plan only: nothing was changed" in out
     assert main(["plan", "--cfg", "imagenet/gqa2", "--json", *small]) == 0
     assert len(json.loads(capfd.readouterr().out)["layers"]) == 2

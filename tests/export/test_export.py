@@ -2,6 +2,8 @@
 
 import copy
 import json
+import runpy
+import sys
 import zipfile
 from pathlib import Path
 
@@ -310,3 +312,10 @@ def test_comparisons():
 
     with pytest.raises(MismatchError, match=r"does not run on images \(2, 3\): no such kernel"):
         compare_module.compare(lambda x: x, {"file": broken}, [(expected, None)])
+
+
+def test_the_example_names_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    file = Path(__file__).parents[2] / "examples" / "deploy.py"
+    with pytest.raises(SystemExit, match=r"^error: onnxruntime is missing: pip install 'vit_tucker\[onnx\]'"):
+        runpy.run_path(str(file))

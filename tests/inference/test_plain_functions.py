@@ -57,7 +57,7 @@ def test_costs_and_bench_compare_dense_and_method():
 def test_a_model_in_memory_is_evaluated():
     options = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 2}
     model = timm.create_model(NAME, num_classes=10, **options)
-    found = evaluate(model, "digits", cpu=True, batch_size=128)
+    found = evaluate(model, "digits", device="cpu", batch_size=128)
     assert (found.model, found.dataset, found.scores.count) == (None, "digits", 360)
     with pytest.raises(ConfigError, match="the model is no run"):
         evaluate(model)

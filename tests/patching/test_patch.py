@@ -120,7 +120,7 @@ def test_report_counts_what_is_there(make_vit):
     assert report.layers[0].flops_before == vt.MHAConfig().count_flops(SPEC, spec_tokens)
     text = str(report)
     for part in (
-        "blocks.1.attn",
+        "blocks.1-2.attn",
         "ranks=3,6,6",
         f"{report.params_before:,} -> {report.params_after:,}",
         f"{100 * report.params_after / report.params_before:.1f}%",

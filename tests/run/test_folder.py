@@ -113,7 +113,7 @@ def test_a_run_without_best_weights_is_what_its_last_ones_are_or_refused(capfd, 
     again = run(load_config("a"))
     assert "a: no best weights, so those of step-" in capfd.readouterr().out
     assert again["evaluation"]["top1"] == first["last"]["eval_ema_top1"]
-    assert main(["evaluate", "a", "--cpu"]) == 0
+    assert main(["evaluate", "a", "--device", "cpu"]) == 0
     out = capfd.readouterr().out
     assert "note: a: has no best weights; these are those of step-" in caplog.text
     assert f"top-1 {first['last']['eval_ema_top1']:.2f}%" in out
@@ -129,7 +129,7 @@ def test_a_run_without_best_weights_is_what_its_last_ones_are_or_refused(capfd, 
         "error: a: the run is finished, but it has neither checkpoints/best nor another checkpoint any more: there is nothing "
         "to evaluate; remove the folder to train anew\n"
     )
-    assert main(["evaluate", "a", "--cpu"]) == 2
+    assert main(["evaluate", "a", "--device", "cpu"]) == 2
     results = json.loads(Path("a/results.json").read_text())
     for broken, said in (({"best": {}}, "'best.top1' is None"), ({"last": None}, "'last.eval_top1' is None")):
         Path("a/results.json").write_text(json.dumps({**results, **broken}))

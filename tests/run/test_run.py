@@ -256,7 +256,7 @@ def test_accumulation_changes_nothing_but_rounding():
         ),
         (["attention.layers=attn"], vt.PatchError, "attention: layer pattern 'attn' matches no attention module"),
         (["train.global_batch_size=2000"], vt.ConfigError, "larger than the 320 training images"),
-        (["train.warmup_epochs=9"], vt.ConfigError, "train.warmup_epochs=9 is more than train.epochs=2"),
+        (["train.warmup_epochs=9"], vt.ConfigError, "train.warmup_epochs: 9 is more than train.epochs=2"),
         (["train.opt=adamm"], vt.ConfigError, "train.opt=adamm"),
         (["data.dataset=digit"], vt.DataError, "unknown data set 'digit'.*did you mean 'digits'"),
         (

@@ -313,6 +313,9 @@ def test_without_slurm_or_submitit_one_line_says_what_to_do(fakes, monkeypatch):
                               "cluster, or use --executor local\n")  # fmt: skip
     monkeypatch.setitem(sys.modules, "submitit", None)
     status, text = sweep("--executor", "slurm", "--dry-run")
-    assert (status, text) == (2, "error: executor: slurm needs submitit: pip install 'vit_tucker[slurm]'\n")
+    assert (status, text) == (
+        2,
+        "error: executor: slurm needs submitit: pip install 'vit_tucker[slurm]' (in a clone: ./run.sh setup slurm)\n",
+    )
     assert not Path("out").exists()
     assert sweep("--executor", "local", "--dry-run")[0] == 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.analysis.live_bytes import LiveBytes
+from vit_tucker.show.progress_bars import progress_bar
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of autocast; "no" leaves it off."""
@@ -32,7 +33,7 @@ def times_in_turns(
         seconds_per_call(call, WARM_UP, device)
         repeats[name] = max(1, round(seconds / seconds_per_call(call, 1, device)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
+    for turn in progress_bar(range(turns), what="measuring", unit="turns"):  # which is drawn between turns
         for name in list(calls)[:: 1 if turn % 2 == 0 else -1]:
             times[name].append(seconds_per_call(calls[name], repeats[name], device))
     return times

@@ -6,6 +6,7 @@ weights. Whitened: in the metrics of the activation-aware conversion, where it c
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts import find
 from vit_tucker.hosts.families import read_host
 from vit_tucker.patching.notes import token_notes
+from vit_tucker.show.progress_bars import each
 from vit_tucker.show.tables import csv_text
 from vit_tucker.tensor.mode_ranks import effective_rank, energy_rank, mode_spectra, numerical_rank, stable_rank
 from vit_tucker.tensor.rotary import RotaryPairs, lift, pair_energies
@@ -31,6 +33,7 @@ from vit_tucker.tensor.tucker import Pairs
 MODES = {"pre": ("head", "query", "key"), "post": ("head", "output", "value")}
 DAMPING = 1e-6
 """Of the metrics, relative to their mean eigenvalue: low, so that it does not show up in the spectra."""
+NONE_DENSE = "no whitened spectra: these are of dense attention layers, and all of this model's are replaced"
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
     names: dict[nn.Module, str] = {}
     for name, module in find.find_attention(model).items():
         names.setdefault(module, name)
-    for module, name in names.items():
+    for module, name in each(names.items(), "spectra of", "layers", itemgetter(1)):
         try:
             spec, pre, post = attention_tensors(module, model)
         except WeightsError as error:
@@ -173,8 +176,10 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
             readable.append(WatchedLayer(name, module, read_host(module, model)))
     if not shapes:
         raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker can read")
+    if batches is not None and not readable:
+        return Analysis(rows, shapes, (NONE_DENSE,))
     if batches is not None:
-        for layer, moments in collect_moments(model, readable, options or Calibration(), batches):
+        for layer, moments in collect_moments(model, readable, options or Calibration(), batches, "spectra of"):
             weights = layer.host.weights.double()
             spec = layer.host.spec
             with located(layer.name):

@@ -14,6 +14,7 @@ from torch import nn
 
 from vit_tucker.checkpoint.entry import refuse_stored_arguments
 from vit_tucker.checkpoint.host_weights import create_loaded, open_weights
+from vit_tucker.checkpoint.hub import WAYS_OUT, refuse_missing_host
 from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
@@ -29,6 +30,9 @@ from vit_tucker.storage.weights import load_weights
 
 STORED = ("hf-hub", "hf_hub", "local-dir")
 """What timm's names of stored models begin with, before a colon."""
+
+ELSEWHERE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+"""Arguments of timm's that say where weights are, other than where timm would look."""
 
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
@@ -61,9 +65,11 @@ def load_host(
             architecture, may stay as initialised.
     """
     refuse_unknown_name(config.name)
-    refuse_stored(config.name)
     given = {"num_classes": num_classes, "in_chans": in_chans}
     arguments = {**config.timm_kwargs(), **{name: value for name, value in given.items() if value is not None}}
+    elsewhere = config.checkpoint is not None or not arguments.keys().isdisjoint(ELSEWHERE)
+    refuse_missing_host(config.name, config.pretrained and not elsewhere)
+    refuse_stored(config.name)
     report: LoadReport | None = None
     added = partial(added_by_config, config.name, arguments)
     try:
@@ -82,7 +88,8 @@ def load_host(
     except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
         reason = timm_reason(error)
         if config.pretrained:
-            raise CheckpointError(f"model.pretrained: no weights for {config.name} could be loaded: {reason}") from None
+            text = f"model.pretrained: no weights for {config.name} could be loaded: {reason}; {WAYS_OUT}"
+            raise CheckpointError(text) from None
         raise ConfigError(f"model: {config.name} can't be built: {reason}") from None
     refuse_no_tokens(model)
     if "_model_args" not in vars(model):  # which newer timm records itself

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from timm.models._hub import download_from_hf
 from torch import Tensor
 
+from vit_tucker.checkpoint.hub import refuse_missing
 from vit_tucker.checkpoint.read import read_state
 from vit_tucker.errors import CheckpointError, reason_of
 from vit_tucker.patching.identity import PATCHED
@@ -55,6 +56,7 @@ def weights_in(path: Path) -> Path:
 
 def download_weights(hub_id: str) -> Path:
     """Returns the weights file of a repository, in the hub's cache; safetensors before others."""
+    refuse_missing(hub_id, (WEIGHTS, PICKLED), f"hf-hub:{hub_id}")
     try:
         return download(hub_id, WEIGHTS)
     except CheckpointError as error:
@@ -70,6 +72,7 @@ def download(hub_id: str, name: str) -> Path:
     Raises:
         CheckpointError: no such repository or file, or no connection.
     """
+    refuse_missing(hub_id, (name,), f"hf-hub:{hub_id}: {name}")
     try:
         return Path(download_from_hf(hub_id, name))
     except Exception as error:  # the hub's errors derive from several bases, and differ from version to version

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.errors import ConfigError, nearest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -89,16 +89,17 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def run_command(args: argparse.Namespace, command: Callable[[argparse.Namespace], int]) -> int:
-    """Imports the plug-ins that the user names, runs a command and returns its exit status.
+    """Imports the plug-ins that the user names, runs a command, without progress bars for --json, and returns its exit status.
 
     Raises:
         ConfigError: a plug-in can't be imported. Whatever the command raises.
     """
     from vit_tucker.config.plugins import command_plugins
     from vit_tucker.run.openmp import choose_waiting
+    from vit_tucker.show.progress_bars import showing_progress
 
     choose_waiting()
-    with command_plugins(args.plugins, args.trust_plugins):
+    with command_plugins(args.plugins, args.trust_plugins), showing_progress(False if vars(args).get("json") else None):
         return command(args)
 
 
@@ -125,19 +126,18 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
         ConfigError: not exactly one model is named; or a mistake in the config that is found without torch.
     """
     from vit_tucker.config.early import refuse_early
-    from vit_tucker.config.load import read_config
+    from vit_tucker.config.load import read_files
     from vit_tucker.config.source import Source, merge_values, read_overrides
 
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
-        found = f", not {len(names)} models" if names else ""
+        found = f", not {len(names)} models" if len(names) > 1 else ""
+        if names and args.cfg is not None:
+            found = f", not both: '{shorten(names[0])}' beside --cfg {args.cfg}; overrides are written key.sub=value"
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
     overrides = [text for text in args.overrides if "=" in text]
-    refuse_early(
-        read_config(args.cfg, overrides)[1]
-        if args.cfg is not None
-        else merge_values(Source({"model": {"name": names[0]}}), read_overrides(overrides))
-    )
+    source = Source({"model": {"name": names[0]}}) if args.cfg is None else read_files(args.cfg)[1]
+    refuse_early(merge_values(source, read_overrides(overrides)).with_fitting_warmup()[0])
     return next(iter(names), None), overrides
 
 
@@ -148,11 +148,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def choose_device(name: str | None) -> "torch.device":
+def choose_device(name: str | None, double: bool = False) -> "torch.device":
     """Returns the device of that name; for None a GPU if there is one, else the CPU.
 
+    Args:
+        name: as of ``--device``.
+        double: it must have float64, as conversions need.
+
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device, or it has no float64.
     """
     import torch
 
@@ -162,7 +166,9 @@ def choose_device(name: str | None) -> "torch.device":
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if double:
+            torch.empty(1, device=device, dtype=torch.float64)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
 

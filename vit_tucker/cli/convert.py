@@ -1,11 +1,10 @@
 """``convert``: a patched model from a dense one, as a folder that rebuilds itself."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from vit_tucker.cli.common import add_json, emit, model_and_overrides, positive, print_notes, to_json
+from vit_tucker.cli.common import add_json, choose_device, emit, model_and_overrides, positive, print_notes, to_json
 
 EXAMPLES = """examples:
   convert vit_base_patch16_224 --method "tucker ranks=[8,64,64]" --out converted model.pretrained=true
@@ -40,22 +39,17 @@ def add_parser(commands: Any) -> None:
 def convert(args: argparse.Namespace) -> int:
     """Converts the model, saves it and prints the report."""
     name, overrides = model_and_overrides(args, "MODEL and --cfg")
+    from vit_tucker.cli.plan import report_tables
     from vit_tucker.run.convert import convert as convert_model  # after it, as in plan
     from vit_tucker.run.model import plain_reports
 
-    tell = print_progress if sys.stderr.isatty() else None
-    options = {"data": args.data, "images": args.images, "tell": tell}
+    options = {"data": args.data, "images": args.images, "device": choose_device(args.device, double=True)}
     done = convert_model(name, args.method, args.out, args.cfg, overrides, **options)
     print_notes(done.notes)
     if args.json:
         emit(to_json({"folder": args.out, **plain_reports(done.reports)}))
         return 0
-    emit("\n\n".join(map(str, done.reports)))
+    emit(report_tables(args, done.reports))
     hint = "" if done.trained else "; the dense model had no trained weights (model.pretrained, model.checkpoint)"
     print(f"{args.out}: saved{hint}")
     return 0
-
-
-def print_progress(line: str) -> None:
-    """Prints a line about a long step on standard error."""
-    print(line, file=sys.stderr)

@@ -3,7 +3,18 @@
 import argparse
 from typing import Any
 
-from vit_tucker.cli.common import MODEL_HELP, OVERRIDES_HELP, PRECISIONS, add_json, emit, positive, print_notes, to_json
+from vit_tucker.cli.common import (
+    MODEL_HELP,
+    OVERRIDES_HELP,
+    PRECISIONS,
+    add_device,
+    add_json,
+    choose_device,
+    emit,
+    positive,
+    print_notes,
+    to_json,
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -20,7 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per pass; the run's own, or 128")
     parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast")
-    parser.add_argument("--cpu", action="store_true", help="run on the CPU even if there is a GPU")
+    add_device(parser)
     add_json(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="data.key=value", help=f"{OVERRIDES_HELP}, e.g. data.root=/data"
@@ -37,7 +48,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from vit_tucker.inference.evaluate import evaluate as evaluate_model
 
     logging.getLogger("vit_tucker").setLevel(logging.WARNING)
-    options = {"batch_size": args.batch_size, "precision": args.precision, "cpu": args.cpu, "tell": print_notes}
+    device = None if args.device is None else choose_device(args.device)  # a launcher has chosen it
+    options = {"batch_size": args.batch_size, "precision": args.precision, "device": device, "tell": print_notes}
     found = evaluate_model(args.model, args.data, args.overrides, **options)
     if PartialState().is_main_process:
         scores = found.scores

@@ -28,17 +28,17 @@ def add_parser(commands: Any) -> None:
 def hosts(args: argparse.Namespace) -> int:
     """Surveys the models and prints or writes the map."""
     import timm
-    from tqdm import tqdm
 
     from vit_tucker.analysis.host_map import model_names, survey
     from vit_tucker.errors import ConfigError
     from vit_tucker.report.host_map import document, summary, terminal_map
+    from vit_tucker.show.progress_bars import each
     from vit_tucker.storage.paths import refuse_unwritable
 
     names = model_names(args.filter)
     if args.out is not None:
         refuse_unwritable("--out", args.out)
-    entries = [entry.to_dict() for entry in survey(tqdm(names, unit="models", disable=None, leave=False))]
+    entries = [entry.to_dict() for entry in survey(each(names, "reading", "models", str))]
     if not entries:
         raise ConfigError(f"none of the {len(names)} models that match '{args.filter}' has attention")
     if args.out is None:

@@ -1,9 +1,22 @@
 """``plan``: what a patch would do to a model, without doing it."""
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import add_json, add_method, emit, model_and_overrides, print_notes, to_json
+from vit_tucker.cli.common import (
+    add_device,
+    add_json,
+    add_method,
+    choose_device,
+    emit,
+    model_and_overrides,
+    print_notes,
+    to_json,
+)
+
+if TYPE_CHECKING:
+    from vit_tucker.patching.report import PatchReport
 
 EXAMPLES = """examples:
   plan vit_base_patch16_224 --method "tucker ranks=[8,16,16]"
@@ -36,6 +49,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     )
     add_method(parser, several=False)
     parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")
+    parser.add_argument("--each-layer", action="store_true", help="a row per layer, also where several are alike")
+    add_device(parser)
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -44,7 +59,12 @@ def plan(args: argparse.Namespace) -> int:
     from vit_tucker.run.convert import plan as plan_model  # after it: a mistake is reported before torch is imported
     from vit_tucker.run.model import plain_reports
 
-    planned = plan_model(name, args.method, args.cfg, overrides)
+    planned = plan_model(name, args.method, args.cfg, overrides, device=choose_device(args.device, double=True))
     print_notes(planned.notes)
-    emit(to_json(plain_reports(planned.reports)) if args.json else "\n\n".join(map(str, planned.reports)))
+    emit(to_json(plain_reports(planned.reports)) if args.json else report_tables(args, planned.reports))
     return 0
+
+
+def report_tables(args: argparse.Namespace, reports: Sequence["PatchReport"]) -> str:
+    """Returns reports as tables, with a row per layer where ``--each-layer`` asks for it."""
+    return "\n\n".join(report.table(folded=not args.each_layer) for report in reports)

@@ -38,11 +38,10 @@ def add_parser(commands: Any) -> None:
 
 def predict(args: argparse.Namespace) -> int:
     """Prints or writes the likeliest classes of each image."""
-    from tqdm import tqdm
-
     from vit_tucker.data.image_files import list_images
     from vit_tucker.inference.predict import open_classifier
     from vit_tucker.inference.predict import predict as predict_files
+    from vit_tucker.show.progress_bars import progress_bar
     from vit_tucker.storage.paths import refuse_unwritable
 
     files = list_images(args.images)
@@ -54,7 +53,7 @@ def predict(args: argparse.Namespace) -> int:
     results = predict_files(model, files, args.top_k, args.batch_size, device, workers)
     rows: list[tuple[Path, list[Guess]]] = []
     failed = 0
-    with tqdm(results, total=len(files), unit="images", disable=None, leave=False) as bar:
+    with progress_bar(results, total=len(files), unit="images") as bar:
         for file, guesses in bar:
             if isinstance(guesses, str):
                 failed += 1

@@ -24,6 +24,7 @@ def add_parser(commands: Any) -> None:
 
 def push(args: argparse.Namespace) -> int:
     """Uploads the model and prints its address."""
+    from vit_tucker.checkpoint.hub import unreachable
     from vit_tucker.checkpoint.save import push_to_hub
     from vit_tucker.errors import ConfigError, FailedError
     from vit_tucker.inference.predict import open_model
@@ -32,6 +33,8 @@ def push(args: argparse.Namespace) -> int:
     if not owner or not name or "/" in name:
         raise ConfigError(f"{args.repo}: a repository is written OWNER/NAME")
     model = open_model(args.model)
+    if (reason := unreachable()) is not None:
+        raise FailedError(f"{args.repo}: not uploaded: {reason}")
     try:
         address = push_to_hub(model, args.repo, private=args.private, commit_message=args.message)
     except (OSError, ValueError, RuntimeError) as error:  # the hub's errors: no connection, no token, no right

@@ -2,9 +2,23 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import add_json, emit, positive, print_notes, to_json
+from vit_tucker.cli.common import MODEL_HELP, add_device, add_json, choose_device, emit, positive, print_notes, to_json
+from vit_tucker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+    from vit_tucker.attention.options import Calibration
+
+EXAMPLES = """examples:
+  ranks vit_small_patch16_224 --gqa 2,1 --mla 96
+  ranks vit_small_patch16_224 --data imagenet data.root=/data
+  ranks runs/digits-tucker_r16-0 --out spectra
+"""
 
 
 def add_parser(commands: Any) -> None:
@@ -12,9 +26,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "ranks",
         help="the ranks that a model's attention really has: CSV files and a figure",
-        description="Singular values and ranks of the pre- and post-softmax tensors of each attention layer, mode by mode.",
+        description="Singular values and ranks of the pre- and post-softmax tensors of each attention layer, mode by mode: of a "
+        "timm model, or of a stored one, dense or with a method's layers, whose tensors are what these compute with.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="timm model name")
+    parser.add_argument("model", metavar="MODEL | RUN", help=f"timm model name; {MODEL_HELP}")
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         "--checkpoint", metavar="FILE", help="weights of a dense model, or a run folder; timm's own if left out"
@@ -31,6 +48,7 @@ def add_parser(commands: Any) -> None:
         "--mla", type=_numbers, metavar="C,...", help="latent widths whose reach is marked in the figure"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; runs/ranks-MODEL if left out")
+    add_device(parser)
     add_json(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys, e.g. model.img_size=224")
     parser.set_defaults(run=ranks)
@@ -46,21 +64,19 @@ def ranks(args: argparse.Namespace) -> int:
     from vit_tucker.analysis.spectra import analyse, save_spectra
     from vit_tucker.attention.options import Calibration
     from vit_tucker.report.spectra import draw_spectra, rank_rows, rank_summary
-    from vit_tucker.run.model import analysed_model
     from vit_tucker.storage.paths import refuse_unwritable
 
-    folder = args.out or Path("runs") / f"ranks-{args.model.replace('/', '_').replace(':', '_')}"
+    named = args.model.strip("./~").replace("/", "_").replace(":", "_")
+    folder = args.out or Path("runs") / f"ranks-{named}"
     refuse_unwritable("--out", folder, folder=True)
     options = Calibration(images=args.images)
-    model, batches, report = analysed_model(
-        args.model, args.checkpoint, args.random, args.data, options, args.overrides
-    )
-    found = analyse(model, batches, options)
+    device = choose_device(args.device, double=True)
+    model, batches, notes = open_analysed(args, options)
+    found = analyse(model.to(device), batches, options)
     save_spectra(folder, found.rows, found.shapes)
-    print_notes([*([] if report is None else [str(report)]), *found.notes])
-    files = [
-        draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in ([False, True] if args.data else [False])
-    ]
+    print_notes([*notes, *found.notes])
+    kinds = sorted({row.whitened for row in found.rows})
+    files = [draw_spectra(folder, whitened, args.gqa, args.mla) for whitened in kinds]
     if args.json:
         emit(to_json({"folder": folder, "figures": files, "ranks": rank_rows(folder)}))
         return 0
@@ -69,3 +85,20 @@ def ranks(args: argparse.Namespace) -> int:
         f"means over layers (smallest-largest); {folder}/ranks.csv, singular_values.csv, {', '.join(f.name for f in files)}"
     )
     return 0
+
+
+def open_analysed(
+    args: argparse.Namespace, options: "Calibration"
+) -> tuple["nn.Module", "Iterator[Tensor] | None", list[str]]:
+    """Returns the model that is named, batches of images where there are to be some, and lines about its weights."""
+    from vit_tucker.inference.spectra import is_stored, stored_model
+    from vit_tucker.run.model import analysed_model
+
+    if not is_stored(args.model):
+        given = (args.checkpoint, args.random, args.data, options, args.overrides)
+        model, batches, report = analysed_model(args.model, *given)
+        return model, batches, [] if report is None else [str(report)]
+    if args.checkpoint is not None or args.random:
+        flag = "--random" if args.random else "--checkpoint"
+        raise ConfigError(f"{flag} is for timm model names; {args.model} has weights of its own")
+    return *stored_model(args.model, args.data, options, args.overrides), []

@@ -5,7 +5,7 @@ moments of the converted layer's features and of the host's outputs, follows its
 corrects what the new scores get wrong. No labels are needed.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,12 @@ from vit_tucker.attention.call import Call, to_sequences
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moments import LayerCall, Moments, MomentSums
 from vit_tucker.attention.options import Calibration
+from vit_tucker.conversion.error_sums import ErrorSums
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
+from vit_tucker.conversion.images import collect_images
 from vit_tucker.conversion.observe import (
     Layer,
     WatchedLayer,
-    collect_images,
     evaluating,
     layers_per_pass,
     located,
@@ -29,6 +30,7 @@ from vit_tucker.conversion.observe import (
     timed,
 )
 from vit_tucker.conversion.refine import refine
+from vit_tucker.show.progress_bars import each, progress_bar
 from vit_tucker.tensor.metric import metric_root
 
 EXACT = 1e-10
@@ -65,11 +67,17 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     with evaluating(model):
         for group in layers_per_pass(layers):
             sums, weights = sum_moments(model, group, images, options)
-            metrics = {layer.name: convert_layer(layer, sums.pop(layer.name), options.damping) for layer in group}
+            metrics = {}
+            for layer in each(group, "converting", "layers"):
+                metrics[layer.name] = convert_layer(layer, sums.pop(layer.name), options.damping)
             fit_readouts(model, group, images, weights, metrics, options.damping)
-            for layer in group if options.refine_steps else []:
-                with timed(layer):
-                    refine_layer(model, layer, images, weights[layer.name], metrics[layer.name], options)
+            with progress_bar(total=len(group) * options.refine_steps, what="refining", unit="steps") as bar:
+                for layer in group if options.refine_steps else []:
+                    bar.set_description(f"refining {layer.name}")
+                    with timed(layer):
+                        refine_layer(
+                            model, layer, images, weights[layer.name], metrics[layer.name], options, bar.update
+                        )
         measure(model, layers, images)
 
 
@@ -99,14 +107,17 @@ def sum_moments(
 
 
 def collect_moments(
-    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any]
+    model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any], what: str
 ) -> Iterator[tuple[Layer, Moments]]:
-    """Yields each layer with its moments, one after the other; arguments as of ``calibrate``, and so are the errors."""
+    """Yields each layer with its moments, one after the other; arguments as of ``calibrate``, and so are the errors.
+
+    ``what`` says in progress bars what is done with them: 'choosing ranks of'.
+    """
     images = collect_images(model, batches, options.images)
     with evaluating(model):
         for group in layers_per_pass(layers):
             sums, _ = sum_moments(model, group, images, options)
-            for layer in group:
+            for layer in each(group, what, "layers"):
                 with located(layer.name):
                     moments = sums.pop(layer.name).moments()
                 yield layer, moments
@@ -171,8 +182,8 @@ def fit_readouts(
             sums[layer.name].add(mixed, y, next(remaining[layer.name]))
 
     with evaluating(*(layer.replacement for layer in layers)):
-        show_calls(model, layers, images, see)
-    for layer in layers:
+        show_calls(model, layers, images, see, f"features of {len(layers)} layers")
+    for layer in each(layers, "fitting", "layers"):
         if errors[layer.name].relative() ** 2 > EXACT:
             with timed(layer), located(layer.name), evaluating(layer.replacement):
                 root = metric_root(metrics[layer.name].output, damping)
@@ -187,6 +198,7 @@ def refine_layer(
     weights: list[Tensor],
     metrics: KeptMoments,
     options: Calibration,
+    after_step: Callable[[], object],
 ) -> None:
     """Refines one converted layer on its calls, which are kept in memory meanwhile.
 
@@ -194,6 +206,7 @@ def refine_layer(
         model, images, options: as of ``sum_moments``, images (B, channels, height, width).
         layer: converted; its replacement is changed in place.
         weights, metrics: token weights (B, N) of the layer's calls in order, and its moments.
+        after_step: called after each step.
     """
     calls: list[LayerCall] = []
     remaining = iter(weights)
@@ -202,10 +215,11 @@ def refine_layer(
         probe = next(remaining).unsqueeze(-1)  # only its norm is needed from here on
         calls.append(LayerCall(call.x, to_sequences(y, layer.host.spec.layout), probe, *call[1:4]))
 
-    show_calls(model, [layer], images, see)
+    show_calls(model, [layer], images, see, f"calls of {layer.name}")
     with evaluating(layer.replacement), located(layer.name):
         roots = metric_root(metrics.tokens, options.damping), metric_root(metrics.output, options.damping)
-        refine(layer.replacement, calls, *roots, steps=options.refine_steps, lr=options.refine_lr, seed=options.seed)
+        steps, lr, seed = options.refine_steps, options.refine_lr, options.seed
+        refine(layer.replacement, calls, *roots, steps=steps, lr=lr, seed=seed, after_step=after_step)
 
 
 @torch.no_grad()
@@ -217,31 +231,6 @@ def measure(model: nn.Module, layers: list[CalibratedLayer], images: list[Tensor
         errors[layer.name].add(layer.replacement.run(call), to_sequences(y, layer.host.spec.layout))
 
     with evaluating(*(layer.replacement for layer in layers)):
-        show_calls(model, layers, images, see)
+        show_calls(model, layers, images, see, "output errors")
     for layer in layers:
         layer.output_error = errors[layer.name].relative()
-
-
-@dataclass
-class ErrorSums:
-    """Running sums for ||y^ - y|| / ||y - mean y||."""
-
-    squares: float = 0.0
-    total: float = 0.0
-    count: int = 0
-    mean_sum: Tensor | None = None
-
-    def add(self, output: Tensor, y: Tensor) -> None:
-        """Adds outputs and targets, both (..., O)."""
-        y = y.double().flatten(0, -2)
-        self.squares += (output.double().flatten(0, -2) - y).square().sum().item()
-        self.total += y.square().sum().item()
-        self.count += len(y)
-        self.mean_sum = y.sum(0) if self.mean_sum is None else self.mean_sum + y.sum(0)
-
-    def relative(self) -> float:
-        """Returns the error; of a constant y against its norm."""
-        if self.mean_sum is None:
-            return 0.0
-        variance = self.total - self.mean_sum.square().sum().item() / self.count
-        return (self.squares / max(variance, 1e-12 * self.total, 1e-300)) ** 0.5

@@ -15,12 +15,13 @@ from vit_tucker.conversion.calibrate import collect_moments
 from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
+from vit_tucker.show.progress_bars import each
 from vit_tucker.tensor.rotary import ordinary
 from vit_tucker.tensor.tucker import Pairs, squared_norm
 
 PRE_WEIGHT = 2.0
 """What a pre-softmax error counts: to first order it comes out up to three times too small on a trained ViT-S/14."""
-
+CHOOSING = "choosing ranks of"
 
 Config = TypeVar("Config", bound=MethodConfig)
 
@@ -132,13 +133,13 @@ def _tensors(
     relative errors: to first order absolute ones would be right, but layers that do much are also where first order ends.
     """
     if calibration is None:
-        for layer in layers:
+        for layer in each(layers, CHOOSING, "layers"):
             weights = layer.host.weights.double()
             pre, post = ordinary(weights.pre_tensor(layer.host.spec.rope)), weights.post_pairs()
             yield layer, _divided(pre, squared_norm(pre)), _divided(post, squared_norm(post))
         return
     options, images = calibration
-    for layer, moments in collect_moments(model, layers, options, images):
+    for layer, moments in collect_moments(model, layers, options, images, CHOOSING):
         weights, scale = layer.host.weights.double(), layer.host.spec.scale
         given = weights.pre_tensor(layer.host.spec.rope)
         with located(layer.name):

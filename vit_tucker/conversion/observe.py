@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from vit_tucker.attention.call import Call, read_call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
-from vit_tucker.errors import PatchError, reason_of
-from vit_tucker.hosts.images import input_shape
+from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
+from vit_tucker.show.progress_bars import progress_bar
 
 MOMENT_BYTES = 4 * 2**30
 """Layers are worked off in groups whose moments fit into this; each group costs its own passes over the images."""
@@ -45,54 +45,6 @@ class WatchedLayer:
 
 Item = TypeVar("Item")
 Layer = TypeVar("Layer", bound=WatchedLayer)
-
-
-def collect_images(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Tensor]:
-    """Collects the first ``limit`` images, in batches, on the model's device and in its dtype.
-
-    Raises:
-        PatchError: nothing there, no image tensors, values that are not finite, or images that the model does not take.
-    """
-    like = next(p for p in model.parameters() if p.is_floating_point())
-    images: list[Tensor] = []
-    count = 0
-    for number, batch in enumerate([batches] if isinstance(batches, Tensor) else batches):
-        tensor = batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4 or not tensor.is_floating_point():
-            shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise PatchError(f"calibration: batch {number} is {shape}, not a float tensor (B, channels, height, width)")
-        if not torch.isfinite(tensor).all():
-            raise PatchError(f"calibration: batch {number} holds values that are not finite")
-        if tensor.is_inference():  # which no gradient can pass
-            tensor = tensor.clone()
-        images.append(tensor[: limit - count].to(like.device, like.dtype))
-        if all(images[-1].shape[1:] != other.shape[1:] for other in images[:-1]):
-            refuse_unfit_images(model, images[-1], number)
-        count += len(images[-1])
-        if count >= limit:
-            break
-    if count == 0:
-        raise PatchError("calibration: no images")
-    return images
-
-
-@torch.no_grad()
-def refuse_unfit_images(model: nn.Module, images: Tensor, number: int) -> None:
-    """Tries one of the images; raises PatchError for a size or number of channels that the model does not take."""
-    if len(images) == 0:
-        return
-    try:
-        with evaluating(model):
-            final_features(model, images[:1])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # models complain in many ways
-        reason = reason_of(error)
-        expected = "x".join(map(str, input_shape(model)))
-        given = "x".join(map(str, images.shape[1:]))
-        raise PatchError(
-            f"calibration: batch {number}: {type(model).__name__} takes no images of {given}, its own are {expected}: {reason}"
-        ) from None
 
 
 @contextmanager
@@ -167,11 +119,15 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
 
 
 def show_calls(
-    model: nn.Module, layers: Iterable[Layer], images: list[Tensor], see: Callable[[Layer, Call, Tensor], None]
+    model: nn.Module,
+    layers: Iterable[Layer],
+    images: list[Tensor],
+    see: Callable[[Layer, Call, Tensor], None],
+    what: str,
 ) -> None:
-    """Runs the images through the model and shows each layer's calls to ``see``, see ``watching``."""
+    """Runs the images through the model and shows each layer's calls to ``see``, see ``watching``; a bar says what for."""
     with watching(layers, see):
-        for batch in images:
+        for batch in progress_bar(images, what=what, unit="batches"):
             final_features(model, batch)
 
 
@@ -200,7 +156,7 @@ def run_with_probes(
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    for batch in images:
+    for batch in progress_bar(images, what=f"moments of {len(layers)} layers", unit="batches"):
         calls: list[tuple[Layer, Call, Tensor]] = []
 
         def note(layer: Layer, call: Call, y: Tensor, calls: Any = calls) -> None:

@@ -7,6 +7,7 @@ state seen on it is kept, so the result is never worse there than the start.
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,15 @@ class Whitened(nn.Module):
 
 
 def refine(
-    layer: AttentionModule, calls: list[LayerCall], in_root: Root, out_root: Root, *, steps: int, lr: float, seed: int
+    layer: AttentionModule,
+    calls: list[LayerCall],
+    in_root: Root,
+    out_root: Root,
+    *,
+    steps: int,
+    lr: float,
+    seed: int,
+    after_step: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
     """Fits a layer's output to the host's on given calls, in place.
 
@@ -66,6 +75,7 @@ def refine(
         lr: relative to the root mean square of each parameter; cut to a quarter, from the best state, whenever a check finds
             no gain.
         seed: of the choice of sequences.
+        after_step: called after each step.
 
     Returns:
         Relative squared error on the held-out sequences before and after.
@@ -103,6 +113,7 @@ def refine(
             solver.zero_grad()
             loss.backward()
         solver.step()
+        after_step()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == steps:
             now = held_out()
             if now < best:

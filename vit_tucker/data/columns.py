@@ -9,7 +9,7 @@ from typing import Any
 
 from vit_tucker.data.naming import listed
 from vit_tucker.data.split_source import SplitSource
-from vit_tucker.errors import DataError, nearest
+from vit_tucker.errors import DataError, how_to_install, nearest
 
 IMAGE_KEY, LABEL_KEY = "image", "label"
 BYTE_TYPES = ("binary", "large_binary")
@@ -38,7 +38,7 @@ def load_by_datasets(function: str, source: SplitSource, **options: Any) -> Any:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"{source.name}: needs the package datasets: pip install vit_tucker[data]") from None
+        raise DataError(f"{source.name}: needs the package datasets: {how_to_install('data')}") from None
     load = getattr(datasets, function)
     if "trust_remote_code" in inspect.signature(load).parameters:  # of datasets < 4; later ones can't
         options["trust_remote_code"] = False

@@ -14,7 +14,7 @@ from vit_tucker.data.sample_keys import check_sample, image_key, label_of
 from vit_tucker.data.shard_lists import ShardList, list_shards
 from vit_tucker.data.split_source import SplitSource, reason
 from vit_tucker.data.stream_base import Record, Share, Stream
-from vit_tucker.errors import DataError
+from vit_tucker.errors import DataError, how_to_install
 
 OPTIONS = ("input_key", "target_key", "num_samples", "sample_shuffle_size", "sample_initial_size")
 SHARD_BUFFER, SHARD_START = 500, 100
@@ -127,7 +127,7 @@ def open_shards(source: SplitSource) -> ShardStream:
     try:
         import webdataset  # noqa: F401
     except ImportError:
-        raise DataError(f"{source.name}: needs the package webdataset: pip install vit_tucker[data]") from None
+        raise DataError(f"{source.name}: needs the package webdataset: {how_to_install('data')}") from None
     source.check_options(OPTIONS)
     shards = list_shards(source)
     first = first_sample(source, shards.files)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from vit_tucker.data.image_files import image_mode
 from vit_tucker.errors import ConfigError
@@ -15,6 +14,7 @@ from vit_tucker.explain.sources import Subject, open_dense, open_subject, refuse
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.inference.predict import classes_for, image_options, run_config
 from vit_tucker.patching.selection import select
+from vit_tucker.show.progress_bars import progress_bar
 from vit_tucker.storage.paths import refuse_unwritable
 
 Tell = Callable[[Sequence[str]], None]
@@ -88,7 +88,7 @@ def explain_stored(
         tell([subject.weights for subject in subjects if subject.weights])
     options = {"layers": layers, "head_fusion": head_fusion, "discard_ratio": discard_ratio}
     options |= {"queries": queries, "weighted": relevance, "target": target}
-    bar = tqdm(found, unit="images", disable=True if len(found) == 1 else None, leave=False)
+    bar = progress_bar(found, unit="images")
     return Explaining(folder, len(subjects) > 1, explain_images(subjects, bar, folder, options, log_folder))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_tucker.errors import ExportError
+from vit_tucker.errors import ExportError, how_to_install
 from vit_tucker.export.capture import first_line
 from vit_tucker.export.compare import ImageFunction
 
@@ -30,7 +30,7 @@ def require_packages() -> None:
 
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'vit_tucker[onnx]'")
+        raise ExportError(f"ONNX needs {', '.join(missing)}: {how_to_install('onnx')}")
 
 
 def write_onnx(

@@ -1,13 +1,14 @@
 """Accuracy of a stored model on a data set, or of a model in memory."""
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from tqdm import tqdm
 
 from vit_tucker.checkpoint.load import find
 from vit_tucker.config.load import validate_section
@@ -21,6 +22,7 @@ from vit_tucker.errors import ConfigError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.inference.predict import classes_for, image_options, open_classifier, run_config
 from vit_tucker.run.accelerator import create_accelerator
+from vit_tucker.show.progress_bars import progress_bar, showing_progress
 from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.engine import evaluate as score
 from vit_tucker.training.metrics import Scores
@@ -57,7 +59,7 @@ def evaluate(
     *,
     batch_size: int | None = None,
     precision: str = "no",
-    cpu: bool = False,
+    device: torch.device | str | None = None,
     tell: Callable[[Sequence[str]], None] | None = None,
 ) -> Evaluation:
     """Evaluates a model on a data set; on several processes where a launcher has started them.
@@ -69,7 +71,7 @@ def evaluate(
         overrides: ``data.key=value`` strings.
         batch_size: images per pass; the run's own, or 128, if None.
         precision: of autocast: "no", "bf16" or "fp16".
-        cpu: use the CPU even if there is a GPU.
+        device: where it runs: "cpu", "cuda", "cuda:1"; a GPU if there is one, with a launcher that of each process, if None.
         tell: called on the first process with notes about the data, before the evaluation; they are logged if None.
 
     Raises:
@@ -79,7 +81,7 @@ def evaluate(
     where = None if isinstance(model, nn.Module) else model
     if where is not None:
         find(where)
-    section, recipe = evaluation_sections(where, data, overrides, batch_size, precision, cpu)
+    section, recipe = evaluation_sections(where, data, overrides, batch_size, precision, on_cpu(device))
     if not isinstance(model, nn.Module):
         model = open_classifier(model)
     info, chosen = dataset_info(section.dataset), with_image_options(section, model, overrides)
@@ -100,13 +102,33 @@ def evaluate(
     if accelerator.is_main_process:
         (tell or _log)([*notes, *loaders.notes])
     batches = None if loaders.num_eval is None else len(loaders.eval.loader)
-    shown = None if accelerator.is_main_process else True
+    shown = None if accelerator.is_main_process else False
     try:
-        with tqdm(total=batches, unit="batches", disable=shown, leave=False) as bar:
+        with showing_progress(shown), progress_bar(total=batches, unit="batches") as bar:
             scores = score(model, loaders, accelerator, coordinator, after_batch=lambda: bar.update() and None)
     finally:
         loaders.close()
     return Evaluation(None if where is None else str(where), section.dataset, section.val_split, scores)
+
+
+def on_cpu(device: torch.device | str | None) -> bool:
+    """Returns whether a device is the CPU, and makes one of several GPUs that of this process.
+
+    Raises:
+        ConfigError: a device on which Accelerate does not run here, or one GPU for several processes.
+    """
+    if device is None:
+        return False
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device}: an evaluation runs on cpu or cuda")
+    if device.index is not None and device.type == "cuda":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"--device {device}: the launcher gives each process a GPU of its own; leave the number out"
+            )
+        torch.cuda.set_device(device)
+    return device.type == "cpu"
 
 
 def _log(notes: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from timm.data import resolve_data_config
 from torch import nn
-from tqdm import tqdm
 
 from vit_tucker.data.datasets import INFO, dataset_info
 from vit_tucker.data.folders import is_folder_set
@@ -19,6 +18,7 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.inference.evaluate import evaluation_sections, with_image_options
 from vit_tucker.inference.predict import classes_for, image_options, open_model, run_config
 from vit_tucker.patching.merge import Merged, MergedLayer
+from vit_tucker.show.progress_bars import progress_bar
 from vit_tucker.storage.paths import refuse_unwritable
 
 FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "dense": "dense"}
@@ -71,7 +71,7 @@ def export(
         model = open_model(where, dynamic_img_size=True)  # the same weights; timm then resamples positions as it runs
     batches = images_to_compare(model, where, data, overrides, images, batch_size, tell)
     if batches is not None:
-        batches = tqdm(batches, unit="batches", disable=None, leave=False)
+        batches = progress_bar(batches, unit="batches")
     if format == "dense":
         folder = export_dense(model, out, approximate=approximate, batches=batches, tolerance=tolerance)
         return as_values(folder, folder.layers)

@@ -5,15 +5,20 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.hosts.readers import Host
 
 CHOSEN_BY_WEIGHTS = "ranks chosen from the weights alone: patch chooses them by the calibration images"
+RANDOM = (
+    "the model's weights look freshly initialised (all of its norms are at their initial values): errors and ranks are those of "
+    "random weights, which have no low-rank structure; start from trained ones (timm's pretrained=True, or weights of yours)"
+)
 
 
 def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -57,6 +62,40 @@ def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
             "calibration: one image: its tokens are alike, so what is fitted to them may fit no other; give a hundred or more",
         )
     return ()
+
+
+def untrained_notes(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:
+    """Notes that weights to be converted are random ones, as far as that can be seen.
+
+    Args:
+        model: before its patch.
+        config: of the patch.
+    """
+    return (RANDOM,) if config.init == "pretrained" and looks_untrained(model) else ()
+
+
+def looks_untrained(model: nn.Module) -> bool:
+    """Returns whether a model's weights are timm's initialisation, as far as its norms show: equal scales, zero shifts.
+
+    Training moves these from the first step on. Without such norms, or on the meta device, nothing is known: False.
+    """
+    scales = [
+        m for m in model.modules() if "norm" in type(m).__name__.lower() and is_vector(getattr(m, "weight", None))
+    ]
+    return bool(scales) and all(at_start(module) for module in scales)
+
+
+def is_vector(value: Any) -> bool:
+    """Returns whether something is a tensor of several values in one dimension, with values."""
+    return isinstance(value, Tensor) and value.ndim == 1 and len(value) > 1 and not value.is_meta
+
+
+def at_start(norm: nn.Module) -> bool:
+    """Returns whether a norm's scales are all equal, and its shifts zero."""
+    scale: Any = norm.weight
+    shift: Any = getattr(norm, "bias", None)
+    constant = bool((scale == scale[0]).all())
+    return constant and (not isinstance(shift, Tensor) or not bool(shift.any()))
 
 
 def _count(number: int, what: str) -> str:

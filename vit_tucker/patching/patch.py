@@ -16,6 +16,7 @@ from vit_tucker.patching.prepare import prepare, undisturbed
 from vit_tucker.patching.record import PatchRecord, configs_of, patch_record, patch_records, set_module, set_records
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.patching.selection import Selection
+from vit_tucker.show.progress_bars import showing_progress
 
 
 def patch(
@@ -27,6 +28,7 @@ def patch(
     calibration: Iterable[Any] | None = None,
     keep_originals: bool = True,
     img_size: int | tuple[int, int] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> PatchReport:
     """Replaces attention modules of a timm model, or linear layers, in place: the config's class says which.
@@ -52,6 +54,8 @@ def patch(
             options of ``config.calibration``. No labels are used.
         keep_originals: keep the replaced modules, so that ``unpatch`` can restore them; costs their memory.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        progress: show progress bars of what takes long: None, on a terminal or in a notebook (the environment's TQDM_DISABLE=1
+            switches them off); True always, False never.
         options: of the method, beside its name.
 
     Returns:
@@ -71,7 +75,7 @@ def patch(
     if config.fitted_to is not None and calibration is None:
         raise PatchError("calibration is set but there are no images: patch(model, config, calibration=batches)")
     _refuse_wrapped_or_patched(model, config)
-    with undisturbed(model):
+    with undisturbed(model), showing_progress(progress):
         config, replacements, report = prepare(model, config, img_size, calibration, applied=True)
     originals: dict[str, nn.Module] = {}
     for name, replacement in replacements.items():
@@ -92,6 +96,7 @@ def plan(
     layers: Selection | None = None,
     exclude: Selection | None = None,
     img_size: int | tuple[int, int] | None = None,
+    progress: bool | None = None,
     **options: Any,
 ) -> PatchReport:
     """Returns the report, or raises the errors, that ``patch`` would give.
@@ -104,6 +109,7 @@ def plan(
         layers: modules to patch, in place of ``config.layers``.
         exclude: modules to leave alone, in place of ``config.exclude``.
         img_size: image size in pixels for the FLOPs; the model's own if None.
+        progress: see ``patch``.
         options: of the method, beside its name.
 
     Returns:
@@ -116,7 +122,7 @@ def plan(
     config = method_config(model, config, options)
     model = find.inner(model)
     _refuse_wrapped_or_patched(model, config)
-    with undisturbed(model):
+    with undisturbed(model), showing_progress(progress):
         return prepare(model, _placed(config, layers, exclude), img_size, None, applied=False).report
 
 

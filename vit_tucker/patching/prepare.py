@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,23 @@ from vit_tucker.attention.effective import trains
 from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
-from vit_tucker.conversion.observe import collect_images, timed
+from vit_tucker.conversion.images import collect_images
+from vit_tucker.conversion.observe import timed
 from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import Slot, slot_of
 from vit_tucker.hosts.tokens import count_calls
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
-from vit_tucker.patching.notes import CHOSEN_BY_WEIGHTS, optimizer_notes, rotation_notes, token_notes, weight_notes
+from vit_tucker.patching.notes import (
+    CHOSEN_BY_WEIGHTS,
+    optimizer_notes,
+    rotation_notes,
+    token_notes,
+    untrained_notes,
+    weight_notes,
+)
 from vit_tucker.patching.record import patch_records
 from vit_tucker.patching.report import LayerReport, PatchReport
+from vit_tucker.show.progress_bars import each
 
 
 class Prepared(NamedTuple):
@@ -98,11 +108,14 @@ def prepare(
             raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
     converted = _convert(model, config, list(built.values()), images)
     layers = {name: built[id(found[name])] for name in chosen}
-    rows = tuple(_row(slot, name, layer, configs[name], tokens.get(name), converted) for name, layer in layers.items())
+    rows = tuple(
+        _row(slot, name, layer, configs[name], tokens.get(name), converted)
+        for name, layer in (each(layers.items(), "measuring", "layers", itemgetter(0)) if converted else layers.items())
+    )
     left = tuple([name for name in found if name not in read] + slot.find_others(model))
     replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
-    notes += token_notes([layer for layer in built.values() if layer.images])
+    notes += token_notes([layer for layer in built.values() if layer.images]) + untrained_notes(model, config)
     report = PatchReport(rows, left, applied, notes, slot.name)
     return Prepared(config, replacements, report)
 
@@ -136,7 +149,7 @@ def _convert(
             return False
         calibrate(model, layers, config.fitted_to, images)
         return True
-    for layer in layers:
+    for layer in each(layers, "converting", "layers"):
         with timed(layer), torch.no_grad():
             layer.replacement.convert_from(layer.host.weights.double())
     return True

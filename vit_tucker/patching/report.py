@@ -1,12 +1,18 @@
 """Reports what a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
-from vit_tucker.hosts.slot import ATTENTION, SLOTS
+from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot
+from vit_tucker.show.folded_names import fold_names
 from vit_tucker.show.tables import plain
+
+CALIBRATED = (
+    "calibrated: the output error is what was minimised; errors of the weights also count what no token excites, and may "
+    "exceed 1"
+)
 
 
 @dataclass(frozen=True)
@@ -105,27 +111,81 @@ class PatchReport:
             **{name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")},
         }
 
-    def __str__(self) -> str:
+    def table(self, folded: bool = True) -> str:
+        """Returns the report as a table with its notes.
+
+        Args:
+            folded: layers that are equal but for names and errors share a row, 'blocks.0-11.attn'; False: a row per layer.
+        """
         slot = SLOTS[self.slot]
         header = ("module", "method", "options", f"{slot.name} params", "share", *slot.columns.values(),
                   "seconds", "MFLOPs/image")  # fmt: skip
-        rows = []
-        for x in self.layers:
-            name = x.name if x.shared_with is None else f"{x.name} = {x.shared_with}"
-            params = x.params_before.total, x.params_after.total
-            errors = [_error(x.errors[key]) for key in slot.columns]
-            rows.append((name, x.method, x.options, *_params(*params), *errors, *_costs(x)))
-        count = f"{len(self.modules)} module{'s' if len(self.modules) != 1 else ''}"
+        rows = folded_rows(self.layers) if folded else [(row_name(layer), [layer]) for layer in self.layers]
+        cells = [(name, *_cells(slot, layers)) for name, layers in rows]
         total = _params(self.params_before, self.params_after)
-        rows.append((count, "", "", *total, *("" for _ in slot.columns), *_costs(self)))
-        lines = [plain([header, *rows], left=range(3), rule_after=(0, len(self.layers)))]
-        lines.append(f"{slot.legend}; FLOPs: 2 per multiply-add, {slot.name} layers only")
+        sums = ("-" if self.seconds is None else f"{self.seconds:.1f}", _flops(self.flops_before, self.flops_after))
+        cells.append((counted(self), "", "", *total, *("" for _ in slot.columns), *sums))
+        lines = [plain([header, *cells], left=range(3), rule_after=(0, len(rows)))]
+        each = "; parameters and FLOPs of each layer, errors and seconds from smallest to largest"
+        together = each if len(rows) < len(self.layers) else ""
+        lines.append(f"{slot.legend}; FLOPs: 2 per multiply-add, {slot.name} layers only{together}")
+        if any(layer.errors.get("output_error") is not None for layer in self.layers):
+            lines.append(CALIBRATED)
         if self.left_alone:
-            lines.append(f"left alone ({len(self.left_alone)}): {', '.join(self.left_alone)}")
+            names = fold_names(self.left_alone) if folded else self.left_alone
+            lines.append(f"left alone ({len(self.left_alone)}): {', '.join(names)}")
         lines += self.notes
         if not self.applied:
             lines.append("plan only: nothing was changed")
         return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Returns the report in one line: what was replaced by what, parameters, operations, errors."""
+        slot = SLOTS[self.slot]
+        methods = dict.fromkeys(f"{layer.method} {layer.options}".rstrip() for layer in self.layers)
+        named = (
+            next(iter(methods)) if len(methods) == 1 else f"{self.layers[0].method} with {len(methods)} sets of options"
+        )
+        before, after = _params(self.params_before, self.params_after)
+        parts = [f"{counted(self)} by {named}", f"parameters {before} ({after})"]
+        if self.flops_before is not None:
+            parts.append(f"MFLOPs/image {_flops(self.flops_before, self.flops_after)}")
+        for key, title in slot.columns.items():
+            if (errors := _span([layer.errors[key] for layer in self.layers], _error)) != "-":
+                parts.append(f"{title} {errors}")
+        return "; ".join([*parts, *([] if self.applied else ["plan only"])])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def row_name(layer: LayerReport) -> str:
+    """Returns a layer's name, and where its module stands first if that is elsewhere."""
+    return layer.name if layer.shared_with is None else f"{layer.name} = {layer.shared_with}"
+
+
+def counted(report: PatchReport) -> str:
+    """Returns the number of replaced modules in words."""
+    return f"{len(report.modules)} module{'s' if len(report.modules) != 1 else ''}"
+
+
+def folded_rows(layers: Sequence[LayerReport]) -> list[tuple[str, list[LayerReport]]]:
+    """Groups layers that are equal but for names, errors and seconds, and whose names differ in numbers alone.
+
+    Returns:
+        Name and layers of each group, in the order of their first layers.
+    """
+    alike: dict[tuple[Any, ...], dict[str, LayerReport]] = {}
+    for x in layers:
+        key = (x.method, x.options, x.params_before, x.params_after, x.flops_before, x.flops_after, x.shared_with)
+        alike.setdefault(key, {})[x.name] = x
+    rows = []
+    for group in alike.values():
+        for name, members in fold_names(group).items():
+            first = group[members[0]]
+            rows.append((row_name(replace(first, name=name)), [group[member] for member in members]))
+    places = {layer.name: number for number, layer in enumerate(layers)}
+    return sorted(rows, key=lambda row: places[row[1][0].name])
 
 
 def _row_values(layer: LayerReport) -> dict[str, Any]:
@@ -147,15 +207,26 @@ def _total(values: list[int | None]) -> int | None:
     return None if any(v is None for v in values) else sum(v for v in values if v is not None)
 
 
-def _error(value: float | None) -> str:
-    if value is None:
+def _cells(slot: Slot, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+    """Returns the cells of a row behind its name: of layers that differ in errors and seconds alone."""
+    first = layers[0]
+    errors = [_span([layer.errors[key] for layer in layers], _error) for key in slot.columns]
+    seconds = _span([layer.seconds for layer in layers], lambda value: f"{value:.1f}")
+    params = _params(first.params_before.total, first.params_after.total)
+    return (first.method, first.options, *params, *errors, seconds, _flops(first.flops_before, first.flops_after))
+
+
+def _span(values: Sequence[float | None], written: Callable[[float], str]) -> str:
+    """Writes values as '0.1 to 0.3', smallest and largest; as '0.1' where both look alike, '-' where one is unknown."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return "-"
+    return " to ".join(dict.fromkeys((written(min(known)), written(max(known)))))
+
+
+def _error(value: float) -> str:
     return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
 
 
-def _costs(of: LayerReport | PatchReport) -> tuple[str, str]:
-    """Returns the cells of seconds and operations."""
-    seconds = "-" if of.seconds is None else f"{of.seconds:.1f}"
-    if of.flops_before is None or of.flops_after is None:
-        return seconds, "-"
-    return seconds, f"{of.flops_before / 1e6:,.1f} -> {of.flops_after / 1e6:,.1f}"
+def _flops(before: int | None, after: int | None) -> str:
+    return "-" if before is None or after is None else f"{before / 1e6:,.1f} -> {after / 1e6:,.1f}"

@@ -72,13 +72,28 @@ def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
+def by_value(settings: Sequence[Setting], option: str) -> dict[tuple[Any, ...], Setting]:
+    """Returns settings by their value of an option; starts of one name have what differs between them in theirs."""
+    found: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in settings:
+        found.setdefault(value_of(setting, option), []).append(setting)
+    named = {}
+    for value, same in found.items():
+        keys = sorted({key for s in same for key in s.config if covers(key, option)})
+        differing = [key for key in keys if len({json.dumps(s.config.get(key)) for s in same}) > 1]
+        for setting in same:
+            parts = [f"{key.rpartition('.')[2]}={setting.config.get(key, MISSING)}" for key in differing]
+            named[(f"{value[0]} ({', '.join(parts)})",) if len(same) > 1 else value] = setting
+    return named
+
+
 def option_lines(section: Section, option: str) -> list[Line]:
     """Returns groups of at least two settings that differ in the option alone, by size of the option."""
-    groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
+    groups: dict[str, list[Setting]] = {}
     for setting in section.replaced:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
-        groups.setdefault(json.dumps(rest, sort_keys=True), {})[value_of(setting, option)] = setting
-    varied = [(json.loads(text), members) for text, members in groups.items() if len(members) > 1]
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(setting)
+    varied = [(json.loads(text), by_value(members, option)) for text, members in groups.items() if len(members) > 1]
     lines = []
     for own, members in varied:
         values = sorted(members, key=lambda value: [(isinstance(v, str), v) for v in value])

@@ -1,9 +1,10 @@
 """Reports what a patch would do to a dense model, and stores a patched model as a folder that rebuilds itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vit_tucker.attention.base import AttentionConfig
@@ -42,7 +43,12 @@ class Converted:
 
 
 def plan(
-    model: str | None, method: str | AttentionConfig | None, cfg: str | None = None, overrides: Sequence[str] = ()
+    model: str | None,
+    method: str | AttentionConfig | None,
+    cfg: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    device: torch.device | str = "cpu",
 ) -> Converted:
     """Reports what a patch would do to a timm model, layer by layer; nothing is trained or written.
 
@@ -51,12 +57,14 @@ def plan(
         method: a config, or as ``read_method`` reads it; the config file's own if None.
         cfg: config that names model and method, as for ``load_config``.
         overrides: ``key.sub=value`` strings.
+        device: where weights are converted.
 
     Raises:
         VitTuckerError: unknown names, weights that are missing, or a method that does not fit the model.
     """
     config, methods = read_target("plan", model, method, cfg, overrides)
     host, notes = dense_model(config)
+    host.to(device)
     reports = [plan_patch(host, method, img_size=config.model.img_size) for method in methods]
     return Converted(reports, notes, config.model.is_trained)
 
@@ -70,7 +78,7 @@ def convert(
     *,
     data: str | None = None,
     images: int = 256,
-    tell: Callable[[str], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Converted:
     """Converts a timm model, its attention and what ``linear`` names, and saves it in timm's hub layout, see ``vit_tucker.save``.
 
@@ -79,7 +87,7 @@ def convert(
         out: folder to write.
         data: calibrate the conversion on training images of this data set.
         images: how many of them, unless the method's own ``calibration`` says.
-        tell: called with a line before a conversion on images, which takes long.
+        device: where the model runs and is converted.
 
     Raises:
         VitTuckerError: see ``plan``; or ``out`` can't be written, is in use, or the images are missing.
@@ -94,14 +102,14 @@ def convert(
         dataset_info(data)
         methods = [calibrated(chosen, images) for chosen in methods]
     host, notes = dense_model(config)
-    host.eval()
+    host.to(device).eval()
     section, trained, size = config.data, config.model.is_trained, input_shape(host, config.model.img_size)
     resolved = resolve_data(section, dataset_info(section.dataset), host, trained, size)
-    reports = [patch_model(host, chosen, config, resolved, tell) for chosen in methods]
+    reports = [patch_model(host, chosen, config, resolved) for chosen in methods]
     set_image_options(host, ImageOptions.of(section).plain())
     lock.take()
     try:
-        save(host, out, data=resolved)
+        save(host.cpu(), out, data=resolved)
     finally:
         lock.release()
     return Converted(reports, notes, trained)

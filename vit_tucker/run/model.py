@@ -1,6 +1,6 @@
 """The model of a run, built from its config: host, teacher, patch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,13 +151,7 @@ def plain_reports(reports: Sequence[PatchReport]) -> dict[str, Any]:
     return {**values.pop(ATTENTION.name, {}), **values}
 
 
-def patch_model(
-    model: nn.Module,
-    method: MethodConfig,
-    config: RunConfig,
-    data: dict[str, Any],
-    tell: Callable[[str], None] | None = None,
-) -> PatchReport:
+def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:
     """Patches the host in place, calibrated on training images if so configured.
 
     Args:
@@ -165,7 +159,6 @@ def patch_model(
         method: what to patch in; of a run with weights of its own, without conversion.
         config: of the run, for its images.
         data: timm's data config.
-        tell: called with a line before a conversion on images, which takes long.
 
     Raises:
         PatchError: see ``patch``. DataError: the images are missing.
@@ -173,8 +166,6 @@ def patch_model(
     images = None
     if (options := method.fitted_to) is not None:
         images = calibration_images(config.data, data, options.images, options.batch_size, options.seed)
-        if tell is not None:
-            tell(f"converting on {options.images} images of {config.data.dataset} ...")
     return patch(model, method, calibration=images, keep_originals=False, img_size=config.model.img_size)
 
 

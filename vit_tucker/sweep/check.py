@@ -1,16 +1,22 @@
 """Checks a sweep's runs and counts what they cost before any of them starts."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
 
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from vit_tucker.analysis.costs import HostFactory
 from vit_tucker.analysis.flops import known_flops
 from vit_tucker.data.datasets import dataset_info
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import FailedError, PatchError, VitTuckerError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import plan
 from vit_tucker.run.model import classes_and_channels
+from vit_tucker.run.run import run
+from vit_tucker.show.progress_bars import each
+from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 
 TRAINING = 3
@@ -35,7 +41,7 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     hosts: dict[str, tuple[nn.Module, int | None]] = {}
     saved: dict[str, int] = {}  # cells that differ in their start alone have one structure
     flops: dict[str, int | None] = {}
-    for job in {job.name: job for job in jobs}.values():
+    for job in each({job.name: job for job in jobs}.values(), "checking", "cells"):
         model, attention = job.config.model, job.config.attention
         factory = HostFactory(model, *classes_and_channels(job.config))
         if (key := repr(vars(factory))) not in hosts:
@@ -54,6 +60,33 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
             saved[patched] = (report.flops_before or 0) - (report.flops_after or 0)
         flops[job.name] = None if dense is None else dense - saved[patched]
     return flops
+
+
+def notes_of(jobs: Sequence[Job]) -> list[str]:
+    """Returns the notes on the configs of the runs, each once with the cells that it is about."""
+    cells: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for note in job.notes:
+            cells.setdefault(note, {})[job.name] = None
+    return [f"{note} ({', '.join(names)})" for note, names in cells.items()]
+
+
+def quick_checks(jobs: Sequence[Job]) -> Iterator[tuple[str, str | Exception]]:
+    """Yields, for one run of each cell, the line of its quick check, or why it does not work.
+
+    A cell whose start is not trained yet starts from a dense model without trained weights.
+    """
+    for job in [next(job for job in jobs if job.name == name) for name in dict.fromkeys(job.name for job in jobs)]:
+        config = job.config
+        if job.after is not None and not RunDir(job.after.folder).begun:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": None})})
+        AcceleratorState._reset_state(reset_partial_state=True)  # cells may differ in precision
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                line: str | Exception = run(config, quick_check=True)["quick_check"]
+        except (VitTuckerError, FailedError) as error:
+            line = error
+        yield job.name, line
 
 
 def describe_cost(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> str:

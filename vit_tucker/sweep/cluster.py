@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_tucker.config.plugins import plugin_arguments
-from vit_tucker.errors import ConfigError
+from vit_tucker.errors import ConfigError, how_to_install
 from vit_tucker.sweep.cluster_job import WARNING, ClusterJob
 from vit_tucker.sweep.command import CHECKOUT
 from vit_tucker.sweep.plan import Job
@@ -35,7 +35,7 @@ LOCAL_KEYS = ("kind", "jobs", "launch")
 def refuse_missing_cluster() -> None:
     """Raises ConfigError if this machine can't submit jobs, with what to install or where to go."""
     if importlib.util.find_spec("submitit") is None:
-        raise ConfigError("executor: slurm needs submitit: pip install 'vit_tucker[slurm]'")
+        raise ConfigError(f"executor: slurm needs submitit: {how_to_install('slurm')}")
     if missing := [name for name in ("sbatch", "srun", "sacct", "scancel") if shutil.which(name) is None]:
         raise ConfigError(
             f"executor: slurm: there is no {missing[0]} here: start the sweep on a login node of the cluster, "
