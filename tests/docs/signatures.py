@@ -190,8 +190,8 @@ class Package:
 
 
 def tensors(one: Definition) -> list[str]:
-    """Returns the arguments that are tensors or lists of them; dicts of tensors by name have no shape to state."""
-    named = ("str, Tensor", "str, Mapping", "str, list")
+    """Returns the arguments that are tensors or lists of them; functions and dicts of tensors have no shape to state."""
+    named = ("str, Tensor", "str, Mapping", "str, list", "Callable[")
     return [
         name
         for name, annotation in one.arguments.items()

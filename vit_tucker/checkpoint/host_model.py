@@ -36,13 +36,7 @@ ELSEWHERE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 
 def create_host(config: ModelConfig, num_classes: int | None = None, in_chans: int | None = None) -> nn.Module:
-    """Creates the dense timm model with its weights, see ``load_host``.
-
-    Args:
-        config: the ``model`` section.
-        num_classes: outputs of the classifier, None for as many as the weights have.
-        in_chans: channels of the images, None for as many as the weights have.
-    """
+    """Creates the dense timm model with its weights; arguments as of ``load_host``."""
     return load_host(config, num_classes, in_chans)[0]
 
 
@@ -114,16 +108,13 @@ def refuse_no_tokens(model: nn.Module) -> None:
 def check_pretrained(
     name: str, model: nn.Module, load: ObservedLoad | None, added: Callable[[], Collection[str]]
 ) -> LoadReport | None:
-    """Returns what timm has loaded by itself, see ``check_load``; None for a patched model, which checks its weights itself.
+    """Returns what timm has loaded by itself, see ``check_load``, or raises CheckpointError; None for a patched model.
 
     Args:
         name: of the model, for messages.
-        model: as timm built it.
+        model: as timm built it; a patched one checks its weights itself.
         load: what timm loaded into it, None for nothing.
         added: returns the names of tensors that only arguments of the config add.
-
-    Raises:
-        CheckpointError: the weights do not fit, or there are none.
     """
     if load is not None:
         try:

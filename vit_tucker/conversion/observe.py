@@ -1,4 +1,4 @@
-"""Watching attention layers at work: what goes in, what comes out, and what an error there would cost."""
+"""Watches attention layers at work: what goes in, what comes out, and what an error there would cost."""
 
 import inspect
 import time
@@ -83,7 +83,13 @@ def layers_per_pass(layers: list[Layer]) -> Iterator[list[Layer]]:
 
 
 def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
-    """Yields the items in order, in groups whose sizes sum to ``limit`` at most; a single item may be larger."""
+    """Yields the items in order, in groups whose sizes sum to ``limit`` at most; a single item may be larger.
+
+    Args:
+        items: of any kind.
+        size: returns the size of an item.
+        limit: in the same unit.
+    """
     group: list[Item] = []
     used = 0
     for item in items:
@@ -125,7 +131,15 @@ def show_calls(
     see: Callable[[Layer, Call, Tensor], None],
     what: str,
 ) -> None:
-    """Runs the images through the model and shows each layer's calls to ``see``, see ``watching``; a bar says what for."""
+    """Runs the images through the model and shows each layer's calls to ``see``.
+
+    Args:
+        model: in eval mode.
+        layers: of the model.
+        images: (B, channels, height, width) batches.
+        see: called as in ``watching``.
+        what: the progress bar is for.
+    """
     with watching(layers, see):
         for batch in progress_bar(images, what=what, unit="batches"):
             final_features(model, batch)
@@ -144,7 +158,16 @@ def run_with_probes(
     options: Calibration,
     see: Callable[[Layer, LayerCall], None],
 ) -> None:
-    """Shows each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise."""
+    """Shows each layer's calls with their probes to ``see``: gradients of random combinations of the features, or noise.
+
+    Args:
+        model, layers, images: as of ``show_calls``, images (B, channels, height, width).
+        options: objective and seed.
+        see: called with each layer and its call.
+
+    Raises:
+        PatchError: no gradients, where the objective needs them.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     backward = options.objective == "features"
     if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
@@ -181,6 +204,10 @@ def run_with_probes(
 
 def random_combination(features: list[Tensor], noise: Callable[[Tensor], Tensor]) -> Tensor:
     """Returns a scalar whose gradient is random in the space of the features.
+
+    Args:
+        features: (B, ...) of any shapes.
+        noise: returns random numbers of a tensor's shape.
 
     Raises:
         PatchError: no feature has gradients.

@@ -36,7 +36,13 @@ def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
 
 
 def refuse_uneven(global_batch_size: int, world_size: int, accumulation: int) -> None:
-    """Raises ConfigError if a global batch can't be split evenly, with the nearest sizes and numbers of processes that go."""
+    """Raises ConfigError if a global batch can't be split evenly, with the nearest sizes and numbers of processes that can.
+
+    Args:
+        global_batch_size: images of an optimizer step.
+        world_size: processes.
+        accumulation: micro-batches of a process per step.
+    """
     shards = world_size * accumulation
     if global_batch_size % shards == 0:
         return

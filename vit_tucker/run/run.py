@@ -89,7 +89,7 @@ def run(
 
 
 def run_in(folder: Path, config: RunConfig, request: Request) -> dict[str, Any]:
-    """Runs it in a folder, on as many processes as were launched, see ``run``."""
+    """Runs it in ``folder``, on as many processes as were launched; other arguments as of ``run_together``."""
     claim, signals = Claim(RunDir(folder)), Signals()
     with leaving_with_launcher(launcher_process()):
         accelerator = create_accelerator(config.train, str(folder))
@@ -119,23 +119,15 @@ def for_quick_check(config: RunConfig) -> RunConfig:
 
 
 def run_together(
-    config: RunConfig,
-    claim: Claim,
-    accelerator: Accelerator,
-    coordinator: Coordinator,
-    signals: Signals,
-    request: Request,
+    config: RunConfig, claim: Claim, accelerator: Accelerator, coordinator: Coordinator, signals: Signals, request: Request,
     used: Choices,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Runs a config from its folder to its results, see ``run``.
 
     Args:
-        config: validated.
-        claim: on the run's folder.
-        accelerator, coordinator: of the processes.
+        config, claim, accelerator, coordinator: the validated config, the claim on the run's folder, and the processes.
         signals: that ask this process to stop.
-        request: the other arguments of ``run``.
-        used: filled with the attention backends that compute the run's calls.
+        request, used: the other arguments of ``run``; filled with the attention backends that compute the run's calls.
     """
     run_dir = claim.run_dir
     config, changes, with_train = enter_folder(config, claim, coordinator, request)
@@ -216,29 +208,14 @@ def enter_folder(
 def build_run(
     config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool
 ) -> tuple[BuiltModel, Loaders]:
-    """Builds model and loaders of one process.
-
-    Args:
-        config: validated.
-        run_dir: its folder.
-        accelerator: of this process.
-        with_train: open the training split too.
-    """
+    """Builds model and loaders of one process with its ``accelerator``; other arguments as of ``check_images``."""
     with showing_progress(None if accelerator.is_main_process else False):
         built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
-        config.data,
-        config.train,
-        built.data,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-        with_train=with_train,
-        device=accelerator.device,
-        classes=stored_classes(run_dir.path_if_begun),
-        num_classes=built.num_classes,
-    )
+        config.data, config.train, built.data, config.seed, accelerator.process_index, accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda", with_train=with_train, device=accelerator.device,
+        classes=stored_classes(run_dir.path_if_begun), num_classes=built.num_classes,
+    )  # fmt: skip
     return built, loaders
 
 
@@ -246,9 +223,7 @@ def check_images(config: RunConfig, run_dir: RunDir, coordinator: Coordinator, w
     """Opens every image of the run's splits, shared among the processes; streams are only checked as they are read.
 
     Args:
-        config: validated.
-        run_dir: its folder.
-        coordinator: of the processes.
+        config, run_dir, coordinator: the validated config, the run's folder, and the processes.
         with_train: check the training split too.
 
     Returns:

@@ -70,10 +70,14 @@ def quick_check(trainer: Trainer, loaders: Loaders) -> str:
 
 
 def make_steps(trainer: Trainer, loaders: Loaders) -> tuple[list[float], float]:
-    """Makes the steps.
+    """Makes the training steps of the check.
 
     Returns:
         The loss of each, averaged over processes, and the seconds that the last one took, with the wait for its images.
+
+    Raises:
+        DivergedError: the loss became NaN or infinite.
+        StoppedError: a signal asked for it.
     """
     assert loaders.train is not None
     t, progress, losses, seconds = trainer, trainer.progress, list[float](), 0.0
