@@ -198,7 +198,7 @@ def test_large_sets_are_not_held(monkeypatch):
     data = DataConfig()
     monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64 - 1)
     assert choose_preparation(data, dataset, shape, training=True) == Preparation("array")  # which is there anyway
-    assert "too many to hold" in choose_preparation(data, dataset, shape, training=False).reason
+    assert "too many to keep in memory" in choose_preparation(data, dataset, shape, training=False).reason
     assert choose_preparation(data.model_copy(update={"in_memory": True}), dataset, shape, False).kind == "kept"
     monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64)
     assert choose_preparation(data, dataset, shape, training=False) == Preparation("kept")

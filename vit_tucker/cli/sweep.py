@@ -35,31 +35,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``sweep``."""
     parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
     parser.add_argument(
-        "--executor", choices=EXECUTORS, help="runs on this machine, or as a cluster's jobs (executor.kind)"
+        "--executor",
+        choices=EXECUTORS,
+        help="where runs are trained: on this machine, or as jobs of a cluster (executor.kind)",
     )
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="runs at a time; GPUs are dealt to them (executor.jobs)"
+        "--jobs", type=positive, metavar="N", help="runs at a time, among which the GPUs are divided (executor.jobs)"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="CELL",
+        help="run these cells only, by names with wildcards: 'gqa*' 'mla8/seed0'",
     )
-    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="some of the sweep's seeds")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="run these seeds only")
     parser.add_argument(
         "--launch",
         metavar="ARGS",
         help="start each run by accelerate launch with these arguments, in one string (executor.launch)",
     )
-    parser.add_argument("--time", metavar="MINUTES", help="of a cluster's job (executor.time)")
-    parser.add_argument("--partition", metavar="NAME", help="of the cluster (executor.partition)")
-    parser.add_argument("--gpus", metavar="N", help="of each run on a cluster (executor.gpus)")
+    parser.add_argument("--time", metavar="MINUTES", help="time limit of a cluster job (executor.time)")
+    parser.add_argument("--partition", metavar="NAME", help="partition of the cluster (executor.partition)")
+    parser.add_argument("--gpus", metavar="N", help="GPUs of each run on a cluster (executor.gpus)")
     parser.add_argument(
         "--done",
         nargs="+",
         default=[],
         metavar="RESULTS",
-        help="results.jsonl, or its folder: these runs are done though their own folders are not here",
+        help="results.jsonl, or its folder: skip the runs in it, though their folders are not here",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the runs and where they stand")
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and their state")
     parser.add_argument(
         "--quick-check",
         action="store_true",

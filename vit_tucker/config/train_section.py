@@ -138,7 +138,8 @@ class TrainConfig(Checked):
         description="How long processes wait for each other before the run ends with an error.",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        default="auto", description="auto: what accelerate launch was told, else bf16 on GPUs that have it, else none."
+        default="auto",
+        description="auto: the precision of accelerate launch, else bf16 on GPUs that have it, else none.",
     )
     cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
     checkpoint_epochs: int = Field(

@@ -56,7 +56,7 @@ def choose_preparation(data: DataConfig, dataset: Any, shape: tuple[int, int, in
     if not keep:
         return Preparation("array" if stored else "held")
     if size > LIMIT_BYTES and not wanted:
-        return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to hold")
+        return Preparation("image", f"{size / 2**30:.1f} GiB of pixels are too many to keep in memory")
     return Preparation("kept")
 
 

@@ -47,7 +47,7 @@ def available_cores() -> int:
 
 
 def busy_cores(seconds: float = SECONDS) -> float:
-    """Returns how many of the cores that this process may use are kept busy by others, over so many seconds in which it sleeps.
+    """Returns how many of the cores that this process may use are kept busy by other processes, measured for ``seconds``.
 
     Where there is no /proc/stat, it is the load of the last minute.
     """

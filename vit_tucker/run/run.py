@@ -67,7 +67,7 @@ def run(
         evaluate_only: evaluate the best weights even if the run is not finished.
         allow_changes: continue a folder's run with this config even if it began with another.
         dry_run: print the plan (model, patch, groups, steps, memory) and write nothing.
-        step_rule: an object in place of what ``train.step_rule`` names, which no config tells: for tests.
+        step_rule: an object in place of what ``train.step_rule`` names, which no config names: for tests.
         monitor: shows the run in place of console, TensorBoard and trackers.
         quick_check: see ``vit_tucker.training.quick_check``; the run's own folder is neither read nor written.
         notes: lines for the log about the config, see ``read_config``.

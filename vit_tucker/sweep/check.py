@@ -94,7 +94,7 @@ def describe_cost(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> str:
 
     Args:
         jobs: the runs.
-        flops: see ``plan_cells``; that of a host may be unknown, and so may be the number of images, which only files tell.
+        flops: see ``plan_cells``; that of a host may be unknown, and so may be the number of images.
     """
     total = 0
     for job in jobs:

@@ -84,7 +84,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """Makes timm's parameter groups, each trainable parameter in one, with the weight-decay rule of this module.
 
     Raises:
-        ConfigError: layer-wise decay of a model that does not tell its layers; timm would cut its list of parameters into
+        ConfigError: layer-wise decay of a model without group_matcher; timm would cut its list of parameters into
             dozens, across blocks.
     """
     undecayed = undecayed_names(model)
