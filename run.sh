@@ -119,6 +119,6 @@ case "$command" in
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "$(extra_of train "$@")" && train "$@" ;;
   sweep | tables | report) setup "$(extra_of "$command" "$@")" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  -h | --help | help) sed -n '2,19s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  -h | --help | help) sed -n '2,20s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
   *) setup "$(extra_of "$command" "$@")" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac
