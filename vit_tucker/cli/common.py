@@ -66,7 +66,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds ``--device``, which ``choose_device`` reads."""
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; a GPU if there is one")
+    parser.add_argument("--device", metavar="DEVICE", help="device: cpu, cuda, cuda:1, ...; a GPU if there is one")
 
 
 def add_plugins(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def add_plugins(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--trust-plugins",
         action="store_true",
-        help="also run what the config in a run folder or saved folder names; without it such a folder is data",
+        help="run the plug-ins that the config of a run folder or saved folder names; refused without it",
     )
 
 

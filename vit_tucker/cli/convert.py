@@ -30,8 +30,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--data", metavar="DATASET", help="calibrate the conversion on training images of this data set"
     )
-    parser.add_argument("--images", type=positive, default=256, metavar="N", help="how many of them; 256 if left out")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
+    parser.add_argument(
+        "--images", type=positive, default=256, metavar="N", help="number of images to calibrate on; 256 if left out"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write")
     add_json(parser)
     parser.set_defaults(run=convert)
 

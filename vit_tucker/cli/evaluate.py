@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "evaluate",
-        help="accuracy of a stored model",
+        help="measure the accuracy of a stored model",
         description="Top-1, top-5 and loss of a stored model, each image counted once; with accelerate launch on several "
         "processes too. A run brings its data set, else name one.",
     )
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
         "--data", metavar="DATASET", help="data set, as data.dataset of a config; the run's own if left out"
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="images per pass; the run's own, or 128")
-    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast")
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="precision of autocast")
     add_device(parser)
     add_json(parser)
     parser.add_argument(

@@ -11,7 +11,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "hosts",
-        help="which timm models can be patched, by which methods, and why not",
+        help="list the timm models that can be patched, by which methods, and why others can't",
         description="The attention of timm's models, read from their structure (on the meta device, about two minutes for all).",
     )
     parser.add_argument("--filter", metavar="PATTERN", help="names of models with wildcards, e.g. 'vit_*'")
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the map there, as Markdown or with --json, instead of printing it",
+        help="file to write the map to, as Markdown or with --json, instead of printing it",
     )
     add_json(parser)
     parser.set_defaults(run=hosts)

@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "plan",
-        help="what a patch would do: parameters, weight errors and FLOPs per layer",
+        help="report what a patch would do: parameters, weight errors and FLOPs per layer",
         description="What a patch would do to a timm model, layer by layer; nothing is trained or written.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,7 +49,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
     )
     add_method(parser, several=False)
     parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")
-    parser.add_argument("--each-layer", action="store_true", help="a row per layer, also where several are alike")
+    parser.add_argument("--each-layer", action="store_true", help="one row per layer, also where several are alike")
     add_device(parser)
 
 

@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "predict",
-        help="the most likely classes of image files",
+        help="print the most likely classes of image files",
         description="The most likely classes of image files, with the transform that the model was evaluated with. Files that "
         "can't be read are named, the others done, and the exit status is 1.",
     )
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes per image; 5 if left out")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per pass; 32 if left out")
     parser.add_argument("--num-workers", type=int, metavar="N", help="processes that read images; 2 for many images")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV file, with --json a JSON file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write: CSV, with --json JSON")
     add_device(parser)
     add_json(parser)
     parser.set_defaults(run=predict)

@@ -15,9 +15,9 @@ def add_parser(commands: Any) -> None:
         "'hf auth login' or HF_TOKEN.",
     )
     parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
-    parser.add_argument("repo", metavar="OWNER/NAME", help="repository; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="make it a private one")
-    parser.add_argument("--message", default="Add model", metavar="TEXT", help="of the commit")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="repository; created if missing")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--message", default="Add model", metavar="TEXT", help="message of the commit")
     add_json(parser)
     parser.set_defaults(run=push)
 

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "ranks",
-        help="the ranks that a model's attention really has: CSV files and a figure",
+        help="measure the ranks of a model's attention: CSV files and a figure",
         description="Singular values and ranks of the pre- and post-softmax tensors of each attention layer, mode by mode: of a "
         "timm model, or of a stored one, dense or with a method's layers, whose tensors are what these compute with.",
         epilog=EXAMPLES,
@@ -36,18 +36,24 @@ def add_parser(commands: Any) -> None:
     weights.add_argument(
         "--checkpoint", metavar="FILE", help="weights of a dense model, or a run folder; timm's own if left out"
     )
-    weights.add_argument("--random", action="store_true", help="timm's initialisation instead of trained weights")
-    parser.add_argument(
-        "--data", metavar="DATASET", help="also whitened by the tokens of training images of this data set"
-    )
-    parser.add_argument("--images", type=positive, default=256, metavar="N", help="how many of them; 256 if left out")
-    parser.add_argument(
-        "--gqa", type=_numbers, metavar="G,...", help="key/value heads whose reach is marked in the figure"
+    weights.add_argument(
+        "--random", action="store_true", help="analyse timm's initialisation instead of trained weights"
     )
     parser.add_argument(
-        "--mla", type=_numbers, metavar="C,...", help="latent widths whose reach is marked in the figure"
+        "--data",
+        metavar="DATASET",
+        help="analyse the tensors whitened by tokens of this data set's training images too",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; runs/ranks-MODEL if left out")
+    parser.add_argument(
+        "--images", type=positive, default=256, metavar="N", help="number of images for that; 256 if left out"
+    )
+    parser.add_argument(
+        "--gqa", type=_numbers, metavar="G,...", help="numbers of key/value heads whose rank limits the figure marks"
+    )
+    parser.add_argument(
+        "--mla", type=_numbers, metavar="C,...", help="latent widths whose rank limits the figure marks"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write; runs/ranks-MODEL if left out")
     add_device(parser)
     add_json(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config keys, e.g. model.img_size=224")

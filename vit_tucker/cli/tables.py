@@ -20,7 +20,7 @@ REPORT = (
 
 def add_parser(commands: Any) -> None:
     """Adds both commands to the subparsers of ``vit-tucker``."""
-    parser = commands.add_parser("tables", help="tables and figures of finished runs", description=TABLES)
+    parser = commands.add_parser("tables", help="make tables and figures of finished runs", description=TABLES)
     add_tables(parser)
     parser.set_defaults(run=tables)
     parser = commands.add_parser(
@@ -39,13 +39,15 @@ def add_tables(parser: argparse.ArgumentParser) -> None:
         metavar="RUNS",
         help="run folders, results.json, folders of runs, results.jsonl",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; the folder itself if one is given")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder to write; the folder of the runs if one is given"
+    )
     parser.add_argument(
         "--x",
         nargs="+",
         default=(),
         metavar="KEY",
-        help="also accuracy against these keys of the config, each by itself among settings that agree in all others, e.g. "
+        help="draw accuracy against these keys of the config too, each by itself among settings that agree in all others, e.g. "
         "train.lr; keys that vary together are joined by a comma: attention.ranks.1,attention.ranks.2",
     )
     parser.add_argument(
@@ -66,7 +68,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("experiments/results"),
         metavar="FOLDER",
-        help="experiments/results if left out",
+        help="folder of the studies; experiments/results if left out",
     )
 
 

@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_method(parser, several=False)
     parser.add_argument("--cfg", metavar="CONFIG", help="config file, name below experiments/configs, or a run folder")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate only: the run's best weights, or the start")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="only evaluate: the run's best weights, or the model as it starts"
+    )
     parser.add_argument(
         "--allow-changes",
         action="store_true",
