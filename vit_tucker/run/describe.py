@@ -1,9 +1,11 @@
 """Descriptions of a run before it trains: in results.json, on the console, and by --dry-run."""
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -20,6 +22,7 @@ from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.transforms import describe_data
 from vit_tucker.hosts.slot import LINEAR
 from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.openmp import describe_waiting
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 from vit_tucker.storage.run_dir import LOGGER, environment
 from vit_tucker.storage.run_files import IGNORED_KEYS
@@ -185,5 +188,6 @@ def log_run(
     LOGGER.info(describe_schedule(config.train))
     LOGGER.info(
         f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "
-        f"{accelerator.mixed_precision}; folder {config.output_dir}"
+        f"{accelerator.mixed_precision}, {torch.get_num_threads()} thread(s), {describe_waiting(os.environ)}; "
+        f"folder {config.output_dir}"
     )

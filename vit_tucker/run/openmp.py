@@ -41,6 +41,12 @@ def waiting(environment: Mapping[str, str], cores: int, busy: Callable[[], float
     return NO_SPIN if threads + busy() > cores + BUSY_CORES else SHORT_SPIN
 
 
+def describe_waiting(environment: Mapping[str, str]) -> str:
+    """Returns the variables that say how threads wait: 'OMP_WAIT_POLICY=PASSIVE'; 'OpenMP's own waiting' if there are none."""
+    given = [f"{name}={environment[name]}" for name in USERS_OWN if name in environment]
+    return " ".join(given) or "OpenMP's own waiting"
+
+
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(_own_cores())
