@@ -4,7 +4,8 @@
 #   ./run.sh                          train a dense ViT on the embedded digits, patch it with Tucker Attention, fine-tune, compare
 #   ./run.sh test [pytest args]       all tests; -p mymethod.py tests/contract: those that a method of yours must pass;
 #                                     --quick: under a minute, for the inner loop; it says what it leaves out
-#   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs
+#   ./run.sh train --cfg X key=value  train anything; NUM_PROCESSES=2 ./run.sh train ... on that many processes or GPUs;
+#                                     --quick-check tries it; or train MODEL --method 'NAME ...' data.dataset=Y, without a file
 #   ./run.sh sweep --cfg sweeps/X     methods x options x seeds, from one dense model per seed
 #   ./run.sh tables RUNS... --out F   tables and figures of finished runs; ./run.sh report: README of experiments/results
 #   ./run.sh hosts --filter 'vit_*'   which timm models can be patched, by which methods
@@ -73,12 +74,17 @@ run_tests() {
 }
 
 train() {
+  case "${NUM_PROCESSES:-1}" in *[!0-9]* | 0*)
+    echo "error: NUM_PROCESSES=$NUM_PROCESSES: a number of processes, 1 or more" >&2
+    return 2
+    ;;
+  esac
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
     local port
     port=${MASTER_PORT:-$(.venv/bin/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-    .venv/bin/accelerate launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 --mixed_precision no \
-      --dynamo_backend no --main_process_port "$port" experiments/train_vit.py "$@"
+    .venv/bin/python -m vit_tucker.cli.launch --multi_gpu --num_processes "$NUM_PROCESSES" --num_machines 1 \
+      --mixed_precision no --dynamo_backend no --main_process_port "$port" experiments/train_vit.py "$@"
   else
     .venv/bin/python experiments/train_vit.py "$@"
   fi
@@ -113,6 +119,6 @@ case "$command" in
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
   train) setup "$(extra_of train "$@")" && train "$@" ;;
   sweep | tables | report) setup "$(extra_of "$command" "$@")" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
-  -h | --help | help) sed -n '2,19s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
+  -h | --help | help) sed -n '2,20s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
   *) setup "$(extra_of "$command" "$@")" && exec .venv/bin/vit-tucker "$command" "$@" ;;
 esac

@@ -130,7 +130,7 @@ def test_adapters_count_and_what_can_not_be_read_is_named(make_vit, patched):
     for key, expected in merged.items():
         torch.testing.assert_close(values[key], expected, rtol=1e-8, atol=1e-8)
     other.blocks[1].attn.proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its weights hold NaN or infinite values"):
+    with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its weights contain NaN or infinite values"):
         analyse(other)
     model.blocks[1].attn.proj.register_forward_hook(lambda module, args, y: y)
     with pytest.raises(vt.PatchError, match=r"^blocks\.1\.attn: its proj has a forward hook"):

@@ -160,14 +160,14 @@ def test_tables_per_image(config, spec):
 
 def test_odd_widths_are_refused_with_the_even_ones():
     with pytest.raises(
-        vt.PatchError, match=r"ranks=\[3, 8, 7\]: key rank 7 is odd: latent RoPE rotates pairs, take 6 or 8"
+        vt.PatchError, match=r"ranks=\[3, 8, 7\]: key rank 7 is odd: latent RoPE rotates pairs, choose 6 or 8"
     ):
         vt.TuckerConfig(ranks=(3, 8, 7)).check(SPEC)
-    with pytest.raises(vt.PatchError, match="kv_lora_rank 1 is odd: latent RoPE rotates pairs, take 2"):
+    with pytest.raises(vt.PatchError, match="kv_lora_rank 1 is odd: latent RoPE rotates pairs, choose 2"):
         vt.MLAConfig(q_lora_rank=4, kv_lora_rank=1).check(SPEC)
     vt.TuckerConfig(ranks=(3, 8, 8), post_ranks=(3, 8, 7)).check(SPEC)  # values don't rotate
     vt.TuckerConfig(ranks=(3, 8, 7)).check(make_spec(embed_dim=C, num_heads=H, head_dim=D, out_dim=C))
-    with pytest.raises(vt.PatchError, match="conversion='hooi' has no form for hosts with RoPE"):
+    with pytest.raises(vt.PatchError, match="conversion='hooi' does not support hosts with RoPE"):
         vt.TuckerConfig(ranks=(3, 8, 8), conversion="hooi").check(SPEC)
 
 

@@ -140,7 +140,7 @@ def test_to_mha_finds_a_place_for_each_bias(method, spec):
 
 
 def test_to_mha_refuses_heads_of_larger_rank():
-    with pytest.raises(vt.PatchError, match="pre-softmax matrix of head 0 has rank 8, a dense head holds rank 6"):
+    with pytest.raises(vt.PatchError, match="pre-softmax matrix of head 0 has rank 8, dense heads have at most 6"):
         vt.to_mha(build(LAYERS["tucker"][0]))
 
 

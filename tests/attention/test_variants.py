@@ -83,7 +83,7 @@ def test_registry_refuses_other_classes_and_duplicates():
         class Other(vt.MHAConfig):
             pass
 
-    with pytest.raises(vt.ConfigError, match='must say method: Literal\\["other"\\]'):
+    with pytest.raises(vt.ConfigError, match='must declare method: Literal\\["other"\\]'):
         vt.register_method("other")(vt.MHAConfig)
     with pytest.raises(vt.ConfigError, match="must derive from"):
         vt.register_method("other")(dict)

@@ -119,7 +119,7 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch, way):
         ),
     }[way]
     with pytest.raises(
-        (vt.CheckpointError, vt.ConfigError), match=f"{message}: it holds Python objects besides tensors"
+        (vt.CheckpointError, vt.ConfigError), match=f"{message}: it contains Python objects besides tensors"
     ) as caught:
         create_host(host_config(**options), 10, 3)
     assert "weights_only" not in str(caught.value)  # advice that nobody can follow here
@@ -131,7 +131,7 @@ def test_pickles_are_not_executed(tmp_path, monkeypatch, way):
 def test_a_hub_package_that_timm_cannot_use_is_named(monkeypatch):
     monkeypatch.setattr("timm.models._hub._has_hf_hub", False)  # so does an import that fails inside an older timm
     config = ModelConfig(name="vit_tiny_patch16_224.augreg_in21k_ft_in1k", pretrained=True)
-    with pytest.raises(vt.CheckpointError, match="It is installed, but timm .* can't use it: take an older one"):
+    with pytest.raises(vt.CheckpointError, match="It is installed, but timm .* can't use it: install an older one"):
         create_host(config, 1000, 3)
 
 

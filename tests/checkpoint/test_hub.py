@@ -69,6 +69,6 @@ def test_a_pushed_model_comes_back(tmp_path):
     assert 'vit_tucker.load("hf-hub:me/tucker")' in card
     assert json.loads(hub.repos["me/tucker"]["config.json"])["vit_tucker"]["method"] == "tucker"
     assert "vit_tucker.load" not in hub.repos["me/dense"]["README.md"].decode()
-    assert "config.json can't be had: RepositoryNotFoundError" in facts["me/none"]
-    assert "model.safetensors can't be had" in facts["me/pickled"]
+    assert "config.json can't be downloaded: RepositoryNotFoundError" in facts["me/none"]
+    assert "model.safetensors can't be downloaded" in facts["me/pickled"]
     assert not any("me/pickled" in request and "pytorch_model.bin" in request for request in hub.requests)

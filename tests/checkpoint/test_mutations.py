@@ -232,8 +232,12 @@ def test_weights_of_a_checkpoint_are_those_that_were_written_together(tmp_path):
     """Each of these would restart from other weights, or from an average that begins anew."""
     for number, (name, damage_it, message) in enumerate(
         [
-            ("ema.safetensors", lambda f: f.unlink(), "ema.safetensors is missing: config.json tells of it"),
-            ("model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-1] + b"x"), "is not what config.json tells"),
+            ("ema.safetensors", lambda f: f.unlink(), "ema.safetensors is missing: config.json lists it"),
+            (
+                "model.safetensors",
+                lambda f: f.write_bytes(f.read_bytes()[:-1] + b"x"),
+                "is not the file that config.json lists",
+            ),
             ("more.safetensors", lambda f: f.write_bytes(b"x"), "more.safetensors was not written with the others"),
             ("config.json", lambda f: f.write_text("{"), "config.json: can't be read as JSON"),
         ]

@@ -54,15 +54,15 @@ def test_what_a_file_is_instead_of_weights(tmp_path):
         assert re.search(expected, line), line
         assert "weights_only" not in line
     for values, expected in (
-        ({}, "holds no tensors: it is an empty mapping"),
-        ({"state_dict": {}}, r"holds no tensors: it holds state_dict \(a dict of 0 entries\)"),
-        ({"state_dict_ema": {}, "epoch": 3}, "holds no tensors: it holds state_dict_ema"),
-        ([1, 2], "holds no tensors: it is a list"),
+        ({}, "contains no tensors: it is an empty mapping"),
+        ({"state_dict": {}}, r"contains no tensors: it contains state_dict \(a dict of 0 entries\)"),
+        ({"state_dict_ema": {}, "epoch": 3}, "contains no tensors: it contains state_dict_ema"),
+        ([1, 2], "contains no tensors: it is a list"),
     ):
         torch.save(values, file)
         assert re.search(expected, message_of(file))
     torch.save({"optimizer": {"state": {0: torch.ones(2)}}, "epoch": 3}, file)
-    assert "holds no tensors: it holds optimizer (a dict of 1 entries), epoch (a int)" in message_of(file)
+    assert "contains no tensors: it contains optimizer (a dict of 1 entries), epoch (a int)" in message_of(file)
     (tmp_path / "w.onnx").write_bytes(b"\x08\x07")
     assert "w.onnx is an ONNX file; supported are safetensors" in message_of(tmp_path / "w.onnx")
 

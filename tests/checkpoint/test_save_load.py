@@ -213,10 +213,10 @@ def test_differences_that_no_shape_shows_are_refused(tmp_path):
 
 def test_models_of_no_timm_name_are_refused(tmp_path):
     model = timm.models.VisionTransformer(**SMALL)
-    with pytest.raises(vt.CheckpointError, match="which timm model it is"):
+    with pytest.raises(vt.CheckpointError, match="does not name its timm model"):
         vt.save(model, tmp_path)
     vt.patch(model, CONFIG)  # patching needs no name
-    with pytest.raises(vt.CheckpointError, match="which timm model it is"):
+    with pytest.raises(vt.CheckpointError, match="does not name its timm model"):
         vt.save(model, tmp_path)
     vt.unpatch(model)
     assert not hasattr(model, "pretrained_cfg")
@@ -438,7 +438,7 @@ class TestVerification:
         vt.save(made, tmp_path, model_args=sizes)
         for wrong in (-1, table, 2**40):
             self.rewrite(tmp_path, lambda state, value=wrong: state["blocks.0.attn.pair_rotations"][1:2].fill_(value))
-            with pytest.raises(vt.CheckpointError, match=rf"pair_rotations holds .*, allowed are 0 to {table - 1}"):
+            with pytest.raises(vt.CheckpointError, match=rf"pair_rotations contains .*, allowed are 0 to {table - 1}"):
                 vt.load(tmp_path, verify=False)
         self.rewrite(tmp_path, lambda state: state["blocks.0.attn.pair_rotations"].fill_(table - 1))
         assert vt.load(tmp_path, verify=False).blocks[0].attn.pair_rotations.max() == table - 1

@@ -157,7 +157,7 @@ def test_jax_files_of_other_models_are_refused(tmp_path):
     files = {
         "deep": (
             sources.as_jax(vit(depth=3)),
-            "it has 21,768 values beside classifier and embeddings, .* the model takes 14,544",
+            "it has 21,768 values beside classifier and embeddings, .* the model uses 14,544",
         ),
         "flat": (sources.as_jax(vit(depth=1)), r"timm can't convert it \(KeyError"),
         "in21k": (

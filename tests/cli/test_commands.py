@@ -285,7 +285,7 @@ class TestBench:
 
     def test_mistakes(self, refusal, run_folder):
         assert "did you mean" in refusal("bench", "vit_tiny_patch16_225")
-        assert "the models take different images" in refusal("bench", run_folder, "vit_tiny_patch16_224")
+        assert "the models accept different images" in refusal("bench", run_folder, "vit_tiny_patch16_224")
         assert "have their attention already" in refusal("bench", run_folder, *METHOD)
         assert "must be at least 2" in refusal("bench", run_folder, "--turns", "1")
 

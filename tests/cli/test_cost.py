@@ -85,8 +85,8 @@ def test_files_by_their_endings(capsys, tmp_path):
         ([*SMALL, "--batch-size", "0"], "--batch-size: 0: must be at least 1"),
         ([*SMALL, "--turns", "1", "--measure"], "--turns 1: must be at least 2"),
         (["--table", "1", "dd=3"], "dd: unknown size"),
-        (["--table", "2", "d=3"], "d=3: --table 2 takes no sizes"),
-        (["--table", "2", "--method", "mha"], "--table takes no --method"),
+        (["--table", "2", "d=3"], "d=3: --table 2 accepts no sizes"),
+        (["--table", "2", "--method", "mha"], "--table accepts no --method"),
     ],
     ids=str,
 )

@@ -126,7 +126,7 @@ def test_dense_folders_need_timm_alone(run, capsys):
         torch.testing.assert_close(plain(x), vt.load(run)(x), rtol=1e-4, atol=1e-4)
     status, _, err = export(capsys, run, "--format", "dense")
     assert status == 2
-    assert "there is something already; name a new folder" in err
+    assert "the folder is not empty; name a new one" in err
 
 
 @pytest.mark.skipif(not TIMM_TELLS, reason="this timm's ViTs take their own size to be another path")
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_cut_only_on_request(tmp_path, capsys):
     wide = make(tmp_path / "wide", vt.TuckerConfig(ranks=(3, 12, 11)))
     status, _, err = export(capsys, wide, *PT2, "--dense", "--data", "none")
     assert status == 2
-    assert "blocks.0.attn: the pre-softmax matrix of head 0 has rank 11, a dense head holds rank 8" in err
+    assert "blocks.0.attn: the pre-softmax matrix of head 0 has rank 11, dense heads have at most 8" in err
     options = ("--dense", "--approximate", "--data", "none")
     status, said, _ = export(capsys, wide, *PT2, *options)
     assert status == 0

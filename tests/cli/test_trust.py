@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 SIZES = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 2, "in_chans": 1, "num_classes": 10}
 HOST = "vit_tiny_patch16_224"
 MARKER = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
-REFUSED = "is data, and what its config names runs only if you say so: --trust-plugins, or -p FILE for your own copy"
+REFUSED = "is data, whose plug-ins run only if you allow it: --trust-plugins, or -p FILE for your own copy"
 
 
 @pytest.fixture(autouse=True)

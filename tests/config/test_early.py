@@ -7,7 +7,8 @@ import pytest
 
 from vit_tucker.config.early import check_sections
 from vit_tucker.config.find import config_names
-from vit_tucker.config.load import read_config, validate
+from vit_tucker.config.load import read_files, validate
+from vit_tucker.config.source import Source, merge_values, read_overrides
 from vit_tucker.errors import ConfigError
 
 MISTAKES = (
@@ -35,9 +36,14 @@ LATER = (("attention.ranks=[0,1,1]",), ("attention.calibration.images=0",))
 """Values of methods' options: the full validation finds them."""
 
 
+def read(name: str, overrides: tuple[str, ...] = ()) -> Source:
+    """Returns the values of a config, not validated."""
+    return merge_values(read_files(name)[1], read_overrides(overrides))
+
+
 @pytest.mark.parametrize("overrides", MISTAKES, ids=" ".join)
 def test_the_line_is_that_of_the_full_validation(overrides):
-    _, source = read_config("digits/tucker_r16", overrides)
+    source = read("digits/tucker_r16", overrides)
     with pytest.raises(ConfigError) as full:
         validate(source)
     with pytest.raises(ConfigError) as early:
@@ -47,7 +53,7 @@ def test_the_line_is_that_of_the_full_validation(overrides):
 
 @pytest.mark.parametrize("overrides", LATER, ids=" ".join)
 def test_values_of_methods_are_left_to_the_full_validation(overrides):
-    _, source = read_config("digits/tucker_r16", overrides)
+    source = read("digits/tucker_r16", overrides)
     check_sections(source)
     with pytest.raises(ConfigError):
         validate(source)
@@ -55,12 +61,12 @@ def test_values_of_methods_are_left_to_the_full_validation(overrides):
 
 @pytest.mark.parametrize("name", config_names())
 def test_shipped_configs_pass(name):
-    check_sections(read_config(name)[1])
+    check_sections(read(name))
 
 
 def test_what_plug_ins_may_register_is_not_looked_at():
     given = ("attention={method: mine, rank: 3}", "train.penalties={nuclear: 1}", "train.step_rule=mine")
-    _, source = read_config("digits/dense", ("plugins=[mine.py]", *given))
+    source = read("digits/dense", ("plugins=[mine.py]", *given))
     check_sections(source)
     source.values["train"]["epochz"] = 1
     with pytest.raises(ConfigError, match=r"train\.epochz: unknown key; did you mean 'epochs'\?"):
@@ -78,6 +84,7 @@ print(*statuses, "torch" in sys.modules)
 def test_no_command_imports_torch_before_it_reports_a_typo():
     commands = (
         "train|--cfg|digits/dense|train.epochz=1",
+        "train|vit_tiny_patch16_224|--method|gqa num_kv_heads=1|data.dataset=digits|train.epochz=1",
         "plan|--cfg|digits/tucker_r16|attention.rnaks=[1,2,3]",
         "plan|vit_tiny_patch16_224|model.img_sze=32",
         "cost|--cfg|digits/tucker_r16|data.datset=digits",

@@ -16,7 +16,7 @@ CELLS = "base: x.yaml\nstart: null\ncells: [{name: dense, attention: null}]\n"
 RESULTS = Path(__file__).parents[2] / "experiments" / "results" / "digits" / "digits-dense-0"
 CONTROL = r"the character ('\\|U\+00)"
 ELSEWHERE = "names no folder inside another"
-LONG = "file systems take"
+LONG = "file systems allow"
 
 
 @pytest.fixture(autouse=True)

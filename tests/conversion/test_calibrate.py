@@ -303,7 +303,7 @@ def test_too_few_tokens_are_refused(make_vit):
 
 def test_hooi_goes_by_weights_alone(make_vit):
     config = EXAMPLES["tucker"].model_copy(update={"conversion": "hooi"})
-    refused(make_vit(), config, [pictures(4)], "blocks.0.attn: conversion='hooi' goes by the weights alone")
+    refused(make_vit(), config, [pictures(4)], "blocks.0.attn: conversion='hooi' uses the weights alone")
 
 
 def test_constant_tokens_are_refused(make_vit):

@@ -52,7 +52,7 @@ def test_tiny_imagenet_as_downloaded(tmp_path):
         f"split 'test': all 2 images lie directly in {tmp_path}/test/images, e.g. test_0.JPEG, so"
     )
     (tmp_path / "val" / "val_annotations.txt").unlink()  # one class "images" with 100%, it was
-    assert "nothing tells their classes; expected" in refusal(tmp_path, "val")
+    assert "so that their classes are unknown; expected" in refusal(tmp_path, "val")
     (tmp_path / "val" / "val_annotations.txt").write_text("nonsense\n")
     assert "val_annotations.txt:1: expected a file name, a tab and a class" in refusal(tmp_path, "val")
 

@@ -15,7 +15,7 @@ from vit_tucker.config.schema import DataConfig
 from vit_tucker.data import preparation
 from vit_tucker.data.batches import augmentation_seed
 from vit_tucker.data.datasets import ArrayDataset, subset
-from vit_tucker.data.memory import is_array
+from vit_tucker.data.memory import decoded_bytes, free_bytes, is_array
 from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import TrainSampler
 from vit_tucker.data.seeding import seed_transforms
@@ -129,13 +129,76 @@ def test_true_is_refused_for_streams_and_holds_images_of_any_size(tmp_path):
     assert sum(len(batch.labels) for (batch,) in build(tmp_path / "mixed", in_memory=True).train.steps(0)) == COUNT
 
 
+PHOTOS = ((61, 40, "RGB"), (24, 90, "L"), (33, 33, "RGBA"), (17, 16, "P"), (128, 20, "CMYK"), (16, 250, "RGB"))
+
+
+def write_photos(root):
+    """Noise of all sizes, shapes and modes, in both splits."""
+    noise = np.random.default_rng(0)
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        for number, (width, height, mode) in enumerate(PHOTOS):
+            picture = Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+            picture.save(root / split / "a" / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_log_recommends_works_for_photos_of_different_sizes(tmp_path, workers):
+    options = {"workers": workers, "batch": 3, "aa": "rand-m9-mstd0.5-inc1", "reprob": 0.5}
+    files = build(write_photos(tmp_path), **options)
+    assert "the images are files; data.in_memory=true would hold them in about" in files.train.description
+    held = build(tmp_path, in_memory=True, **options)
+    assert held.train.description.startswith("6 images in memory, augmented one by one")
+    assert held.eval.description == "6 images in memory, transformed once"
+    for epoch in (0, 1):
+        for (batch,), (expected,) in zip(held.train.steps(epoch), files.train.steps(epoch), strict=True):
+            assert torch.equal(batch.images, expected.images)
+            assert torch.equal(batch.labels, expected.labels)
+        for batch, expected in zip(held.eval, files.eval, strict=True):
+            assert torch.equal(batch.images, expected.images)
+    for loaders in (files, held):
+        loaders.close()
+
+
+def test_the_memory_of_held_photos_is_estimated(tmp_path, monkeypatch):
+    dataset = open_split(DataConfig(dataset="folder", root=str(write_photos(tmp_path))), "train", True, 3)
+    assert decoded_bytes(dataset) == sum(3 * width * height for width, height, _ in PHOTOS)  # all of them, as RGB
+    (tmp_path / "train" / "a" / "5.png").write_bytes(b"")
+    rest = sum(3 * width * height for width, height, _ in PHOTOS[:5])
+    assert decoded_bytes(dataset) == 6 * rest // 5  # a bad one counts as the mean of the others
+    large = [(Image.new("RGB", (4000, 3000)), 0)] * 50
+    data, free = DataConfig(), [10 * 2**30]
+    monkeypatch.setattr(preparation, "free_bytes", lambda: free[0])
+    reason = choose_preparation(data, large, (3, 224, 224), training=True).reason
+    assert reason == "the images are files; data.in_memory=true would hold them in about 1.7 GiB"
+    wanted = data.model_copy(update={"in_memory": True})
+    assert choose_preparation(wanted, large, (3, 224, 224), training=True).kind == "held"
+    free[0] = 2**30
+    assert (
+        choose_preparation(data, large, (3, 224, 224), True).reason == "the images are files, about 1.7 GiB of pixels"
+    )
+    assert choose_preparation(wanted, large, (3, 224, 224), training=False).kind == "kept"  # transformed they are small
+    line = r"^data.in_memory=true: 50 images are about 1.7 GiB of pixels, and 1.0 GiB are free: choose auto or false"
+    with pytest.raises(ConfigError, match=line):
+        choose_preparation(wanted, large, (3, 224, 224), training=True)
+    free[0] = 4 * 2**30
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="1.7 GiB of pixels in each of 4 processes, and 4.0 GiB are free"):
+        choose_preparation(wanted, large, (3, 224, 224), training=True)
+
+
+def test_free_memory_is_that_of_this_machine():
+    assert 2**20 < free_bytes() < 2**50
+
+
 def test_large_sets_are_not_held(monkeypatch):
     shape = (1, 8, 8)
     dataset = ArrayDataset(np.zeros((100, 4, 4), np.uint8), np.zeros(100, int), "L")
     data = DataConfig()
     monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64 - 1)
     assert choose_preparation(data, dataset, shape, training=True) == Preparation("array")  # which is there anyway
-    assert "too many to hold" in choose_preparation(data, dataset, shape, training=False).reason
+    assert "too many to keep in memory" in choose_preparation(data, dataset, shape, training=False).reason
     assert choose_preparation(data.model_copy(update={"in_memory": True}), dataset, shape, False).kind == "kept"
     monkeypatch.setattr(preparation, "LIMIT_BYTES", 100 * 64)
     assert choose_preparation(data, dataset, shape, training=False) == Preparation("kept")

@@ -176,7 +176,7 @@ def test_splits_without_an_info_file_are_patterns(tmp_path):
     assert [label for batch in loaders.eval for label in batch.labels.tolist()] == [0, 1]
     with pytest.raises(
         DataError,
-        match=r"^the stream of split 'train-\{0000..0001\}.tar' does not say how many images it has.*num_samples: ",
+        match=r"^the stream of split 'train-\{0000..0001\}.tar' does not state its number of images.*num_samples: ",
     ):
         build(tmp_path, **{**splits, "train_split": "train-{0000..0001}.tar"})
     with pytest.raises(

@@ -138,7 +138,7 @@ def test_a_hugging_face_stream_without_a_size_says_so(tmp_path):
     write_folder(tmp_path / "images", splits=("train", "test"), count=2)
     options = {"dataset": f"hfids/{tmp_path}/images", "val_split": "test"}
     with pytest.raises(
-        DataError, match=r"^the stream of split 'train' does not say how many images .*=\{num_samples: ...\}$"
+        DataError, match=r"^the stream of split 'train' does not state its number of images.*=\{num_samples: ...\}$"
     ):
         build(tmp_path / "cache", **options)
     assert build(tmp_path / "cache", **options, num_samples=4).train.num_samples == 4

@@ -13,6 +13,7 @@ from docs.hooks import ROOT
 from docs.hooks.commands import command_parsers
 from vit_tucker.config.load import load_config
 from vit_tucker.config.method_string import read_method
+from vit_tucker.config.target import read_run
 from vit_tucker.sweep.plan import load_sweep
 
 ASSIGNMENT = re.compile(r"^[A-Z_]+=")
@@ -161,6 +162,7 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Nam
     expect(not left, f"unrecognized arguments: {' '.join(left)}")
     if extra:
         args.overrides += extra
+    args.whole = "..." not in arguments
     return args
 
 
@@ -174,7 +176,10 @@ def check_parsed(command: str, args: argparse.Namespace) -> None:
             load_sweep(config, overrides)
         else:
             load_config(config, overrides)
-    names = [word for word in overrides if "=" not in word] if command in ("cost", "plan", "convert") else []
+    targets = ("cost", "plan", "convert", "train")
+    names = [word for word in overrides if "=" not in word] if command in targets else []
+    if command == "train" and config is None and args.whole:
+        read_run(None, next(iter(names), None), args.method, [word for word in overrides if "=" in word])
     names += [args.model] if command == "ranks" and "/" not in args.model else []
     names += [name for name in args.models if "/" not in name] if command == "bench" else []
     for name in names:

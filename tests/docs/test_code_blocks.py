@@ -80,6 +80,8 @@ def test_blocks_that_are_only_shown_must_be_python_too(reader):
         ("bash", "./run.sh train --cfg digits/dense --dryrun\n", "unrecognized arguments: --dryrun"),
         ("bash", "./run.sh sweep --cfg sweeps/fig3_digits --jobs none\n", "argument --jobs"),
         ("bash", "./run.sh train\n", "--cfg"),
+        ("bash", "./run.sh train vit_tiny_patch16_224 --method mha\n", "name a data set"),
+        ("bash", "./run.sh train vit_tinny_patch16_224 data.dataset=digits\n", "timm has no model"),
         ("bash", "vit-tucker predict runs/a\n", "IMAGE"),
         ("bash", "vit-tucker plan vit_basic_patch16_224 --method mha\n", "timm has no model"),
         ("bash", "python -m vit_tucker plann --cfg digits/gqa2\n", "no command 'plann'"),

@@ -41,6 +41,22 @@ def test_other_numbers_are_found():
     assert missing_numbers(row.replace("6.28x", "6.29x")) == ["6.29x"]
 
 
+def test_what_it_says_of_calibration_is_in_the_report():
+    report = (ROOT / "experiments" / "results" / "README.md").read_text()
+    differences = re.findall(r"[+-]\d\.\d\d \[[^]]+\]", TEXT)
+    assert len(differences) == 3
+    assert [difference for difference in differences if difference not in report] == []
+    table = report.split("\n## How the attention starts\n")[1].split("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in table if line.startswith("|")]
+    study, method, start, settings_at, behind_at = (
+        rows[0].index(x) for x in ("study", "method", "start", "settings", "behind")
+    )
+    found = [row for row in rows if row[method] == "Tucker" and row[start] == "activation-aware"]
+    found = [row for row in found if not row[study].startswith("Ablations")]
+    settings, behind = (sum(int(row[at]) for row in found) for at in (settings_at, behind_at))
+    assert f"HOSVD is ahead in {behind} of {settings}\nsettings" in TEXT
+
+
 def test_its_links_lead_somewhere():
     targets = {link["file"] for link in LINK.finditer(TEXT) if "://" not in link["file"]}
     targets |= set(re.findall(r'(?:srcset|src)="([^"]+)"', TEXT))

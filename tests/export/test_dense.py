@@ -110,7 +110,7 @@ def test_the_host_is_kept_given_or_made_anew(make_vit, images):
     own = nn.Sequential(patched(dense.blocks[0], vt.GQAConfig(num_kv_heads=2), keep_originals=False))
     with pytest.raises(vt.PatchError, match="the modules that were replaced were not kept"):
         vt.dense_model(own)
-    with pytest.raises(vt.PatchError, match="does not tell which timm model it was: give that as host"):
+    with pytest.raises(vt.PatchError, match="does not name its timm model: give that as host"):
         vt.dense_model(own[0])
     plain = vt.dense_model(dense)
     assert plain is not dense

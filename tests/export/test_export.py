@@ -208,7 +208,7 @@ def test_weights_beyond_two_gigabytes_lie_beside_the_file(tmp_path, monkeypatch)
     assert exported.stages[0].bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     x = torch.randn(2, 3, 8, 8)
     assert_close(onnx_file.onnx_runner(tmp_path / "m.onnx")(x), model(x))
-    with pytest.raises(ExportError, match="int8 takes models whose float32 weights fit into one file"):
+    with pytest.raises(ExportError, match="int8 supports models whose float32 weights fit into one file"):
         quantise(tmp_path / "m.onnx", tmp_path / "n.onnx")
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -223,7 +223,7 @@ def test_a_file_that_differs_is_not_left(tmp_path):
         MismatchError, match=r"on random images the file's outputs are off by \d\.\de-0[23] of the largest"
     ):
         export_model(model, file, PT2, reference=wrong)
-    with pytest.raises(ExportError, match="the images to compare on are 3x40x40, the model takes 3x8x8"):
+    with pytest.raises(ExportError, match="the images to compare on are 3x40x40, the model accepts 3x8x8"):
         export_model(model, file, PT2, batches=[(torch.randn(2, 3, 40, 40), None)])
     with pytest.raises(ExportError, match="no images to compare on"):
         export_model(model, file, PT2, batches=[])
@@ -259,7 +259,7 @@ class Branching(nn.Module):
         (lambda: small(), {"opset": 17}, "opset 17: torch's exporter writes 18 and later"),
         (lambda: small(), {"format": "torch_export", "reduce_range": True}, "reduce_range is an option of int8"),
         (lambda: small(), {"format": "torch_export", "dynamic_img_size": True},
-         r"VisionTransformer takes images of 32x32 only \(Input height .*; make the model with dynamic_img_size=True"),
+         r"VisionTransformer accepts images of 32x32 only \(Input height .*; make the model with dynamic_img_size=True"),
         (lambda: small_model("davit_tiny"), {"format": "torch_export", "dynamic_img_size": True},
          r"this DaVit attends in windows \(stages\..*\): torch can't record their padding for all sizes"),
         (Branching, {"format": "torch_export"}, "torch.export can't record this Branching for any number of images: "),
@@ -304,7 +304,7 @@ def test_comparisons():
     result.add(expected, torch.full_like(expected, float("nan")))
     with pytest.raises(MismatchError, match="off by inf"):
         compare_module.require(result, 1.0, "noise")
-    with pytest.raises(MismatchError, match=r"the file gives outputs \(2, 2\), the model \(2, 3\)"):
+    with pytest.raises(MismatchError, match=r"the file returns outputs \(2, 2\), the model \(2, 3\)"):
         result.add(expected, got[:, :2])
 
     def broken(images: torch.Tensor) -> torch.Tensor:

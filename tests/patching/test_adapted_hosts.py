@@ -180,9 +180,11 @@ ALTERED = {
     "its proj_drop is a torch.nn.modules.container.Sequential": lambda m: set_(m, "proj_drop", nn.Sequential()),
     "its attn_drop is a tests.patching.test_adapted_hosts.Doubled": lambda m: set_(m, "attn_drop", Doubled()),
     "parameters of its own are pruned": lambda m: prune_own(m),
-    "its weights hold NaN or infinite values (query)": lambda m: m.qkv.weight.data[0].fill_(float("nan")),
-    "its weights hold NaN or infinite values (out bias)": lambda m: m.proj.bias.data[0].fill_(float("inf")),
-    "its weights hold NaN or infinite values (q_norm.weight)": lambda m: m.q_norm.weight.data[0].fill_(float("-inf")),
+    "its weights contain NaN or infinite values (query)": lambda m: m.qkv.weight.data[0].fill_(float("nan")),
+    "its weights contain NaN or infinite values (out bias)": lambda m: m.proj.bias.data[0].fill_(float("inf")),
+    "its weights contain NaN or infinite values (q_norm.weight)": lambda m: m.q_norm.weight.data[0].fill_(
+        float("-inf")
+    ),
 }
 
 
@@ -224,7 +226,7 @@ def test_weights_that_are_not_finite_are_refused_by_all_methods(config, calibrat
     model = host()
     vt.plan(model, config)
     model.blocks[1].attn.proj.weight.data[3, 2] = float("nan")
-    with pytest.raises(WeightsError, match=r"^blocks\.1\.attn: its weights hold NaN or infinite values \(out\)$"):
+    with pytest.raises(WeightsError, match=r"^blocks\.1\.attn: its weights contain NaN or infinite values \(out\)$"):
         vt.patch(model, config, calibration=images() if calibrated else None)
     with pytest.raises(WeightsError, match=r"^blocks\.1\.attn: "):
         vt.plan(model, config)

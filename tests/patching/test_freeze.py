@@ -74,7 +74,7 @@ def test_shared_layers_are_trained(make_vit):
             "train.only: 'haed' matches no module or parameter of VisionTransformer; did you mean 'head'?",
         ),
         ("re:(", r"train.only: 're:\(' is no regular expression: "),
-        ("head_drop", "train.only: head_drop: no parameter in there"),
+        ("head_drop", "train.only: head_drop: no parameter matches"),
         ([], "train.only: an empty list would train nothing"),
     ],
 )

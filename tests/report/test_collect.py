@@ -61,7 +61,7 @@ def test_the_newest_of_one_config_and_seed_counts(tmp_path, first):
     ("text", "message"),
     [
         ("{", "results.json: can.t be read as JSON"),
-        ("[1]", "results.json: holds a list and no object"),
+        ("[1]", "results.json: contains a list, not an object"),
         ('{"name": "a", "config": {}}', "not the results of a run: no 'environment'"),
     ],
 )

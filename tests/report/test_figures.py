@@ -9,7 +9,7 @@ from tests.report.synthetic import DENSE_PARAMS, TUCKER, run_results, study
 from vit_tucker.errors import ConfigError
 from vit_tucker.report import ablation_figures, curves, figures
 from vit_tucker.report.ablation_figures import draw_ablation
-from vit_tucker.report.ablations import ablation_table, check_options, option_lines, usual_options
+from vit_tucker.report.ablations import ablation_table, check_options, natural, option_lines, usual_options
 from vit_tucker.report.curves import check_patterns, draw_curves, epochs_to_reach, recovery_table
 from vit_tucker.report.figures import draw_accuracy
 from vit_tucker.report.sections import sections
@@ -233,6 +233,7 @@ def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
     assert usual_options(section) == ["init", "attention.ranks.0", "attention.ranks.1,attention.ranks.2"]
     table = ablation_table("attention.ranks.0", [line])
     assert list(table.header) == ["head rank", "2", "4", "16"]
+    assert sorted(("epochs=16", "epochs=4", "epochs=1"), key=natural) == ["epochs=1", "epochs=4", "epochs=16"]
     assert table.rows == [["Tucker ranks=_,8,8, HOSVD", "90.00 ± 0.00", "92.00 ± 0.00", "93.00 ± 0.00"]]
     assert draw_ablation("attention.ranks.0", [line], tmp_path) == "by_ranks_0.png"
     (axis,) = drawn[0].axes

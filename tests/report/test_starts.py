@@ -92,6 +92,18 @@ def test_starts_of_a_method_of_ones_own_and_studies_without_any():
     assert compare_starts(*sections(found[:2])) == []
 
 
+def test_starts_of_one_name_are_told_apart_by_what_differs():
+    """Activation-aware conversion with 64 and with 256 images: two starts, none takes the other's place."""
+    found = runs([0.5])
+    fewer = {**AWARE, "calibration": {"images": 64, "refine_steps": 0}, "ranks": [2, 8, 8]}
+    found += [run_results("fewer", fewer, 1000, 90 + NOISE[0, seed] - 1, seed) for seed in range(5)]
+    compared = {one.start: one.last.mean for one in compare_starts(*sections(found))}
+    assert compared == {
+        "activation-aware (images=256)": pytest.approx(0.5),
+        "activation-aware (images=64)": pytest.approx(-1.0),
+    }
+
+
 def test_totals_over_studies():
     (one,), (other,) = (compare_starts(*sections(runs(gains))) for gains in ([0.1] * 4, [-0.1, 0.2, 0.0, 0.0]))
     (sentence,) = total_sentences([one, other])

@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
-from vit_tucker.run.openmp import NO_SPIN, SHORT_SPIN, USERS_OWN, available_cores, busy_cores, choose_waiting, waiting
+from vit_tucker.run.openmp import (
+    NO_SPIN,
+    SHORT_SPIN,
+    USERS_OWN,
+    available_cores,
+    busy_cores,
+    choose_waiting,
+    describe_waiting,
+    waiting,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +85,8 @@ def test_nothing_is_set_where_torch_has_read_the_environment(monkeypatch):
     before = dict(os.environ)
     choose_waiting()
     assert dict(os.environ) == before
+
+
+def test_logs_say_how_threads_wait():
+    assert describe_waiting({"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}) == "OMP_WAIT_POLICY=PASSIVE"
+    assert describe_waiting({"OMP_NUM_THREADS": "2"}) == "OpenMP's own waiting"

@@ -9,7 +9,21 @@ import pytest
 import torch
 from accelerate import tracking
 from safetensors import safe_open
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams.api_pb2 import (
+    ColParams,
+    HParamInfo,
+    ListSessionGroupsRequest,
+    MetricName,
+    SessionGroup,
+    Status,
+)
+from tensorboard.plugins.hparams.backend_context import Context
+from tensorboard.plugins.hparams.list_session_groups import Handler
 from timm.models import _manipulate
 
 import vit_tucker as vt
@@ -176,6 +190,50 @@ def test_tensorboard_shows_the_run():
     assert [image.step for image in events.Images("eval/predictions")] == [5, 10]
     text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "layer_decay: 0.5" in text
+
+
+def hparams_table(folder: str) -> tuple[dict[str, HParamInfo], set[str], list[SessionGroup]]:
+    """What TensorBoard's own backend shows in the HParams tab for a folder of runs: columns, results, rows."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(folder)
+    multiplexer.Reload()
+    shown = Context(TBContext(data_provider=MultiplexerDataProvider(multiplexer, folder)))
+    request = RequestContext()
+    metadata = shown.hparams_metadata(request, "")
+    experiment = shown.experiment_from_metadata(request, "", True, metadata, [])
+    columns = [ColParams(metric=MetricName(tag="best/top1"), include_in_result=True)]
+    columns += [ColParams(hparam=column.name, include_in_result=True) for column in experiment.hparam_infos]
+    asked = ListSessionGroupsRequest(col_params=columns, slice_size=99, allowed_statuses=Status.values())
+    rows = Handler(request, shown, "", asked).run().session_groups
+    return {c.name: c for c in experiment.hparam_infos}, {m.name.tag for m in experiment.metric_infos}, list(rows)
+
+
+def test_tensorboard_has_a_table_of_the_runs_of_a_sweep():
+    """One row for each run, also for one that went on; the columns that differ; their results."""
+    results = {
+        "x/tucker/seed0": run_shown(config("output_dir=x/tucker/seed0", "train.epochs=1")),
+        "x/gqa/seed1": run_shown(
+            config("output_dir=x/gqa/seed1", "train.epochs=1", "seed=1", "train.lr=1e-3", base="digits/gqa2")
+        ),
+    }
+    given = config("output_dir=x/dense/seed0", "train.epochs=1", "train.checkpoint_steps=2", base="digits/dense")
+    with pytest.raises(KeyboardInterrupt):
+        run_shown(given, step_rule=StopAt(3))
+    results["x/dense/seed0"] = run_shown(given)
+    columns, metrics, rows = hparams_table("x")
+    assert {"best/top1", "eval/top1", "eval/loss", "params/attention", "train/loss"} <= metrics
+    assert {name for name, column in columns.items() if column.differs} >= {"method", "seed", "train.lr"}
+    assert not columns["train.epochs"].differs
+    assert not {"output_dir", "data.root", "train.checkpoint_steps", "attention.method"} & set(columns)
+    found = {row.sessions[0].name: row for row in rows}
+    assert len(rows) == len(found) == 3
+    for folder, result in results.items():
+        row = found[folder.removeprefix("x/")]
+        assert row.metric_values[0].value == pytest.approx(result["best"]["top1"], rel=1e-6)  # float32
+        assert row.hparams["method"].string_value == folder.split("/")[1]
+    tucker = found["tucker/seed0"].hparams
+    assert tucker["attention.ranks"].string_value == "[3, 8, 8]"
+    assert (tucker["train.lr"].number_value, tucker["seed"].number_value) == (2e-3, 0)
+    assert sorted(path.name for path in Path("x/tucker/seed0").iterdir() if path.is_dir()) == ["checkpoints"]
 
 
 def test_the_plan_of_a_run_writes_nothing(capsys):

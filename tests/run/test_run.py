@@ -177,7 +177,7 @@ def test_a_run_does_not_need_its_start_any_more():
 
 def test_patched_checkpoints_are_no_dense_start():
     trained(config("output_dir=a", "train.epochs=1"))
-    with pytest.raises(vt.CheckpointError, match=r"last/model.safetensors holds a model patched with tucker"):
+    with pytest.raises(vt.CheckpointError, match=r"last/model.safetensors contains a model patched with tucker"):
         run(config("output_dir=b", "model.checkpoint=a"))
     with pytest.raises(vt.CheckpointError, match="model.checkpoint: nowhere: no such file or run folder"):
         run(config("output_dir=b", "model.checkpoint=nowhere"))
@@ -241,7 +241,7 @@ def test_accumulation_changes_nothing_but_rounding():
         (
             ["model.model_kwargs={colour: red}"],
             vt.ConfigError,
-            "model: vit_tiny_patch16_224 does not take these arguments",
+            "model: vit_tiny_patch16_224 does not accept these arguments",
         ),
         (["model.num_heads=5"], vt.ConfigError, "model: vit_tiny_patch16_224 can't be built: dim should be divisible"),
         (
@@ -256,7 +256,7 @@ def test_accumulation_changes_nothing_but_rounding():
         ),
         (["attention.layers=attn"], vt.PatchError, "attention: layer pattern 'attn' matches no attention module"),
         (["train.global_batch_size=2000"], vt.ConfigError, "larger than the 320 training images"),
-        (["train.warmup_epochs=9"], vt.ConfigError, "train.warmup_epochs=9 is more than train.epochs=2"),
+        (["train.warmup_epochs=9"], vt.ConfigError, "train.warmup_epochs: 9 is more than train.epochs=2"),
         (["train.opt=adamm"], vt.ConfigError, "train.opt=adamm"),
         (["data.dataset=digit"], vt.DataError, "unknown data set 'digit'.*did you mean 'digits'"),
         (

@@ -125,7 +125,7 @@ class TestRefusedBeforeTheFirstStep:
 
     def test_an_empty_file_is_no_reason_to_ask_the_hub(self):
         torch.save({"state_dict": {}}, "empty.pth")
-        with pytest.raises(CheckpointError, match="empty.pth holds no tensors"):
+        with pytest.raises(CheckpointError, match="empty.pth contains no tensors"):
             run(config("output_dir=out", "model.checkpoint=empty.pth"))
 
     def test_a_class_token_too_many(self):

@@ -79,6 +79,21 @@ def test_characters_without_a_font_are_named_in_one_line(installed, tmp_path, ca
     assert axis.title.get_fontfamily()[-1] == installed  # for the other one
 
 
+def test_fonts_are_found_that_were_installed_after_matplotlib_s_list(tmp_path, caplog, monkeypatch):
+    before = list(fontManager.ttflist)
+    font_file(tmp_path / "new.ttf", "New Sans", PRIVATE)
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    files = [str(tmp_path / name) for name in ("broken.ttf", "new.ttf")]
+    monkeypatch.setattr(fonts, "findSystemFonts", lambda: files)
+    fonts.add_new_fonts.cache_clear()
+    figure, axis = figure_with(PRIVATE)
+    with fonts.installed_fonts(figure):
+        assert axis.title.get_fontfamily()[-1] == "New Sans"
+    assert not caplog.records
+    fontManager.ttflist[:] = before
+    fonts.add_new_fonts.cache_clear()
+
+
 def test_names_in_the_own_font_change_nothing(caplog, tmp_path):
     figure, axis = figure_with("Größe ± Δ, 12%\n→ Ελληνικά, кошка")
     before = axis.title.get_fontfamily()

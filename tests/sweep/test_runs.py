@@ -190,7 +190,7 @@ def test_a_launcher_starts_the_runs_when_asked(monkeypatch):
     assert "start, seed 0: failed: status 1: no such luck" in text
     ((command, own_session),) = started
     assert own_session
-    assert command[1:6] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    assert command[1:6] == ["-m", "vit_tucker.cli.launch", "--multi_gpu", "--num_processes", "2"]
     assert command[6] == "--main_process_port"
     assert command[8].endswith("experiments/train_vit.py")
     assert command[9:] == ["--cfg", "out/start/seed0.yaml"]

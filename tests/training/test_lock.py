@@ -110,7 +110,7 @@ def test_a_foreign_lock_and_a_file_system_without_locks_are_noted(monkeypatch):
     lock = RunLock(Path("a"))
     lock.take()
     assert lock.note == (
-        "a: process 7 on elsewhere, started 2026-01-01 left its lock behind, and has ended as far as the file system tells"
+        "a: process 7 on elsewhere, started 2026-01-01 left its lock behind, and has ended as far as the file system shows"
     )
     lock.release()
 

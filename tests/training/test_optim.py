@@ -238,7 +238,15 @@ def test_the_table_shows_blocks_and_scales(make_vit):
     decayed = next(g for g in block if g.weight_decay)
     assert decayed.tensors == 10  # two cores, two head factors, four mode factors, two MLP matrices
     assert any("core" in name or "head" in name for name in decayed.examples)
+    for other in (RECIPE.model_copy(update={"sched": "constant"}), RECIPE):  # the peak, wherever the schedule stands
+        optimizer = create_optimizer(model, other)
+        assert [g.peak_lr for g in describe_groups(model, optimizer)] == [g.lr_scale * RECIPE.lr for g in groups]
+        create_scheduler(optimizer, other, 10)  # at the first step of the warm-up
+        assert all(g["lr"] < 0.01 * RECIPE.lr for g in optimizer.param_groups)
+        assert describe_groups(model, optimizer) == groups
+    assert {g.peak_lr for g in block} == {0.25 * RECIPE.lr}
     lines = group_table(groups).splitlines()
+    assert "  peak lr  " in lines[0]
     assert len(lines) == 1 + len(groups)
     assert len({line.rindex("  " + g.examples[0]) for line, g in zip(lines[1:], groups, strict=True)}) == 1  # aligned
     assert [g.layer for g in groups if "norm" in g.layer] == [

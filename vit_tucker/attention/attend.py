@@ -81,7 +81,7 @@ def fused_attention(
     facts = facts_of(q, k, v, attn_mask, is_causal, dropout)
     chosen = get_backend(choose(facts, backend).name)
     if chosen.attend is None:
-        raise PatchError(f"attention backend '{chosen.name}' takes no queries, keys and values")
+        raise PatchError(f"attention backend '{chosen.name}' accepts no queries, keys and values")
     return attend_padded(chosen, facts, q, k, v, attn_mask, is_causal, scale, dropout)
 
 

@@ -52,7 +52,7 @@ class AttentionConfig(MethodConfig):
     """Features of the host (``HostSpec.features``) that the method supports; it refuses hosts with others."""
 
     whole_kernels: ClassVar[bool] = False
-    """Backends that compute Tucker Attention as a whole can be asked for."""
+    """Backends that compute Tucker Attention only can be requested."""
 
     latent_rope: ClassVar[bool] = False
     """On hosts with RoPE one latent key rotates for all heads, instead of each head's own."""
@@ -76,7 +76,7 @@ class AttentionConfig(MethodConfig):
         """Refuses names that are no backend, and backends that do not compute this method."""
         if is_whole(name) and not cls.whole_kernels:
             able = [AUTO, *(other for other in list_backends() if not is_whole(other))]
-            raise ConfigError(f"backend '{name}' computes Tucker Attention as a whole; here: {', '.join(able)}")
+            raise ConfigError(f"backend '{name}' computes Tucker Attention only; other methods have: {', '.join(able)}")
         if name != AUTO:
             get_backend(name)
         return name

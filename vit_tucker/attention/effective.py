@@ -66,7 +66,7 @@ def refuse_altered(module: nn.Module) -> None:
         raise WeightsError(f"has a {kind}, which may change what it computes: remove it first (handle.remove())")
     if "forward" in vars(module):
         raise WeightsError(
-            f"has a forward of its own in place of that of {full_name(module)}: its weights don't say what it does"
+            f"has a forward of its own in place of that of {full_name(module)}: its weights alone don't determine its output"
         )
 
 
@@ -165,9 +165,7 @@ def refuse_unreadable(part: nn.Module) -> None:
     """Raises WeightsError for anything but a Linear or a convolution with weights of its own."""
     cls = next((cls for cls in PROJECTIONS if type(part).forward is cls.forward), None)
     if cls is None or type(part).__call__ is not nn.Module.__call__:
-        raise WeightsError(
-            f"is a {full_name(part)}, not a Linear or a convolution whose weights say all that it computes"
-        )
+        raise WeightsError(f"is a {full_name(part)}, not a Linear or a convolution that its weights alone determine")
     for tensor in part.parameters():
         if is_traceable_wrapper_subclass(tensor) or is_traceable_wrapper_subclass(tensor.data):
             raise WeightsError(
@@ -246,4 +244,4 @@ def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
     """
     for name, tensor in tensors:
         if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"its weights hold NaN or infinite values ({name.replace('_bias', ' bias')})")
+            raise WeightsError(f"its weights contain NaN or infinite values ({name.replace('_bias', ' bias')})")

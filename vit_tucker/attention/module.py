@@ -189,11 +189,11 @@ class AttentionModule(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
         """Returns all heads' outputs (B, N, F) of tokens (B, N, C), before the linear read-out; arguments as of ``forward``."""
-        raise PatchError(f"{type(self).__name__} does not say what its linear read-out sees; leave calibration out")
+        raise PatchError(f"{type(self).__name__} has no mix(), which calibration needs: leave it out")
 
     def readout(self, mixed: Tensor) -> Tensor:
         """Computes what follows ``mix``, dropout apart: a linear map of ``mixed`` (B, N, F), which gives (B, N, O)."""
-        raise PatchError(f"{type(self).__name__} does not say what its linear read-out is; leave calibration out")
+        raise PatchError(f"{type(self).__name__} has no readout(), which calibration needs: leave it out")
 
     @property
     def has_out_bias(self) -> bool:
@@ -238,12 +238,12 @@ class AttentionModule(nn.Module):
 
     def rotary_pairs(self) -> RotaryPairs:
         """Returns the pre-softmax tensor with its rotations, of a layer with RoPE: see ``MHAWeights.rotary_pairs``."""
-        lacks = "has no RoPE here" if self.spec.rope is None else "does not say what its rotations are"
+        lacks = "has no RoPE here" if self.spec.rope is None else "does not implement rotary_pairs()"
         raise PatchError(f"{type(self).__name__} {lacks}")
 
     def latent_rotations(self) -> Tensor:
         """Returns the numbers (R3/2,) of the rotations of the pairs of ``tucker_form``'s key basis, of a layer with RoPE."""
-        raise PatchError(f"{type(self).__name__} does not say what its rotations are")
+        raise PatchError(f"{type(self).__name__} does not implement latent_rotations()")
 
     @abstractmethod
     def post_pairs(self) -> Pairs:

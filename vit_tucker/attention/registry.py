@@ -39,7 +39,7 @@ class MethodRegistry(Registry[type[Config]]):
                     f"{config.__name__} must derive from vit_tucker.{self.base.__name__} to be registered"
                 )
             if config.model_fields["method"].default != name:
-                raise ConfigError(f'{config.__name__} must say method: Literal["{name}"] = "{name}"')
+                raise ConfigError(f'{config.__name__} must declare method: Literal["{name}"] = "{name}"')
             self.add(name, config)
             return own
 

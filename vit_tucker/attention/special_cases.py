@@ -35,7 +35,7 @@ Form = TypeVar("Form", bound=AttentionModule)
 
 
 class DenseTensors(NamedTuple):
-    """The tensors that a layer's attention comes to, float64.
+    """The tensors that a layer's attention is equal to, float64.
 
     Attributes:
         pre: W_i, (H, C, C), or (H, C + 1, C) with the query bias as the last row.
@@ -139,7 +139,7 @@ def heads_form(layer: AttentionModule, approximate: bool = False, tolerance: flo
     """
     layer = plain_layer(layer)
     if layer.latent_width is not None:
-        raise PatchError("its latent RoPE rotates one key for all heads together, which no heads of their own do")
+        raise PatchError("its latent RoPE rotates one key for all heads, which multi-head attention can't")
     if isinstance(layer, PerHeadModule):
         return HeadsForm(layer.dense_weights())
     refuse_nonlinear(layer)
@@ -168,7 +168,7 @@ def refuse_wide(split: Split, width: int, name: str) -> None:
     rank = max(split.ranks)
     if rank > width:
         raise PatchError(
-            f"the {name} matrix of head {split.ranks.index(rank)} has rank {rank}, a dense head holds rank {width} (head_dim)"
+            f"the {name} matrix of head {split.ranks.index(rank)} has rank {rank}, dense heads have at most {width} (head_dim)"
         )
 
 
@@ -218,7 +218,7 @@ def as_value_bias(out_bias: Tensor, out: Tensor, has_place: bool) -> Tensor:
     stacked = out.flatten(0, 1).mT  # (O, H*D)
     bias = (stacked.pinverse() @ out_bias).unflatten(0, out.shape[:2])
     if (stacked @ bias.flatten() - out_bias).norm() > 1e-9 * out_bias.norm():
-        raise PatchError("its output bias has no place in a host without proj_bias: no value bias comes to it")
+        raise PatchError("its output bias has no place in a host without proj_bias: no value bias equals it")
     return bias
 
 

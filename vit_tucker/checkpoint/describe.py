@@ -62,7 +62,7 @@ def describe(
     architecture = cfg.pop("architecture", None) if record is None else record.identity.architecture
     if architecture is None or not is_model(architecture):
         raise CheckpointError(
-            f"{type(model).__name__} can't be described: it does not say which timm model it is (pretrained_cfg['architecture'])"
+            f"{type(model).__name__} can't be described: it does not name its timm model (pretrained_cfg['architecture'])"
         )
     config: dict[str, Any] = {
         "architecture": architecture if record is None else PATCHED,
@@ -193,8 +193,8 @@ def refuse_altered_weights(model: nn.Module) -> None:
     """Raises CheckpointError for a model whose weights are not those of timm's modules: adapters, parametrizations."""
     for is_altered, what, advice in (
         (is_adapter, "adapters", "merge them first (model = model.merge_and_unload()), or save them by PEFT"),
-        (is_parametrized, "parametrizations", "settle them first: torch.nn.utils.parametrize.remove_parametrizations"),
-        (functional_hooks, "norms or masks of weights as hooks", "settle them first: prune.remove, remove_weight_norm"),
+        (is_parametrized, "parametrizations", "merge them first: torch.nn.utils.parametrize.remove_parametrizations"),
+        (functional_hooks, "norms or masks of weights as hooks", "merge them first: prune.remove, remove_weight_norm"),
     ):
         names = [name for name, module in model.named_modules() if is_altered(module)]
         if names:
@@ -209,12 +209,14 @@ def refuse_other(model: nn.Module, config: Mapping[str, Any]) -> None:
         rebuilt = create_structure(config)
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         reason = reason_of(error)
-        raise CheckpointError(f"the model can't be rebuilt from what it tells: {reason}; give model_args=") from None
+        raise CheckpointError(
+            f"the model can't be rebuilt from the name and arguments that it records: {reason}; give model_args="
+        ) from None
     found = list(differences(model, rebuilt))
     if found:
         refuse_altered_weights(model)
         raise CheckpointError(
-            "the model is not what timm makes by the name and arguments that it tells: "
+            "timm builds another model by the name and arguments that the model records: "
             f"{'; '.join(found[:3])}{and_more(found, 3)}; give the arguments of timm.create_model as model_args="
         )
 

@@ -82,7 +82,7 @@ def load_host(
             if config.pretrained:
                 report = check_pretrained(config.name, model, load, added)
     except TypeError as error:
-        raise ConfigError(f"model: {config.name} does not take these arguments: {error}") from None
+        raise ConfigError(f"model: {config.name} does not accept these arguments: {error}") from None
     except VitTuckerError:
         raise
     except (RuntimeError, AssertionError, ValueError, OSError, pickle.UnpicklingError) as error:
@@ -246,7 +246,7 @@ def timm_reason(error: Exception) -> str:
     """Returns timm's reason why it can't build a model, the ``error`` in one line."""
     reason = short_reason(error)
     if "pip install huggingface_hub" in reason and importlib.util.find_spec("huggingface_hub") is not None:
-        reason += f" It is installed, but timm {timm.__version__} can't use it: take an older one, or a newer timm."
+        reason += f" It is installed, but timm {timm.__version__} can't use it: install an older one, or a newer timm."
     return reason
 
 

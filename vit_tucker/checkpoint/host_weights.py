@@ -96,7 +96,7 @@ def open_weights(path: Path, name: str, what: str = MODEL_KEY) -> HostWeights:
     if method:
         as_it_is = "; to go on with it as it is: model.name=local-dir:FOLDER model.pretrained=true"
         hint = as_it_is if what == MODEL_KEY else ""
-        raise CheckpointError(f"{what}: {file} holds a model patched with {method}, a dense host is needed{hint}")
+        raise CheckpointError(f"{what}: {file} contains a model patched with {method}, a dense host is needed{hint}")
     try:
         verify_beside(file)
     except CheckpointError as error:
@@ -151,7 +151,7 @@ def open_jax(file: Path, what: str) -> HostWeights:
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise CheckpointError(f"{what}: {file} can't be read as NumPy arrays: {reason_of(error)}") from None
     if not shapes:
-        raise CheckpointError(f"{what}: {file} holds no arrays")
+        raise CheckpointError(f"{what}: {file} contains no arrays")
     head = next((shape for key, shape in shapes.items() if key.endswith("head/bias") and len(shape) == 1), (0,))
     return HostWeights(file, None, shapes, head[0], "JAX", (), data_config_beside(file))
 
@@ -228,7 +228,7 @@ def refuse_unused_arrays(weights: HostWeights, load: ObservedLoad) -> None:
     taken = sum(value.numel() for key, value in own.items() if not key.startswith(skipped))
     if given != taken:
         raise CheckpointError(
-            f"it has {given:,} values beside classifier and embeddings, of which the model takes {taken:,}"
+            f"it has {given:,} values beside classifier and embeddings, of which the model uses {taken:,}"
         )
     classified = bool(getattr(load.model, "num_classes", 0)) and not any(
         key.startswith("head.") for key in load.missing

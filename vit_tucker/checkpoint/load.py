@@ -142,7 +142,7 @@ def find(where: str | Path) -> tuple[Path | None, str | None]:
             return path / name, None
     if any((path / name / WEIGHTS).is_file() for name in (*OF_A_RUN, ".")):
         raise CheckpointError(
-            f"{path}: has weights but no {CONFIG}, which says of which model (an older vit_tucker wrote none)"
+            f"{path}: has weights but no {CONFIG}, which names their model (an older vit_tucker wrote none)"
         )
     raise CheckpointError(f"{path}: no model: neither {CONFIG} nor {OF_A_RUN[0]}/{CONFIG}")
 

@@ -65,7 +65,7 @@ def dense_host(
     """
     architecture = host_name(model)
     if architecture is None:
-        raise CheckpointError("the model does not say which timm model it is (pretrained_cfg['architecture'])")
+        raise CheckpointError("the model does not name its timm model (pretrained_cfg['architecture'])")
     arguments = {**creation_arguments(model, architecture), **(model_args or {})}
     what = "load_dense"
     if isinstance(weights, Mapping):
@@ -78,6 +78,6 @@ def dense_host(
     try:
         host, _ = create_loaded(architecture, opened, what=what, **arguments)
     except TypeError as error:
-        raise CheckpointError(f"{what}: {architecture} does not take these arguments: {error}") from None
+        raise CheckpointError(f"{what}: {architecture} does not accept these arguments: {error}") from None
     forget_source(host)
     return host.eval()

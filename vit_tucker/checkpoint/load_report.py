@@ -17,7 +17,7 @@ PRE_LOGITS = (
 )
 
 LOOKS: tuple[tuple[str, str], ...] = (
-    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which holds no weights of the model itself"),
+    (r"(^|\.)lora_[AB]\.", "a LoRA adapter (PEFT), which contains no weights of the model itself"),
     (r"^visual\.(conv1|class_embedding)", "the image tower of a CLIP, which timm's models named *_clip_* have"),
     (r"(^|\.)layer1\.0\.conv1\.weight$", "a ResNet"),
     (r"(^|\.)features\.\d+\.0\.block\.", "a ConvNeXt or EfficientNet of torchvision"),
@@ -32,7 +32,7 @@ LOOKS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)encoder\.layers\.\d+\.self_attn\.", "a vision tower of Hugging Face transformers"),
     (r"^(exp_avg|state\.\d+)", "the state of an optimizer"),
 )
-"""Patterns of names by which messages tell what model weights are of."""
+"""Patterns of names by which messages describe the model that weights are of."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def read_state(file: Path, what: str) -> tuple[dict[str, Tensor], str]:
     values = read_values(file, what)
     state, entry = find_tensors(values)
     if not state:
-        raise CheckpointError(f"{what}: {file} holds no tensors: {contents(values)}")
+        raise CheckpointError(f"{what}: {file} contains no tensors: {contents(values)}")
     return state, entry
 
 
@@ -158,7 +158,7 @@ def unreadable(error: Exception, file: Path) -> str:
 def unsafe_objects(names: Iterable[str]) -> str:
     """Returns why a file with objects of these classes is not read, and what helps."""
     return (
-        f"it holds Python objects besides tensors ({', '.join(sorted(names)[:4])}), and nothing is executed here; save the "
+        f"it contains Python objects besides tensors ({', '.join(sorted(names)[:4])}), and nothing is executed here; save the "
         "weights alone where you trust the file: torch.save(model.state_dict(), ...)"
     )
 
@@ -205,4 +205,4 @@ def contents(values: Any) -> str:
     for key, value in list(values.items())[:6]:
         size = f" of {len(value)} entries" if isinstance(value, Mapping) else ""
         parts.append(f"{key} (a {type(value).__name__}{size})")
-    return f"it holds {', '.join(parts)}"
+    return f"it contains {', '.join(parts)}"

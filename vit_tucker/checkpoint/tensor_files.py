@@ -31,7 +31,7 @@ def read_weights(cfg: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     if state := cfg.get("state_dict"):
         if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict holds other things than tensors")
+            raise CheckpointError(f"'{PATCHED}': pretrained_cfg.state_dict contains other things than tensors")
         return dict(state)
     if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not cfg.get("file")):
         file, local = download_weights(cfg["hf_hub_id"]), False
@@ -78,7 +78,7 @@ def download(hub_id: str, name: str) -> Path:
     except Exception as error:  # the hub's errors derive from several bases, and differ from version to version
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
-        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be had: {reason}") from None
+        raise CheckpointError(f"hf-hub:{hub_id}: {name} can't be downloaded: {reason}") from None
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:

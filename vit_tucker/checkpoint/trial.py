@@ -106,7 +106,7 @@ def try_once(model: nn.Module, where: str) -> None:
     except Exception as error:  # timm's modules raise many kinds for arguments that don't go together
         raise CheckpointError(f"{where}: the model does not run on an image of {shape}: {reason_of(error)}") from None
     if isinstance(output, Tensor) and output.shape[0] != 1:
-        raise CheckpointError(f"{where}: the model makes {tuple(output.shape)} of one image")
+        raise CheckpointError(f"{where}: the model returns {tuple(output.shape)} for one image")
 
 
 def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -135,7 +135,7 @@ def refuse_indices(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
             limit = None
         if low < 0 or (limit is not None and high >= limit):
             allowed = "0 and more" if limit is None else f"0 to {limit - 1}"
-            raise CheckpointError(f"{where}: {name} holds {low if low < 0 else high}, allowed are {allowed}")
+            raise CheckpointError(f"{where}: {name} contains {low if low < 0 else high}, allowed are {allowed}")
 
 
 def index_limits(model: nn.Module) -> dict[str, int]:

@@ -26,13 +26,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="timm model names, run folders, saved folders")
     add_method(parser)
-    parser.add_argument("--train", action="store_true", help="also training steps")
-    parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="in place of the models' own size")
+    parser.add_argument("--train", action="store_true", help="measure training steps too")
+    parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="image size, instead of each model's own")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per pass; 8 if left out")
-    parser.add_argument("--turns", type=positive, default=10, metavar="N", help="for each model; 10 if left out")
-    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast")
+    parser.add_argument(
+        "--turns", type=positive, default=10, metavar="N", help="measurements of each model, in turns; 10 if left out"
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="precision of autocast; no if left out")
     add_device(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write a CSV file, with --json a JSON file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write: CSV, with --json JSON")
     add_json(parser)
     parser.set_defaults(run=bench)
 

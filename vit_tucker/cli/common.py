@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vit_tucker.errors import ConfigError, nearest
+from vit_tucker.errors import ConfigError, nearest, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -126,19 +126,18 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
         ConfigError: not exactly one model is named; or a mistake in the config that is found without torch.
     """
     from vit_tucker.config.early import refuse_early
-    from vit_tucker.config.load import read_config
+    from vit_tucker.config.load import read_files
     from vit_tucker.config.source import Source, merge_values, read_overrides
 
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
-        found = f", not {len(names)} models" if names else ""
+        found = f", not {len(names)} models" if len(names) > 1 else ""
+        if names and args.cfg is not None:
+            found = f", not both: '{shorten(names[0])}' beside --cfg {args.cfg}; overrides are written key.sub=value"
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
     overrides = [text for text in args.overrides if "=" in text]
-    refuse_early(
-        read_config(args.cfg, overrides)[1]
-        if args.cfg is not None
-        else merge_values(Source({"model": {"name": names[0]}}), read_overrides(overrides))
-    )
+    source = Source({"model": {"name": names[0]}}) if args.cfg is None else read_files(args.cfg)[1]
+    refuse_early(merge_values(source, read_overrides(overrides)).with_fitting_warmup()[0])
     return next(iter(names), None), overrides
 
 

@@ -9,10 +9,10 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
-    parser = commands.add_parser("compare", help="runs side by side, from their results.json")
+    parser = commands.add_parser("compare", help="compare runs side by side, from their results.json")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument(
-        "--save", type=Path, metavar="FOLDER", help="keep configs, summaries, results and the table there"
+        "--save", type=Path, metavar="FOLDER", help="folder to copy configs, summaries, results and the table to"
     )
     add_json(parser)
     parser.set_defaults(run=compare)

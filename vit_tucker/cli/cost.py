@@ -47,20 +47,27 @@ def add_parser(commands: Any) -> None:
     )
     add_method(parser)
     parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")
-    parser.add_argument("--table", type=int, choices=(1, 2, 3), help="a table of the paper instead of a model")
+    parser.add_argument("--table", type=int, choices=(1, 2, 3), help="print Table 1, 2 or 3 of the paper instead")
     parser.add_argument(
-        "--measure", action="store_true", help="also latency, in turns with the dense model, and memory"
+        "--measure", action="store_true", help="measure latency, in turns with the dense model, and memory too"
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images per pass; 8 if left out")
     parser.add_argument(
-        "--turns", type=int, default=15, metavar="N", help="of --measure, for each model; 15 if left out"
+        "--turns", type=int, default=15, metavar="N", help="measurements of each model with --measure; 15 if left out"
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="autocast, and of the KV cache")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="no",
+        help="precision of autocast and of the KV cache; no if left out",
+    )
     add_device(parser)
     parser.add_argument(
-        "--format", choices=("markdown", "csv", "latex", "json"), help="by the ending of --out, else markdown"
+        "--format",
+        choices=("markdown", "csv", "latex", "json"),
+        help="format of the table; by the ending of --out if left out, else markdown",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write it there instead of printing it")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write the table to, instead of printing it")
     add_json(parser)
     parser.set_defaults(run=cost)
 
@@ -87,12 +94,12 @@ def _paper(args: argparse.Namespace) -> "Table":
     from vit_tucker.report.cost import formula_table, published_table
 
     if args.method or args.cfg or args.measure:
-        raise ConfigError("--table takes no --method, --cfg or --measure: its rows are the paper's")
+        raise ConfigError("--table accepts no --method, --cfg or --measure: its rows are the paper's")
     if args.table == 1:
         sizes = read_sizes(read_overrides(args.overrides).values)
         return formula_table(f"d={sizes.d} H={sizes.H} N={sizes.N}", formula_rows(sizes))
     if args.overrides:
-        raise ConfigError(f"{args.overrides[0]}: --table {args.table} takes no sizes: its model is the paper's")
+        raise ConfigError(f"{args.overrides[0]}: --table {args.table} accepts no sizes: its model is the paper's")
     return published_table(*published_rows(args.table))
 
 

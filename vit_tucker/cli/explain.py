@@ -29,46 +29,53 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("where", metavar="RUN", help=MODEL_HELP)
     parser.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="image files, and folders of them")
     parser.add_argument(
-        "--data", type=positive, metavar="N", help="the first N evaluation images of the run's data set"
+        "--data", type=positive, metavar="N", help="explain the first N evaluation images of the run's data set"
     )
     parser.add_argument(
         "--dense",
         default="host",
         metavar="RUN | host | pretrained | none",
-        help="the dense model beside it: host, what the run started from (if left out); pretrained, timm's weights; a run, "
-        "checkpoint or saved folder, or a weights file; none",
+        help="dense model to compare with: host, the weights that the run started from (if left out); pretrained, timm's "
+        "weights; a run, checkpoint or saved folder, or a weights file; or none",
     )
     parser.add_argument(
         "--layers",
         metavar="LAYERS",
-        help="whose heads are shown: indices, ranges and name patterns with commas, e.g. 0,3-5,-1 or 'blocks.*.attn'",
+        help="layers whose heads are shown: indices, ranges and name patterns with commas, e.g. 0,3-5,-1 or 'blocks.*.attn'",
     )
     parser.add_argument(
-        "--head-fusion", choices=("mean", "max", "min"), default="mean", help="of rollout; mean if left out"
+        "--head-fusion",
+        choices=("mean", "max", "min"),
+        default="mean",
+        help="how rollout combines the heads; mean if left out",
     )
     parser.add_argument(
-        "--discard-ratio", type=float, default=0.0, metavar="SHARE", help="of rollout: the smallest entries set to 0; 0"
+        "--discard-ratio",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the smallest entries that rollout sets to 0; 0 if left out",
     )
     parser.add_argument(
         "--queries",
         choices=("auto", "class", "patches"),
         default="auto",
-        help="whose attention is shown: auto, the tokens that the model reads out; the class token; the mean over patches",
+        help="tokens whose attention is shown: those that the model classifies by (auto), the class token, or all patches",
     )
     parser.add_argument(
         "--relevance",
         action="store_true",
-        help="in place of rollout: relevance for one class, maps weighted by its gradients (Chefer et al. 2021)",
+        help="show relevance for one class instead of rollout: maps weighted by its gradients (Chefer et al. 2021)",
     )
     parser.add_argument(
         "--target",
         type=int,
         metavar="CLASS",
-        help="of --relevance: the class's number; what each model predicts if left out",
+        help="number of the class for --relevance; each model's prediction if left out",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to; RUN/attention if left out")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to write; RUN/attention if left out")
     parser.add_argument(
-        "--tensorboard", action="store_true", help="also as TensorBoard images, in the run folder or --out"
+        "--tensorboard", action="store_true", help="write TensorBoard images too, in the run folder or --out"
     )
     add_device(parser)
     add_json(parser)

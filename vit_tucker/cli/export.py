@@ -34,36 +34,46 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "export",
-        help="a trained model as ONNX, torch.export or plain timm, checked against PyTorch",
+        help="export a trained model as ONNX, torch.export or plain timm, checked against PyTorch",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="RUN", help=MODEL_HELP)
-    parser.add_argument("--format", default="onnx", metavar="FORMAT", help="onnx (if left out), torch_export or dense")
-    parser.add_argument("--out", type=Path, metavar="PATH", help="where to; in RUN, or here for a model of the hub")
     parser.add_argument(
-        "--dense", action="store_true", help="with plain attention, equal to the model's (onnx, torch_export)"
+        "--format",
+        default="onnx",
+        metavar="FORMAT",
+        help="format of the file: onnx (if left out), torch_export or dense",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PATH",
+        help="file or folder to write; in RUN if left out, or here for a model of the hub",
+    )
+    parser.add_argument(
+        "--dense",
+        action="store_true",
+        help="convert attention to plain attention of equal outputs (onnx, torch_export)",
     )
     parser.add_argument(
         "--approximate",
         action="store_true",
-        help="of dense: cut heads whose rank is above head_dim to the nearest that fit",
+        help="for dense: truncate heads whose rank is above head_dim to the nearest that fit",
     )
+    parser.add_argument("--dynamic-img-size", action="store_true", help="accept images of any size, if the model does")
     parser.add_argument(
-        "--dynamic-img-size", action="store_true", help="images of any size, where the model takes them"
+        "--with-preprocessing", action="store_true", help="accept images in [0, 1] and normalise them in the file"
     )
+    parser.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; the exporter's default if left out")
     parser.add_argument(
-        "--with-preprocessing", action="store_true", help="take images in [0, 1] and normalise them in the file"
-    )
-    parser.add_argument("--opset", type=int, metavar="N", help="of ONNX; the exporter's own if left out")
-    parser.add_argument(
-        "--int8", action="store_true", help="quantise the products with weights (onnx), and tell what that costs"
+        "--int8", action="store_true", help="quantise the products with weights (onnx), and report what that costs"
     )
     parser.add_argument(
         "--reduce-range",
         action=argparse.BooleanOptionalAction,
-        help="of int8: 7-bit weights, for x86 CPUs without VNNI; where this machine needs them if left out",
+        help="for int8: 7-bit weights, for x86 CPUs without VNNI; by this machine's CPU if left out",
     )
     parser.add_argument(
         "--data",
@@ -71,17 +81,17 @@ def add_parser(commands: Any) -> None:
         help="images to compare on: a data set's evaluation split, an image file or folder, or none; the run's own if left out",
     )
     parser.add_argument(
-        "--images", type=positive, default=256, metavar="N", help="how many of them at most; 256 if left out"
+        "--images", type=positive, default=256, metavar="N", help="most images to compare on; 256 if left out"
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=32, metavar="N", help="of the comparison; 32 if left out"
+        "--batch-size", type=positive, default=32, metavar="N", help="images per pass of the comparison; 32 if left out"
     )
     parser.add_argument(
         "--tolerance",
         type=float,
         default=1e-4,
         metavar="X",
-        help="largest error over the largest logit; 1e-4 if left out",
+        help="largest allowed error, relative to the largest logit; 1e-4 if left out",
     )
     add_json(parser)
     parser.add_argument(

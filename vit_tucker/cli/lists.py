@@ -8,15 +8,15 @@ from vit_tucker.cli.common import add_json, emit, to_json
 
 def add_parser(commands: Any) -> None:
     """Adds the commands to the subparsers of ``vit-tucker``."""
-    methods = commands.add_parser("methods", help="names of the registered attention methods")
+    methods = commands.add_parser("methods", help="list the registered attention methods")
     add_json(methods)
     methods.set_defaults(run=list_methods)
-    configs = commands.add_parser("configs", help="names of the configs for --cfg and base:")
-    configs.add_argument("--sweep", action="store_true", help="of the sweeps")
+    configs = commands.add_parser("configs", help="list the configs for --cfg and base:")
+    configs.add_argument("--sweep", action="store_true", help="names of the sweep files instead")
     add_json(configs)
     configs.set_defaults(run=list_configs)
-    schema = commands.add_parser("schema", help="JSON schema of a config file, for editors")
-    schema.add_argument("--sweep", action="store_true", help="of a sweep's file")
+    schema = commands.add_parser("schema", help="print the JSON schema of a config file, for editors")
+    schema.add_argument("--sweep", action="store_true", help="schema of a sweep file instead")
     schema.set_defaults(run=print_schema)
 
 

@@ -42,7 +42,7 @@ def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:
     parser = Parser(
         prog=prog,
         description="Attention methods for timm's vision transformers: convert, train, compare, deploy.",
-        epilog="Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted. 'COMMAND --help' tells more.",
+        epilog="Exit status: 0 done, 1 failed, 2 bad config or arguments, 130 interrupted. 'COMMAND --help' lists options.",
     )
     parser.add_argument("--version", action="version", version=f"vit_tucker {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_tucker.cli.common import Parser, add_plugins, parse_with_overrides, positive, run_command
+from vit_tucker.cli.common import Parser, add_device, add_plugins, parse_with_overrides, positive, run_command
 from vit_tucker.run.status import guarded
 
 if TYPE_CHECKING:
+    from vit_tucker.sweep.plan import Job
     from vit_tucker.sweep.process import Executor
 
 DESCRIPTION = (
@@ -34,31 +35,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``sweep``."""
     parser.add_argument("--cfg", required=True, help="sweep file, or its name below experiments/configs")
     parser.add_argument(
-        "--executor", choices=EXECUTORS, help="runs on this machine, or as a cluster's jobs (executor.kind)"
+        "--executor",
+        choices=EXECUTORS,
+        help="where runs are trained: on this machine, or as jobs of a cluster (executor.kind)",
     )
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="runs at a time; GPUs are dealt to them (executor.jobs)"
+        "--jobs", type=positive, metavar="N", help="runs at a time, among which the GPUs are divided (executor.jobs)"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="CELL", help="names with wildcards: 'gqa*' 'mla8/seed0'"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="CELL",
+        help="run these cells only, by names with wildcards: 'gqa*' 'mla8/seed0'",
     )
-    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="some of the sweep's seeds")
+    parser.add_argument("--seeds", nargs="+", default=[], metavar="SEED", help="run these seeds only")
     parser.add_argument(
         "--launch",
         metavar="ARGS",
         help="start each run by accelerate launch with these arguments, in one string (executor.launch)",
     )
-    parser.add_argument("--time", metavar="MINUTES", help="of a cluster's job (executor.time)")
-    parser.add_argument("--partition", metavar="NAME", help="of the cluster (executor.partition)")
-    parser.add_argument("--gpus", metavar="N", help="of each run on a cluster (executor.gpus)")
+    parser.add_argument("--time", metavar="MINUTES", help="time limit of a cluster job (executor.time)")
+    parser.add_argument("--partition", metavar="NAME", help="partition of the cluster (executor.partition)")
+    parser.add_argument("--gpus", metavar="N", help="GPUs of each run on a cluster (executor.gpus)")
     parser.add_argument(
         "--done",
         nargs="+",
         default=[],
         metavar="RESULTS",
-        help="results.jsonl, or its folder: these runs are done though their own folders are not here",
+        help="results.jsonl, or its folder: skip the runs in it, though their folders are not here",
     )
-    parser.add_argument("--dry-run", action="store_true", help="show the runs and where they stand")
+    parser.add_argument("--dry-run", action="store_true", help="show the runs and their state")
+    parser.add_argument(
+        "--quick-check",
+        action="store_true",
+        help="try one run of each cell: two steps, an evaluation batch; nothing is kept",
+    )
+    add_device(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="the sweep's keys, e.g. seeds=[0,1] set.data.root=/data"
     )
@@ -76,6 +89,7 @@ def sweep_main(argv: Sequence[str] | None = None) -> int:
 def sweep(args: argparse.Namespace) -> int:
     """Plans the sweep's runs and runs those that are not done, or shows them with ``--dry-run``."""
     from vit_tucker.report.collect import SWEEP
+    from vit_tucker.run.main import device_overrides
     from vit_tucker.storage.paths import refuse_unwritable
     from vit_tucker.sweep.plan import load_sweep, select_jobs
 
@@ -85,11 +99,9 @@ def sweep(args: argparse.Namespace) -> int:
     flags = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
     texts = ("launch", "partition")
     args.overrides += [f"executor.{key}={json.dumps(value) if key in texts else value}" for key, value in flags.items()]
+    args.overrides += [f"set.{override}" for override in device_overrides(args.device)]
     planned = load_sweep(args.cfg, args.overrides)
-    from vit_tucker.sweep.check import (  # after it: mistakes come before torch
-        describe_cost,
-        plan_cells,
-    )  # after it: mistakes are reported before torch is imported
+    from vit_tucker.sweep.check import describe_cost, notes_of, plan_cells  # after it: mistakes come before torch
     from vit_tucker.sweep.cluster import ClusterExecutor, refuse_cluster_keys, refuse_missing_cluster
     from vit_tucker.sweep.process import share_machine, visible_gpus
     from vit_tucker.sweep.progress_table import Display
@@ -104,6 +116,10 @@ def sweep(args: argparse.Namespace) -> int:
     jobs = select_jobs(planned, args.only, args.seeds)
     refuse_unwritable("output_dir", planned.output_dir, folder=True)
     flops = plan_cells(jobs)
+    for note in notes_of(jobs):
+        print(note)
+    if args.quick_check:
+        return check_cells(jobs)
     statuses = read_statuses(jobs, read_records([Path(file) for file in args.done]))
     display = Display(jobs, statuses)
     if args.dry_run:
@@ -123,4 +139,17 @@ def sweep(args: argparse.Namespace) -> int:
     display.close()
     if status == 0:
         print(f"all done; tables and figures: python -m vit_tucker tables {shlex.quote(str(planned.output_dir))}")
+    return status
+
+
+def check_cells(jobs: "Sequence[Job]") -> int:
+    """Prints the quick check of each cell, and returns the exit status: that of the first mistake."""
+    from vit_tucker.errors import VitTuckerError
+    from vit_tucker.sweep.check import quick_checks
+
+    status = 0
+    for name, line in quick_checks(jobs):
+        print(f"{name}: {line}" if isinstance(line, str) else f"{name}: error: {line}", flush=True)
+        if isinstance(line, Exception):
+            status = status or (2 if isinstance(line, VitTuckerError) else 1)
     return status

@@ -98,7 +98,7 @@ def tables(args: argparse.Namespace) -> int:
     if out is None:
         raise ConfigError("--out: name a folder for the tables of several runs")
     refuse_unwritable("--out", out, folder=True)
-    study = write_study(args.runs, out, args.x, args.curves)
+    study = write_study(args.runs, out, args.x, args.curves, quiet=args.json)
     parts = [(output.section.title, len(output.section.runs), len(output.section.settings)) for output in study.outputs]
     if args.json:
         sections = [dict(zip(("title", "runs", "settings"), part, strict=True)) for part in parts]

@@ -60,7 +60,7 @@ class DataConfig(Checked):
         default=("filename", "label"), description="Columns of data.labels: the file's name or path, its class."
     )
     exif_orientation: bool = Field(
-        default=False, description="Turn images as their EXIF data says, in training and wherever the model is used."
+        default=False, description="Rotate images by their EXIF data, in training and wherever the model is used."
     )
     value_range: tuple[StoredValue, StoredValue] | None = Field(
         default=None,

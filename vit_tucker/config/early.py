@@ -39,7 +39,7 @@ def refuse_early(source: Source) -> None:
 
 
 def check_sections(source: Source) -> None:
-    """Does what ``refuse_early`` does, whatever has been imported."""
+    """Raises ConfigError for mistakes that ``refuse_early`` finds, whatever has been imported."""
     values = source.values
     if values.get("plugins"):
         values = {key: value for key, value in values.items() if key not in ("attention", "linear")}

@@ -95,6 +95,15 @@ def _names_in(folder: Path) -> Iterator[str]:
             yield (place / f"{method}{recipe}").relative_to(folder).as_posix()
 
 
+def recipes_of(dataset: str) -> list[tuple[Path, str]]:
+    """Returns the files ``base*.yaml`` of a data set's configs, base.yaml first, each with its name.
+
+    Those below experiments/configs come before the shipped ones; there are none for names that are no folder's.
+    """
+    folders = [root / dataset for root in (CONFIG_ROOT, package_configs())] if dataset.isidentifier() else []
+    return [(file, f"{dataset}/{file.stem}") for folder in folders for file, _ in _bases_in(folder)]
+
+
 def _bases_in(folder: Path) -> list[tuple[Path, str]]:
     """Returns the files of a data set, base.yaml first, each with the ending that its recipe gives to names."""
     bases = [(file, file.stem.removeprefix("base")) for file in sorted(folder.glob("base*.yaml"))]

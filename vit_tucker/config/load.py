@@ -19,6 +19,7 @@ from vit_tucker.config.plugins import load_config_plugins
 from vit_tucker.config.source import (
     Source,
     merge_values,
+    random_start,
     read_overrides,
     read_with_bases,
     read_yaml,
@@ -47,35 +48,81 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: one line with file, line, key, what is wrong, and the nearest valid name.
     """
-    path, source = read_config(name, overrides)
-    config = validate_with_plugins(source, path.parent if stored_by_name(name, path) is None else Path())
-    run_name = config.name or _default_name(path)
-    output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
-    try:
-        checked_name(run_name), checked_path(output_dir)
-    except ValueError as error:
-        raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
-    return config.model_copy(update={"name": run_name, "output_dir": output_dir})
+    return read_config(name, overrides)[0]
 
 
-def read_config(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, Source]:
-    """Reads and merges the files of a config.
+def read_config(
+    name: str | Path, overrides: Sequence[str] = (), method: Source | None = None, suffix: str = ""
+) -> tuple[RunConfig, tuple[str, ...]]:
+    """Reads, merges and validates a config.
 
     Args:
-        name, overrides: as for ``load_config``.
+        name, overrides: see ``load_config``.
+        method: its ``attention`` takes the place of the file's.
+        suffix: of the name of a run that the config does not name.
 
     Returns:
-        The config's file, and the values of it, its bases and the overrides.
+        The config, and lines for the log about values that were made to fit.
 
     Raises:
-        ConfigError: one line, for files and overrides; keys and values are not looked at.
+        ConfigError: see ``load_config``.
+    """
+    path, written = read_files(name)
+    given = read_overrides(overrides)
+    source = merge_values(written, given) if method is None else with_method(written, method, given)
+    folder = path.parent if stored_by_name(name, path) is None else Path()
+    return finish_config(source, _default_name(path) + suffix, folder)
+
+
+def read_files(name: str | Path) -> tuple[Path, Source]:
+    """Reads the files of a config; keys and values are not validated.
+
+    Args:
+        name: as for ``load_config``.
+
+    Returns:
+        The config's file, and the values of it and its bases.
+
+    Raises:
+        ConfigError: one line; also for a sweep's file.
     """
     path = find_config(name)
     if "cells" in read_yaml(path).values:
         raise ConfigError(f"{path}: this is a sweep: many runs; start it by experiments/sweep.py --cfg {name}")
     written = read_with_bases(path, stored=stored_by_name(name, path))
     written.values = seen_from_here(written.values, path.parent)
-    return path, merge_values(written, read_overrides(overrides))
+    return path, written
+
+
+def with_method(written: Source, method: Source, given: Source) -> Source:
+    """Merges the command line over a config whose ``attention`` is replaced; it starts at random in a model without weights."""
+    written.values = {name: section for name, section in written.values.items() if name != "attention"}
+    source = merge_values(merge_values(written, method), given)
+    return merge_values(random_start(source.values), source)
+
+
+def finish_config(source: Source, default_name: str, folder: Path = Path()) -> tuple[RunConfig, tuple[str, ...]]:
+    """Validates the values of a run, and fills in ``name`` and ``output_dir``.
+
+    Args:
+        source: with all of its bases and overrides.
+        default_name: of a run without one.
+        folder: where its plug-ins' files are looked for.
+
+    Returns:
+        The config, and lines for the log about values that were made to fit.
+
+    Raises:
+        ConfigError: see ``load_config``.
+    """
+    config, notes = validate_with_plugins(source, folder)
+    run_name = config.name or default_name
+    output_dir = config.output_dir or f"runs/{run_name}-{config.seed}"
+    try:
+        checked_name(run_name), checked_path(output_dir)
+    except ValueError as error:
+        raise ConfigError(f"{source.where(('name',))}: name: {error}") from None
+    return config.model_copy(update={"name": run_name, "output_dir": output_dir}), notes
 
 
 def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
@@ -84,22 +131,26 @@ def config_from(values: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: see ``load_config``.
     """
-    return validate_with_plugins(merge_values(Source(values), read_overrides(overrides)), Path())
+    return validate_with_plugins(merge_values(Source(values), read_overrides(overrides)), Path())[0]
 
 
-def validate_with_plugins(source: Source, folder: Path) -> RunConfig:
+def validate_with_plugins(source: Source, folder: Path) -> tuple[RunConfig, tuple[str, ...]]:
     """Validates the values of a run's config after importing the plug-ins that it names.
 
     Args:
         source: with all of its bases and overrides.
         folder: where its plug-ins' files are looked for.
 
+    Returns:
+        The config, and lines for the log about values that were made to fit.
+
     Raises:
         ConfigError: see ``load_config``; most mistakes are found before torch is imported.
     """
+    source, notes = source.with_fitting_warmup()
     refuse_early(source)
     load_config_plugins(source, folder)
-    return validate(source)
+    return validate(source), notes
 
 
 def _default_name(path: Path) -> str:

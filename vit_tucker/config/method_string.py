@@ -1,11 +1,16 @@
 """A method and its options in one line of text, as on the command line."""
 
-import re
+from __future__ import annotations
 
-from vit_tucker.attention.base import AttentionConfig
+import re
+from typing import TYPE_CHECKING
+
 from vit_tucker.config.load import validate_section
 from vit_tucker.config.source import Source, read_overrides
 from vit_tucker.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vit_tucker.attention.base import AttentionConfig
 
 
 def read_method(text: str) -> AttentionConfig:
@@ -17,10 +22,20 @@ def read_method(text: str) -> AttentionConfig:
     Raises:
         ConfigError: unknown method or option, or a value that it can't have.
     """
+    from vit_tucker.attention.base import AttentionConfig  # imports torch
+
+    return validate_section(AttentionConfig, method_source(text))  # type: ignore[type-abstract]
+
+
+def method_source(text: str) -> Source:
+    """Reads the same text as the ``attention`` section of a config, which is not validated yet.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     name, *options = re.split(r"\s+(?=[A-Za-z_][\w.]*=)", text.strip())
     if " " in name or "=" in name or not name:
         raise ConfigError(f"--method '{text}': written as 'NAME key=value ...'")
     bracketed = [re.sub(r"=(\d+(?:,\d+)+)$", r"=[\1]", option) for option in options]
     values = {"method": name, **read_overrides(bracketed).values}
-    source = Source({"attention": values}, {("attention",): f"--method '{text}'"})
-    return validate_section(AttentionConfig, source)  # type: ignore[type-abstract]
+    return Source({"attention": values}, {("attention",): f"--method '{text}'"})

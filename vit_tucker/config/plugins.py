@@ -122,7 +122,7 @@ def refusal(plugin: str, folder: Path, stored: Path, where: str) -> str:
     """
     file: str | Path = plugin if (found := find_file(plugin, folder)) is None else displayed(found)
     return (
-        f"{where}: plugins: {file} is not run: {displayed(stored)} is data, and what its config names runs only if you say so: "
+        f"{where}: plugins: {file} is not run: {displayed(stored)} is data, whose plug-ins run only if you allow it: "
         "--trust-plugins, or -p FILE for your own copy"
     )
 

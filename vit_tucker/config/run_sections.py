@@ -29,7 +29,7 @@ class RunSections(Checked):
     model: ModelConfig = Field(description="The timm model.")
     attention: Any = Field(default=None, description="Attention to patch in; null keeps the dense host.")
     linear: Any = Field(
-        default=None, description="What takes the place of linear layers outside of attention; null keeps them."
+        default=None, description="The method that replaces linear layers outside of attention; null keeps them."
     )
     data: DataConfig = Field(default=DataConfig(), description="Data set and transforms.")
     train: TrainConfig = Field(default=TrainConfig(), description="The recipe.")

@@ -26,8 +26,8 @@ def describe_key(name: str) -> str | None:
 class RunConfig(RunSections):
     """One run: everything that decides its result."""
 
-    attention: InstanceOf[AttentionConfig] | None = Field(None, description=describe_key("attention"))
-    linear: InstanceOf[LinearConfig] | None = Field(None, description=describe_key("linear"))
+    attention: InstanceOf[AttentionConfig] | None = Field(default=None, description=describe_key("attention"))
+    linear: InstanceOf[LinearConfig] | None = Field(default=None, description=describe_key("linear"))
 
 
 def run_config_model() -> type[RunConfig]:

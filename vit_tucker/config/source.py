@@ -11,6 +11,7 @@ from typing import Any
 
 from vit_tucker.config.find import find_config, parts_of, stored_by_name
 from vit_tucker.config.stored import stored_folder
+from vit_tucker.config.warmup import chosen_for, shortened_warmup
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, shorten
 from vit_tucker.storage.paths import displayed
@@ -24,11 +25,13 @@ class Source:
         values: nested.
         origin: of each key.
         stored: the stored folder whose config names ``plugins``; None where the user does.
+        warmup_for: the epochs that the warm-up was chosen for, see ``vit_tucker.config.warmup``.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     origin: dict[KeyPath, str] = field(default_factory=dict)
     stored: Path | None = None
+    warmup_for: float | None = None
 
     def where(self, path: KeyPath) -> str:
         """Returns the origin of a key or of its nearest parent."""
@@ -36,6 +39,15 @@ class Source:
             if path[:end] in self.origin:
                 return self.origin[path[:end]]
         return next(iter(self.origin.values()), "config")
+
+    def with_fitting_warmup(self) -> tuple["Source", tuple[str, ...]]:
+        """Returns the values with a warm-up that is not longer than the training, and a line for the log where it was changed."""
+        changed = shortened_warmup(self.values, self.warmup_for)
+        if changed is None:
+            return self, ()
+        path = ("train", "warmup_epochs")
+        fitting = Source({"train": {path[1]: changed[0]}}, {path: self.where(("train", "epochs"))})
+        return merge_values(self, fitting), changed[1:]
 
 
 def read_yaml(path: Path) -> Source:
@@ -67,7 +79,8 @@ def merge_values(base: Source, top: Source) -> Source:
         return result
 
     stored = top.stored if "plugins" in top.values else base.stored
-    return Source(merged(base.values, top.values), {**base.origin, **top.origin}, stored)
+    warmup_for = chosen_for(base.values, top.values, base.warmup_for, top.warmup_for)
+    return Source(merged(base.values, top.values), {**base.origin, **top.origin}, stored, warmup_for)
 
 
 def read_with_bases(path: Path, stored: Path | None = None) -> Source:
@@ -111,13 +124,13 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
         by = stored or stored_by_name(base, file)
         result = merge_values(result, _with_bases(file, (*above, path), read, by))
     if parts_of(path):
-        result = merge_values(_random_start(result.values), result)
+        result = merge_values(random_start(result.values), result)
     read[path] = merge_values(result, source)
     return read[path]
 
 
-def _random_start(values: dict[str, Any]) -> Source:
-    """Returns how a data set x method starts: at random where its model has no trained weights that could be converted."""
+def random_start(values: dict[str, Any]) -> Source:
+    """Returns how attention that is named beside a model starts: at random where that has no trained weights to convert."""
     model, attention = values.get("model"), values.get("attention")
     trained = isinstance(model, dict) and (model.get("pretrained") or model.get("checkpoint"))
     return Source() if trained or not isinstance(attention, dict) else Source({"attention": {"init": "random"}})
@@ -141,4 +154,5 @@ def read_overrides(overrides: Sequence[str]) -> Source:
         for part in reversed(path):
             nested = {part: nested}
         result = merge_values(result, Source(nested, {path: "command line"}))
+    result.warmup_for = None  # what is given together belongs together, in any order
     return result

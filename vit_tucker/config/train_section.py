@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, WithJsonSchema, field_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator
 
 from vit_tucker.config.data_section import PathText
 from vit_tucker.config.registries import PENALTIES, step_options
@@ -88,7 +88,10 @@ class TrainConfig(Checked):
         default="cosine", description="Learning-rate schedule, over optimizer steps."
     )
     warmup_epochs: float = Field(
-        default=1.0, ge=0, le=MAX_EPOCHS, description="Epochs of linear warm-up; parts of one too."
+        default=1.0,
+        ge=0,
+        le=MAX_EPOCHS,
+        description="Epochs of linear warm-up; parts of one too. Where train.epochs is overridden by fewer, it keeps its share.",
     )
     warmup_lr: float = Field(
         default=1e-6, ge=0, le=MAX_RATE, description="Learning rate at the first step of the warm-up."
@@ -135,7 +138,8 @@ class TrainConfig(Checked):
         description="How long processes wait for each other before the run ends with an error.",
     )
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
-        default="auto", description="auto: what accelerate launch was told, else bf16 on GPUs that have it, else none."
+        default="auto",
+        description="auto: the precision of accelerate launch, else bf16 on GPUs that have it, else none.",
     )
     cpu: bool = Field(default=False, description="Run on the CPU even if there is a GPU.")
     checkpoint_epochs: int = Field(
@@ -160,6 +164,14 @@ class TrainConfig(Checked):
         "images, for results.json; null: don't.",
     )
     log_interval: int = Field(default=50, ge=1, le=MAX_STEPS, description="Optimizer steps between log points.")
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _within_the_training(cls, value: float, info: ValidationInfo) -> float:
+        epochs = info.data.get("epochs")
+        if epochs is not None and value > epochs:
+            raise ValueError(f"{value:g} is more than train.epochs={epochs}")
+        return value
 
     @field_validator("penalties")
     @classmethod

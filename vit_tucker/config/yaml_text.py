@@ -79,7 +79,7 @@ def read_file(path: Path) -> tuple[Any, dict[KeyPath, str]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{shorten(path)}: can't be read: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, which no config is")
+        raise ConfigError(f"{path}: larger than {MAX_BYTES >> 20} MiB, the limit for configs")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -112,7 +112,7 @@ def read_text(text: str, where: Callable[[int], str], at: KeyPath = ()) -> tuple
     except yaml.reader.ReaderError as error:
         place = where(text.count("\n", 0, error.position) + 1)
         raise ConfigError(
-            f"{place}{key}: not valid YAML: it holds the character U+{ord(text[error.position]):04X}"
+            f"{place}{key}: not valid YAML: it contains the character U+{ord(text[error.position]):04X}"
         ) from None
     except (ValueError, OverflowError) as error:  # escapes and directives whose numbers are too large
         raise ConfigError(f"{where(1)}{key}: not valid YAML: {shorten(error)}") from None
@@ -136,7 +136,7 @@ class _Values:
         self.origin[at] = place
         self.count += 1
         if node in holders:
-            raise ConfigError(f"{place}: {dotted(at)}: an alias of what it is part of")
+            raise ConfigError(f"{place}: {dotted(at)}: an alias that contains itself")
         if len(holders) >= MAX_DEPTH:
             raise ConfigError(f"{place}: {dotted(at)}: nested more than {MAX_DEPTH} levels deep")
         if self.count > MAX_VALUES:
@@ -191,7 +191,7 @@ def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
     if kind not in CORE or node.tag == kind:
         raise ConfigError(f"{place}: {no_tag(node)}")
     if CORE[kind].match(text) is None:
-        raise ConfigError(f"{place}: !!{kind}: '{shorten(text)}' is none")
+        raise ConfigError(f"{place}: !!{kind}: '{shorten(text)}' is not a valid {kind}")
     if kind == "null":
         return None
     if kind == "bool":
@@ -206,14 +206,14 @@ def scalar(node: yaml.Node, place: str) -> str | int | float | bool | None:
 def no_tag(node: yaml.Node) -> str:
     """Returns what is wrong with a node's tag."""
     tag = node.tag.replace(PREFIX, "!!", 1)
-    return f"the tag {shorten(tag)} is not allowed; configs hold plain values: text, numbers, true, false, null"
+    return f"the tag {shorten(tag)} is not allowed; configs contain plain values: text, numbers, true, false, null"
 
 
 def refuse_unprintable(text: str, place: str) -> None:
     """Raises ConfigError for text with characters that no name or sentence has; escapes can bring them in."""
     found = re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]", text)
     if found is not None:
-        raise ConfigError(f"{place}: holds the character U+{ord(found[0]):04X}, which is no text")
+        raise ConfigError(f"{place}: contains the character U+{ord(found[0]):04X}, which is no text")
 
 
 def dotted(path: KeyPath) -> str:

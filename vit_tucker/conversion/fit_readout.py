@@ -1,7 +1,7 @@
 """Fits the read-out of a converted layer by ridge regression, whose strength is chosen on held-out sequences.
 
-Features of many heads are nearly collinear, and images share much of what they show: fitted to the last digit, a read-out knows
-the calibration images by heart.
+Features of many heads are nearly collinear, and images resemble each other: an unregularised read-out overfits the calibration
+images.
 """
 
 from __future__ import annotations

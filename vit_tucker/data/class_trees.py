@@ -42,8 +42,8 @@ def unlabelled_message(split: str, folder: Path, images: Sequence[str]) -> str:
         images: paths below the folder.
     """
     return (
-        f"split '{split}': all {len(images):,} images lie directly in {folder}, e.g. {images[0]}, so that nothing tells their "
-        f"classes; expected {folder}/<class>/<image>, or a list of labels: a CSV file named by data.labels, Tiny-ImageNet's "
+        f"split '{split}': all {len(images):,} images lie directly in {folder}, e.g. {images[0]}, so that their classes "
+        f"are unknown; expected {folder}/<class>/<image>, or a list of labels: a CSV file named by data.labels, Tiny-ImageNet's "
         f"{TINY_FILE}, ImageNet's {KAGGLE_FILE} or ground truth"
     )
 

@@ -39,10 +39,10 @@ class DatasetInfo:
     """Facts that configs need not repeat.
 
     Attributes:
-        num_classes: number of classes; None if only the files tell.
+        num_classes: number of classes; None if it is known from the files only.
         in_chans: channels of the stored images.
         mean, std: of the training images, per channel, in [0, 1]; None: the model's own normalisation.
-        num_train: images of the training split; None if only the files tell.
+        num_train: images of the training split; None if it is known from the files only.
     """
 
     num_classes: int | None

@@ -74,7 +74,7 @@ def open_folder(data: DataConfig, split: str, mode: str, classes: Sequence[str] 
             them.
 
     Raises:
-        DataError: the split is missing, its layout does not tell classes, or it has classes that the class map lacks.
+        DataError: the split is missing, its layout does not define classes, or it has classes that the class map lacks.
     """
     if unknown := [key for key, value in data.dataset_kwargs.items() if key != "class_map" and value is not None]:
         raise DataError(

@@ -82,7 +82,7 @@ def scaled(image: Image.Image, value_range: tuple[float, float] | None) -> Image
         if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in SIXTEEN_BIT):
             kind = "floating-point" if image.mode == "F" else "32-bit integer"
             raise DataError(
-                f"a {kind} image (Pillow's mode {image.mode}), which does not say which values are black and white; set "
+                f"a {kind} image (Pillow's mode {image.mode}), whose values for black and white are unknown; set "
                 "data.value_range: [low, high]"
             )
         value_range = (0.0, 65535.0)

@@ -12,7 +12,7 @@ from vit_tucker.data.datasets import image_name
 
 
 def class_names(dataset: Any) -> tuple[str, ...] | None:
-    """Returns the names of the classes of an opened split, in the order of their numbers; None if it doesn't tell.
+    """Returns the names of the classes of an opened split, in the order of their numbers; None if it has none.
 
     Args:
         dataset: as ``open_split`` returns it, or a subset of it.

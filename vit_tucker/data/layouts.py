@@ -58,7 +58,7 @@ def has_own_list(data: DataConfig, split: str) -> bool:
 
 
 def scan_split(data: DataConfig, split: str) -> Scan:
-    """Finds the images of a split and their classes; raises DataError for none, or a layout that does not tell classes."""
+    """Finds the images of a split and their classes; raises DataError for none, or a layout that does not define classes."""
     folder, notes = split_folder(data, split)
     given = label_list(data, split)
     if folder is None and has_own_list(data, split):

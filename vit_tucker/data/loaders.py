@@ -88,7 +88,7 @@ class Loaders:
         eval: this process's share.
         num_eval: images in the evaluation split, bad ones included; None if streamed without a known size.
         faults: bad images of this process so far, of both splits; more than ``data.max_bad_images`` end the iteration.
-        label_names: of the classes, by the class map of the training split; None if the data set doesn't tell.
+        label_names: of the classes, by the class map of the training split; None if the data set has none.
         notes: lines for the log about both splits, see ``split_notes``.
     """
 

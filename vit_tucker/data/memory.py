@@ -1,5 +1,7 @@
 """Images held in memory: which sets are arrays there already, files decoded once, and fixed transforms done once."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,9 @@ from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.sampler import Key
 from vit_tucker.data.vision import ConvertedDataset
 
+SAMPLE_BYTES = {"I": 4, "F": 4, "I;16": 2}
+"""Bytes of a pixel's channel, of Pillow's modes in which it has more than one."""
+
 
 def is_array(dataset: Any) -> bool:
     """Returns whether the images of a set lie in memory as one array already."""
@@ -22,6 +27,37 @@ def is_array(dataset: Any) -> bool:
         return True
     stored = getattr(dataset.dataset, "data", None) if isinstance(dataset, ConvertedDataset) else None
     return isinstance(stored, np.ndarray | Tensor) and stored.ndim in (3, 4) and str(stored.dtype).endswith("uint8")
+
+
+def decoded_bytes(dataset: Any, samples: int = 8) -> int | None:
+    """Estimates the memory of all decoded images by some of them; None where none of these can be read.
+
+    Args:
+        dataset: map-style, yields (PIL image, int).
+        samples: how many to decode, at equal distances.
+    """
+    sizes = []
+    for index in sorted({len(dataset) * number // samples for number in range(samples)}):
+        with contextlib.suppress(BadImageError, IndexError):
+            picture = read_image(dataset, index, "")[0]
+            sizes.append(picture.width * picture.height * len(picture.getbands()) * SAMPLE_BYTES.get(picture.mode, 1))
+    return len(dataset) * sum(sizes) // len(sizes) if sizes else None
+
+
+def free_bytes() -> int | None:
+    """Returns the memory that is free here, at most what a container's limit allows; None where the system does not say."""
+    found = []
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # "max": no limit
+        found.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(found, default=None)
+
+
+def shown_bytes(size: int) -> str:
+    """Formats a size: 1.5 * 2**30 -> '1.5 GiB'."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
 
 
 class HeldImages(Dataset):

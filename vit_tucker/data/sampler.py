@@ -35,6 +35,22 @@ def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
     return torch.cat([front, back])
 
 
+def refuse_uneven(global_batch_size: int, world_size: int, accumulation: int) -> None:
+    """Raises ConfigError if a global batch can't be split evenly, with the nearest sizes and numbers of processes that go."""
+    shards = world_size * accumulation
+    if global_batch_size % shards == 0:
+        return
+    below = global_batch_size // shards * shards
+    sizes = [f"train.global_batch_size={size}" for size in (below, below + shards) if size]
+    counts = [n for n in range(1, 2 * world_size + 1) if global_batch_size % (n * accumulation) == 0]
+    near = [n for n in counts if n < world_size][-1:] + [n for n in counts if n > world_size][:1]
+    processes = f", or {' or '.join(map(str, near))} process{'es' * (near != [1])}" if near else ""
+    raise ConfigError(
+        f"train.global_batch_size={global_batch_size} can't be split evenly over {world_size} processes x "
+        f"{accumulation} accumulation steps: choose {' or '.join(sizes)}{processes}"
+    )
+
+
 class TrainSampler(Sampler[list[Key]]):
     """Batch sampler of one process: its shards of each global batch, the incomplete last batch dropped.
 
@@ -61,11 +77,7 @@ class TrainSampler(Sampler[list[Key]]):
         accumulation: int,
         repeats: int = 1,
     ) -> None:
-        if global_batch_size % (world_size * accumulation):
-            raise ConfigError(
-                f"train.global_batch_size={global_batch_size} can't be split evenly over {world_size} processes x "
-                f"{accumulation} accumulation steps"
-            )
+        refuse_uneven(global_batch_size, world_size, accumulation)
         if global_batch_size > num_samples:
             raise ConfigError(
                 f"train.global_batch_size={global_batch_size} is larger than the {num_samples} training images"

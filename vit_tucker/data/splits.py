@@ -185,7 +185,7 @@ def refuse_folder_keys(data: DataConfig) -> None:
 
 
 def inferred_classes(data: DataConfig) -> int | None:
-    """Returns the number of classes that a data set's training split has, by its files; None if they don't tell."""
+    """Returns the number of classes that a data set's training split has, by its files; None if unknown."""
     if is_folder_set(data.dataset):
         return len(folder_classes(data))
     if not has_opener(data.dataset):
@@ -213,7 +213,7 @@ def choose_classes(
         Names in the order of their numbers, None for what the data set says itself; and lines for the user.
 
     Raises:
-        DataError: nothing tells which class is which.
+        DataError: the numbers of the classes are unknown.
     """
     if data.class_map or data.dataset_kwargs.get("class_map"):
         return None, []
@@ -233,7 +233,7 @@ def choose_classes(
     if len(names) != num_classes:
         raise DataError(
             f"split '{data.val_split}' has {len(names):,} classes ({listed(names)}) and the model {num_classes:,}, and there "
-            f"is no training split '{data.train_split}' that numbers them; say by data.class_map which is which"
+            f"is no training split '{data.train_split}' that numbers them; set data.class_map"
         )
     return names, [
         f"split '{data.val_split}': neither the model nor a training split numbers its classes: taken in their own order "

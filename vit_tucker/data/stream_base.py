@@ -199,7 +199,7 @@ def stream_size(dataset: Any, split: str) -> int:
     size = dataset.size if isinstance(dataset, Stream) else dataset.reader.num_samples
     if not size:
         raise DataError(
-            f"the stream of split '{split}' does not say how many images it has, which the steps of an epoch follow from; set "
+            f"the stream of split '{split}' does not state its number of images, which determines the steps of an epoch; set "
             "data.dataset_kwargs={num_samples: ...}"
         )
     return int(size)

@@ -103,7 +103,7 @@ class ConvertedDataset(Dataset):
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, in the order of their numbers; None if the set does not tell.
+        """Names of the classes, in the order of their numbers; None if the set has none.
 
         Several names of one class, as ImageNet has them, are joined by commas.
         """

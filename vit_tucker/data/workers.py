@@ -84,7 +84,7 @@ def end_workers(loader: Any) -> None:
     """Ends a loader's persistent workers now; the next iteration starts new ones.
 
     After an error they would else end 5 s late: the error's traceback holds the iterator in a cycle, and the garbage collector
-    may close the queues to the workers before the iterator can tell them through these.
+    may close the queues to the workers before the iterator can notify them through these.
 
     Args:
         loader: torch DataLoader.

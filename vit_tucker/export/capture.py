@@ -46,7 +46,7 @@ def served(model: nn.Module, normalise: bool) -> nn.Module:
         normalise: take images in [0, 1], by the mean and std of the model's pretrained_cfg.
 
     Raises:
-        ExportError: the model does not tell its normalisation.
+        ExportError: the model does not record its normalisation.
     """
     model = inner(model)
     refuse_wrapped(model)
@@ -100,7 +100,7 @@ def capture(model: nn.Module, dynamic_img_size: bool = False) -> torch.export.Ex
         ) from None
     outputs = program.graph_signature.user_outputs
     if len(outputs) != 1:
-        raise ExportError(f"{type(inner).__name__} gives {len(outputs)} outputs for an image, one tensor is needed")
+        raise ExportError(f"{type(inner).__name__} returns {len(outputs)} outputs for an image, one tensor is needed")
     if dynamic_img_size:
         refuse_one_size(program, inner)
     return program
@@ -114,7 +114,7 @@ def refuse_one_size(program: torch.export.ExportedProgram, model: nn.Module) -> 
             program.module()(torch.rand(count, input_shape(model)[0], height, width))
     except Exception as error:
         raise ExportError(
-            f"this {type(model).__name__} takes images of any size, but torch.export records it for one only: {first_line(error)}"
+            f"this {type(model).__name__} accepts images of any size, but torch.export records one only: {first_line(error)}"
         ) from None
 
 

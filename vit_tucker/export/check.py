@@ -137,7 +137,7 @@ class Check:
             fixed = 1 if self.options.dynamic_img_size else 3
             if tuple(images.shape[1 : 1 + fixed]) != self.shape[:fixed]:
                 given, taken = ("x".join(map(str, shape)) for shape in (images.shape[1:], self.shape))
-                raise ExportError(f"the images to compare on are {given}, the model takes {taken}")
+                raise ExportError(f"the images to compare on are {given}, the model accepts {taken}")
             if self.scale is not None:
                 mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.scale)
                 images = images * std + mean

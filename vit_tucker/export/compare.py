@@ -70,7 +70,7 @@ class Comparison:
             MismatchError: the outputs have different shapes.
         """
         if expected.shape != got.shape:
-            raise MismatchError(f"the file gives outputs {tuple(got.shape)}, the model {tuple(expected.shape)}")
+            raise MismatchError(f"the file returns outputs {tuple(got.shape)}, the model {tuple(expected.shape)}")
         if len(expected) == 0:
             return
         difference = (expected.double() - got.double()).abs().max().item()

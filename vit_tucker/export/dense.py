@@ -39,7 +39,7 @@ class DenseFolder:
 
 
 def dense_model(model: nn.Module, host: nn.Module | None = None, *, approximate: bool = False) -> nn.Module:
-    """Returns the plain timm model that a patched one comes to: its state dict is timm's own and needs no vit_tucker.
+    """Returns the plain timm model that is equal to a patched one: its state dict is timm's own and needs no vit_tucker.
 
     Exact for MHA, GQA and MLA, and for Tucker Attention whose matrices have rank head_dim at most, which ranks r2 <= head_dim or
     r3 <= head_dim grant; with RoPE for MHA and GQA, and for MLA where norms keep its heads apart. The attention is dense again,
@@ -78,7 +78,7 @@ def merge_dense(model: nn.Module, host: nn.Module | None = None, *, approximate:
         architecture = host_name(model)
         if architecture is None:
             raise PatchError(
-                "the modules that were replaced were not kept, and the model does not tell which timm model it was: give that "
+                "the modules that were replaced were not kept, and the model does not name its timm model: give that "
                 "as host"
             )
         host = timm.create_model(architecture, **creation_arguments(model, architecture))
@@ -112,7 +112,7 @@ def export_dense(
     """
     folder, options = Path(folder), ExportOptions("torch_export", tolerance=tolerance)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ExportError(f"{folder}: there is something already; name a new folder")
+        raise ExportError(f"{folder}: the folder is not empty; name a new one")
     merged = merge_dense(model, approximate=approximate)
     set_image_options(merged.model, image_options(model))
     exact = all(layer.exact for layer in merged.layers)

@@ -85,7 +85,7 @@ def quantise(
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     if external_file(file).exists():
-        raise ExportError("int8 takes models whose float32 weights fit into one file, 2 GB at most")
+        raise ExportError("int8 supports models whose float32 weights fit into one file, 2 GB at most")
     folded = out.with_name(out.name + ".folded")
     try:
         with quiet():  # products of constants and transposed weights become weights, so that they are quantised too

@@ -47,7 +47,7 @@ def other_size(model: nn.Module, steps: tuple[int, int]) -> tuple[int, int]:
         fixed = getattr(model, "dynamic_img_size", None) is False
         hint = "; make the model with dynamic_img_size=True" if fixed else ""
         raise ExportError(
-            f"this {type(model).__name__} takes images of {height}x{width} only ({reason}){hint}"
+            f"this {type(model).__name__} accepts images of {height}x{width} only ({reason}){hint}"
         ) from None
     windows = [name for name, module in model.named_modules() if getattr(module, "window_size", None)]
     if windows:  # torch tries for minutes

@@ -79,7 +79,7 @@ def read_sam(m: Any) -> Host:
     if m.use_rel_pos:
         raise PatchError(BY_QUERIES)
     if m.rope is not None:
-        raise PatchError("it holds its own table of rotations")
+        raise PatchError("it has its own table of rotations")
     return make_host(m, read_fused(m), layout="grid")
 
 

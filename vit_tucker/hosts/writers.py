@@ -1,6 +1,6 @@
 """Writes weights back into attention modules of timm's, through the views of their parameters that the readers give.
 
-So that the order of heads and projections in each class of timm is told once, by its reader.
+So the order of heads and projections in each class of timm is written down once, in its reader.
 """
 
 from itertools import chain
@@ -47,7 +47,7 @@ def write_layer(module: nn.Module, layer: AttentionModule, weights: MHAWeights, 
     for name, wanted in vars(weights).items():
         got = getattr(written, name)
         if wanted is not None and not torch.equal(got, wanted.to(got)):
-            raise PatchError(f"{full_name(module)}: its reader gives no view of its {name}, nothing can be written")
+            raise PatchError(f"{full_name(module)}: its reader returns no view of its {name}, nothing can be written")
 
 
 def write_linear(module: Any, layer: LinearModule) -> None:

@@ -47,7 +47,7 @@ def bench(
     sizes = {name: input_shape(model, img_size) for name, model in built.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {'x'.join(map(str, size))}" for name, size in sizes.items())
-        raise ConfigError(f"the models take different images ({listed}); give --img-size, or compare them one by one")
+        raise ConfigError(f"the models accept different images ({listed}); give --img-size, or compare them one by one")
     size = next(iter(sizes.values()))
     return bench_models(built, size, batch_size, torch.device(device), precision, turns, training=training)
 

@@ -23,7 +23,7 @@ from vit_tucker.storage.paths import refuse_unwritable
 
 FORMATS = {"onnx": "model.onnx", "torch_export": "model.pt2", "dense": "dense"}
 """Formats, and what their files are called in a run folder."""
-TORCHSCRIPT = "torchscript is not written: torch has deprecated it; torch_export (.pt2) is what takes its place"
+TORCHSCRIPT = "torchscript is not written: torch has deprecated it; torch_export (.pt2) replaces it"
 Tell = Callable[[Sequence[str]], None]
 
 

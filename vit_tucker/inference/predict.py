@@ -126,7 +126,7 @@ def classes_for(
         Names in the order of their numbers; None for those of the data set's own training split.
 
     Raises:
-        DataError: nothing tells which class of the data set is which of the model.
+        DataError: the data set's classes can't be matched to the model's.
     """
     run, stored = (None, None) if where is None else (run_config(where), stored_classes(run_folder(where)))
     cfg = getattr(model, "pretrained_cfg", None) or {}

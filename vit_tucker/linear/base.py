@@ -69,7 +69,7 @@ class LinearModule(nn.Module):
 
     @abstractmethod
     def dense_weights(self) -> LinearWeights:
-        """Returns the dense weights that the layer comes to, float64, detached."""
+        """Returns the dense weights that the layer is equal to, float64, detached."""
 
 
 class LinearConfig(MethodConfig):

@@ -53,7 +53,7 @@ def freeze_except(model: nn.Module, only: str | Sequence[str], what: str) -> tup
     # of 'a.b.c': 'a', 'a.b' and 'a.b.c'
     names = tuple(n for n in parameters if not chosen.isdisjoint(accumulate(n.split("."), "{}.{}".format)))
     if not names:
-        raise ConfigError(f"{what}: {', '.join(items)}: no parameter in there")
+        raise ConfigError(f"{what}: {', '.join(items)}: no parameter matches")
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for name in names:

@@ -33,7 +33,7 @@ def full_rank_config(model: nn.Module, method: str) -> AttentionConfig:
             configs[name].refuse_features(spec)
             configs[name].check(spec)
     if not configs:
-        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker knows")
+        raise PatchError(f"{type(model).__name__} has no attention module that vit_tucker supports")
     first = next(iter(configs.values()))
     options = {name: config.model_dump(exclude=PLACEMENT_FIELDS) for name, config in configs.items()
                if config != first}  # fmt: skip

@@ -25,7 +25,7 @@ class Identity:
     """The names and arguments under which timm knew a model before it was patched.
 
     Attributes:
-        architecture: timm name, without a tag; None if the model does not tell.
+        architecture: timm name, without a tag; None if the model has none.
         has_arguments: whether it had the arguments of ``create_model``.
     """
 
@@ -45,10 +45,10 @@ def identity_of(model: nn.Module) -> Identity:
 
 
 def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identity) -> None:
-    """Makes a model tell timm of its patches; what timm itself has recorded since, such as another image size, stays.
+    """Records a model's patches where timm looks for its name and arguments; what timm has recorded since stays.
 
     Args:
-        model: one that told its architecture before; others stay as they are.
+        model: one that recorded its architecture before; others stay as they are.
         configs: of its patches by slot, with the ranks that rank rules chose; empty for a model that is no longer patched.
         identity: of the model before.
     """

@@ -1,4 +1,4 @@
-"""A patched model as the plain timm model it comes to: equal dense weights in timm's own attention modules."""
+"""Merges a patched model into a plain timm model: equal dense weights in timm's own attention modules."""
 
 import copy
 from dataclasses import dataclass
@@ -121,7 +121,7 @@ def _written(name: str, module: nn.Module, layer: Any, form: HeadsForm | None, m
     with naming(name):
         new = copy.deepcopy(readable(module) if form is None else plain_host(module)[0])
     if any(tensor.is_meta for tensor in (*new.parameters(), *new.buffers())):
-        raise PatchError(f"{name}: the host is on the meta device, where tables of its own hold no values")
+        raise PatchError(f"{name}: the host is on the meta device, where its own tables have no values")
     new = new.to(like.device, like.dtype)
     try:
         if form is None:

@@ -43,7 +43,7 @@ def method_config(model: Any, method: Method, options: Mapping[str, Any]) -> Met
     if options:
         name = next(iter(options))
         hint = nearest(name, ARGUMENTS) or "; options go into the config, or beside a method's name"
-        raise ConfigError(f"{name}: no argument beside a whole config{hint}")
+        raise ConfigError(f"{name}: not accepted together with a config object{hint}")
     if isinstance(method, MethodConfig):
         return method
     given = {str(key): value for key, value in method.items()}

@@ -185,7 +185,7 @@ def config_of(model: nn.Module, slot: str = ATTENTION.name) -> Any:
 
 
 def _placed(config: MethodConfig, layers: Selection | None, exclude: Selection | None) -> MethodConfig:
-    """Returns the config with ``layers`` and ``exclude`` of the call, so that the record tells the whole patch."""
+    """Returns the config with ``layers`` and ``exclude`` of the call, so that the record describes the whole patch."""
     given = {"layers": layers, "exclude": exclude}
     update = {k: v if isinstance(v, int | str) else tuple(v) for k, v in given.items() if v is not None}
     return config.model_copy(update=update) if update else config

@@ -83,7 +83,7 @@ def prepare(
         raise PatchError(f"calibration converts pretrained weights, but init is '{config.init}'")
     found = slot.find(model, config.layers)
     if not found:
-        raise PatchError(f"{type(model).__name__} has no {slot.noun} that vit_tucker knows")
+        raise PatchError(f"{type(model).__name__} has no {slot.noun} that vit_tucker supports")
     chosen = choose_layers(config, list(found))
     config = without_stale_choices(config, list(found), chosen)
     configs = layer_configs(config, list(found), chosen)

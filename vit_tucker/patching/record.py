@@ -25,7 +25,7 @@ class PatchRecord:
         config: the config of the patch, with the ranks that rank rules chose.
         report: what was done.
         originals: replaced modules by full name; None if they were not kept.
-        identity: what the model told timm of itself before.
+        identity: the name and arguments under which timm knew the model before.
     """
 
     config: Any
@@ -60,7 +60,7 @@ def patch_records(model: nn.Module) -> dict[str, PatchRecord]:
 
 
 def host_name(model: nn.Module) -> str | None:
-    """Returns timm's name of a model, of its host if it is patched; None where it does not tell."""
+    """Returns timm's name of a model, of its host if it is patched; None if it has none."""
     record = next(iter(patch_records(model).values()), None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     return cfg.get("architecture") if record is None else record.identity.architecture

@@ -53,7 +53,7 @@ def current_report(
     config: MethodConfig,
     shared: Iterable[object] = (),
 ) -> PatchReport:
-    """Returns the report with new rows for resized layers: the errors of their conversion tell nothing any more.
+    """Returns the report with new rows for resized layers: the errors of their conversion no longer apply.
 
     Args:
         model: patched.

@@ -80,6 +80,6 @@ def select(selection: Selection | None, names: Sequence[str], noun: str = "atten
         return list(names)
     items = [selection] if isinstance(selection, int | str) else list(selection)
     if not items:
-        raise PatchError("the layer selection is an empty list; leave it out to take all layers")
+        raise PatchError("the layer selection is an empty list; leave it out to select all layers")
     chosen = set().union(*(matches(item, names, noun) for item in items))
     return [name for name in names if name in chosen]

@@ -26,6 +26,11 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
 
     A few groups over numbers are lines with a legend. Many groups, or values that have no order, are rows with their labels
     beside them, and a colour for each value.
+
+    Args:
+        option: the key of the config, or several joined by commas.
+        lines: groups of settings, see ``option_lines``.
+        folder: where to.
     """
     ordered = all(re.fullmatch(r"[\d.e+-]+(, [\d.e+-]+)*", value) for value in categories(lines))
     draw = draw_lines if ordered and len(lines) <= MOST_LINES else draw_rows
@@ -33,7 +38,11 @@ def draw_ablation(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 
 def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Draws a line for each group over the option's values."""
+    """Draws a line for each group over the option's values.
+
+    Args:
+        option, lines, folder: see ``draw_ablation``.
+    """
     values = categories(lines)
     numeric = not any("," in value for value in values)
     places = dict(zip(values, map(float, values if numeric else range(len(values))), strict=True))
@@ -59,7 +68,11 @@ def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 
 def draw_rows(option: str, lines: Sequence[Line], folder: Path) -> str:
-    """Draws a row for each group, the option's values in it by colour and marker, one below the other."""
+    """Draws a row for each group, the option's values in it by colour and marker, one below the other.
+
+    Args:
+        option, lines, folder: see ``draw_ablation``.
+    """
     values = categories(lines)
     heights = [max(2, len(line.values)) / 2 for line in lines]
     centres = [sum(heights[:row]) + height / 2 for row, height in enumerate(heights)]

@@ -72,24 +72,52 @@ def value_of(setting: Setting, option: str) -> tuple[Any, ...]:
     return tuple(setting.config.get(key, MISSING) for key in option.split(","))
 
 
+def by_value(settings: Sequence[Setting], option: str) -> dict[tuple[Any, ...], Setting]:
+    """Returns settings by their value of an option; starts of one name have what differs between them in theirs."""
+    found: dict[tuple[Any, ...], list[Setting]] = {}
+    for setting in settings:
+        found.setdefault(value_of(setting, option), []).append(setting)
+    named = {}
+    for value, same in found.items():
+        keys = sorted({key for s in same for key in s.config if covers(key, option)})
+        differing = [key for key in keys if len({json.dumps(s.config.get(key)) for s in same}) > 1]
+        for setting in same:
+            parts = [f"{key.rpartition('.')[2]}={setting.config.get(key, MISSING)}" for key in differing]
+            named[(f"{value[0]} ({', '.join(parts)})",) if len(same) > 1 else value] = setting
+    return named
+
+
 def option_lines(section: Section, option: str) -> list[Line]:
     """Returns groups of at least two settings that differ in the option alone, by size of the option."""
-    groups: dict[str, dict[tuple[Any, ...], Setting]] = {}
+    groups: dict[str, list[Setting]] = {}
     for setting in section.replaced:
         rest = {key: value for key, value in setting.config.items() if not covers(key, option)}
-        groups.setdefault(json.dumps(rest, sort_keys=True), {})[value_of(setting, option)] = setting
-    varied = [(json.loads(text), members) for text, members in groups.items() if len(members) > 1]
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(setting)
+    varied = [(json.loads(text), by_value(members, option)) for text, members in groups.items() if len(members) > 1]
     lines = []
     for own, members in varied:
         values = sorted(members, key=lambda value: [(isinstance(v, str), v) for v in value])
         label = line_label(own, [rest for rest, _ in varied], members[values[0]], option)
         names = [", ".join(map(str, value)) for value in values]
         lines.append(Line(label, names, [members[value] for value in values]))
-    return sorted(lines, key=lambda line: table_order(line.settings[0]))
+    return sorted(lines, key=lambda line: (*table_order(line.settings[0])[:-1], natural(line.label)))
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Returns what texts are sorted by so that the numbers in them are in order: epochs=4 before epochs=16."""
+    parts = re.split(r"(\d+)", text)
+    return [(0, float(part), "") if part.isdecimal() else (1, 0.0, part) for part in parts if part]
 
 
 def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Setting, option: str) -> str:
-    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs."""
+    """Returns 'Tucker ranks=_,16,16, HOSVD': method, options with ``_`` for the one that varies, start, and what else differs.
+
+    Args:
+        own: what the line's settings have in common, by dotted key.
+        rests: the same of all lines.
+        setting: one of the line.
+        option: the key that varies, or several joined by commas.
+    """
     parts = []
     for part in [] if setting.options == "-" else setting.options.split():
         name, equals, value = part.partition("=")
@@ -104,7 +132,7 @@ def line_label(own: dict[str, Any], rests: Sequence[dict[str, Any]], setting: Se
 
 
 def short_key(key: str) -> str:
-    """Returns 'ranks.0' for attention.ranks.0."""
+    """Returns a key as readers know it, 'ranks.0' for attention.ranks.0."""
     return key.removeprefix("attention.").removeprefix("train.")
 
 
@@ -143,5 +171,5 @@ def name_of(option: str) -> str:
 
 
 def stem_of(option: str) -> str:
-    """Returns 'by_ranks_0' for attention.ranks.0."""
+    """Returns the name of an option's files, 'by_ranks_0' for attention.ranks.0."""
     return re.sub(r"[^\w=-]", "_", "by_" + "_and_".join(short_key(key) for key in option.split(",")))[:200]

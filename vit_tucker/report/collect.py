@@ -26,9 +26,9 @@ NUMBERS = (
     "config.seed",
 )
 NAMING = ("name", "seed", "output_dir")
-"""Keys that tell runs apart and decide nothing beyond the seed."""
+"""Keys that distinguish runs and affect nothing beyond the seed."""
 NOT_COMPARED_KEYS = IGNORED_KEYS | {"train.cpu"}
-"""Keys that do not tell settings apart: what a run computes is the same, beyond rounding."""
+"""Keys that do not distinguish settings: what a run computes is the same, beyond rounding."""
 
 
 class Collection(NamedTuple):

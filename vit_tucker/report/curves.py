@@ -116,7 +116,15 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
 
 
 def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: str, scale: Any) -> None:
-    """Draws curves of one method and start, and dense where it has the same recipe."""
+    """Draws curves of one method and start, and dense where it has the same recipe.
+
+    Args:
+        axis: of a figure.
+        section: the settings' section.
+        settings: of the panel.
+        key: of the rows of ``curve``.
+        scale: colours by attention parameters.
+    """
     for setting in settings:
         draw_curve(axis, setting, key, {"color": scale.to_rgba(setting.params)})
     if section.dense is not None and not section.differences(section.dense):
@@ -126,7 +134,14 @@ def draw_panel(axis: Any, section: Section, settings: Sequence[Setting], key: st
 
 
 def draw_curve(axis: Any, setting: Setting, key: str, style: dict[str, Any]) -> None:
-    """Draws the mean over seeds as a line, mean ± sample standard deviation as a band."""
+    """Draws the mean over seeds as a line, mean ± sample standard deviation as a band.
+
+    Args:
+        axis: of a figure.
+        setting: whose runs are averaged.
+        key: of the rows of ``curve``.
+        style: options of ``Axes.plot``, with the colour.
+    """
     curve = curve_of(setting, key)
     if curve is None:
         return

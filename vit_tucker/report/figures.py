@@ -35,6 +35,11 @@ HEIGHT, LINE, STRIP = 2.7, 0.14, 0.4
 def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None, list[str]]:
     """Draws top-1 accuracy over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost>.png and .pdf.
 
+    Args:
+        section: its settings and its dense host are drawn.
+        cost: a key of ``COSTS``.
+        folder: where to.
+
     Returns:
         The name of the PNG, None if no setting has that cost; and a note on settings that lack it.
     """
@@ -81,6 +86,13 @@ def draw_series(
 
     The line and the filling of the markers tell the start.
 
+    Args:
+        axis: of a figure.
+        settings: of one method and start.
+        of: their cost.
+        displays: how methods are shown, by method.
+        series: methods and starts of the figure.
+
     Returns:
         The number of faint ones.
     """
@@ -110,7 +122,13 @@ def draw_series(
 
 
 def draw_quartiles(axis: Any, settings: list[Setting], displays: dict[str, MethodDisplay]) -> None:
-    """Draws, for each method, the median setting's range of measured latencies: from the lowest to the highest quartile."""
+    """Draws, for each method, the median setting's range of measured latencies: from the lowest to the highest quartile.
+
+    Args:
+        axis: of a figure.
+        settings: with measured latencies.
+        displays: how methods are shown, by method.
+    """
     methods = list(dict.fromkeys(s.method for s in settings))
     for row, method in enumerate(methods):
         low, high = np.median([s.latency_range for s in settings if s.method == method], axis=0)

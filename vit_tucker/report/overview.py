@@ -48,7 +48,13 @@ def write_overview(sections: Sequence[Section], folder: Path) -> list[str]:
 
 
 def draw_overview(sections: Sequence[Section], theme: Theme, file: Path) -> None:
-    """Draws a panel for each section, with one legend, and writes it."""
+    """Draws a panel for each section, with one legend, and writes it.
+
+    Args:
+        sections: one for each panel.
+        theme: of the page.
+        file: the SVG file.
+    """
     columns = min(COLUMNS, len(sections))
     rows = -(-len(sections) // columns)
     with subplots(WIDTH * columns, HEIGHT * rows + LEGEND, rows, columns, theme, squeeze=False) as (figure, axes):
@@ -68,7 +74,13 @@ def draw_overview(sections: Sequence[Section], theme: Theme, file: Path) -> None
 
 
 def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
-    """Draws the settings of one host and data set, a colour for each method, and the dense host."""
+    """Draws the settings of one host and data set, a colour for each method, and the dense host.
+
+    Args:
+        axis: of a figure.
+        section: of one host and data set.
+        theme: of the page.
+    """
     for method in section.methods:
         settings = [s for s in section.comparable if s.method == method]
         draw_method(axis, settings, section.displays[method], theme, f"{section.slug}-{method}")
@@ -81,11 +93,20 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     axis.set_title(section.title)
     axis.patch.set_gid(f"{section.slug}-area")
     accuracy_axis(axis, min(s.top1_mean for s in shown), max(s.top1_mean for s in shown))
+    axis.set_ylabel(f"{axis.get_ylabel()} ± std")
     grid(axis)
 
 
 def draw_method(axis: Any, settings: Sequence[Setting], display: MethodDisplay, theme: Theme, gid: str) -> None:
-    """Draws the Pareto front of one method over all its starts as a line, with error bars; its other settings faded."""
+    """Draws the Pareto front of one method over all its starts as a line, with error bars; its other settings faded.
+
+    Args:
+        axis: of a figure.
+        settings: of the method.
+        display: how it is shown.
+        theme: of the page.
+        gid: name of its line in the SVG file.
+    """
     colour = themed(display.colour or theme.ink, theme)
     costs, means = np.array([s.params for s in settings]), np.array([s.top1_mean for s in settings])
     errors = np.array([s.top1_std or 0.0 for s in settings])

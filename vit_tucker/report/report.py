@@ -191,12 +191,24 @@ def section_lines(part: KeptSection, root: Path) -> list[str]:
 
 
 def picture(title: str, root: Path, file: Path) -> list[str]:
-    """Returns a link to a figure, if it is there."""
+    """Returns a link to a figure, if it is there.
+
+    Args:
+        title: what stands in its place where pictures are not shown.
+        root: folder of the page.
+        file: the figure.
+    """
     return [f"![{title}]({file.relative_to(root).as_posix()})", ""] if file.is_file() else []
 
 
 def ablation_lines(section: Section, root: Path, folder: Path) -> list[str]:
-    """Returns accuracy against each option that varies alone, of a study without verdicts."""
+    """Returns accuracy against each option that varies alone, of a study without verdicts.
+
+    Args:
+        section: of one host and data set.
+        root: folder of the page.
+        folder: of the figures.
+    """
     lines = []
     for option in usual_options(section):
         title = f"Accuracy by {name_of(option)}"

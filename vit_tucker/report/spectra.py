@@ -60,6 +60,9 @@ def draw_spectra(
 ) -> Path:
     """Writes ``spectra_figure`` of the files in a folder as spectra.png and spectra.pdf (spectra_whitened.*) beside them.
 
+    Args:
+        folder, whitened, gqa, mla: see ``spectra_figure``.
+
     Returns:
         The PNG file.
     """
@@ -114,7 +117,15 @@ def spectra_figure(
 
 
 def mark_limits(axis: Any, mode: str, heads: int, width: int, gqa: tuple[int, ...], mla: tuple[int, ...]) -> None:
-    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond."""
+    """Draws vertical lines where GQA and MLA end: their tensors have no singular values beyond.
+
+    Args:
+        axis: of a figure.
+        mode: name of the mode.
+        heads, width: number of heads, and columns of each.
+        gqa: numbers of key/value heads to mark.
+        mla: latent widths to mark.
+    """
     marks: dict[int, list[str]] = {}
     if mode == "head":
         marks[heads] = ["MHA, GQA, MLA"]

@@ -94,7 +94,12 @@ def compare_starts(section: Section) -> list[StartComparison]:
 
 
 def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]) -> StartComparison | None:
-    """Returns the comparison of some pairs of settings, each the start and the reference; None where no seed has both."""
+    """Returns the comparison of some pairs of settings, each the start and the reference; None where no seed has both.
+
+    Args:
+        method, start, reference: as tables name them.
+        pairs: settings of the start, each with that of the reference.
+    """
     last = differences(pairs, last_scores)
     if not len(last):
         return None

@@ -1,12 +1,13 @@
 """Everything that is written of some runs: tables, figures, and the one file that holds their results."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mode
 from typing import Any, NamedTuple
 
 import yaml
+from tqdm import tqdm
 
 from vit_tucker.errors import ConfigError, one_line
 from vit_tucker.report import ablation_figures, ablations
@@ -30,7 +31,7 @@ class Part(NamedTuple):
 
 
 class SectionOutput(NamedTuple):
-    """What was made of a section.
+    """The tables and figures of a section.
 
     Attributes:
         section: the settings.
@@ -46,7 +47,7 @@ class SectionOutput(NamedTuple):
 
 
 class Study(NamedTuple):
-    """Some runs and what was made of them.
+    """A set of runs, and the tables and figures of them.
 
     Attributes:
         title, about: of the sweep's file, or the folder's name and ''.
@@ -60,7 +61,9 @@ class Study(NamedTuple):
     notes: tuple[str, ...]
 
 
-def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = ()) -> Study:
+def write_study(
+    paths: Sequence[Path], out: Path, options: Sequence[str] = (), curves: Sequence[str] = (), quiet: bool = False
+) -> Study:
     """Reads runs and writes results.jsonl, tables.md and, for each table and figure, its own files.
 
     Args:
@@ -68,6 +71,7 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
         out: folder for the files; several hosts or data sets get a folder each inside it.
         options: keys of the config against which accuracy is tabulated and drawn, beside the usual ones; see ``option_lines``.
         curves: names of configs whose training curves are drawn, with wildcards; all if empty.
+        quiet: no progress on a terminal.
 
     Raises:
         ConfigError: no finished runs, or no such options or configs; nothing has been written.
@@ -82,14 +86,17 @@ def write_study(paths: Sequence[Path], out: Path, options: Sequence[str] = (), c
     if sweep.file is not None and sweep.file.resolve() != (out / SWEEP).resolve():
         shutil.copyfile(sweep.file, out / SWEEP)
     names = [section.slug if len(parts) > 1 else "" for section in parts]
-    outputs = [write_section(section, out, name, options, curves) for section, name in zip(parts, names, strict=True)]
+    figures = sum(len(COSTS) + 1 + len(drawn_options(section, options)) for section in parts)
+    with tqdm(total=figures, unit="figures", disable=True if quiet else None, leave=False) as bar:
+        outputs = [write_section(section, out, name, options, curves, bar.update)
+                   for section, name in zip(parts, names, strict=True)]  # fmt: skip
     study = Study(sweep.title or out.resolve().name, sweep.about, outputs, found.notes)
     (out / "tables.md").write_text(study_page(study))
     return study
 
 
 class SweepNotes(NamedTuple):
-    """What a sweep's file says of itself.
+    """The title, text and folder that a sweep's file states.
 
     Attributes:
         title, about: '' where it says nothing.
@@ -122,10 +129,23 @@ def read_sweep(paths: Sequence[Path]) -> SweepNotes:
     return SweepNotes(title, about, str(content.get("output_dir") or f"runs/{file.stem}"), file)
 
 
+def drawn_options(section: Section, options: Sequence[str]) -> list[str]:
+    """Returns the usual options that vary in a section, and those that are asked for, each once."""
+    return list(dict.fromkeys((*ablations.usual_options(section), *options)))
+
+
 def write_section(
-    section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str]
+    section: Section, out: Path, name: str, options: Sequence[str], curves: Sequence[str], drawn: Callable[[], object]
 ) -> SectionOutput:
-    """Writes tables and figures of one host and data set."""
+    """Writes tables and figures of one host and data set; calls ``drawn`` after each figure.
+
+    Args:
+        section: of one host and data set.
+        out: the study's folder.
+        name: of the section's folder in it; '' for the study's own.
+        options, curves: see ``write_study``.
+        drawn: is called after each figure.
+    """
     folder = out / name
     folder.mkdir(exist_ok=True)
     comparison = compare_methods(section)
@@ -135,20 +155,23 @@ def write_section(
         figure, missing = draw_accuracy(section, cost, folder)
         parts[f"Accuracy over {label}"] = Part(None, figure)
         notes += missing
+        drawn()
     if comparison is not None:
         parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
         parts["In short"] = Part(headline_table(comparison), None)
     if starts := compare_starts(section):
         parts["Starts compared"] = Part(starts_table(starts), None)
     parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
+    drawn()
     if not has_course(section.comparable):
         notes.append("No training curves, nor epochs to recover: no setting was evaluated after more than one epoch.")
-    for option in dict.fromkeys((*ablations.usual_options(section), *options)):
+    for option in drawn_options(section, options):
         if lines := ablations.option_lines(section, option):
             figure = ablation_figures.draw_ablation(option, lines, folder)
             parts[f"Accuracy by {ablations.name_of(option)}"] = Part(ablations.ablation_table(option, lines), figure)
         else:
             notes.append(f"No two settings differ in {option} alone.")
+        drawn()
     for part in parts.values():
         if part.table is not None:
             part.table.save(folder)

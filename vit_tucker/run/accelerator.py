@@ -16,9 +16,11 @@ def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accele
     """Creates the accelerator of a run; the precision 'auto' is the launcher's, else bf16 where GPUs have it.
 
     Raises:
-        ConfigError: a tracker that Accelerate doesn't know, or that is not installed.
+        ConfigError: a tracker that Accelerate doesn't know, or that is not installed; or fewer GPUs than processes.
     """
     cpu = config.cpu or not torch.cuda.is_available()
+    if not cpu:
+        refuse_missing_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     precision = config.mixed_precision
     if precision == "auto":
         told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -38,3 +40,12 @@ def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accele
             "the launcher asks for FSDP, which needs GPUs; without them start the processes with --multi_gpu"
         )
     return accelerator
+
+
+def refuse_missing_gpus(processes: int, gpus: int) -> None:
+    """Raises ConfigError if the processes of a machine would share its GPUs, which NCCL can't do."""
+    if 0 < gpus < processes:
+        raise ConfigError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start at most {gpus} "
+            f"(NUM_PROCESSES={gpus}, --num_processes {gpus}), or train on the CPU by train.cpu=true"
+        )

@@ -1,7 +1,11 @@
 """Descriptions of a run before it trains: in results.json, on the console, and by --dry-run."""
 
+import json
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -12,17 +16,32 @@ from vit_tucker.analysis.training_memory import estimate_memory
 from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import plain_config
-from vit_tucker.config.schema import RunConfig
+from vit_tucker.config.schema import ModelConfig, RunConfig, TrainConfig
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.transforms import describe_data
 from vit_tucker.hosts.slot import LINEAR
 from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.openmp import describe_waiting
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 from vit_tucker.storage.run_dir import LOGGER, environment
+from vit_tucker.storage.run_files import IGNORED_KEYS
 from vit_tucker.storage.weights import is_sharded
 from vit_tucker.training.optim import group_table
+from vit_tucker.training.trackers import flat_config
 from vit_tucker.training.trainer import Trainer
+
+SHOWN_KEYS = (
+    "seed",
+    "model.name",
+    "data.dataset",
+    "train.epochs",
+    "train.global_batch_size",
+    "train.lr",
+    "train.weight_decay",
+)
+NO_HYPERPARAMETERS = ("name", "output_dir", "plugins", "attention")
+"""Sections that don't decide how good a run is, and attention, of which only the given options are shown."""
 
 
 def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
@@ -56,6 +75,22 @@ def report_entries(patch: dict[str, Any] | None) -> dict[str, Any]:
     return {"patch": attention or None, **({} if linear is None else {LINEAR.name: linear})}
 
 
+def hyperparameters(config: RunConfig) -> dict[str, int | float | str | bool]:
+    """Returns what sets a run apart, for TensorBoard's table of hyperparameters.
+
+    Args:
+        config: resolved; its method's options, some keys that are always shown, and those that differ from their defaults.
+    """
+    attention = config.attention
+    given = {} if attention is None else json.loads(attention.model_dump_json(exclude_defaults=True))
+    usual = flat_config(plain_config(RunConfig(model=ModelConfig(name=config.model.name))))
+    values = flat_config({key: value for key, value in plain_config(config).items() if key not in NO_HYPERPARAMETERS})
+    chosen = {key: value for key, value in values.items() if key in SHOWN_KEYS or value != usual.get(key)}
+    chosen |= flat_config({key: value for key, value in given.items() if key != "method"}, "attention.")
+    shown = {key: value for key, value in chosen.items() if key not in IGNORED_KEYS | {"model.checkpoint"}}
+    return {"method": attention.method if attention is not None else "dense", **shown}
+
+
 def latency_of_run(
     config: RunConfig, accelerator: Accelerator, built: BuiltModel, model: nn.Module
 ) -> dict[str, Any] | None:
@@ -76,7 +111,7 @@ def latency_of_run(
 
 
 def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel, steps: int, trainer: Trainer) -> str:
-    """Returns what --dry-run prints beside ``log_run``: steps, schedule, checkpoints, memory.
+    """Returns what --dry-run prints beside ``log_run``: steps, checkpoints, memory.
 
     Args:
         config, accelerator, built: as of ``build_trainer``.
@@ -99,7 +134,6 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
         [
             f"steps: {steps} per epoch, {recipe.epochs * steps:,} in all, {todo:,} to do; {recipe.global_batch_size} images = "
             f"{accelerator.num_processes} process(es) x {recipe.grad_accum_steps} micro-batch(es) x {micro_batch}",
-            f"schedule: {recipe.sched}, lr {recipe.lr:g} to {recipe.min_lr:g}, warm-up {recipe.warmup_epochs:g} epoch(s)",
             f"checkpoints: {config.output_dir}, every {recipe.checkpoint_epochs} epoch(s)"
             + (f" and {recipe.checkpoint_steps} steps" if recipe.checkpoint_steps else "")
             + f", the last {recipe.checkpoint_hist} kept",
@@ -109,6 +143,13 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
     )
 
 
+def describe_schedule(recipe: TrainConfig) -> str:
+    """Returns the learning rates of a run in one line: from the first step to the peak and to the end."""
+    end = "" if recipe.sched in ("constant", "step") else f", {recipe.min_lr:g} at the end"
+    warmup = f", warm-up from {recipe.warmup_lr:g} in {recipe.warmup_epochs:g} epoch(s)" if recipe.warmup_epochs else ""
+    return f"schedule: {recipe.sched}, peak lr {recipe.lr:g}{end}{warmup}"
+
+
 def log_run(
     config: RunConfig,
     results: dict[str, Any],
@@ -116,14 +157,18 @@ def log_run(
     built: BuiltModel,
     loaders: Loaders,
     trainer: Trainer,
+    notes: Sequence[str] = (),
 ) -> None:
-    """Logs what is about to run: weights, patch, parameter groups, sizes.
+    """Logs what is about to run: notes on the config, weights, patch, parameter groups, schedule, sizes.
 
     Args:
         config, accelerator, built, loaders: as of ``build_trainer``.
         results: from ``describe_run``.
         trainer: as built.
+        notes: on the config.
     """
+    for note in notes:
+        LOGGER.info(note)
     for load in built.loads:
         LOGGER.info(str(load))
     info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
@@ -140,7 +185,9 @@ def log_run(
     for note in loaders.notes:
         LOGGER.info(note)
     LOGGER.info(group_table(trainer.groups))
+    LOGGER.info(describe_schedule(config.train))
     LOGGER.info(
         f"{accelerator.num_processes} process(es) on {results['environment']['device']}, precision "
-        f"{accelerator.mixed_precision}; folder {config.output_dir}"
+        f"{accelerator.mixed_precision}, {torch.get_num_threads()} thread(s), {describe_waiting(os.environ)}; "
+        f"folder {config.output_dir}"
     )

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: set in the environment before torch is loaded, for this process and its children.
+"""Sets how OpenMP's threads wait, in the environment before torch is loaded, for this process and its children.
 
 libgomp's threads spin for about ten milliseconds before they sleep. Beside another busy process they take the cores from the
 threads that have work. See benchmarks/busy_machine.py for what is gained and what it costs.
@@ -41,13 +41,19 @@ def waiting(environment: Mapping[str, str], cores: int, busy: Callable[[], float
     return NO_SPIN if threads + busy() > cores + BUSY_CORES else SHORT_SPIN
 
 
+def describe_waiting(environment: Mapping[str, str]) -> str:
+    """Returns the variables that say how threads wait: 'OMP_WAIT_POLICY=PASSIVE'; 'OpenMP's own waiting' if there are none."""
+    given = [f"{name}={environment[name]}" for name in USERS_OWN if name in environment]
+    return " ".join(given) or "OpenMP's own waiting"
+
+
 def available_cores() -> int:
     """Returns the number of cores that this process may use."""
     return len(_own_cores())
 
 
 def busy_cores(seconds: float = SECONDS) -> float:
-    """Returns how many of the cores that this process may use are kept busy by others, over so many seconds in which it sleeps.
+    """Returns how many of the cores that this process may use are kept busy by other processes, measured for ``seconds``.
 
     Where there is no /proc/stat, it is the load of the last minute.
     """

@@ -1,5 +1,6 @@
 """A run from its config to its results, read from top to bottom."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGUSR1
@@ -17,7 +18,7 @@ from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError, StoppedError
 from vit_tucker.run.accelerator import create_accelerator
-from vit_tucker.run.describe import describe_plan, describe_run, log_run
+from vit_tucker.run.describe import describe_plan, describe_run, hyperparameters, log_run
 from vit_tucker.run.folder import Claim, record_failure, weights_to_evaluate
 from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
 from vit_tucker.run.results import evaluate_run, finish_run
@@ -30,6 +31,7 @@ from vit_tucker.training.engine import fit
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor, NullMonitor
+from vit_tucker.training.quick_check import quick_check, scratch_folder
 from vit_tucker.training.step import StepRule
 from vit_tucker.training.trackers import Trackers
 
@@ -43,6 +45,8 @@ class Request:
     dry_run: bool
     step_rule: StepRule | None
     monitor: NullMonitor | None
+    quick_check: bool
+    notes: Sequence[str]
 
 
 def run(
@@ -52,6 +56,8 @@ def run(
     dry_run: bool = False,
     step_rule: StepRule | None = None,
     monitor: NullMonitor | None = None,
+    quick_check: bool = False,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains (or continues, or evaluates) one run.
 
@@ -61,20 +67,32 @@ def run(
         evaluate_only: evaluate the best weights even if the run is not finished.
         allow_changes: continue a folder's run with this config even if it began with another.
         dry_run: print the plan (model, patch, groups, steps, memory) and write nothing.
-        step_rule: an object in place of what ``train.step_rule`` names, which no config tells: for tests.
+        step_rule: an object in place of what ``train.step_rule`` names, which no config names: for tests.
         monitor: shows the run in place of console, TensorBoard and trackers.
+        quick_check: see ``vit_tucker.training.quick_check``; the run's own folder is neither read nor written.
+        notes: lines for the log about the config, see ``read_config``.
 
     Returns:
-        The contents of results.json; for an evaluation also ``evaluation``.
+        The contents of results.json; for an evaluation also ``evaluation``; for a dry run or a quick check what is known
+        before the training.
 
     Raises:
         VitTuckerError: bad config, data, checkpoint or patch, before any training.
         StoppedError: by a signal, state saved. FailedError: see ``fit``.
     """
-    request = Request(evaluate_only, allow_changes, dry_run, step_rule, monitor)
-    claim, signals = Claim(RunDir(Path(str(config.output_dir)))), Signals()
+    request = Request(evaluate_only and not quick_check, allow_changes, dry_run, step_rule, monitor, quick_check, notes)
+    folder = Path(str(config.output_dir))
+    if not quick_check:
+        return run_in(folder, config, request)
+    with scratch_folder(folder) as scratch:
+        return run_in(scratch, for_quick_check(config), request)
+
+
+def run_in(folder: Path, config: RunConfig, request: Request) -> dict[str, Any]:
+    """Runs it in a folder, on as many processes as were launched, see ``run``."""
+    claim, signals = Claim(RunDir(folder)), Signals()
     with leaving_with_launcher(launcher_process()):
-        accelerator = create_accelerator(config.train, str(config.output_dir))
+        accelerator = create_accelerator(config.train, str(folder))
         coordinator = Coordinator(accelerator.process_index, accelerator.num_processes, config.train.timeout_minutes)
         # SIGUSR1's default is death; the set-up is worth finishing
         with log_lines(accelerator.is_main_process), catch_signals(signals, SIGUSR1), recorded_choices() as used:
@@ -92,6 +110,12 @@ def run(
                 raise
             finally:
                 claim.lock.release()
+
+
+def for_quick_check(config: RunConfig) -> RunConfig:
+    """Returns the config without what reads all images before the first step."""
+    held = "auto" if config.data.in_memory is True else config.data.in_memory
+    return config.model_copy(update={"data": config.data.model_copy(update={"check": False, "in_memory": held})})
 
 
 def run_together(
@@ -130,9 +154,16 @@ def run_together(
         lambda: build_trainer(config, accelerator, coordinator, run_dir, built, loaders, rule)
     )
     trainer.signals = signals
-    if request.dry_run:
-        log_run(config, results, accelerator, built, loaders, trainer)
-        LOGGER.info(describe_plan(config, accelerator, built, steps, trainer))
+    if request.dry_run or request.quick_check:
+        log_run(config, results, accelerator, built, loaders, trainer, request.notes)
+        try:
+            if request.dry_run:
+                LOGGER.info(describe_plan(config, accelerator, built, steps, trainer))
+            else:
+                results["quick_check"] = quick_check(trainer, loaders)
+                LOGGER.info(results["quick_check"])
+        finally:
+            loaders.close()
         return results
     if run_dir.config.is_file() and not run_dir.begun:
         LOGGER.info(f"{run_dir.path}: an earlier start left no checkpoint, so the run begins anew")
@@ -140,12 +171,13 @@ def run_together(
     claim.begun = True
     trackers = Trackers(accelerator)
     coordinator.together(lambda: trackers.start(results["config"], str(config.name)))
-    log_run(config, results, accelerator, built, loaders, trainer)
+    log_run(config, results, accelerator, built, loaders, trainer, request.notes)
     for change in changes:
         LOGGER.info(f"changed: {change}")
     facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
     normalisation = built.data["mean"], built.data["std"]
-    monitor = request.monitor or Monitor(trainer, steps, facts, dump_config(config), trackers, normalisation)
+    shown = trackers, normalisation, hyperparameters(config)
+    monitor = request.monitor or Monitor(trainer, steps, facts, dump_config(config), *shown)
     try:
         fit(trainer, loaders, monitor)
     finally:

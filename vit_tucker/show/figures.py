@@ -1,4 +1,4 @@
-"""How the figures look: colours that colour-blind readers can tell apart, markers, sizes, files."""
+"""The style of all figures: colours that colour-blind readers can tell apart, markers, sizes, files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +73,12 @@ def subplots(
 
 
 def log_axis(axis: Any, low: float, high: float) -> None:
-    """Makes x a log axis whose ticks read 20k, 50k, 100k, with as many of them as fit."""
+    """Makes x a log axis whose ticks read 20k, 50k, 100k, with as many of them as fit.
+
+    Args:
+        axis: of a figure whose data are drawn.
+        low, high: ends of the data.
+    """
     axis.set_xscale("log")
     digits = next(digits for ratio, digits in TICK_DIGITS if high / low < ratio)
     equal = MaxNLocator(6, steps=[1, 2, 5, 10])
@@ -114,7 +119,15 @@ def sizes_scale(sizes: Sequence[float]) -> Any:
 
 
 def sizes_bar(figure: Figure, scale: Any, axes: Any, sizes: Sequence[float], label: str) -> None:
-    """Adds the colour bar of ``sizes_scale``, with ticks at the sizes themselves where there is room."""
+    """Adds the colour bar of ``sizes_scale``, with ticks at the sizes themselves where there is room.
+
+    Args:
+        figure: that it is added to.
+        scale: see ``sizes_scale``.
+        axes: that it stands beside.
+        sizes: the sizes in the figure.
+        label: of the bar.
+    """
     bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=30, shrink=0.6)
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_ticks(spaced(sizes))
@@ -158,7 +171,14 @@ def themed(colour: str, theme: Theme) -> str:
 
 
 def save(figure: Figure, folder: Path, stem: str, dpi: int = 300) -> str:
-    """Writes PNG and PDF, the same bytes for the same data; returns the name of the PNG file."""
+    """Writes PNG and PDF, the same bytes for the same data; returns the name of the PNG file.
+
+    Args:
+        figure: to write.
+        folder: where to.
+        stem: name of both files without the ending.
+        dpi: dots per inch of the PNG.
+    """
     with rc_context(FILES), installed_fonts(figure):
         figure.savefig(folder / f"{stem}.png", dpi=dpi, metadata={"Software": None})
         figure.savefig(folder / f"{stem}.pdf", metadata={"CreationDate": None})

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
+from matplotlib.font_manager import FontEntry, findfont, findSystemFonts, fontManager, get_font
 from matplotlib.text import Text
 
 LOGGER = logging.getLogger("vit_tucker")
@@ -41,6 +41,8 @@ def installed_fonts(figure: Figure) -> Iterator[None]:
     texts = {text: without(text.get_text(), own) for text in figure.findobj(Text) if isinstance(text, Text)}
     lacking = set().union(*texts.values())
     families, missing = families_for(lacking)
+    if missing and add_new_fonts():
+        families, missing = families_for(lacking)
     for text, characters in texts.items():
         if characters:
             text.set_fontfamily(list(dict.fromkeys((*text.get_fontfamily(), *families))))
@@ -63,6 +65,21 @@ def warn_of(characters: str) -> None:
 def without(text: str, covered_characters: frozenset[int]) -> set[str]:
     """Returns the visible characters of a text that are none of these code points."""
     return {character for character in text if ord(character) not in covered_characters and not character.isspace()}
+
+
+@cache
+def add_new_fonts() -> int:
+    """Adds fonts that were installed after matplotlib made its list of them; returns how many, once in a process."""
+    known = {font.fname for font in fontManager.ttflist}
+    added = 0
+    for file in findSystemFonts():
+        if file not in known:
+            try:
+                fontManager.addfont(file)
+            except (OSError, RuntimeError):  # not a font that matplotlib can read
+                continue
+            added += 1
+    return added
 
 
 @cache

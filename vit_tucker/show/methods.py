@@ -31,7 +31,7 @@ class MethodDisplay(Checked):
         description="Names of the values of the method's option conversion, its default first; '' if it has none.",
     )
     calibrated: str = Field(
-        default="activation-aware {start}", description="A conversion that goes by images; {start} is one of starts."
+        default="activation-aware {start}", description="A conversion that uses images; {start} is one of starts."
     )
 
     def place(self, method: str) -> tuple[float, str]:

@@ -64,9 +64,9 @@ def contradiction(checkpoint: Path, manifest: Mapping[str, Any]) -> str | None:
     stored = read_stored(read_object(checkpoint / CONFIG), CONFIG)
     for name, file in stored.files.items() if stored is not None else ():
         if name not in manifest:
-            return f"{name} is missing: {CONFIG} tells of it"
+            return f"{name} is missing: {CONFIG} lists it"
         if manifest[name]["sha256"] != file.sha256:
-            return f"{name} is not what {CONFIG} tells of (SHA-256)"
+            return f"{name} is not the file that {CONFIG} lists (SHA-256)"
     return None
 
 

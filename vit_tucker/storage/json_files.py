@@ -77,13 +77,13 @@ def parse_object(
         values = json.loads(text, object_pairs_hook=unique, **strict)
         json.dumps(values, ensure_ascii=False).encode("utf-8")  # halves of characters, which can't be printed
     except UnicodeEncodeError:
-        raise error(f"{where}: can't be read as JSON: half a character is in it") from None
+        raise error(f"{where}: can't be read as JSON: it contains half of a surrogate pair") from None
     except RecursionError:
         raise error(f"{where}: can't be read as JSON: it is nested too deep") from None
     except ValueError as fault:
         raise error(f"{where}: can't be read as JSON: {reason_of(fault)}") from None
     if not isinstance(values, dict):
-        raise error(f"{where}: holds a {kind_of(values)} and no object")
+        raise error(f"{where}: contains a {kind_of(values)}, not an object")
     return values
 
 

@@ -26,10 +26,12 @@ def checked_path(text: str) -> str:
         raise ValueError(f"a path can't have the character {bad!r} in it: {text!r:.80}")
     if long := next((part for part in Path(text).parts if len(os.fsencode(part)) > MAX_NAME), None):
         raise ValueError(
-            f"a name of {len(os.fsencode(long))} bytes in a path, and file systems take {MAX_NAME}: {long!r:.40}..."
+            f"a name of {len(os.fsencode(long))} bytes in a path, and file systems allow {MAX_NAME}: {long!r:.40}..."
         )
     if len(os.fsencode(text)) > MAX_PATH:
-        raise ValueError(f"a path of {len(os.fsencode(text))} bytes, and file systems take {MAX_PATH}: {text!r:.40}...")
+        raise ValueError(
+            f"a path of {len(os.fsencode(text))} bytes, and file systems allow {MAX_PATH}: {text!r:.40}..."
+        )
     return text
 
 

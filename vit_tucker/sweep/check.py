@@ -1,17 +1,22 @@
 """Checks a sweep's runs and counts what they cost before any of them starts."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
 
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from vit_tucker.analysis.costs import HostFactory
 from vit_tucker.analysis.flops import known_flops
 from vit_tucker.data.datasets import dataset_info
-from vit_tucker.errors import PatchError
+from vit_tucker.errors import FailedError, PatchError, VitTuckerError
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.patching.patch import plan
 from vit_tucker.run.model import classes_and_channels
+from vit_tucker.run.run import run
 from vit_tucker.show.progress_bars import each
+from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 
 TRAINING = 3
@@ -57,12 +62,39 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
     return flops
 
 
+def notes_of(jobs: Sequence[Job]) -> list[str]:
+    """Returns the notes on the configs of the runs, each once with the cells that it is about."""
+    cells: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for note in job.notes:
+            cells.setdefault(note, {})[job.name] = None
+    return [f"{note} ({', '.join(names)})" for note, names in cells.items()]
+
+
+def quick_checks(jobs: Sequence[Job]) -> Iterator[tuple[str, str | Exception]]:
+    """Yields, for one run of each cell, the line of its quick check, or why it does not work.
+
+    A cell whose start is not trained yet starts from a dense model without trained weights.
+    """
+    for job in [next(job for job in jobs if job.name == name) for name in dict.fromkeys(job.name for job in jobs)]:
+        config = job.config
+        if job.after is not None and not RunDir(job.after.folder).begun:
+            config = config.model_copy(update={"model": config.model.model_copy(update={"checkpoint": None})})
+        AcceleratorState._reset_state(reset_partial_state=True)  # cells may differ in precision
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                line: str | Exception = run(config, quick_check=True)["quick_check"]
+        except (VitTuckerError, FailedError) as error:
+            line = error
+        yield job.name, line
+
+
 def describe_cost(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> str:
     """Returns what training costs, without evaluation: '12.3 EFLOPs to train, about 11 GPU hours at 300 TFLOP/s'.
 
     Args:
         jobs: the runs.
-        flops: see ``plan_cells``; that of a host may be unknown, and so may be the number of images, which only files tell.
+        flops: see ``plan_cells``; that of a host may be unknown, and so may be the number of images.
     """
     total = 0
     for job in jobs:

@@ -25,7 +25,7 @@ def run_command(arguments: Sequence[str], launcher: str | None) -> list[str]:
     """
     if launcher is None:
         return [sys.executable, "-m", "vit_tucker", "train", *arguments]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *launch_arguments(launcher)]
+    launch = [sys.executable, "-m", "vit_tucker.cli.launch", *launch_arguments(launcher)]
     for root in (Path(), CHECKOUT):
         if (root / SCRIPT).is_file():
             return [*launch, str(root / SCRIPT), *arguments]

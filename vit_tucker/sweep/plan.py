@@ -33,12 +33,14 @@ class Job:
         seed: of its random numbers.
         config: with everything that the sweep sets.
         after: the job that must be done before it.
+        notes: lines about values of the config that were made to fit.
     """
 
     name: str
     seed: int
     config: "RunConfig"
     after: "Job | None" = None
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -109,7 +111,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     first = [] if config.start is None else [(START, merge_values(common, _section(source, config.start, "start")))]
     for name, values in (*first, *cells):
         with _named(name):
-            refuse_early(values)
+            refuse_early(values.with_fitting_warmup()[0])
     jobs: list[Job] = []
     for seed in config.seeds:
         starts = [_job(name, seed, values, output_dir, file) for name, values in first]
@@ -219,7 +221,8 @@ def _job(name: str, seed: int, source: Source, output_dir: Path, file: Path, sta
     if start is not None:
         fixed["model"] = {"checkpoint": str(start.folder)}
     with _named(name):
-        return Job(name, seed, validate_with_plugins(merge_values(source, Source(fixed)), file.parent), start)
+        config, notes = validate_with_plugins(merge_values(source, Source(fixed)), file.parent)
+        return Job(name, seed, config, start, notes)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class ExecutorConfig(Checked):
         default=None,
         ge=0,
         le=4096,
-        description="Slurm: GPUs of a run; several are used by DDP, unless launch says how (--gpus).",
+        description="Slurm: GPUs of a run; several are used by DDP, unless launch has its own way (--gpus).",
     )
     cpus: int | None = Field(default=None, ge=1, le=4096, description="Slurm: CPU cores of a run.")
     memory: float | None = Field(default=None, gt=0, le=1e6, description="Slurm: memory of a run in GB.")
@@ -121,7 +121,9 @@ class SweepConfig(Checked):
     """A sweep: every cell is trained once per seed, all from the dense model of that seed."""
 
     title: str | None = Field(default=None, description="One line, for tables and reports.")
-    about: str | None = Field(default=None, description="What the sweep asks, in a few sentences, for the report.")
+    about: str | None = Field(
+        default=None, description="The question that the sweep answers, in a few sentences, for the report."
+    )
     base: str | tuple[str, ...] = Field(description="Run config(s) that all runs start from.")
     output_dir: PathText | None = Field(
         default=None, description="Folder of the run folders; runs/<file name> if null."
@@ -131,7 +133,7 @@ class SweepConfig(Checked):
     start: dict[str, Any] | None = Field(
         default={},
         description="Config keys of the dense run of each seed, from whose last epoch the cells start; null: there is none, the "
-        "cells start from what the base says (timm's pretrained weights).",
+        "cells start from the weights of the base config (timm's pretrained ones).",
     )
     finetune: dict[str, Any] = Field(default={}, description="Config keys of all cells: the recipe they share.")
     keep_checkpoints: bool = Field(

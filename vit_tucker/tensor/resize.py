@@ -1,4 +1,4 @@
-"""Other ranks for a factor of a product or of a Tucker tensor: truncation as by a HOSVD of what they come to, exact growth.
+"""Other ranks for a factor of a product or of a Tucker tensor: truncation as by a HOSVD of their product, exact growth.
 
 A factor U (I, r) meets the rest of its tensor through r coordinates. Both changes give a new factor (I, R) and a map (R, r) that
 the rest takes in along its mode of width r, such as the core of a Tucker tensor: ``core x_k map``.

@@ -62,7 +62,7 @@ class Coordinator:
             faults: it has new bad images.
 
         Returns:
-            What any of them said in the vote before this one; a single process hears itself at once.
+            What any of them reported in the vote before this one; a single process gets its own report at once.
         """
         if self.group is None:
             return VoteResult(signal, diverged, faults)

@@ -1,11 +1,12 @@
 """TensorBoard's events of a run, which may get lost (a full disk, a quota) at the price of one warning."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from vit_tucker.storage.run_dir import warn_of_loss
 
@@ -53,6 +54,19 @@ class Events:
             step: global step.
         """
         self._write(lambda writer: writer.add_image(name, pixels, step))
+
+    def hyperparameters(self, values: Mapping[str, float | str | bool], finished: bool = False) -> None:
+        """Writes a run's row of TensorBoard's table of hyperparameters, or its end, into the file of its scalars.
+
+        TensorBoard shows the columns that any of the runs has, and all scalars as results. SummaryWriter.add_hparams would state
+        the columns of one run, which TensorBoard takes for those of all, and write into a folder of its own.
+        """
+
+        def write(writer: SummaryWriter) -> None:
+            _, start, end = hparams(dict(values), {})
+            writer._get_file_writer().add_summary(end if finished else start)
+
+        self._write(write)
 
     def close(self) -> None:
         """Writes what is still buffered."""

@@ -30,7 +30,8 @@ def launcher_process(environment: Mapping[str, str] = os.environ) -> int | None:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
             names = [Path(word).name for word in words[:4]]
-            if any(name in ("accelerate", "accelerate-launch") or name.startswith("accelerate.") for name in names):
+            known = ("accelerate", "accelerate-launch", "vit_tucker.cli.launch")
+            if any(name in known or name.startswith("accelerate.") for name in names):
                 return parent
     return None
 

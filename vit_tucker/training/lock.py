@@ -65,7 +65,7 @@ class RunLock:
         before, host = _owner(descriptor), socket.gethostname()
         if before is not None and before["host"] != host and self.note is None:
             self.note = (
-                f"{self.folder}: {_told(before)} left its lock behind, and has ended as far as the file system tells"
+                f"{self.folder}: {_told(before)} left its lock behind, and has ended as far as the file system shows"
             )
         owner = {"host": host, "pid": os.getpid(), "started": datetime.now(timezone.utc).isoformat(" ", "seconds")}
         with contextlib.suppress(OSError):  # a full disk: the lock counts, not who holds it

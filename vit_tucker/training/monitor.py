@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -87,6 +87,7 @@ class Monitor(NullMonitor):
         text: the resolved config.
         trackers: beside TensorBoard.
         normalisation: mean and std of the images.
+        hyperparameters: of TensorBoard's table, by name.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Monitor(NullMonitor):
         text: str,
         trackers: Trackers,
         normalisation: tuple[Sequence[float], Sequence[float]],
+        hyperparameters: Mapping[str, float | str | bool],
     ) -> None:
         self.config, self.steps_per_epoch = trainer.config, steps_per_epoch
         self.main, start_step = trainer.accelerator.is_main_process, trainer.progress.global_step
@@ -108,6 +110,7 @@ class Monitor(NullMonitor):
         if self.events is not None:
             indented = "\n".join(f"    {line}" for line in text.splitlines())
             self.events.text("config", indented, start_step)
+            self.events.hyperparameters(hyperparameters)
 
     def begin_epoch(self, progress: Progress) -> None:
         """Starts the clock and the bar of an epoch, or of what is left of it."""
@@ -175,7 +178,8 @@ class Monitor(NullMonitor):
         """Writes the scores, other scalars, and a picture of some predictions."""
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
-        self.scalars({**scores, **extra}, progress.global_step)
+        best = {} if progress.best is None else {"best/top1": progress.best["top1"]}
+        self.scalars({**scores, **best, **extra}, progress.global_step)
         if self.events is not None and first:
             images, labels, logits = first[0]
             picture = prediction_figure(images, labels, logits, *self.normalisation)
@@ -185,6 +189,8 @@ class Monitor(NullMonitor):
         """Prints a console line for an epoch."""
         if not self.main:
             return
+        if self.events is not None and progress.epoch == self.config.epochs:
+            self.events.hyperparameters({}, finished=True)
         row = progress.rows[-1]
         parts = [f"epoch {row['epoch']}/{self.config.epochs}", f"loss {row['train_loss']:.4f}"]
         if row["eval_top1"] is not None:

@@ -52,7 +52,7 @@ class Group:
         parameters: number of parameters.
         weight_decay: of the group.
         lr_scale: factor of layer-wise decay, 1 without.
-        lr: as it is now.
+        peak_lr: the learning rate at the peak of the schedule, after the warm-up.
         examples: up to three names, without what is common.
     """
 
@@ -61,7 +61,7 @@ class Group:
     parameters: int
     weight_decay: float
     lr_scale: float
-    lr: float
+    peak_lr: float
     examples: tuple[str, ...]
 
 
@@ -84,7 +84,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     """Makes timm's parameter groups, each trainable parameter in one, with the weight-decay rule of this module.
 
     Raises:
-        ConfigError: layer-wise decay of a model that does not tell its layers; timm would cut its list of parameters into
+        ConfigError: layer-wise decay of a model without group_matcher; timm would cut its list of parameters into
             dozens, across blocks.
     """
     undecayed = undecayed_names(model)
@@ -149,7 +149,7 @@ def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
     Args:
         model: as it was when the optimizer was made (before FSDP shards it).
-        optimizer: of its parameters; after ``create_scheduler`` the learning rates are those of the first step.
+        optimizer: of its parameters, before or after ``create_scheduler``, which sets its rates to those of the first step.
 
     Raises:
         KeyError: a parameter of another model.
@@ -159,14 +159,15 @@ def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     for group in optimizer.param_groups:
         members = [names[id(parameter)] for parameter in group["params"]]
         layer, rest = _split_common(members)
+        scale = group.get("lr_scale", 1.0)
         described.append(
             Group(
                 layer,
                 len(members),
                 sum(parameter.numel() for parameter in group["params"]),
                 group.get("weight_decay", 0.0),
-                group.get("lr_scale", 1.0),
-                group["lr"],
+                scale,
+                group.get("initial_lr", group["lr"]) * scale,
                 tuple(rest if len(rest) <= 3 else [rest[0], rest[len(rest) // 2], rest[-1]]),
             )
         )
@@ -175,10 +176,12 @@ def describe_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
 def group_table(groups: Iterable[Group]) -> str:
     """Formats groups as aligned text, one line for each, with a title line."""
-    rows: list[tuple[str, ...]] = [("group", "tensors", "parameters", "weight decay", "lr scale", "lr", "for example")]
+    rows: list[tuple[str, ...]] = [
+        ("group", "tensors", "parameters", "weight decay", "lr scale", "peak lr", "for example")
+    ]
     for g in groups:
         sizes = (f"{g.tensors}", f"{g.parameters:,}")
-        rates = (f"{g.weight_decay:g}", f"{g.lr_scale:.4g}", f"{g.lr:.3g}")
+        rates = (f"{g.weight_decay:g}", f"{g.lr_scale:.4g}", f"{g.peak_lr:.3g}")
         rows.append((g.layer, *sizes, *rates, ", ".join(g.examples)))
     return plain(rows, left=(0, len(rows[0]) - 1))
 
@@ -212,12 +215,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, step
         optimizer: whose learning rates it sets.
         config: the ``train`` section.
         steps_per_epoch: optimizer steps.
-
-    Raises:
-        ConfigError: warm-up longer than the training.
     """
-    if config.warmup_epochs > config.epochs:
-        raise ConfigError(f"train.warmup_epochs={config.warmup_epochs:g} is more than train.epochs={config.epochs}")
     names = {"linear": "poly", "constant": "step"}
     decay_rate = {"linear": 1.0, "constant": 1.0}.get(config.sched, config.decay_rate)
     scheduler, _ = create_scheduler_v2(

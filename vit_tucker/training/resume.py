@@ -39,7 +39,7 @@ class Saved:
 def resume(run_dir: RunDir, coordinator: Coordinator, model: nn.Module, ema: ModelEmaV3 | None) -> Saved:
     """Returns the state of the newest intact checkpoint, its weights loaded into model and EMA; a fresh start without one.
 
-    Damaged checkpoints that are newer are named and skipped; the run replaces them when it comes to their steps again.
+    Damaged checkpoints that are newer are named and skipped; the run replaces them when it reaches their steps again.
 
     Args:
         run_dir: of the run.

@@ -120,7 +120,7 @@ class OrdinaryStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError for any ``state``, which must be that of another rule."""
         if state:
-            raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not know")
+            raise ValueError(f"it has {', '.join(map(str, state))}, which this rule does not have")
 
 
 def clip_gradient(trainer: Stepping) -> Tensor | None:

@@ -49,7 +49,9 @@ from vit_tucker.errors import ConfigError, PatchError
     ],
 )
 def test_refusals_say_why_and_what_can(name, facts, reason):
-    with pytest.raises(PatchError, match=f"backend '{name}' can't take this call: .*{reason}.*these can: auto, .*sdpa"):
+    with pytest.raises(
+        PatchError, match=f"backend '{name}' does not support this call: .*{reason}.*these can: auto, .*sdpa"
+    ):
         choose(facts, name)
 
 
@@ -67,7 +69,7 @@ class TestAuto:
         assert registry.decide(low, AUTO).name == "blocked"
         masked = registry.decide(low._replace(mask="boolean"), AUTO)
         assert masked.name == "eager"
-        assert "not blocked: it takes no boolean mask" in masked.reason
+        assert "not blocked: it supports no boolean mask" in masked.reason
         assert registry.decide(low._replace(own_only=True), AUTO).name == "sdpa"
         assert registry.decide(low._replace(dtype=torch.float16), AUTO).name == "sdpa"
         monkeypatch.setattr(registry, "fast_bfloat16", lambda: False)
@@ -218,7 +220,7 @@ class TestOption:
         ):
             vt.MHAConfig(backend="flash")
         with pytest.raises(
-            ValueError, match="backend 'triton' computes Tucker Attention as a whole; here: auto, blocked"
+            ValueError, match="backend 'triton' computes Tucker Attention only; other methods have: auto, blocked"
         ):
             vt.GQAConfig(num_kv_heads=1, backend="triton")
 
@@ -227,7 +229,7 @@ class TestOption:
         layer.backend = "blocked"
         x = torch.randn(1, 5, 16)
         assert layer(x).shape == x.shape
-        with pytest.raises(PatchError, match="'blocked' can't take this call: it takes no boolean mask"):
+        with pytest.raises(PatchError, match="'blocked' does not support this call: it supports no boolean mask"):
             layer(x, attn_mask=torch.ones(5, 5, dtype=torch.bool))
 
     def test_special_cases_keep_the_backend(self):

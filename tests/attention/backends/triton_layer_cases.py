@@ -133,5 +133,5 @@ def test_refusals(change, reason):
     layer.backend = "triton"
     change(layer)
     x = torch.randn(1, N, 24, device=DEVICE, dtype=layer.pre_core.dtype)
-    with pytest.raises(PatchError, match=f"'triton' can't take this call: .*{reason}"):
+    with pytest.raises(PatchError, match=f"'triton' does not support this call: .*{reason}"):
         layer(x)

@@ -100,7 +100,7 @@ def test_rules_survive_a_round_trip():
             {"post_ranks": (1, 2, 2)},
             r"post_ranks=\[1, 2, 2\]: ranks \{budget: 0.2, multiple_of: 8\} choose those of both",
         ),
-        ({"shared_kv": True}, "have no form for shared_kv"),
+        ({"shared_kv": True}, "don't support shared_kv"),
     ],
 )
 def test_options_that_exclude_a_rule_are_refused(options, message):

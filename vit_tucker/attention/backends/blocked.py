@@ -16,10 +16,10 @@ def refuses(facts: Facts) -> str | None:
     if facts.device != "cpu":
         return "it is for CPUs"
     if facts.mask != "none":
-        return f"it takes no {facts.mask} mask"
+        return f"it supports no {facts.mask} mask"
     if facts.dropout:
         return "it has no dropout of the attention weights"
-    return "exports and torch.func hold torch's own operations only" if facts.own_only else None
+    return "exports and torch.func allow torch's own operations only" if facts.own_only else None
 
 
 def attend(

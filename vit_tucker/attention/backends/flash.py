@@ -33,14 +33,14 @@ def refuses(facts: Facts) -> str | None:
     if facts.device != "cuda":
         return "it is for CUDA"
     if facts.dtype not in LOW_PRECISION:
-        return "it takes float16 and bfloat16 only: train with --mixed_precision bf16"
+        return "it supports float16 and bfloat16 only: train with --mixed_precision bf16"
     if facts.mask in ("boolean", "additive"):
-        return f"it takes no {facts.mask} mask"
+        return f"it supports no {facts.mask} mask"
     width, _ = widths(facts)
     if width > LARGEST_WIDTH:
         return f"width {width} is above {LARGEST_WIDTH}"
     if facts.own_only:
-        return "exports and torch.func hold torch's own operations only"
+        return "exports and torch.func allow torch's own operations only"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_CAPABILITY:
         return "it needs compute capability 8.0 (A100, RTX 30xx) or later"
     return missing()

@@ -27,7 +27,7 @@ def refuses(facts: Facts) -> str | None:
         return "its mask is not trained"
     if min(facts.key_width, facts.value_width) < SMALLEST_WIDTH:
         return f"width {min(facts.key_width, facts.value_width)} is below {SMALLEST_WIDTH}"
-    return "exports and torch.func hold torch's own operations only" if facts.own_only else None
+    return "exports and torch.func allow torch's own operations only" if facts.own_only else None
 
 
 def attend(

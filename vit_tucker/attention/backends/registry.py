@@ -152,7 +152,7 @@ def decide(facts: Facts, wanted: str) -> Choice:
             return _chosen(wanted, facts, ["asked for"])
         able = [name for name in list_backends() if _BACKENDS[name].refuses(facts) is None]
         raise PatchError(
-            f"attention backend '{wanted}' can't take this call: {reason} [{facts}]; these can: {', '.join([AUTO, *able])}"
+            f"attention backend '{wanted}' does not support this call: {reason} [{facts}]; these can: {', '.join([AUTO, *able])}"
         )
     refusals: list[str] = []
     for name, reason in preferences(facts):
@@ -160,7 +160,7 @@ def decide(facts: Facts, wanted: str) -> Choice:
         if refusal is None:
             return _chosen(name, facts, [reason, *refusals])
         refusals.append(f"not {name}: {refusal}")
-    raise PatchError(f"no attention backend takes this call: {'; '.join(refusals)} [{facts}]")
+    raise PatchError(f"no attention backend supports this call: {'; '.join(refusals)} [{facts}]")
 
 
 def _chosen(name: str, facts: Facts, reasons: list[str]) -> Choice:
@@ -182,7 +182,7 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
         return [("blocked", reason), ("eager", reason)]
     if facts.device == "cpu" and facts.keeps_more and facts.grad:
         return [
-            ("latent", "keeping all queries would take more memory than dense attention"),
+            ("latent", "keeping all queries would need more memory than dense attention"),
             ("sdpa", ""),
         ]
     return [("sdpa", "")]

@@ -19,7 +19,7 @@ def refuses(facts: Facts) -> str | None:
     if facts.ranks is None:
         return "it computes Tucker Attention as a whole, not heads' queries and keys"
     if facts.own_only:
-        return "exports and torch.func hold torch's own operations only"
+        return "exports and torch.func allow torch's own operations only"
     device = torch.device(facts.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device here"

@@ -69,7 +69,7 @@ def fit_latents(
     """Fits a shared latent by the SVD of [WK | WV] and the query latent by that of WQ; exact at full rank.
 
     With moments the SVDs are weighted by the tokens' covariance on one side and by the gradients of queries, keys and values on
-    the other; query and value biases take up the tokens' mean.
+    the other; query and value biases absorb the tokens' mean.
 
     Args:
         weights: of the host, float64.
@@ -180,7 +180,7 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
 
     Args:
         moments: of the layer; None for the error in the weights.
-        centred: biases take up the tokens' mean, so that an error in it costs nothing.
+        centred: biases absorb the tokens' mean, so that an error in it costs nothing.
         damping: of the metrics, relative to their mean eigenvalue.
     """
     if moments is None:

@@ -96,16 +96,16 @@ class TuckerConfig(AttentionConfig):
             for name in ("shared_kv", "query_bias"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise PatchError(
-                        f"ranks {self.rank_rule} have no form for {name}={getattr(self, name)}; give the ranks"
+                        f"ranks {self.rank_rule} don't support {name}={getattr(self, name)}; give the ranks"
                     )
             return
         refuse_ranks(spec, self.pre, self.post, self.shared_kv, self.query_bias)
         if spec.rope is not None and self.conversion == "hooi":
-            raise PatchError("conversion='hooi' has no form for hosts with RoPE; use 'hosvd'")
+            raise PatchError("conversion='hooi' does not support hosts with RoPE; use 'hosvd'")
         if self.calibration is not None and self.conversion == "hooi":
-            raise PatchError("conversion='hooi' goes by the weights alone; leave it out with calibration")
+            raise PatchError("conversion='hooi' uses the weights alone; leave it out with calibration")
         if self.shared_kv and self.conversion == "hooi":
-            raise PatchError("conversion='hooi' has no form for shared_kv; use 'hosvd'")
+            raise PatchError("conversion='hooi' does not support shared_kv; use 'hosvd'")
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "TuckerConfig":

@@ -51,7 +51,7 @@ def refuse_odd(spec: HostSpec, name: str, rank: int) -> None:
     """
     if spec.rotates_latent and rank % 2:
         lower = f"{rank - 1} or " if rank > 1 else ""
-        raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, take {lower}{rank + 1}")
+        raise PatchError(f"{name} {rank} is odd: latent RoPE rotates pairs, choose {lower}{rank + 1}")
 
 
 def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query_bias: bool) -> None:
