@@ -5,6 +5,7 @@ import hashlib
 import io
 import pickle
 import struct
+import sys
 import tarfile
 from pathlib import Path
 
@@ -252,3 +253,13 @@ def test_subset_is_fixed_and_bounded():
     assert subset(data, None) is data
     with pytest.raises(DataError, match="num_samples=2000: the training split has 1437"):
         subset(data, 2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("wds/x", "webdataset"), ("hfds/x", "datasets"), ("hfids/x", "datasets")]
+)
+def test_a_package_that_is_missing_is_one_line_with_its_extra(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    wanted = rf"needs the package {package}: pip install 'vit_tucker\[data\]' \(in a clone: \./run\.sh setup data\)$"
+    with pytest.raises(DataError, match=wanted):
+        open_split(DataConfig(dataset=name, root=str(tmp_path)), "train", False, 3)

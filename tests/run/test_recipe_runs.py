@@ -247,7 +247,7 @@ def test_the_plan_of_a_run_writes_nothing(capsys):
     ]
     assert train_main(arguments) == 0
     said = capsys.readouterr().out
-    assert "blocks.3.attn  tucker" in said
+    assert "blocks.0-3.attn  tucker" in said
     assert "blocks.3                     10      77,952          0.05       0.7" in said
     assert "steps: 44 per epoch, 1,320 in all, 1,320 to do; 32 images = 1 process(es) x 2 micro-batch(es) x 16" in said
     assert "memory: about" in said

@@ -112,6 +112,7 @@ class TestRefusedBeforeTheFirstStep:
     @pytest.mark.skipif(not has_hf_hub(), reason="this timm can't use the hub's package")
     def test_timms_own_weights_and_its_folders(self, monkeypatch):
         state = vit(depth=1, num_classes=1000).state_dict()
+        monkeypatch.setattr("vit_tucker.checkpoint.hub.unreachable", lambda: None)
         monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **options: dict(state))
         pretrained = ModelConfig(**MODEL, pretrained=True)
         with pytest.raises(CheckpointError, match=r"the weights of vit_tiny.* do not fit: it has no blocks\.\* \(12\)"):

@@ -30,7 +30,7 @@ from vit_tucker.conversion.observe import (
     timed,
 )
 from vit_tucker.conversion.refine import refine
-from vit_tucker.show.progress_bars import each, progress_bar
+from vit_tucker.show.progress_bars import each, progress_bar, showing_progress
 from vit_tucker.tensor.metric import metric_root
 
 EXACT = 1e-10
@@ -71,8 +71,9 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
             for layer in each(group, "converting", "layers"):
                 metrics[layer.name] = convert_layer(layer, sums.pop(layer.name), options.damping)
             fit_readouts(model, group, images, weights, metrics, options.damping)
-            with progress_bar(total=len(group) * options.refine_steps, what="refining", unit="steps") as bar:
-                for layer in group if options.refine_steps else []:
+            steps = len(group) * options.refine_steps
+            with showing_progress(None if steps else False), progress_bar(total=steps, unit="steps") as bar:
+                for layer in group if steps else []:
                     bar.set_description(f"refining {layer.name}")
                     with timed(layer):
                         refine_layer(

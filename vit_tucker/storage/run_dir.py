@@ -19,6 +19,7 @@ import timm
 import torch
 
 from vit_tucker.storage.checkpoints import list_checkpoints
+from vit_tucker.storage.console import Console
 from vit_tucker.storage.json_files import checked, read_object
 from vit_tucker.storage.run_files import CLASSES_FILE, DataEntries, Patch, Patches, RunData, classes_text
 from vit_tucker.storage.weights import replace_text
@@ -182,15 +183,6 @@ class LogFile(logging.FileHandler):
         """Closes the file; lines that are not written yet may be lost too."""
         with contextlib.suppress(OSError):
             super().close()
-
-
-class Console(logging.StreamHandler):
-    """Standard output, which may be a file on a full disk."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        """Passes over a line that can't be written; what is no fault of the system is shown as ever."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
 
 
 _lost: set[str] = set()
