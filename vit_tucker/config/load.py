@@ -95,7 +95,13 @@ def read_files(name: str | Path) -> tuple[Path, Source]:
 
 
 def with_method(written: Source, method: Source, given: Source) -> Source:
-    """Merges the command line over a config whose ``attention`` is replaced; it starts at random in a model without weights."""
+    """Merges the command line over a config whose ``attention`` is replaced; it starts at random in a model without weights.
+
+    Args:
+        written: of the config's files.
+        method: with the section that takes its place.
+        given: of the command line.
+    """
     written.values = {name: section for name, section in written.values.items() if name != "attention"}
     source = merge_values(merge_values(written, method), given)
     return merge_values(random_start(source.values), source)

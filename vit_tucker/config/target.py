@@ -1,4 +1,4 @@
-"""What ``train`` is to train: a config, or a timm model by its name with the recipe of its data set."""
+"""Reads what ``train`` is to train: a config, or a timm model by its name with the recipe of its data set."""
 
 from __future__ import annotations
 
@@ -87,7 +87,13 @@ def starts_trained(source: Source) -> bool:
 
 
 def describe_recipe(name: str | None, dataset: str, recipe: TrainConfig) -> str:
-    """Returns the line for the log that names the recipe which a run without a config has."""
+    """Returns the line for the log that names the recipe which a run without a config has.
+
+    Args:
+        name: of the recipe's config; None for the defaults.
+        dataset: of the run.
+        recipe: as the run has it.
+    """
     whose = (
         f"data and train of {name}" if name else f"the defaults, since there is no config for data.dataset={dataset}"
     )
