@@ -73,12 +73,15 @@ run_tests() {
   PYTHONPATH="$path${PYTHONPATH:+:$PYTHONPATH}" exec .venv/bin/python -m pytest -n 2 --dist loadfile "${arguments[@]}"
 }
 
-train() {
+check_processes() {
   case "${NUM_PROCESSES:-1}" in *[!0-9]* | 0*)
     echo "error: NUM_PROCESSES=$NUM_PROCESSES: a number of processes, 1 or more" >&2
     return 2
     ;;
   esac
+}
+
+train() {
   if [ "${NUM_PROCESSES:-1}" -gt 1 ]; then
     # --multi_gpu also starts the processes on a machine without GPUs (they talk over gloo); --cpu would start only one
     local port
@@ -112,12 +115,12 @@ main_job() {
 command=${1:-main}
 [ $# -gt 0 ] && shift
 case "$command" in
-  main) setup "" && main_job ;;
+  main) check_processes && setup "" && main_job ;;
   setup) setup "${1:-}" ;;
   test) setup test && run_tests "$@" ;;
   docs) setup docs && NO_MKDOCS_2_WARNING=1 exec .venv/bin/mkdocs "${1:-build}" --strict ;;
   lint) setup lint && .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy ;;
-  train) setup "$(extra_of train "$@")" && train "$@" ;;
+  train) check_processes && setup "$(extra_of train "$@")" && train "$@" ;;
   sweep | tables | report) setup "$(extra_of "$command" "$@")" && exec .venv/bin/python "experiments/$command.py" "$@" ;;
   -h | --help | help) sed -n '2,20s/^# \{0,1\}//p' "$0" && setup "" && exec .venv/bin/vit-tucker --help ;;
   *) setup "$(extra_of "$command" "$@")" && exec .venv/bin/vit-tucker "$command" "$@" ;;

@@ -187,3 +187,22 @@ def test_mistakes_in_ranks_exit_with_2(in_tmp, capfd, arguments, message):
     assert message in error
     assert "Traceback" not in error
     assert not (in_tmp / "runs").exists()
+
+
+def test_options_of_a_method_beside_it(in_tmp, capfd):
+    """Keys of the command line are over --method, also where the config has another one."""
+    for target in (["vit_tiny_patch16_224", "data.dataset=digits", *TINY, "model.img_size=16", "model.patch_size=4"],
+                   ["--cfg", "digits/tucker_r16", *TINY]):  # fmt: skip
+        arguments = [
+            *target,
+            "--method",
+            "gqa num_kv_heads=1",
+            "attention.layers='0'",
+            "model.num_heads=4",
+            "--dry-run",
+        ]
+        assert train_main(arguments) == 0
+        out = capfd.readouterr().out
+        assert "num_kv_heads=1" in out
+        assert "-gqa-num_kv_heads-1-0" in out  # the folder
+    assert not list(in_tmp.iterdir())

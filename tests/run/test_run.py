@@ -18,6 +18,7 @@ import vit_tucker as vt
 from tests.run.tiny import config, run, same, trained, weights
 from tests.training.rules import StopAt
 from vit_tucker.analysis.latency import latency_to_dense
+from vit_tucker.cli import train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.data.datasets import load_digits
 from vit_tucker.data.loaders import TrainLoader
@@ -273,3 +274,46 @@ def test_bad_input_is_one_line_and_leaves_no_folder(overrides, error, message):
         run(config("output_dir=a", *overrides))
     assert "\n" not in str(caught.value)
     assert not Path("a").exists()
+
+
+def test_one_epoch_of_a_recipe_with_a_longer_warmup(capsys):
+    """Its warm-up is shortened in the log and in config.yaml; the same command, and the folder, are the same run."""
+    small = ["model.depth=1", "model.embed_dim=32", "model.num_heads=4", "data.num_samples=64", "output_dir=a"]
+    command = ["--cfg", "digits/dense", *small, "train.epochs=1"]
+    note = "train.warmup_epochs: 3 of 30 epochs is shortened to 0.1, since train.epochs=1"
+    assert train_main([*command, "--dry-run"]) == 0
+    assert note in capsys.readouterr().out.splitlines()
+    assert train_main(command) == 0
+    assert note in Path("a/train.log").read_text()
+    stored = load_config("a")
+    assert (stored.train.epochs, stored.train.warmup_epochs) == (1, 0.1)
+    capsys.readouterr()
+    for again in (command, ["--cfg", "a"]):
+        assert train_main(again) == 0
+        assert "a: finished, so only evaluated" in capsys.readouterr().out
+    assert (
+        train_main(["--cfg", "digits/dense", *small, "train.epochs=3"]) == 2
+    )  # twin: the warm-up that it has then is 3
+    assert "train.warmup_epochs: 0.1 -> 3" in capsys.readouterr().err
+
+
+def test_a_model_is_trained_by_its_name(capsys):
+    """By the recipe of its data set, which the log names; the folder's config is one like any other."""
+    small = ["model.img_size=16", "model.patch_size=4", "model.depth=1", "model.embed_dim=32", "model.num_heads=4"]
+    method = ["--method", "tucker ranks=[3,8,8]"]
+    assert (
+        train_main(
+            ["vit_tiny_patch16_224", *method, "data.dataset=digits", *small, "data.num_samples=64", "train.epochs=1"]
+        )
+        == 0
+    )
+    folder = "runs/digits-vit_tiny_patch16_224-tucker-ranks-3-8-8-0"
+    log = Path(folder, "train.log").read_text()
+    assert "recipe: data and train of digits/base: 1 epochs, adamw, lr 0.0015; overrides change it" in log
+    assert "done: best top-1" in log
+    stored, recipe = load_config(folder), load_config("digits/dense")
+    assert stored.attention == vt.TuckerConfig(ranks=(3, 8, 8), init="random")
+    assert (stored.data.scale, stored.train.lr) == (recipe.data.scale, recipe.train.lr)
+    capsys.readouterr()
+    assert train_main(["--cfg", folder, "--evaluate"]) == 0
+    assert "360 images" in capsys.readouterr().out

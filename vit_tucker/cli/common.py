@@ -116,6 +116,26 @@ def add_method(parser: argparse.ArgumentParser, several: bool = True) -> None:
 
 
 def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | None, list[str]]:
+    """Returns what ``split_model`` does, and refuses the mistakes in the config that are found without torch.
+
+    Args:
+        args: with ``overrides`` and ``cfg``.
+        sources: what may name the model, for the message.
+
+    Raises:
+        ConfigError: not exactly one model is named; or a mistake in the config.
+    """
+    from vit_tucker.config.early import refuse_early
+    from vit_tucker.config.load import read_files
+    from vit_tucker.config.source import Source, merge_values, read_overrides
+
+    name, overrides = split_model(args, sources)
+    source = Source({"model": {"name": name}}) if args.cfg is None else read_files(args.cfg)[1]
+    refuse_early(merge_values(source, read_overrides(overrides)).with_fitting_warmup()[0])
+    return name, overrides
+
+
+def split_model(args: argparse.Namespace, sources: str) -> tuple[str | None, list[str]]:
     """Returns the model's name, None where ``--cfg`` names it, and the ``key=value`` strings of ``args.overrides``.
 
     Args:
@@ -123,22 +143,15 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
         sources: what may name the model, for the message.
 
     Raises:
-        ConfigError: not exactly one model is named; or a mistake in the config that is found without torch.
+        ConfigError: not exactly one model is named.
     """
-    from vit_tucker.config.early import refuse_early
-    from vit_tucker.config.load import read_files
-    from vit_tucker.config.source import Source, merge_values, read_overrides
-
     names = [text for text in args.overrides if "=" not in text]
     if len(names) + (args.cfg is not None) != 1:
         found = f", not {len(names)} models" if len(names) > 1 else ""
         if names and args.cfg is not None:
             found = f", not both: '{shorten(names[0])}' beside --cfg {args.cfg}; overrides are written key.sub=value"
         raise ConfigError(f"{args.command} needs one of {sources}{found}")
-    overrides = [text for text in args.overrides if "=" in text]
-    source = Source({"model": {"name": names[0]}}) if args.cfg is None else read_files(args.cfg)[1]
-    refuse_early(merge_values(source, read_overrides(overrides)).with_fitting_warmup()[0])
-    return next(iter(names), None), overrides
+    return next(iter(names), None), [text for text in args.overrides if "=" in text]
 
 
 def positive(text: str) -> int:

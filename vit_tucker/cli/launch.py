@@ -12,9 +12,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from vit_tucker.cli.common import model_and_overrides, parse_with_overrides, run_command
+from vit_tucker.cli.common import parse_with_overrides, run_command, split_model
 from vit_tucker.cli.train import train_parser
 from vit_tucker.run.status import guarded
 from vit_tucker.sweep.command import SCRIPT
@@ -26,19 +25,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: as for ``accelerate launch``.
     """
-    os.environ.setdefault(
-        "LOGLEVEL", "CRITICAL"
-    )  # torch's launcher logs each process that failed; the run has said why
+    # torch's launcher logs each process that failed, of which the run has said why
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    words = sys.argv[1:] if argv is None else list(argv)
+    script = next((place for place, word in enumerate(words) if Path(word).name == SCRIPT.name), None)
+    if script is not None and (status := guarded(lambda: check(words[: script + 1], words[script + 1 :]))):
+        return status
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # where it does not read the variable
-    args = launch_command_parser().parse_args(argv)
-    if Path(args.training_script).name == SCRIPT.name and (status := guarded(lambda: check(args))):
-        return status
     try:
-        launch_command(args)
+        launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as error:
         return status_of({rank: failure.exitcode for rank, failure in error.failures.items()})
     except subprocess.CalledProcessError as error:
@@ -64,11 +63,12 @@ def status_of(codes: Mapping[int, int]) -> int:
     return 1
 
 
-def check(launch: argparse.Namespace) -> int:
+def check(launch: Sequence[str], words: Sequence[str]) -> int:
     """Checks a run before its processes are started.
 
     Args:
-        launch: arguments of accelerate launch, with those of the command ``train``.
+        launch: arguments of accelerate launch, up to the script.
+        words: those of the command ``train``.
 
     Returns:
         0, the exit status.
@@ -76,24 +76,32 @@ def check(launch: argparse.Namespace) -> int:
     Raises:
         ConfigError: a bad config; or the global batch or the GPUs don't suffice for the processes.
     """
-    args = parse_with_overrides(train_parser(), launch.training_script_args)
+    args = parse_with_overrides(train_parser(), words)
     return run_command(args, lambda given: check_run(given, launch))
 
 
-def check_run(args: argparse.Namespace, launch: Any) -> int:
-    """Reads the run's config and compares it with the launch, see ``check``."""
-    import torch
+def check_run(args: argparse.Namespace, launch: Sequence[str]) -> int:
+    """Reads the run's config and compares it with the launch.
 
+    Args:
+        args: of the command ``train``.
+        launch, and what it returns and raises: see ``check``.
+    """
     from vit_tucker.config.target import read_run
+
+    model, overrides = split_model(args, "MODEL and --cfg")
+    recipe = read_run(args.cfg, model, args.method, overrides)[0].train
+    import torch  # after it: a mistake is reported before torch is imported
+    from accelerate.commands.launch import launch_command_parser
+
     from vit_tucker.data.sampler import refuse_uneven
     from vit_tucker.run.accelerator import refuse_missing_gpus
 
-    model, overrides = model_and_overrides(args, "MODEL and --cfg")
-    recipe = read_run(args.cfg, model, args.method, overrides)[0].train
-    processes, machines = launch.num_processes or 1, launch.num_machines or 1
+    launched = launch_command_parser().parse_args(launch)
+    processes, machines = launched.num_processes or 1, launched.num_machines or 1
     if not args.evaluate:
         refuse_uneven(recipe.global_batch_size, processes, recipe.grad_accum_steps)
-    if not (recipe.cpu or args.device == "cpu" or launch.cpu):
+    if not (recipe.cpu or args.device == "cpu" or launched.cpu):
         refuse_missing_gpus(processes // machines, torch.cuda.device_count())
     return 0
 

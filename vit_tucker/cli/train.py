@@ -9,9 +9,9 @@ from vit_tucker.cli.common import (
     add_device,
     add_method,
     add_plugins,
-    model_and_overrides,
     parse_with_overrides,
     run_command,
+    split_model,
 )
 from vit_tucker.errors import ConfigError
 from vit_tucker.run.status import guarded
@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains, continues or evaluates the run that the arguments name."""
     from vit_tucker.run import main
 
-    model, overrides = model_and_overrides(args, "MODEL and --cfg")
+    model, overrides = split_model(args, "MODEL and --cfg")
     if args.quick_check and (args.evaluate or args.dry_run):
         raise ConfigError(f"--quick-check goes without {'--evaluate' if args.evaluate else '--dry-run'}: choose one")
     options = {"evaluate": args.evaluate, "allow_changes": args.allow_changes, "dry_run": args.dry_run}

@@ -98,7 +98,9 @@ def with_method(written: Source, method: Source, given: Source) -> Source:
     """Merges the command line over a config whose ``attention`` is replaced; it starts at random in a model without weights.
 
     Args:
-        written, method, given: the values of the config, of the method, and of the command line.
+        written: of the config's files.
+        method: with the section that takes its place.
+        given: of the command line.
     """
     written.values = {name: section for name, section in written.values.items() if name != "attention"}
     source = merge_values(merge_values(written, method), given)

@@ -90,9 +90,9 @@ def describe_recipe(name: str | None, dataset: str, recipe: TrainConfig) -> str:
     """Returns the line for the log that names the recipe which a run without a config has.
 
     Args:
-        name: of the config that the recipe is from, None for the defaults.
-        dataset: as in ``data.dataset``.
-        recipe: the ``train`` section.
+        name: of the recipe's config; None for the defaults.
+        dataset: of the run.
+        recipe: as the run has it.
     """
     whose = (
         f"data and train of {name}" if name else f"the defaults, since there is no config for data.dataset={dataset}"

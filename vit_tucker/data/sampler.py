@@ -36,12 +36,10 @@ def shard(batch: torch.Tensor, number: int, shards: int) -> torch.Tensor:
 
 
 def refuse_uneven(global_batch_size: int, world_size: int, accumulation: int) -> None:
-    """Raises ConfigError if a global batch can't be split evenly, with the nearest sizes and numbers of processes that can.
+    """Raises ConfigError if a global batch can't be split evenly, with the nearest sizes and numbers of processes that go.
 
     Args:
-        global_batch_size: images of an optimizer step.
-        world_size: processes.
-        accumulation: micro-batches of a process per step.
+        global_batch_size, world_size, accumulation: as of ``TrainSampler``; ``world_size`` is the number of processes.
     """
     shards = world_size * accumulation
     if global_batch_size % shards == 0:

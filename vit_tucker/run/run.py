@@ -11,16 +11,15 @@ from accelerate import Accelerator
 from vit_tucker.attention.backends import Choices, recorded_choices
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.check import unreadable
 from vit_tucker.data.classes import stored_classes
-from vit_tucker.data.faults import FaultLog
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
-from vit_tucker.errors import DataError, StoppedError
+from vit_tucker.errors import StoppedError
 from vit_tucker.run.accelerator import create_accelerator
+from vit_tucker.run.check_images import check_images
 from vit_tucker.run.describe import describe_plan, describe_run, hyperparameters, log_run
 from vit_tucker.run.folder import Claim, record_failure, weights_to_evaluate
-from vit_tucker.run.model import BuiltModel, build_model, classes_and_channels
+from vit_tucker.run.model import BuiltModel, build_model
 from vit_tucker.run.results import evaluate_run, finish_run
 from vit_tucker.run.same_run import check_folder
 from vit_tucker.run.trainer import build_trainer
@@ -31,7 +30,7 @@ from vit_tucker.training.engine import fit
 from vit_tucker.training.interrupt import Signals, catch_signals
 from vit_tucker.training.launcher import launcher_process, leaving_with_launcher
 from vit_tucker.training.monitor import Monitor, NullMonitor
-from vit_tucker.training.quick_check import quick_check, scratch_folder
+from vit_tucker.training.quick_check import for_quick_check, quick_check, scratch_folder
 from vit_tucker.training.step import StepRule
 from vit_tucker.training.trackers import Trackers
 
@@ -89,7 +88,16 @@ def run(
 
 
 def run_in(folder: Path, config: RunConfig, request: Request) -> dict[str, Any]:
-    """Runs it in ``folder``, on as many processes as were launched; other arguments as of ``run_together``."""
+    """Runs a config in a folder, on as many processes as were launched.
+
+    Args:
+        folder: of the run.
+        config: see ``run``.
+        request: its other arguments.
+
+    Returns:
+        What ``run`` does, and it raises the same.
+    """
     claim, signals = Claim(RunDir(folder)), Signals()
     with leaving_with_launcher(launcher_process()):
         accelerator = create_accelerator(config.train, str(folder))
@@ -112,22 +120,24 @@ def run_in(folder: Path, config: RunConfig, request: Request) -> dict[str, Any]:
                 claim.lock.release()
 
 
-def for_quick_check(config: RunConfig) -> RunConfig:
-    """Returns the config without what reads all images before the first step."""
-    held = "auto" if config.data.in_memory is True else config.data.in_memory
-    return config.model_copy(update={"data": config.data.model_copy(update={"check": False, "in_memory": held})})
-
-
 def run_together(
-    config: RunConfig, claim: Claim, accelerator: Accelerator, coordinator: Coordinator, signals: Signals, request: Request,
+    config: RunConfig,
+    claim: Claim,
+    accelerator: Accelerator,
+    coordinator: Coordinator,
+    signals: Signals,
+    request: Request,
     used: Choices,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Runs a config from its folder to its results, see ``run``.
 
     Args:
-        config, claim, accelerator, coordinator: the validated config, the claim on the run's folder, and the processes.
+        config: validated.
+        claim: on the run's folder.
+        accelerator, coordinator: of the processes.
         signals: that ask this process to stop.
-        request, used: the other arguments of ``run``; filled with the attention backends that compute the run's calls.
+        request: the other arguments of ``run``.
+        used: filled with the attention backends that compute the run's calls.
     """
     run_dir = claim.run_dir
     config, changes, with_train = enter_folder(config, claim, coordinator, request)
@@ -208,40 +218,27 @@ def enter_folder(
 def build_run(
     config: RunConfig, run_dir: RunDir, accelerator: Accelerator, with_train: bool
 ) -> tuple[BuiltModel, Loaders]:
-    """Builds model and loaders of one process with its ``accelerator``; other arguments as of ``check_images``."""
+    """Builds model and loaders of one process.
+
+    Args:
+        config: validated.
+        run_dir: its folder.
+        accelerator: of this process.
+        with_train: open the training split too.
+    """
     with showing_progress(None if accelerator.is_main_process else False):
         built = build_model(config, run_dir, accelerator.device, training=with_train)
     loaders = build_loaders(
-        config.data, config.train, built.data, config.seed, accelerator.process_index, accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda", with_train=with_train, device=accelerator.device,
-        classes=stored_classes(run_dir.path_if_begun), num_classes=built.num_classes,
-    )  # fmt: skip
-    return built, loaders
-
-
-def check_images(config: RunConfig, run_dir: RunDir, coordinator: Coordinator, with_train: bool) -> list[str]:
-    """Opens every image of the run's splits, shared among the processes; streams are only checked as they are read.
-
-    Args:
-        config, run_dir, coordinator: the validated config, the run's folder, and the processes.
-        with_train: check the training split too.
-
-    Returns:
-        The fault lines of the bad ones, of all processes.
-
-    Raises:
-        DataError: more of them than ``data.max_bad_images``; each has a line in the log.
-    """
-    stored = stored_classes(run_dir.path_if_begun)
-    num_classes, channels = coordinator.together(lambda: classes_and_channels(config, stored))
-    place = coordinator.rank, coordinator.num_processes
-    bad = coordinator.union(
-        coordinator.together(lambda: unreadable(config.data, channels, with_train, stored, num_classes, *place))
+        config.data,
+        config.train,
+        built.data,
+        config.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+        with_train=with_train,
+        device=accelerator.device,
+        classes=stored_classes(run_dir.path_if_begun),
+        num_classes=built.num_classes,
     )
-    try:
-        coordinator.together(lambda: FaultLog(config.data.max_bad_images).add(bad))
-    except DataError:
-        for line in bad:
-            LOGGER.warning(f"bad image: {line}")
-        raise
-    return bad
+    return built, loaders

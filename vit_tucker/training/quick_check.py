@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import DivergedError, FailedError, StoppedError
 from vit_tucker.storage.paths import refuse_unwritable
@@ -37,6 +38,12 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
     place = str(above) if os.access(above, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix=".quick-check-", dir=place, ignore_cleanup_errors=True) as made:
         yield Path(made)
+
+
+def for_quick_check(config: RunConfig) -> RunConfig:
+    """Returns the config without what reads all images before the first step."""
+    held = "auto" if config.data.in_memory is True else config.data.in_memory
+    return config.model_copy(update={"data": config.data.model_copy(update={"check": False, "in_memory": held})})
 
 
 def quick_check(trainer: Trainer, loaders: Loaders) -> str:
@@ -70,14 +77,13 @@ def quick_check(trainer: Trainer, loaders: Loaders) -> str:
 
 
 def make_steps(trainer: Trainer, loaders: Loaders) -> tuple[list[float], float]:
-    """Makes the training steps of the check.
+    """Makes the optimizer steps of a quick check.
 
     Returns:
         The loss of each, averaged over processes, and the seconds that the last one took, with the wait for its images.
 
     Raises:
-        DivergedError: the loss became NaN or infinite.
-        StoppedError: a signal asked for it.
+        DivergedError: a loss is not finite. StoppedError: a signal asked for it. DataError: too many bad images.
     """
     assert loaders.train is not None
     t, progress, losses, seconds = trainer, trainer.progress, list[float](), 0.0
