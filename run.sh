@@ -16,10 +16,11 @@
 #   ./run.sh setup [EXTRA]            only set up; with an extra of setup.cfg: onnx, data (webdataset, sets of the hub), slurm
 #
 # What a command needs beside the package is installed when its arguments first ask for it: onnx by export, slurm, data.
-# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13).
+# PYTHON=python3.12 chooses the interpreter (3.10 to 3.13), CONSTRAINTS=constraints-oldest.txt the oldest supported torch and timm.
 set -euo pipefail
 called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
+constraints=${CONSTRAINTS:-constraints.txt}
 
 find_python() {
   local candidate
@@ -33,7 +34,7 @@ find_python() {
   return 2
 }
 
-# setup EXTRA: install the package with an extra of setup.cfg, or "", and the versions of constraints.txt into .venv.
+# setup EXTRA: install the package with an extra of setup.cfg, or "", and the versions of the constraints file into .venv.
 setup() {
   local extra=$1 stamp state stamps
   stamp=".venv/.installed-${extra:-main}"
@@ -44,7 +45,7 @@ setup() {
     rm -rf .venv
     "$python" -m venv .venv || { rm -rf .venv; echo "error: $python can't make a virtual environment (Debian: apt install python3-venv)" >&2; return 2; }
   fi
-  state=$(cat setup.cfg pyproject.toml constraints.txt | cksum)
+  state=$(cat setup.cfg pyproject.toml "$constraints" | cksum)
   case $extra in
     "") stamps=.venv/.installed-* ;;  # each extra brings the package
     lint) stamps=$stamp ;;
@@ -52,7 +53,7 @@ setup() {
   esac
   if ! grep -qsxF "$state" $stamps; then
     [ -z "$extra" ] || echo "installing what this needs besides: vit_tucker[$extra]" >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extra:+[$extra]}" >&2
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extra:+[$extra]}" >&2
     echo "$state" >"$stamp"
   fi
 }

@@ -62,6 +62,7 @@ ALLOWED = {
     "run": {
         *(
             "errors",
+            "version",
             "storage",
             "attention",
             "config",

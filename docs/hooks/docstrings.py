@@ -1,6 +1,7 @@
 """How docstrings become pages: the package writes plain text in them, and names that share a description on one line."""
 
 import ast
+import importlib
 import inspect
 import re
 from typing import Any
@@ -101,8 +102,17 @@ class PlainDocstrings(griffe.Extension):
         attr.value, attr.labels = given.get("default"), set()
         attr.annotation = bare_type(attr.annotation)
         if "description" in given:
-            text = ast.literal_eval(str(given["description"]))
+            text = described(attr, str(given["description"]))
             attr.docstring = griffe.Docstring(as_markdown(text, self.references), parent=attr)
+
+
+def described(attr: griffe.Attribute, source: str) -> str:
+    """The description of a pydantic field: a literal of the source, or what its class has where the source computes it."""
+    try:
+        return str(ast.literal_eval(source))
+    except ValueError:
+        model = getattr(importlib.import_module(attr.module.path), str(attr.parent.name if attr.parent else ""))
+        return str(model.model_fields[attr.name].description)
 
 
 def bare_type(annotation: Any) -> Any:

@@ -13,13 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mkdocs takes it 
 from docs.hooks import ROOT
 from docs.hooks.commands import command_reference
 from docs.hooks.equations import EquationError, render_equations
-from docs.hooks.repository import LISTING, linked_files, rewrite_links, site_path, text_of
+from docs.hooks.repository import LISTING, PREFIX, linked_files, rewrite_links, site_path, text_of
 from docs.hooks.tables import GENERATED
 
 MARKER = re.compile(r"^<!-- generated: (?P<name>[\w-]+) -->$", re.MULTILINE)
 WIDE_TABLE = re.compile(r"^\|(?:[^|\n]*\|){8,}$", re.MULTILINE)
 NO_ALT = re.compile(r'<img (?![^>]*\balt="[^"])[^>]*>')
 FETCHED = re.compile(r'<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)="(?:https?:)?//[^>]*>')
+BOOSTS = {"api/": 0.5, f"{PREFIX}/": 0.2}
+"""Weights of pages in the search, by their folder: a guide answers a question before a reference does."""
 TEXTS = {**GENERATED, "commands": command_reference}
 
 
@@ -35,13 +37,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Fill in the generated parts, and point links to where their files are on the site."""
+    """Fill in the generated parts, weigh the page for the search, and point links to where their files are on the site."""
 
     def generated(match: re.Match[str]) -> str:
         if match["name"] not in TEXTS:
             raise PluginError(f"{page.file.src_uri}: generated: {match['name']}: one of {', '.join(TEXTS)}")
         return TEXTS[match["name"]]()
 
+    boost = next((value for folder, value in BOOSTS.items() if page.file.src_uri.startswith(folder)), 1)
+    page.meta.setdefault("search", {"boost": boost})
     text = MARKER.sub(generated, markdown)
     if WIDE_TABLE.search(text):
         page.meta.setdefault("hide", ["toc"])  # its room goes to the table

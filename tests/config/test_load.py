@@ -260,3 +260,5 @@ def test_schema_accepts_what_we_ship_and_knows_each_method():
     for name in FILES:
         keys = yaml.safe_load((CONFIGS / name).read_text())
         assert set(keys) <= set(schema["properties"]), name
+        needed = schema["$defs"]["ModelConfig"].get("required", [])  # a base may have named the model
+        assert set(needed) <= set(keys.get("model") or {}), name

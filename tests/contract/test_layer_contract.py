@@ -131,7 +131,9 @@ def test_compressing_conversion_is_not_exact(name, spec):
     weights = make_weights(spec)
     module = converted(config, spec, weights)
     assert not torch.allclose(module(X, **rope_of(spec)), dense_attention(weights, X, spec), rtol=1e-3)
-    assert tensor_distance(weights.pre_tensor(spec.rope), module.pre_tensor()) > 1e-3
+    pre = tensor_distance(weights.pre_tensor(spec.rope), module.pre_tensor())
+    post = tensor_distance(weights.post_pairs(), module.post_pairs())
+    assert max(pre, post) > 1e-3  # a method may compress one of them
 
 
 @pytest.mark.parametrize(("name", "spec"), [case for case in METHODS if case[1] in ("timm", "rope", "rope mixed half")])

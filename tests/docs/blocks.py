@@ -121,7 +121,7 @@ def compiled(block: Block) -> CodeType:
 def check_yaml(block: Block) -> None:
     """A run's or a sweep's file, or some sections of one."""
     values = yaml.safe_load(block.text)
-    for plugin in values.get("plugins", ()):
+    for plugin in [*values.get("plugins", ()), *values.get("set", {}).get("plugins", ())]:
         Path(plugin).touch()  # the page's Python has registered what it would
     file = Path("block.yaml")
     whole = "base" in values or "model" in values

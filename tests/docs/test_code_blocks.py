@@ -15,7 +15,7 @@ from vit_tucker.attention import registry
 
 pytestmark = pytest.mark.slow
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SIZES = {"img_size": 32, "patch_size": 16, "depth": 3}
 WIDTHS = {"base": 72, "small": 48, "tiny": 48}
 """embed_dim of each size of ViT here; heads and everything else are as in the real one."""

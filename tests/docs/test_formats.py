@@ -76,7 +76,7 @@ def test_a_test_that_is_not_there_is_seen():
 
 
 def test_load_lines_are_what_loading_reports(tmp_path):
-    shown = re.search(r"Every load is one line:\n\n```text\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
+    shown = re.search(r"Every load is reported in one line:\n\n```text\n(.*?)\n```", PAGE.read_text(), re.DOTALL)
     assert shown is not None
     assert shown[1].splitlines() == load_lines(tmp_path)
 

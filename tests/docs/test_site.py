@@ -136,3 +136,14 @@ def test_docstrings_become_markdown():
         "H\\*D of [`plan`][vit_tucker.plan] and `x*y`, \\[a\\] \\[b\\].\n\n    x * y\n\nArgs:\n    a_b: (H\\*D,)\n        more."
         "\n    c: (H\\*D,)\n        more.\n    _d: &lt;e&gt;"
     )
+
+
+def test_descriptions_that_the_source_computes_are_those_of_the_class():
+    described = pytest.importorskip("docs.hooks.docstrings").described
+    griffe = pytest.importorskip("griffe")
+    module = griffe.visit(
+        "vit_tucker.config.schema", ROOT / "schema.py", "class RunConfig:\n    seed: int = Field(0)\n"
+    )
+    attribute = module["RunConfig.seed"]
+    assert described(attribute, "'Of ' 'all.'") == "Of all."
+    assert described(attribute, "describe_key('seed')") == RunConfig.model_fields["seed"].description

@@ -15,6 +15,7 @@ from vit_tucker.cli import (
     explain,
     export,
     hosts,
+    info,
     lists,
     plan,
     predict,
@@ -30,10 +31,10 @@ from vit_tucker.version import __version__
 
 COMMANDS = (
     *(plan, convert, train, sweep, evaluate, predict, explain, export, push),
-    *(compare, tables, ranks, hosts, cost, bench, lists, completion),
+    *(compare, tables, ranks, hosts, cost, bench, lists, info, completion),
 )
 """Each adds its commands, in the order of the help."""
-WITHOUT_PLUGINS = ("compare", "tables", "report", "configs", "completion")
+WITHOUT_PLUGINS = ("compare", "tables", "report", "configs", "info", "completion")
 """Commands that open no config and no model: they read results, or nothing."""
 
 

@@ -60,6 +60,7 @@ def json_schema() -> dict[str, Any]:
     schema = run_config_model().model_json_schema()
     schema["title"] = "vit_tucker run"
     schema["required"] = []  # a file with a base need not repeat what the base says
+    schema["$defs"]["ModelConfig"].pop("required", None)
     schema["properties"]["base"] = {
         "description": "Config file(s) that this one starts from; relative to this file, or to the shipped configs.",
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
