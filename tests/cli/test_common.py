@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 def test_all_commands_that_run_a_model_take_a_device():
     without = {"push", "export", "hosts", "sweep", "train"}  # files, structures, and configs that say it
-    others = {"compare", "tables", "report", "configs", "methods", "models", "schema", "completion", "backends"}
+    others = {"compare", "tables", "report", "configs", "methods", "models", "schema", "completion", "info"}
     parsers = build_parser()._subparsers._group_actions[0].choices
     for name, parser in parsers.items():
         has = any("--device" in action.option_strings for action in parser._actions)
