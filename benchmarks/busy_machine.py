@@ -2,7 +2,7 @@
 
     python benchmarks/busy_machine.py [--turns 25] [--save benchmarks/results/busy_machine]
 
-libgomp's threads spin while they wait for the next parallel region, and sleep after about ten milliseconds. Each setting is a
+libgomp's threads look for the next parallel region 300,000 times before they sleep. Each setting is a
 process of its own, since OpenMP reads the environment once; all of them train in turns, a burst each, in three conditions: alone,
 beside a process that computes in one thread (pure Python), and beside a copy of the same training under the same setting. The
 ratio is images/s over those of torch's default in the same turn: above 1 is faster. Run it on an otherwise quiet machine.
@@ -23,42 +23,59 @@ SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "spin 3000": {"GOMP_SPINCOUNT": "3000"},
+    "spin 6000": {"GOMP_SPINCOUNT": "6000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-WORKLOADS = {"digits": (32, 4, 6, 32), "vit_s": (224, 16, 12, 4)}
-"""Image size, patch size, depth and batch size of a small ViT with Tucker Attention."""
+MODELS = {"digits": (32, 4, 6, 32), "vit_s": (224, 16, 12, 4)}
+"""Image size, patch size, depth and batch size of a small ViT with Tucker Attention, of which a training step is timed."""
+LAYERS = {"dense_layer": (8, 65, 384, 6), "tucker_layer": (8, 197, 768, 12)}
+"""Batch size, tokens, width and heads of timm's layer and of Tucker Attention (8, 16, 16), of which the forward pass is timed."""
+WORKLOADS = (*MODELS, *LAYERS)
 CONDITIONS = ("alone", "beside_python", "beside_itself")
-COLUMNS = ("workload", "condition", "setting", "turn", "train_samples_per_sec", "ratio")
+COLUMNS = ("workload", "condition", "setting", "turn", "samples_per_sec", "ratio")
 
 
-def make_step(workload: str) -> Callable[[], None]:
-    """Returns a training step of a ViT with Tucker Attention, with AdamW."""
+def make_step(workload: str) -> tuple[Callable[[], None], int]:
+    """Returns a training step of a model, or the forward pass of a layer, and the images of it."""
     import timm
     import torch
+    from timm.layers import Attention
 
     import vit_tucker
 
     torch.manual_seed(0)
-    size, patch, depth, batch = WORKLOADS[workload]
+    if workload in LAYERS:
+        batch, tokens, width, heads = LAYERS[workload]
+        layer = torch.nn.Sequential(Attention(width, num_heads=heads, qkv_bias=True))
+        if workload == "tucker_layer":
+            vit_tucker.patch(layer, "tucker", ranks=(8, 16, 16), init="random")
+        x = torch.randn(batch, tokens, width)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            layer(x)
+
+        return forward, batch
+    size, patch, depth, batch = MODELS[workload]
     name = "vit_tiny_patch16_224" if workload == "digits" else "vit_small_patch16_224"
     model = timm.create_model(name, img_size=size, patch_size=patch, depth=depth, num_classes=10)
     vit_tucker.patch(model, "tucker", ranks=(3, 16, 16), init="random")
-    x = torch.randn(batch, 3, size, size)
+    images = torch.randn(batch, 3, size, size)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
-        loss = model(x).square().mean()
+        loss = model(images).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return step
+    return step, batch
 
 
 def serve(workload: str) -> None:
-    """Trains for as many seconds as each line of standard input says, and answers it with images per second."""
-    step, batch = make_step(workload), WORKLOADS[workload][-1]
+    """Computes for as many seconds as each line of standard input says, and answers it with images per second."""
+    step, batch = make_step(workload)
     step()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -125,7 +142,7 @@ def summary(rows: list[dict[str, object]]) -> list[tuple[str, ...]]:
     lines = []
     for key in dict.fromkeys((row["workload"], row["condition"], row["setting"]) for row in rows):
         mine = [row for row in rows if (row["workload"], row["condition"], row["setting"]) == key]
-        rates, ratios = ([float(str(row[name])) for row in mine] for name in ("train_samples_per_sec", "ratio"))
+        rates, ratios = ([float(str(row[name])) for row in mine] for name in ("samples_per_sec", "ratio"))
         low, median, high = statistics.quantiles(ratios, n=4)
         lines.append((*map(str, key), f"{statistics.median(rates):.1f}", f"{median:.3f}", f"{low:.3f} - {high:.3f}"))
     return lines
@@ -139,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=25, help="bursts of each setting, 2 at least")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a burst")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS)
     parser.add_argument("--conditions", nargs="+", choices=CONDITIONS, default=list(CONDITIONS))
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where busy_machine.csv and busy_machine.md go")
     args = parser.parse_args()

@@ -81,6 +81,7 @@ print(*statuses, "torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_no_command_imports_torch_before_it_reports_a_typo():
     commands = (
         "train|--cfg|digits/dense|train.epochz=1",

@@ -41,6 +41,7 @@ def test_what_others_compute_is_not_measured_for_one_thread():
     waiting({"OMP_NUM_THREADS": "1"}, 2, lambda: pytest.fail("measured"))
 
 
+@pytest.mark.slow
 def test_a_busy_process_is_seen():
     spinning = subprocess.Popen([sys.executable, "-c", "print(flush=True)\nwhile True: pass"], stdout=subprocess.PIPE)
     try:
@@ -59,10 +60,11 @@ print(*(f"{name}={os.environ[name]}" for name in sys.argv[1:] if name in os.envi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, {"GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=PASSIVE"}),
+        ({}, {"GOMP_SPINCOUNT=6000", "OMP_WAIT_POLICY=PASSIVE"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY=ACTIVE"}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT=7"}),
         ({"OMP_NUM_THREADS": "1"}, {""}),
@@ -71,7 +73,7 @@ print(*(f"{name}={os.environ[name]}" for name in sys.argv[1:] if name in os.envi
 def test_commands_choose_unless_the_user_has(own, expected):
     environment = {name: value for name, value in os.environ.items() if name not in (*USERS_OWN, "OMP_NUM_THREADS")}
     if available_cores() == 1:
-        expected = expected - {"GOMP_SPINCOUNT=3000", "OMP_WAIT_POLICY=PASSIVE"} or {""}
+        expected = expected - {"GOMP_SPINCOUNT=6000", "OMP_WAIT_POLICY=PASSIVE"} or {""}
     arguments = [sys.executable, "-c", CODE, *USERS_OWN]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment | own)
     assert done.stdout.strip() in expected, done.stderr

@@ -231,7 +231,7 @@ def test_nothing_of_a_foreign_checkpoint_is_unpickled(name):
     (folder / name).write_bytes(pickle.dumps(Evil()))
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, name: fingerprint(folder / name)}))
-    refused = r"step-00000010.*(is not what config.json tells|can't be resumed from)"
+    refused = r"step-00000010.*(is not the file that config.json lists|can't be resumed from)"
     with pytest.raises(vt.CheckpointError, match=refused) as caught:
         run(config("output_dir=a", "train.checkpoint_hist=1"))
     assert "\n" not in str(caught.value)

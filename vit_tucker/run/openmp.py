@@ -1,6 +1,6 @@
 """Sets how OpenMP's threads wait, in the environment before torch is loaded, for this process and its children.
 
-libgomp's threads spin for about ten milliseconds before they sleep. Beside another busy process they take the cores from the
+libgomp's threads look for work 300,000 times before they sleep. Beside another busy process they take the cores from the
 threads that have work. See benchmarks/busy_machine.py for what is gained and what it costs.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 USERS_OWN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Variables of the environment by which users choose how threads wait; none of them is overridden."""
-SHORT_SPIN = {"GOMP_SPINCOUNT": "3000"}
-"""About a tenth of a millisecond: a pause between two operations of torch, not that of a thread without a core."""
+SHORT_SPIN = {"GOMP_SPINCOUNT": "6000"}
+"""A fiftieth of libgomp's own count: a pause between two operations of torch, not that of a thread without a core."""
 NO_SPIN = {"OMP_WAIT_POLICY": "PASSIVE"}
 BUSY_CORES = 0.5
 SECONDS = 0.1
