@@ -54,8 +54,8 @@ def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identi
     """
     if identity.architecture is None:
         return
-    told = vars(model).get("_model_args") or {}
-    arguments = {name: value for name, value in told.items() if name not in OWN_ARGUMENTS}
+    given = vars(model).get("_model_args") or {}
+    arguments = {name: value for name, value in given.items() if name not in OWN_ARGUMENTS}
     if configs:
         arguments["host"] = identity.architecture
         arguments |= {slot.argument: patch_values(configs[name]) for name, slot in SLOTS.items() if name in configs}

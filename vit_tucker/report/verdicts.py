@@ -15,17 +15,18 @@ CLAIM = (
 )
 ALMOST_AN_ORDER = 5.0
 """The factor from which on 'almost an order of magnitude' counts as met."""
-HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "can't be told"
+HOLDS, FAILS, UNCLEAR = "holds", "does not hold", "inconclusive"
 WORDS = {"more": HOLDS, "fewer": FAILS, "unclear": UNCLEAR}
 RULES = (
     f"A factor is the other method's attention parameters over Tucker's. *Fewer parameters* {HOLDS} where the whole "
-    f"{CONFIDENCE:.0%} interval of the factor is above 1, {FAILS} where it is below, and {UNCLEAR} where it includes 1 or where "
-    f"there is only one seed. *Almost an order of magnitude* is judged in the same way against a factor of {ALMOST_AN_ORDER:g}."
+    f"{CONFIDENCE:.0%} interval of the factor is above 1, {FAILS} where it is below, and it is {UNCLEAR} where it includes 1 or "
+    f"where there is only one seed. *Almost an order of magnitude* is judged in the same way against a factor of "
+    f"{ALMOST_AN_ORDER:g}."
 )
 
 
 def word(factor: Factor | None, threshold: float = 1.0) -> str:
-    """Returns whether a factor is above a threshold: 'holds', 'does not hold' or 'can't be told'."""
+    """Returns whether a factor is above a threshold: 'holds', 'does not hold' or 'inconclusive'."""
     return UNCLEAR if factor is None else WORDS[factor.against(threshold)]
 
 

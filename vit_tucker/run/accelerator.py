@@ -23,9 +23,9 @@ def create_accelerator(config: TrainConfig, folder: str | None = None) -> Accele
         refuse_missing_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
     precision = config.mixed_precision
     if precision == "auto":
-        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         has_bf16 = not cpu and torch.cuda.is_bf16_supported()
-        precision = told if told in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
+        precision = wanted if wanted in ("bf16", "fp16") else ("bf16" if has_bf16 else "no")  # type: ignore[assignment]
     handlers = [
         DistributedDataParallelKwargs(broadcast_buffers=False),
         InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes)),
