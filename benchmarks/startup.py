@@ -34,16 +34,21 @@ COMMANDS = {
     "evaluate a run": ["evaluate", RUNS[1]],
     "plan, no network": ["plan", "vit_tiny_patch16_224", "--method", "gqa num_kv_heads=1", "model.pretrained=true"],
 }
+IMPORTS = (
+    "import torch",
+    "import sklearn.model_selection",
+    "import timm",
+    "import vit_tucker; vit_tucker.patch; import timm",
+)
+"""Statements whose seconds most of these commands consist of."""
 COLUMNS = ("command", "arguments", "before_seconds", "after_seconds", "before_status", "after_status")
 
 
 def timed(checkout: Path, arguments: list[str], folder: str) -> tuple[float, int]:
-    """Runs a command of a checkout in an empty folder, and returns its seconds and its exit status."""
+    """Runs Python on a checkout in an empty folder, and returns its seconds and its exit status."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HOME": str(Path(folder) / "hub")}
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "vit_tucker", *arguments], cwd=folder, env=environment, capture_output=True
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True)
     return time.perf_counter() - start, done.returncode
 
 
@@ -55,7 +60,8 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="where startup.csv and startup.md go")
     args = parser.parse_args()
     rows = []
-    for name, arguments in COMMANDS.items():
+    timed_commands = {name: ["-m", "vit_tucker", *arguments] for name, arguments in COMMANDS.items()}
+    for name, arguments in (timed_commands | {code: ["-c", code] for code in IMPORTS}).items():
         seconds: dict[Path, list[float]] = {args.before.resolve(): [], ROOT: []}
         status = {}
         for _ in range(args.turns):

@@ -262,3 +262,23 @@ def test_schema_accepts_what_we_ship_and_knows_each_method():
         assert set(keys) <= set(schema["properties"]), name
         needed = schema["$defs"]["ModelConfig"].get("required", [])  # a base may have named the model
         assert set(needed) <= set(keys.get("model") or {}), name
+
+
+def test_attention_starts_at_random_only_where_the_model_has_no_trained_weights(tmp_path):
+    def init(name, *overrides):
+        return load_config(name, overrides).attention.init
+
+    assert init("digits/tucker_r16") == "random"
+    assert init("digits/tucker_r16", "model.checkpoint=weights.safetensors") == "pretrained"
+    assert init("digits/tucker_r16", "model.pretrained=true") == "pretrained"
+    assert init("digits/tucker_r16", "model.checkpoint=weights.safetensors", "attention.init=random") == "random"
+    below = tmp_path / "mine.yaml"
+    below.write_text("base: digits/tucker_r16.yaml\nmodel: {checkpoint: weights.safetensors}\n")
+    assert init(below) == "pretrained"
+    below.write_text(
+        "base: digits/tucker_r16.yaml\nattention: {init: random}\nmodel: {checkpoint: weights.safetensors}\n"
+    )
+    assert init(below) == "random"
+    assert (
+        load_config("digits/tucker_r16", ["model.checkpoint=weights.safetensors", "attention=null"]).attention is None
+    )

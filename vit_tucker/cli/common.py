@@ -131,7 +131,7 @@ def model_and_overrides(args: argparse.Namespace, sources: str) -> tuple[str | N
 
     name, overrides = split_model(args, sources)
     source = Source({"model": {"name": name}}) if args.cfg is None else read_files(args.cfg)[1]
-    refuse_early(merge_values(source, read_overrides(overrides)).with_fitting_warmup()[0])
+    refuse_early(merge_values(source, read_overrides(overrides)))
     return name, overrides
 
 

@@ -35,7 +35,7 @@ def refuse_early(source: Source) -> None:
         ConfigError: the line that ``vit_tucker.config.load.validate`` would raise.
     """
     if "torch" not in sys.modules:  # nor have plug-ins registered anything
-        check_sections(source)
+        check_sections(source.fitted()[0])
 
 
 def check_sections(source: Source) -> None:

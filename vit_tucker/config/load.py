@@ -153,7 +153,7 @@ def validate_with_plugins(source: Source, folder: Path) -> tuple[RunConfig, tupl
     Raises:
         ConfigError: see ``load_config``; most mistakes are found before torch is imported.
     """
-    source, notes = source.with_fitting_warmup()
+    source, notes = source.fitted()
     refuse_early(source)
     load_config_plugins(source, folder)
     return validate(source), notes

@@ -5,7 +5,7 @@ replaced whole, since another method has other options.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from vit_tucker.config.warmup import chosen_for, shortened_warmup
 from vit_tucker.config.yaml_text import MAX_DEPTH, KeyPath, dotted, read_file, read_text
 from vit_tucker.errors import ConfigError, shorten
 from vit_tucker.storage.paths import displayed
+
+INIT, NO_WEIGHTS = ("attention", "init"), "a model without trained weights"
+"""The key that such a model sets, and where it then comes from."""
 
 
 @dataclass
@@ -40,14 +43,25 @@ class Source:
                 return self.origin[path[:end]]
         return next(iter(self.origin.values()), "config")
 
-    def with_fitting_warmup(self) -> tuple["Source", tuple[str, ...]]:
-        """Returns the values with a warm-up that is not longer than the training, and a line for the log where it was changed."""
-        changed = shortened_warmup(self.values, self.warmup_for)
+    def fitted(self) -> tuple["Source", tuple[str, ...]]:
+        """Returns the values with those that follow from others once all are merged.
+
+        A warm-up is not longer than the training. Attention that a data set x method starts at random is converted where the
+        model got trained weights after all.
+
+        Returns:
+            The values, and a line for the log where the warm-up was changed.
+        """
+        source, attention = self, self.values.get("attention")
+        if isinstance(attention, dict) and self.origin.get(INIT) == NO_WEIGHTS and starts_trained(self.values):
+            converted = {key: value for key, value in attention.items() if key != "init"}
+            source = replace(self, values={**self.values, "attention": converted})
+        changed = shortened_warmup(source.values, source.warmup_for)
         if changed is None:
-            return self, ()
+            return source, ()
         path = ("train", "warmup_epochs")
-        fitting = Source({"train": {path[1]: changed[0]}}, {path: self.where(("train", "epochs"))})
-        return merge_values(self, fitting), changed[1:]
+        fitting = Source({"train": {path[1]: changed[0]}}, {path: source.where(("train", "epochs"))})
+        return merge_values(source, fitting), changed[1:]
 
 
 def read_yaml(path: Path) -> Source:
@@ -129,11 +143,17 @@ def _with_bases(path: Path, above: tuple[Path, ...], read: dict[Path, Source], s
     return read[path]
 
 
+def starts_trained(values: dict[str, Any]) -> bool:
+    """Returns whether the model of a config starts from trained weights."""
+    model = values.get("model")
+    return isinstance(model, dict) and bool(model.get("pretrained") or model.get("checkpoint"))
+
+
 def random_start(values: dict[str, Any]) -> Source:
     """Returns how attention that is named beside a model starts: at random where that has no trained weights to convert."""
-    model, attention = values.get("model"), values.get("attention")
-    trained = isinstance(model, dict) and (model.get("pretrained") or model.get("checkpoint"))
-    return Source() if trained or not isinstance(attention, dict) else Source({"attention": {"init": "random"}})
+    if starts_trained(values) or not isinstance(values.get("attention"), dict):
+        return Source()
+    return Source({"attention": {"init": "random"}}, {INIT: NO_WEIGHTS})
 
 
 def read_overrides(overrides: Sequence[str]) -> Source:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vit_tucker.config.find import recipes_of
 from vit_tucker.config.load import finish_config, read_config, with_method
 from vit_tucker.config.method_string import method_source
-from vit_tucker.config.source import Source, merge_values, read_overrides, read_with_bases
+from vit_tucker.config.source import Source, merge_values, read_overrides, read_with_bases, starts_trained
 from vit_tucker.config.train_section import TrainConfig
 from vit_tucker.errors import ConfigError
 
@@ -73,17 +73,11 @@ def find_recipe(dataset: str, given: Source) -> tuple[Source, str | None]:
     """
     known = [(read_with_bases(file), name) for file, name in recipes_of(dataset)]
     known = [(source, name) for source, name in known if source.values.get("data", {}).get("dataset") == dataset]
-    fitting = [pair for pair in known if starts_trained(pair[0]) == starts_trained(given)]
+    fitting = [pair for pair in known if starts_trained(pair[0].values) == starts_trained(given.values)]
     for source, name in (fitting or known)[:1]:
         source.values = {section: source.values[section] for section in SECTIONS if section in source.values}
         return source, name
     return Source(), None
-
-
-def starts_trained(source: Source) -> bool:
-    """Returns whether a config's model starts from trained weights."""
-    model = source.values.get("model")
-    return isinstance(model, dict) and bool(model.get("pretrained") or model.get("checkpoint"))
 
 
 def describe_recipe(name: str | None, dataset: str, recipe: TrainConfig) -> str:

@@ -111,7 +111,7 @@ def load_sweep(name: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     first = [] if config.start is None else [(START, merge_values(common, _section(source, config.start, "start")))]
     for name, values in (*first, *cells):
         with _named(name):
-            refuse_early(values.with_fitting_warmup()[0])
+            refuse_early(values)
     jobs: list[Job] = []
     for seed in config.seeds:
         starts = [_job(name, seed, values, output_dir, file) for name, values in first]
