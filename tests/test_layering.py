@@ -127,6 +127,8 @@ PARTS = {
     "attend": "backends",
     "call": "layers",
     "moments": "layers",
+    "host_maps": "layers",
+    "moment_sums": "layers",
     "module": "layers",
     "heads": "layers",
     "latent_layer": "layers",

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.reference import make_angles, make_spec, make_weights, rope_of
-from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.attention.moment_sums import MomentSums
+from vit_tucker.attention.moments import LayerCall
 from vit_tucker.attention.rope import RopeSpec
 
 SPEC = make_spec()

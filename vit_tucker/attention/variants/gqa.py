@@ -202,7 +202,7 @@ def svd_groups(
     if moments is not None:
         left_query = metric_root(moments.query[:rows, :rows], damping).root
         left_out = metric_root(moments.output, damping).root
-        key_metrics, value_metrics = moments.key, moments.value
+        key_metrics, value_metrics = moments.given("key"), moments.given("value")
     keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
     values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)
     query, width = pre.left @ change_key, weights.query.shape[1]

@@ -18,7 +18,7 @@ from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import RankRule
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
-from vit_tucker.tensor.metric import mean_metric, metric_root
+from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.rotary import RotaryPairs, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs
 
@@ -116,9 +116,9 @@ def whiten(
     """
     rows, columns = pre.left.shape[1], pre.right.shape[1]
     query = metric_root(moments.query[:rows, :rows], damping)
-    key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
-    output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
-    traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
+    key = metric_root(moments.key_metric(columns), damping)
+    output, value = metric_root(moments.output, damping), metric_root(moments.value_metric(), damping)
+    traces = moments.given("key_traces").clamp_min(0)  # the mean metric's is 1 per head
     heads = scale * traces.sqrt()
     whitened_post = Pairs(output.root @ post.left, value.root @ post.right)
     if isinstance(pre, RotaryPairs):
