@@ -127,6 +127,7 @@ PARTS = {
     "attend": "backends",
     "call": "layers",
     "moments": "layers",
+    "convertible": "layers",
     "module": "layers",
     "heads": "layers",
     "latent_layer": "layers",
