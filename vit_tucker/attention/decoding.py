@@ -42,8 +42,8 @@ def attend_past(
 def needs_order(q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
     """Returns whether a decoder's call is in causal order although it has no mask.
 
-    transformers leaves the mask out where one token attends to all, and where a cache was empty before: each token attends to earlier
-    ones then, and the rest of a static cache's keys is empty.
+    transformers leaves the mask out where one token attends to all, and where a cache was empty before: each token attends to
+    earlier ones then, and the rest of a static cache's keys is empty.
 
     Args:
         q: (B, H, Nq, Dk).
