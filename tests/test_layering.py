@@ -125,6 +125,7 @@ PARTS = {
     "triton_tucker": "kernels",
     "backends": "backends",
     "attend": "backends",
+    "decoding": "backends",
     "call": "layers",
     "moments": "layers",
     "convertible": "layers",
