@@ -65,7 +65,9 @@ class MomentSums:
         """Adds one ``call``, in slices of the batch, so that the attention maps stay small."""
         for part in self._slices(call):
             if self.shift is None:
-                self.shift = part.of_tokens(part.x.to(self.dtype)).mean(0)  # large means don't eat the digits of squares
+                self.shift = part.of_tokens(part.x.to(self.dtype)).mean(
+                    0
+                )  # large means don't eat the digits of squares
             maps = host_maps(part, self.weights, self.spec, self.shift)
             self._add_tokens(part, maps)
             if self.needs.key == "heads":
@@ -198,7 +200,9 @@ class MomentSums:
             raise ValueError("the layer's output has no influence on the model's features")
         names = ("query", "output", "query_grad", "kv_grad")
         per_token = {name: self.sums[name] / self.tokens for name in names if name in self.sums}
-        return Moments(tokens=self.tokens, mean=per_token["query"][-1, :-1], **per_token, **self._keys(), **self._values())
+        return Moments(
+            tokens=self.tokens, mean=per_token["query"][-1, :-1], **per_token, **self._keys(), **self._values()
+        )
 
     def _keys(self) -> dict[str, Tensor]:
         if self.needs.key == "none":

@@ -15,10 +15,8 @@ cos(angle(l) - angle(m)). Shifts don't cancel any more, hence x~ = [x, 1].
 """
 
 from dataclasses import dataclass
-
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from vit_tucker.tensor.metric import covariance, mean_metric

@@ -7,11 +7,13 @@ import importlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
+from vit_tucker.attention.call import Call
 from vit_tucker.attention.effective import full_name
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
@@ -27,6 +29,8 @@ class Family:
         read: reads a module, see ``read_host``: called with the module, its model and ``plain``.
         restore: makes a host's module fit what has become of its replacement, before it is put back.
         install: gives a replacement what the callers of the host's module expect of it; None: nothing.
+        read_call: reads the arguments of a module's call into one form, with a table of rotations as timm's; None: they
+            have timm's names.
     """
 
     is_self_attention: Callable[[nn.Module], bool]
@@ -34,6 +38,7 @@ class Family:
     read: Callable[[nn.Module, nn.Module | None, bool], Host]
     restore: Callable[[nn.Module, AttentionModule], None]
     install: Callable[[AttentionModule, nn.Module], None] | None = None
+    read_call: Callable[[nn.Module, HostSpec, tuple[Any, ...], dict[str, Any]], Call] | None = None
 
 
 FAMILIES = {"timm": "vit_tucker.hosts.timm_classes", "transformers": "vit_tucker.hosts.transformers_classes"}

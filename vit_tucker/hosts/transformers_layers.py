@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.decoding import attend_past
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
@@ -209,3 +210,17 @@ def read_decoder_call(host: Hashable, causal: bool, args: tuple[Any, ...], kwarg
     x = given["hidden_states"]
     rope = table_of(given.get("position_embeddings"))
     return Call(x, mask, causal and mask is None, rope, may_be_blind=mask is not None)
+
+
+def read_host_call(module: nn.Module, spec: HostSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Reads the arguments of a host's attention, with one table of rotations where all sequences have the same.
+
+    Args:
+        module: the host's.
+        spec: of it.
+        args, kwargs: of the call.
+    """
+    call = read_decoder_call(type(module), spec.causal, args, kwargs)
+    if call.rope is None:
+        return call
+    return call._replace(rope=call.rope[0] if len(call.rope) == 1 else call.rope.unsqueeze(1))

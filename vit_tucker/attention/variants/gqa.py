@@ -23,7 +23,7 @@ from vit_tucker.attention.linear import (
     linear_weight,
     set_linear,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Form, Moments, Needs
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs
@@ -134,6 +134,12 @@ class GQA(PerHeadModule):
             self.convert_from(weights)
         else:
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
+
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: keys and values of each head with conversion='svd'; none of them for means."""
+        form: Form = "heads" if self.conversion == "svd" else "none"
+        return Needs(form, form, gradients=False)
 
     def input_projections(self) -> list[nn.Linear]:
         """Returns the projections of queries, keys and values."""

@@ -1,0 +1,150 @@
+"""Calls of attention layers with what an error there would cost, kept in memory as far as they fit."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vit_tucker.attention.call import Call, to_sequences
+from vit_tucker.attention.moments import LayerCall
+from vit_tucker.attention.options import Calibration
+from vit_tucker.conversion.inputs import Inputs
+from vit_tucker.conversion.observe import Layer, detached, watching
+from vit_tucker.errors import PatchError
+from vit_tucker.show.progress_bars import progress_bar
+
+CALL_BYTES = 3 * 2**30
+"""The calls of layers are kept in memory up to this; what does not fit costs further passes over the inputs."""
+
+
+def probed_batches(
+    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration
+) -> Iterator[list[tuple[Layer, LayerCall]]]:
+    """Yields the layers' calls of each batch with their probes: gradients of random combinations of the features, or noise.
+
+    Args:
+        model: in eval mode, its layers still dense.
+        layers: of the model.
+        inputs: batches, as ``collect_inputs`` returns them.
+        options: objective and seed.
+
+    Raises:
+        PatchError: no gradients, where the objective needs them.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    backward = options.objective == "features"
+    if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
+        raise PatchError(
+            "calibration: the model's weights are inference tensors, which have no gradients: make the model outside of "
+            "torch.inference_mode, or calibrate with objective='layer'"
+        )
+
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    for batch in progress_bar(inputs, what=f"tokens of {len(layers)} layers", unit="batches"):
+        calls: list[tuple[Layer, Call, Tensor]] = []
+
+        def note(layer: Layer, call: Call, y: Tensor, calls: Any = calls) -> None:
+            if backward and not y.requires_grad:
+                y.requires_grad_(True)
+            calls.append((layer, detached(call), y))
+
+        with torch.set_grad_enabled(backward), watching(layers, note):
+            features = batch.features(model)
+            target = random_combination(features, noise, batch.valid) if backward else None
+        outputs = [y for *_, y in calls]
+        if target is not None:
+            grads = torch.autograd.grad(target, outputs, allow_unused=True)
+            probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
+        else:
+            probes = [noise(y) for y in outputs]
+        yield [(layer, probed(layer.host.spec.layout, call, y, probe, batch.valid))
+               for (layer, call, y), probe in zip(calls, probes, strict=True)]  # fmt: skip
+
+
+def probed(layout: str, call: Call, y: Tensor, probe: Tensor, valid: Tensor | None) -> LayerCall:
+    """Returns a call with its probe, which is zero where no token counts.
+
+    Args:
+        layout: of the host's tokens, see ``HostSpec``.
+        call: without a graph.
+        y, probe: (B, N, O) in the layout.
+        valid: which tokens count, (B, N), or None.
+    """
+    if valid is not None:
+        probe = probe.masked_fill(~valid.unsqueeze(-1), 0.0)
+    return LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:4], valid)
+
+
+def kept_calls(
+    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration, limit: int
+) -> dict[str, list[LayerCall]]:
+    """Returns the calls of the leading layers by name, as many layers as fit into memory; none if not even one does.
+
+    Args:
+        model, layers, inputs, options: as of ``probed_batches``.
+        limit: in bytes.
+    """
+    kept: dict[str, list[LayerCall]] = {layer.name: [] for layer in layers}
+    used = 0
+    for calls in probed_batches(model, layers, inputs, options):
+        for layer, call in calls:
+            if layer.name in kept:
+                kept[layer.name].append(call)
+                used += call.bytes
+        while used > limit and kept:
+            used -= sum(call.bytes for call in kept.popitem()[1])
+        if not kept:
+            break
+    return kept
+
+
+def layers_with_calls(
+    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration
+) -> Iterator[tuple[Layer, Callable[[], Iterable[LayerCall]]]]:
+    """Yields each layer, and what its calls can be had from again and again: from memory, or by running the model anew.
+
+    Args:
+        model, layers, inputs, options: as of ``probed_batches``.
+    """
+    left = list(layers)
+    while left:
+        kept = kept_calls(model, left, inputs, options, CALL_BYTES)
+        if not kept:
+            first = left.pop(0)
+            yield (
+                first,
+                lambda first=first: (
+                    call for calls in probed_batches(model, [first], inputs, options) for _, call in calls
+                ),
+            )
+        while kept:
+            layer = left.pop(0)
+            calls = kept.pop(layer.name)
+            yield layer, lambda calls=calls: calls
+            del calls
+
+
+def random_combination(
+    features: list[Tensor], noise: Callable[[Tensor], Tensor], valid: Tensor | None = None
+) -> Tensor:
+    """Returns a scalar whose gradient is random in the space of the features.
+
+    Args:
+        features: (B, ...) of any shapes.
+        noise: returns random numbers of a tensor's shape.
+        valid: which tokens count of features (B, N, C), (B, N); None: all.
+
+    Raises:
+        PatchError: no feature has gradients.
+    """
+    parts = [(part if valid is None else part[valid]).float() for part in features if part.requires_grad]
+    if not parts:
+        raise PatchError(
+            "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "
+            "objective='layer', which needs none"
+        )
+    return torch.stack([(part * noise(part)).sum() for part in parts]).sum()
