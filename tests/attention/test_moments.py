@@ -163,7 +163,9 @@ def test_unusable_moments_are_refused_with_the_reason():
         collected(x * float("inf"), x)
 
 
-@pytest.mark.parametrize("rope", [None, RopeSpec(1, True, False), RopeSpec(1, False, True)], ids=["plain", "half", "per head"])
+@pytest.mark.parametrize(
+    "rope", [None, RopeSpec(1, True, False), RopeSpec(1, False, True)], ids=["plain", "half", "per head"]
+)
 @pytest.mark.parametrize("biased", [True, False])
 def test_sums_over_heads_are_the_means_of_the_heads_moments(rope, biased):
     """What is summed over all heads at once equals what follows from each head's moments; so do the traces."""

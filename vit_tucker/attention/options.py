@@ -130,12 +130,12 @@ class Calibration(Checked):
         default=32,
         ge=1,
         le=1_000_000,
-        description="Images per forward and backward pass; passes of language models have about 2,048 tokens.",
+        description="Images per forward and backward pass; passes of language models have about 512 tokens.",
     )
-    objective: Literal["features", "layer"] = Field(
+    objective: Literal["features", "likelihood", "layer"] = Field(
         default="features",
-        description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
-        "size in the layer's own output.",
+        description="What an error costs: what it does to the model's final features, or to the likelihood of classes or tokens "
+        "(one backward pass per batch each), or its size in the layer's own output.",
     )
     damping: float = Field(
         default=1e-3,

@@ -12,7 +12,7 @@ from vit_tucker.errors import PatchError, reason_of
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.show.progress_bars import progress_bar
 
-TOKENS_PER_PASS = 2048
+TOKENS_PER_PASS = 512
 """Longer batches of tokens are divided: the graph of a backward pass through a language model is large."""
 
 

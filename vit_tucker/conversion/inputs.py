@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vit_tucker.errors import PatchError
+
 OWN_MASKS = ("sdpa", "eager")
 """Attention functions of transformers whose masks are tensors that others can read."""
 
@@ -28,6 +30,9 @@ class Inputs(Protocol):
 
     def features(self, model: Any) -> list[Tensor]:
         """Returns the features before the model's head."""
+
+    def logits(self, model: Any) -> Tensor:
+        """Returns scores of the classes, or of the next token at each one, (..., classes)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class Images:
         forward = getattr(model, "forward_features", model)
         parts = tree_leaves(forward(self.pixels))
         return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+
+    def logits(self, model: Any) -> Tensor:
+        """Returns the model's scores of classes, (B, classes); raises PatchError where its output is something else."""
+        output = model(self.pixels)
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise PatchError(
+                f"calibration: objective='likelihood' needs scores of classes, which {type(model).__name__} lacks"
+            )
+        return output
 
 
 @dataclass(frozen=True)
@@ -75,10 +89,21 @@ class Tokens:
     def features(self, model: Any) -> list[Tensor]:
         """Returns the last hidden state of the model without its head, (B, N, C): no logits are computed."""
         base = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        return [self._run(model, base).last_hidden_state]
+
+    def logits(self, model: Any) -> Tensor:
+        """Returns the scores of the next token at each one, (B, N, vocabulary); raises PatchError for a model without a head."""
+        logits = getattr(self._run(model, model), "logits", None)
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            raise PatchError(
+                f"calibration: objective='likelihood' needs scores of tokens, which {type(model).__name__} lacks"
+            )
+        return logits
+
+    def _run(self, model: Any, part: Any) -> Any:
         mask = None if self.attention_mask is None else self.attention_mask.long()
         with readable_masks(model):
-            output = base(input_ids=self.ids, attention_mask=mask, use_cache=False)
-        return [output.last_hidden_state]
+            return part(input_ids=self.ids, attention_mask=mask, use_cache=False)
 
 
 def reads_tokens(model: nn.Module) -> bool:

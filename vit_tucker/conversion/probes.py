@@ -22,7 +22,7 @@ CALL_BYTES = 3 * 2**30
 def probed_batches(
     model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration
 ) -> Iterator[list[tuple[Layer, LayerCall]]]:
-    """Yields the layers' calls of each batch with their probes: gradients of random combinations of the features, or noise.
+    """Yields the layers' calls of each batch with their probes: gradients of what the objective asks for, or noise.
 
     Args:
         model: in eval mode, its layers still dense.
@@ -34,15 +34,12 @@ def probed_batches(
         PatchError: no gradients, where the objective needs them.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    backward = options.objective == "features"
+    backward = options.objective != "layer"
     if backward and any(tensor.is_inference() for tensor in chain(model.parameters(), model.buffers())):
         raise PatchError(
             "calibration: the model's weights are inference tensors, which have no gradients: make the model outside of "
             "torch.inference_mode, or calibrate with objective='layer'"
         )
-
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
 
     for batch in progress_bar(inputs, what=f"tokens of {len(layers)} layers", unit="batches"):
         calls: list[tuple[Layer, Call, Tensor]] = []
@@ -53,14 +50,13 @@ def probed_batches(
             calls.append((layer, detached(call), y))
 
         with torch.set_grad_enabled(backward), watching(layers, note):
-            features = batch.features(model)
-            target = random_combination(features, noise, batch.valid) if backward else None
+            target = objective_of(model, batch, options.objective, generator)
         outputs = [y for *_, y in calls]
         if target is not None:
             grads = torch.autograd.grad(target, outputs, allow_unused=True)
             probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
         else:
-            probes = [noise(y) for y in outputs]
+            probes = [noise(y, generator) for y in outputs]
         yield [(layer, probed(layer.host.spec.layout, call, y, probe, batch.valid))
                for (layer, call, y), probe in zip(calls, probes, strict=True)]  # fmt: skip
 
@@ -128,23 +124,66 @@ def layers_with_calls(
             del calls
 
 
-def random_combination(
-    features: list[Tensor], noise: Callable[[Tensor], Tensor], valid: Tensor | None = None
-) -> Tensor:
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns random numbers of a tensor's shape, the same on every device."""
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def objective_of(model: nn.Module, batch: Inputs, objective: str, generator: torch.Generator) -> Tensor | None:
+    """Runs the model, and returns the scalar whose gradients are the probes; None where noise is.
+
+    Args:
+        model: in eval mode, with gradients but for objective="layer".
+        batch: its inputs.
+        objective: see ``Calibration.objective``.
+        generator: of the random numbers.
+
+    Raises:
+        PatchError: no gradients, or no scores.
+    """
+    if objective == "likelihood":
+        return sampled_likelihood(batch.logits(model), generator, batch.valid)
+    features = batch.features(model)
+    return random_combination(features, generator, batch.valid) if objective == "features" else None
+
+
+def sampled_likelihood(logits: Tensor, generator: torch.Generator, valid: Tensor | None) -> Tensor:
+    """Returns the log-likelihood of classes, or tokens, that are drawn from the model's own distribution.
+
+    The second moment of its gradient is the Fisher information: what an error costs in the divergence of the distributions.
+
+    Args:
+        logits: (..., classes).
+        generator: of the draws.
+        valid: which tokens count of logits (B, N, classes), (B, N); None: all.
+    """
+    refuse_without_gradients([logits] if logits.requires_grad else [])
+    scores = (logits if valid is None else logits[valid]).flatten(0, -2).float().log_softmax(-1)
+    uniform = torch.rand(len(scores), 1, generator=generator).to(scores)
+    drawn = torch.searchsorted(scores.detach().exp().cumsum(-1), uniform).clamp_max(scores.shape[-1] - 1)
+    return scores.gather(-1, drawn).sum()
+
+
+def refuse_without_gradients(parts: list[Tensor]) -> None:
+    """Raises PatchError if there is none of the features that have gradients."""
+    if not parts:
+        raise PatchError(
+            "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "
+            "objective='layer', which needs none"
+        )
+
+
+def random_combination(features: list[Tensor], generator: torch.Generator, valid: Tensor | None = None) -> Tensor:
     """Returns a scalar whose gradient is random in the space of the features.
 
     Args:
         features: (B, ...) of any shapes.
-        noise: returns random numbers of a tensor's shape.
+        generator: of the random numbers.
         valid: which tokens count of features (B, N, C), (B, N); None: all.
 
     Raises:
         PatchError: no feature has gradients.
     """
     parts = [(part if valid is None else part[valid]).float() for part in features if part.requires_grad]
-    if not parts:
-        raise PatchError(
-            "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "
-            "objective='layer', which needs none"
-        )
-    return torch.stack([(part * noise(part)).sum() for part in parts]).sum()
+    refuse_without_gradients(parts)
+    return torch.stack([(part * noise(part, generator)).sum() for part in parts]).sum()

@@ -236,6 +236,8 @@ def within_cache(tables: Sequence[RankTable], entries: float) -> list[RankTable]
     widths = [table.ranks[2].double() for table in tables]
     smallest = sum(width.min().item() for width in widths)
     if smallest > entries:
-        raise ValueError(f"too small, the smallest key and value ranks need {smallest:.0f} of {entries:.0f} numbers per token")
+        raise ValueError(
+            f"too small, the smallest key and value ranks need {smallest:.0f} of {entries:.0f} numbers per token"
+        )
     chosen = minimise([table.error[-1, -1] for table in tables], widths, entries)
     return [table.at_third(index) for table, index in zip(tables, chosen, strict=True)]
