@@ -63,8 +63,8 @@ class RankRule(Checked):
         default=None,
         gt=0,
         le=1,
-        description="Numbers in a KV cache to spend, as a share of those of the layers' own key/value heads: decides about key and "
-        "value ranks. The other ranks are full, or spend the budget of parameters that is given beside it.",
+        description="Numbers in a KV cache to spend, as a share of those of the layers' own key/value heads: decides about key "
+        "and value ranks. The other ranks are full, or spend the budget of parameters that is given beside it.",
     )
     multiple_of: int = Field(
         default=8,
@@ -124,7 +124,7 @@ class Calibration(Checked):
         default=256,
         ge=1,
         le=10_000_000,
-        description="Images to look at, from the training set in a YAML run; of a language model sequences, whatever their length.",
+        description="Images to look at, from the training set in a YAML run; of a language model sequences of any length.",
     )
     batch_size: int = Field(
         default=32,

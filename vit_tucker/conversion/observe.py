@@ -1,6 +1,5 @@
 """Watches attention layers at work: what goes in, and what comes out."""
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.call import Call, read_call
+from vit_tucker.attention.call import Call
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.families import family_of
 from vit_tucker.hosts.readers import Host
@@ -91,26 +90,16 @@ def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int
         yield group
 
 
-def call_reader(layer: WatchedLayer) -> Callable[[tuple[Any, ...], dict[str, Any]], Call]:
-    """Returns what reads the arguments of a layer's dense module, by the library that it is from."""
-    family, spec = family_of(layer.module), layer.host.spec
-    if family is not None and family.read_call is not None:
-        read = family.read_call
-        return lambda args, kwargs: read(layer.module, spec, args, kwargs)
-    signature = inspect.signature(layer.module.forward)
-    bias: Any = spec.extras.get("position_bias", {}).get("position_bias")
-    return lambda args, kwargs: read_call(spec.layout, bias, **signature.bind(*args, **kwargs).arguments)
-
-
 @contextmanager
 def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
     """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
 
     def hook(layer: Layer) -> Callable[..., None]:
-        read = call_reader(layer)
+        family = family_of(layer.module)
+        assert family is not None
 
         def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            see(layer, read(args, kwargs), output[0] if isinstance(output, tuple) else output)
+            see(layer, family.read_call(module, layer.host.spec, args, kwargs), first(output))
 
         return seen
 
@@ -120,6 +109,11 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first(output: Any) -> Tensor:
+    """Returns the output of an attention module, a tensor or the first of a tuple, which attention maps follow."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def detached(call: Call) -> Call:

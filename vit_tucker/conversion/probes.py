@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.call import Call, to_sequences
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.moments import LayerCall
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.inputs import Inputs
@@ -57,22 +58,25 @@ def probed_batches(
             probes = [torch.zeros_like(y) if g is None else g for g, y in zip(grads, outputs, strict=True)]
         else:
             probes = [noise(y, generator) for y in outputs]
-        yield [(layer, probed(layer.host.spec.layout, call, y, probe, batch.valid))
+        yield [(layer, probed(layer.host.spec, call, y, probe, batch.valid))
                for (layer, call, y), probe in zip(calls, probes, strict=True)]  # fmt: skip
 
 
-def probed(layout: str, call: Call, y: Tensor, probe: Tensor, valid: Tensor | None) -> LayerCall:
-    """Returns a call with its probe, which is zero where no token counts.
+def probed(spec: HostSpec, call: Call, y: Tensor, probe: Tensor, valid: Tensor | None) -> LayerCall:
+    """Returns a call with its probe, which is zero where no token counts, and its rotations (N', 2 D) or (B, 1, N', 2 D).
 
     Args:
-        layout: of the host's tokens, see ``HostSpec``.
+        spec: of the host.
         call: without a graph.
-        y, probe: (B, N, O) in the layout.
+        y, probe: (B, N, O) in the host's layout.
         valid: which tokens count, (B, N), or None.
     """
+    y, probe, rope = to_sequences(y.detach(), spec.layout), to_sequences(probe, spec.layout), call.rope
     if valid is not None:
         probe = probe.masked_fill(~valid.unsqueeze(-1), 0.0)
-    return LayerCall(call.x, to_sequences(y.detach(), layout), to_sequences(probe, layout), *call[1:4], valid)
+    if rope is not None and rope.ndim == 3 and spec.rope is not None and not spec.rope.per_head:
+        rope = rope[0] if len(rope) == 1 else rope.unsqueeze(1)
+    return LayerCall(call.x, y, probe, call.attn_mask, call.is_causal, rope, valid)
 
 
 def kept_calls(

@@ -28,17 +28,20 @@ class Family:
         is_left_alone: whether a module stands beside self-attention and stays as it is.
         read: reads a module, see ``read_host``: called with the module, its model and ``plain``.
         restore: makes a host's module fit what has become of its replacement, before it is put back.
+        read_call: reads a call of a host's module, without a cache: called with the module, its spec, arguments and keywords.
         install: gives a replacement what the callers of the host's module expect of it; None: nothing.
-        read_call: reads the arguments of a module's call into one form, with a table of rotations as timm's; None: they
-            have timm's names.
+        mark: sets up a model that was patched, or is no longer; None: nothing.
+        sequence_length: returns the tokens of a model's sequences; None: the model is run on an image to find out.
     """
 
     is_self_attention: Callable[[nn.Module], bool]
     is_left_alone: Callable[[nn.Module], bool]
     read: Callable[[nn.Module, nn.Module | None, bool], Host]
     restore: Callable[[nn.Module, AttentionModule], None]
+    read_call: Callable[[nn.Module, HostSpec, tuple[Any, ...], dict[str, Any]], Call]
     install: Callable[[AttentionModule, nn.Module], None] | None = None
-    read_call: Callable[[nn.Module, HostSpec, tuple[Any, ...], dict[str, Any]], Call] | None = None
+    mark: Callable[[nn.Module, bool], None] | None = None
+    sequence_length: Callable[[nn.Module], int] | None = None
 
 
 FAMILIES = {"timm": "vit_tucker.hosts.timm_classes", "transformers": "vit_tucker.hosts.transformers_classes"}
