@@ -130,6 +130,7 @@ PARTS = {
     "moments": "layers",
     "host_maps": "layers",
     "moment_sums": "layers",
+    "rotation_sums": "layers",
     "convertible": "layers",
     "module": "layers",
     "heads": "layers",
