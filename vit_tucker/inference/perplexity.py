@@ -20,7 +20,7 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Holds how well a model predicts a text.
+    """The scores of a language model on a text.
 
     Attributes:
         nll: sum of the negative log-likelihoods of the scored tokens, in nats.
