@@ -128,6 +128,7 @@ PARTS = {
     "decoding": "backends",
     "call": "layers",
     "moments": "layers",
+    "convertible": "layers",
     "module": "layers",
     "heads": "layers",
     "latent_layer": "layers",

@@ -16,6 +16,7 @@ from torch import nn
 
 from vit_tucker.attention.call import PositionBias
 from vit_tucker.attention.effective import full_name, without_hooks
+from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.families import EXCLUDE, Family
@@ -62,8 +63,11 @@ def read_maxxvit(m: Any, layout: str) -> Host:
     return make_host(m, read_fused(m, m.head_first), bias_module(m), layout=layout)
 
 
-def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
-    """Resizes a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+def follow_window_size(module: nn.Module, replacement: AttentionModule) -> None:
+    """Resizes a host's position bias, if there is one, as that of its replacement was, by timm's ``set_input_size``."""
+    bias = replacement.position_bias
+    if bias is None:
+        return
     source: Any = getattr(module, "rel_pos", module)
     like: Any = bias.source
     if tuple(source.window_size) != tuple(like.window_size):
@@ -208,4 +212,9 @@ def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
     raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
 
 
-FAMILY = Family(SELF_ATTENTION, LEFT_ALONE_BY_CLASS, read_timm, follow_window_size)
+FAMILY = Family(
+    is_self_attention=lambda module: isinstance(module, SELF_ATTENTION),
+    is_left_alone=lambda module: type(module) in LEFT_ALONE_BY_CLASS,
+    read=read_timm,
+    restore=follow_window_size,
+)
