@@ -19,20 +19,20 @@ def stack_heads(q: Tensor, tasks: int) -> Tensor:
     return q.reshape(q.shape[0], tasks, -1, q.shape[3])
 
 
-def stack_mask(attn_mask: Tensor, heads: int, tasks: int) -> Tensor:
+def stack_mask(attn_mask: Tensor, q: Tensor, tasks: int) -> Tensor:
     """Returns the mask of ``stack_heads``, which broadcasts to (B, tasks, H/tasks * Nq, Nk).
 
     Args:
         attn_mask: broadcasts to (B, H, Nq, Nk).
-        heads: H.
+        q: (B, H, Nq, Dk), as given to ``stack_heads``.
         tasks: of ``stack_heads``.
     """
     if attn_mask.ndim < 4:
         attn_mask = attn_mask[(None,) * (4 - attn_mask.ndim)]
-    images, given, rows, keys = attn_mask.shape
-    if given == 1 and (rows == 1 or heads == tasks):
+    images, heads, rows, keys = attn_mask.shape
+    if heads == 1 and (rows == 1 or q.shape[1] == tasks):
         return attn_mask
-    return attn_mask.expand(-1, heads, -1, -1).reshape(images, tasks, -1, keys)
+    return attn_mask.expand(-1, q.shape[1], q.shape[2], -1).reshape(images, tasks, -1, keys)
 
 
 def unpack_heads(y: Tensor, num_heads: int) -> Tensor:

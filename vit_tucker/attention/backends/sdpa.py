@@ -66,23 +66,19 @@ def attend(
     )
 
 
-def attend_stacked(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, dropout: float
-) -> Tensor:
+def attend_stacked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, dropout: float) -> Tensor:
     """Returns softmax(Q K^T) V for few queries, those of heads that share a key stacked; arguments as of ``fused_attention``."""
-    heads, tasks = q.shape[1], count_tasks(q, k.shape[1])
+    tasks = count_tasks(q, k.shape[1])
     if tasks > k.shape[1]:
         k, v = k.expand(-1, tasks, -1, -1), v.expand(-1, tasks, -1, -1)
     if attn_mask is not None:
-        attn_mask = stack_mask(attn_mask, heads, tasks)
-    y = F.scaled_dot_product_attention(
-        stack_heads(q, tasks), k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale
-    )
+        attn_mask = stack_mask(attn_mask, q, tasks)
+    y = F.scaled_dot_product_attention(stack_heads(q, tasks), k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
     return y.reshape(*q.shape[:3], v.shape[3])
 
 
 def count_tasks(q: Tensor, kv_heads: int) -> int:
-    """Returns how many stacks the heads' queries are computed in: one for each key/value head, or more to have one for each thread.
+    """Returns how many stacks heads are computed in: one for each key/value head, or more to have one for each thread.
 
     Args:
         q: (B, H, Nq, Dk).
