@@ -21,6 +21,8 @@ from vit_tucker.errors import WeightsError, one_line
 
 Layer = TypeVar("Layer", bound=nn.Module)
 PROJECTIONS = (nn.Linear, nn.Conv2d)
+CAPTURE = "transformers.utils.output_capturing"
+"""Where the hooks are from by which transformers records outputs; it sets them up once for a model, at its first call."""
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 """GPT-2's projection, a Linear whose weight is (in, out)."""
 SILENT = (nn.Dropout, nn.Softmax, nn.Identity)
@@ -54,11 +56,16 @@ def is_adapter(module: nn.Module) -> bool:
     return is_tuner(module) or isinstance(module, imported_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
 
 
+def records_outputs(hook: Any) -> bool:
+    """Returns whether a hook is one of transformers, by which it records outputs; it changes none."""
+    return getattr(hook, "__module__", "") == CAPTURE
+
+
 def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iterator[str]:
-    """Yields the kind of each hook on the module itself, torch's own apart."""
+    """Yields the kind of each hook on the module itself, those of torch and transformers apart."""
     for kind in kinds:
         for hook in getattr(module, kind).values():
-            if not isinstance(hook, FUNCTIONAL):
+            if not isinstance(hook, FUNCTIONAL) and not records_outputs(hook):
                 yield HOOKS[kind]
 
 
@@ -165,7 +172,7 @@ def without_hooks(module: nn.Module) -> nn.Module:
 
 def refuse_unreadable(part: nn.Module) -> None:
     """Raises WeightsError for anything but a Linear or a convolution with weights of its own."""
-    known = (*PROJECTIONS, *imported_class(*CONV1D))
+    known: tuple[Any, ...] = (*PROJECTIONS, *imported_class(*CONV1D))
     cls = next((cls for cls in known if type(part).forward is cls.forward), None)
     if cls is None or type(part).__call__ is not nn.Module.__call__:
         raise WeightsError(f"is a {full_name(part)}, not a Linear or a convolution that its weights alone determine")

@@ -19,7 +19,8 @@ from vit_tucker.errors import PatchError
 from vit_tucker.hosts.families import EXCLUDE, Family
 from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, Projections, for_all_heads
-from vit_tucker.hosts.transformers_layers import install, restore
+from vit_tucker.hosts.transformers_layers import install, read_decoder_call, restore
+from vit_tucker.hosts.transformers_models import mark, sequence_length
 from vit_tucker.hosts.transformers_source import llama_form
 
 GPT2 = "transformers.models.gpt2.modeling_gpt2.GPT2Attention"
@@ -149,4 +150,13 @@ def make_host(m: Any, projections: Projections, out: Tensor, out_bias: Tensor | 
     return Host(spec, dense, ParameterCount(weights, sum(p.numel() for p in m.parameters()) - weights), own)
 
 
-FAMILY = Family(is_self_attention, is_left_alone, read_transformers, restore, install)
+FAMILY = Family(
+    is_self_attention=is_self_attention,
+    is_left_alone=is_left_alone,
+    read=read_transformers,
+    restore=restore,
+    read_call=read_decoder_call,
+    install=install,
+    mark=mark,
+    sequence_length=sequence_length,
+)

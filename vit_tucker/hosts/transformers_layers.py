@@ -17,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vit_tucker.attention.call import Call
 from vit_tucker.attention.decoding import attend_past
+from vit_tucker.attention.effective import records_outputs
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
@@ -25,8 +27,6 @@ CACHES = ("cache", "past_key_values")
 """Names of the argument with the cache: transformers 5.24 renamed it."""
 FLAGS = ("use_cache", "cache_position")
 """Arguments with a name like it that hold none."""
-CAPTURE = "transformers.utils.output_capturing"
-"""Where the hooks are from by which transformers records outputs; it installs them once for a model."""
 HOST_ATTRIBUTES = ("config", "layer_idx", "is_causal", "sliding_window")
 """What the functions of transformers read of an attention module, beside what ``DecoderLayer`` defines."""
 
@@ -49,7 +49,7 @@ class DecoderLayer(AttentionModule):
     @property
     def num_key_value_groups(self) -> int:
         """Returns how many heads share a key, by the name that transformers' attention functions read."""
-        return self.num_heads if isinstance(self, LatentModule) else self.num_heads // self.num_kv_heads  # type: ignore[attr-defined]
+        return self.num_heads // (1 if isinstance(self, LatentModule) else cast(int, self.num_kv_heads))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         """Returns the output (B, N, O), and the maps (B, H, N, Nk) where the attention function makes them.
@@ -137,7 +137,8 @@ def update(past: Any, k: Tensor, v: Tensor, layer_idx: int, kwargs: dict[str, An
         kwargs: other arguments of the call, which some caches read.
     """
     if v is not k:
-        return past.update(k, v, layer_idx, kwargs=kwargs)  # type: ignore[no-any-return]
+        keys, values = past.update(k, v, layer_idx, kwargs=kwargs)
+        return keys, values
     keys, _ = past.update(k, k[..., :0], layer_idx, kwargs=kwargs)
     return keys, keys
 
@@ -171,8 +172,8 @@ def install(layer: AttentionModule, host: nn.Module) -> None:
         if hasattr(host, name):
             setattr(layer, name, getattr(host, name))
     vars(layer)["eager"] = importlib.import_module(type(host).__module__).eager_attention_forward
-    vars(layer)["positional"] = argument_names(type(host))
-    layer.__class__ = decoder_class(type(layer), type(host))
+    vars(layer)["positional"] = argument_names(cast(Hashable, type(host)))
+    layer.__class__ = decoder_class(cast(Hashable, type(layer)), cast(Hashable, type(host)))
     hand_over(host, layer)
 
 
@@ -184,7 +185,7 @@ def restore(host: nn.Module, layer: AttentionModule) -> None:
 def hand_over(source: nn.Module, target: nn.Module) -> None:
     """Copies the hooks by which transformers records outputs: it sets them up once for a model, at its first call."""
     for hook in source._forward_hooks.values():
-        if getattr(hook, "__module__", "") == CAPTURE and hook not in target._forward_hooks.values():
+        if records_outputs(hook) and hook not in target._forward_hooks.values():
             target.register_forward_hook(hook)
 
 
@@ -196,16 +197,16 @@ def argument_names(host: Hashable) -> tuple[str, ...]:
     return tuple(names[2:])
 
 
-def read_decoder_call(host: Hashable, causal: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Reads the arguments of a host's attention into one form, without a cache.
+def read_decoder_call(module: nn.Module, spec: HostSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Reads a call of a host's attention, without a cache.
 
     Args:
-        host: class of the module.
-        causal: it is a decoder's: without a mask tokens attend to earlier ones.
+        module: the host's.
+        spec: of it.
         args, kwargs: of the call.
     """
-    given = dict(kwargs) | dict(zip(("hidden_states", *argument_names(host)), args, strict=False))
+    names = ("hidden_states", *argument_names(cast(Hashable, type(module))))
+    given = kwargs | dict(zip(names, args, strict=False))
     mask = given.get("attention_mask")
-    x = given["hidden_states"]
     rope = table_of(given.get("position_embeddings"))
-    return Call(x, mask, causal and mask is None, rope, may_be_blind=mask is not None)
+    return Call(given["hidden_states"], mask, spec.causal and mask is None, rope, may_be_blind=mask is not None)

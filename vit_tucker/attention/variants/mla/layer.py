@@ -130,7 +130,7 @@ class MLA(LatentModule, PerHeadModule):
         q = q @ by_heads(weight_of(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
         q, key = self.rotate_latent(q, latents[1].unsqueeze(1), rope)  # (B, H, N, cKV)
         if self.averages_latent:
-            return q, key, latents[2].unsqueeze(1)
+            return q, key, key if self.values_are_keys else latents[2].unsqueeze(1)
         values = self.v_up(latents[2]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
         return q, heads.expand_heads(key, self.num_heads), values
 

@@ -84,7 +84,7 @@ class TuckerAttention(TuckerFactors):
         q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
         k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, N, r3), (B, 1, N, r3t)
         q, k = self.rotate_latent(q, k, rope)
-        return q, k, v
+        return q, k, k if self.values_are_keys else v
 
     def readout(self, mixed: Tensor) -> Tensor:
         """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O), of Y (B, N, H*r3t)."""
