@@ -122,6 +122,7 @@ PARTS = {
     "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
+    "cores": "common",
     "triton_tucker": "kernels",
     "backends": "backends",
     "attend": "backends",
