@@ -129,6 +129,8 @@ PARTS = {
     "decoding": "backends",
     "call": "layers",
     "moments": "layers",
+    "host_maps": "layers",
+    "moment_sums": "layers",
     "convertible": "layers",
     "module": "layers",
     "heads": "layers",
