@@ -12,7 +12,7 @@ from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts.slot import slot_of
 from vit_tucker.patching.record import patch_records
-from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import full_state, save_weights
