@@ -1,6 +1,5 @@
 """Watches attention layers at work: what goes in, what comes out, and what an error there would cost."""
 
-import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vit_tucker.attention.call import Call, read_call, to_sequences
+from vit_tucker.attention.call import Call, to_sequences
 from vit_tucker.attention.moments import LayerCall, Moments
 from vit_tucker.attention.options import Calibration
 from vit_tucker.errors import PatchError
+from vit_tucker.hosts.families import family_of
 from vit_tucker.hosts.readers import Host
 from vit_tucker.show.progress_bars import progress_bar
 
@@ -108,11 +108,11 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
     """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
 
     def hook(layer: Layer) -> Callable[..., None]:
-        signature, spec = inspect.signature(layer.module.forward), layer.host.spec
-        bias: Any = spec.extras.get("position_bias", {}).get("position_bias")
+        family = family_of(layer.module)
+        assert family is not None
 
-        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            see(layer, read_call(spec.layout, bias, **signature.bind(*args, **kwargs).arguments), output)
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            see(layer, family.read_call(module, layer.host.spec, args, kwargs), first(output))
 
         return seen
 
@@ -122,6 +122,11 @@ def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]
     finally:
         for handle in handles:
             handle.remove()
+
+
+def first(output: Any) -> Tensor:
+    """Returns the output of an attention module, a tensor or the first of a tuple, which attention maps follow."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def show_calls(

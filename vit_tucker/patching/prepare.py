@@ -107,6 +107,9 @@ def prepare(
         elif configs[layer.name] != configs[name]:
             raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
     converted = _convert(model, config, list(built.values()), images)
+    for layer in built.values():
+        with naming(layer.name):
+            slot.install(layer.replacement, layer.module)
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(
         _row(slot, name, layer, configs[name], tokens.get(name), converted)

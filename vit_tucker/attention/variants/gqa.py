@@ -113,15 +113,13 @@ class GQA(PerHeadModule):
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries (B, H, N, D), keys and values (B, G, N, D) of tokens (B, N, C)."""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
         v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+        return self.rotate_heads(q, k, v, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Converts exactly where num_kv_heads is num_heads; else to each group's mean, or its best basis."""

@@ -83,17 +83,15 @@ class MHA(PerHeadModule):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values of all heads, (B, H, N, D) each, of tokens (B, N, C)."""
         B, N, _ = x.shape
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+        return self.rotate_heads(q, k, v, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Copies the weights, with zeros for biases that have none."""

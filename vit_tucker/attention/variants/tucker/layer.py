@@ -68,10 +68,8 @@ class TuckerAttention(TuckerFactors):
         """Returns S = Ct x1 U1t, (H, r2t, r3t)."""
         return (self.post_head @ self.post_core.flatten(1)).unflatten(1, self.post_core.shape[1:])
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' latent outputs Y side by side, (B, N, H*r3t), of tokens (B, N, C)."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries (B, H, N, r3), and the latent key and value, (B, 1, N, r3) and (B, 1, N, r3t), of tokens (B, N, C)."""
         B, N, _ = x.shape
         linears = self.input_projections()
         pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
@@ -86,8 +84,7 @@ class TuckerAttention(TuckerFactors):
         q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
         k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, N, r3), (B, 1, N, r3t)
         q, k = self.rotate_latent(q, k, rope)
-        y = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, r3t)
-        return y.transpose(1, 2).reshape(B, N, -1)
+        return q, k, k if self.values_are_keys else v
 
     def readout(self, mixed: Tensor) -> Tensor:
         """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O), of Y (B, N, H*r3t)."""
