@@ -1,15 +1,18 @@
-"""The causal language model of a run: made by transformers, from its pretrained weights, a folder, or sizes alone."""
+"""The causal language model of a run: transformers' pretrained one, one of a folder's sizes, or of an architecture's."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vit_tucker.checkpoint.causal_lm import in_one_line, load_dense_causal_lm, source_of
 from vit_tucker.config.schema import ModelConfig
-from vit_tucker.errors import CheckpointError, ConfigError, how_to_install, nearest, reason_of
+from vit_tucker.errors import CheckpointError, ConfigError, nearest, reason_of
+from vit_tucker.hosts.transformers_library import import_transformers
+from vit_tucker.storage.digests import CONFIG
 from vit_tucker.storage.weights import load_weights
+from vit_tucker.version import __version__
 
 PREFIX = "hf:"
 """What names of transformers' models begin with."""
@@ -22,49 +25,36 @@ def is_language_model(config: ModelConfig) -> bool:
     return config.name.startswith(PREFIX)
 
 
-def load_language_model(config: ModelConfig, vocabulary: int | None = None) -> nn.Module:
+def load_language_model(config: ModelConfig, vocabulary: int | None = None, stored: Path | None = None) -> nn.Module:
     """Makes the dense language model of a run, on the CPU in float32.
 
     Args:
-        config: model section: ``hf:`` and a folder or hub name, or the name of an architecture (llama, gpt2);
-            ``model_kwargs`` are entries of its transformers config.
-        vocabulary: tokens of the data, the size of a vocabulary that neither ``model_kwargs`` nor a folder names.
+        config: model section: ``hf:`` and what ``load_dense_causal_lm`` loads; or, without weights, also the name of an
+            architecture (llama, gpt2). ``model_kwargs`` are entries of the transformers config of a model without weights.
+        vocabulary: of the data; the size of the model's where nothing else names one.
+        stored: folder of a checkpoint of this model, whose config.json is that of the model.
 
     Raises:
         ConfigError: transformers is missing or too old, has no such architecture, or an entry is unknown or can't be.
         CheckpointError: weights are missing or don't fit.
     """
-    refuse_without_transformers(config.name)
+    name = config.name.removeprefix(PREFIX)
+    transformers = import_transformers(f"model.name: {config.name}")
     refuse_keys_of_timm(config)
-    from transformers import AutoModelForCausalLM
-
-    described = describe_architecture(config, vocabulary)
+    if config.pretrained:
+        if config.model_kwargs:
+            raise ConfigError(
+                f"model.model_kwargs: the pretrained {name} brings its own; leave them or model.pretrained out"
+            )
+        return load_dense_causal_lm(name, dtype=torch.float32)
+    described = describe_architecture(transformers, name, config.model_kwargs, vocabulary, stored)
     try:
-        if config.pretrained:
-            name = config.name.removeprefix(PREFIX)
-            return AutoModelForCausalLM.from_pretrained(name, config=described, dtype=torch.float32)
-        model: nn.Module = AutoModelForCausalLM.from_config(described, dtype=torch.float32)
-    except Exception as error:  # transformers, the hub and safetensors raise anything
-        if config.pretrained:
-            raise CheckpointError(
-                f"model.pretrained: no weights for {config.name} could be loaded: {reason_of(error)}"
-            ) from None
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.float32)
+    except Exception as error:  # of any model's constructor
         raise ConfigError(f"model: {config.name} can't be built: {reason_of(error)}") from None
     if config.checkpoint is not None:
         load_weights(weights_file(Path(config.checkpoint).expanduser()), model)
     return model
-
-
-def refuse_without_transformers(name: str) -> None:
-    """Raises ConfigError if the library that makes the model ``name`` is not installed, or is too old."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(f"model.name: {name} needs transformers: {how_to_install('hf')}")
-    import transformers
-
-    if int(transformers.__version__.partition(".")[0]) < 5:
-        raise ConfigError(
-            f"model.name: {name} needs transformers 5 or newer, not {transformers.__version__}: {how_to_install('hf')}"
-        )
 
 
 def refuse_keys_of_timm(config: ModelConfig) -> None:
@@ -77,29 +67,41 @@ def refuse_keys_of_timm(config: ModelConfig) -> None:
             )
 
 
-def describe_architecture(config: ModelConfig, vocabulary: int | None) -> Any:
-    """Returns the transformers config of a model section; arguments and errors as of ``load_language_model``."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def describe_architecture(
+    transformers: Any, name: str, given: dict[str, Any], vocabulary: int | None, stored: Path | None
+) -> Any:
+    """Returns the transformers config of a model without weights.
 
-    name, given = config.name.removeprefix(PREFIX), dict(config.model_kwargs)
+    Args:
+        transformers: the package.
+        name: of an architecture, or as of ``source_of``.
+        given: entries in place of its own.
+        vocabulary, stored: see ``load_language_model``.
+
+    Raises:
+        ConfigError: no such architecture or entry. CheckpointError: no such folder.
+    """
+    if stored is not None and (stored / CONFIG).is_file():
+        return in_one_line(str(stored), lambda: transformers.AutoConfig.from_pretrained(str(stored)))
+    known = transformers.CONFIG_MAPPING.keys()
+    if name in known and not Path(name).is_dir():
+        defaults = transformers.AutoConfig.for_model(name)
+        refuse_unknown_entries(defaults, given)
+        size = {"vocab_size": vocabulary} if vocabulary is not None and "vocab_size" not in given else {}
+        entries = ending_within(defaults, {**given, **size})
+        try:
+            return transformers.AutoConfig.for_model(name, **entries)
+        except Exception as error:  # of the config's own checks
+            raise ConfigError(f"model.model_kwargs: {reason_of(error)}") from None
     try:
-        if name in CONFIG_MAPPING and not config.pretrained and not Path(name).is_dir():
-            defaults = AutoConfig.for_model(name)
-            if vocabulary is not None and "vocab_size" not in given:
-                given["vocab_size"] = vocabulary
-            refuse_unknown_entries(defaults, given)
-            return AutoConfig.for_model(name, **ending_within(defaults, given))
-        stored = AutoConfig.from_pretrained(name)
-        refuse_unknown_entries(stored, given)
-        return AutoConfig.from_pretrained(name, **given)
-    except ConfigError:
-        raise
-    except Exception as error:  # of the hub, of JSON, of the config's own checks
-        known = [*CONFIG_MAPPING.keys()]
+        place, options = source_of(name)
+    except CheckpointError as error:
         raise ConfigError(
-            f"model.name: {config.name}: neither a folder nor a hub name that can be read here, nor an architecture of "
-            f"transformers with these model_kwargs{nearest(name, known)}: {reason_of(error, 300)}"
+            f"model.name: hf:{name}: no architecture of transformers{nearest(name, known)}; {error}"
         ) from None
+    defaults = in_one_line(name, lambda: transformers.AutoConfig.from_pretrained(place, **options))
+    refuse_unknown_entries(defaults, given)
+    return in_one_line(name, lambda: transformers.AutoConfig.from_pretrained(place, **options, **given))
 
 
 def refuse_unknown_entries(defaults: Any, given: dict[str, Any]) -> None:
@@ -112,9 +114,8 @@ def refuse_unknown_entries(defaults: Any, given: dict[str, Any]) -> None:
     known = {*defaults.to_dict(), *(getattr(defaults, "attribute_map", None) or {})}
     for key in given:
         if key not in known:
-            raise ConfigError(
-                f"model.model_kwargs.{key}: {type(defaults).__name__} has no such entry{nearest(key, known)}"
-            )
+            what = f"{type(defaults).__name__} of transformers has no such entry{nearest(key, known)}"
+            raise ConfigError(f"model.model_kwargs.{key}: {what}")
 
 
 def ending_within(defaults: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -122,12 +123,19 @@ def ending_within(defaults: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         defaults: a config of that architecture.
-        given: entries by name, ``vocab_size`` among them.
+        given: entries by name.
     """
     size = given.get("vocab_size", defaults.vocab_size)
     special = {name: getattr(defaults, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     beyond = {name: None for name, value in special.items() if isinstance(value, int) and value >= size}
     return {**beyond, **given}
+
+
+def describe_language_model(model: nn.Module) -> dict[str, Any]:
+    """Returns the config.json by which transformers, too, loads the weights of a dense language model."""
+    config: Any = model.config
+    values: dict[str, Any] = config.to_dict()
+    return {**values, "architectures": [type(model).__name__], "vit_tucker": {"version": __version__}}
 
 
 def weights_file(place: Path) -> Path:
@@ -153,4 +161,5 @@ def positions_of(model: nn.Module) -> int | None:
 
 def vocabulary_of(model: nn.Module) -> int:
     """Returns how many different tokens a model knows."""
-    return int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    config: Any = model.config
+    return int(config.vocab_size)

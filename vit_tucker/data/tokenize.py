@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vit_tucker.data.token_files import TokenFacts, TokenWriter
-from vit_tucker.errors import ConfigError, DataError, how_to_install, reason_of
+from vit_tucker.errors import ConfigError, DataError
 from vit_tucker.show.progress_bars import progress_bar
 from vit_tucker.storage.paths import refuse_unwritable
 
-BYTES = "bytes"
-"""Name of the tokenizer that needs nothing: the 256 bytes of UTF-8 are its tokens, and none ends a text."""
 PIECE = 1 << 20
 """Characters that are tokenized at once."""
 TRAIN, VALIDATION = "train", "validation"
@@ -31,38 +31,11 @@ class Tokenizer:
     name: str
     vocabulary: int
     end: int | None
-    encode: Callable[[str], Sequence[int]]
+    encode: Callable[[str], Sequence[int] | np.ndarray]
 
 
-def open_tokenizer(name: str) -> Tokenizer:
-    """Opens a tokenizer.
-
-    Args:
-        name: bytes, or a folder or hub name of a transformers tokenizer.
-
-    Raises:
-        ConfigError: there is none of this name, or transformers is not installed.
-    """
-    if name == BYTES:
-        return Tokenizer(BYTES, 256, None, lambda text: list(text.encode("utf-8")))
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ConfigError(
-            f"--tokenizer {name}: needs transformers: {how_to_install('hf')}; --tokenizer {BYTES} goes without"
-        ) from None
-    try:
-        found = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # the library and the hub raise anything
-        raise ConfigError(
-            f"--tokenizer {name}: no folder or hub name of a tokenizer that can be read here: {reason_of(error)}"
-        ) from None
-
-    def encode(text: str) -> Sequence[int]:
-        tokens: list[int] = found(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokens
-
-    return Tokenizer(name, len(found), found.eos_token_id, encode)
+BYTES = Tokenizer("bytes", 256, None, lambda text: np.frombuffer(text.encode("utf-8"), np.uint8))
+"""The tokenizer that needs nothing: the bytes of UTF-8."""
 
 
 def tokenize(files: Sequence[Path], tokenizer: Tokenizer, out: Path, validation: float = 0.05) -> dict[str, TokenFacts]:
@@ -74,7 +47,7 @@ def tokenize(files: Sequence[Path], tokenizer: Tokenizer, out: Path, validation:
 
     Args:
         files: UTF-8 text, in their order.
-        tokenizer: see ``open_tokenizer``.
+        tokenizer: see ``Tokenizer``.
         out: folder to write.
         validation: share of the text for validation, from 0 to below 1; 0 writes no validation.bin.
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vit_tucker.attention.options import MethodConfig
-from vit_tucker.checkpoint.language_host import load_language_model, positions_of, vocabulary_of
 from vit_tucker.checkpoint.host_model import count_parameters
+from vit_tucker.checkpoint.language_host import load_language_model, positions_of, vocabulary_of
 from vit_tucker.config.schema import DataConfig, RunConfig, TrainConfig
 from vit_tucker.data.token_batches import calibration_windows
 from vit_tucker.data.token_files import open_tokens
@@ -54,7 +54,8 @@ def build_language_model(config: RunConfig, run_dir: RunDir, device: torch.devic
     facts = evaluated.facts
     started = bool(list_checkpoints(run_dir.checkpoints)) or (run_dir.best.is_file() and not training)
     section = config.model.untrained() if started else config.model
-    model = load_language_model(section, facts.vocabulary)
+    weights = run_dir.checkpoints / ("last" if training else "best") if started else None
+    model = load_language_model(section, facts.vocabulary, weights)
     block, known = block_size(config, model), vocabulary_of(model)
     if facts.vocabulary > known:
         raise DataError(
