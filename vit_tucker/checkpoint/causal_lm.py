@@ -59,13 +59,14 @@ def load_dense_causal_lm(
 
 
 def load_tokenizer(where: str | Path) -> Any:
-    """Loads the tokenizer that lies beside a model, see ``load_dense_causal_lm``.
+    """Loads the tokenizer in a folder of its own, or beside a model, see ``load_dense_causal_lm``.
 
     Raises:
         CheckpointError: transformers is missing, or there is no tokenizer.
     """
     transformers = import_transformers(str(where), CheckpointError)
-    name, options = source_of(where)
+    alone = Path(where).expanduser() / "tokenizer_config.json"
+    name, options = (str(alone.parent), {}) if alone.is_file() else source_of(where)
     return in_one_line(
         f"{where}: its tokenizer",
         lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options),
@@ -83,7 +84,9 @@ def source_of(where: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(text).expanduser()
     if hub is None and path.exists():
         return folder_source(path)
-    if hub is None and (text.startswith((".", "/", "~")) or text.count("/") > 1 or path.parent.is_dir() and "/" in text):
+    if hub is None and (
+        text.startswith((".", "/", "~")) or text.count("/") > 1 or (path.parent.is_dir() and "/" in text)
+    ):
         raise CheckpointError(f"{text}: no such folder, and no 'owner/name' of the hub")
     name, _, revision = (hub or text).partition("@")
     refuse_missing((hub or text), (CONFIG,), text)
@@ -123,7 +126,9 @@ def in_one_line(where: str, load: Callable[[], Found]) -> Found:
     try:
         with quiet_transformers(bars_are_shown()):
             return load()
-    except Exception as error:  # transformers raises many kinds: OSError, ValueError, ImportError, those of safetensors ...
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds: OSError, ValueError, ImportError, those of safetensors ...
         reason = reason_of(error, 300)
         if "trust_remote_code" in reason or "contains custom code" in reason:
             reason = REMOTE
