@@ -59,13 +59,14 @@ def load_dense_causal_lm(
 
 
 def load_tokenizer(where: str | Path) -> Any:
-    """Loads the tokenizer that lies beside a model, see ``load_dense_causal_lm``.
+    """Loads the tokenizer in a folder of its own, or beside a model, see ``load_dense_causal_lm``.
 
     Raises:
         CheckpointError: transformers is missing, or there is no tokenizer.
     """
     transformers = import_transformers(str(where), CheckpointError)
-    name, options = source_of(where)
+    alone = Path(where).expanduser() / "tokenizer_config.json"
+    name, options = (str(alone.parent), {}) if alone.is_file() else source_of(where)
     return in_one_line(
         f"{where}: its tokenizer",
         lambda: transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options),
