@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vit_tucker.storage.digests import SECTION
+from vit_tucker.errors import CheckpointError, shorten
+from vit_tucker.storage.digests import CONFIG, SECTION
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,15 @@ def library_of(model: nn.Module) -> ModelLibrary:
 
 
 def library_of_config(config: Mapping[str, Any]) -> ModelLibrary:
-    """Returns the library of a config.json: the one that ours names, else the one whose layout it has."""
+    """Returns the library of a config.json: the one that it names, else the one whose layout it has.
+
+    Raises:
+        CheckpointError: it names another one.
+    """
     section = config.get(SECTION)
     named = section.get("library") if isinstance(section, Mapping) else None
     if named is None:
-        named = "transformers" if "model_type" in config and "architecture" not in config else "timm"
-    return library(named if named in LIBRARIES else "timm")
+        return library("timm" if "architecture" in config else "transformers")
+    if named not in LIBRARIES:
+        raise CheckpointError(f"{CONFIG}: {SECTION}.library: {shorten(named)}: one of {', '.join(LIBRARIES)}")
+    return library(named)

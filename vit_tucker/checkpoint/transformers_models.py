@@ -27,7 +27,7 @@ OVERRIDES = ("dtype", "attn_implementation")
 
 
 def header_of(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns strings for the header of the weights of a config.json: the model's class, methods and, as JSON, options and ranks."""
+    """Returns strings for the header of the weights: the model's class, its methods and, as JSON, their options and ranks."""
     section = config[SECTION]
     entries = {"architecture": section["model_class"], "attention": ""}
     for name, key in (("attention", "patch"), ("linear", "linear_patch")):
@@ -64,6 +64,12 @@ def write_tokenizer(model: nn.Module, folder: Path, tokenizer: Any) -> None:
             tokenizer.save_pretrained(folder)
 
 
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Returns whether a config.json is one of ``describe_transformers``, and not transformers' own."""
+    section = config.get(SECTION)
+    return isinstance(section, Mapping) and "library" in section
+
+
 def load_transformers(
     place: ModelPlace, config: dict[str, Any], verify: bool, overrides: Mapping[str, Any]
 ) -> nn.Module:
@@ -81,7 +87,7 @@ def load_transformers(
     dtype, attention = overrides.get("dtype"), overrides.get("attn_implementation")
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise CheckpointError(f"{place.origin}: dtype: a torch.dtype, not {dtype!r}")
-    if SECTION not in config:
+    if not is_ours(config):
         where = place.folder if place.hub_id is None else place.origin
         return load_dense_causal_lm(str(where), dtype=dtype, attn_implementation=attention)
     import_transformers(place.origin, CheckpointError)
