@@ -25,7 +25,7 @@ ALLOWED = {
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
-    "data": {"errors", "storage", "config", "hosts"},
+    "data": {"errors", "storage", "config", "hosts", "show"},
     "training": {"errors", "validation", "storage", "config", "data", "show"},
     "analysis": {
         "errors",
@@ -129,6 +129,8 @@ PARTS = {
     "decoding": "backends",
     "call": "layers",
     "moments": "layers",
+    "host_maps": "layers",
+    "moment_sums": "layers",
     "convertible": "layers",
     "module": "layers",
     "heads": "layers",
