@@ -1,4 +1,4 @@
-"""What conversions, reports and special cases use of an attention layer: its weights as tensors, and how they are set."""
+"""Defines what conversions, reports and special cases use of an attention layer: its weights as tensors, and how they are set."""
 
 from abc import abstractmethod
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.linear import linear_bias
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.errors import PatchError
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.mode_ranks import mode_ranks
@@ -37,6 +37,11 @@ class ConvertibleModule(nn.Module):
             damping: of the moments, relative to their mean eigenvalue.
         """
         raise PatchError(f"{type(self).__name__} has no activation-aware conversion; leave calibration out")
+
+    @property
+    def needs(self) -> Needs:
+        """Returns which moments ``convert_calibrated`` reads, by default all: those of every head cost the most."""
+        return Needs()
 
     @property
     def has_out_bias(self) -> bool:

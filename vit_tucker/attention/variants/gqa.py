@@ -23,7 +23,7 @@ from vit_tucker.attention.linear import (
     linear_weight,
     set_linear,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Form, Moments, Needs
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs
@@ -135,6 +135,12 @@ class GQA(PerHeadModule):
         else:
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
 
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: keys and values of each head with conversion='svd'; none of them for means."""
+        form: Form = "heads" if self.conversion == "svd" else "none"
+        return Needs(form, form, gradients=False)
+
     def input_projections(self) -> list[nn.Linear]:
         """Returns the projections of queries, keys and values."""
         return [self.q_proj, self.k_proj, self.v_proj]
@@ -200,7 +206,7 @@ def svd_groups(
     if moments is not None:
         left_query = metric_root(moments.query[:rows, :rows], damping).root
         left_out = metric_root(moments.output, damping).root
-        key_metrics, value_metrics = moments.key, moments.value
+        key_metrics, value_metrics = moments.given("key"), moments.given("value")
     keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
     values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)
     query, width = pre.left @ change_key, weights.query.shape[1]

@@ -20,7 +20,7 @@ from vit_tucker.attention.linear import (
     set_linear,
     split_heads,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.attention.registry import register_method
 from vit_tucker.show import methods
 from vit_tucker.show.methods import MethodDisplay
@@ -103,6 +103,11 @@ class MHA(PerHeadModule):
             self.v_bias.copy_(biases[2])
         set_linear(self.qkv, qkv, torch.cat(biases))
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    @property
+    def needs(self) -> Needs:
+        """Returns that no key, value or gradient moments are read."""
+        return Needs("none", "none", gradients=False)
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Copies the weights: the conversion is exact whatever the tokens are."""

@@ -29,7 +29,7 @@ from vit_tucker.attention.linear import (
     split_heads,
     weight_of,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents, tucker_of_latents
 from vit_tucker.attention.variants.mla.ranks import absorbing_saves, can_absorb, has_head_key_bias, refuse_ranks
 from vit_tucker.tensor.rotary import RotaryPairs
@@ -90,7 +90,7 @@ class MLA(LatentModule, PerHeadModule):
 
     def run_absorbed(self, call: Call) -> Tensor:
         """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
-        B, N, H = *call.x.shape[:2], self.num_heads
+        (B, N, _), H = call.x.shape, self.num_heads
         latent, k, v = self.latents(call.x)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
         k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)
@@ -155,6 +155,11 @@ class MLA(LatentModule, PerHeadModule):
     def convert_from(self, weights: MHAWeights) -> None:
         """Converts by the SVD of [WK | WV] for a shared latent and that of WQ for the query latent; exact at full rank."""
         self._set(weights, fit_latents(weights, self._target()))
+
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: gradients, and with latent RoPE the mean key metric."""
+        return Needs("mean" if self.spec.rotates_latent else "none", "none")
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Runs the SVDs of ``fit_latents`` weighted by moments."""
