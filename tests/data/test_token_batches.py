@@ -65,9 +65,7 @@ def test_windows_go_on_from_pass_to_pass():
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_any_number_of_processes_gets_the_same_batches(folder, world, accumulation):
     whole = [starts(step) for step in loaders(folder).train.steps(1)]
-    shares = [
-        list(loaders(folder, rank, world, grad_accum_steps=accumulation).train.steps(1)) for rank in range(world)
-    ]
+    shares = [list(loaders(folder, rank, world, grad_accum_steps=accumulation).train.steps(1)) for rank in range(world)]
     for number, expected in enumerate(whole):
         steps = [share[number] for share in shares]
         assert all(len(step) == accumulation for step in steps)

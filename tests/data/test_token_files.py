@@ -33,9 +33,14 @@ def test_what_is_written_is_read(tmp_path, vocabulary, dtype):
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     path = write(tmp_path, [1, 2, 3])
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    with pytest.raises(KeyError), TokenWriter(tmp_path, "train", "other", 9) as writer:
-        writer.write([4, 5], 2)
-        raise KeyError
+
+    def failing() -> None:
+        with TokenWriter(tmp_path, "train", "other", 9) as writer:
+            writer.write([4, 5], 2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
@@ -57,7 +62,10 @@ def forget_description(folder: Path) -> None:
         (break_size, r"train.bin: has 10 bytes, and 6 tokens of uint16 as in train.json are 12: it is torn"),
         (forget_description, r"train.bin: train.json is missing beside it, .*vit-tucker tokenize writes both"),
         (lambda folder: changed(folder / "train.json", dtype="int8"), r"train.json: dtype: .*'uint16'"),
-        (lambda folder: changed(folder / "train.json", vocabular=3), r"train.json: vocabular: unknown key.*'vocabulary'"),
+        (
+            lambda folder: changed(folder / "train.json", vocabular=3),
+            r"train.json: vocabular: unknown key.*'vocabulary'",
+        ),
         (lambda folder: (folder / "train.json").write_text("["), r"train.json: can't be read as JSON"),
         (lambda folder: (folder / "train.bin").unlink(), r"train.bin: no such file of tokens: it has no .bin files"),
     ],

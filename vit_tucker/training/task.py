@@ -152,7 +152,10 @@ class TokenTask:
 
     def recompute(self, model: nn.Module) -> None:
         """Makes the blocks recompute their activations in the backward pass; raises ConfigError where the model can't."""
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # the second one in older transformers
+        names = (
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )  # the second one in older transformers
         enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
         try:
             enable({"use_reentrant": False})
