@@ -25,7 +25,7 @@ ALLOWED = {
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
     "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
-    "data": {"errors", "storage", "config", "hosts"},
+    "data": {"errors", "storage", "config", "hosts", "show"},
     "training": {"errors", "validation", "storage", "config", "data", "show"},
     "analysis": {
         "errors",
@@ -122,6 +122,7 @@ PARTS = {
     "parametrized": "weights",
     "linear": "weights",
     "contraction": "common",
+    "cores": "common",
     "triton_tucker": "kernels",
     "backends": "backends",
     "attend": "backends",

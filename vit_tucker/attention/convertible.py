@@ -1,4 +1,4 @@
-"""What conversions, reports and special cases use of an attention layer: its weights as tensors, and how they are set."""
+"""Defines what conversions, reports and special cases use of an attention layer: its weights as tensors, and how they are set."""
 
 from abc import abstractmethod
 from typing import Any

@@ -47,7 +47,7 @@ def needs_order(q: Tensor, attn_mask: Tensor | None, is_causal: bool) -> bool:
 
     Args:
         q: (B, H, Nq, Dk).
-        attn_mask: of the call, or None.
+        attn_mask: broadcasts to (B, H, Nq, Nk), or None.
         is_causal: the layer is a decoder's.
     """
     return q.shape[2] > 1 and attn_mask is None and is_causal

@@ -62,7 +62,7 @@ class PerHeadModule(AttentionModule):
         Args:
             q: (B, H, N, D) queries.
             k, v: (B, G, N, D) keys and values, G divides H.
-            rope: table of the call, see ``Call``.
+            rope: (N', 2 D) or (B, N', 2 D) table of the call.
 
         Returns:
             Queries, keys and values; as many keys as queries where each head has angles of its own.
@@ -75,7 +75,12 @@ class PerHeadModule(AttentionModule):
         return q, k, v
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
-        """Applies the host's norm and gate to the heads' outputs y (B, H, N, D), which gives (B, N, H*D); the gate reads x."""
+        """Applies the host's norm and gate to the heads' outputs, which gives (B, N, H*D).
+
+        Args:
+            x: (B, N, C) tokens, which the gate reads.
+            y: (B, H, N, D) heads' outputs.
+        """
         y = self.norm(y.transpose(1, 2).flatten(2))
         return y if self.gate is None else y * self.gate(x).sigmoid()
 

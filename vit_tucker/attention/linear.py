@@ -34,12 +34,25 @@ def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
 
 
 def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
-    """Returns the live weight (out, in) of a Linear with what stands around it, in the dtype of ``like`` (any shape)."""
+    """Returns the live weight (out, in) of a Linear with what stands around it.
+
+    Args:
+        linear: a Linear, or what a user put around one.
+        like: a tensor (any shape) of the dtype and device to compute with.
+    """
     return linear.weight if isinstance(linear, nn.Linear) and is_plain(linear) else called_weight(linear, like)
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:
-    """Reshapes (H*D, ...) to (H, D, ...)."""
+    """Reshapes the rows of all heads into those of each.
+
+    Args:
+        x: (H*D, ...).
+        heads: H.
+
+    Returns:
+        (H, D, ...).
+    """
     return x.unflatten(0, (heads, -1))
 
 

@@ -173,12 +173,17 @@ class AttentionModule(ConvertibleModule):
 
         Args:
             x: (B, N, C) tokens.
-            rope: table of the call, see ``forward``.
+            rope: (N', 2 D) or (B, N', 2 D) table of the call.
         """
         raise PatchError(f"{type(self).__name__} has no project(), which calibration and caches need")
 
     def combine(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns what ``readout`` reads, (B, N, F), of tokens x (B, N, C) and the heads' outputs y (B, H, N, Dv)."""
+        """Returns what ``readout`` reads, (B, N, F).
+
+        Args:
+            x: (B, N, C) tokens.
+            y: (B, H, N, Dv) heads' outputs.
+        """
         return y.transpose(1, 2).flatten(2)
 
     def mix(

@@ -34,9 +34,10 @@ def is_cross_attention(module: Any) -> bool:
 
 
 def is_self_attention(module: nn.Module) -> bool:
-    """Returns whether a module is self-attention of transformers by its class's name: one of queries, keys and values itself."""
-    name = type(module).__name__
-    named = name.endswith(("Attention", "SelfAttention")) and type(module).__module__.startswith(MODELS)
+    """Returns whether a module is self-attention, by the name of its class in transformers, or of what that derives from."""
+    named = any(
+        cls.__name__.endswith("Attention") and cls.__module__.startswith(MODELS) for cls in type(module).__mro__
+    )
     inner = any(is_self_attention(part) for part in module.children())  # BertAttention holds a BertSelfAttention
     return named and not inner and not is_cross_attention(module)
 

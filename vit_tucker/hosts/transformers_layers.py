@@ -1,4 +1,4 @@
-"""What transformers' decoders expect of their attention: its call, the cache, maps for whoever asks for them.
+"""Layers of ours in transformers' decoders: they are called as the host's, keep its cache and give its maps.
 
 A layer of ours in a decoder caches what its heads share: the latent key, rotated, and the latent value, in transformers' own
 cache classes. No cached token is ever expanded to heads again. The layer's class derives from the method's and from the host's,
@@ -80,7 +80,7 @@ class DecoderLayer(AttentionModule):
         Args:
             q: (B, H, N, Dk).
             k, v: (B, G, Nk, Dk), (B, G, Nk, Dv).
-            mask: in the form of the attention function, or None.
+            mask: broadcasts to (B, H, N, Nk), in the form of the attention function; or None.
             kwargs: other arguments of the call.
 
         Returns:

@@ -1,4 +1,4 @@
-"""What a patched model of transformers may no longer do in transformers' own ways, and how long its sequences are."""
+"""Refuses the ways of transformers that are wrong for a patched model, and finds out how long sequences are."""
 
 from typing import Any
 

@@ -53,7 +53,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class LlamaForm:
-    """What an attention class with LLaMA's forward has beside it.
+    """Describes what an attention class with LLaMA's forward has beside it.
 
     Attributes:
         rotates: queries and keys are rotated (RoPE): "always", "never", or "use_rope": where the module's attribute says so.
@@ -75,7 +75,13 @@ def module_tree(module: str) -> ast.Module:
 
 
 def definition(module: str, name: str, inside: str | None = None) -> ast.FunctionDef | None:
-    """Returns a function of a module, or a method of its class ``inside``, as the module's file defines it, else None."""
+    """Returns a function as a module's file defines it; None if it does not.
+
+    Args:
+        module: name of the module.
+        name: of the function.
+        inside: class whose method it is; None for a function of the module.
+    """
     body: list[ast.stmt] = module_tree(module).body
     if inside is not None:
         classes = (node for node in body if isinstance(node, ast.ClassDef) and node.name == inside)

@@ -90,7 +90,7 @@ class MLA(LatentModule, PerHeadModule):
 
     def run_absorbed(self, call: Call) -> Tensor:
         """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
-        B, N, H = *call.x.shape[:2], self.num_heads
+        (B, N, _), H = call.x.shape, self.num_heads
         latent, k, v = self.latents(call.x)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
         k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)

@@ -1,0 +1,197 @@
+"""Perplexity of a converted language model over the bytes of its KV cache: our methods and published ones, at equal cache.
+
+    python benchmarks/perplexity_over_cache.py MODEL --text FILE --save benchmarks/results/language_models
+    python benchmarks/perplexity_over_cache.py MODEL --text FILE --save ... --heal --shares 0.25  # 200 steps, three seeds
+
+MODEL is a folder or a name of a LLaMA-like model, in a GGUF file with ``--gguf-file``. Conversions see the text's first tokens,
+the test is its last blocks, healing trains on what lies between. A method's variants (how many pairs rotate, ranks by layer) are
+chosen by their loss on calibration tokens. Each cell is a JSON file in FOLDER/cells: what is there is not computed again; the
+table and the figure are made of all cells that are there. Seconds of a full run are estimated and printed first.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_baselines.cells import DENSE, healed, one_shot, read_cell, step_seconds, write_cell
+from lm_baselines.energy import key_energies
+from lm_baselines.methods import METHODS, Source
+from lm_baselines.moments import attention_layers, dense_entries
+from lm_baselines.summary import save_summary
+from lm_baselines.text import Splits, split_text
+from torch import nn
+
+from vit_tucker.errors import ConfigError, FailedError
+from vit_tucker.run.status import guarded
+from vit_tucker.storage.paths import refuse_unwritable
+
+
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of the arguments."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("model", help="folder or name of a LLaMA-like model")
+    made.add_argument("--gguf-file", help="in that folder")
+    made.add_argument("--text", type=Path, required=True, help="prose in UTF-8")
+    made.add_argument("--save", type=Path, required=True, metavar="FOLDER")
+    made.add_argument("--methods", nargs="+", choices=[DENSE, *METHODS], default=[DENSE, *METHODS])
+    made.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.25, 0.125], help="of the dense cache")
+    made.add_argument("--length", type=int, default=256, help="tokens of a block")
+    made.add_argument("--calibration-tokens", type=int, default=16_000)
+    made.add_argument("--choice-blocks", type=int, default=8, help="calibration blocks that choose among variants")
+    made.add_argument("--test-blocks", type=int, default=24)
+    made.add_argument("--heal", action="store_true", help="also train the converted models")
+    made.add_argument("--steps", type=int, default=200)
+    made.add_argument("--batch-size", type=int, default=4)
+    made.add_argument(
+        "--lrs", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="the first seed's best one is taken"
+    )
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument(
+        "--train", choices=["attention", "all"], default="attention", help="which parameters healing trains"
+    )
+    made.add_argument("--threads", type=int, help="of torch")
+    return made
+
+
+def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
+    """Returns the model in float32 and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {} if args.gguf_file is None else {"gguf_file": args.gguf_file}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options).eval()
+        return model, AutoTokenizer.from_pretrained(args.model, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from None
+
+
+def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict[str, Any]:
+    """Returns what a cell's values depend on, beside its method.
+
+    Args:
+        args: of the command.
+        splits: of the text.
+        healing: with those of the training.
+    """
+    found: dict[str, Any] = {
+        "model": Path(args.model).name, "tokens": splits.digest, "length": args.length, "test_blocks": args.test_blocks,
+        "calibration_blocks": len(splits.calibration), "choice_blocks": args.choice_blocks,
+    }  # fmt: skip
+    if healing:
+        found |= {"steps": args.steps, "batch_size": args.batch_size, "train": args.train}
+    return found
+
+
+def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
+    """Computes all cells that aren't there, one at a time.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+    """
+    folder = args.save / "cells"
+    settings = settings_of(args, splits, False)
+    full = dense_entries(source.model)
+    for method in args.methods:
+        for entries in [full] if method == DENSE else [round(share * full) // 2 * 2 for share in args.shares]:
+            stem, model = f"{method}_{entries}", None
+            cell = read_cell(folder / f"{stem}.json", settings)
+            if cell is None:
+                cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
+                print(stem, cell["perplexity"], cell["variant"], flush=True)
+            if args.heal and cell["perplexity"] is not None:
+                heal_cells(args, source, splits, folder / stem, cell, model)
+
+
+def heal_cells(
+    args: argparse.Namespace, source: Source, splits: Splits, stem: Path, cell: dict[str, Any], model: nn.Module | None
+) -> None:
+    """Heals one converted model with all rates at the first seed, and with the best one at the others.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+        stem: of the cells' files.
+        cell: the one-shot cell.
+        model: converted; None where the cell was read and it must be converted again.
+    """
+    settings = settings_of(args, splits, True)
+    losses: dict[float, float] = {}
+    for seed in args.seeds:
+        rates = args.lrs if seed == args.seeds[0] else [min(losses, key=lambda lr: losses[lr])]
+        for lr in rates:
+            file = stem.with_name(f"{stem.name}_healed_lr{lr:g}_seed{seed}.json")
+            found = read_cell(file, settings)
+            if found is None:
+                if model is None:
+                    _, model = one_shot(stem.with_suffix(".json"), settings_of(args, splits, False), source, splits,
+                                        cell["method"], cell["entries"])  # fmt: skip
+                assert model is not None
+                found = healed(file, settings, model, splits, cell, lr, seed)
+                print(file.stem, found["perplexity"], f"{found['seconds_per_step']} s per step", flush=True)
+            losses.setdefault(lr, found["validation_loss"])
+
+
+def check_energies(args: argparse.Namespace, source: Source, splits: Splits) -> None:
+    """Writes what complex and real bases hold of each layer's keys, and checks that no real one holds more.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+    """
+    file, settings = args.save / "cells" / "rotation_energy.json", settings_of(args, splits, False)
+    if read_cell(file, settings) is not None:
+        return
+    rows = []
+    for layer, (attention, moment) in enumerate(zip(attention_layers(source.model), source.known(), strict=True)):
+        found = key_energies(attention, moment)
+        if bool((found.complex < found.real - 1e-12).any()):
+            raise FailedError(f"layer {layer}: a real basis holds more energy than the complex one")
+        kept = attention.head_dim // 2
+        rows.append({"layer": layer, "components": kept, "complex": found.complex[kept - 1].item(),
+                     "real": found.real[kept - 1].item()})  # fmt: skip
+    write_cell(file, settings, rows=rows)
+
+
+def print_estimate(args: argparse.Namespace, source: Source, splits: Splits) -> None:
+    """Prints the seconds that a full run takes from nothing, by those of one block and of one step."""
+    evaluated, trained = step_seconds(source.model, splits, settings_of(args, splits, True))
+    cells = len(args.shares) * (len(args.methods) - 1)
+    variants = 8  # of a method, on average
+    one = evaluated * (cells * (variants * args.choice_blocks + args.test_blocks) + 4 * len(splits.calibration))
+    text = f"a block takes {evaluated:.2f} s, so all one-shot cells about {one / 60:.0f} minutes, and ours their calibration"
+    if args.heal:
+        runs = cells * (len(args.lrs) + len(args.seeds) - 1)
+        text += f"; a step {trained:.1f} s, so {runs} healings {runs * args.steps * trained / 3600:.1f} hours"
+    print(text, flush=True)
+
+
+def main() -> int:
+    """Computes what is missing, and writes table and figure; returns the exit status."""
+    args = parser().parse_args()
+
+    def run() -> int:
+        refuse_unwritable("--save", args.save, folder=True)
+        if not all(0 < share <= 1 for share in args.shares):
+            raise ConfigError(f"--shares: between 0 and 1, not {args.shares}")
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        model, tokenizer = load(args)
+        splits = split_text(
+            args.text, tokenizer, args.calibration_tokens, args.length, args.choice_blocks, args.test_blocks
+        )
+        (args.save / "cells").mkdir(parents=True, exist_ok=True)
+        source = Source(model, tokenizer, splits.calibration)
+        print_estimate(args, source, splits)
+        check_energies(args, source, splits)
+        measure(args, source, splits)
+        save_summary(args.save)
+        return 0
+
+    return guarded(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
