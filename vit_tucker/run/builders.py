@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from vit_tucker.analysis.flops import count_cost
+from vit_tucker.analysis.training_hours import TrainingHours, count_multiplied
 from vit_tucker.checkpoint.language_host import PREFIX, is_language_model
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.classes import stored_classes
@@ -55,6 +56,14 @@ class Builder(Protocol):
     def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
         """Returns the entry ``cost`` of results.json for a model, see ``vit_tucker.analysis.flops.count_cost``."""
 
+    def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
+        """Returns lines for --dry-run about what the training will cost.
+
+        Args:
+            config, built: of the run.
+            steps: of an epoch.
+        """
+
     def describe(self, config: RunConfig, built: BuiltModel, results: dict[str, Any]) -> tuple[str, str]:
         """Returns two lines for the log about the data: how they are prepared, and how many there are.
 
@@ -101,6 +110,10 @@ class ImageBuilder:
         """Returns operations per image."""
         return count_cost(model, built.host, built.data["input_size"])
 
+    def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
+        """Returns nothing."""
+        return []
+
     def describe(self, config: RunConfig, built: BuiltModel, results: dict[str, Any]) -> tuple[str, str]:
         """Returns size and normalisation of the images, and their numbers."""
         info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
@@ -141,6 +154,10 @@ class TextBuilder:
         """Returns operations per window of tokens."""
         return count_cost(model, built.host, (built.data["block_size"],), torch.long)
 
+    def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
+        """Returns the hours of a GPU that the training is expected to take."""
+        return [str(training_hours(config, built, steps))]
+
     def describe(self, config: RunConfig, built: BuiltModel, results: dict[str, Any]) -> tuple[str, str]:
         """Returns tokenizer, windows, and numbers of tokens."""
         data, recipe = built.data, config.train
@@ -152,6 +169,12 @@ class TextBuilder:
             f"{config.data.root}: {results['num_train'] or 0:,} training and {results['data']['num_eval']:,} evaluation tokens; "
             f"{recipe.epochs} epochs, {step:,} tokens in a step",
         )
+
+
+def training_hours(config: RunConfig, built: BuiltModel, steps: int) -> TrainingHours:
+    """Returns what the training of a language model is expected to cost; arguments as of ``Builder.expect``."""
+    tokens = config.train.epochs * steps * config.train.global_batch_size * built.task.units
+    return TrainingHours(count_multiplied(built.model), tokens)
 
 
 def builder_of(config: RunConfig) -> Builder:
