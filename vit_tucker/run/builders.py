@@ -1,4 +1,4 @@
-"""What a run is built from, task by task: images with labels, or text. Nothing else of a run asks which task it is."""
+"""Builds the parts of a run that depend on its task, images with labels or text; nothing else of a run asks which it is."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,13 @@ class Builder(Protocol):
         """
 
     def model(self, config: RunConfig, run_dir: RunDir, device: torch.device, training: bool) -> BuiltModel:
-        """Returns the model; arguments and errors as of ``vit_tucker.run.model.build_model``."""
+        """Returns the model of the run, patched.
+
+        Args:
+            config, run_dir: of the run.
+            device: where the model is patched and trained.
+            training: False: it is evaluated only.
+        """
 
     def loaders(
         self, config: RunConfig, run_dir: RunDir, accelerator: Accelerator, built: BuiltModel, with_train: bool
@@ -77,11 +83,22 @@ class ImageBuilder:
     """Builds runs of timm's models on images with labels; methods as of ``Builder``."""
 
     def check(self, config: RunConfig, run_dir: RunDir, coordinator: Coordinator, with_train: bool) -> list[str]:
-        """Opens every image once, see ``check_images``."""
+        """Opens every image once, see ``check_images``.
+
+        Args:
+            config, run_dir, coordinator, with_train: see ``Builder.check``.
+        """
         return check_images(config, run_dir, coordinator, with_train)
 
     def model(self, config: RunConfig, run_dir: RunDir, device: torch.device, training: bool) -> BuiltModel:
-        """Returns timm's model, patched."""
+        """Returns timm's model of the run, patched.
+
+        Args:
+            config, run_dir, device, training: see ``Builder.model``.
+
+        Raises:
+            ConfigError: the recipe has steps of an epoch. Others: see ``build_model``.
+        """
         if config.train.steps_per_epoch is not None:
             raise ConfigError(
                 "train.steps_per_epoch: is for data.dataset=tokens; an epoch of images is a pass over them"
@@ -91,7 +108,11 @@ class ImageBuilder:
     def loaders(
         self, config: RunConfig, run_dir: RunDir, accelerator: Accelerator, built: BuiltModel, with_train: bool
     ) -> Loaders:
-        """Returns the loaders of images, see ``build_loaders``."""
+        """Returns the loaders of images, see ``build_loaders``.
+
+        Args:
+            config, run_dir, accelerator, built, with_train: see ``Builder.loaders``.
+        """
         return build_loaders(
             config.data,
             config.train,
@@ -107,15 +128,23 @@ class ImageBuilder:
         )
 
     def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
-        """Returns operations per image."""
+        """Returns the operations per image of a ``model`` that was ``built``."""
         return count_cost(model, built.host, built.data["input_size"])
 
     def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
-        """Returns nothing."""
+        """Returns no lines: hours depend on the images.
+
+        Args:
+            config, built, steps: see ``Builder.expect``.
+        """
         return []
 
     def describe(self, config: RunConfig, built: BuiltModel, results: dict[str, Any]) -> tuple[str, str]:
-        """Returns size and normalisation of the images, and their numbers."""
+        """Returns size and normalisation of the images, and their numbers.
+
+        Args:
+            config, built, results: see ``Builder.describe``.
+        """
         info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
         images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"
         return (
@@ -128,7 +157,11 @@ class TextBuilder:
     """Builds runs of transformers' causal language models on files of tokens; methods as of ``Builder``."""
 
     def check(self, config: RunConfig, run_dir: RunDir, coordinator: Coordinator, with_train: bool) -> list[str]:
-        """Reads the files of tokens once; raises DataError if one is not what was written."""
+        """Reads the files of tokens once; raises DataError if one is not what was written.
+
+        Args:
+            config, run_dir, coordinator, with_train: see ``Builder.check``.
+        """
         splits = [config.data.val_split, *([config.data.train_split] if with_train else [])]
 
         def verify() -> None:
@@ -139,27 +172,43 @@ class TextBuilder:
         return []
 
     def model(self, config: RunConfig, run_dir: RunDir, device: torch.device, training: bool) -> BuiltModel:
-        """Returns transformers' model, patched."""
+        """Returns transformers' model of the run, patched.
+
+        Args:
+            config, run_dir, device, training: see ``Builder.model``.
+        """
         refuse_keys_of_images(config)
         return build_language_model(config, run_dir, device, training)
 
     def loaders(
         self, config: RunConfig, run_dir: RunDir, accelerator: Accelerator, built: BuiltModel, with_train: bool
     ) -> Loaders:
-        """Returns the loaders of windows, see ``build_token_loaders``."""
+        """Returns the loaders of windows, see ``build_token_loaders``.
+
+        Args:
+            config, run_dir, accelerator, built, with_train: see ``Builder.loaders``.
+        """
         place = accelerator.process_index, accelerator.num_processes, accelerator.device.type == "cuda"
         return build_token_loaders(config.data, config.train, built.data["block_size"], config.seed, *place, with_train)
 
     def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
-        """Returns operations per window of tokens."""
+        """Returns the operations per window of tokens of a ``model`` that was ``built``."""
         return count_cost(model, built.host, (built.data["block_size"],), torch.long)
 
     def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
-        """Returns the hours of a GPU that the training is expected to take."""
+        """Returns the hours of a GPU that the training is expected to take.
+
+        Args:
+            config, built, steps: see ``Builder.expect``.
+        """
         return [str(training_hours(config, built, steps))]
 
     def describe(self, config: RunConfig, built: BuiltModel, results: dict[str, Any]) -> tuple[str, str]:
-        """Returns tokenizer, windows, and numbers of tokens."""
+        """Returns tokenizer, windows, and numbers of tokens.
+
+        Args:
+            config, built, results: see ``Builder.describe``.
+        """
         data, recipe = built.data, config.train
         per_token = "" if data["bytes_per_token"] is None else f", {data['bytes_per_token']:.2f} bytes each"
         step = recipe.global_batch_size * data["block_size"]
@@ -172,7 +221,11 @@ class TextBuilder:
 
 
 def training_hours(config: RunConfig, built: BuiltModel, steps: int) -> TrainingHours:
-    """Returns what the training of a language model is expected to cost; arguments as of ``Builder.expect``."""
+    """Returns what the training of a language model is expected to cost.
+
+    Args:
+        config, built, steps: see ``Builder.expect``.
+    """
     tokens = config.train.epochs * steps * config.train.global_batch_size * built.task.units
     return TrainingHours(count_multiplied(built.model), tokens)
 
