@@ -14,7 +14,7 @@ OLDEST_PYTHON = (3, 11)
 
 
 def import_transformers(what: str, error: type[VitTuckerError] = ConfigError) -> Any:
-    """Returns the package transformers.
+    """Returns the package transformers, imported when it is first needed.
 
     Args:
         what: needs it: the name of a model, for the message.
