@@ -105,7 +105,9 @@ class Tokens:
         padding = {}
         if self.attention_mask is not None:
             padding["attention_mask"] = self.attention_mask.long()
-            if "position_ids" in inspect.signature(part.forward).parameters:  # counted without padding, as generate does
+            if (
+                "position_ids" in inspect.signature(part.forward).parameters
+            ):  # counted without padding, as generate does
                 padding["position_ids"] = (padding["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         with readable_masks(model):
             return part(input_ids=self.ids, **padding, use_cache=False)

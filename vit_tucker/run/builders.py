@@ -10,7 +10,7 @@ from vit_tucker.analysis.flops import count_cost
 from vit_tucker.analysis.training_hours import TrainingHours, count_multiplied
 from vit_tucker.checkpoint.language_host import PREFIX, is_language_model
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.classes import stored_classes
+from vit_tucker.data.classes import padded, stored_classes
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.token_batches import build_token_loaders
@@ -61,6 +61,9 @@ class Builder(Protocol):
 
     def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
         """Returns the entry ``cost`` of results.json for a model, see ``vit_tucker.analysis.flops.count_cost``."""
+
+    def described(self, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
+        """Returns what config.json has of the data: options of the library's ``describe``, see ``ModelLibrary``."""
 
     def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
         """Returns lines for --dry-run about what the training will cost.
@@ -131,6 +134,11 @@ class ImageBuilder:
         """Returns the operations per image of a ``model`` that was ``built``."""
         return count_cost(model, built.host, built.data["input_size"])
 
+    def described(self, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
+        """Returns names of the classes that ``loaders`` have, and how images are prepared for what was ``built``."""
+        names = loaders.label_names and padded(loaders.label_names, built.num_classes)
+        return {"label_names": names if names and len(names) == built.num_classes else None, "data": built.data}
+
     def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
         """Returns no lines: hours depend on the images.
 
@@ -194,6 +202,10 @@ class TextBuilder:
     def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
         """Returns the operations per window of tokens of a ``model`` that was ``built``."""
         return count_cost(model, built.host, (built.data["block_size"],), torch.long)
+
+    def described(self, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
+        """Returns nothing: a language model's config.json has nothing of its text."""
+        return {}
 
     def expect(self, config: RunConfig, built: BuiltModel, steps: int) -> list[str]:
         """Returns the hours of a GPU that the training is expected to take.
