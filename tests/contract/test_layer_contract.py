@@ -94,8 +94,7 @@ def test_a_token_with_the_keys_and_values_of_its_past_is_as_in_the_sequence(conf
     torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-10)
     if layer.kv_width is not None and spec.causal:
         kept = k.shape[1] * (k.shape[3] + (0 if v is k else v.shape[3]))
-        shared = spec.rope is not None and getattr(config, "shared_kv", False)  # a latent that rotates is kept twice
-        assert kept == layer.kv_width * (2 if shared else 1)
+        assert kept == layer.kv_width
     short = layer.combine(X[:, -1:], attend_past(q, key, value, attn_mask=None, is_causal=True, scale=layer.scale))
     assert not torch.allclose(layer.readout(short), whole, rtol=1e-3, atol=1e-3)  # the past counts
 
