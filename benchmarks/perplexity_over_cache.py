@@ -19,6 +19,7 @@ from lm_baselines.cells import DENSE, healed, one_shot, read_cell, step_seconds,
 from lm_baselines.energy import key_energies
 from lm_baselines.methods import METHODS, Source
 from lm_baselines.moments import attention_layers, dense_entries
+from lm_baselines.padding import padding_rows
 from lm_baselines.summary import save_summary
 from lm_baselines.text import Splits, split_text
 from torch import nn
@@ -155,6 +156,18 @@ def check_energies(args: argparse.Namespace, source: Source, splits: Splits) -> 
     write_cell(file, settings, rows=rows)
 
 
+def check_padding(args: argparse.Namespace, source: Source, splits: Splits) -> None:
+    """Writes what caches and left padding do to the host's logits and to cacheshrink's, if that is among the methods.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+    """
+    file, settings = args.save / "cells" / "cacheshrink_padding.json", settings_of(args, splits, False)
+    if "cacheshrink" in args.methods and read_cell(file, settings) is None:
+        write_cell(file, settings, rows=padding_rows(source, splits.test[0, :24]))
+
+
 def print_estimate(args: argparse.Namespace, source: Source, splits: Splits) -> None:
     """Prints the seconds that a full run takes from nothing, by those of one block and of one step."""
     evaluated, trained = step_seconds(source.model, splits, settings_of(args, splits, True))
@@ -187,6 +200,7 @@ def main() -> int:
         print_estimate(args, source, splits)
         check_energies(args, source, splits)
         measure(args, source, splits)
+        check_padding(args, source, splits)
         save_summary(args.save)
         return 0
 
