@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import transformers
 from lm_baselines.healing import attention_parameters, heal, rate
 from lm_baselines.methods import Source
 from lm_baselines.padding import padding_rows
@@ -19,7 +20,7 @@ from lm_baselines.text import mean_loss, split_text
 from tests.benchmarks.conftest import BENCHMARKS
 from vit_tucker.errors import DataError, DivergedError
 
-WORDS = "the cache of a model holds keys and values for each token that it has read so far".split()
+WORDS = ("the", "cache", "of", "a", "model", "holds", "keys", "and", "values", "for", "each", "token")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,8 @@ class TestHealing:
 
     def test_rates_warm_up_and_fall_to_a_tenth(self):
         rates = [rate(step, 200, 1.0) for step in range(201)]
-        assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1
+        assert rates[0] == 0.1
+        assert max(rates) == rates[9] == rates[10] == 1
         assert rates[200] == pytest.approx(0.1)
 
     def test_a_loss_that_is_not_finite_ends_it(self, host, batches):
@@ -167,7 +169,7 @@ def test_wrong_arguments(command, tmp_path):
 
 
 def test_cacheshrink_takes_positions_from_lengths_and_the_host_does_not(folder):
-    """Its steps are right without padding, once it gets the cache; behind left padding they are wrong, and so are prompts of sdpa."""
+    """Its steps are right without padding, once it gets the cache; behind left padding they are wrong, as prompts of sdpa are."""
     pytest.importorskip("cacheshrink", exc_type=ImportError)
     source = Source(
         transformers.AutoModelForCausalLM.from_pretrained(folder).eval(),
