@@ -10,6 +10,7 @@ from vit_tucker.analysis.training_memory import activation_bytes
 from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import ConfigError, PatchError
+from vit_tucker.training.task import ImageTask
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ def test_numbers_are_those_of_built_models(host):
         assert (cost.params, cost.attention_params) == count_parameters(model)
         assert cost.attention_flops == flops
         assert cost.flops == count_model_flops(model, SIZE)
-        assert cost.activation_bytes == round(activation_bytes(model, SIZE, 4, "bf16", False) / 4)
+        assert cost.activation_bytes == round(activation_bytes(model, ImageTask(SIZE), 4, "bf16", False) / 4)
         assert cost.latency is None
     bytes_per_token = {cost.label: cost.kv_bytes / (17 * 2) for cost in costs}  # 17 tokens, 2 bytes
     assert bytes_per_token == {"dense": 2 * 96, "tucker": 2 * 16, "first": 96 + 8}

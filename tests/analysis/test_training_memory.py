@@ -20,6 +20,7 @@ from vit_tucker.analysis.training_memory import (
 )
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.training.optim import create_optimizer
+from vit_tucker.training.task import ImageTask
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_activations_by_hand(micro_batch):
     Alive at the peak, floats per image: images 48, tanh 64 and 32; and of the 32 logits the log-softmax (saved), its gradient
     and the gradient of the logits. Labels are int64: 2 floats.
     """
-    found = activation_bytes(Net(), (3, 4, 4), micro_batch, "no", False)
+    found = activation_bytes(Net(), ImageTask((3, 4, 4)), micro_batch, "no", False)
     floats = 48 + 64 + 32 + 3 * 32 + 2
     slack = 200  # scalars: losses, their gradients
     # targets of the loss are 8 bytes per image; cross-entropy's backward may hold one temporary of the logits more or less
@@ -68,9 +69,9 @@ class Moody(Net):
 
 
 def test_a_model_that_works_differently_on_larger_batches_is_still_measured():
-    line = [activation_bytes(Moody(), (3, 4, 4), n, "no", False) for n in (2, 4, 102)]
+    line = [activation_bytes(Moody(), ImageTask((3, 4, 4)), n, "no", False) for n in (2, 4, 102)]
     assert line[2] == pytest.approx(line[0] + 50 * (line[1] - line[0]))
-    assert line[2] > activation_bytes(Net(), (3, 4, 4), 102, "no", False)
+    assert line[2] > activation_bytes(Net(), ImageTask((3, 4, 4)), 102, "no", False)
 
 
 def saved_bytes(model, images):
@@ -103,7 +104,7 @@ def allocator_peak(work):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_allocator_says_the_same(tiny, checkpointed):
     """Against what PyTorch's allocator really handed out for 32 images; kernels' own workspaces are all that is not seen."""
-    estimate = activation_bytes(tiny, (3, 16, 16), 32, "no", checkpointed)
+    estimate = activation_bytes(tiny, ImageTask((3, 16, 16)), 32, "no", checkpointed)
     model = copy.deepcopy(tiny).train()
     model.set_grad_checkpointing(checkpointed)
     for p in model.parameters():
@@ -117,13 +118,13 @@ def test_the_allocator_says_the_same(tiny, checkpointed):
     real = allocator_peak(work)
     assert 0.95 * real < estimate <= 1.001 * real
     assert (
-        not 0.95 * real < activation_bytes(tiny, (3, 16, 16), 28, "no", checkpointed) <= 1.001 * real
+        not 0.95 * real < activation_bytes(tiny, ImageTask((3, 16, 16)), 28, "no", checkpointed) <= 1.001 * real
     )  # twin: 4 fewer
 
 
 def test_extrapolation_is_the_measurement(tiny):
     """From 2 and 4 images to 32: what measuring 32 gives, and above what autograd saves alone."""
-    estimate = activation_bytes(tiny, (3, 16, 16), 32, "no", False)
+    estimate = activation_bytes(tiny, ImageTask((3, 16, 16)), 32, "no", False)
     model = copy.deepcopy(tiny).train()
     with LiveBytes([*model.parameters(), *model.buffers()]) as counter:
         images, targets = torch.zeros(32, 3, 16, 16), torch.zeros(32, dtype=torch.long)
@@ -134,13 +135,15 @@ def test_extrapolation_is_the_measurement(tiny):
     assert estimate == pytest.approx(measured, rel=1e-3)
     saved = saved_bytes(model, torch.zeros(32, 3, 16, 16))
     assert saved < estimate < 1.5 * saved  # temporaries of one block beside what all blocks save
-    assert activation_bytes(tiny, (3, 16, 16), 16, "no", False) == pytest.approx(estimate / 2, rel=0.05)
+    assert activation_bytes(tiny, ImageTask((3, 16, 16)), 16, "no", False) == pytest.approx(estimate / 2, rel=0.05)
 
 
 def test_checkpointing_and_bf16_need_less(tiny):
-    plain = activation_bytes(tiny, (3, 16, 16), 64, "no", False)
-    assert activation_bytes(tiny, (3, 16, 16), 64, "no", True) < 0.7 * plain  # a block of three, and the blocks' inputs
-    assert 0.4 * plain < activation_bytes(tiny, (3, 16, 16), 64, "bf16", False) < 0.95 * plain  # norms stay float32
+    plain = activation_bytes(tiny, ImageTask((3, 16, 16)), 64, "no", False)
+    assert activation_bytes(tiny, ImageTask((3, 16, 16)), 64, "no", True) < 0.7 * plain  # a block of three
+    assert (
+        0.4 * plain < activation_bytes(tiny, ImageTask((3, 16, 16)), 64, "bf16", False) < 0.95 * plain
+    )  # norms stay float32
 
 
 def real_state(model, config):
@@ -176,7 +179,7 @@ def test_the_estimate_adds_up_and_leaves_everything_alone(tiny):
     teacher = Net()
     before, generator = copy.deepcopy(tiny.state_dict()), torch.get_rng_state()
     tiny.eval()
-    estimate = estimate_memory(tiny, config, (3, 16, 16), 32, teacher=teacher, processes=2)
+    estimate = estimate_memory(tiny, config, ImageTask((3, 16, 16)), 32, teacher=teacher, processes=2)
     weights = tensor_bytes([*tiny.parameters(), *tiny.buffers()])
     assert estimate.parameters == estimate.ema == weights
     assert estimate.gradients == 2 * tensor_bytes(tiny.parameters())
@@ -188,7 +191,7 @@ def test_the_estimate_adds_up_and_leaves_everything_alone(tiny):
     assert all(torch.equal(v, before[k]) for k, v in tiny.state_dict().items())
     assert torch.equal(generator, torch.get_rng_state())
     tiny.patch_embed.requires_grad_(False)
-    frozen = estimate_memory(tiny, TrainConfig(), (3, 16, 16), 32)
+    frozen = estimate_memory(tiny, TrainConfig(), ImageTask((3, 16, 16)), 32)
     assert frozen.gradients == tensor_bytes(p for p in tiny.parameters() if p.requires_grad)
     assert frozen.ema == frozen.teacher == 0
 

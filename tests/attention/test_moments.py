@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.reference import make_angles, make_spec, make_weights, rope_of
-from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.attention.moment_sums import MomentSums
+from vit_tucker.attention.moments import MEANS, LayerCall, Needs
 from vit_tucker.attention.rope import RopeSpec
 
 SPEC = make_spec()
@@ -160,3 +161,75 @@ def test_unusable_moments_are_refused_with_the_reason():
         collected(x, torch.zeros_like(x))
     with pytest.raises(ValueError, match="not finite"):
         collected(x * float("inf"), x)
+
+
+@pytest.mark.parametrize(
+    "rope", [None, RopeSpec(1, True, False), RopeSpec(1, False, True)], ids=["plain", "half", "per head"]
+)
+@pytest.mark.parametrize("biased", [True, False])
+def test_sums_over_heads_are_the_means_of_the_heads_moments(rope, biased):
+    """What is summed over all heads at once equals what follows from each head's moments; so do the traces."""
+    spec = make_spec(rope=rope, qkv_bias=biased)
+    w = make_weights(spec)
+    calls = [LayerCall(x + 3, x, rand(B, N, C, seed=seed + 9), is_causal=seed == 1, **rope_of(spec, N))
+             for seed in (0, 1) for x in (rand(B, N, C, seed=seed),)]  # fmt: skip
+    single, both = MomentSums(spec, w), MomentSums(spec, w, MEANS)
+    for call in calls:
+        single.add(call)
+        both.add(call)
+    for call in calls:
+        both.add_keys(call)
+    heads, means = single.moments(), both.moments()
+    assert means.key is None
+    assert means.value is None
+    columns = C + (rope is not None and biased)
+    torch.testing.assert_close(means.key_metric(columns), heads.key_metric(columns), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(means.key_traces, heads.key_traces, rtol=1e-9, atol=1e-12)
+    for centred in (True, False):
+        torch.testing.assert_close(means.value_metric(centred), heads.value_metric(centred), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(means.value_mean, heads.value_mean)
+    plain = heads.key[:, :columns, :columns].mean(0)  # not scaled to trace 1: another metric
+    assert not torch.allclose(plain / plain.trace(), heads.key_metric(columns), rtol=1e-2)
+
+
+def test_moments_that_were_not_asked_for_are_refused_by_name():
+    sums = MomentSums(SPEC, make_weights(SPEC), Needs("none", "none", gradients=False))
+    sums.add(LayerCall(rand(B, N, C), rand(B, N, C), rand(B, N, C, seed=2)))
+    moments = sums.moments()
+    assert set(sums.sums) == {"query", "output"}
+    for name in ("key_mean", "value_covariance", "query_grad"):
+        with pytest.raises(ValueError, match=f"'{name}' was not summed"):
+            moments.given(name)
+
+
+@pytest.mark.parametrize("rope", [None, RopeSpec(0, True, False)], ids=["plain", "rope"])
+@pytest.mark.parametrize("needs", [Needs(), MEANS], ids=["heads", "means"])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_padding_counts_nowhere(rope, needs, boolean):
+    """A batch of three lengths with left padding has the moments of the sequences by themselves, whatever the padding holds."""
+    spec = make_spec(rope=rope)
+    w, x, probe = make_weights(spec), rand(B, N, C, seed=1) + 1, rand(B, N, C, seed=2)
+    valid = torch.arange(N) >= torch.tensor([[0], [2], [3]])
+    table = {} if rope is None else {"rope": rope_of(spec, N)["rope"]}
+    mask = valid[:, None, None, :] & torch.ones(N, N, dtype=torch.bool).tril()
+    if not boolean:
+        mask = torch.zeros(B, 1, N, N, dtype=torch.float64).masked_fill(~mask, torch.finfo(torch.float64).min)
+    padded, alone, blind = MomentSums(spec, w, needs), MomentSums(spec, w, needs), MomentSums(spec, w, needs)
+    noise = torch.where(valid.unsqueeze(-1), x, 1e3)
+    calls = {padded: [LayerCall(noise, x, probe * valid.unsqueeze(-1), mask, valid=valid, **table)], alone: []}
+    calls[blind] = [LayerCall(noise, x, probe * valid.unsqueeze(-1), mask, **table)]
+    for row in range(B):
+        part = slice(row, row + 1), slice(int(N - valid[row].sum()), N)
+        own = {name: value[part[1]] for name, value in table.items()}
+        calls[alone].append(LayerCall(x[part], x[part], probe[part], is_causal=True, **own))
+    for sums, given in calls.items():
+        for call in given:
+            sums.add(call)
+        for call in given if sums.second_sweep else ():
+            sums.add_keys(call)
+    assert padded.tokens == alone.tokens == int(valid.sum())
+    found, expected = vars(padded.moments()), vars(alone.moments())
+    for name, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-9, msg=name)
+    assert not torch.allclose(blind.moments().query, expected["query"], rtol=1e-2)

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vit_tucker
 from tests.reference import all_configs, carries, dense_attention, make_spec, make_weights, randomise, rope_of
 from vit_tucker.attention.host import DENSE_INIT_STD
-from vit_tucker.attention.moments import LayerCall, MomentSums
+from vit_tucker.attention.moment_sums import MomentSums
+from vit_tucker.attention.moments import LayerCall
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.regression import LinearMoments

@@ -9,7 +9,7 @@ from torch import nn
 
 import vit_tucker as vt
 from tests.reference import all_configs, make_spec
-from vit_tucker.conversion import observe
+from vit_tucker.conversion import probes
 
 pytestmark = pytest.mark.slow
 
@@ -87,8 +87,8 @@ def test_model_is_left_as_it_was(make_vit):
 
 def test_same_images_same_result_in_one_group_or_many(make_vit, monkeypatch):
     results = []
-    for limit in (2**32, 2**32, 1):
-        monkeypatch.setattr(observe, "MOMENT_BYTES", limit)
+    for limit in (2**32, 2**32, 300_000, 1):  # all layers, one of three, none: the model runs for every sweep
+        monkeypatch.setattr(probes, "CALL_BYTES", limit)
         model = make_vit()
         vt.patch(model, EXAMPLES["tucker, cut heads"], calibration=pictures().split(8))
         results.append(model.state_dict())

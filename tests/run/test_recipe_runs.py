@@ -32,7 +32,7 @@ from tests.training.rules import StopAt
 from vit_tucker.cli import train_main
 from vit_tucker.config.load import load_config
 from vit_tucker.run.run import run as run_shown
-from vit_tucker.run.trainer import checkpoint_activations
+from vit_tucker.training.task import ImageTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_tmp")]
 LOW = "attention={method: tucker, ranks: [2, 4, 4]}"
@@ -116,7 +116,7 @@ def test_recomputed_activations_change_nothing():
     )  # float32, same operations
     model = torch.nn.Linear(1, 1)
     with pytest.raises(vt.ConfigError, match="train.grad_checkpointing: timm's other_model has none"):
-        checkpoint_activations(model, "other_model")
+        ImageTask((3, 8, 8), name="other_model").recompute(model)
 
 
 def test_compiled_runs_have_plain_checkpoints(monkeypatch):

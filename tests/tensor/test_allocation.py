@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vit_tucker.tensor import allocation
-from vit_tucker.tensor.allocation import least_cost, least_error, minimise, rank_steps, rank_table
+from vit_tucker.tensor.allocation import least_cost, least_error, minimise, rank_steps, rank_table, third_mode_table
+from vit_tucker.tensor.rotary import RotaryPairs, ordinary
 from vit_tucker.tensor.tucker import Pairs, hosvd, squared_norm
 
 
@@ -54,6 +55,25 @@ def test_tables_hold_the_errors_of_real_decompositions(multiple):
         assert found.error.flatten()[index].item() == pytest.approx(rest.square().sum().item(), abs=1e-12 * found.norm)
         assert found.cost.flatten()[index] == cost()(*triple)
     assert found.error[0, 0, 0] > 0.1 * found.error[-1, -1, -1] + 0.1 * found.norm  # rank 1 must not match
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_third_mode_alone_has_the_entries_of_the_whole_table(rotary):
+    tensor = pairs()
+    if rotary:
+        numbers = torch.arange(2).expand(3, 2)
+        tensor = ordinary(RotaryPairs(*tensor, numbers))
+    full = (3, 8, tensor.right.shape[1] if rotary else 8)
+    whole = rank_table(tensor, full, cost(), 2, rotary=rotary)
+    found = third_mode_table(tensor, full, cost(), 2, rotary=rotary)
+    assert [r.tolist() for r in found.ranks] == [[3], [8], whole.ranks[2].tolist()]
+    torch.testing.assert_close(found.error, whole.error[-1:, -1:], rtol=1e-9, atol=1e-12 * whole.norm)
+    torch.testing.assert_close(found.cost, whole.cost[-1:, -1:])
+    assert found.norm == pytest.approx(whole.norm, rel=1e-12)
+    assert found.error[0, 0, 0] > 1e-3 * found.norm
+    at = whole.at_third(1)
+    assert at.triple(0)[2] == whole.ranks[2][1]
+    torch.testing.assert_close(at.error[..., 0], whole.error[..., 1])
 
 
 def test_steps(monkeypatch):

@@ -77,7 +77,8 @@ def test_reduced_rank_regression_is_the_best_of_its_rank(r2):
     out_root = metric_root(torch.diag(torch.logspace(0, -2, O, dtype=torch.float64)))
     found = reduced_rank_readout(ff, yf, prior((H, r2, R3)), 1e-9, out_root)
     # Eckart-Young for the whitened full read-out
-    full, root = ridge_readout(ff, yf, torch.zeros_like(yf), 1e-9)
+    full, metric = ridge_readout(ff, yf, torch.zeros_like(yf), 1e-9)
+    root = metric_root(metric)
     u, s, vh = torch.linalg.svd(out_root.root @ full @ root.root)
     expected = out_root.inverse @ (u[:, :r2] * s[:r2]) @ vh[:r2] @ root.inverse
     torch.testing.assert_close(matrix(found), expected, rtol=1e-3, atol=1e-4)  # the features' condition number is 1e4

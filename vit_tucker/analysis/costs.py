@@ -22,6 +22,7 @@ from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy, without_weights
 from vit_tucker.patching.patch import patch, plan
 from vit_tucker.patching.record import patch_record
+from vit_tucker.training.task import ImageTask
 
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -222,6 +223,6 @@ def activations_per_image(
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             copied = structure_copy(model, "cpu")
-            return round(own_activation_bytes(copied, size, batch_size, precision, False) / batch_size)
+            return round(own_activation_bytes(copied, ImageTask(size), batch_size, precision, False) / batch_size)
     except Exception:
         return None

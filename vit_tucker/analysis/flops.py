@@ -12,8 +12,8 @@ from vit_tucker.hosts.structure import structure_copy
 from vit_tucker.patching.record import patch_records, shared_records
 
 
-def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Counts floating point operations of the forward pass in eval mode, for one image.
+def count_model_flops(model: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
+    """Counts floating point operations of the forward pass in eval mode, for one image or one window of tokens.
 
     Matrix products and convolutions count, 2 per multiply-add; norms, softmax, activations and biases do not. Attention counts
     as its two matrix products, whatever kernel the model uses. What a patched model does once per batch, folding head factors
@@ -21,7 +21,8 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
 
     Args:
         model: dense or patched, on any device; it is not touched, and no random numbers are drawn.
-        input_size: (channels, height, width).
+        input_size: (channels, height, width); of tokens their number alone.
+        dtype: of the input; the parameters' own if None.
 
     Returns:
         Operations per image; they are those of ``PatchReport.flops_before`` and ``flops_after`` where each layer is called once
@@ -29,7 +30,7 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
     """
     shared = shared_records(model)  # they may hold the dense layers, which no forward pass needs
     probe = structure_copy(model, shared=patch_records(model).values())
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype or next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         return _count(probe, torch.empty(1, *input_size, device="meta", dtype=dtype))
     except Exception:  # an operation whose result depends on values, or one that makes tensors on a device of its own
@@ -40,28 +41,30 @@ def count_model_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int
         return _count(probe, torch.zeros(1, *input_size, dtype=dtype))
 
 
-def known_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
+def known_flops(model: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None) -> int | None:
     """Returns ``count_model_flops``, or None where the forward pass of an unknown host does not run without values.
 
     Args:
-        model: as of ``count_model_flops``.
-        input_size: (channels, height, width).
+        model, input_size, dtype: as of ``count_model_flops``.
     """
     try:
-        return count_model_flops(model, input_size)
+        return count_model_flops(model, input_size, dtype)
     except Exception:  # whatever it raises on the meta device: no reason not to train it
         return None
 
 
-def count_cost(model: nn.Module, dense: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def count_cost(
+    model: nn.Module, dense: nn.Module, input_size: tuple[int, ...], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Returns the entry ``cost`` of a run's results.json before anything is measured: operations per image, see ``known_flops``.
 
     Args:
         model: patched, or the dense host itself.
         dense: the host before the patch; its structure is enough.
-        input_size: (channels, height, width).
+        input_size, dtype: as of ``count_model_flops``.
     """
-    return {"flops": known_flops(model, input_size), "dense_flops": known_flops(dense, input_size), "latency": None}
+    flops, dense_flops = (known_flops(each, input_size, dtype) for each in (model, dense))
+    return {"flops": flops, "dense_flops": dense_flops, "latency": None}
 
 
 def _count(model: nn.Module, images: torch.Tensor) -> int:

@@ -12,12 +12,12 @@ from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from vit_tucker.analysis.live_bytes import LiveBytes
 from vit_tucker.config.schema import TrainConfig
 from vit_tucker.training.optim import create_optimizer
+from vit_tucker.training.task import Task
 
 PROBE = (2, 4)
 """Images of the two passes that are measured; batch norms need two."""
@@ -56,7 +56,7 @@ class MemoryEstimate:
 def estimate_memory(
     model: nn.Module,
     config: TrainConfig,
-    input_shape: tuple[int, int, int],
+    task: Task,
     micro_batch: int,
     precision: str = "no",
     teacher: nn.Module | None = None,
@@ -67,8 +67,8 @@ def estimate_memory(
     Args:
         model: patched, with weights, on the device where it is measured; activations of another device's kernels may differ.
         config: opt, model_ema and grad_checkpointing count.
-        input_shape: (channels, height, width).
-        micro_batch: images per process and forward pass.
+        task: what it learns.
+        micro_batch: images, or windows of tokens, per process and forward pass.
         precision: "no", "bf16" or "fp16".
         teacher: for distillation.
         processes: of the run; DDP if more than one.
@@ -81,7 +81,7 @@ def estimate_memory(
         optimizer=optimizer_bytes(trainable, config),
         ema=own if config.model_ema else 0,
         teacher=tensor_bytes([*teacher.parameters(), *teacher.buffers()]) if teacher is not None else 0,
-        activations=activation_bytes(model, input_shape, micro_batch, precision, config.grad_checkpointing),
+        activations=activation_bytes(model, task, micro_batch, precision, config.grad_checkpointing),
     )
 
 
@@ -118,38 +118,34 @@ def _state_of_one(value: Tensor, config: TrainConfig) -> int:
     return tensor_bytes(state)
 
 
-def activation_bytes(
-    model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
-) -> int:
+def activation_bytes(model: nn.Module, task: Task, micro_batch: int, precision: str, checkpointed: bool) -> int:
     """Returns the highest sum of bytes beyond the model and its gradients in a training pass, extrapolated from PROBE.
 
     Args:
         model: is copied.
-        input_shape, micro_batch, precision: see ``estimate_memory``.
+        task, micro_batch, precision: see ``estimate_memory``.
         checkpointed: recompute the blocks in the backward pass.
     """
-    return own_activation_bytes(copy.deepcopy(model), input_shape, micro_batch, precision, checkpointed)
+    return own_activation_bytes(copy.deepcopy(model), task, micro_batch, precision, checkpointed)
 
 
-def own_activation_bytes(
-    model: nn.Module, input_shape: tuple[int, int, int], micro_batch: int, precision: str, checkpointed: bool
-) -> int:
+def own_activation_bytes(model: nn.Module, task: Task, micro_batch: int, precision: str, checkpointed: bool) -> int:
     """Returns ``activation_bytes`` of a model that may be used up: its mode and its gradients change.
 
     Args:
         model: on its device.
-        input_shape: (channels, height, width).
-        micro_batch: images of a forward pass.
+        task: what it learns.
+        micro_batch: images, or windows of tokens, of a forward pass.
         precision: "no", "fp16" or "bf16".
         checkpointed: with activation checkpointing.
     """
     model.train()
     if checkpointed:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
+        task.recompute(model)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        few, more = (_training_pass(model, torch.zeros(n, *input_shape), device, precision) for n in PROBE)
+        few, more = (_training_pass(model, task, n, device, precision) for n in PROBE)
     factor = (micro_batch - PROBE[0]) / (PROBE[1] - PROBE[0])
     try:
         return few.extrapolate(more, factor).peak()
@@ -157,7 +153,7 @@ def own_activation_bytes(
         return round(few.peak() + factor * (more.peak() - few.peak()))
 
 
-def _training_pass(model: nn.Module, images: Tensor, device: torch.device, precision: str) -> LiveBytes:
+def _training_pass(model: nn.Module, task: Task, count: int, device: torch.device, precision: str) -> LiveBytes:
     """Notes a forward and backward pass; gradients are left out, each goes as soon as it is there."""
     counter = LiveBytes([*model.parameters(), *model.buffers()])
 
@@ -167,12 +163,13 @@ def _training_pass(model: nn.Module, images: Tensor, device: torch.device, preci
         parameter.grad = None
 
     hooks = [p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad]
+    loss, (inputs, labels) = task.label_loss(0.0), task.example(count)
     with counter:
-        targets = torch.zeros(len(images), dtype=torch.long, device=device)
+        targets = labels.to(device, copy=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision != "no"):  # fp16 is as large
-            logits = model(images.to(device, copy=True))
+            logits = task.logits(model, inputs.to(device, copy=True))
         parts = (logits,) if isinstance(logits, Tensor) else logits
-        torch.stack([F.cross_entropy(part.float(), targets) for part in parts]).sum().backward()
+        torch.stack([loss(part.float(), targets) for part in parts]).sum().backward()
         del logits, parts
     for hook in hooks:
         hook.remove()

@@ -47,7 +47,7 @@ def attend(
     if isinstance(q, Tensor):  # and not an fx proxy
         choose(facts_of(q, k, v, attn_mask, is_causal, attn_drop.p if attn_drop.training else 0.0), "eager")
     attn = attn_drop(attention_weights(q, k, attn_mask, is_causal, scale))
-    return attn @ heads.expand_heads(v, q.shape[1])
+    return heads.shared_matmul(attn, v)
 
 
 @torch.fx.wrap

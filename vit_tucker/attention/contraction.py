@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vit_tucker.attention.tracing import is_traced
+from vit_tucker.attention.tracing import is_traced, own_only
 
 CACHE_BYTES = 2 << 20
 """What a core's second-level cache holds, about."""
@@ -36,12 +36,12 @@ def chain_macs(tokens: Any, left: int, inner: Any, right: Any) -> Any:
 
 
 def open_shape(x: Tensor) -> bool:
-    """Returns whether the number of tokens may be open, because a graph is recorded.
+    """Returns whether the number of tokens may be open, because a graph is recorded; one token per text is never open.
 
     Args:
         x: (B, N, C) tokens.
     """
-    return not isinstance(x, Tensor) or is_traced()
+    return not isinstance(x, Tensor) or (is_traced() and (own_only() or x.shape[1] != 1))
 
 
 def folds(x: Tensor, left: int, inner: int, right: int) -> bool:
@@ -81,51 +81,18 @@ def joint_linear(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """
     if not is_plain(*linears):
         return tuple(linear(x) for linear in linears)
-    return _joint_linear(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+    return joint_product(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
 
 
 @torch.fx.wrap
-def latent_inputs(
-    x: Tensor, pre: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """Returns queries of all heads and the latents of keys and values: (x U2 + p0) T, x U3 + k0, x U3t.
+def joint_product(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Computes ``joint_linear`` from weights and biases.
 
     Args:
         x: (B, N, C).
-        pre: T, (r2, H*r3).
-        weights: U2^T (r2, C), U3^T (r3, C), and U3t^T (r3t, C) unless keys and values share one.
-        biases: p0 (r2,), k0 (r3,) and None, or None where there is none.
-
-    Returns:
-        q (B, N, H*r3), k (B, N, r3), and v (B, N, r3t) unless they share one.
+        weights: (O_i, C) each.
+        biases: (O_i,) each, or None.
     """
-    inner, width = pre.shape
-    query, bias = weights[0], biases[0]
-    if folds(x, x.shape[2], inner, width):
-        query, bias = pre.mT @ query, None if bias is None else bias @ pre
-        return _joint_linear(x, [query, *weights[1:]], [bias, *biases[1:]])
-    p, *rest = _joint_linear(x, weights, biases)
-    return p @ pre, *rest
-
-
-@torch.fx.wrap
-def latent_outputs(y: Tensor, post: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O).
-
-    Args:
-        y: the heads' outputs side by side, (B, N, H*r3t).
-        post: S^T, (H*r3t, r2t).
-        weight: U2t, (O, r2t).
-        bias: (O,) or None.
-    """
-    width, inner = post.shape
-    if folds(y, width, inner, weight.shape[0]):
-        return F.linear(y, weight @ post.mT, bias)
-    return F.linear(y @ post, weight, bias)
-
-
-@torch.fx.wrap
-def _joint_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     widths = [weight.shape[0] for weight in weights]
     if not joins(x, widths):
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))

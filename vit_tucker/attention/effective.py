@@ -21,6 +21,10 @@ from vit_tucker.errors import WeightsError, one_line
 
 Layer = TypeVar("Layer", bound=nn.Module)
 PROJECTIONS = (nn.Linear, nn.Conv2d)
+CAPTURE = "transformers.utils.output_capturing"
+"""Where the hooks are from by which transformers records outputs; it sets them up once for a model, at its first call."""
+CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""GPT-2's projection, a Linear whose weight is (in, out)."""
 SILENT = (nn.Dropout, nn.Softmax, nn.Identity)
 """Classes of parts that hold no weights: their hooks can't change any, and go with the module."""
 CALL_HOOKS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
@@ -36,27 +40,32 @@ def full_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def peft_class(place: str, name: str) -> tuple[type, ...]:
-    """Returns a class of PEFT for ``isinstance``; none unless PEFT is imported: without it there are no such modules."""
+def imported_class(place: str, name: str) -> tuple[type, ...]:
+    """Returns a class of another library for ``isinstance``; none unless that is imported: else there are no such modules."""
     found = getattr(sys.modules.get(place), name, None)
     return (found,) if isinstance(found, type) else ()
 
 
 def is_tuner(module: nn.Module) -> bool:
     """Returns whether a module is one of PEFT's layers with adapters around another."""
-    return isinstance(module, peft_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
+    return isinstance(module, imported_class("peft.tuners.tuners_utils", "BaseTunerLayer"))
 
 
 def is_adapter(module: nn.Module) -> bool:
     """Returns whether a module is one of PEFT's around another: a layer with adapters, or a trained copy."""
-    return is_tuner(module) or isinstance(module, peft_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
+    return is_tuner(module) or isinstance(module, imported_class("peft.utils.other", "AuxiliaryTrainingWrapper"))
+
+
+def records_outputs(hook: Any) -> bool:
+    """Returns whether a hook is one of transformers, by which it records outputs; it changes none."""
+    return getattr(hook, "__module__", "") == CAPTURE
 
 
 def user_hooks(module: nn.Module, kinds: Collection[str] = tuple(HOOKS)) -> Iterator[str]:
-    """Yields the kind of each hook on the module itself, torch's own apart."""
+    """Yields the kind of each hook on the module itself, those of torch and transformers apart."""
     for kind in kinds:
         for hook in getattr(module, kind).values():
-            if not isinstance(hook, FUNCTIONAL):
+            if not isinstance(hook, FUNCTIONAL) and not records_outputs(hook):
                 yield HOOKS[kind]
 
 
@@ -163,7 +172,8 @@ def without_hooks(module: nn.Module) -> nn.Module:
 
 def refuse_unreadable(part: nn.Module) -> None:
     """Raises WeightsError for anything but a Linear or a convolution with weights of its own."""
-    cls = next((cls for cls in PROJECTIONS if type(part).forward is cls.forward), None)
+    known: tuple[Any, ...] = (*PROJECTIONS, *imported_class(*CONV1D))
+    cls = next((cls for cls in known if type(part).forward is cls.forward), None)
     if cls is None or type(part).__call__ is not nn.Module.__call__:
         raise WeightsError(f"is a {full_name(part)}, not a Linear or a convolution that its weights alone determine")
     for tensor in part.parameters():
@@ -231,7 +241,8 @@ def inputs_of(part: nn.Module) -> Tensor | None:
     if not isinstance(like, Tensor) or like.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
-    shape = (8, part.in_channels, *part.kernel_size) if isinstance(part, nn.Conv2d) else (8, like.shape[-1])
+    width = like.shape[0] if isinstance(part, imported_class(*CONV1D)) else like.shape[-1]
+    shape = (8, part.in_channels, *part.kernel_size) if isinstance(part, nn.Conv2d) else (8, width)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)
 
 

@@ -56,36 +56,32 @@ class PerHeadModule(AttentionModule):
         """Applies the output projection to ``mixed`` (B, N, H*D), which gives (B, N, O)."""
         return self.proj(mixed)
 
-    def attend_heads(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
-    ) -> Tensor:
-        """Computes everything between the projections: norms, rotations, softmax(QK)V, norm and gate of the output.
+    def rotate_heads(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalises and rotates queries and keys as the host does.
 
         Args:
-            x: (B, N, C) input of the layer, which the gate reads.
             q: (B, H, N, D) queries.
             k, v: (B, G, N, D) keys and values, G divides H.
-            attn_mask, is_causal, rope: see ``Call``; the mask broadcasts to (B, H, N, N).
+            rope: (N', 2 D) or (B, N', 2 D) table of the call.
 
         Returns:
-            (B, N, H*D).
+            Queries, keys and values; as many keys as queries where each head has angles of its own.
         """
         q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.rope is not None:
             if self.spec.rope.per_head:  # heads that share a key rotate it each by its own angles
                 k, v = heads.expand_heads(k, self.num_heads), heads.expand_heads(v, self.num_heads)
             q, k = (rotary.rotate_heads(part, rope, self.spec.rope).type_as(v) for part in (q, k))
-        y = self.attend(q, k, v, attn_mask, is_causal)
-        return self.finish(x, y.transpose(1, 2).flatten(2))
+        return q, k, v
 
-    def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Applies the norm and the gate of the heads' outputs, (B, N, H*D).
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        """Applies the host's norm and gate to the heads' outputs, which gives (B, N, H*D).
 
         Args:
-            x: (B, N, C) input of the layer, which the gate reads.
-            y: (B, N, H*D) heads' outputs.
+            x: (B, N, C) tokens, which the gate reads.
+            y: (B, H, N, D) heads' outputs.
         """
-        y = self.norm(y)
+        y = self.norm(y.transpose(1, 2).flatten(2))
         return y if self.gate is None else y * self.gate(x).sigmoid()
 
     def fit_readout(self, moments: LinearMoments, out_root: Root, damping: float) -> None:

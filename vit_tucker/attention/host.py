@@ -49,6 +49,8 @@ class HostSpec:
         proj_drop: dropout rate of the output.
         fused_attn: the host runs on scaled_dot_product_attention.
         rope: how queries and keys are rotated, None if they are not.
+        softmax_scale: factor on the scores, None for 1 / sqrt(D).
+        causal: self-attention of a decoder: tokens attend to earlier ones, whose keys and values a cache may hold.
         layout: of the tokens, "sequence" (..., N, C), "grid" (B, ..., C) or "channels_first" (B, C, ...).
         extras: modules of the host beyond the four projections, by feature name: "qk_norm" (q_norm, k_norm), "scale_norm"
             (norm), "gate" (gate), "position_bias" (position_bias). Methods that can't carry a feature refuse the host.
@@ -66,6 +68,8 @@ class HostSpec:
     proj_drop: float = 0.0
     fused_attn: bool = True
     rope: RopeSpec | None = None
+    softmax_scale: float | None = None
+    causal: bool = False
     layout: Literal["sequence", "grid", "channels_first"] = "sequence"
     extras: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
 
@@ -76,8 +80,8 @@ class HostSpec:
 
     @property
     def scale(self) -> float:
-        """Returns 1 / sqrt(D): the softmax scale of the host, which every method keeps."""
-        return self.head_dim**-0.5
+        """Returns the softmax scale of the host, which every method keeps: 1 / sqrt(D) unless the host says otherwise."""
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     @property
     def has_key_bias(self) -> bool:

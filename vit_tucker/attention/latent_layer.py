@@ -56,6 +56,11 @@ class LatentModule(AttentionModule):
         _, key, value = self.latent_projections
         return key if value is None else value
 
+    @property
+    def values_are_keys(self) -> bool:
+        """Returns whether the latent value is the latent key itself: they share one that does not rotate."""
+        return self.latent_projections[2] is None and self.pair_rotations is None
+
     def input_projections(self) -> list[nn.Linear]:
         """Returns the Linears that form the latents."""
         return [linear for linear in self.latent_projections if linear is not None]

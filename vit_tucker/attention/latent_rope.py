@@ -12,11 +12,11 @@ from torch import Tensor
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, spread_rotations
-from vit_tucker.tensor.metric import Root, mean_metric, metric_root
+from vit_tucker.tensor.metric import Root, metric_root
 from vit_tucker.tensor.resize import Resized, grow, keep_pairs, resize_factor
 from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
 from vit_tucker.tensor.tucker import Tucker
-from vit_tucker.tensor.weighted import head_weights
+from vit_tucker.tensor.weighted import trace_weights
 
 
 class LatentKeys(NamedTuple):
@@ -67,8 +67,8 @@ def latent_keys(
         rows = tensor.left.shape[1]
         columns = tensor.right.shape[1]
         query = metric_root(moments.query[:rows, :rows], damping)
-        key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
-        scale = head_weights(moments.key)
+        key = metric_root(moments.key_metric(columns), damping)
+        scale = trace_weights(moments.given("key_traces"))
         tensor = whiten_rotary(tensor, query.root, key.root, scale)
     lifted = lift(tensor)
     if key is not None:

@@ -6,6 +6,7 @@ Weights are those that a Linear computes with: see ``vit_tucker.attention.effect
 import torch
 from torch import Tensor, nn
 
+from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import readable
 
 
@@ -30,6 +31,29 @@ def called_weight(linear: nn.Module, like: Tensor) -> Tensor:
     identity = torch.eye(width, dtype=like.dtype, device=like.device)
     rows = linear(torch.cat([identity.new_zeros(1, width), identity]))
     return (rows[1:] - rows[:1]).mT
+
+
+def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
+    """Returns the live weight (out, in) of a Linear with what stands around it.
+
+    Args:
+        linear: a Linear, or what a user put around one.
+        like: a tensor (any shape) of the dtype and device to compute with.
+    """
+    return linear.weight if isinstance(linear, nn.Linear) and is_plain(linear) else called_weight(linear, like)
+
+
+def by_heads(x: Tensor, heads: int) -> Tensor:
+    """Reshapes the rows of all heads into those of each.
+
+    Args:
+        x: (H*D, ...).
+        heads: H.
+
+    Returns:
+        (H, D, ...).
+    """
+    return x.unflatten(0, (heads, -1))
 
 
 def augmented_weight(linear: nn.Module) -> Tensor:

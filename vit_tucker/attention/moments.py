@@ -15,18 +15,30 @@ cos(angle(l) - angle(m)). Shifts don't cancel any more, hence x~ = [x, 1].
 """
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from vit_tucker.attention.backends.masks import masked_softmax
-from vit_tucker.attention.host import HostSpec, MHAWeights
-from vit_tucker.attention.rope import angle_kernel, rotate_heads
-from vit_tucker.tensor.metric import covariance
-from vit_tucker.tensor.rotary import pair_shares
+from vit_tucker.tensor.metric import covariance, mean_metric
 
-CONSTANT = 1e-11
-"""Variance of the tokens over their squared mean below which they count as constant: float32 rounding is 1e-14."""
+Form = Literal["heads", "mean", "none"]
+
+
+class Needs(NamedTuple):
+    """The moments that a conversion reads: what it does not read is not summed.
+
+    Attributes:
+        key, value: metrics "heads" by head, their "mean" over heads alone, or "none".
+        gradients: second moments of the gradients of queries, keys and values.
+    """
+
+    key: Form = "heads"
+    value: Form = "heads"
+    gradients: bool = True
+
+
+MEANS = Needs("mean", "mean", False)
+"""What errors cost to first order, without a head's own metrics."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class LayerCall:
         y: output of the host, (B, N, O).
         probe: g, (B, N, O).
         attn_mask, is_causal, rope: as the layer got them, position biases in the mask.
+        valid: which tokens count, (B, N), boolean: padding doesn't, and its probes are zero. None: all.
     """
 
     x: Tensor
@@ -46,6 +59,7 @@ class LayerCall:
     attn_mask: Tensor | None = None
     is_causal: bool = False
     rope: Tensor | None = None
+    valid: Tensor | None = None
 
     def part(self, sequences: Tensor | slice) -> "LayerCall":
         """Returns some of the B ``sequences`` (indices or a slice), with their masks."""
@@ -55,7 +69,17 @@ class LayerCall:
             return given[sequences] if each and given is not None else given
 
         x, y, probe = self.x[sequences], self.y[sequences], self.probe[sequences]
-        return LayerCall(x, y, probe, taken(self.attn_mask), self.is_causal, taken(self.rope))
+        valid = None if self.valid is None else self.valid[sequences]
+        return LayerCall(x, y, probe, taken(self.attn_mask), self.is_causal, taken(self.rope), valid)
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Returns the rows of ``values`` (B, N, F) that are of tokens which count, (n, F)."""
+        return values.flatten(0, 1) if self.valid is None else values[self.valid]
+
+    @property
+    def bytes(self) -> int:
+        """Returns the memory of its tokens, outputs and probes; masks and tables are shared by the layers."""
+        return sum(part.numel() * part.element_size() for part in (self.x, self.y, self.probe))
 
     def token_weights(self) -> Tensor:
         """Returns the weight of each token in regressions, |g_n|, (B, N)."""
@@ -64,16 +88,19 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of one layer's tokens, float64. See the module's formulas.
+    """Second moments of one layer's tokens, float64. See the module's formulas; None: not asked for.
 
     Attributes:
         tokens: number of tokens.
         mean: E[x], (C,).
         query: E[[x, 1] [x, 1]^T], (C + 1, C + 1).
+        output: E[g g^T], (O, O).
         key: E[kappa_i kappa_i^T], (H, C, C), with RoPE (H, C + 1, C + 1).
+        key_mean: their mean over heads, each scaled to trace 1, see ``key_metric``.
+        key_traces: traces of the key moments of the heads, (H,).
         value: covariance of a_i, weighted by |g|, (H, C, C).
         value_mean: mean of a_i, weighted by |g|, (H, C).
-        output: E[g g^T], (O, O).
+        value_covariance: mean over heads of the covariances, (C, C).
         query_grad: second moment of the gradients with respect to the joined queries, (H*D, H*D).
         kv_grad: the same for joined keys, then values, (2*H*D, 2*H*D).
     """
@@ -81,169 +108,41 @@ class Moments:
     tokens: int
     mean: Tensor
     query: Tensor
-    key: Tensor
-    value: Tensor
-    value_mean: Tensor
     output: Tensor
-    query_grad: Tensor
-    kv_grad: Tensor
+    key: Tensor | None = None
+    key_mean: Tensor | None = None
+    key_traces: Tensor | None = None
+    value: Tensor | None = None
+    value_mean: Tensor | None = None
+    value_covariance: Tensor | None = None
+    query_grad: Tensor | None = None
+    kv_grad: Tensor | None = None
 
     @property
     def token_covariance(self) -> Tensor:
         """Returns the covariance of the tokens, (C, C)."""
         return covariance(self.query[:-1, :-1], self.mean)
 
-    @staticmethod
-    def bytes(spec: HostSpec) -> int:
-        """Returns the memory of one layer's moments in bytes, for a host of shape ``spec``."""
-        c, hd = spec.embed_dim, spec.attn_dim
-        return 8 * ((c + 1) ** 2 + 2 * spec.num_heads * c * c + spec.out_dim**2 + 5 * hd * hd)
+    def given(self, name: str) -> Tensor:
+        """Returns a moment by its name; raises ValueError if it was not summed: the layer's ``needs`` lack it."""
+        value: Tensor | None = getattr(self, name)
+        if value is None:
+            raise ValueError(f"the moment '{name}' was not summed: add it to the layer's needs")
+        return value
 
+    def key_metric(self, columns: int) -> Tensor:
+        """Returns the mean key metric of all heads, each scaled to trace 1 so that none dominates, (columns, columns).
 
-class MomentSums:
-    """Running sums behind ``Moments``. Products in the tokens' dtype (at least float32), sums in float64."""
-
-    def __init__(self, spec: HostSpec, weights: MHAWeights) -> None:
-        self.spec = spec
-        like = weights.query
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        self.weights = weights.to(self.dtype)
-        heads, c, out, hd = spec.num_heads, spec.embed_dim, spec.out_dim, spec.attn_dim
-        key = c if spec.rope is None else c + 1
-        shapes = {"query": (c + 1, c + 1), "key": (heads, key, key), "value": (heads, c, c), "value_mean": (heads, c),
-                  "output": (out, out), "query_grad": (hd, hd), "kv_grad": (2 * hd, 2 * hd)}  # fmt: skip
-        self.sums = {name: torch.zeros(s, dtype=torch.float64, device=like.device) for name, s in shapes.items()}
-        self.weight_sum = torch.zeros((), dtype=torch.float64, device=like.device)
-        self.spread = torch.zeros((), dtype=torch.float64, device=like.device)
-        self.tokens = 0
-        self.shift: Tensor | None = None
-        self.rotation_weights = torch.empty(0)
-        if spec.rope is not None:
-            self.rotation_weights = pair_shares(self.weights.rotary_pairs(spec.rope))
-
-    def add(self, call: LayerCall) -> None:
-        """Adds one ``call``, in slices of the batch, so that the attention maps stay small."""
-        slices = max(1, int(call.x.shape[0] * self.spec.num_heads * call.x.shape[1] ** 2 / 2**25))
-        for part in torch.arange(call.x.shape[0], device=call.x.device).chunk(slices):
-            self._add(call.part(part))
-
-    def _add(self, call: LayerCall) -> None:
-        x, probe = call.x.to(self.dtype), call.probe.to(self.dtype)
-        w, spec = self.weights, self.spec
-        if self.shift is None:
-            self.shift = x.mean((0, 1))  # sums of squares of shifted tokens: large means don't eat the digits
-        centred = x - self.shift
-        p, q, k = host_attention(x, w, spec, call.attn_mask, call.is_causal, call.rope)
-        v = heads_of(centred, w.value)  # (B, H, N, D); the shift passes through the softmax unchanged
-        probe_v = torch.einsum("bno,hdo->bhnd", probe, w.out)  # gradient of the head's averaged value
-        s = probe_v @ v.mT
-        s = p * (s - (p * s).sum(-1, keepdim=True))  # gradient of the scores
-        key_sums = self._key_sums(s, centred, call.rope)
-        averaged = p @ centred.unsqueeze(1)
-        token_weights = probe.norm(dim=-1)  # (B, N)
-        ones = torch.cat([x, torch.ones_like(x[..., :1])], -1).flatten(0, 1)
-        flat_probe = probe.flatten(0, 1)
-        grad_q, grad_k = s @ k * spec.scale, s.mT @ q * spec.scale
-        if spec.rope is not None:
-            grad_q, grad_k = (rotate_heads(g, call.rope, spec.rope, inverse=True) for g in (grad_q, grad_k))
-        grad_kv = torch.cat([joined(grad_k), joined(p.mT @ probe_v)], -1)
-        sums = self.sums
-        sums["query"] += ones.mT @ ones
-        sums["output"] += flat_probe.mT @ flat_probe
-        sums["query_grad"] += joined(grad_q).mT @ joined(grad_q)
-        sums["kv_grad"] += grad_kv.mT @ grad_kv
-        sums["key"] += key_sums
-        for head in range(spec.num_heads):
-            avg = averaged[:, head].flatten(0, 1)
-            weighted = avg * token_weights.flatten().unsqueeze(1)
-            sums["value"][head] += weighted.mT @ avg
-            sums["value_mean"][head] += weighted.sum(0)
-        self.weight_sum += token_weights.sum()
-        self.spread += centred.square().sum()
-        self.tokens += len(ones)
-
-    def _key_sums(self, s: Tensor, centred: Tensor, rope: Tensor | None) -> Tensor:
-        """Returns sums of kappa kappa^T, (H, C, C), with RoPE (H, C + 1, C + 1) for the tokens [x - shift, 1].
-
-        s is the gradient of the scores, (B, H, N, N), centred x - shift, (B, N, C), rope the call's table.
+        Args:
+            columns: C, or C + 1 for hosts with RoPE whose keys have a bias.
         """
-        if self.spec.rope is None:
-            kappa = s @ centred.unsqueeze(1)  # (B, H, N, C)
-            return torch.stack([kap.mT @ kap for kap in kappa.transpose(0, 1).flatten(1, 2)])
-        tokens = torch.cat([centred, torch.ones_like(centred[..., :1])], -1)  # (B, N, C + 1)
-        weighted = s.mT @ s
-        if rope is not None:
-            weighted = weighted * angle_kernel(rope, self.spec.rope, self.rotation_weights, s.shape[-1])
-        return torch.stack(
-            [tokens.flatten(0, 1).mT @ (part @ tokens).flatten(0, 1) for part in weighted.transpose(0, 1)]
-        )
+        return self.given("key_mean") if self.key is None else mean_metric(self.key[:, :columns, :columns])
 
-    def _key_moments(self, mean_of_shift: Tensor) -> Tensor:
-        """Returns key moments in the coordinates of the tokens: [x, 1] instead of [x - shift, 1]."""
-        key = self.sums["key"] / self.tokens
-        if self.spec.rope is None:
-            return key
-        change = torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)
-        change[:-1, -1] = mean_of_shift
-        return change @ key @ change.mT
+    def value_metric(self, centred: bool = True) -> Tensor:
+        """Returns the mean value metric of all heads, (C, C): of covariances, or of raw second moments.
 
-    def moments(self) -> Moments:
-        """Returns the means of all calls so far.
-
-        Raises:
-            ValueError: no tokens, values that are not finite, or probes that are all zero.
+        Args:
+            centred: an error in the mean costs nothing, since a bias absorbs it.
         """
-        if self.tokens == 0 or self.shift is None:
-            raise ValueError("no tokens reached the layer")
-        if not all(torch.isfinite(value).all() for value in self.sums.values()):
-            raise ValueError("the tokens or their gradients are not finite")
-        mean = self.sums["query"][-1, :-1] / self.tokens
-        variance = self.spread / self.tokens - (mean - self.shift).square().sum()
-        if variance <= CONSTANT * mean.square().sum():
-            raise ValueError("all tokens are the same: the inputs are constant")
-        if not self.weight_sum > 0:
-            raise ValueError("the layer's output has no influence on the model's features")
-        per_token = {name: self.sums[name] / self.tokens for name in ("query", "output", "query_grad", "kv_grad")}
-        shifted_mean = self.sums["value_mean"] / self.weight_sum
-        return Moments(
-            tokens=self.tokens,
-            mean=per_token["query"][-1, :-1],
-            key=self._key_moments(self.shift.double()),
-            value=covariance(self.sums["value"] / self.weight_sum, shifted_mean),
-            value_mean=shifted_mean + self.shift.double(),
-            **per_token,
-        )
-
-
-def host_attention(
-    x: Tensor, weights: MHAWeights, spec: HostSpec, attn_mask: Tensor | None, is_causal: bool,
-    rope: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns the softmax rows (B, H, N, N), queries and keys (B, H, N, D) of a host with these ``weights`` and ``spec``.
-
-    Arguments as of ``AttentionModule.forward``.
-    """
-    q = heads_of(x, weights.query, weights.query_bias)
-    k = heads_of(x, weights.key, weights.key_bias)
-    norms = spec.extras.get("qk_norm", {})
-    if norms:
-        dtype = next((p.dtype for norm in norms.values() for p in norm.parameters()), q.dtype)
-        q, k = norms["q_norm"](q.to(dtype)).to(q.dtype), norms["k_norm"](k.to(dtype)).to(k.dtype)
-    if spec.rope is not None:
-        q, k = rotate_heads(q, rope, spec.rope), rotate_heads(k, rope, spec.rope)
-    return masked_softmax(q * spec.scale @ k.mT, attn_mask, is_causal), q, k
-
-
-def heads_of(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns the projection of tokens to heads, (B, H, N, D).
-
-    Args:
-        x, weight, bias: (B, N, C), (H, C, D) and (H, D) or None.
-    """
-    y = torch.einsum("bnc,hcd->bhnd", x, weight)
-    return y if bias is None else y + bias[:, None]
-
-
-def joined(x: Tensor) -> Tensor:
-    """Reshapes (B, H, N, D) to (B*N, H*D)."""
-    return x.transpose(1, 2).flatten(2).flatten(0, 1)
+        metric, mean = self.given("value_covariance"), self.given("value_mean")
+        return metric if centred else metric + mean.mT @ mean / len(mean)

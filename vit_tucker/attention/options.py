@@ -39,7 +39,10 @@ def refuse_rank_options(layer: str, given: dict[str, Any], current: dict[str, An
 
 
 class RankRule(Checked):
-    """Ranks chosen by vit_tucker, over all layers that have the rule: give one of budget, flops and energy."""
+    """Ranks chosen by vit_tucker, over all layers that have the rule: give one of budget, flops, energy and cache.
+
+    A cache may have a budget beside it: the cache decides about key and value ranks, the budget about the other ones.
+    """
 
     budget: float | None = Field(
         default=None,
@@ -56,6 +59,13 @@ class RankRule(Checked):
         le=1,
         description="Share of the attention tensors' squared norms to keep, with as few parameters as possible.",
     )
+    cache: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Numbers in a KV cache to spend, as a share of those of the layers' own key/value heads: decides about key "
+        "and value ranks. The other ranks are full, or spend the budget of parameters that is given beside it.",
+    )
     multiple_of: int = Field(
         default=8,
         ge=1,
@@ -66,9 +76,10 @@ class RankRule(Checked):
 
     @model_validator(mode="after")
     def _one_goal(self) -> RankRule:
-        given = [name for name in ("budget", "flops", "energy") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give one of budget, flops, energy{f', not {len(given)}' if given else ''}")
+        given = [name for name in ("budget", "flops", "energy", "cache") if getattr(self, name) is not None]
+        if len(given) != 1 and given != ["budget", "cache"]:
+            counted = f", not {' and '.join(given)}" if given else ""
+            raise ValueError(f"give one of budget, flops, energy, cache, or budget and cache{counted}")
         return self
 
     @model_serializer(mode="wrap")
@@ -110,13 +121,21 @@ class Calibration(Checked):
     """Activation-aware conversion: how the pretrained weights are fitted to the tokens that each layer sees. No labels."""
 
     images: int = Field(
-        default=256, ge=1, le=10_000_000, description="Images to look at, from the training set in a YAML run."
+        default=256,
+        ge=1,
+        le=10_000_000,
+        description="Images to look at, from the training set in a YAML run; of a language model sequences of any length.",
     )
-    batch_size: int = Field(default=32, ge=1, le=1_000_000, description="Images per forward and backward pass.")
-    objective: Literal["features", "layer"] = Field(
+    batch_size: int = Field(
+        default=32,
+        ge=1,
+        le=1_000_000,
+        description="Images per forward and backward pass; passes of language models have about 512 tokens.",
+    )
+    objective: Literal["features", "likelihood", "layer"] = Field(
         default="features",
-        description="What an error costs: what it does to the model's final features (one backward pass per batch), or its "
-        "size in the layer's own output.",
+        description="What an error costs: what it does to the model's final features, or to the likelihood of classes or tokens "
+        "(one backward pass per batch each), or its size in the layer's own output.",
     )
     damping: float = Field(
         default=1e-3,

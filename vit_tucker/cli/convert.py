@@ -42,8 +42,8 @@ def convert(args: argparse.Namespace) -> int:
     """Converts the model, saves it and prints the report."""
     name, overrides = model_and_overrides(args, "MODEL and --cfg")
     from vit_tucker.cli.plan import report_tables
+    from vit_tucker.run.built import plain_reports
     from vit_tucker.run.convert import convert as convert_model  # after it, as in plan
-    from vit_tucker.run.model import plain_reports
 
     options = {"data": args.data, "images": args.images, "device": choose_device(args.device, double=True)}
     done = convert_model(name, args.method, args.out, args.cfg, overrides, **options)

@@ -23,6 +23,7 @@ from vit_tucker.cli import (
     ranks,
     sweep,
     tables,
+    tokenize,
     train,
 )
 from vit_tucker.cli.common import Parser, add_plugins, parse_with_overrides, run_command
@@ -31,11 +32,11 @@ from vit_tucker.version import __version__
 
 COMMANDS = (
     *(plan, convert, train, sweep, evaluate, predict, explain, export, push),
-    *(compare, tables, ranks, hosts, cost, bench, lists, info, completion),
+    *(tokenize, compare, tables, ranks, hosts, cost, bench, lists, info, completion),
 )
 """Each adds its commands, in the order of the help."""
-WITHOUT_PLUGINS = ("compare", "tables", "report", "configs", "info", "completion")
-"""Commands that open no config and no model: they read results, or nothing."""
+WITHOUT_PLUGINS = ("tokenize", "compare", "tables", "report", "configs", "info", "completion")
+"""Commands that open no config and no model: they read text or results, or nothing."""
 
 
 def build_parser(prog: str = "vit-tucker") -> argparse.ArgumentParser:

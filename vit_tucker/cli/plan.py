@@ -56,8 +56,8 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> int:
     """Plans the patch and prints its report."""
     name, overrides = model_and_overrides(args, "MODEL and --cfg")
+    from vit_tucker.run.built import plain_reports
     from vit_tucker.run.convert import plan as plan_model  # after it: a mistake is reported before torch is imported
-    from vit_tucker.run.model import plain_reports
 
     planned = plan_model(name, args.method, args.cfg, overrides, device=choose_device(args.device, double=True))
     print_notes(planned.notes)

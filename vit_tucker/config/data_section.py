@@ -26,9 +26,16 @@ class DataConfig(Checked):
     dataset: str = Field(
         default="digits",
         description="digits, fashion_mnist, cifar10, cifar100, imagenet (folder layout), or any name of timm.data's factory: "
-        "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...",
+        "'' or folder for an image folder, wds/..., hfds/..., hfids/..., tfds/..., torch/...; tokens for a language model: "
+        "files of vit-tucker tokenize in the folder root.",
     )
     root: PathText = Field(default="data", description="Folder of the data sets.")
+    block_size: int | None = Field(
+        default=None,
+        ge=2,
+        le=2**24,
+        description="Tokens of a window (dataset tokens); as many as the model was made for if null.",
+    )
     train_split: str = Field(default="train", description="Split to train on, by the data set's own name.")
     val_split: str = Field(default="validation", description="Split to evaluate on.")
     download: bool = Field(default=False, description="Let torchvision or the hub download what is missing.")

@@ -16,8 +16,11 @@ Size = Annotated[int, Field(ge=1, le=2**14)]
 class ModelConfig(Checked):
     """The timm model; keys that are null are not passed to timm, so that the model's own defaults apply."""
 
-    name: str = Field(description="timm model name; also hf-hub:owner/name and local-dir:path.")
-    pretrained: bool = Field(default=False, description="Load timm's pretrained weights.")
+    name: str = Field(
+        description="timm model name; also hf-hub:owner/name and local-dir:path. hf: and a folder, hub name or architecture "
+        "(hf:llama): a causal language model of transformers."
+    )
+    pretrained: bool = Field(default=False, description="Load timm's, or transformers', pretrained weights.")
     checkpoint: PathText | None = Field(
         default=None,
         description="Weights of the dense host: a run folder (its last epoch), a folder or file of timm, Hugging Face, "
@@ -55,7 +58,10 @@ class ModelConfig(Checked):
     )
     attn_drop_rate: float | None = Field(default=None, ge=0, lt=1, description="Dropout of the attention weights.")
     drop_path_rate: float | None = Field(default=None, ge=0, lt=1, description="Stochastic depth.")
-    model_kwargs: dict[str, Any] = Field(default={}, description="Any other argument of timm.create_model.")
+    model_kwargs: dict[str, Any] = Field(
+        default={},
+        description="Any other argument of timm.create_model; of transformers' models, entries of their config.",
+    )
 
     @property
     def is_trained(self) -> bool:

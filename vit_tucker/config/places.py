@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 STARTED_FILE = "started.json"
-LOCAL = "local-dir:"
+LOCAL = ("local-dir:", "hf:")
+"""What names of models in a folder begin with."""
 PATHS = (
     *("model.checkpoint", "model.name", "data.root", "data.class_map", "data.labels", "data.dataset_kwargs.class_map"),
     *("train.distill.teacher", "plugins"),
@@ -32,7 +33,8 @@ def map_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str,
         if not isinstance(value, str):
             return value
         if key == "model.name":
-            return LOCAL + change(value.removeprefix(LOCAL)) if value.startswith(LOCAL) else value
+            prefix = next((prefix for prefix in LOCAL if value.startswith(prefix)), None)
+            return value if prefix is None else prefix + change(value.removeprefix(prefix))
         no_file = (key == "plugins" and not value.endswith(".py")) or (
             key == "train.distill.teacher" and value == "host"
         )

@@ -55,8 +55,18 @@ class TrainConfig(Checked):
     """The recipe, in timm's words."""
 
     epochs: int = Field(default=10, ge=1, le=MAX_EPOCHS, description="Passes over the training images.")
+    steps_per_epoch: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps that count as an epoch (dataset tokens): what is evaluated and saved after, and what a "
+        "warm-up is a share of; a pass over the tokens if null.",
+    )
     global_batch_size: int = Field(
-        default=128, ge=1, le=MAX_BATCH, description="Images per optimizer step, over all processes and accumulation."
+        default=128,
+        ge=1,
+        le=MAX_BATCH,
+        description="Images, or windows of tokens, per optimizer step, over all processes and accumulation.",
     )
     grad_accum_steps: int = Field(default=1, ge=1, le=MAX_BATCH, description="Micro-batches per optimizer step.")
     eval_batch_size: int | None = Field(

@@ -12,6 +12,7 @@ from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Ru
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables, whiten
 from vit_tucker.conversion.calibrate import collect_moments
+from vit_tucker.conversion.inputs import Inputs
 from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
@@ -45,7 +46,7 @@ def resolve_ranks(
     configs: Mapping[str, MethodConfig],
     read: Mapping[str, Host],
     tokens: Mapping[str, tuple[int, int]],
-    images: list[Tensor] | None,
+    inputs: list[Inputs] | None,
 ) -> Config:
     """Returns the config with rules for the layers whose ranks are yet to be chosen.
 
@@ -54,7 +55,7 @@ def resolve_ranks(
         config: of the patch.
         configs, read: config and host of each layer to patch, by full module name.
         tokens: see ``choose_layer_ranks``.
-        images: (B, channels, height, width) calibration images, if there are any.
+        inputs: of the calibration, if there is one.
 
     Raises:
         PatchError: no weights to look at, or see ``choose_layer_ranks``.
@@ -73,7 +74,7 @@ def resolve_ranks(
             )
         module = model.get_submodule(first)
         layers.append(OpenLayer(first, module, read[first], rule=rule, names=(first, *others)))
-    calibration = None if config.fitted_to is None or images is None else (config.fitted_to, images)
+    calibration = None if config.fitted_to is None or inputs is None else (config.fitted_to, inputs)
     chosen = choose_layer_ranks(model, layers, tokens, calibration)
     return config.model_copy(update={"rules": (*config.rules, *chosen)})
 
@@ -82,7 +83,7 @@ def choose_layer_ranks(
     model: nn.Module,
     layers: list[OpenLayer],
     tokens: Mapping[str, tuple[int, int]],
-    calibration: tuple[Calibration, list[Tensor]] | None,
+    calibration: tuple[Calibration, list[Inputs]] | None,
 ) -> list[Rule]:
     """Returns rules that give each layer its ranks; layers with the same rank rule share its budget.
 
@@ -124,7 +125,7 @@ def choose_layer_ranks(
 
 @torch.no_grad()
 def _tensors(
-    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Tensor]] | None
+    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Inputs]] | None
 ) -> Iterator[tuple[OpenLayer, Pairs, Pairs]]:
     """Returns both tensors of each layer, in units that compare.
 
@@ -138,8 +139,8 @@ def _tensors(
             pre, post = ordinary(weights.pre_tensor(layer.host.spec.rope)), weights.post_pairs()
             yield layer, _divided(pre, squared_norm(pre)), _divided(post, squared_norm(post))
         return
-    options, images = calibration
-    for layer, moments in collect_moments(model, layers, options, images, CHOOSING):
+    options, inputs = calibration
+    for layer, moments in collect_moments(model, layers, options, inputs, CHOOSING):
         weights, scale = layer.host.weights.double(), layer.host.spec.scale
         given = weights.pre_tensor(layer.host.spec.rope)
         with located(layer.name):

@@ -1,7 +1,7 @@
 """Turns images into batches: reading, bad images, seeded transforms, collating."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -17,17 +17,57 @@ from vit_tucker.errors import DataError
 
 
 class Batch(NamedTuple):
-    """A batch of images with their labels.
+    """A batch of images with their labels, or of windows of tokens with those that follow.
 
     Attributes:
-        images: (B, channels, height, width), normalised float32; from workers also uint8, see ``Normalise``.
-        labels: (B,) int64.
+        images: (B, channels, height, width), normalised float32; from workers also uint8, see ``Normalise``;
+            or tokens (B, N) int64.
+        labels: (B,) int64; of tokens (B, N).
         faults: one line for each image that could not be read on the way to this batch.
     """
 
     images: Tensor
     labels: Tensor
     faults: tuple[str, ...] = ()
+
+
+class Batches(Protocol):
+    """Yields the evaluation batches of one process."""
+
+    @property
+    def description(self) -> str:
+        """Returns one line for the log: how they are read, and why."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+    def close(self) -> None:
+        """Ends all worker processes."""
+
+
+class StepBatches(Protocol):
+    """Yields the training batches of one process, grouped into optimizer steps.
+
+    Attributes:
+        steps_per_epoch: optimizer steps per epoch.
+    """
+
+    @property
+    def description(self) -> str:
+        """Returns one line for the log: how they are read, and why."""
+
+    @property
+    def num_samples(self) -> int:
+        """Returns how many images, or tokens, the training split has."""
+
+    steps_per_epoch: int
+
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yields each optimizer step's micro-batches, from ``start_step`` of an epoch on."""
+
+    def close(self) -> None:
+        """Ends all worker processes."""
 
 
 class Sample(NamedTuple):

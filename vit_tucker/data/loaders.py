@@ -2,30 +2,30 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from vit_tucker.config.schema import DataConfig, TrainConfig
-from vit_tucker.data.batches import Batch, Normalise, SeededDataset, checked_batches, collate
+from vit_tucker.data.batches import Batch, Batches, Normalise, SeededDataset, StepBatches, checked_batches
 from vit_tucker.data.datasets import is_iterable
 from vit_tucker.data.faults import FaultLog
-from vit_tucker.data.memory import HeldImages, KeptSamples
+from vit_tucker.data.loader_sources import LoaderSources
+from vit_tucker.data.memory import HeldImages
 from vit_tucker.data.preparation import Preparation, choose_preparation, describe_preparation
 from vit_tucker.data.sampler import EvalSampler, TrainSampler
 from vit_tucker.data.splits import open_splits
 from vit_tucker.data.stream_base import stream_size
-from vit_tucker.data.streams import EvalStream, StreamReader, TrainStream
+from vit_tucker.data.streams import EvalStream, TrainStream
 from vit_tucker.data.transforms import eval_transform, train_transform
-from vit_tucker.data.workers import WorkerLoader, end_workers
+from vit_tucker.data.workers import end_workers
 from vit_tucker.errors import ConfigError, DataError
 
 
 @dataclass
 class BatchLoader:
-    """Batches of one process. At evaluation bad images are left out, so that a batch may be empty.
+    """Batches of images of one process. At evaluation bad images are left out, so that a batch may be empty.
 
     Attributes:
         loader: yields batches.
@@ -41,6 +41,13 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         return checked_batches(self.loader, self.faults, self.normalise)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def close(self) -> None:
+        """Ends all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
+        end_workers(self.loader)
 
 
 @dataclass
@@ -86,14 +93,14 @@ class Loaders:
     Attributes:
         train: None when only evaluating.
         eval: this process's share.
-        num_eval: images in the evaluation split, bad ones included; None if streamed without a known size.
+        num_eval: images in the evaluation split, bad ones included, or tokens to predict; None if streamed without a known size.
         faults: bad images of this process so far, of both splits; more than ``data.max_bad_images`` end the iteration.
         label_names: of the classes, by the class map of the training split; None if the data set has none.
         notes: lines for the log about both splits, see ``split_notes``.
     """
 
-    train: TrainLoader | None
-    eval: BatchLoader
+    train: StepBatches | None
+    eval: Batches
     num_eval: int | None
     faults: FaultLog
     label_names: tuple[str, ...] | None = None
@@ -110,10 +117,10 @@ class Loaders:
         self.notes += tuple(f"bad image: {line}" for line in lines)
 
     def close(self) -> None:
-        """Ends all worker processes now; after an error they would else take 5 s more, see ``end_workers``."""
+        """Ends all worker processes now."""
         for part in (self.train, self.eval):
             if part is not None:
-                end_workers(part.loader)
+                part.close()
 
 
 def build_loaders(
@@ -152,54 +159,6 @@ def build_loaders(
     train_loader = _train_loader(sources, splits.train) if with_train else None
     eval_loader, num_eval = _eval_loader(sources, splits.eval)
     return Loaders(train_loader, eval_loader, num_eval, faults, splits.classes, splits.notes)
-
-
-@dataclass(frozen=True)
-class LoaderSources:
-    """The arguments of ``build_loaders`` that both loaders of one process are built from."""
-
-    data: DataConfig
-    train: TrainConfig
-    resolved: dict[str, Any]
-    seed: int
-    rank: int
-    world_size: int
-    pin_memory: bool
-    faults: FaultLog
-    normalise: Normalise
-    num_classes: int | None = None
-
-    @property
-    def micro_batch(self) -> int:
-        """Returns the number of images of one process and accumulation step."""
-        return self.train.global_batch_size // (self.world_size * self.train.grad_accum_steps)
-
-    def stream(self, dataset: Any, split: str, rank: int, world_size: int) -> StreamReader:
-        """Returns the reader of ``split`` of a streamed ``dataset``; other arguments as of ``build_loaders``.
-
-        It splits by loader workers and must know their number.
-        """
-        if hasattr(dataset, "set_loader_cfg"):  # where old timm takes 0 to mean no shard at all
-            dataset.set_loader_cfg(num_workers=max(1, self.data.num_workers))
-        return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
-
-    def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
-        """Returns a DataLoader of ``dataset`` with the shared options and ``options``; ``in_process`` uses no workers."""
-        workers = 0 if in_process else self.data.num_workers
-        return WorkerLoader(
-            dataset,
-            num_workers=workers,
-            pin_memory=self.pin_memory,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),  # else it would draw from the global one
-            **{"collate_fn": partial(collate, shape=self.resolved["input_size"]), **options},
-        )
-
-    def load_samples(self, samples: SeededDataset, sampler: Sampler, preparation: Preparation) -> DataLoader:
-        """Returns the DataLoader of ``samples`` in the order of ``sampler``; a ``preparation`` "kept" is read in this process."""
-        if preparation.kind == "kept":
-            return self.load(KeptSamples(samples), in_process=True, batch_sampler=sampler)
-        return self.load(samples, batch_sampler=sampler)
 
 
 def _train_loader(sources: LoaderSources, split: Any) -> TrainLoader:

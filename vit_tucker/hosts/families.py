@@ -4,15 +4,16 @@ A new library is one file of readers with a ``FAMILY``, and one entry here; the 
 """
 
 import importlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
-from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.call import Call
 from vit_tucker.attention.effective import full_name
+from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
@@ -23,19 +24,27 @@ class Family:
     """The attention classes of one library.
 
     Attributes:
-        self_attention: classes in which tokens attend to each other, whether a method of ours can take their place or not.
-        left_alone: classes beside self-attention that stay as they are, and why.
+        is_self_attention: whether tokens attend to each other in a module, be it that a method of ours can take its place or not.
+        is_left_alone: whether a module stands beside self-attention and stays as it is.
         read: reads a module, see ``read_host``: called with the module, its model and ``plain``.
-        follow: resizes a module's position bias as that of its replacement was.
+        restore: makes a host's module fit what has become of its replacement, before it is put back.
+        read_call: reads a call of a host's module, without a cache: called with the module, its spec, arguments and keywords.
+        install: gives a replacement what the callers of the host's module expect of it; None: nothing.
+        mark: sets up a model that was patched, or is no longer; None: nothing.
+        sequence_length: returns the tokens of a model's sequences; None: the model is run on an image to find out.
     """
 
-    self_attention: tuple[type[nn.Module], ...]
-    left_alone: Mapping[type[nn.Module], str]
+    is_self_attention: Callable[[nn.Module], bool]
+    is_left_alone: Callable[[nn.Module], bool]
     read: Callable[[nn.Module, nn.Module | None, bool], Host]
-    follow: Callable[[nn.Module, PositionBias], None]
+    restore: Callable[[nn.Module, AttentionModule], None]
+    read_call: Callable[[nn.Module, HostSpec, tuple[Any, ...], dict[str, Any]], Call]
+    install: Callable[[AttentionModule, nn.Module], None] | None = None
+    mark: Callable[[nn.Module, bool], None] | None = None
+    sequence_length: Callable[[nn.Module], int] | None = None
 
 
-FAMILIES = {"timm": "vit_tucker.hosts.timm_classes"}
+FAMILIES = {"timm": "vit_tucker.hosts.timm_classes", "transformers": "vit_tucker.hosts.transformers_classes"}
 """Where the ``FAMILY`` of a library is, by the library's name."""
 EXCLUDE = "; leave it alone with exclude="
 """What a user can do about a layer that is refused."""

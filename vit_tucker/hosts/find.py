@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from vit_tucker.attention.effective import full_name, is_tuner, peft_class
+from vit_tucker.attention.effective import full_name, imported_class, is_tuner
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError, WeightsError
 from vit_tucker.hosts.families import family_of
@@ -21,7 +21,7 @@ def is_self_attention(module: nn.Module) -> bool:
     elsewhere, other modules of that name let channels or one token attend: no weights of ours fit them.
     """
     family = family_of(module)
-    if isinstance(module, (AttentionModule, *(family.self_attention if family else ()))):
+    if isinstance(module, AttentionModule) or (family is not None and family.is_self_attention(module)):
         return True
     if not looks_like_attention(module) or is_left_alone(module):
         return False
@@ -30,9 +30,9 @@ def is_self_attention(module: nn.Module) -> bool:
 
 
 def is_left_alone(module: nn.Module) -> bool:
-    """Returns whether a module is of a class that stands beside self-attention and stays as it is."""
+    """Returns whether a module stands beside self-attention and stays as it is."""
     family = family_of(module)
-    return family is not None and type(module) in family.left_alone
+    return family is not None and family.is_left_alone(module)
 
 
 def own_parts(model: nn.Module) -> set[int]:
@@ -79,7 +79,7 @@ PEFT_MODELS = {
 def inner(model: nn.Module) -> nn.Module:
     """Returns the model inside PEFT's ``get_peft_model``, which has its adapters in its own modules; any other as it is."""
     for place, attribute in PEFT_MODELS.items():
-        if isinstance(model, peft_class(*place)):
+        if isinstance(model, imported_class(*place)):
             return inner(getattr(model, attribute))
     return model
 

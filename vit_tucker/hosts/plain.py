@@ -9,12 +9,12 @@ from vit_tucker.attention.effective import full_name, with_plain_parts
 from vit_tucker.attention.parametrized import functional_hooks
 from vit_tucker.errors import WeightsError
 
-PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj")
+PROJECTIONS = ("qkv", "q_proj", "k_proj", "v_proj", "qk", "v", "proj", "o_proj", "c_attn", "c_proj")
 """Names of the parts of hosts whose weights the readers read."""
 
 
 def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """Makes the parts of a module of timm's plain, see ``with_plain_parts``; also returns the classes of those that were not.
+    """Makes the parts of a host's module plain, see ``with_plain_parts``; also returns the classes of those that were not.
 
     Args:
         module: of a known class; it is not changed.
@@ -38,9 +38,12 @@ def plain_host(module: nn.Module) -> tuple[nn.Module, dict[str, str]]:
 
 
 def refuse_other_forward(module: nn.Module) -> None:
-    """Raises WeightsError for a module of timm's whose forward is not timm's: replaced on the module or in its class."""
+    """Raises WeightsError for a module of a library whose forward is another's: replaced on the module or in its class."""
     written: str = getattr(type(module).forward, "__globals__", {}).get("__name__", "")
-    if "forward" in vars(module) or not written.startswith(("timm.", "torch.")):  # torch's wrappers change nothing
+    library = type(module).__module__.partition(".")[0]
+    if "forward" in vars(module) or not written.startswith(
+        (f"{library}.", "torch.")
+    ):  # torch's wrappers change nothing
         raise WeightsError(f"its forward is not that of {full_name(module)}: another has been put in its place")
 
 

@@ -47,6 +47,7 @@ class Slot:
         dense_flops: counts the operations of the host's own module for N tokens.
         errors: measures a converted layer against its host: relative errors, some of ``columns``.
         restore: makes a host's module fit what has become of its replacement, before it is put back.
+        install: gives a converted replacement what the callers of the host's module expect of it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Slot:
     dense_flops: Callable[[Any, int], int]
     errors: Callable[[Any, Any], dict[str, float]]
     restore: Callable[[nn.Module, nn.Module], None]
+    install: Callable[[nn.Module, nn.Module], None] = lambda replacement, original: None
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the replaced modules of a model by full name, a shared one under each of its names."""
@@ -86,10 +88,17 @@ def attention_errors(host: Host, layer: AttentionModule) -> dict[str, float]:
 
 
 def restore_attention(original: nn.Module, current: nn.Module) -> None:
-    """Resizes the position bias of a host's module as timm's ``set_input_size`` has resized that of its replacement."""
+    """Makes a host's module fit what has become of its replacement, as its family does."""
     family = family_of(original)
-    if isinstance(current, AttentionModule) and current.position_bias is not None and family is not None:
-        family.follow(original, current.position_bias)
+    if isinstance(current, AttentionModule) and family is not None:
+        family.restore(original, current)
+
+
+def install_attention(replacement: nn.Module, original: nn.Module) -> None:
+    """Gives a replacement what the callers of the host's module expect of it, as its family does."""
+    family = family_of(original)
+    if isinstance(replacement, AttentionModule) and family is not None and family.install is not None:
+        family.install(replacement, original)
 
 
 ATTENTION = Slot(
@@ -107,6 +116,7 @@ ATTENTION = Slot(
     dense_flops=attention_flops,
     errors=attention_errors,
     restore=restore_attention,
+    install=install_attention,
 )
 """Self-attention."""
 

@@ -5,6 +5,7 @@ A host is recognised by its exact class; a subclass may compute something else. 
 
 import copy
 import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,8 +15,10 @@ import torch
 from timm.layers import use_fused_attn
 from torch import nn
 
-from vit_tucker.attention.call import PositionBias
+from vit_tucker.attention.call import Call, PositionBias, read_call
 from vit_tucker.attention.effective import full_name, without_hooks
+from vit_tucker.attention.host import HostSpec
+from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.rope import RopeSpec
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.families import EXCLUDE, Family
@@ -62,8 +65,11 @@ def read_maxxvit(m: Any, layout: str) -> Host:
     return make_host(m, read_fused(m, m.head_first), bias_module(m), layout=layout)
 
 
-def follow_window_size(module: nn.Module, bias: PositionBias) -> None:
-    """Resizes a host's position bias as that of its replacement was, by timm's ``set_input_size``."""
+def follow_window_size(module: nn.Module, replacement: AttentionModule) -> None:
+    """Resizes a host's position bias, if there is one, as that of its replacement was, by timm's ``set_input_size``."""
+    bias = replacement.position_bias
+    if bias is None:
+        return
     source: Any = getattr(module, "rel_pos", module)
     like: Any = bias.source
     if tuple(source.window_size) != tuple(like.window_size):
@@ -208,4 +214,22 @@ def read_timm(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
     raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
 
 
-FAMILY = Family(SELF_ATTENTION, LEFT_ALONE_BY_CLASS, read_timm, follow_window_size)
+def read_timm_call(module: nn.Module, spec: HostSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Reads a call of a module of timm's.
+
+    Args:
+        module: the host's.
+        spec: of it.
+        args, kwargs: of the call.
+    """
+    bias: Any = spec.extras.get("position_bias", {}).get("position_bias")
+    return read_call(spec.layout, bias, **inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+
+
+FAMILY = Family(
+    is_self_attention=lambda module: isinstance(module, SELF_ATTENTION),
+    is_left_alone=lambda module: type(module) in LEFT_ALONE_BY_CLASS,
+    read=read_timm,
+    restore=follow_window_size,
+    read_call=read_timm_call,
+)

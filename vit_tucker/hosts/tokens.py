@@ -7,6 +7,7 @@ from torch import nn
 
 from vit_tucker.attention.call import to_sequences
 from vit_tucker.hosts.dry_run import dry_run
+from vit_tucker.hosts.families import family_of
 from vit_tucker.hosts.images import input_shape
 from vit_tucker.hosts.structure import structure_copy, without_global_hooks
 
@@ -56,6 +57,9 @@ def count_calls(
     Returns:
         name -> (sequences, tokens); empty if the model can't run on the meta device.
     """
+    family = family_of(model)
+    if family is not None and family.sequence_length is not None:
+        return dict.fromkeys(counters, (1, family.sequence_length(model)))
     try:
         structure = structure_copy(model, shared=shared)
         seen: dict[str, Shape] = {}

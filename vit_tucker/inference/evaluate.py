@@ -26,6 +26,7 @@ from vit_tucker.show.progress_bars import progress_bar, showing_progress
 from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.engine import evaluate as score
 from vit_tucker.training.metrics import Scores
+from vit_tucker.training.task import ImageTask
 
 LOGGER = logging.getLogger("vit_tucker")
 OF_THE_MODEL = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -101,11 +102,12 @@ def evaluate(
     )
     if accelerator.is_main_process:
         (tell or _log)([*notes, *loaders.notes])
-    batches = None if loaders.num_eval is None else len(loaders.eval.loader)
+    batches = None if loaders.num_eval is None else len(loaders.eval)
     shown = None if accelerator.is_main_process else False
     try:
         with showing_progress(shown), progress_bar(total=batches, unit="batches") as bar:
-            scores = score(model, loaders, accelerator, coordinator, after_batch=lambda: bar.update() and None)
+            task = ImageTask(resolved["input_size"])
+            scores = score(model, task, loaders, accelerator, coordinator, after_batch=lambda: bar.update() and None)
     finally:
         loaders.close()
     return Evaluation(None if where is None else str(where), section.dataset, section.val_split, scores)

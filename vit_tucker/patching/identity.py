@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from vit_tucker.attention.options import MethodConfig
+from vit_tucker.hosts.families import family_of
 from vit_tucker.hosts.slot import SLOTS
 
 PATCHED = "vit_tucker_patched"
@@ -52,6 +53,9 @@ def mark(model: nn.Module, configs: Mapping[str, MethodConfig], identity: Identi
         configs: of its patches by slot, with the ranks that rank rules chose; empty for a model that is no longer patched.
         identity: of the model before.
     """
+    family = family_of(model)
+    if family is not None and family.mark is not None:
+        family.mark(model, bool(configs))
     if identity.architecture is None:
         return
     given = vars(model).get("_model_args") or {}

@@ -6,13 +6,14 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vit_tucker.attention.effective import trains
 from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
-from vit_tucker.conversion.images import collect_images
+from vit_tucker.conversion.collect import collect_inputs
+from vit_tucker.conversion.inputs import Inputs
 from vit_tucker.conversion.observe import timed
 from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import Slot, slot_of
@@ -91,13 +92,13 @@ def prepare(
     read = {name: _read(slot, name, found[name], configs[name], model) for name in chosen}
     counters = {name: slot.counter(host) for name, host in read.items()}
     tokens = count_calls(model, counters, img_size, patch_records(model).values())
-    images = None
+    inputs = None
     if calibration is not None and batches is not None:
-        images = collect_images(model, batches, calibration.images)
+        inputs = collect_inputs(model, batches, calibration.images)
     if any(layer.rank_rule is not None for layer in configs.values()):
-        config = resolve_ranks(model, config, configs, read, tokens, images)
+        config = resolve_ranks(model, config, configs, read, tokens, inputs)
         configs = layer_configs(config, list(found), chosen)
-        if calibration is not None and images is None:
+        if calibration is not None and inputs is None:
             notes += (CHOSEN_BY_WEIGHTS,)
     built: dict[int, CalibratedLayer] = {}  # a module that stands at several places gets one replacement
     for name in chosen:
@@ -106,7 +107,10 @@ def prepare(
             built[id(found[name])] = _build(name, found[name], read[name], configs[name])
         elif configs[layer.name] != configs[name]:
             raise PatchError(f"{name}: is the same module as {layer.name}, but the rules give it other options")
-    converted = _convert(model, config, list(built.values()), images)
+    converted = _convert(model, config, list(built.values()), inputs)
+    for layer in built.values():
+        with naming(layer.name):
+            slot.install(layer.replacement, layer.module)
     layers = {name: built[id(found[name])] for name in chosen}
     rows = tuple(
         _row(slot, name, layer, configs[name], tokens.get(name), converted)
@@ -139,15 +143,15 @@ def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> Cal
 
 
 def _convert(
-    model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], images: list[Tensor] | None
+    model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], inputs: list[Inputs] | None
 ) -> bool:
-    """Converts the hosts' weights, for the images if there are any; returns whether there was something to convert."""
+    """Converts the hosts' weights, for the calibration's inputs if there are any; returns whether there was something to do."""
     if config.init != "pretrained" or any(layer.host.like.is_meta for layer in layers):
         return False
     if config.fitted_to is not None:
-        if images is None:  # a plan: its images are not at hand
+        if inputs is None:  # a plan: its images are not at hand
             return False
-        calibrate(model, layers, config.fitted_to, images)
+        calibrate(model, layers, config.fitted_to, inputs)
         return True
     for layer in each(layers, "converting", "layers"):
         with timed(layer), torch.no_grad():

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vit_tucker.analysis.flops import count_cost
 from vit_tucker.analysis.interleaved import PRECISIONS
 from vit_tucker.analysis.latency import describe_device, latency_to_dense
 from vit_tucker.analysis.training_memory import estimate_memory
@@ -17,11 +16,10 @@ from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.host_model import create_host
 from vit_tucker.config.load import plain_config
 from vit_tucker.config.schema import ModelConfig, RunConfig, TrainConfig
-from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders
-from vit_tucker.data.transforms import describe_data
 from vit_tucker.hosts.slot import LINEAR
-from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.builders import builder_of
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.openmp import describe_waiting
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 from vit_tucker.storage.run_dir import LOGGER, environment
@@ -56,7 +54,7 @@ def describe_run(config: RunConfig, accelerator: Accelerator, built: BuiltModel,
         "params": built.params,
         **report_entries(built.patch),
         "data": {**built.data, "num_eval": loaders.num_eval},
-        "cost": count_cost(built.model, built.host, built.data["input_size"]),
+        "cost": builder_of(config).cost(built, built.model),
         "num_train": loaders.train.num_samples if loaders.train is not None else None,
     }
 
@@ -100,9 +98,10 @@ def latency_of_run(
         config, accelerator, built: as of ``build_trainer``.
         model: after training, without wrappers.
     """
-    size, batch_size = built.data["input_size"], config.train.latency_batch_size
+    batch_size = config.train.latency_batch_size
     if batch_size is None or is_sharded(model):
         return None
+    size = built.data["input_size"]
     host = create_host(config.model.untrained(), built.num_classes, size[0]).to(accelerator.device)
     precision = str(accelerator.mixed_precision)
     return latency_to_dense(
@@ -123,16 +122,17 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
     memory = estimate_memory(
         trainer.bare,
         recipe,
-        built.data["input_size"],
+        built.task,
         micro_batch,
         str(accelerator.mixed_precision),
         built.teacher,
         accelerator.num_processes,
     )
     todo = recipe.epochs * steps - trainer.progress.global_step
+    batch = f"{recipe.global_batch_size} {built.task.samples}"
     return "\n".join(
         [
-            f"steps: {steps} per epoch, {recipe.epochs * steps:,} in all, {todo:,} to do; {recipe.global_batch_size} images = "
+            f"steps: {steps} per epoch, {recipe.epochs * steps:,} in all, {todo:,} to do; {batch} = "
             f"{accelerator.num_processes} process(es) x {recipe.grad_accum_steps} micro-batch(es) x {micro_batch}",
             f"checkpoints: {config.output_dir}, every {recipe.checkpoint_epochs} epoch(s)"
             + (f" and {recipe.checkpoint_steps} steps" if recipe.checkpoint_steps else "")
@@ -171,16 +171,13 @@ def log_run(
         LOGGER.info(note)
     for load in built.loads:
         LOGGER.info(str(load))
-    info, weights = dataset_info(config.data.dataset), built.loads[0].normalisation if built.loads else None
-    LOGGER.info(describe_data(config.data, info, built.data, weights))
+    prepared, counted = builder_of(config).describe(config, built, results)
+    LOGGER.info(prepared)
     for report in built.reports:
         LOGGER.info(str(report))
     params = results["params"]
     LOGGER.info(f"{config.model.name}: {params['total']:,} parameters, {params['attention']:,} of them in attention")
-    images = f"{results['num_train']} training and {results['data']['num_eval'] or 'streamed'} evaluation images"
-    LOGGER.info(
-        f"{config.data.dataset}: {images}; {config.train.epochs} epochs, global batch {config.train.global_batch_size}"
-    )
+    LOGGER.info(counted)
     LOGGER.info(loaders.describe())
     for note in loaders.notes:
         LOGGER.info(note)

@@ -11,7 +11,7 @@ from vit_tucker.config.schema import RunConfig
 from vit_tucker.config.source import Source, read_yaml
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError, FailedError, SaveError, VitTuckerError
-from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.weights import save_teacher
 from vit_tucker.storage.checkpoints import intact_checkpoint
 from vit_tucker.storage.run_dir import LOGGER, RunDir

@@ -1,63 +1,32 @@
 """The model of a run, built from its config: host, teacher, patch."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.attention.options import Calibration, MethodConfig
+from vit_tucker.checkpoint.describe import set_image_options
 from vit_tucker.checkpoint.host_model import count_parameters, create_teacher, load_host
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.load import config_from
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.classes import stored_classes
 from vit_tucker.data.datasets import dataset_info
+from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.samples import calibration_images
 from vit_tucker.data.splits import inferred_classes
 from vit_tucker.data.transforms import resolve_data
-from vit_tucker.errors import ConfigError, DataError, PatchError
+from vit_tucker.errors import ConfigError, DataError
 from vit_tucker.hosts.images import input_shape
-from vit_tucker.hosts.slot import ATTENTION, slot_of
 from vit_tucker.hosts.structure import structure_copy
 from vit_tucker.patching.patch import patch
-from vit_tucker.patching.record import patch_record
 from vit_tucker.patching.report import PatchReport
-from vit_tucker.run.same_run import stated_attention
+from vit_tucker.run.built import BuiltModel, all_parameters, patch_all, patched_entries
 from vit_tucker.storage.checkpoints import list_checkpoints
 from vit_tucker.storage.run_dir import RunDir
-
-
-@dataclass(frozen=True)
-class BuiltModel:
-    """The model of a run before training.
-
-    Attributes:
-        model: patched, on the device.
-        num_classes: of the classifier.
-        data: timm's data config (input size, normalisation, crop).
-        params: parameters: total, attention, dense_total, dense_attention.
-        attention: config of the patch, with the ranks that a rank rule chose; None for a dense run.
-        patch: the patch reports as plain values, that of linear layers under its slot's name; None for a dense run.
-        reports: the patch reports, to be shown; none for a dense run and for one that goes on from weights of its own.
-        host: the model before the patch, its structure alone (on the meta device).
-        teacher: dense, on the device; None if nothing is distilled.
-        loads: what was loaded into the model, and into the teacher; empty for timm's initialisation and for a run that goes on
-            from weights of its own.
-    """
-
-    model: nn.Module
-    num_classes: int
-    data: dict[str, Any]
-    params: dict[str, int]
-    attention: AttentionConfig | None
-    patch: dict[str, Any] | None
-    reports: tuple[PatchReport, ...]
-    host: nn.Module
-    teacher: nn.Module | None = None
-    loads: tuple[LoadReport, ...] = ()
+from vit_tucker.training.task import ImageTask
 
 
 def classes_and_channels(config: RunConfig, stored: Sequence[str] | None = None) -> tuple[int, int]:
@@ -104,7 +73,7 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
     host = config.model.untrained() if started else config.model
     model, report = load_host(host, num_classes, in_chans)
     loads = [] if report is None else [report]
-    dense_total, dense_attention = count_parameters(model)
+    dense_sizes = count_parameters(model)
     info, size = dataset_info(config.data.dataset), input_shape(model, config.model.img_size)
     stored = run_dir.read_data_config() if started else None
     data = resolve_data(config.data, info, model, config.model.is_trained, size, stored)
@@ -117,38 +86,20 @@ def build_model(config: RunConfig, run_dir: RunDir, device: torch.device, traini
         loads += [taught] if taught not in (None, report) else []
     structure = structure_copy(model)
     model.to(device)
-    attention = config.attention
-    if started and attention is not None:
-        attention = stated_attention(config, run_dir, training) or attention
-    reports: list[PatchReport] = []
-    for method in (attention, config.linear):
-        if method is not None:
-            try:
-                reports.append(patch_model(model, method.unconverted() if started else method, config, data))
-            except PatchError as error:
-                raise PatchError(f"{slot_of(method).name}: {error}") from None
-    record = None if started else patch_record(model)
-    attention = config.attention if record is None else record.config
-    total, attention_total = count_parameters(model)
-    params = {
-        "total": total,
-        "attention": attention_total,
-        "dense_total": dense_total,
-        "dense_attention": dense_attention,
-    }
-    patch_values = None
-    if reports:
-        patch_values = (run_dir.read_patch() if started else None) or plain_reports(reports)
-    shown = () if started else tuple(reports)
+    reports = patch_all(model, config, run_dir, started, training, lambda m: patch_model(model, m, config, data))
+    task = ImageTask(data["input_size"], data["mean"], data["std"], config.model.name)
+    set_image_options(model, ImageOptions.of(config.data).plain())
     return BuiltModel(
-        model, num_classes, data, params, attention, patch_values, shown, structure, teacher, tuple(loads)
+        model,
+        num_classes,
+        data,
+        all_parameters(model, dense_sizes),
+        *patched_entries(model, config, run_dir, started, reports),
+        host=structure,
+        task=task,
+        teacher=teacher,
+        loads=tuple(loads),
     )
-
-
-def plain_reports(reports: Sequence[PatchReport]) -> dict[str, Any]:
-    """Returns patch reports as plain values: the entries of attention's, and those of other slots, each under its name."""
-    values = {report.slot: report.to_dict() for report in reports}
-    return {**values.pop(ATTENTION.name, {}), **values}
 
 
 def patch_model(model: nn.Module, method: MethodConfig, config: RunConfig, data: dict[str, Any]) -> PatchReport:

@@ -8,14 +8,14 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from vit_tucker.analysis.flops import count_cost
 from vit_tucker.checkpoint.host_model import count_parameters
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.patching.patch import patch_record
+from vit_tucker.run.builders import builder_of
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.describe import latency_of_run
 from vit_tucker.run.folder import unwritable
-from vit_tucker.run.model import BuiltModel
 from vit_tucker.storage.digests import verify_beside
 from vit_tucker.storage.run_dir import LOGGER
 from vit_tucker.storage.weights import load_weights
@@ -41,7 +41,7 @@ def finish_run(
         SaveError: they can't be written.
     """
     run_dir, accelerator = trainer.run_dir, trainer.accelerator
-    results |= {**summarise(trainer), **resized(trainer.bare, built, results), "attention_backends": backends}
+    results |= {**summarise(trainer), **resized(config, trainer.bare, built, results), "attention_backends": backends}
     if accelerator.is_main_process:
         results["cost"]["latency"] = latency_of_run(config, accelerator, built, trainer.bare)
         try:
@@ -49,7 +49,8 @@ def finish_run(
         except OSError as error:
             raise unwritable(run_dir.results, error) from error
     best, params = results["best"], results["params"]
-    score = f"best top-1 {best['top1']:.2f}% (epoch {best['epoch']})" if best else "the best weights were lost"
+    decides = trainer.task.metrics[0]
+    score = f"best {decides.text(best[decides.name])} (epoch {best['epoch']})" if best else "the best weights were lost"
     LOGGER.info(
         f"done: {score}, {params['attention']:,} attention parameters of {params['total']:,}, "
         f"{results['train_seconds']:.0f} s; results in {run_dir.path}"
@@ -57,10 +58,11 @@ def finish_run(
     return results
 
 
-def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
+def resized(config: RunConfig, model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dict[str, Any]:
     """Returns the entries of results.json that changed with the ranks of a model by its step rule; empty where none did.
 
     Args:
+        config: of the run.
         model: as trained.
         built: before the training.
         results: before the training; layers of their old size keep their row, with the errors of their conversion.
@@ -78,13 +80,14 @@ def resized(model: nn.Module, built: BuiltModel, results: dict[str, Any]) -> dic
     return {
         "patch": {**now, "layers": kept},
         "params": {**results["params"], "total": total, "attention": attention},
-        "cost": count_cost(model, built.host, built.data["input_size"]),
+        "cost": builder_of(config).cost(built, model),
     }
 
 
 def summarise(trainer: Trainer) -> dict[str, Any]:
     """Returns the entries of results.json on the training itself."""
-    progress = trainer.progress
+    progress, task = trainer.progress, trainer.task
+    done = progress.global_step * trainer.config.global_batch_size * task.units
     return {
         "epochs": progress.epoch,
         "best": progress.best,
@@ -92,7 +95,7 @@ def summarise(trainer: Trainer) -> dict[str, Any]:
         "curve": progress.rows,
         "bad_images": progress.faults,
         "train_seconds": progress.seconds,
-        "images_per_second": progress.global_step * trainer.config.global_batch_size / max(progress.seconds, 1e-9),
+        f"{task.unit}_per_second": done / max(progress.seconds, 1e-9),
         "finished": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
 
@@ -120,8 +123,9 @@ def evaluate_run(
         coordinator.together(lambda: verify_beside(weights))
         coordinator.together(lambda: load_weights(weights, built.model))
         which = str(weights)
-    scores = evaluate(built.model, loaders, accelerator, coordinator)
-    LOGGER.info(
-        f"{which}: top-1 {scores.top1:.2f}%  top-5 {scores.top5:.2f}%  loss {scores.loss:.4f}  {scores.count} images"
-    )
+    task = built.task
+    scores = evaluate(built.model, task, loaders, accelerator, coordinator)
+    found = [(metric, getattr(scores, metric.name)) for metric in task.metrics]
+    shown = "  ".join(metric.text(value) for metric, value in found if value is not None)
+    LOGGER.info(f"{which}: {shown}  loss {scores.loss:.4f}  {scores.count} {task.unit}")
     return {**results, "evaluation": asdict(scores)}

@@ -11,15 +11,14 @@ from accelerate import Accelerator
 from vit_tucker.attention.backends import Choices, recorded_choices
 from vit_tucker.config.load import dump_config
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.classes import stored_classes
-from vit_tucker.data.loaders import Loaders, build_loaders
+from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import StoppedError
 from vit_tucker.run.accelerator import create_accelerator
-from vit_tucker.run.check_images import check_images
+from vit_tucker.run.builders import builder_of
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.describe import describe_plan, describe_run, hyperparameters, log_run
 from vit_tucker.run.folder import Claim, record_failure, weights_to_evaluate
-from vit_tucker.run.model import BuiltModel, build_model
 from vit_tucker.run.results import evaluate_run, finish_run
 from vit_tucker.run.same_run import check_folder
 from vit_tucker.run.trainer import build_trainer
@@ -142,7 +141,8 @@ def run_together(
     run_dir = claim.run_dir
     config, changes, with_train = enter_folder(config, claim, coordinator, request)
     weights = None if with_train else coordinator.on_main(lambda: weights_to_evaluate(run_dir))
-    bad = check_images(config, run_dir, coordinator, with_train) if config.data.check else []
+    builder = coordinator.together(lambda: builder_of(config))
+    bad = builder.check(config, run_dir, coordinator, with_train) if config.data.check else []
     built, loaders = coordinator.main_first(lambda: build_run(config, run_dir, accelerator, with_train))
     loaders.note_bad_images(bad)
     config = config.model_copy(update={"attention": built.attention})
@@ -177,8 +177,7 @@ def run_together(
     for change in changes:
         LOGGER.info(f"changed: {change}")
     facts = {f"params/{name}": float(built.params[name]) for name in ("attention", "total")}
-    normalisation = built.data["mean"], built.data["std"]
-    shown = trackers, normalisation, hyperparameters(config)
+    shown = trackers, hyperparameters(config)
     monitor = request.monitor or Monitor(trainer, steps, facts, dump_config(config), *shown)
     try:
         fit(trainer, loaders, monitor)
@@ -226,19 +225,7 @@ def build_run(
         accelerator: of this process.
         with_train: open the training split too.
     """
+    builder = builder_of(config)
     with showing_progress(None if accelerator.is_main_process else False):
-        built = build_model(config, run_dir, accelerator.device, training=with_train)
-    loaders = build_loaders(
-        config.data,
-        config.train,
-        built.data,
-        config.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-        with_train=with_train,
-        device=accelerator.device,
-        classes=stored_classes(run_dir.path_if_begun),
-        num_classes=built.num_classes,
-    )
-    return built, loaders
+        built = builder.model(config, run_dir, accelerator.device, with_train)
+    return built, builder.loaders(config, run_dir, accelerator, built, with_train)

@@ -15,15 +15,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vit_tucker.analysis.spectra import rank_scalars
-from vit_tucker.checkpoint.describe import set_image_options
 from vit_tucker.checkpoint.load_report import LoadReport
 from vit_tucker.config.schema import RunConfig, TrainConfig
-from vit_tucker.data.image_files import ImageOptions
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError, ConfigError
 from vit_tucker.hosts.find import find_attention
 from vit_tucker.patching.freeze import freeze_except
-from vit_tucker.run.model import BuiltModel
+from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.weights import describe_weights
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import is_sharded
@@ -57,8 +55,7 @@ def build_trainer(
     """
     assert loaders.train is not None
     model, recipe = built.model, config.train
-    set_image_options(model, ImageOptions.of(config.data).plain())
-    name_what_trains(model, config, built.loads)
+    name_what_trains(model, config, built)
     optimizer = create_optimizer(model, recipe)
     scheduler = create_scheduler(optimizer, recipe, loaders.train.steps_per_epoch)
     groups = describe_groups(model, optimizer)
@@ -86,7 +83,7 @@ def build_trainer(
         run_dir=run_dir,
         metadata=metadata,
         progress=saved.progress,
-        input_size=built.data["input_size"],
+        task=built.task,
         groups=groups,
         faults=loaders.faults,
         description=description,
@@ -98,15 +95,15 @@ def build_trainer(
     return trainer
 
 
-def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadReport]) -> None:
-    """Freezes what ``config`` does not train and checkpoints activations of ``model``; ``loads`` as of ``freeze_others``.
+def name_what_trains(model: nn.Module, config: RunConfig, built: BuiltModel) -> None:
+    """Freezes what ``config`` does not train and checkpoints activations of ``model``, the one that was ``built``.
 
     Raises:
         ConfigError: the model can't, or its timm can't do both.
     """
     recipe = config.train
     if recipe.grad_checkpointing:
-        checkpoint_activations(model, config.model.name)
+        built.task.recompute(model)
     if recipe.only is None:
         return
     if recipe.grad_checkpointing and _manipulate.checkpoint is checkpoint:
@@ -114,7 +111,7 @@ def name_what_trains(model: nn.Module, config: RunConfig, loads: Sequence[LoadRe
             f"train.only: timm {timm.__version__} loses gradients behind frozen layers with train.grad_checkpointing: turn "
             "it off, or take a newer timm"
         )
-    freeze_others(model, recipe.only, loads)
+    freeze_others(model, recipe.only, built.loads)
 
 
 def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: BuiltModel, loaders: Loaders) -> Objective:
@@ -129,8 +126,8 @@ def create_objective(recipe: TrainConfig, accelerator: Accelerator, built: Built
         refuse_other_numbers(built.teacher, loaders.label_names)
         distiller = Distiller(built.teacher, recipe.distill, built.model, accelerator.autocast)
     mixed = recipe.mixup or recipe.cutmix  # then it smooths the targets
-    label_loss = nn.CrossEntropyLoss(label_smoothing=0.0 if mixed else recipe.smoothing)
-    objective = Objective(label_loss, distiller, named_penalties(recipe.penalties))
+    label_loss = built.task.label_loss(0.0 if mixed else recipe.smoothing)
+    objective = Objective(label_loss, distiller, named_penalties(recipe.penalties), built.task.logits)
     objective.check(built.model)
     return objective
 
@@ -220,18 +217,6 @@ def name_blocks(model: nn.Module) -> None:
     blocks = {type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in find_attention(model)}
     if not hasattr(model, "_no_split_modules"):
         model._no_split_modules = sorted(blocks)  # type: ignore[assignment]
-
-
-def checkpoint_activations(model: nn.Module, name: str) -> None:
-    """Turns on activation checkpointing: the blocks recompute their activations in the backward pass.
-
-    Raises:
-        ConfigError: timm's model can't.
-    """
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        raise ConfigError(f"train.grad_checkpointing: timm's {name} has none") from None
 
 
 def create_mixup(config: TrainConfig, num_classes: int) -> Mixup | None:

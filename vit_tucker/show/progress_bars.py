@@ -4,6 +4,7 @@
 """
 
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -37,10 +38,19 @@ def progress_bar(items: Iterable[Any] | None = None, *, total: int | None = None
         what: is done with them.
         unit: what is counted, in the plural.
     """
+    return tqdm(items, total=total, desc=what, unit=f" {unit}", disable=hidden(), leave=False)
+
+
+def hidden() -> bool | None:
+    """Returns whether bars are hidden: always (True), never (False), or where standard error is no terminal (None)."""
     wanted = WANTED.get()
     off = os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
-    hidden = True if off or wanted is False else None if wanted is None and not IN_NOTEBOOK else False
-    return tqdm(items, total=total, desc=what, unit=f" {unit}", disable=hidden, leave=False)
+    return True if off or wanted is False else None if wanted is None and not IN_NOTEBOOK else False
+
+
+def bars_are_shown() -> bool:
+    """Returns whether a bar would be shown now, for libraries with bars of their own."""
+    return not (hidden() if hidden() is not None else not sys.stderr.isatty())
 
 
 def each(

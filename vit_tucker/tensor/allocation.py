@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.tucker import Pairs, Ranks, hosvd
+from vit_tucker.tensor.tucker import Pairs, Ranks, gram_right, hosvd
 
 MAX_STEPS = 128
 """Rank values per mode in a table: wider modes go in coarser steps."""
@@ -34,6 +34,12 @@ class RankTable:
     error: Tensor
     cost: Tensor
     norm: float
+
+    def at_third(self, index: int) -> "RankTable":
+        """Returns the entries whose third rank is the one of this index."""
+        r1, r2, r3 = self.ranks
+        part = slice(index, index + 1)
+        return RankTable((r1, r2, r3[part]), self.error[..., part], self.cost[..., part], self.norm)
 
     def triple(self, index: int) -> Ranks:
         """Returns the ranks of an entry, by its index in the flattened tables.
@@ -80,6 +86,32 @@ def rank_table(
     norm = kept[-1, -1, -1].item()
     costs = cost(r1[:, None, None], r2[None, :, None], r3[None, None, :]).double()
     return RankTable(ranks, (norm - kept).clamp_min(0), costs, norm)
+
+
+def third_mode_table(
+    pairs: Pairs, full: Ranks, cost: Callable[[Any, Any, Any], Any], multiple: int = 1, rotary: bool = False
+) -> RankTable:
+    """Returns the entries of ``rank_table`` whose first and second ranks are full, without forming a core.
+
+    Args:
+        pairs, full, cost, multiple, rotary: as of ``rank_table``.
+    """
+    squares = column_energies(pairs) if rotary else torch.linalg.eigvalsh(gram_right(pairs)).flip(0).clamp_min(0)
+    kept = squares[: full[2]].cumsum(0).cpu()
+    r3 = rank_steps(full[2], math.lcm(multiple, 2) if rotary else multiple)
+    r1, r2 = (torch.tensor([rank]) for rank in full[:2])
+    costs = cost(r1[:, None, None], r2[None, :, None], r3[None, None, :]).double()
+    norm = kept[-1].item()
+    return RankTable((r1, r2, r3), (norm - kept[r3 - 1]).clamp_min(0).expand(1, 1, -1), costs, norm)
+
+
+def column_energies(pairs: Pairs) -> Tensor:
+    """Returns the squared norm of the tensor at each coordinate of its right mode, (J,).
+
+    Args:
+        pairs: the tensor (H, I, J).
+    """
+    return (pairs.right @ (pairs.left.mT @ pairs.left) * pairs.right).sum((0, 2))
 
 
 def least_error(tables: Sequence[RankTable], budget: float) -> list[Ranks]:

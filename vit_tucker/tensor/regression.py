@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vit_tucker.tensor.metric import Root, metric_root
+from vit_tucker.tensor.metric import Root, damped, solve
 from vit_tucker.tensor.tucker import Tucker, leading_eigenvectors
 
 
@@ -110,8 +110,8 @@ class LinearMoments:
         return ff, yf, f_mean + self.f_shift.double(), y_mean + self.y_shift.double()
 
 
-def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tuple[Tensor, Root]:
-    """Returns the best read-out (O, F) at full rank, and the root of the feature metric, ff + ridge.
+def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns the best read-out (O, F) at full rank, and the feature metric, ff + ridge.
 
     Args:
         ff: (F, F) feature (co)variance.
@@ -119,9 +119,9 @@ def ridge_readout(ff: Tensor, yf: Tensor, prior: Tensor, damping: float) -> tupl
         prior: R0, (O, F).
         damping: ridge relative to the mean variance of the features.
     """
-    root = metric_root(ff, damping)
+    metric = damped(ff, damping)
     # R - R0 solves (R - R0)(ff + ridge) = yf - R0 ff: zero where R0 already explains y
-    return prior + (yf - prior @ ff) @ root.inverse @ root.inverse, root
+    return prior + solve(metric, yf - prior @ ff), metric
 
 
 def reduced_rank_readout(
@@ -147,14 +147,19 @@ def reduced_rank_readout(
     heads, (r1, r2, r3) = prior.head.shape[0], prior.core.shape
     slices = torch.tensordot(prior.head, prior.core, 1)  # (H, R2, R3)
     dense = (prior.left @ slices).transpose(0, 1).flatten(1)  # (O, H*R3)
-    full, root = ridge_readout(ff, yf, dense, damping)
-    metric = root.root @ root.root
-    target = out_root.root @ full @ metric  # cross moments of the damped problem
-    head = prior.head if r1 < heads else torch.eye(heads, dtype=ff.dtype, device=ff.device)
+    full, metric = ridge_readout(ff, yf, dense, damping)
+    best = out_root.root @ full
+    target = best @ metric  # cross moments of the damped problem
+    if r1 == heads:  # Eckart-Young: the best read-out, cut to the leading directions of its outputs
+        left = leading_eigenvectors(target @ best.mT, r2)
+        core = (left.mT @ best).unflatten(1, (heads, r3)).transpose(0, 1)
+        eye = torch.eye(heads, dtype=ff.dtype, device=ff.device)
+        return Tucker(core, eye, out_root.inverse @ left, prior.right)
+    head = prior.head
     blocks = metric.unflatten(0, (heads, r3)).unflatten(2, (heads, r3))  # (H, R3, H, R3)
     cross = target.unflatten(1, (heads, r3))  # (O, H, R3)
     left, core = _best_left_and_core(blocks, cross, head, r2)
-    for _ in range(sweeps if r1 < heads else 0):
+    for _ in range(sweeps):
         head = _best_head(blocks, cross, left, core)
         left, core = _best_left_and_core(blocks, cross, head, r2)
     return Tucker(core, head, out_root.inverse @ left, prior.right)
@@ -163,9 +168,10 @@ def reduced_rank_readout(
 def _best_left_and_core(blocks: Tensor, cross: Tensor, head: Tensor, r2: int) -> tuple[Tensor, Tensor]:
     """Solves reduced-rank regression on the mixed features sum_i U1[i, a] f_i: (O, R2) and (R1, R2, R3)."""
     mixed = torch.einsum("ha,hrks,kb->arbs", head, blocks, head).flatten(0, 1).flatten(1)  # (R1*R3, R1*R3)
-    readout = torch.einsum("ohr,ha->oar", cross, head).flatten(1) @ (root := metric_root(mixed, 1e-12)).inverse
-    left = leading_eigenvectors(readout @ readout.mT, r2)
-    core = (left.mT @ readout @ root.inverse).unflatten(1, (head.shape[1], -1))  # (R2, R1, R3)
+    projected = torch.einsum("ohr,ha->oar", cross, head).flatten(1)
+    readout = solve(damped(mixed, 1e-12), projected)
+    left = leading_eigenvectors(projected @ readout.mT, r2)
+    core = (left.mT @ readout).unflatten(1, (head.shape[1], -1))  # (R2, R1, R3)
     return left, core.transpose(0, 1)
 
 
@@ -174,5 +180,5 @@ def _best_head(blocks: Tensor, cross: Tensor, left: Tensor, core: Tensor) -> Ten
     heads, r1 = blocks.shape[0], core.shape[0]
     normal = torch.einsum("aqr,hrks,bqs->hakb", core, blocks, core).flatten(0, 1).flatten(1)
     right_side = torch.einsum("oq,ohr,aqr->ha", left, cross, core).flatten()
-    inverse = metric_root(normal, 1e-12).inverse
-    return torch.linalg.qr((inverse @ (inverse @ right_side)).view(heads, r1)).Q
+    solution = solve(damped(normal, 1e-12), right_side.unsqueeze(0))
+    return torch.linalg.qr(solution.view(heads, r1)).Q

@@ -28,7 +28,12 @@ def head_weights(metrics: Tensor) -> Tensor:
     Raises:
         ValueError: all metrics are zero, since the inputs are constant.
     """
-    weights = metrics.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0).sqrt()
+    return trace_weights(metrics.diagonal(dim1=-2, dim2=-1).sum(-1))
+
+
+def trace_weights(traces: Tensor) -> Tensor:
+    """Returns how much each head counts by the traces (H,) of its metric, see ``head_weights``."""
+    weights = traces.clamp_min(0).sqrt()
     if not (weights > 0).any():
         raise ValueError("the second moments are zero: the inputs are constant")
     return (weights / weights.max()).clamp_min(1e-3)

@@ -11,18 +11,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from vit_tucker.data.loaders import Batch, BatchLoader, Loaders, TrainLoader
+from vit_tucker.data.batches import Batch, Batches, StepBatches
+from vit_tucker.data.loaders import Loaders
 from vit_tucker.data.seeding import derive_seed, seed_everything
 from vit_tucker.errors import DataError
 from vit_tucker.storage.weights import is_sharded
 from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.interrupt import catch_signals
-from vit_tucker.training.metrics import Scores, batch_sums, scores_from_sums
 from vit_tucker.training.monitor import NullMonitor
 from vit_tucker.training.objective import Loss
 from vit_tucker.training.optim import learning_rate
 from vit_tucker.training.reshape import replace_parameters
 from vit_tucker.training.step import StepResult
+from vit_tucker.training.task import Task
 from vit_tucker.training.trainer import Trainer
 
 
@@ -82,7 +83,7 @@ def train_step(trainer: Trainer, micro_batches: list[Batch]) -> StepResult:
 
     Args:
         trainer: of the run.
-        micro_batches: images (B, channels, height, width) and labels (B,), on the CPU.
+        micro_batches: images (B, channels, height, width) and labels (B,), or tokens (B, N) and those that follow.
 
     Returns:
         This process's mean loss, and the norm of all processes' gradient (None if not measured); detached scalars.
@@ -143,17 +144,20 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> di
     row: dict[str, Any] = {"epoch": epoch, "train_loss": progress.loss_sum / progress.step}
     if t.objective.penalties:
         row |= {f"train_loss_{name}": mean for name, mean in progress.term_means().items()}
-    row |= dict.fromkeys(("eval_loss", "eval_top1", "eval_top5"))
+    metrics, decides = t.task.metrics, t.task.metrics[0]
+    row |= dict.fromkeys(("eval_loss", *(metric.column for metric in metrics)))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
         first: list[tuple[Tensor, Tensor, Tensor]] = []
-        scores = evaluate(t.bare, loaders, t.accelerator, t.coordinator, t.input_size, t.handle_signals, first)
-        row |= {"eval_loss": scores.loss, "eval_top1": scores.top1, "eval_top5": scores.top5}
+        place = t.task, loaders, t.accelerator, t.coordinator
+        scores = evaluate(t.bare, *place, t.handle_signals, first if t.task.draws else None)
+        row |= {"eval_loss": scores.loss, **{metric.column: getattr(scores, metric.name) for metric in metrics}}
         if t.ema is not None:
-            scores = evaluate(t.ema.module, loaders, t.accelerator, t.coordinator)
-            row["eval_ema_top1"] = scores.top1
+            scores = evaluate(t.ema.module, *place)
+            row[f"eval_ema_{decides.name}"] = getattr(scores, decides.name)
         t.share_faults()
-        if progress.best is None or scores.top1 > progress.best["top1"]:
-            progress.best = {"epoch": epoch, "top1": scores.top1, "top5": scores.top5, "loss": scores.loss}
+        found = {metric.name: getattr(scores, metric.name) for metric in metrics}
+        if progress.best is None or decides.better(found[decides.name], progress.best[decides.name]):
+            progress.best = {"epoch": epoch, **found, "loss": scores.loss}
             t.save_best()
         monitor.evaluated(row, t.inspect(t.bare) if t.inspect is not None else {}, progress, first)
     return {**row, "lr": learning_rate(t.optimizer)}
@@ -162,64 +166,66 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> di
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
+    task: Task,
     loaders: Loaders,
     accelerator: Accelerator,
     coordinator: Coordinator,
-    input_size: tuple[int, int, int] | None = None,
     after_batch: Callable[[], None] | None = None,
     first: list[tuple[Tensor, Tensor, Tensor]] | None = None,
-) -> Scores:
-    """Computes the scores of a model over all processes' shares, each image counted once.
+) -> Any:
+    """Computes the scores of a model over all processes' shares, each image or token counted once.
 
     The model is called without its DDP wrapper, and processes may have different numbers of batches; those that have none left
     keep step with the others where the model is spread over them (FSDP).
 
     Args:
         model: unwrapped.
+        task: of the model.
         loaders: of this process.
         accelerator: sums over processes.
         coordinator: the other processes.
-        input_size: channels, height, width; needed for a model that is spread over processes.
         after_batch: called equally often in all processes.
         first: filled with images (B, channels, height, width), labels (B,) and logits (B, classes) of this process's first batch.
 
+    Returns:
+        The task's scores.
+
     Raises:
-        RuntimeError: some images were not evaluated.
+        RuntimeError: some images or tokens were not evaluated.
     """
     was_training = model.training
     model.eval()
-    sums, missing = torch.zeros(4, dtype=torch.float64, device=accelerator.device), 0
+    sums, missing = torch.zeros(task.num_sums, dtype=torch.float64, device=accelerator.device), 0
     for batch in in_step(loaders.eval, coordinator if loaders.num_eval is not None else None):
         missing += len(batch.faults) if batch is not None else 0
         if batch is not None and len(batch.labels):
             images, labels = (x.to(accelerator.device, non_blocking=True) for x in batch[:2])
             with accelerator.autocast():
-                logits = model(images)
-            sums += batch_sums(logits, labels)
+                logits = task.logits(model, images)
+            sums += task.sums(logits, labels)
             if first is not None and not first:
                 first.append((images, labels, logits))
         elif is_sharded(model):
-            assert input_size is not None
-            model(torch.zeros(1, *input_size, device=accelerator.device))  # the others need this process's shards
+            task.logits(model, task.example(1)[0].to(accelerator.device))  # the others need this process's shards
         if after_batch is not None and loaders.num_eval is not None:
             after_batch()
     model.train(was_training)
-    scores = scores_from_sums(accelerator.reduce(sums, reduction="sum"))
+    scores = task.scores(accelerator.reduce(sums, reduction="sum"))
     found = scores.count + sum(coordinator.gather(missing))
     if loaders.num_eval is not None and found != loaders.num_eval:
-        raise RuntimeError(f"evaluated {found} images of {loaders.num_eval}")
+        raise RuntimeError(f"evaluated {found} {task.unit} of {loaders.num_eval}")
     return scores
 
 
-def in_step(loader: BatchLoader, coordinator: Coordinator | None) -> Iterable[Batch | None]:
+def in_step(loader: Batches, coordinator: Coordinator | None) -> Iterable[Batch | None]:
     """Yields this process's batches, and None where another process has one more."""
     iterator = iter(loader)
     if coordinator is None:
         return iterator
-    return (next(iterator, None) for _ in range(max(coordinator.gather(len(loader.loader)))))
+    return (next(iterator, None) for _ in range(max(coordinator.gather(len(loader)))))
 
 
-def refuse_short_epoch(data: TrainLoader, step: int, epoch: int) -> None:
+def refuse_short_epoch(data: StepBatches, step: int, epoch: int) -> None:
     """Raises DataError if the loader ended before the epoch did.
 
     Args:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 from vit_tucker.storage.run_dir import LOGGER
 from vit_tucker.training.events import Events
 from vit_tucker.training.optim import learning_rate
-from vit_tucker.training.pictures import prediction_figure
 from vit_tucker.training.progress import Progress
 from vit_tucker.training.step_log import Steps
 from vit_tucker.training.trackers import Trackers
@@ -86,7 +85,6 @@ class Monitor(NullMonitor):
         facts: scalars to write once.
         text: the resolved config.
         trackers: beside TensorBoard.
-        normalisation: mean and std of the images.
         hyperparameters: of TensorBoard's table, by name.
     """
 
@@ -97,13 +95,12 @@ class Monitor(NullMonitor):
         facts: dict[str, float],
         text: str,
         trackers: Trackers,
-        normalisation: tuple[Sequence[float], Sequence[float]],
         hyperparameters: Mapping[str, float | str | bool],
     ) -> None:
         self.config, self.steps_per_epoch = trainer.config, steps_per_epoch
         self.main, start_step = trainer.accelerator.is_main_process, trainer.progress.global_step
         self.events = Events(trainer.run_dir.path, start_step + 1) if self.main else None
-        self.groups, self.trackers, self.normalisation = trainer.groups, trackers, normalisation
+        self.groups, self.trackers, self.task = trainer.groups, trackers, trainer.task
         self.bar = tqdm(disable=True)
         self.eval_seconds, self.step_seconds, self.warm = 0.0, 0.0, False
         self.scalars(facts, start_step)
@@ -147,8 +144,9 @@ class Monitor(NullMonitor):
         """Shows losses and gradient norms of the steps since the last time, and the pace."""
         now = time.perf_counter()
         self.step_seconds = (now - self.paced_from) / max(self.steps, 1)
-        rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
-        self.bar.set_postfix(loss=f"{steps.losses[-1]:.4f}", img_s=f"{rate:.0f}", wait=f"{self.wait_share():.0%}")
+        rate, unit = self.rate(), self.task.unit
+        pace = {"loss": f"{steps.losses[-1]:.4f}", f"{unit}_s": f"{rate:.0f}", "wait": f"{self.wait_share():.0%}"}
+        self.bar.set_postfix(pace)
         for offset, loss in enumerate(steps.losses):
             values = {"train/loss": loss} | {
                 f"train/loss_{name}": column[offset] for name, column in steps.terms.items()
@@ -157,11 +155,15 @@ class Monitor(NullMonitor):
                 values["train/grad_norm"] = steps.norms[step]
             self.scalars(values, step)
         values = {
-            "train/images_per_second": rate,
+            f"train/{unit}_per_second": rate,
             "train/data_wait_share": self.wait_share(),
             "train/memory_gb": memory_bytes() / 1e9,
         }
         self.scalars({**values, **self.learning_rates(optimizer)}, progress.global_step)
+
+    def rate(self) -> float:
+        """Returns the images or tokens per second at the pace of the last steps."""
+        return self.config.global_batch_size * self.task.units / max(self.step_seconds, 1e-9)
 
     def wait_share(self) -> float:
         """Returns the share of the epoch's time so far that was spent waiting for data."""
@@ -178,12 +180,11 @@ class Monitor(NullMonitor):
         """Writes the scores, other scalars, and a picture of some predictions."""
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
-        best = {} if progress.best is None else {"best/top1": progress.best["top1"]}
+        decides = self.task.metrics[0].name
+        best = {} if progress.best is None else {f"best/{decides}": progress.best[decides]}
         self.scalars({**scores, **best, **extra}, progress.global_step)
         if self.events is not None and first:
-            images, labels, logits = first[0]
-            picture = prediction_figure(images, labels, logits, *self.normalisation)
-            self.events.image("eval/predictions", picture, progress.global_step)
+            self.events.image("eval/predictions", self.task.picture(*first[0]), progress.global_step)
 
     def end_epoch(self, progress: Progress) -> None:
         """Prints a console line for an epoch."""
@@ -193,14 +194,14 @@ class Monitor(NullMonitor):
             self.events.hyperparameters({}, finished=True)
         row = progress.rows[-1]
         parts = [f"epoch {row['epoch']}/{self.config.epochs}", f"loss {row['train_loss']:.4f}"]
-        if row["eval_top1"] is not None:
-            parts += [f"top-1 {row['eval_top1']:.2f}%", f"top-5 {row['eval_top5']:.2f}%"]
-        if row.get("eval_ema_top1") is not None:
-            parts.append(f"EMA top-1 {row['eval_ema_top1']:.2f}%")
+        metrics = self.task.metrics
+        parts += [metric.text(row[metric.column]) for metric in metrics if row[metric.column] is not None]
+        averaged = row.get(f"eval_ema_{metrics[0].name}")
+        if averaged is not None:
+            parts.append(f"EMA {metrics[0].text(averaged)}")
         parts.append(f"lr {row['lr']:.2e}")
         if self.steps:
-            rate = self.config.global_batch_size / max(self.step_seconds, 1e-9)
-            parts += [f"{rate:,.0f} images/s", f"data wait {self.share:.0%}"]
+            parts += [f"{self.rate():,.0f} {self.task.unit}/s", f"data wait {self.share:.0%}"]
         parts.append(f"{memory_bytes() / 1e9:.1f} GB")
         if progress.epoch < self.config.epochs and self.step_seconds:
             parts.append(f"{clock(self.seconds_left(progress))} left")

@@ -66,6 +66,7 @@ class Objective:
         label_loss: logits (B, classes), targets -> scalar mean.
         distiller: the loss where a teacher is learned from, or None.
         penalties: weight and function by name. One of weight 0 is only logged: it changes no gradient.
+        logits: model, batch -> its logits, see ``vit_tucker.training.task``; what the model returns if left out.
     """
 
     def __init__(
@@ -73,19 +74,21 @@ class Objective:
         label_loss: Callable[[Tensor, Tensor], Tensor],
         distiller: Distiller | None = None,
         penalties: Mapping[str, tuple[float, Penalty]] | None = None,
+        logits: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
     ) -> None:
         self.label_loss, self.distiller, self.penalties = label_loss, distiller, dict(penalties or {})
+        self.logits = logits
 
     def of_batch(self, model: nn.Module, images: Tensor, targets: Tensor) -> Loss:
         """Computes the loss of a micro-batch.
 
         Args:
             model: as it trains, wrapped or compiled.
-            images: (B, channels, height, width).
-            targets: labels (B,), or their mixture (B, classes).
+            images: (B, channels, height, width), or tokens (B, N).
+            targets: labels (B,), or their mixture (B, classes); of tokens those that follow, (B, N).
         """
         if self.distiller is None:
-            total = self.label_loss(model(images).float(), targets)
+            total = self.label_loss(self.logits(model, images).float(), targets)
             return Loss(total, {"label": total.detach()})
         with self.distiller.observe():
             logits = model(images)

@@ -17,7 +17,6 @@ from vit_tucker.errors import DivergedError, FailedError, StoppedError
 from vit_tucker.storage.paths import refuse_unwritable
 from vit_tucker.training.engine import train_step
 from vit_tucker.training.interrupt import catch_signals
-from vit_tucker.training.metrics import batch_sums, scores_from_sums
 from vit_tucker.training.trainer import Trainer
 
 STEPS = 2
@@ -50,7 +49,7 @@ def quick_check(trainer: Trainer, loaders: Loaders) -> str:
     """Makes two optimizer steps, evaluates a batch per process, and writes a checkpoint into the trainer's folder.
 
     Returns:
-        One line: all works, with the images per second of the last step.
+        One line: all works, with the images or tokens per second of the last step.
 
     Raises:
         DivergedError: the loss is not finite. DataError: too many bad images. SaveError: the checkpoint can't be written.
@@ -64,15 +63,17 @@ def quick_check(trainer: Trainer, loaders: Loaders) -> str:
     except torch.cuda.OutOfMemoryError:
         recipe, processes = trainer.config, trainer.accelerator.num_processes
         micro_batch = recipe.global_batch_size // (processes * recipe.grad_accum_steps)
+        size = f"{micro_batch} {trainer.task.samples}"
         raise FailedError(
-            f"quick check: the GPU's memory is too small for {micro_batch} images at a time: raise train.grad_accum_steps="
+            f"quick check: the GPU's memory is too small for {size} at a time: raise train.grad_accum_steps="
             f"{recipe.grad_accum_steps}, or set train.grad_checkpointing=true or train.eval_batch_size"
         ) from None
-    rate = trainer.config.global_batch_size / max(seconds, 1e-9)
+    task = trainer.task
+    rate = trainer.config.global_batch_size * task.units / max(seconds, 1e-9)
     shown = ", ".join(f"{loss:.4f}" for loss in losses)
     return (
-        f"quick check: all works: {len(losses)} steps (loss {shown}), {count} evaluation images, a checkpoint; "
-        f"{rate:,.0f} images/s; nothing was kept"
+        f"quick check: all works: {len(losses)} steps (loss {shown}), {count} evaluation {task.unit}, a checkpoint; "
+        f"{rate:,.0f} {task.unit}/s; nothing was kept"
     )
 
 
@@ -112,17 +113,16 @@ def make_steps(trainer: Trainer, loaders: Loaders) -> tuple[list[float], float]:
 
 @torch.no_grad()
 def evaluate_batch(trainer: Trainer, loaders: Loaders) -> int:
-    """Evaluates the first batch of each process as at the end of an epoch, and returns the number of images in all."""
+    """Evaluates the first batch of each process as at the end of an epoch, and returns the number of images or tokens in all."""
     t, accelerator = trainer, trainer.accelerator
     batch = next(iter(loaders.eval), None)
     t.bare.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    images = torch.zeros(1, *t.input_size)  # of a sharded model all processes are needed, also one without images
-    labels = torch.zeros(0, dtype=torch.long)
+    sums = torch.zeros(t.task.num_sums, dtype=torch.float64, device=accelerator.device)
+    images, labels = t.task.example(1)[0], None  # of a sharded model all processes are needed, also one without images
     if batch is not None and len(batch.labels):
         images, labels = batch.images, batch.labels
     with accelerator.autocast():
-        logits = t.bare(images.to(accelerator.device))
-    if len(labels):
-        sums += batch_sums(logits, labels.to(accelerator.device))
-    return scores_from_sums(accelerator.reduce(sums, reduction="sum")).count
+        logits = t.task.logits(t.bare, images.to(accelerator.device))
+    if labels is not None:
+        sums += t.task.sums(logits, labels.to(accelerator.device))
+    return t.task.scores(accelerator.reduce(sums, reduction="sum")).count

@@ -10,12 +10,12 @@ from torch import nn
 from vit_tucker.errors import CheckpointError
 from vit_tucker.storage.checkpoints import newest_intact
 from vit_tucker.storage.digests import verify_beside
-from vit_tucker.storage.json_files import checked, parse_object
+from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_dir import LOGGER, RunDir
 from vit_tucker.storage.weights import weights_metadata
 from vit_tucker.training.coordination import Coordinator
 from vit_tucker.training.progress import Progress
-from vit_tucker.training.saved_state import Best, read_progress
+from vit_tucker.training.saved_state import check_best, read_progress
 from vit_tucker.training.state import load_checkpoint
 
 
@@ -82,7 +82,7 @@ def best_on_disk(file: Path, best: dict[str, Any] | None) -> dict[str, Any] | No
     try:
         verify_beside(file)
         found = parse_object(weights_metadata(file)["best"], str(file), all_finite=False)
-        checked(Best, found, str(file))
+        check_best(found, str(file))
         return found
     except (CheckpointError, KeyError):
         LOGGER.warning(f"{file}: damaged; the best weights are looked for anew from here on")

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vit_tucker.errors import CheckpointError
+from vit_tucker.show.metrics import TOKEN_METRICS, metrics_in
 from vit_tucker.storage.json_files import Strict, checked, kind_of, read_object
 from vit_tucker.training.progress import Progress
 from vit_tucker.validation.mistakes import shown
@@ -18,8 +19,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Score = Annotated[float, Field(allow_inf_nan=True)]
 TermSum = Annotated[list[Score], Field(min_length=2, max_length=2)]
 """Sum of a term of the loss, and number of steps."""
-COLUMNS = ("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr")
-"""What each row of summary.csv has."""
+COLUMNS = ("epoch", "train_loss", "eval_loss", "lr")
+"""What each row of summary.csv has, beside the metrics of its task."""
 OPENERS = ("dict", "tensor", "tuple", "dtype")
 """Keys by which ``flatten`` marks what JSON does not have."""
 
@@ -31,6 +32,20 @@ class Best(Strict):
     top1: Percent
     top5: Percent
     loss: Score
+
+
+class BestTokens(Strict):
+    """Validates the scores of the best weights so far of a language model."""
+
+    epoch: Annotated[int, Field(ge=1, le=1 << 48)]
+    perplexity: Score
+    bits_per_byte: Score | None
+    loss: Score
+
+
+def check_best(values: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError if values are not the scores of the best weights, of whichever task; ``where`` names them."""
+    checked(BestTokens if TOKEN_METRICS[0].name in values else Best, values, where)
 
 
 class Scaler(Strict):
@@ -53,7 +68,7 @@ class SavedProgress(Strict):
     term_sums: dict[str, TermSum] = Field(default={})
     seconds: Annotated[float, Field(ge=0)]
     rows: list[dict[str, Score | None]]
-    best: Best | None
+    best: dict[str, Any] | None
     processes: Annotated[int, Field(ge=1, le=1 << 24)]
     steps_per_epoch: Steps
     faults: list[str]
@@ -72,9 +87,12 @@ def read_progress(values: Any, checkpoint: Path) -> tuple[Progress, dict[str, An
     """
     where = f"{checkpoint}: state.json: progress"
     checked(SavedProgress, values, where)
+    if values["best"] is not None:
+        check_best(values["best"], f"{where}: best")
     progress = Progress(**{key: value for key, value in values.items() if key != "scaler"})
     for number, row in enumerate(progress.rows, start=1):
-        if missing := [name for name in COLUMNS if name not in row]:
+        needed = (*COLUMNS, *(metric.column for metric in metrics_in(row)))
+        if missing := [name for name in needed if name not in row]:
             raise CheckpointError(f"{where}.rows.{number - 1}: has no {missing[0]}")
         if row["epoch"] != number:
             raise CheckpointError(f"{where}.rows.{number - 1}: epoch {row['epoch']} in the place of epoch {number}")

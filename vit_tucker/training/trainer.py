@@ -28,6 +28,7 @@ from vit_tucker.training.progress import Progress
 from vit_tucker.training.state import flatten, save_checkpoint, write_state
 from vit_tucker.training.step import OrdinaryStep, StepRule
 from vit_tucker.training.step_log import StepLog, Steps
+from vit_tucker.training.task import Task
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Trainer:
         describe: what makes metadata and description of the bare model, after a change of shapes; None to keep them.
         rule: how a step is made.
         progress: where the run stands.
-        input_size: channels, height, width of an image.
+        task: what is learned.
         groups: the optimizer's groups, by name.
         faults: images that can't be read.
         inspect: scalars of the bare model for TensorBoard, written at each evaluation; None for none.
@@ -75,7 +76,7 @@ class Trainer:
     run_dir: RunDir
     metadata: dict[str, str]
     progress: Progress
-    input_size: tuple[int, int, int]
+    task: Task
     groups: list[Group]
     faults: FaultLog
     description: dict[str, Any] | None = None
@@ -155,8 +156,8 @@ class Trainer:
         best = self.progress.best
         assert best is not None
         state = full_state(self.ema.module if self.ema is not None else self.bare)
-        header = {**self.metadata, "epoch": str(best["epoch"]), "top1": f"{best['top1']:.4f}", "best": json.dumps(best)}
-
+        name = self.task.metrics[0].name
+        header = {**self.metadata, "epoch": str(best["epoch"]), name: f"{best[name]:.4f}", "best": json.dumps(best)}
         file, config = self.run_dir.best, self.description
 
         def write() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from vit_tucker.attention.tracing import own_only
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+FEW_QUERIES = 8
+"""Of one text, in decoding: with more, heads that share a key are as fast apart. Measured by ``benchmarks/decoding.py``."""
 
 
 class Facts(NamedTuple):
@@ -34,6 +36,7 @@ class Facts(NamedTuple):
         angles_grad: the angles by which Tucker Attention rotates its queries are trained (mixed RoPE).
         keeps_more: queries and outputs of all of its heads are more numbers per token than dense attention keeps for a backward
             pass, 4 H D, and tokens are many.
+        few: queries are few against a past, as in decoding: reading its keys and values is what takes time.
     """
 
     device: str
@@ -50,6 +53,7 @@ class Facts(NamedTuple):
     ranks: tuple[int, int, int, int] | None = None
     angles_grad: bool = False
     keeps_more: bool = False
+    few: bool = False
 
     def __str__(self) -> str:
         shape = f"{self.heads} heads of width {self.key_width}"
@@ -60,6 +64,7 @@ class Facts(NamedTuple):
         if self.ranks is not None:
             shape = f"{self.heads} heads, Tucker ranks {self.ranks[:2]} and {self.ranks[2:]}"
         extras = ([] if self.mask == "none" else [f"{self.mask} mask"]) + (["dropout"] if self.dropout else [])
+        extras += ["few queries with a past"] if self.few else []
         use = "training" if self.grad else "inference"
         return ", ".join([f"{self.device}, {str(self.dtype).removeprefix('torch.')}", shape, *extras, use])
 
@@ -122,7 +127,14 @@ def facts_of(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causa
     mask, mask_grad = mask_facts(attn_mask, is_causal)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or mask_grad)
     return Facts(device_type(q), q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3],
-                 mask, mask_grad, drops(dropout), grad, own_only())  # fmt: skip
+                 mask, mask_grad, drops(dropout), grad, own_only(), few=few_queries(q, k))  # fmt: skip
+
+
+def few_queries(q: Tensor, k: Tensor) -> bool:
+    """Returns whether queries (B, H, Nq, Dk) are few against keys (B, G, Nk, Dk) with a past: see ``Facts``."""
+    if q.shape[2] <= FEW_QUERIES and q.shape[2] < k.shape[2]:  # noqa: SIM103  # of open numbers these are no bools
+        return True
+    return False
 
 
 def drops(rate: float) -> bool:

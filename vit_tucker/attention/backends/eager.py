@@ -19,9 +19,7 @@ def attend(
 ) -> Tensor:
     """Returns softmax(Q K^T) V by plain products of all heads at once; arguments as of ``fused_attention``."""
     attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
-    return zero_rows(
-        F.dropout(attn, dropout) @ heads.expand_heads(v, q.shape[1]), blind
-    )  # outputs are smaller than maps
+    return zero_rows(heads.shared_matmul(F.dropout(attn, dropout), v), blind)  # outputs are smaller than maps
 
 
 def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
@@ -31,7 +29,7 @@ def attention_weights(q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal:
 
 def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Returns scale * Q K^T, (B, H, N, N); arguments as of ``fused_attention``."""
-    return (q * scale) @ heads.expand_heads(k, q.shape[1]).transpose(-2, -1)
+    return heads.shared_matmul(q * scale, k.transpose(-2, -1))
 
 
 register_backend(Backend("eager", refuses, attend))

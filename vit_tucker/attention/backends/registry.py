@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vit_tucker.attention.backends.base import Backend, Facts, fast_bfloat16
+from vit_tucker.attention.backends.base import Backend, Facts, fast_bfloat16, given_widths
 from vit_tucker.errors import ConfigError, PatchError, nearest
 
 AUTO = "auto"
@@ -177,6 +177,8 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
     """
     if facts.own_only:
         return [("sdpa", "exported or transformed, so torch's own operation")]
+    if facts.few and facts.device == "cpu":
+        return few_on_cpu(facts)
     if facts.device == "cpu" and facts.dtype == torch.bfloat16 and fast_bfloat16():
         reason = "this CPU multiplies bfloat16 faster than torch's attention kernel does"
         return [("blocked", reason), ("eager", reason)]
@@ -186,3 +188,10 @@ def preferences(facts: Facts) -> list[tuple[str, str]]:
             ("sdpa", ""),
         ]
     return [("sdpa", "")]
+
+
+def few_on_cpu(facts: Facts) -> list[tuple[str, str]]:
+    """Returns what ``preferences`` does for few queries with a past: what copies neither keys nor values."""
+    if get_backend("sdpa").widths(facts) != given_widths(facts):
+        return [("eager", "torch's kernel would need the past padded, a copy for each token")]
+    return [("sdpa", "the past is read once, for stacked heads" if facts.kv_heads < facts.heads else "")]

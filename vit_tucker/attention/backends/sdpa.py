@@ -3,7 +3,7 @@
 Without a mask, queries of heads that share a key/value head are packed into one head of (H/G) * N queries: exact, since each
 query's softmax is its own, and no kernel sees expanded keys. torch's CPU kernel shares the backward pass out by images and
 heads, so there packing stops where it would leave threads idle; then the one key is expanded by a stride of zero. With a mask or
-causal order the heads stay apart.
+causal order the heads stay apart, but for few queries with a past: then each key is read once, or once per thread.
 
 Fused kernels on the CPU want one width for keys and values: else torch would compute in parts, with maps in memory. On a GPU
 torch's memory-efficient kernel takes two widths, multiples of 8.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts, given_widths
-from vit_tucker.attention.backends.heads import expand_heads, pack_heads, unpack_heads
+from vit_tucker.attention.backends.base import LOW_PRECISION, Backend, Facts, few_queries, given_widths
+from vit_tucker.attention.backends.heads import expand_heads, pack_heads, stack_heads, stack_mask, unpack_heads
 from vit_tucker.attention.backends.padding import cpu_width, round_up
 from vit_tucker.attention.backends.registry import register_backend
 
@@ -53,6 +53,8 @@ def attend(
     heads, kv_heads = q.shape[1], k.shape[1]
     if is_causal:
         attn_mask = None
+    elif kv_heads < heads and few_queries(q, k):
+        return attend_stacked(q, k, v, attn_mask, scale, dropout)
     if attn_mask is not None and attn_mask.ndim == 3:
         attn_mask = attn_mask.unsqueeze(0)  # torch's CPU kernel takes two dimensions or four
     if kv_heads < heads and attn_mask is None and not is_causal and packs(q, kv_heads):
@@ -62,6 +64,39 @@ def attend(
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
     )
+
+
+def attend_stacked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, scale: float, dropout: float) -> Tensor:
+    """Returns softmax(Q K^T) V for few queries, those of heads that share a key stacked; arguments as of ``fused_attention``."""
+    tasks = count_tasks(q, k.shape[1])
+    if tasks > k.shape[1]:
+        k, v = k.expand(-1, tasks, -1, -1), v.expand(-1, tasks, -1, -1)
+    if attn_mask is not None:
+        attn_mask = stack_mask(attn_mask, q, tasks)
+    y = F.scaled_dot_product_attention(stack_heads(q, tasks), k, v, attn_mask=attn_mask, dropout_p=dropout, scale=scale)
+    return y.reshape(*q.shape[:3], v.shape[3])
+
+
+def count_tasks(q: Tensor, kv_heads: int) -> int:
+    """Returns how many stacks heads are computed in: one for each key/value head, or more to have one for each thread.
+
+    Args:
+        q: (B, H, Nq, Dk).
+        kv_heads: G.
+    """
+    threads = 1 if kv_heads > 1 or not q.is_cpu else count_threads()
+    if threads <= q.shape[0]:
+        return kv_heads
+    wanted = -(-threads // q.shape[0])
+    return next(tasks for tasks in range(min(wanted, q.shape[1]), q.shape[1] + 1) if q.shape[1] % tasks == 0)
+
+
+def count_threads() -> int:
+    """Returns torch's threads on the CPU; where a call is compiled those of that time."""
+    return torch.get_num_threads()
+
+
+count_threads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def packs(q: Tensor, kv_heads: int) -> bool:

@@ -23,7 +23,7 @@ from vit_tucker.attention.linear import (
     linear_weight,
     set_linear,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Form, Moments, Needs
 from vit_tucker.attention.options import Rank
 from vit_tucker.attention.registry import register_method
 from vit_tucker.attention.rope import RopeSpec, separate_pairs
@@ -113,15 +113,13 @@ class GQA(PerHeadModule):
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.proj):
             init_linear(linear, DENSE_INIT_STD)
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries (B, H, N, D), keys and values (B, G, N, D) of tokens (B, N, C)."""
         B, N, _ = x.shape
         q = self.q_proj(x).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
         k = self.k_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, N, D)
         v = self.v_proj(x).reshape(B, N, self.num_kv_heads, self.head_dim).transpose(1, 2)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+        return self.rotate_heads(q, k, v, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Converts exactly where num_kv_heads is num_heads; else to each group's mean, or its best basis."""
@@ -136,6 +134,12 @@ class GQA(PerHeadModule):
             self.convert_from(weights)
         else:
             self._set(svd_groups(weights, self.num_kv_heads, self.spec.rope, moments, damping))
+
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: keys and values of each head with conversion='svd'; none of them for means."""
+        form: Form = "heads" if self.conversion == "svd" else "none"
+        return Needs(form, form, gradients=False)
 
     def input_projections(self) -> list[nn.Linear]:
         """Returns the projections of queries, keys and values."""
@@ -202,7 +206,7 @@ def svd_groups(
     if moments is not None:
         left_query = metric_root(moments.query[:rows, :rows], damping).root
         left_out = metric_root(moments.output, damping).root
-        key_metrics, value_metrics = moments.key, moments.value
+        key_metrics, value_metrics = moments.given("key"), moments.given("value")
     keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
     values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)
     query, width = pre.left @ change_key, weights.query.shape[1]

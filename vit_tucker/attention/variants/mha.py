@@ -20,7 +20,7 @@ from vit_tucker.attention.linear import (
     set_linear,
     split_heads,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.attention.registry import register_method
 from vit_tucker.show import methods
 from vit_tucker.show.methods import MethodDisplay
@@ -83,17 +83,15 @@ class MHA(PerHeadModule):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values of all heads, (B, H, N, D) each, of tokens (B, N, C)."""
         B, N, _ = x.shape
         qkv = self.qkv(x)
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = qkv.reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+        return self.rotate_heads(q, k, v, rope)
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Copies the weights, with zeros for biases that have none."""
@@ -105,6 +103,11 @@ class MHA(PerHeadModule):
             self.v_bias.copy_(biases[2])
         set_linear(self.qkv, qkv, torch.cat(biases))
         set_linear(self.proj, weights.out.flatten(0, 1), weights.out_bias)
+
+    @property
+    def needs(self) -> Needs:
+        """Returns that no key, value or gradient moments are read."""
+        return Needs("none", "none", gradients=False)
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Copies the weights: the conversion is exact whatever the tokens are."""

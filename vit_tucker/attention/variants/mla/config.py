@@ -31,6 +31,7 @@ from vit_tucker.attention.variants.mla.ranks import (
     refuse_ranks,
 )
 from vit_tucker.attention.variants.tucker.ranks import even_rank
+from vit_tucker.errors import PatchError
 from vit_tucker.show import methods
 from vit_tucker.show.methods import MethodDisplay
 
@@ -58,6 +59,11 @@ class MLAConfig(PerHeadConfig):
     def check(self, spec: HostSpec) -> None:
         """Raises PatchError for latents above their full rank, or odd ones that rotate."""
         refuse_ranks(spec, self.q_lora_rank, self.kv_lora_rank, self.shared_kv)
+        if spec.causal and "qk_norm" in spec.extras:
+            raise PatchError(
+                "its heads' keys are normalised one by one before a cache holds them: there is no latent key to cache; "
+                "gqa and mha carry such norms"
+            )
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "MLAConfig":

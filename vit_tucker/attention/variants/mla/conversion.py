@@ -186,7 +186,7 @@ def read_metrics(moments: Moments | None, centred: bool, damping: float) -> Erro
     if moments is None:
         return ErrorMetrics(None, None, None)
     tokens = moments.token_covariance if centred else moments.query[:-1, :-1]
-    grads = (metric_root(grad, damping).root for grad in (moments.query_grad, moments.kv_grad))
+    grads = (metric_root(grad, damping).root for grad in (moments.given("query_grad"), moments.given("kv_grad")))
     return ErrorMetrics(metric_root(tokens, damping), *grads)
 
 

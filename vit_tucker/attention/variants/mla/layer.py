@@ -17,7 +17,7 @@ from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.latent_rope import resize_keys
 from vit_tucker.attention.linear import (
     augmented_weight,
-    called_weight,
+    by_heads,
     head_bias,
     head_weight,
     init_linear,
@@ -27,8 +27,9 @@ from vit_tucker.attention.linear import (
     set_augmented,
     set_linear,
     split_heads,
+    weight_of,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.attention.variants.mla.conversion import Latents, MLATarget, fit_latents, tucker_of_latents
 from vit_tucker.attention.variants.mla.ranks import absorbing_saves, can_absorb, has_head_key_bias, refuse_ranks
 from vit_tucker.tensor.rotary import RotaryPairs
@@ -89,8 +90,7 @@ class MLA(LatentModule, PerHeadModule):
 
     def run_absorbed(self, call: Call) -> Tensor:
         """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
-        B, N, _ = call.x.shape
-        H = self.num_heads
+        (B, N, _), H = call.x.shape, self.num_heads
         latent, k, v = self.latents(call.x)
         k, v = k.unsqueeze(1), v.unsqueeze(1)
         k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)
@@ -111,47 +111,55 @@ class MLA(LatentModule, PerHeadModule):
         each = (by_heads(self.v_up.bias, H).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
         return y - masks.for_blind_rows(call.attn_mask, call.is_causal, each, B, N)
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+    @property
+    def averages_latent(self) -> bool:
+        """Returns whether heads average latents: they rotate, without adapters on what expands them, or a cache holds them."""
+        return self.spec.causal or (self.pair_rotations is not None and is_plain(self.k_up, self.v_up))
+
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries, keys and values of tokens (B, N, C): of all heads, or in the latent, which all heads share."""
         B, N, _ = x.shape
         latents = self.latents(x)
         # flat, (B*N, ...): torch adds a bias within a product of a slice only where its rows are one dimension
         q, latent, v_latent = (part.flatten(0, 1) for part in latents)
         q = self.q_up(q).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, N, D)
-        if self.pair_rotations is not None:
-            return self.finish(x, self.attend_latent(q, *latents[1:], attn_mask, is_causal, rope))
-        k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
-        return self.attend_heads(x, q, k, v, attn_mask, is_causal, rope)
+        if self.pair_rotations is None and not self.spec.causal:
+            k = self.k_up(latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+            v = self.v_up(v_latent).reshape(B, N, self.num_heads, self.head_dim).transpose(1, 2)
+            return self.rotate_heads(q, k, v, rope)
+        q = q @ by_heads(weight_of(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
+        q, key = self.rotate_latent(q, latents[1].unsqueeze(1), rope)  # (B, H, N, cKV)
+        if self.averages_latent:
+            return q, key, key if self.values_are_keys else latents[2].unsqueeze(1)
+        values = self.v_up(latents[2]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D)
+        return q, heads.expand_heads(key, self.num_heads), values
 
-    def attend_latent(
-        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None
+    def expand_values(self, y: Tensor) -> Tensor:
+        """Returns the heads' averaged values (B, H, N, D) of averaged latents y (B, H, N, cKV)."""
+        y = y @ by_heads(weight_of(self.v_up, y), self.num_heads).mT
+        return y if self.v_up.bias is None else y + by_heads(self.v_up.bias, self.num_heads).unsqueeze(1)
+
+    def combine(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns the heads' outputs side by side, (B, N, H*D), see ``PerHeadModule.combine``; y as ``project`` has values."""
+        return super().combine(x, self.expand_values(y) if self.averages_latent else y)
+
+    def mix(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
     ) -> Tensor:
-        """Attends in the latent space, where keys are rotated; other arguments as of ``AttentionModule.forward``.
-
-        Args:
-            q: (B, H, N, D) queries.
-            k, v: (B, N, cKV) latents.
-        """
-        plain = is_plain(self.k_up, self.v_up)
-        q = q @ by_heads(self.k_up.weight if plain else called_weight(self.k_up, q), self.num_heads)  # Q_i WUK_i^T
-        q, key = self.rotate_latent(q, k.unsqueeze(1), rope)  # (B, H, N, cKV)
-        if not plain:
-            values = self.v_up(v).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # (B, H, N, D)
-            key = heads.expand_heads(key, self.num_heads)
-            return self.attend(q, key, values, attn_mask, is_causal).transpose(1, 2).flatten(2)
-        y = self.attend(q, key, v.unsqueeze(1), attn_mask, is_causal)  # (B, H, N, cKV)
-        y = y @ by_heads(self.v_up.weight, self.num_heads).mT  # (B, H, N, D)
-        if self.v_up.bias is not None:
-            y = y + by_heads(self.v_up.bias, self.num_heads).unsqueeze(1)
-            y = y if attn_mask is None else masks.zero_blind_rows(y, attn_mask, is_causal)
-        return y.transpose(1, 2).flatten(2)  # (B, N, H*D)
+        """Returns the heads' outputs side by side, (B, N, H*D), of tokens (B, N, C)."""
+        y = self.attend(*self.project(x, rope), attn_mask, is_causal)
+        if not self.averages_latent or self.v_up.bias is None or attn_mask is None:
+            return self.combine(x, y)
+        return super().combine(x, masks.zero_blind_rows(self.expand_values(y), attn_mask, is_causal))
 
     def convert_from(self, weights: MHAWeights) -> None:
         """Converts by the SVD of [WK | WV] for a shared latent and that of WQ for the query latent; exact at full rank."""
         self._set(weights, fit_latents(weights, self._target()))
+
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: gradients, and with latent RoPE the mean key metric."""
+        return Needs("mean" if self.spec.rotates_latent else "none", "none")
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Runs the SVDs of ``fit_latents`` weighted by moments."""
@@ -243,8 +251,3 @@ class MLA(LatentModule, PerHeadModule):
         q_up, k_up, v_up = (head_weight(up, self.num_heads) for up in (self.q_up, self.k_up, self.v_up))
         q_down = linear_weight(self.q_down)
         return tucker_of_latents(self.dense_weights(), (q_down, k_basis, v_basis), (q_up, k_up, v_up))
-
-
-def by_heads(x: Tensor, heads: int) -> Tensor:
-    """Reshapes (H*D, ...) to (H, D, ...)."""
-    return x.unflatten(0, (heads, -1))

@@ -91,10 +91,7 @@ def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Mom
     """
     pre_pairs, post_pairs = weights.pre_pairs(), weights.post_pairs()
     query = moments.query[: pre_pairs.left.shape[1], : pre_pairs.left.shape[1]]
-    value, mean = moments.value, moments.value_mean
-    if not target.out_bias:  # no place for the mean: it must be kept by the factors
-        value = value + mean.unsqueeze(2) * mean.unsqueeze(1)
-    value = value.mean(0)
+    value, mean = moments.value_metric(target.out_bias), moments.given("value_mean")  # no bias: factors keep the mean
     basis, rotations = None, None
     if target.rope is not None:
         pre, rotations = rotary_pre(weights, target.rope, target, moments, damping, value)
@@ -102,9 +99,9 @@ def decompose_calibrated(weights: MHAWeights, target: TuckerTarget, moments: Mom
     else:
         if target.shared_kv:
             basis = joint_weighted_basis(
-                pre_pairs, post_pairs, query, moments.key, moments.output, value, target.pre[2], damping
+                pre_pairs, post_pairs, query, moments.given("key"), moments.output, value, target.pre[2], damping
             )
-        pre = weighted_tucker(pre_pairs, target.pre, query, moments.key, damping, basis)
+        pre = weighted_tucker(pre_pairs, target.pre, query, moments.given("key"), damping, basis)
     post = whitened_hosvd(post_pairs, target.post, moments.output, value, damping, basis)
     out_bias = weights.folded_out_bias()
     if out_bias is not None:

@@ -23,7 +23,7 @@ from vit_tucker.attention.linear import (
     set_augmented,
     set_linear,
 )
-from vit_tucker.attention.moments import Moments
+from vit_tucker.attention.moments import Moments, Needs
 from vit_tucker.attention.variants.tucker.conversion import TuckerTarget, decompose, decompose_calibrated, refit_post
 from vit_tucker.attention.variants.tucker.ranks import has_out_bias, refuse_ranks
 from vit_tucker.attention.variants.tucker.resize import resize_tensors
@@ -107,6 +107,11 @@ class TuckerFactors(LatentModule):
         The read-out that ``fit_readout`` fits afterwards sees all heads' averaged tokens together, each by itself.
         """
         self.set_tensors(*decompose_calibrated(self._kept(weights), self._target(), moments, damping))
+
+    @property
+    def needs(self) -> Needs:
+        """Returns the moments read: key metrics of each head only where no rotation ties the heads to one latent."""
+        return Needs("heads" if self.spec.rope is None else "mean", "mean", gradients=False)
 
     def _kept(self, weights: MHAWeights) -> MHAWeights:
         """Returns the host's weights, without a query bias that the layer has no place for."""

@@ -10,7 +10,7 @@ Source: Klein et al., Tucker Attention, arXiv 2603.30033, Def 2.1 and Eqs 2-6; D
 
 from torch import Tensor
 
-from vit_tucker.attention import contraction
+from vit_tucker.attention import cores
 from vit_tucker.attention import rope as rotary
 from vit_tucker.attention.backends import AUTO, is_whole, tucker_call
 from vit_tucker.attention.backends.base import TuckerCall
@@ -68,30 +68,23 @@ class TuckerAttention(TuckerFactors):
         """Returns S = Ct x1 U1t, (H, r2t, r3t)."""
         return (self.post_head @ self.post_core.flatten(1)).unflatten(1, self.post_core.shape[1:])
 
-    def mix(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
-    ) -> Tensor:
-        """Returns the heads' latent outputs Y side by side, (B, N, H*r3t), of tokens (B, N, C)."""
-        B, N, _ = x.shape
-        linears = self.input_projections()
-        pre = self.pre_heads().transpose(0, 1).flatten(1)  # (r2, H*r3)
+    def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries (B, H, N, r3), and the latent key and value, (B, 1, N, r3) and (B, 1, N, r3t), of tokens (B, N, C)."""
+        linears, head, core = self.input_projections(), self.pre_head, self.pre_core
         if is_plain(*linears):
-            parts = contraction.latent_inputs(
-                x, pre, [linear.weight for linear in linears], [linear.bias for linear in linears]
-            )
+            weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+            parts = cores.latent_inputs(x, head, core, weights, biases)
             q, k, v = parts[0], parts[1], parts[len(linears) - 1]
         else:
-            q, k, v = self.latents(x)
-            q = q @ pre
-        q = q.reshape(B, N, self.num_heads, -1).transpose(1, 2)  # (B, H, N, r3), a view
+            p, k, v = self.latents(x)
+            q = cores.head_products(p, self.spec.embed_dim, head, core)
         k, v = k.unsqueeze(1), v.unsqueeze(1)  # (B, 1, N, r3), (B, 1, N, r3t)
         q, k = self.rotate_latent(q, k, rope)
-        y = self.attend(q, k, v, attn_mask, is_causal)  # (B, H, N, r3t)
-        return y.transpose(1, 2).reshape(B, N, -1)
+        return q, k, k if self.values_are_keys else v
 
     def readout(self, mixed: Tensor) -> Tensor:
         """Returns (sum_i Y_i S_i^T) U2t^T + b, (B, N, O), of Y (B, N, H*r3t)."""
-        post = self.post_heads().transpose(1, 2).flatten(0, 1)  # (H*r3t, r2t)
+        head, core = self.post_head, self.post_core
         if is_plain(self.proj):
-            return contraction.latent_outputs(mixed, post, self.proj.weight, self.proj.bias)
-        return self.proj(mixed @ post)
+            return cores.latent_outputs(mixed, head, core, self.proj.weight, self.proj.bias)
+        return self.proj(cores.head_sums(mixed, self.spec.out_dim, head, core))

@@ -17,8 +17,16 @@ from vit_tucker.attention.host import HostSpec, count_extras
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.options import RankRule
 from vit_tucker.errors import PatchError
-from vit_tucker.tensor.allocation import Ranks, RankTable, least_cost, least_error, rank_table
-from vit_tucker.tensor.metric import mean_metric, metric_root
+from vit_tucker.tensor.allocation import (
+    Ranks,
+    RankTable,
+    least_cost,
+    least_error,
+    minimise,
+    rank_table,
+    third_mode_table,
+)
+from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.rotary import RotaryPairs, whiten_rotary
 from vit_tucker.tensor.tucker import Pairs
 
@@ -116,9 +124,9 @@ def whiten(
     """
     rows, columns = pre.left.shape[1], pre.right.shape[1]
     query = metric_root(moments.query[:rows, :rows], damping)
-    key = metric_root(mean_metric(moments.key[:, :columns, :columns]), damping)
-    output, value = metric_root(moments.output, damping), metric_root(moments.value.mean(0), damping)
-    traces = moments.key.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0)  # the mean metric's is 1 per head
+    key = metric_root(moments.key_metric(columns), damping)
+    output, value = metric_root(moments.output, damping), metric_root(moments.value_metric(), damping)
+    traces = moments.given("key_traces").clamp_min(0)  # the mean metric's is 1 per head
     heads = scale * traces.sqrt()
     whitened_post = Pairs(output.root @ post.left, value.root @ post.right)
     if isinstance(pre, RotaryPairs):
@@ -134,12 +142,14 @@ class LayerTables:
         pre, post: tables of both tensors.
         fixed: cost that no rank changes.
         dense: cost of the dense layer.
+        cache: numbers per token in the dense layer's KV cache.
     """
 
     pre: RankTable
     post: RankTable
     fixed: float
     dense: float
+    cache: int
 
 
 def layer_tables(
@@ -154,13 +164,13 @@ def layer_tables(
     """Returns the error and cost tables of one layer, in the costs of the rule.
 
     Args:
-        rule: flops counts operations, budget and energy count parameters.
+        rule: flops counts operations, all others count parameters.
         spec: the host.
         pre, post: its tensors, plain or whitened, in units that compare across layers; with RoPE the lifted pre-softmax tensor.
         dense: cost of the dense layer.
         calls, num_tokens: sequences per image, and tokens of each: for flops.
     """
-    heads, width = spec.num_heads, spec.embed_dim
+    heads, width, full = spec.num_heads, spec.embed_dim, full_ranks(spec)
 
     def parameters(left: int, bias: int, key_bias: int = 0) -> Any:
         return lambda r1, r2, r3: tensor_weights(r1, r2, r3, heads, left, width) + bias * r2 + key_bias * r3
@@ -175,27 +185,33 @@ def layer_tables(
     costs = (flops(width), flops(spec.out_dim)) if counts_flops else (
         parameters(width, int(spec.qkv_bias), int(spec.latent_key_bias)), parameters(spec.out_dim, 0))  # fmt: skip
     rotary = spec.rope is not None
+    table = third_mode_table if rule.cache is not None and rule.budget is None else rank_table
     tables = [
-        rank_table(pairs, full, cost, rule.multiple_of, rotary=rotary and pairs is pre)
-        for pairs, full, cost in zip((pre, post), full_ranks(spec), costs, strict=True)
+        table(pairs, ranks, cost, rule.multiple_of, rotary=rotary and pairs is pre)
+        for pairs, ranks, cost in zip((pre, post), full, costs, strict=True)
     ]
     fixed = 0 if counts_flops else spec.out_dim * has_out_bias(spec) + count_extras(spec)
-    return LayerTables(tables[0], tables[1], fixed, dense)
+    groups = heads if spec.num_kv_heads is None else spec.num_kv_heads
+    return LayerTables(tables[0], tables[1], fixed, dense, 2 * groups * spec.head_dim)
 
 
 def choose_ranks(rule: RankRule, layers: Sequence[LayerTables]) -> list[tuple[Ranks, Ranks]]:
     """Returns the ranks of the pre- and post-softmax tensor of each layer.
 
     Args:
-        rule: budget, energy or flops.
+        rule: budget, energy, flops or cache.
         layers: their tables.
 
     Raises:
         ValueError: the budget is too small; names the smallest possible one.
     """
     tables = [table for layer in layers for table in (layer.pre, layer.post)]
+    if rule.cache is not None:
+        tables = within_cache(tables, rule.cache * sum(layer.cache for layer in layers))
     share = rule.budget if rule.budget is not None else rule.flops
-    if share is None:
+    if share is None and rule.energy is None:
+        chosen = [table.triple(table.error.numel() - 1) for table in tables]
+    elif share is None:
         assert rule.energy is not None
         chosen = least_cost(tables, rule.energy)
     else:
@@ -205,3 +221,23 @@ def choose_ranks(rule: RankRule, layers: Sequence[LayerTables]) -> list[tuple[Ra
             raise ValueError(f"too small, the smallest ranks need {math.ceil(smallest * 1e4) / 1e4:.4f}")
         chosen = least_error(tables, share * dense - fixed)
     return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+
+def within_cache(tables: Sequence[RankTable], entries: float) -> list[RankTable]:
+    """Returns the tables at the key and value ranks of least summed error, all other ranks full, that fit into a cache.
+
+    Args:
+        tables: of pre- and post-softmax tensors.
+        entries: numbers per token that their keys and values may have together.
+
+    Raises:
+        ValueError: too few; names the smallest possible share.
+    """
+    widths = [table.ranks[2].double() for table in tables]
+    smallest = sum(width.min().item() for width in widths)
+    if smallest > entries:
+        raise ValueError(
+            f"too small, the smallest key and value ranks need {smallest:.0f} of {entries:.0f} numbers per token"
+        )
+    chosen = minimise([table.error[-1, -1] for table in tables], widths, entries)
+    return [table.at_third(index) for table, index in zip(tables, chosen, strict=True)]

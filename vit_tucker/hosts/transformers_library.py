@@ -1,0 +1,55 @@
+"""Imports transformers, the optional extra ``hf``, where a model of it comes in; and keeps what it prints off the terminal."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vit_tucker.errors import ConfigError, VitTuckerError, how_to_install
+
+OLDEST = 5
+"""First major version of transformers whose attention is read."""
+OLDEST_PYTHON = (3, 11)
+
+
+def import_transformers(what: str, error: type[VitTuckerError] = ConfigError) -> Any:
+    """Returns the package transformers.
+
+    Args:
+        what: needs it: the name of a model, for the message.
+        error: what to raise.
+
+    Raises:
+        VitTuckerError: it isn't installed, or too old; names the extra.
+    """
+    try:
+        package = importlib.import_module("transformers")
+    except ImportError:
+        python = "" if sys.version_info >= OLDEST_PYTHON else f" and Python {'.'.join(map(str, OLDEST_PYTHON))}"
+        raise error(f"{what}: language models need transformers{python}: {how_to_install('hf')}") from None
+    if int(package.__version__.partition(".")[0]) < OLDEST:
+        found = package.__version__
+        raise error(f"{what}: language models need transformers {OLDEST} or newer, not {found}: {how_to_install('hf')}")
+    return package
+
+
+@contextmanager
+def quiet_transformers(progress: bool) -> Iterator[None]:
+    """Makes a context in which transformers logs errors only, with or without its own progress bars.
+
+    Args:
+        progress: whether they are shown; they would go into pipes and logs too.
+    """
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not progress:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

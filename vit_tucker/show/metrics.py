@@ -1,0 +1,47 @@
+"""The numbers by which models are judged: how results name them, how they are shown, and which of two is better."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number by which a model is judged after an epoch.
+
+    Attributes:
+        name: 'top1'; summary.csv has it as eval_top1.
+        label: as it is shown, 'top-1'.
+        unit: behind the number.
+        lowest: whether the lowest is the best.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    lowest: bool = False
+
+    @property
+    def column(self) -> str:
+        """Returns the column of summary.csv."""
+        return f"eval_{self.name}"
+
+    def text(self, value: float) -> str:
+        """Returns 'top-1 93.21%'."""
+        return f"{self.label} {value:.{2 if self.unit else 3}f}{self.unit}"
+
+    def better(self, value: float, other: float) -> bool:
+        """Returns whether ``value`` is better than ``other``."""
+        return value < other if self.lowest else value > other
+
+
+IMAGE_METRICS = (Metric("top1", "top-1", "%"), Metric("top5", "top-5", "%"))
+TOKEN_METRICS = (
+    Metric("perplexity", "perplexity", lowest=True),
+    Metric("bits_per_byte", "bits per byte", lowest=True),
+)
+
+
+def metrics_in(row: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Returns the metrics of a row of summary.csv, or of the last row in results.json; the first one decides what is best."""
+    return TOKEN_METRICS if TOKEN_METRICS[0].column in row else IMAGE_METRICS
