@@ -15,7 +15,7 @@ from lm_baselines.mha2mla import mha2mla
 from lm_baselines.moments import LayerMoments, attention_layers, layer_moments, shape_of
 from lm_baselines.rorope import rorope
 from lm_baselines.shrink import cacheshrink
-from lm_baselines.text import mean_loss
+from lm_baselines.text import scored
 
 Convert = Callable[[], nn.Module]
 
@@ -129,12 +129,11 @@ def tucker_variants(source: Source, entries: int) -> Variants:
 
 
 def mla_variants(source: Source, entries: int) -> Variants:
-    """Yields MLA of ours with a latent of half the entries for keys and as much for values, one for both or two."""
+    """Yields MLA of ours with a latent of half the entries for keys and one for values, at two widths of the query latent."""
     size, latent = attention_layers(source.model)[0].q_proj.in_features, entries // 2
-    for shared in (False, True):
-        options = {"q_lora_rank": size // 2, "kv_lora_rank": latent, "shared_kv": shared}
-        config = vt.MLAConfig(**options, calibration=vt.Calibration())
-        yield options, partial(patched, source, config)
+    for query in (size // 2, size):
+        options: dict[str, Any] = {"q_lora_rank": query, "kv_lora_rank": latent, "shared_kv": False}
+        yield options, partial(patched, source, vt.MLAConfig(**options, calibration=vt.Calibration()))
 
 
 def gqa_variants(source: Source, entries: int) -> Variants:
@@ -178,7 +177,7 @@ def best_variant(
     for options, convert in METHODS[method](source, entries):
         torch.manual_seed(0)
         model = convert()
-        loss = mean_loss(model, source.blocks[-blocks:])
+        loss = scored(model, source.blocks[-blocks:]).loss
         if best is None or loss < min(row["calibration_loss"] for row in tried):
             best = model
         tried.append({**options, "calibration_loss": loss})

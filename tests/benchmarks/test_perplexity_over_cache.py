@@ -15,7 +15,7 @@ import transformers
 from lm_baselines.healing import attention_parameters, heal, rate
 from lm_baselines.methods import Source
 from lm_baselines.padding import padding_rows
-from lm_baselines.text import mean_loss, split_text
+from lm_baselines.text import scored, split_text
 
 from tests.benchmarks.conftest import BENCHMARKS
 from vit_tucker.errors import DataError, DivergedError
@@ -61,7 +61,7 @@ def test_loss_is_that_of_transformers(host, batches):
     blocks = torch.cat(batches)[:6]
     with torch.no_grad():
         wanted = torch.stack([host(input_ids=block[None], labels=block[None]).loss for block in blocks]).mean()
-    assert mean_loss(host, blocks, 4) == pytest.approx(wanted.item(), rel=1e-6)
+    assert scored(host, blocks, 4).loss == pytest.approx(wanted.item(), rel=1e-6)
 
 
 class TestHealing:
@@ -78,7 +78,7 @@ class TestHealing:
         assert first == second != other
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             assert torch.equal(a, b)
-        assert mean_loss(one, blocks) < mean_loss(host, blocks)
+        assert scored(one, blocks).loss < scored(host, blocks).loss
 
     def test_only_attention_is_trained_unless_asked(self, host, batches):
         for everything in (False, True):
