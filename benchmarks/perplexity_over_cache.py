@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lm_baselines.cells import DENSE, healed, one_shot, read_cell, step_seconds, write_cell
 from lm_baselines.energy import key_energies
-from lm_baselines.methods import METHODS, Source
+from lm_baselines.methods import METHODS, Source, rebuild
 from lm_baselines.moments import attention_layers, dense_entries
 from lm_baselines.padding import padding_rows
 from lm_baselines.summary import save_summary
@@ -126,10 +126,10 @@ def heal_cells(
             file = stem.with_name(f"{stem.name}_healed_lr{lr:g}_seed{seed}.json")
             found = read_cell(file, settings)
             if found is None:
-                if model is None:
-                    _, model = one_shot(stem.with_suffix(".json"), settings_of(args, splits, False), source, splits,
-                                        cell["method"], cell["entries"])  # fmt: skip
-                assert model is not None
+                if model is None and cell["method"] == DENSE:
+                    model = source.model
+                elif model is None:
+                    model = rebuild(source, cell["method"], cell["entries"], cell["variant"])
                 found = healed(file, settings, model, splits, cell, lr, seed)
                 print(file.stem, found["perplexity"], f"{found['seconds_per_step']} s per step", flush=True)
             losses.setdefault(lr, found["validation_loss"])

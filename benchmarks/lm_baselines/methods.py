@@ -158,6 +158,20 @@ METHODS: dict[str, Callable[[Source, int], Variants]] = {
 }
 
 
+def rebuild(source: Source, method: str, entries: int, variant: dict[str, Any]) -> nn.Module:
+    """Returns the model of one variant.
+
+    Args:
+        source: model and tokens.
+        method: of ``METHODS``.
+        entries: cached per token and layer.
+        variant: its options, and perhaps its loss.
+    """
+    wanted = {key: value for key, value in variant.items() if key != "calibration_loss"}
+    torch.manual_seed(0)
+    return next(convert for options, convert in METHODS[method](source, entries) if options == wanted)()
+
+
 def best_variant(
     source: Source, method: str, entries: int, blocks: int
 ) -> tuple[nn.Module | None, list[dict[str, Any]]]:
