@@ -62,10 +62,17 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 
     options = {} if args.gguf_file is None else {"gguf_file": args.gguf_file}
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options).eval()
-        return model, AutoTokenizer.from_pretrained(args.model, **options)
+        read = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from None
+    if hasattr(
+        read.config, "quantization_config"
+    ):  # of a GGUF file: save_pretrained, which cacheshrink needs, refuses it
+        del read.config.quantization_config
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    return model.eval(), tokenizer
 
 
 def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict[str, Any]:
