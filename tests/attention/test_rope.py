@@ -268,3 +268,18 @@ def test_rotating_complex_numbers_equals_rotating_their_parts(columns, dtype, mo
     for fast, parts in zip(*results, strict=True):
         torch.testing.assert_close(fast, parts, rtol=tolerance, atol=tolerance)
     assert not torch.allclose(results[0][0], rotate(x, -angle.sin(), angle.cos()), rtol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("images", [1, 3])
+def test_one_token_rotates_as_it_does_among_others(dtype, half, images):
+    """A step of decoding rotates queries and key together."""
+    spec, heads, width = RopeSpec(half=half), 4, 6
+    q, k = (rand(images, n, 5, width, seed=n).to(dtype) for n in (heads, 1))
+    table, rotations = rand(images, 5, 2 * 8, seed=9).to(dtype), torch.tensor([1, 3, 6])
+    all_q, all_k = rope_module.rotate_latent(q, k, table, rotations, spec)
+    one_q, one_k = rope_module.rotate_latent(q[:, :, 2:3], k[:, :, 2:3], table[:, 2:3], rotations, spec)
+    torch.testing.assert_close(one_q, all_q[:, :, 2:3])
+    torch.testing.assert_close(one_k, all_k[:, :, 2:3])
+    assert not torch.allclose(one_q, q[:, :, 2:3], atol=0.1)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vit_tucker
 from tests.reference import all_configs, carries, dense_attention, make_spec, make_weights, randomise, rope_of
+from vit_tucker.attention.decoding import attend_past
 from vit_tucker.attention.host import DENSE_INIT_STD
 from vit_tucker.attention.moment_sums import MomentSums
 from vit_tucker.attention.moments import LayerCall
@@ -36,6 +37,8 @@ SPECS = {
     "rope mixed half": make_spec(rope=RopeSpec(1, half=True, per_head=True)),
     "rope narrow heads": make_spec(head_dim=4, rope=RopeSpec(1)),
     "rope wide heads": make_spec(head_dim=10, proj_bias=False, rope=RopeSpec(1)),
+    "decoder": make_spec(causal=True, softmax_scale=0.3),
+    "decoder, rope half": make_spec(causal=True, rope=RopeSpec(half=True)),
 }
 METHODS = [(name, spec) for name in vit_tucker.list_methods() for spec in SPECS if carries(name, SPECS[spec])]
 CONFIGS = [(config, spec) for spec in SPECS for config in all_configs(SPECS[spec])]
@@ -72,6 +75,29 @@ def test_full_rank_conversion_is_exact(name, spec):
     assert relative_distance(weights.post_pairs(), module.post_pairs()) < 1e-12
     changed = dense_attention(weights, X, spec, spec.scale * 1.001)  # the tolerance sees a change of 0.1% in the scores
     assert not torch.allclose(module(X, **given), changed, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("config", "spec"), CONFIGS, ids=str)
+def test_a_token_with_the_keys_and_values_of_its_past_is_as_in_the_sequence(config, spec):
+    spec = SPECS[spec]
+    if spec.rope is not None and spec.rope.num_prefix_tokens:
+        pytest.skip("its table starts after the prefix tokens: the layer is called with the whole sequence only")
+    layer, given = built(config, spec), rope_of(spec)
+    last = {name: table[..., -1:, :] for name, table in given.items()}
+    _, k, v = layer.project(X[:, :-1], **{name: table[..., :-1, :] for name, table in given.items()})
+    q, key, value = layer.project(X[:, -1:], **last)
+    pasts = torch.cat([k, key], 2), torch.cat([v, value], 2)
+    y = layer.readout(
+        layer.combine(X[:, -1:], attend_past(q, *pasts, attn_mask=None, is_causal=True, scale=layer.scale))
+    )
+    whole = layer(X, is_causal=True, **given)[:, -1:]
+    torch.testing.assert_close(y, whole, rtol=1e-10, atol=1e-10)
+    if layer.kv_width is not None and spec.causal:
+        kept = k.shape[1] * (k.shape[3] + (0 if v is k else v.shape[3]))
+        shared = spec.rope is not None and getattr(config, "shared_kv", False)  # a latent that rotates is kept twice
+        assert kept == layer.kv_width * (2 if shared else 1)
+    short = layer.combine(X[:, -1:], attend_past(q, key, value, attn_mask=None, is_causal=True, scale=layer.scale))
+    assert not torch.allclose(layer.readout(short), whole, rtol=1e-3, atol=1e-3)  # the past counts
 
 
 def calibrated(config, spec, weights, x):
@@ -166,7 +192,7 @@ def test_flops_are_those_that_torch_counts(config, spec):
     spec = SPECS[spec]
     module = built(config, spec)
     module.fused_attn = False  # torch counts the same products under other names in its fused kernels
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:  # with gradients: without, few tokens are computed in another order
         module(X[:1], **rope_of(spec))
     assert counter.get_total_flops() == config.count_flops(spec, X.shape[1])
 

@@ -122,14 +122,13 @@ def latent_angles(rope: Tensor, rotations: Tensor, spec: RopeSpec) -> tuple[Tens
         rotations: number of each latent pair's rotation, (R/2,), see ``head_rotations``.
         spec: of the host.
     """
-    angles = []
-    for part in head_angles(rope, spec):
-        if spec.per_head:
-            chosen = part.movedim(-3, -2).flatten(-2).index_select(-1, rotations)  # (..., N', H*D/2)
-            angles.append(chosen.unsqueeze(-3) if part.ndim > 3 else chosen)
-        else:
-            angles.append(part.index_select(-1, rotations % part.shape[-1]))
-    return angles[0], angles[1]
+    if spec.per_head:
+        sin, cos = (part.movedim(-3, -2).flatten(-2).index_select(-1, rotations) for part in head_angles(rope, spec))
+        return (sin.unsqueeze(-3), cos.unsqueeze(-3)) if rope.ndim > 3 else (sin, cos)  # of (..., N', H*D/2)
+    columns = rotations % (rope.shape[-1] // 4)
+    chosen = rope.unflatten(-1, (2, -1)).index_select(-1, columns if spec.half else 2 * columns)  # (..., N', 2, R/2)
+    sin, cos = (chosen if rope.ndim != 3 else chosen.unsqueeze(1)).unbind(-2)
+    return sin, cos
 
 
 def with_prefix(sin: Tensor, cos: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -180,8 +179,11 @@ def rotate_latent(
         part.unsqueeze(1) if part.ndim == 2 else part.transpose(1, 2)  # (N, 1, R/2) or (B, N, 1, R/2)
         for part in with_prefix(*latent_angles(rope, rotations, spec), spec.num_prefix_tokens)
     )
-    q, k = (rotate(x.transpose(1, 2), sin, cos).transpose(1, 2) for x in (q, k))  # from (B, N, H, R), (B, N, 1, R)
-    return q, k
+    q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, N, H, R) and (B, N, 1, R)
+    if q.shape[1] == 1 and not is_traced():  # a step of decoding: as one tensor, half the operations
+        both = rotate(torch.cat([q, k], 2), sin, cos).transpose(1, 2)
+        return both[:, :-1], both[:, -1:]
+    return rotate(q, sin, cos).transpose(1, 2), rotate(k, sin, cos).transpose(1, 2)
 
 
 @torch.fx.wrap

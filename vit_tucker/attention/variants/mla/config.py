@@ -95,8 +95,7 @@ class MLAConfig(PerHeadConfig):
         """Counts the products for a batch of one image.
 
         Absorbed: queries and outputs of width cKV instead of the heads' keys and values, and the products of up projections that
-        a batch
-        forms once. With RoPE and wide latents: the same widths, no such products.
+        a batch forms once. With RoPE and wide latents, and in decoders: the same widths, no such products.
         """
         heads, width, rank = spec.num_heads, spec.head_dim, self.kv_lora_rank
         latent = attend_flops(heads, num_tokens, rank, rank)
@@ -106,4 +105,8 @@ class MLAConfig(PerHeadConfig):
             folds = (self.q_lora_rank + spec.qkv_bias) * rank + spec.out_dim * (rank + spec.qkv_bias)
             return 2 * (tokens + heads * width * folds) + latent
         flops = super().count_flops(spec, num_tokens)
-        return flops - attend_flops(heads, num_tokens, width, width) + latent if spec.rotates_latent else flops
+        return (
+            flops - attend_flops(heads, num_tokens, width, width) + latent
+            if spec.rotates_latent or spec.causal
+            else flops
+        )

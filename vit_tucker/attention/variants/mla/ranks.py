@@ -29,9 +29,10 @@ def refuse_ranks(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, shared_kv:
 def can_absorb(spec: HostSpec) -> bool:
     """Returns whether projections can be merged with attention (absorption).
 
-    Nothing may come between projections and attention, or attention and output projection.
+    Nothing may come between projections and attention, or attention and output projection. A decoder attends in the latent
+    already, which its cache holds.
     """
-    return all(feature in CALL_FEATURES for feature in spec.extras)
+    return not spec.causal and all(feature in CALL_FEATURES for feature in spec.extras)
 
 
 def absorbing_saves(spec: HostSpec, q_lora_rank: int, kv_lora_rank: int, images: int, num_tokens: int) -> bool:
