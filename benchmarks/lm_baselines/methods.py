@@ -118,14 +118,15 @@ def patched(source: Source, config: vt.AttentionConfig) -> nn.Module:
 
 
 def tucker_variants(source: Source, entries: int) -> Variants:
-    """Yields Tucker with a latent of half the entries for keys and as much for values, and no more parameters than the host's."""
+    """Yields Tucker with no more parameters than the host: half the entries for keys and half for values, or chosen by layer."""
     host = attention_layers(source.model)[0]
     heads, groups, width = shape_of(host)
     size, latent = host.q_proj.in_features, entries // 2
     dense = (heads + groups) * width * size  # of each of both tensors
     rank = min(size, (dense - size * latent) // (heads * latent + size))
-    options = {"ranks": [heads, rank, latent]}
-    yield options, partial(patched, source, vt.TuckerConfig(ranks=(heads, rank, latent), calibration=vt.Calibration()))
+    uniform, rule = (heads, rank, latent), vt.RankRule(cache=entries / (2 * groups * width), budget=1.0)
+    for ranks, named in ((uniform, list(uniform)), (rule, rule.model_dump())):
+        yield {"ranks": named}, partial(patched, source, vt.TuckerConfig(ranks=ranks, calibration=vt.Calibration()))
 
 
 def mla_variants(source: Source, entries: int) -> Variants:

@@ -195,7 +195,7 @@ def test_all_variants_of_the_comparison_have_the_entries(host, batches):
     for method, entries in itertools.product(METHODS, (16, 24)):
         variants = list(METHODS[method](source, entries)) if method != "cacheshrink" else []
         assert len({str(options) for options, _ in variants}) == len(variants)
-        assert {cached_entries(convert()) for _, convert in variants} <= {entries}
+        assert all(0.8 * entries <= cached_entries(convert()) <= entries for _, convert in variants)
         if variants:
             options, convert = variants[-1]
             again = rebuild(source, method, entries, {**options, "calibration_loss": 1.0})
