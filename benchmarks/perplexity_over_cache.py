@@ -20,6 +20,7 @@ from lm_baselines.energy import key_energies
 from lm_baselines.methods import METHODS, Source, rebuild
 from lm_baselines.moments import attention_layers, dense_entries
 from lm_baselines.padding import padding_rows
+from lm_baselines.shrink import imported
 from lm_baselines.summary import save_summary
 from lm_baselines.text import Splits, split_text
 from torch import nn
@@ -92,6 +93,24 @@ def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict
     return found
 
 
+def cells_of(args: argparse.Namespace, model: nn.Module) -> list[tuple[str, int]]:
+    """Returns methods and numbers of cache entries; cacheshrink is left out, with a line that says so, where it isn't there.
+
+    Args:
+        args: of the command.
+        model: dense.
+    """
+    full, methods = dense_entries(model), list(args.methods)
+    try:
+        imported()
+    except ConfigError as error:
+        if "cacheshrink" in methods:
+            print(f"cacheshrink is left out: {error}", flush=True)
+        args.methods = methods = [method for method in methods if method != "cacheshrink"]
+    shares = [round(share * full) // 2 * 2 for share in args.shares]
+    return [(method, entries) for method in methods for entries in ([full] if method == DENSE else shares)]
+
+
 def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
     """Computes all cells that aren't there, one at a time.
 
@@ -99,18 +118,18 @@ def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
         args: of the command.
         source, splits: model and text.
     """
-    folder = args.save / "cells"
-    settings = settings_of(args, splits, False)
-    full = dense_entries(source.model)
-    for method in args.methods:
-        for entries in [full] if method == DENSE else [round(share * full) // 2 * 2 for share in args.shares]:
-            stem, model = f"{method}_{entries}", None
-            cell = read_cell(folder / f"{stem}.json", settings)
-            if cell is None:
-                cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
-                print(stem, cell["perplexity"], cell["variant"], flush=True)
-            if args.heal and cell["perplexity"] is not None:
-                heal_cells(args, source, splits, folder / stem, cell, model)
+    folder, settings = args.save / "cells", settings_of(args, splits, False)
+    cells = cells_of(args, source.model)
+    print_estimate(args, source, splits, sum(not (folder / f"{m}_{e}.json").exists() for m, e in cells), len(cells))
+    check_energies(args, source, splits)
+    for method, entries in cells:
+        stem, model = f"{method}_{entries}", None
+        cell = read_cell(folder / f"{stem}.json", settings)
+        if cell is None:
+            cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
+            print(stem, cell["perplexity"], cell["variant"], flush=True)
+        if args.heal and cell["perplexity"] is not None:
+            heal_cells(args, source, splits, folder / stem, cell, model)
 
 
 def heal_cells(
@@ -175,16 +194,24 @@ def check_padding(args: argparse.Namespace, source: Source, splits: Splits) -> N
         write_cell(file, settings, rows=padding_rows(source, splits.test[0, :24]))
 
 
-def print_estimate(args: argparse.Namespace, source: Source, splits: Splits) -> None:
-    """Prints the seconds that a full run takes from nothing, by those of one block and of one step."""
+def print_estimate(args: argparse.Namespace, source: Source, splits: Splits, missing: int, cells: int) -> None:
+    """Prints the seconds that a run takes, by those of one block and of one step.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+        missing: one-shot cells that aren't there.
+        cells: of all methods, to be healed from nothing.
+    """
+    if not missing and not args.heal:
+        return
     evaluated, trained = step_seconds(source.model, splits, settings_of(args, splits, True))
-    cells = len(args.shares) * (len(args.methods) - 1)
-    variants = 8  # of a method, on average
-    one = evaluated * (cells * (variants * args.choice_blocks + args.test_blocks) + 4 * len(splits.calibration))
-    text = f"a block takes {evaluated:.2f} s, so all one-shot cells about {one / 60:.0f} minutes, and ours their calibration"
+    variants = 6  # of a method, on average
+    one = evaluated * (missing * (variants * args.choice_blocks + args.test_blocks) + 2 * len(splits.calibration))
+    text = f"a block takes {evaluated:.2f} s, so {missing} one-shot cells {one / 60:.0f} minutes, and ours their calibration"
     if args.heal:
         runs = cells * (len(args.lrs) + len(args.seeds) - 1)
-        text += f"; a step {trained:.1f} s, so {runs} healings {runs * args.steps * trained / 3600:.1f} hours"
+        text += f"; a step takes {trained:.1f} s, so {runs} healings from nothing {runs * args.steps * trained / 3600:.1f} hours"
     print(text, flush=True)
 
 
@@ -204,8 +231,6 @@ def main() -> int:
         )
         (args.save / "cells").mkdir(parents=True, exist_ok=True)
         source = Source(model, tokenizer, splits.calibration)
-        print_estimate(args, source, splits)
-        check_energies(args, source, splits)
         measure(args, source, splits)
         check_padding(args, source, splits)
         save_summary(args.save)
