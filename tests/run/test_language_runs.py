@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,16 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import AutoModelForCausalLM
+
+import vit_tucker as vt
 from tests.run import text
 from tests.run.text import config, write_text
 from tests.run.tiny import run, same, weights
 from tests.training.rules import StopAt
 from vit_tucker.data.token_files import open_tokens
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError
+from vit_tucker.inference.perplexity import perplexity
 
 TUCKER = {"attention": {"method": "tucker", "ranks": [3, 8, 4], "init": "random"}}
 
@@ -33,8 +38,6 @@ def rows(folder: str) -> list[dict[str, str]]:
 
 
 def test_a_run_learns_and_its_checkpoint_is_one_that_transformers_scores_alike():
-    from transformers import AutoModelForCausalLM
-
     results = run(config("output_dir=a", "train.epochs=4"))
     found = rows("a")
     losses = [float(row["eval_loss"]) for row in found]
@@ -85,6 +88,7 @@ def test_accumulation_and_checkpointed_activations_change_nothing_but_rounding()
     run(config("output_dir=b", "train.grad_accum_steps=4"))
     run(config("output_dir=c", "train.grad_checkpointing=true"))
     run(config("output_dir=d", "seed=1"))
+    assert type(vt.load("c")) is type(vt.load("a"))
     expected, *others, other_seed = ([float(row["train_loss"]) for row in rows(folder)] for folder in "abcd")
     for found in others:
         assert found == pytest.approx(expected, rel=1e-5)
@@ -100,6 +104,30 @@ def test_a_run_goes_on_from_another_and_from_a_folder_of_transformers():
     assert healed["loss"] == pytest.approx(first["last"]["eval_loss"], rel=1e-6)
     sizes_alone = run(config("output_dir=d", model={"name": "hf:a/checkpoints/last"}), True)["evaluation"]
     assert sizes_alone["loss"] > 1.05 * healed["loss"]
+
+
+@pytest.mark.parametrize("sections", [{}, TUCKER], ids=["dense", "tucker"])
+def test_checkpoints_are_saved_models_and_a_run_goes_on_without_what_it_started_from(sections):
+    run(config("output_dir=a", "train.epochs=1"))
+    Path("a").rename("host")
+    start = {"model": {"name": "hf:host/checkpoints/last", "pretrained": True}, **sections}
+    whole = run(config("output_dir=whole", **start))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("output_dir=parts", **start), step_rule=StopAt(7))
+    shutil.rmtree("host")
+    parts = run(config("output_dir=parts", **start))
+    assert same(weights("whole"), weights("parts"))
+    model = vt.load("parts")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert bool(vt.patch_record(model)) == bool(sections)
+    tokens = torch.from_numpy(open_tokens(Path("text"), "validation").tokens.astype(np.int64))
+    found = perplexity(model, tokens, window=17, stride=16)
+    assert found.tokens == len(tokens) - 1
+    assert found.loss == pytest.approx(parts["best"]["loss"], rel=1e-5)
+    assert whole["best"] == parts["best"]
+    if sections:
+        with pytest.raises(ValueError, match="vit_tucker.load"):
+            AutoModelForCausalLM.from_pretrained("parts/checkpoints/best")
 
 
 def test_a_gpt2_of_its_own_words_and_tied_weights():

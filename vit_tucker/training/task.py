@@ -144,11 +144,17 @@ class TokenTask:
         return token_sums(token_losses(logits, targets), targets)
 
     def scores(self, sums: Tensor) -> TokenScores:
-        """Returns the scores of sums (num_sums,) over all processes; raises ValueError for no tokens."""
+        """Returns the scores of ``sums`` (num_sums,) over all processes; raises ValueError for no tokens."""
         return token_scores(sums, self.bytes_per_token)
 
     def picture(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor | None:
-        """Returns None: there is nothing to draw."""
+        """Returns None, since there is nothing to draw.
+
+        Args:
+            inputs: tokens (B, N).
+            targets: those that follow, (B, N).
+            logits: (B, N, vocabulary).
+        """
 
     def recompute(self, model: nn.Module) -> None:
         """Makes the blocks recompute their activations in the backward pass; raises ConfigError where the model can't."""
