@@ -1,6 +1,7 @@
 """Attention of transformers: what is read, exact at full rank, and what is refused and why."""
 
 import pytest
+import timm
 import torch
 
 import vit_tucker as vt
@@ -138,6 +139,18 @@ def test_parameters_and_operations_are_counted():
     spec = read_host(make_decoder("llama").model.layers[0].self_attn).spec
     assert row.flops_after == vt.TuckerConfig(ranks=(4, 16, 8)).count_flops(spec, 256)  # as many tokens as it takes
     assert row.flops_before == vt.GQAConfig(num_kv_heads=2).count_flops(spec, 256)
+
+
+def test_reports_have_a_column_of_the_cache_where_there_is_one():
+    report = vt.plan(make_decoder("llama"), vt.TuckerConfig(ranks=(4, 16, 8), post_ranks=(4, 16, 6)))
+    assert (report.layers[0].cached_before, report.layers[0].cached_after) == (2 * 2 * 6, 8 + 6)
+    assert (report.cached_before, report.cached_after) == (48, 28)
+    assert "24 -> 14 (58%)" in str(report)
+    assert "MFLOPs/256 tokens" in str(report)
+    assert "KV cache/token 48 -> 28 (58%)" in report.summary()
+    assert report.to_dict()["layers"][0]["cached_after"] == 14
+    vit = vt.plan(timm.create_model("vit_tiny_patch16_224", depth=1), vt.TuckerConfig(ranks=(3, 8, 8)))
+    assert "cache" not in str(vit) + str(vit.to_dict())
 
 
 @pytest.mark.parametrize("name", LATENT)

@@ -171,7 +171,7 @@ def test_bytes_of_a_cache(name, config, width, kind):
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == 2 * 3 * 10 * width * 4  # layers, sequences, tokens, numbers, bytes
     if config is not None:
-        assert attention_of(model).kv_width == (width if name == "gpt2" or config.method != "mla" else 8)
+        assert attention_of(model).kv_width == width
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2"])

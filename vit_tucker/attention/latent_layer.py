@@ -84,9 +84,13 @@ class LatentModule(AttentionModule):
 
     @property
     def kv_width(self) -> int | None:
-        """Returns the numbers per token in a KV cache: those of the latent key and value, or of the one that they share."""
+        """Returns the numbers per token in a KV cache: those of the latent key and value, or of the one that they share.
+
+        A decoder's cache holds a shared latent twice where it rotates: as key, rotated, and as value.
+        """
         _, key, value = self.latent_projections
-        return key.out_features + (0 if value is None else value.out_features)
+        once = self.values_are_keys or (value is None and not self.spec.causal)
+        return key.out_features + (0 if once else self.value_projection.out_features)
 
     @property
     def latent_width(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Models into folders and onto the hub, in timm's layout, so that they rebuild themselves."""
+"""Models into folders and onto the hub, so that they rebuild themselves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +7,12 @@ from typing import Any
 from timm.models import push_to_hf_hub
 from torch import nn
 
-from vit_tucker.checkpoint.describe import describe, header
-from vit_tucker.checkpoint.tensor_files import WEIGHTS
+from vit_tucker.checkpoint.describe import describe
+from vit_tucker.checkpoint.libraries import library_of
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts import find
 from vit_tucker.patching.record import patch_record
 from vit_tucker.storage.digests import save_model
-from vit_tucker.storage.weights import full_state
 
 
 def save(
@@ -23,34 +22,39 @@ def save(
     label_names: Sequence[str] | None = None,
     data: Mapping[str, Any] | None = None,
     model_args: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Path:
-    """Writes a model, patched or dense, as ``model.safetensors`` and ``config.json``: timm's hub layout.
+    """Writes a model, patched or dense, as weights and ``config.json``: a folder from which ``vit_tucker.load`` rebuilds it.
 
-    ``vit_tucker.load(folder)`` rebuilds it from these alone, and so does ``timm.create_model("local-dir:" + folder,
-    pretrained=True)``, for a patched model once vit_tucker is imported (but timm reads no dense model of ``features_only``).
+    A timm model's is in timm's hub layout, which ``timm.create_model("local-dir:" + folder, pretrained=True)`` reads too, for a
+    patched model once vit_tucker is imported (but timm reads no dense model of ``features_only``). A dense language model's is in
+    transformers' layout; that of a patched one is refused by transformers, which would leave its attention random.
 
     config.json holds the SHA-256 of both, and dtype and shape of each tensor: ``load`` refuses what has changed since.
 
     Args:
-        model: made by ``timm.create_model``, maybe patched; also inside torch.compile or DDP.
+        model: of timm or transformers, maybe patched; also inside torch.compile or DDP.
         folder: made if it is not there; a model that is there is replaced.
         label_names: of the classes, in their order; those that the model has (timm's label_names) if None.
         data: how its images are prepared, if not as in pretrained_cfg: mean, std, interpolation, crop_pct, crop_mode.
         model_args: arguments of ``timm.create_model`` that the model was made with, where timm has not recorded them.
+        tokenizer: of transformers, written beside the model; the other options are for timm models.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: the model can't be rebuilt from its name and arguments; nothing was written.
+        CheckpointError: the model can't be rebuilt from what it records, or an option is of another library; nothing was written.
         OSError: the folder can't be written to.
     """
     bare = unwrapped(model)
-    config = describe(bare, label_names=label_names, data=data, model_args=model_args)
+    library = library_of(bare)
+    config = library.describe(bare, label_names=label_names, data=data, model_args=model_args, tokenizer=tokenizer)
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    save_model(folder, WEIGHTS, full_state(bare), header(config), config)
+    save_model(folder, library.weights_name(config), library.state(bare), library.header(config), config)
+    library.write_beside(bare, folder, tokenizer)
     return folder
 
 

@@ -55,13 +55,6 @@ class TrainConfig(Checked):
     """The recipe, in timm's words."""
 
     epochs: int = Field(default=10, ge=1, le=MAX_EPOCHS, description="Passes over the training images.")
-    steps_per_epoch: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_STEPS,
-        description="Optimizer steps that count as an epoch (dataset tokens): what is evaluated and saved after, and what a "
-        "warm-up is a share of; a pass over the tokens if null.",
-    )
     global_batch_size: int = Field(
         default=128,
         ge=1,
@@ -74,6 +67,13 @@ class TrainConfig(Checked):
     )
     eval_interval: int = Field(
         default=1, ge=1, le=MAX_EPOCHS, description="Evaluate every n epochs, and after the last."
+    )
+    steps_per_epoch: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps that count as an epoch (dataset tokens): what is evaluated and saved after, and what a "
+        "warm-up is a share of; a pass over the tokens if null.",
     )
 
     only: str | tuple[str, ...] | None = Field(

@@ -1,5 +1,6 @@
 """What a model reads in a calibration: batches of images, or of token sequences, and the features that it makes of them."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -101,9 +102,15 @@ class Tokens:
         return logits
 
     def _run(self, model: Any, part: Any) -> Any:
-        mask = None if self.attention_mask is None else self.attention_mask.long()
+        padding = {}
+        if self.attention_mask is not None:
+            padding["attention_mask"] = self.attention_mask.long()
+            if (
+                "position_ids" in inspect.signature(part.forward).parameters
+            ):  # counted without padding, as generate does
+                padding["position_ids"] = (padding["attention_mask"].cumsum(-1) - 1).clamp_min(0)
         with readable_masks(model):
-            return part(input_ids=self.ids, attention_mask=mask, use_cache=False)
+            return part(input_ids=self.ids, **padding, use_cache=False)
 
 
 def reads_tokens(model: nn.Module) -> bool:

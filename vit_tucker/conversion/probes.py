@@ -1,6 +1,7 @@
 """Calls of attention layers with what an error there would cost, kept in memory as far as they fit."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -114,18 +115,19 @@ def layers_with_calls(
     while left:
         kept = kept_calls(model, left, inputs, options, CALL_BYTES)
         if not kept:
-            first = left.pop(0)
-            yield (
-                first,
-                lambda first=first: (
-                    call for calls in probed_batches(model, [first], inputs, options) for _, call in calls
-                ),
-            )
+            layer = left.pop(0)
+            yield layer, partial(calls_again, model, layer, inputs, options)
         while kept:
             layer = left.pop(0)
             calls = kept.pop(layer.name)
-            yield layer, lambda calls=calls: calls
+            yield layer, partial(iter, calls)
             del calls
+
+
+def calls_again(model: nn.Module, layer: Layer, inputs: Sequence[Inputs], options: Calibration) -> Iterator[LayerCall]:
+    """Yields the calls of one layer, by running the model; arguments as of ``probed_batches``."""
+    for calls in probed_batches(model, [layer], inputs, options):
+        yield from (call for _, call in calls)
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:

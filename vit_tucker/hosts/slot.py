@@ -48,6 +48,7 @@ class Slot:
         errors: measures a converted layer against its host: relative errors, some of ``columns``.
         restore: makes a host's module fit what has become of its replacement, before it is put back.
         install: gives a converted replacement what the callers of the host's module expect of it.
+        cached: returns the numbers per token in the KV cache of a host or a layer; None without one.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Slot:
     errors: Callable[[Any, Any], dict[str, float]]
     restore: Callable[[nn.Module, nn.Module], None]
     install: Callable[[nn.Module, nn.Module], None] = lambda replacement, original: None
+    cached: Callable[[Any], int | None] = lambda host: None
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Returns the replaced modules of a model by full name, a shared one under each of its names."""
@@ -94,6 +96,15 @@ def restore_attention(original: nn.Module, current: nn.Module) -> None:
         family.restore(original, current)
 
 
+def cached_numbers(host: Host | AttentionModule) -> int | None:
+    """Returns the numbers per token in the KV cache of a decoder's host or layer; None for attention to later tokens too."""
+    if not host.spec.causal:
+        return None
+    if isinstance(host, AttentionModule):
+        return host.kv_width
+    return 2 * (host.spec.num_kv_heads or host.spec.num_heads) * host.spec.head_dim
+
+
 def install_attention(replacement: nn.Module, original: nn.Module) -> None:
     """Gives a replacement what the callers of the host's module expect of it, as its family does."""
     family = family_of(original)
@@ -117,6 +128,7 @@ ATTENTION = Slot(
     errors=attention_errors,
     restore=restore_attention,
     install=install_attention,
+    cached=cached_numbers,
 )
 """Self-attention."""
 

@@ -77,3 +77,11 @@ def count_calls(
     except Exception:
         return {}
     return seen
+
+
+def sequence_unit(model: nn.Module) -> str:
+    """Returns what ``count_calls`` counts the tokens of: 'image', or a language model's '4,096 tokens'."""
+    family = family_of(model)
+    if family is None or family.sequence_length is None:
+        return "image"
+    return f"{family.sequence_length(model):,} tokens"

@@ -17,7 +17,7 @@ from vit_tucker.conversion.inputs import Inputs
 from vit_tucker.conversion.observe import timed
 from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import Slot, slot_of
-from vit_tucker.hosts.tokens import count_calls
+from vit_tucker.hosts.tokens import count_calls, sequence_unit
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import (
     CHOSEN_BY_WEIGHTS,
@@ -120,7 +120,7 @@ def prepare(
     replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
     notes += token_notes([layer for layer in built.values() if layer.images]) + untrained_notes(model, config)
-    report = PatchReport(rows, left, applied, notes, slot.name)
+    report = PatchReport(rows, left, applied, notes, slot.name, sequence_unit(model))
     return Prepared(config, replacements, report)
 
 
@@ -187,5 +187,7 @@ def _row(
         seconds=layer.seconds if converted else None,
         flops_before=flops(slot.dense_flops),
         flops_after=flops(config.count_flops),
+        cached_before=slot.cached(host),
+        cached_after=slot.cached(layer.replacement),
         shared_with=None if name == layer.name else layer.name,
     )

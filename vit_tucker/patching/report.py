@@ -1,11 +1,12 @@
 """Reports what a patch does or would do, layer by layer: as objects, as a dict for JSON, and as a table for people."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.hosts.slot import ATTENTION, SLOTS, Slot
+from vit_tucker.patching.report_cells import error_cell, flops_cell, params_cells, share_cell, span
 from vit_tucker.show.folded_names import fold_names
 from vit_tucker.show.tables import plain
 
@@ -13,6 +14,8 @@ CALIBRATED = (
     "calibrated: the output error is what was minimised; errors of the weights also count what no token excites, and may "
     "exceed 1"
 )
+TOTALS = ("params_before", "params_after", "flops_before", "flops_after", "cached_before", "cached_after")
+"""Sums over all modules in ``PatchReport.to_dict``; of caches only where there are some."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class LayerReport:
             ||y^ - y|| / ||y - mean y|| of the layer's output on the calibration tokens. Each is an attribute too.
         seconds: time of the conversion, passes through the model apart; None if not converted.
         flops_before, flops_after: operations per image (2 per multiply-add); None if the token count is unknown.
+        cached_before, cached_after: numbers per token in a KV cache; None where tokens attend to later ones too, or if unknown.
         shared_with: full name of the first place at which the same module stands; None for a module of its own. The totals count
             its parameters and seconds once, and its operations at each place.
     """
@@ -42,6 +46,8 @@ class LayerReport:
     seconds: float | None = field(compare=False)
     flops_before: int | None
     flops_after: int | None
+    cached_before: int | None = None
+    cached_after: int | None = None
     shared_with: str | None = None
 
     def __getattr__(self, name: str) -> float | None:
@@ -62,6 +68,7 @@ class PatchReport:
         applied: False for a plan.
         notes: what else a reader should know.
         slot: what was replaced: 'attention' or 'linear'.
+        unit: what operations are counted for: 'image', or '4,096 tokens' of a language model.
     """
 
     layers: tuple[LayerReport, ...]
@@ -69,6 +76,7 @@ class PatchReport:
     applied: bool = True
     notes: tuple[str, ...] = ()
     slot: str = ATTENTION.name
+    unit: str = "image"
 
     @property
     def modules(self) -> tuple[LayerReport, ...]:
@@ -96,6 +104,16 @@ class PatchReport:
         return _total([layer.flops_after for layer in self.layers])
 
     @property
+    def cached_before(self) -> int | None:
+        """Returns the numbers per token in the KV caches of the replaced modules before, None if there are none."""
+        return _total([layer.cached_before for layer in self.modules])
+
+    @property
+    def cached_after(self) -> int | None:
+        """Returns the numbers per token in the KV caches of the replaced modules after, None if there are none."""
+        return _total([layer.cached_after for layer in self.modules])
+
+    @property
     def seconds(self) -> float | None:
         """Returns the time of all conversions in seconds, None if nothing was converted."""
         known = [layer.seconds for layer in self.modules if layer.seconds is not None]
@@ -108,7 +126,7 @@ class PatchReport:
             "layers": [_row_values(layer) for layer in self.layers],
             "left_alone": list(self.left_alone),
             "notes": list(self.notes),
-            **{name: getattr(self, name) for name in ("params_before", "params_after", "flops_before", "flops_after")},
+            **{name: getattr(self, name) for name in TOTALS if getattr(self, name) is not None or "flops" in name},
         }
 
     def table(self, folded: bool = True) -> str:
@@ -117,13 +135,15 @@ class PatchReport:
         Args:
             folded: layers that are equal but for names and errors share a row, 'blocks.0-11.attn'; False: a row per layer.
         """
-        slot = SLOTS[self.slot]
-        header = ("module", "method", "options", f"{slot.name} params", "share", *slot.columns.values(),
-                  "seconds", "MFLOPs/image")  # fmt: skip
+        slot, cached = SLOTS[self.slot], self.cached_after is not None
+        header = ("module", "method", "options", f"{slot.name} params", "share", *(["KV cache/token"] if cached else []),
+                  *slot.columns.values(), "seconds", f"MFLOPs/{self.unit}")  # fmt: skip
         rows = folded_rows(self.layers) if folded else [(row_name(layer), [layer]) for layer in self.layers]
-        cells = [(name, *_cells(slot, layers)) for name, layers in rows]
-        total = _params(self.params_before, self.params_after)
-        sums = ("-" if self.seconds is None else f"{self.seconds:.1f}", _flops(self.flops_before, self.flops_after))
+        cells = [(name, *_cells(slot, layers, cached)) for name, layers in rows]
+        total = params_cells(self.params_before, self.params_after)
+        sums = ("-" if self.seconds is None else f"{self.seconds:.1f}", flops_cell(self.flops_before, self.flops_after))
+        if cached:
+            total += (share_cell(self.cached_before, self.cached_after),)
         cells.append((counted(self), "", "", *total, *("" for _ in slot.columns), *sums))
         lines = [plain([header, *cells], left=range(3), rule_after=(0, len(rows)))]
         each = "; parameters and FLOPs of each layer, errors and seconds from smallest to largest"
@@ -146,12 +166,14 @@ class PatchReport:
         named = (
             next(iter(methods)) if len(methods) == 1 else f"{self.layers[0].method} with {len(methods)} sets of options"
         )
-        before, after = _params(self.params_before, self.params_after)
+        before, after = params_cells(self.params_before, self.params_after)
         parts = [f"{counted(self)} by {named}", f"parameters {before} ({after})"]
         if self.flops_before is not None:
-            parts.append(f"MFLOPs/image {_flops(self.flops_before, self.flops_after)}")
+            parts.append(f"MFLOPs/{self.unit} {flops_cell(self.flops_before, self.flops_after)}")
+        if self.cached_after is not None:
+            parts.append(f"KV cache/token {share_cell(self.cached_before, self.cached_after)}")
         for key, title in slot.columns.items():
-            if (errors := _span([layer.errors[key] for layer in self.layers], _error)) != "-":
+            if (errors := span([layer.errors[key] for layer in self.layers], error_cell)) != "-":
                 parts.append(f"{title} {errors}")
         return "; ".join([*parts, *([] if self.applied else ["plan only"])])
 
@@ -189,44 +211,26 @@ def folded_rows(layers: Sequence[LayerReport]) -> list[tuple[str, list[LayerRepo
 
 
 def _row_values(layer: LayerReport) -> dict[str, Any]:
-    """Returns the plain values of a row, its errors beside the others; ``shared_with`` only where there is one."""
+    """Returns the plain values of a row, its errors beside the others; ``shared_with`` and caches only where there are some."""
     values: dict[str, Any] = {}
     for name, value in vars(layer).items():
         if name == "errors":
             values |= value
-        elif name != "shared_with" or value is not None:
+        elif name not in ("shared_with", "cached_before", "cached_after") or value is not None:
             values[name] = value._asdict() if isinstance(value, ParameterCount) else value
     return values
-
-
-def _params(before: int, after: int) -> tuple[str, str]:
-    return f"{before:,} -> {after:,}", f"{after / before:.1%}" if before else ""
 
 
 def _total(values: list[int | None]) -> int | None:
     return None if any(v is None for v in values) else sum(v for v in values if v is not None)
 
 
-def _cells(slot: Slot, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+def _cells(slot: Slot, layers: Sequence[LayerReport], cached: bool) -> tuple[str, ...]:
     """Returns the cells of a row behind its name: of layers that differ in errors and seconds alone."""
     first = layers[0]
-    errors = [_span([layer.errors[key] for layer in layers], _error) for key in slot.columns]
-    seconds = _span([layer.seconds for layer in layers], lambda value: f"{value:.1f}")
-    params = _params(first.params_before.total, first.params_after.total)
-    return (first.method, first.options, *params, *errors, seconds, _flops(first.flops_before, first.flops_after))
-
-
-def _span(values: Sequence[float | None], written: Callable[[float], str]) -> str:
-    """Writes values as '0.1 to 0.3', smallest and largest; as '0.1' where both look alike, '-' where one is unknown."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return "-"
-    return " to ".join(dict.fromkeys((written(min(known)), written(max(known)))))
-
-
-def _error(value: float) -> str:
-    return f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"
-
-
-def _flops(before: int | None, after: int | None) -> str:
-    return "-" if before is None or after is None else f"{before / 1e6:,.1f} -> {after / 1e6:,.1f}"
+    errors = [span([layer.errors[key] for layer in layers], error_cell) for key in slot.columns]
+    seconds = span([layer.seconds for layer in layers], lambda value: f"{value:.1f}")
+    params = params_cells(first.params_before.total, first.params_after.total)
+    if cached:
+        params += (share_cell(first.cached_before, first.cached_after),)
+    return (first.method, first.options, *params, *errors, seconds, flops_cell(first.flops_before, first.flops_after))

@@ -138,6 +138,7 @@ def describe_plan(config: RunConfig, accelerator: Accelerator, built: BuiltModel
             + (f" and {recipe.checkpoint_steps} steps" if recipe.checkpoint_steps else "")
             + f", the last {recipe.checkpoint_hist} kept",
             f"memory: {memory}",
+            *builder_of(config).expect(config, built, steps),
             "dry run: nothing was trained or written",
         ]
     )

@@ -27,7 +27,7 @@ class Metric:
         return f"eval_{self.name}"
 
     def text(self, value: float) -> str:
-        """Returns 'top-1 93.21%'."""
+        """Returns the metric with its ``value``, 'top-1 93.21%'."""
         return f"{self.label} {value:.{2 if self.unit else 3}f}{self.unit}"
 
     def better(self, value: float, other: float) -> bool:

@@ -4,7 +4,7 @@ The engine is the same for all tasks; how a task's models and data are built is 
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -144,17 +144,28 @@ class TokenTask:
         return token_sums(token_losses(logits, targets), targets)
 
     def scores(self, sums: Tensor) -> TokenScores:
-        """Returns the scores of sums (num_sums,) over all processes; raises ValueError for no tokens."""
+        """Returns the scores of ``sums`` (num_sums,) over all processes; raises ValueError for no tokens."""
         return token_scores(sums, self.bytes_per_token)
 
     def picture(self, inputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor | None:
-        """Returns None: there is nothing to draw."""
+        """Returns None, since there is nothing to draw.
+
+        Args:
+            inputs: tokens (B, N).
+            targets: those that follow, (B, N).
+            logits: (B, N, vocabulary).
+        """
 
     def recompute(self, model: nn.Module) -> None:
         """Makes the blocks recompute their activations in the backward pass; raises ConfigError where the model can't."""
+        names = (
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )  # the second one in older transformers
+        enable: Any = next((getattr(model, name) for name in names if hasattr(model, name)), None)
         try:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        except (AttributeError, ValueError):
+            enable({"use_reentrant": False})
+        except (TypeError, ValueError):
             raise ConfigError(f"train.grad_checkpointing: {self.name} has none") from None
 
 
