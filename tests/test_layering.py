@@ -131,6 +131,7 @@ PARTS = {
     "moments": "layers",
     "host_maps": "layers",
     "moment_sums": "layers",
+    "rotation_sums": "layers",
     "convertible": "layers",
     "module": "layers",
     "heads": "layers",

@@ -16,7 +16,7 @@ from lm_baselines.caching import cached_entries
 from lm_baselines.healing import attention_parameters, heal
 from lm_baselines.methods import Source, best_variant
 from lm_baselines.moments import dense_entries
-from lm_baselines.text import Splits, mean_loss, perplexity
+from lm_baselines.text import Splits, scored
 from vit_tucker import __version__
 from vit_tucker.errors import ConfigError
 
@@ -103,7 +103,7 @@ def one_shot(
         "params_share": parameters / dense,
         "conversion_seconds": round(seconds, 1),
     }
-    return write_cell(file, settings, **values, perplexity=perplexity(model, splits.test)), model
+    return write_cell(file, settings, **values, perplexity=scored(model, splits.test).perplexity), model
 
 
 def healed(
@@ -127,7 +127,7 @@ def healed(
     kept = ("method", "entries", "cached_entries", "cache_share", "attention_params", "params_share", "variant")
     return write_cell(
         file, settings, **{key: start[key] for key in kept}, stage="healed", lr=lr, seed=seed, losses=losses,
-        validation_loss=mean_loss(model, splits.validation), perplexity=perplexity(model, splits.test),
+        validation_loss=scored(model, splits.validation).loss, perplexity=scored(model, splits.test).perplexity,
         seconds_per_step=round(seconds / settings["steps"], 2),
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def step_seconds(model: nn.Module, splits: Splits, settings: dict[str, Any]) -> 
         settings: of the training.
     """
     started = time.perf_counter()
-    mean_loss(model, splits.test[:4])
+    scored(model, splits.test[:4])
     evaluated = (time.perf_counter() - started) / len(splits.test[:4])
     trained = copy.deepcopy(model)
     started = time.perf_counter()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_baselines.cells import DENSE
+from lm_baselines.padding import padding_table
 from vit_tucker.show import figures
 from vit_tucker.show.tables import csv_text, decimal, markdown, share
 
@@ -91,7 +92,9 @@ def save_summary(folder: Path) -> None:
     (folder / "results.csv").write_text(csv_text(COLUMNS, [[row[column] for column in COLUMNS] for row in flat]))
     (folder / "results.json").write_text(json.dumps([{c: row[c] for c in COLUMNS} for row in flat], indent=1) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in {**rows[-1]["settings"], **rows[-1]["versions"]}.items())
-    (folder / "results.md").write_text(f"{text}\n\n{energy_line(folder)}{settings}; {rows[-1]['date']}.\n")
+    (folder / "results.md").write_text(
+        f"{text}\n\n{energy_line(folder)}{padding_text(folder)}{settings}; {rows[-1]['date']}.\n"
+    )
     draw(rows, folder / "perplexity.png")
 
 
@@ -113,6 +116,21 @@ def energy_line(folder: Path) -> str:
         f"{share(real)} in RoRoPE's; by layer the complex one holds {100 * min(lead):.1f} to {100 * max(lead):.1f} points more."
         "\n\n"
     )
+
+
+def padding_text(folder: Path) -> str:
+    """Returns the table of caches and left padding, if it is there.
+
+    Args:
+        folder: with a folder cells.
+    """
+    file = folder / "cells" / "cacheshrink_padding.json"
+    if not file.exists():
+        return ""
+    about = (
+        "Largest errors of logits over the largest logit; cacheshrink with all entries, so that nothing else differs:"
+    )
+    return f"{about}\n\n{padding_table(json.loads(file.read_text())['rows'])}\n\n"
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, spread_rotations
+from vit_tucker.tensor.folding import best_fold
 from vit_tucker.tensor.metric import Root, metric_root
 from vit_tucker.tensor.resize import Resized, grow, keep_pairs, resize_factor
 from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
@@ -70,7 +71,9 @@ def latent_keys(
         key = metric_root(moments.key_metric(columns), damping)
         scale = trace_weights(moments.given("key_traces"))
         tensor = whiten_rotary(tensor, query.root, key.root, scale)
-    lifted = lift(tensor)
+    lifted = (
+        lift(tensor) if moments is None or moments.rotations is None else best_fold(tensor, moments.rotations, width)
+    )
     if key is not None:
         lifted = lifted._replace(basis=key.inverse @ lifted.basis)
     if values is None:

@@ -12,6 +12,7 @@ from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.host_maps import Maps, host_maps, joined
 from vit_tucker.attention.moments import LayerCall, Moments, Needs
 from vit_tucker.attention.rope import angle_kernel, rotate_heads
+from vit_tucker.attention.rotation_sums import RotationSums
 from vit_tucker.tensor.metric import covariance, inverse_traces
 from vit_tucker.tensor.rotary import pair_shares
 
@@ -52,6 +53,9 @@ class MomentSums:
         self.spread = torch.zeros((), dtype=torch.float64, device=like.device)
         self.tokens = 0
         self.shift: Tensor | None = None
+        self.rotations: RotationSums | None = None
+        if self.needs.rotations and spec.rope is not None and not spec.rope.per_head:
+            self.rotations = RotationSums(spec.rope, spec.head_dim // 2, like.device)
         self.rotation_weights = torch.empty(0)
         if spec.rope is not None:
             self.rotation_weights = pair_shares(self.weights.rotary_pairs(spec.rope))
@@ -78,6 +82,8 @@ class MomentSums:
                 self._add_values(maps)
             if self.needs.gradients:
                 self._add_gradients(maps, part)
+            if self.rotations is not None and part.rope is not None:
+                self.rotations.add(maps, part.rope)
 
     def add_keys(self, call: LayerCall) -> None:
         """Adds the keys of a ``call`` once more, when all calls have been added: each head weighs the inverse of its trace."""
@@ -200,8 +206,14 @@ class MomentSums:
             raise ValueError("the layer's output has no influence on the model's features")
         names = ("query", "output", "query_grad", "kv_grad")
         per_token = {name: self.sums[name] / self.tokens for name in names if name in self.sums}
+        folds = None if self.rotations is None else self.rotations.folds()
         return Moments(
-            tokens=self.tokens, mean=per_token["query"][-1, :-1], **per_token, **self._keys(), **self._values()
+            tokens=self.tokens,
+            mean=per_token["query"][-1, :-1],
+            rotations=folds,
+            **per_token,
+            **self._keys(),
+            **self._values(),
         )
 
     def _keys(self) -> dict[str, Tensor]:

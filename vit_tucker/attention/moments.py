@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from vit_tucker.tensor.folding import Folds
 from vit_tucker.tensor.metric import covariance, mean_metric
 
 Form = Literal["heads", "mean", "none"]
@@ -30,14 +31,16 @@ class Needs(NamedTuple):
     Attributes:
         key, value: metrics "heads" by head, their "mean" over heads alone, or "none".
         gradients: second moments of the gradients of queries, keys and values.
+        rotations: what it costs to rotate pairs by other angles, on hosts with RoPE.
     """
 
     key: Form = "heads"
     value: Form = "heads"
     gradients: bool = True
+    rotations: bool = True
 
 
-MEANS = Needs("mean", "mean", False)
+MEANS = Needs("mean", "mean", gradients=False)
 """What errors cost to first order, without a head's own metrics."""
 
 
@@ -103,6 +106,7 @@ class Moments:
         value_covariance: mean over heads of the covariances, (C, C).
         query_grad: second moment of the gradients with respect to the joined queries, (H*D, H*D).
         kv_grad: the same for joined keys, then values, (2*H*D, 2*H*D).
+        rotations: what it costs to rotate a pair by other angles; None also where heads have tables of their own.
     """
 
     tokens: int
@@ -117,6 +121,7 @@ class Moments:
     value_covariance: Tensor | None = None
     query_grad: Tensor | None = None
     kv_grad: Tensor | None = None
+    rotations: Folds | None = None
 
     @property
     def token_covariance(self) -> Tensor:

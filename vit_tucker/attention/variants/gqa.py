@@ -139,7 +139,7 @@ class GQA(PerHeadModule):
     def needs(self) -> Needs:
         """Returns the moments read: keys and values of each head with conversion='svd'; none of them for means."""
         form: Form = "heads" if self.conversion == "svd" else "none"
-        return Needs(form, form, gradients=False)
+        return Needs(form, form, gradients=False, rotations=False)
 
     def input_projections(self) -> list[nn.Linear]:
         """Returns the projections of queries, keys and values."""

@@ -107,7 +107,7 @@ class MHA(PerHeadModule):
     @property
     def needs(self) -> Needs:
         """Returns that no key, value or gradient moments are read."""
-        return Needs("none", "none", gradients=False)
+        return Needs("none", "none", gradients=False, rotations=False)
 
     def convert_calibrated(self, weights: MHAWeights, moments: Moments, damping: float) -> None:
         """Copies the weights: the conversion is exact whatever the tokens are."""
