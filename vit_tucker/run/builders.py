@@ -1,10 +1,13 @@
 """Builds the parts of a run that depend on its task, images with labels or text; nothing else of a run asks which it is."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.checkpoint.language_host import PREFIX, is_language_model
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
@@ -50,8 +53,29 @@ class Builder(Protocol):
             with_train: open the training split too.
         """
 
-    def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
+    def cost(self, built: BuiltModel, model: nn.Module) -> dict[str, Any]:
         """Returns the entry ``cost`` of results.json for a model, see ``vit_tucker.analysis.flops.count_cost``."""
+
+    def host(self, config: RunConfig) -> tuple[str, Callable[[], nn.Module]]:
+        """Returns what is the same for runs of one host, and a function that makes its structure, without weights."""
+
+    def operations(
+        self, config: RunConfig, host: nn.Module, method: AttentionConfig | None, dense: int | None
+    ) -> int | None:
+        """Returns the operations of a forward pass of one image or window; None where the host does not run without values.
+
+        Args:
+            config: of the run.
+            host: its structure.
+            method: what is patched in, without conversion; None for the host itself.
+            dense: operations of the host itself, where they are known.
+
+        Raises:
+            PatchError: the method does not fit.
+        """
+
+    def samples(self, config: RunConfig) -> int | None:
+        """Returns the images or windows of an epoch; None where they are not known before the data are read."""
 
     def described(self, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
         """Returns what config.json has of the data: options of the library's ``describe``, see ``ModelLibrary``."""

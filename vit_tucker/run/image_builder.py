@@ -1,20 +1,26 @@
 """Builds the parts of a run on images with labels, see ``vit_tucker.run.builders``."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from vit_tucker.analysis.flops import count_cost
+from vit_tucker.analysis.costs import HostFactory
+from vit_tucker.analysis.flops import count_cost, known_flops
+from vit_tucker.attention.base import AttentionConfig
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.classes import padded, stored_classes
 from vit_tucker.data.datasets import dataset_info
 from vit_tucker.data.loaders import Loaders, build_loaders
 from vit_tucker.data.transforms import describe_data
 from vit_tucker.errors import ConfigError
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.patching.patch import plan
 from vit_tucker.run.built import BuiltModel
 from vit_tucker.run.check_images import check_images
-from vit_tucker.run.model import build_model
+from vit_tucker.run.model import build_model, classes_and_channels
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.training.coordination import Coordinator
 
@@ -67,9 +73,32 @@ class ImageBuilder:
             num_classes=built.num_classes,
         )
 
-    def cost(self, built: BuiltModel, model: torch.nn.Module) -> dict[str, Any]:
+    def cost(self, built: BuiltModel, model: nn.Module) -> dict[str, Any]:
         """Returns the operations per image of a ``model`` that was ``built``."""
         return count_cost(model, built.host, built.data["input_size"])
+
+    def host(self, config: RunConfig) -> tuple[str, Callable[[], nn.Module]]:
+        """Returns what is the same for runs of one host, and a function that makes its structure, without weights."""
+        factory = HostFactory(config.model, *classes_and_channels(config))
+        return repr(vars(factory)), factory.structure
+
+    def operations(
+        self, config: RunConfig, host: nn.Module, method: AttentionConfig | None, dense: int | None
+    ) -> int | None:
+        """Returns the operations of a forward pass of one image.
+
+        Args:
+            config, host, method, dense: see ``Builder.operations``.
+        """
+        size = config.model.img_size
+        if method is None:
+            return known_flops(host, input_shape(host, size))
+        report = plan(host, method, img_size=size)
+        return None if dense is None else dense - (report.flops_before or 0) + (report.flops_after or 0)
+
+    def samples(self, config: RunConfig) -> int | None:
+        """Returns the images of an epoch; None where they are not known before the data are read."""
+        return config.data.num_samples or dataset_info(config.data.dataset).num_train
 
     def described(self, built: BuiltModel, loaders: Loaders) -> dict[str, Any]:
         """Returns names of the classes that ``loaders`` have, and how images are prepared for what was ``built``."""
