@@ -92,8 +92,8 @@ def step(args: argparse.Namespace, kinds: tuple[str, ...] = ("static", "dynamic"
             for row in timed(calls, args, **facts, batch=batch, tokens=cached):
                 call, cache = steps[row["form"]]
                 kept = [x for part in cache.layers for x in (part.keys, part.values)]
+                row["cache_mb"] = sum(x.untyped_storage().nbytes() for x in kept) / 1e6
                 kept += list(models[row["form"]].parameters())
-                row["cache_mb"] = sum(x.nbytes for part in cache.layers for x in (part.keys, part.values)) / 1e6
                 yield row | {"peak_mb": peak_bytes(call, kept, CPU) / 1e6}
 
 

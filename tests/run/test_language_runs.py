@@ -192,6 +192,15 @@ def test_all_tokens_are_read_where_that_is_asked_for():
         run(config("output_dir=b", "train.epochs=1", "data.check=true"))
 
 
+def test_a_run_goes_on_with_its_own_text_wherever_that_lies():
+    run(config("output_dir=a"))
+    Path("text").rename("elsewhere")
+    write_text(Path("other"), 50)
+    assert run(config("output_dir=a", "data.root=elsewhere"))["evaluation"]["count"] > 0
+    with pytest.raises(DataError, match=r"a: the text of data.val_split, by its SHA-256, was \w+ when the run began"):
+        run(config("output_dir=a", "data.root=other"))
+
+
 def test_steps_of_an_epoch_are_for_text():
     with pytest.raises(ConfigError, match=r"train.steps_per_epoch: is for data.dataset=tokens"):
         run(config("output_dir=a", model={"name": "vit_tiny_patch16_224"}, data={"dataset": "digits"}))

@@ -26,6 +26,16 @@ class Metric:
         """Returns the column of summary.csv."""
         return f"eval_{self.name}"
 
+    @property
+    def stem(self) -> str:
+        """Returns what files of its figures begin with, 'accuracy'."""
+        return "accuracy" if self.unit else self.name
+
+    @property
+    def heading(self) -> str:
+        """Returns the title of a column, 'top-1 %'."""
+        return f"{self.label} {self.unit}".strip()
+
     def text(self, value: float) -> str:
         """Returns the metric with its ``value``, 'top-1 93.21%'."""
         return f"{self.label} {value:.{2 if self.unit else 3}f}{self.unit}"
