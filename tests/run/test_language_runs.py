@@ -224,3 +224,15 @@ def test_commands_for_images_refuse_language_models(command, message, capsys):
     capsys.readouterr()
     assert main(command.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_attention_alone_can_be_trained():
+    run(config("output_dir=dense"))
+    start = {"model": {"name": "hf:dense/checkpoints/last", "pretrained": True}, **TUCKER}
+    run(config("output_dir=a", "train.only=attention", **start))
+    before, after = weights("dense"), weights("a")
+    kept = [name for name in before if ".self_attn." not in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert weights("a").keys() - before.keys() == {name for name in after if ".self_attn." in name} - before.keys()
+    assert not same(after, weights("a", "step-00000005"))
