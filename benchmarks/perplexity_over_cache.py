@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from lm_baselines.cells import DENSE, healed, one_shot, read_cell, step_seconds, write_cell
 from lm_baselines.energy import key_energies
-from lm_baselines.methods import METHODS, Source
+from lm_baselines.methods import METHODS, Source, rebuild
 from lm_baselines.moments import attention_layers, dense_entries
+from lm_baselines.padding import padding_rows
+from lm_baselines.shrink import imported
 from lm_baselines.summary import save_summary
 from lm_baselines.text import Splits, split_text
 from torch import nn
@@ -61,10 +63,17 @@ def load(args: argparse.Namespace) -> tuple[nn.Module, Any]:
 
     options = {} if args.gguf_file is None else {"gguf_file": args.gguf_file}
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options).eval()
-        return model, AutoTokenizer.from_pretrained(args.model, **options)
+        read = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{args.model}: {str(error).splitlines()[0]}") from None
+    if hasattr(
+        read.config, "quantization_config"
+    ):  # of a GGUF file: save_pretrained, which cacheshrink needs, refuses it
+        del read.config.quantization_config
+    model = type(read)(read.config)
+    model.load_state_dict(read.state_dict())
+    return model.eval(), tokenizer
 
 
 def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict[str, Any]:
@@ -84,6 +93,24 @@ def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict
     return found
 
 
+def cells_of(args: argparse.Namespace, model: nn.Module) -> list[tuple[str, int]]:
+    """Returns methods and numbers of cache entries; cacheshrink is left out, with a line that says so, where it isn't there.
+
+    Args:
+        args: of the command.
+        model: dense.
+    """
+    full, methods = dense_entries(model), list(args.methods)
+    try:
+        imported()
+    except ConfigError as error:
+        if "cacheshrink" in methods:
+            print(f"cacheshrink is left out: {error}", flush=True)
+        args.methods = methods = [method for method in methods if method != "cacheshrink"]
+    shares = [round(share * full) // 2 * 2 for share in args.shares]
+    return [(method, entries) for method in methods for entries in ([full] if method == DENSE else shares)]
+
+
 def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
     """Computes all cells that aren't there, one at a time.
 
@@ -91,18 +118,18 @@ def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
         args: of the command.
         source, splits: model and text.
     """
-    folder = args.save / "cells"
-    settings = settings_of(args, splits, False)
-    full = dense_entries(source.model)
-    for method in args.methods:
-        for entries in [full] if method == DENSE else [round(share * full) // 2 * 2 for share in args.shares]:
-            stem, model = f"{method}_{entries}", None
-            cell = read_cell(folder / f"{stem}.json", settings)
-            if cell is None:
-                cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
-                print(stem, cell["perplexity"], cell["variant"], flush=True)
-            if args.heal and cell["perplexity"] is not None:
-                heal_cells(args, source, splits, folder / stem, cell, model)
+    folder, settings = args.save / "cells", settings_of(args, splits, False)
+    cells = cells_of(args, source.model)
+    print_estimate(args, source, splits, sum(not (folder / f"{m}_{e}.json").exists() for m, e in cells), len(cells))
+    check_energies(args, source, splits)
+    for method, entries in cells:
+        stem, model = f"{method}_{entries}", None
+        cell = read_cell(folder / f"{stem}.json", settings)
+        if cell is None:
+            cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
+            print(stem, cell["perplexity"], cell["variant"], flush=True)
+        if args.heal and cell["perplexity"] is not None:
+            heal_cells(args, source, splits, folder / stem, cell, model)
 
 
 def heal_cells(
@@ -125,10 +152,10 @@ def heal_cells(
             file = stem.with_name(f"{stem.name}_healed_lr{lr:g}_seed{seed}.json")
             found = read_cell(file, settings)
             if found is None:
-                if model is None:
-                    _, model = one_shot(stem.with_suffix(".json"), settings_of(args, splits, False), source, splits,
-                                        cell["method"], cell["entries"])  # fmt: skip
-                assert model is not None
+                if model is None and cell["method"] == DENSE:
+                    model = source.model
+                elif model is None:
+                    model = rebuild(source, cell["method"], cell["entries"], cell["variant"])
                 found = healed(file, settings, model, splits, cell, lr, seed)
                 print(file.stem, found["perplexity"], f"{found['seconds_per_step']} s per step", flush=True)
             losses.setdefault(lr, found["validation_loss"])
@@ -155,16 +182,36 @@ def check_energies(args: argparse.Namespace, source: Source, splits: Splits) -> 
     write_cell(file, settings, rows=rows)
 
 
-def print_estimate(args: argparse.Namespace, source: Source, splits: Splits) -> None:
-    """Prints the seconds that a full run takes from nothing, by those of one block and of one step."""
+def check_padding(args: argparse.Namespace, source: Source, splits: Splits) -> None:
+    """Writes what caches and left padding do to the host's logits and to cacheshrink's, if that is among the methods.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+    """
+    file, settings = args.save / "cells" / "cacheshrink_padding.json", settings_of(args, splits, False)
+    if "cacheshrink" in args.methods and read_cell(file, settings) is None:
+        write_cell(file, settings, rows=padding_rows(source, splits.test[0, :24]))
+
+
+def print_estimate(args: argparse.Namespace, source: Source, splits: Splits, missing: int, cells: int) -> None:
+    """Prints the seconds that a run takes, by those of one block and of one step.
+
+    Args:
+        args: of the command.
+        source, splits: model and text.
+        missing: one-shot cells that aren't there.
+        cells: of all methods, to be healed from nothing.
+    """
+    if not missing and not args.heal:
+        return
     evaluated, trained = step_seconds(source.model, splits, settings_of(args, splits, True))
-    cells = len(args.shares) * (len(args.methods) - 1)
-    variants = 8  # of a method, on average
-    one = evaluated * (cells * (variants * args.choice_blocks + args.test_blocks) + 4 * len(splits.calibration))
-    text = f"a block takes {evaluated:.2f} s, so all one-shot cells about {one / 60:.0f} minutes, and ours their calibration"
+    variants = 6  # of a method, on average
+    one = evaluated * (missing * (variants * args.choice_blocks + args.test_blocks) + 2 * len(splits.calibration))
+    text = f"a block takes {evaluated:.2f} s, so {missing} one-shot cells {one / 60:.0f} minutes, and ours their calibration"
     if args.heal:
         runs = cells * (len(args.lrs) + len(args.seeds) - 1)
-        text += f"; a step {trained:.1f} s, so {runs} healings {runs * args.steps * trained / 3600:.1f} hours"
+        text += f"; a step takes {trained:.1f} s, so {runs} healings from nothing {runs * args.steps * trained / 3600:.1f} hours"
     print(text, flush=True)
 
 
@@ -184,9 +231,8 @@ def main() -> int:
         )
         (args.save / "cells").mkdir(parents=True, exist_ok=True)
         source = Source(model, tokenizer, splits.calibration)
-        print_estimate(args, source, splits)
-        check_energies(args, source, splits)
         measure(args, source, splits)
+        check_padding(args, source, splits)
         save_summary(args.save)
         return 0
 

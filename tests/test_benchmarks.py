@@ -129,3 +129,19 @@ def test_wrong_arguments(script, arguments, message, run_here):
     assert done.returncode == 2
     assert message in done.stderr
     assert not (ROOT / "nowhere").exists()
+
+
+def test_decoding(tmp_path, run_here):
+    pytest.importorskip("transformers")
+    parts = ("--parts", "attention", "layer", "step", "--shapes", "gpt2", "--precisions", "fp32", "--cached", 16)
+    done = run_here("decoding.py", *QUICK, *parts, "--batches", 1, "--layers", 1, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "decoding.csv")
+    assert {row["part"] for row in rows} == {"attention", "layer", "step"}
+    caches = {row["form"]: float(row["cache_mb"]) for row in rows if row["part"] == "step"}
+    dense = 2 * 12 * 64 * 16 * 4 / 1e6
+    assert caches["dense, transformers"] == pytest.approx(dense, rel=1e-3)
+    assert caches["Tucker, r3=64"] == pytest.approx(dense / 12, rel=1e-3)
+    assert caches["MLA re-expanding, c=128"] == pytest.approx(dense / 12, rel=1e-3)
+    assert "few queries with a past" in (tmp_path / "decoding.md").read_text()
+    assert (tmp_path / "decoding.png").stat().st_size > 1000

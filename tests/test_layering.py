@@ -23,7 +23,7 @@ ALLOWED = {
     "hosts": {"errors", "tensor", "attention", "linear"},
     "conversion": {"errors", "tensor", "attention", "hosts", "show"},
     "patching": {"errors", "validation", "tensor", "attention", "hosts", "conversion", "show"},
-    "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching"},
+    "checkpoint": {"errors", "version", "storage", "attention", "config", "hosts", "patching", "show"},
     "export": {"errors", "version", "attention", "hosts", "patching", "checkpoint"},
     "data": {"errors", "storage", "config", "hosts", "show"},
     "training": {"errors", "validation", "storage", "config", "data", "show"},

@@ -12,8 +12,10 @@ from vit_tucker.errors import DivergedError
 
 
 def attention_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the parameters of all attention modules, whatever replaced them."""
-    return parameters_of(layer.self_attn for layer in decoder_layers(model))
+    """Returns the parameters of all attention modules, whatever replaced them, and those that cacheshrink's layers share."""
+    shared = getattr(model, "xkv_groups", None)
+    modules = [layer.self_attn for layer in decoder_layers(model)]
+    return parameters_of(modules if shared is None else [*modules, shared])
 
 
 def rate(step: int, steps: int, peak: float) -> float:

@@ -15,7 +15,7 @@ from lm_baselines.mha2mla import mha2mla
 from lm_baselines.moments import LayerMoments, attention_layers, layer_moments, shape_of
 from lm_baselines.rorope import rorope
 from lm_baselines.shrink import cacheshrink
-from lm_baselines.text import mean_loss
+from lm_baselines.text import scored
 
 Convert = Callable[[], nn.Module]
 
@@ -118,23 +118,23 @@ def patched(source: Source, config: vt.AttentionConfig) -> nn.Module:
 
 
 def tucker_variants(source: Source, entries: int) -> Variants:
-    """Yields Tucker with a latent of half the entries for keys and as much for values, and no more parameters than the host's."""
+    """Yields Tucker with no more parameters than the host: half the entries for keys and half for values, or chosen by layer."""
     host = attention_layers(source.model)[0]
     heads, groups, width = shape_of(host)
     size, latent = host.q_proj.in_features, entries // 2
     dense = (heads + groups) * width * size  # of each of both tensors
     rank = min(size, (dense - size * latent) // (heads * latent + size))
-    options = {"ranks": [heads, rank, latent]}
-    yield options, partial(patched, source, vt.TuckerConfig(ranks=(heads, rank, latent), calibration=vt.Calibration()))
+    uniform, rule = (heads, rank, latent), vt.RankRule(cache=entries / (2 * groups * width), budget=1.0)
+    for ranks, named in ((uniform, list(uniform)), (rule, rule.model_dump())):
+        yield {"ranks": named}, partial(patched, source, vt.TuckerConfig(ranks=ranks, calibration=vt.Calibration()))
 
 
 def mla_variants(source: Source, entries: int) -> Variants:
-    """Yields MLA of ours with a latent of half the entries for keys and as much for values, one for both or two."""
+    """Yields MLA of ours with a latent of half the entries for keys and one for values, at two widths of the query latent."""
     size, latent = attention_layers(source.model)[0].q_proj.in_features, entries // 2
-    for shared in (False, True):
-        options = {"q_lora_rank": size // 2, "kv_lora_rank": latent, "shared_kv": shared}
-        config = vt.MLAConfig(**options, calibration=vt.Calibration())
-        yield options, partial(patched, source, config)
+    for query in (size // 2, size):
+        options: dict[str, Any] = {"q_lora_rank": query, "kv_lora_rank": latent, "shared_kv": False}
+        yield options, partial(patched, source, vt.MLAConfig(**options, calibration=vt.Calibration()))
 
 
 def gqa_variants(source: Source, entries: int) -> Variants:
@@ -159,6 +159,20 @@ METHODS: dict[str, Callable[[Source, int], Variants]] = {
 }
 
 
+def rebuild(source: Source, method: str, entries: int, variant: dict[str, Any]) -> nn.Module:
+    """Returns the model of one variant.
+
+    Args:
+        source: model and tokens.
+        method: of ``METHODS``.
+        entries: cached per token and layer.
+        variant: its options, and perhaps its loss.
+    """
+    wanted = {key: value for key, value in variant.items() if key != "calibration_loss"}
+    torch.manual_seed(0)
+    return next(convert for options, convert in METHODS[method](source, entries) if options == wanted)()
+
+
 def best_variant(
     source: Source, method: str, entries: int, blocks: int
 ) -> tuple[nn.Module | None, list[dict[str, Any]]]:
@@ -178,7 +192,7 @@ def best_variant(
     for options, convert in METHODS[method](source, entries):
         torch.manual_seed(0)
         model = convert()
-        loss = mean_loss(model, source.blocks[-blocks:])
+        loss = scored(model, source.blocks[-blocks:]).loss
         if best is None or loss < min(row["calibration_loss"] for row in tried):
             best = model
         tried.append({**options, "calibration_loss": loss})

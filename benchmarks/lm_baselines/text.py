@@ -1,7 +1,6 @@
 """A text as blocks of tokens: for calibration, for training, for choices, and for the test, without overlap."""
 
 import hashlib
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vit_tucker.errors import DataError
+from vit_tucker.inference.perplexity import Perplexity, perplexity
 
 
 class Splits(NamedTuple):
@@ -59,22 +59,15 @@ def split_text(file: Path, tokenizer: Any, calibration_tokens: int, length: int,
     return Splits(calibration, training, chosen, tested, hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16])
 
 
-@torch.no_grad()
-def mean_loss(model: nn.Module, blocks: Tensor, batch_size: int = 4) -> float:
-    """Returns the mean negative log likelihood of all tokens but each block's first, in nats.
+def scored(model: nn.Module, blocks: Tensor, batch_size: int = 4) -> Perplexity:
+    """Returns the score of all tokens but each block's first.
 
     Args:
-        model: a causal language model.
+        model: causal language model.
         blocks: (blocks, N).
         batch_size: blocks per call.
     """
-    training = model.training
-    model.eval()
-    total = 0.0
-    for batch in blocks.split(batch_size):
-        total += token_loss(model, batch).item() * len(batch)
-    model.train(training)
-    return total / len(blocks)
+    return perplexity(model, blocks.flatten(), window=blocks.shape[1], batch_size=batch_size)
 
 
 def token_loss(model: nn.Module, batch: Tensor) -> Tensor:
@@ -86,17 +79,6 @@ def token_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
-
-
-def perplexity(model: nn.Module, blocks: Tensor) -> float:
-    """Returns exp of ``mean_loss``; inf where that overflows.
-
-    Args:
-        model: a causal language model.
-        blocks: (blocks, N).
-    """
-    loss = mean_loss(model, blocks)
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

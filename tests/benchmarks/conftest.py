@@ -9,7 +9,8 @@ import torch
 
 import vit_tucker
 
-sys.path.append(str(Path(vit_tucker.__file__).parents[1] / "benchmarks"))
+BENCHMARKS = Path(vit_tucker.__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,17 @@ import torch
 
 pytest.importorskip("transformers")
 
+from transformers import AutoModelForCausalLM
+
+import vit_tucker as vt
 from tests.run import text
 from tests.run.text import config, write_text
 from tests.run.tiny import run, same, weights
 from tests.training.rules import StopAt
+from vit_tucker.cli.main import main
 from vit_tucker.data.token_files import open_tokens
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError
+from vit_tucker.inference.perplexity import perplexity
 
 TUCKER = {"attention": {"method": "tucker", "ranks": [3, 8, 4], "init": "random"}}
 
@@ -33,8 +39,6 @@ def rows(folder: str) -> list[dict[str, str]]:
 
 
 def test_a_run_learns_and_its_checkpoint_is_one_that_transformers_scores_alike():
-    from transformers import AutoModelForCausalLM
-
     results = run(config("output_dir=a", "train.epochs=4"))
     found = rows("a")
     losses = [float(row["eval_loss"]) for row in found]
@@ -85,6 +89,7 @@ def test_accumulation_and_checkpointed_activations_change_nothing_but_rounding()
     run(config("output_dir=b", "train.grad_accum_steps=4"))
     run(config("output_dir=c", "train.grad_checkpointing=true"))
     run(config("output_dir=d", "seed=1"))
+    assert type(vt.load("c")) is type(vt.load("a"))
     expected, *others, other_seed = ([float(row["train_loss"]) for row in rows(folder)] for folder in "abcd")
     for found in others:
         assert found == pytest.approx(expected, rel=1e-5)
@@ -100,6 +105,30 @@ def test_a_run_goes_on_from_another_and_from_a_folder_of_transformers():
     assert healed["loss"] == pytest.approx(first["last"]["eval_loss"], rel=1e-6)
     sizes_alone = run(config("output_dir=d", model={"name": "hf:a/checkpoints/last"}), True)["evaluation"]
     assert sizes_alone["loss"] > 1.05 * healed["loss"]
+
+
+@pytest.mark.parametrize("sections", [{}, TUCKER], ids=["dense", "tucker"])
+def test_checkpoints_are_saved_models_and_a_run_goes_on_without_what_it_started_from(sections):
+    run(config("output_dir=a", "train.epochs=1"))
+    Path("a").rename("host")
+    start = {"model": {"name": "hf:host/checkpoints/last", "pretrained": True}, **sections}
+    whole = run(config("output_dir=whole", **start))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("output_dir=parts", **start), step_rule=StopAt(7))
+    shutil.rmtree("host")
+    parts = run(config("output_dir=parts", **start))
+    assert same(weights("whole"), weights("parts"))
+    model = vt.load("parts")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert bool(vt.patch_record(model)) == bool(sections)
+    tokens = torch.from_numpy(open_tokens(Path("text"), "validation").tokens.astype(np.int64))
+    found = perplexity(model, tokens, window=17, stride=16)
+    assert found.tokens == len(tokens) - 1
+    assert found.loss == pytest.approx(parts["best"]["loss"], rel=1e-5)
+    assert whole["best"] == parts["best"]
+    if sections:
+        with pytest.raises(ValueError, match="vit_tucker.load"):
+            AutoModelForCausalLM.from_pretrained("parts/checkpoints/best")
 
 
 def test_a_gpt2_of_its_own_words_and_tied_weights():
@@ -164,6 +193,46 @@ def test_all_tokens_are_read_where_that_is_asked_for():
         run(config("output_dir=b", "train.epochs=1", "data.check=true"))
 
 
+def test_a_run_goes_on_with_its_own_text_wherever_that_lies():
+    run(config("output_dir=a"))
+    Path("text").rename("elsewhere")
+    write_text(Path("other"), 50)
+    assert run(config("output_dir=a", "data.root=elsewhere"))["evaluation"]["count"] > 0
+    with pytest.raises(DataError, match=r"a: the text of data.val_split, by its SHA-256, was \w+ when the run began"):
+        run(config("output_dir=a", "data.root=other"))
+
+
 def test_steps_of_an_epoch_are_for_text():
     with pytest.raises(ConfigError, match=r"train.steps_per_epoch: is for data.dataset=tokens"):
         run(config("output_dir=a", model={"name": "vit_tiny_patch16_224"}, data={"dataset": "digits"}))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate a", "a: a language model, which `perplexity` scores; a model of images is needed here"),
+        ("bench a", "a: a language model, which `perplexity` scores"),
+        ("plan hf:llama --method mha", "model.name: hf:llama is a language model, for `train` on text"),
+        (
+            "cost --cfg tiny.yaml",
+            "data.dataset=tokens: text for `train` and `perplexity` of language models, no images",
+        ),
+    ],
+)
+def test_commands_for_images_refuse_language_models(command, message, capsys):
+    run(config("output_dir=a", "train.epochs=1"))
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_attention_alone_can_be_trained():
+    run(config("output_dir=dense"))
+    start = {"model": {"name": "hf:dense/checkpoints/last", "pretrained": True}, **TUCKER}
+    run(config("output_dir=a", "train.only=attention", **start))
+    before, after = weights("dense"), weights("a")
+    kept = [name for name in before if ".self_attn." not in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert weights("a").keys() - before.keys() == {name for name in after if ".self_attn." in name} - before.keys()
+    assert not same(after, weights("a", "step-00000005"))

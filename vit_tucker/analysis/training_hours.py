@@ -28,7 +28,7 @@ class TrainingHours:
 
     @property
     def operations(self) -> int:
-        """Returns 6 N D."""
+        """Returns 6 N D, the operations of the whole training."""
         return 6 * self.parameters * self.tokens
 
     def hours(self, peak: float = PEAK, mfu: float = MFU) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vit_tucker.checkpoint.hub import refuse_missing
-from vit_tucker.errors import CheckpointError, and_more, nearest, reason_of
+from vit_tucker.errors import CheckpointError, and_more, reason_of
 from vit_tucker.hosts.transformers_library import import_transformers, quiet_transformers
 from vit_tucker.show.progress_bars import bars_are_shown
 from vit_tucker.storage.digests import CONFIG
@@ -89,7 +89,7 @@ def source_of(where: str | Path) -> tuple[str, dict[str, Any]]:
     ):
         raise CheckpointError(f"{text}: no such folder, and no 'owner/name' of the hub")
     name, _, revision = (hub or text).partition("@")
-    refuse_missing((hub or text), (CONFIG,), text)
+    refuse_missing((hub or text), (CONFIG,), text if hub else f"{text}: no such folder")
     return name, {"revision": revision} if revision else {}
 
 
@@ -148,15 +148,3 @@ def refuse_random(where: str, info: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{where}: of another model, or incomplete: {what} {names[0]}{and_more(names)}")
     if unused := sorted(info.get("unexpected_keys") or ()):
         LOGGER.warning(f"note: {where}: {unused[0]} has no place in the model{and_more(unused)}")
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """Returns torch's dtype of a name: "float32", "bfloat16", "float16" or "float64"; None for None.
-
-    Raises:
-        CheckpointError: another name.
-    """
-    names = ("float32", "bfloat16", "float16", "float64")
-    if name is not None and name not in names:
-        raise CheckpointError(f"dtype {name}: one of {', '.join(names)}{nearest(name, names)}")
-    return None if name is None else getattr(torch, name)

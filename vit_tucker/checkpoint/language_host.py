@@ -7,22 +7,22 @@ import torch
 from torch import nn
 
 from vit_tucker.checkpoint.causal_lm import in_one_line, load_dense_causal_lm, source_of
+from vit_tucker.checkpoint.transformers_config import read_entries
+from vit_tucker.config.model_section import LANGUAGE_MODEL
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest, reason_of
 from vit_tucker.hosts.transformers_library import import_transformers
-from vit_tucker.storage.digests import CONFIG
+from vit_tucker.storage.digests import CONFIG, SECTION
+from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.weights import load_weights
-from vit_tucker.version import __version__
 
-PREFIX = "hf:"
-"""What names of transformers' models begin with."""
 OF_TIMM = frozenset(ModelConfig.model_fields) - {"name", "pretrained", "checkpoint", "model_kwargs"}
 """Keys of the model section that only timm's models have."""
 
 
 def is_language_model(config: ModelConfig) -> bool:
     """Returns whether a model section names a language model of transformers."""
-    return config.name.startswith(PREFIX)
+    return config.name.startswith(LANGUAGE_MODEL)
 
 
 def load_language_model(config: ModelConfig, vocabulary: int | None = None, stored: Path | None = None) -> nn.Module:
@@ -38,7 +38,7 @@ def load_language_model(config: ModelConfig, vocabulary: int | None = None, stor
         ConfigError: transformers is missing or too old, has no such architecture, or an entry is unknown or can't be.
         CheckpointError: weights are missing or don't fit.
     """
-    name = config.name.removeprefix(PREFIX)
+    name = config.name.removeprefix(LANGUAGE_MODEL)
     transformers = import_transformers(f"model.name: {config.name}")
     refuse_keys_of_timm(config)
     if config.pretrained:
@@ -82,7 +82,7 @@ def describe_architecture(
         ConfigError: no such architecture or entry. CheckpointError: no such folder.
     """
     if stored is not None and (stored / CONFIG).is_file():
-        return in_one_line(str(stored), lambda: transformers.AutoConfig.from_pretrained(str(stored)))
+        return stored_config(transformers, stored)
     known = transformers.CONFIG_MAPPING.keys()
     if name in known and not Path(name).is_dir():
         defaults = transformers.AutoConfig.for_model(name)
@@ -102,6 +102,23 @@ def describe_architecture(
     defaults = in_one_line(name, lambda: transformers.AutoConfig.from_pretrained(place, **options))
     refuse_unknown_entries(defaults, given)
     return in_one_line(name, lambda: transformers.AutoConfig.from_pretrained(place, **options, **given))
+
+
+def stored_config(transformers: Any, folder: Path) -> Any:
+    """Returns the transformers config of the host of a checkpoint, dense or patched.
+
+    Args:
+        transformers: the package.
+        folder: with its config.json.
+
+    Raises:
+        CheckpointError: it is no such thing.
+    """
+    config = read_object(folder / CONFIG)
+    entries = read_entries(config, f"{folder}: {CONFIG}")
+    values = config if entries.host is None else entries.host
+    plain = {name: value for name, value in values.items() if name != SECTION}
+    return in_one_line(str(folder), lambda: transformers.CONFIG_MAPPING[entries.host_type].from_dict(plain))
 
 
 def refuse_unknown_entries(defaults: Any, given: dict[str, Any]) -> None:
@@ -129,13 +146,6 @@ def ending_within(defaults: Any, given: dict[str, Any]) -> dict[str, Any]:
     special = {name: getattr(defaults, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     beyond = {name: None for name, value in special.items() if isinstance(value, int) and value >= size}
     return {**beyond, **given}
-
-
-def describe_language_model(model: nn.Module) -> dict[str, Any]:
-    """Returns the config.json by which transformers, too, loads the weights of a dense language model."""
-    config: Any = model.config
-    values: dict[str, Any] = config.to_dict()
-    return {**values, "architectures": [type(model).__name__], "vit_tucker": {"version": __version__}}
 
 
 def weights_file(place: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Which library a model is from decides how it is described, written into a folder, and rebuilt from it.
+"""Finds the code that describes a model, writes it into a folder and rebuilds it, by the library that it is from.
 
 A new library is one file with a ``LIBRARY``, and one entry here; the library itself is imported by its users alone.
 """
@@ -30,7 +30,7 @@ class ModelPlace:
 
 @dataclass(frozen=True)
 class ModelLibrary:
-    """How models of one library become folders and come back.
+    """The functions that make folders of one library's models and rebuild these.
 
     Attributes:
         describe: returns the config.json that rebuilds a model, patched or dense; called with the model and the options of

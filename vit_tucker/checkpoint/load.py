@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from vit_tucker.checkpoint.libraries import ModelPlace, library_of_config
+from vit_tucker.checkpoint.causal_lm import GGUF, load_dense_causal_lm
+from vit_tucker.checkpoint.libraries import ModelPlace, library, library_of_config
 from vit_tucker.checkpoint.tensor_files import WEIGHTS, download
 from vit_tucker.errors import CheckpointError
 from vit_tucker.storage.digests import CONFIG
@@ -41,6 +43,29 @@ def load(where: str | Path, *, verify: bool = True, **overrides: Any) -> nn.Modu
     place = ModelPlace(*find(where))
     config = read_config(place.folder, place.hub_id)
     return library_of_config(config).load(place, config, verify, overrides)
+
+
+def load_causal_lm(
+    where: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Loads a causal language model, patched or dense, in evaluation mode.
+
+    Args:
+        where: see ``load``, and ``load_dense_causal_lm`` for models that transformers or GGUF files describe.
+        dtype: of the weights; the stored one if None.
+        device: the CPU if None.
+
+    Raises:
+        CheckpointError: nothing is there, it is damaged, or it is no language model.
+    """
+    path = Path(where).expanduser()
+    if not path.is_dir() or (not (path / CONFIG).is_file() and any(path.glob(f"*{GGUF}"))):
+        return load_dense_causal_lm(where, dtype=dtype, device=device)
+    folder, _ = find(path)
+    if library_of_config(config := read_config(folder, None)) is not library("transformers"):
+        raise CheckpointError(f"{where}: no language model, but {config['architecture']} of timm")
+    model = load(path) if dtype is None else load(path, dtype=dtype)
+    return model if device is None else model.to(device)
 
 
 def find(where: str | Path) -> tuple[Path | None, str | None]:

@@ -1,4 +1,4 @@
-"""What all libraries need to rebuild a model: verified weights, errors of constructors in one line, layers as they were saved."""
+"""Verified weights, constructors' errors in one line, a check of layers: parts that rebuild models of every library."""
 
 import logging
 from collections.abc import Callable, Mapping

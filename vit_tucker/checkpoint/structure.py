@@ -6,7 +6,9 @@ from typing import Any
 from torch import nn
 
 IGNORED = {
-    *("training", "fused_attn", "backend", "grad_checkpointing", "inplace"),  # how something is run
+    *("training", "fused_attn", "backend", "inplace"),  # how something is run
+    *("grad_checkpointing", "gradient_checkpointing"),
+    "name_or_path",  # where transformers found a model
     *("p", "drop_prob", "drop_rate", "drop_path_rate"),  # training only: timm's hub configs don't hold them either
     *("img_size", "input_size", "default_cfg", "pretrained_cfg", "name"),
 }

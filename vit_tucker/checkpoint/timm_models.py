@@ -99,7 +99,11 @@ def describe_timm(model: nn.Module, *, tokenizer: Any = None, **options: Any) ->
 
 
 def write_nothing(model: nn.Module, folder: Path, tokenizer: Any) -> None:
-    """Writes no files beside weights and config.json: timm's layout has none."""
+    """Writes no files beside weights and config.json: timm's layout has none.
+
+    Args:
+        model, folder, tokenizer: not used.
+    """
 
 
 LIBRARY = ModelLibrary(describe_timm, header, lambda config: WEIGHTS, full_state, write_nothing, load_timm)

@@ -17,6 +17,7 @@ from vit_tucker.cli import (
     hosts,
     info,
     lists,
+    perplexity,
     plan,
     predict,
     push,
@@ -31,7 +32,7 @@ from vit_tucker.run.status import guarded
 from vit_tucker.version import __version__
 
 COMMANDS = (
-    *(plan, convert, train, sweep, evaluate, predict, explain, export, push),
+    *(plan, convert, train, sweep, evaluate, perplexity, predict, explain, export, push),
     *(tokenize, compare, tables, ranks, hosts, cost, bench, lists, info, completion),
 )
 """Each adds its commands, in the order of the help."""

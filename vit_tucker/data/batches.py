@@ -43,7 +43,7 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def close(self) -> None:
-        """Ends all worker processes."""
+        """Ends all worker processes now."""
 
 
 class StepBatches(Protocol):
@@ -67,7 +67,7 @@ class StepBatches(Protocol):
         """Yields each optimizer step's micro-batches, from ``start_step`` of an epoch on."""
 
     def close(self) -> None:
-        """Ends all worker processes."""
+        """Ends all worker processes now."""
 
 
 class Sample(NamedTuple):

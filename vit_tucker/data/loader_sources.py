@@ -1,4 +1,4 @@
-"""What both image loaders of one process are built from."""
+"""The sources from which both image loaders of one process are built."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,13 @@ class LoaderSources:
         return StreamReader(dataset, split, self.data.max_bad_images, rank, world_size, self.num_classes)
 
     def load(self, dataset: Dataset, in_process: bool = False, **options: Any) -> DataLoader:
-        """Returns a DataLoader of ``dataset`` with the shared options and ``options``; ``in_process`` uses no workers."""
+        """Returns a DataLoader with the shared options.
+
+        Args:
+            dataset: torch's.
+            in_process: without workers.
+            options: of the DataLoader, in place of the shared ones.
+        """
         workers = 0 if in_process else self.data.num_workers
         return WorkerLoader(
             dataset,
@@ -58,7 +64,13 @@ class LoaderSources:
         )
 
     def load_samples(self, samples: SeededDataset, sampler: Sampler, preparation: Preparation) -> DataLoader:
-        """Returns the DataLoader of ``samples`` in the order of ``sampler``; a ``preparation`` "kept" is read in this process."""
+        """Returns the DataLoader of samples in an order.
+
+        Args:
+            samples: map-style.
+            sampler: their order, in batches.
+            preparation: how they are read; "kept" ones in this process.
+        """
         if preparation.kind == "kept":
             return self.load(KeptSamples(samples), in_process=True, batch_sampler=sampler)
         return self.load(samples, batch_sampler=sampler)

@@ -173,7 +173,12 @@ class EvalWindowLoader:
 
 
 def make_batch(tokens: np.ndarray, starts: Tensor, block: int, pinned: bool) -> Batch:
-    """Returns windows as a batch; arguments as of ``read_windows``, and whether its memory is for copies to a GPU."""
+    """Returns windows as a batch.
+
+    Args:
+        tokens, starts, block: see ``read_windows``; (count,) and (B,).
+        pinned: its memory is for copies to a GPU.
+    """
     inputs, targets = read_windows(tokens, starts, block)
     return Batch(inputs.pin_memory(), targets.pin_memory()) if pinned else Batch(inputs, targets)
 

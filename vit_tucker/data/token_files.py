@@ -141,7 +141,7 @@ class TokenWriter:
         return self
 
     def write(self, numbers: Any, text_bytes: int) -> None:
-        """Appends tokens.
+        """Appends tokens to the file.
 
         Args:
             numbers: sequence of ints below the vocabulary.

@@ -1,9 +1,10 @@
 """Imports transformers, the optional extra ``hf``, where a model of it comes in; and keeps what it prints off the terminal."""
 
 import importlib
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
 from vit_tucker.errors import ConfigError, VitTuckerError, how_to_install
@@ -14,7 +15,7 @@ OLDEST_PYTHON = (3, 11)
 
 
 def import_transformers(what: str, error: type[VitTuckerError] = ConfigError) -> Any:
-    """Returns the package transformers.
+    """Returns the package transformers, imported when it is first needed.
 
     Args:
         what: needs it: the name of a model, for the message.
@@ -43,12 +44,15 @@ def quiet_transformers(progress: bool) -> Iterator[None]:
     """
     from transformers.utils import logging
 
+    # the bar of GGUF files has no switch
+    silent = nullcontext() if progress else redirect_stderr(io.StringIO())
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     if not progress:
         logging.disable_progress_bar()
     try:
-        yield
+        with silent:
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

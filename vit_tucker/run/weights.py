@@ -5,14 +5,14 @@ from typing import Any
 from torch import nn
 
 from vit_tucker.attention.options import MethodConfig
-from vit_tucker.checkpoint.describe import describe, header
-from vit_tucker.checkpoint.language_host import describe_language_model, is_language_model
+from vit_tucker.checkpoint.describe import describe
+from vit_tucker.checkpoint.libraries import library_of
 from vit_tucker.config.schema import RunConfig
-from vit_tucker.data.classes import padded
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts.slot import slot_of
 from vit_tucker.patching.record import patch_records
+from vit_tucker.run.builders import builder_of
 from vit_tucker.run.built import BuiltModel
 from vit_tucker.storage.digests import save_model
 from vit_tucker.storage.run_dir import LOGGER, RunDir
@@ -24,33 +24,19 @@ def describe_weights(
 ) -> tuple[dict[str, str], dict[str, Any] | None]:
     """Returns header and config.json of a run's weights.
 
-    config.json is None, with a line in the log, if timm can't rebuild the model.
+    config.json is None, with a line in the log, if the model's library can't rebuild it.
 
     Args:
         model: whose weights are saved.
         config, built, loaders: as of ``build_trainer``.
     """
-    if is_language_model(config.model):
-        return describe_text_weights(model, config)
-    names = loaders.label_names and padded(loaders.label_names, built.num_classes)
-    labels = names if names and len(names) == built.num_classes else None
+    library = library_of(model)
     try:
-        description = describe(model, label_names=labels, data=built.data)
+        description = library.describe(model, **builder_of(config).described(built, loaders))
     except CheckpointError as error:
         LOGGER.warning(f"checkpoints have no config.json to be rebuilt from: {error}")
         return weights_header(config.model.name, *(record.config for record in patch_records(model).values())), None
-    return header(description), description
-
-
-def describe_text_weights(model: nn.Module, config: RunConfig) -> tuple[dict[str, str], dict[str, Any] | None]:
-    """Returns header and config.json of a language model's weights; arguments as of ``describe_weights``.
-
-    A dense model's folder is one that transformers loads, too. A patched model's has no config.json: transformers would start its
-    attention at random without an error.
-    """
-    records = patch_records(model)
-    description = None if records else describe_language_model(model)
-    return weights_header(config.model.name, *(record.config for record in records.values())), description
+    return library.header(description), description
 
 
 def save_teacher(run_dir: RunDir, teacher: nn.Module, name: str) -> None:
