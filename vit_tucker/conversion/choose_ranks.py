@@ -12,7 +12,7 @@ from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Ru
 from vit_tucker.attention.variants.mha import MHAConfig
 from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, even_rank, layer_tables, whiten
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.inputs import Inputs
+from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
@@ -47,7 +47,7 @@ def resolve_ranks(
     configs: Mapping[str, MethodConfig],
     read: Mapping[str, Host],
     tokens: Mapping[str, tuple[int, int]],
-    inputs: list[Inputs] | None,
+    inputs: list[InputBatch] | None,
 ) -> Config:
     """Returns the config with rules for the layers whose ranks are yet to be chosen.
 
@@ -84,7 +84,7 @@ def choose_layer_ranks(
     model: nn.Module,
     layers: list[OpenLayer],
     tokens: Mapping[str, tuple[int, int]],
-    calibration: tuple[Calibration, list[Inputs]] | None,
+    calibration: tuple[Calibration, list[InputBatch]] | None,
 ) -> list[Rule]:
     """Returns rules that give each layer its ranks; layers with the same rank rule share its budget.
 
@@ -126,7 +126,7 @@ def choose_layer_ranks(
 
 @torch.no_grad()
 def _tensors(
-    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Inputs]] | None
+    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[InputBatch]] | None
 ) -> Iterator[tuple[OpenLayer, Pairs, Pairs]]:
     """Returns both tensors of each layer, in units that compare.
 

@@ -144,11 +144,11 @@ def ablation_table(option: str, lines: Sequence[Line]) -> Table:
         cells = dict(zip(line.values, line.settings, strict=True))
         rows.append([line.label, *(spread(s.score, s.score_std) if (s := cells.get(v)) else "" for v in values)])
         raw += [[line.label, value, s.name, s.params, s.score, s.score_std, len(s.seeds)] for value, s in cells.items()]
-    metric = lines[0].settings[0].metrics[0]
-    name = metric.name
+    measure = lines[0].settings[0].measures[0]
+    name = measure.name
     raw_header = ["settings", "value", "config", "attention_params", f"{name}_mean", f"{name}_std", "seeds"]
     note = (
-        f"{metric.heading}, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in "
+        f"{measure.heading}, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in "
         "all else."
     )
     return Table([name_of(option), *values], rows, 1, raw_header, raw, [note], stem=stem_of(option))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_tucker.errors import ConfigError, one_line
-from vit_tucker.show.metrics import metrics_in
+from vit_tucker.show.measures import measures_in
 from vit_tucker.storage import json_files
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
@@ -104,8 +104,8 @@ def checked_results(entry: Any, where: str) -> Results:
     missing = [key for key in NEEDED if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ConfigError(f"{where}: not the results of a run: no '{missing[0]}'")
-    last, *others = metrics_in(entry["last"] or {})
-    measured = [last.column] if last.lowest else [metric.column for metric in (last, *others)]
+    last, *others = measures_in(entry["last"] or {})
+    measured = [last.column] if last.lowest else [measure.column for measure in (last, *others)]
     keys = (*NUMBERS, *(f"last.{column}" for column in measured))
     for key in keys if entry["best"] is None else (*keys, f"best.{last.name}"):
         value: Any = entry

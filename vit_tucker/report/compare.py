@@ -6,7 +6,7 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import checked_results
-from vit_tucker.show.metrics import metrics_in
+from vit_tucker.show.measures import measures_in
 from vit_tucker.show.tables import decimal, markdown, share
 from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.paths import checked_name
@@ -58,7 +58,7 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
         attention = describe_attention(results) + (f", linear: {linear}" if linear else "")
         row = {"run": results["name"], "folder": str(folder), "attention": attention}
         row |= {"attention_params": params["attention"], "of_dense": params["attention"] / params["dense_attention"]}
-        first, second = metrics_in(last)
+        first, second = measures_in(last)
         row |= {"params": params["total"], first.column: last[first.column]}
         row |= {
             f"best_{first.name}": results["best"] and results["best"][first.name],
@@ -75,7 +75,7 @@ def comparison(folders: list[Path]) -> str:
         ConfigError: a run is not finished, or some are of images and some of text.
     """
     compared = compared_rows(folders)
-    kinds = {metrics_in(row): row["folder"] for row in compared}
+    kinds = {measures_in(row): row["folder"] for row in compared}
     if len(kinds) > 1:
         raise ConfigError(
             f"{' and '.join(kinds.values())}: one is of images, one of text, which have no scores in common"

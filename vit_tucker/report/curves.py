@@ -24,8 +24,8 @@ LOSS = ("train_loss", "training loss")
 
 def curve_rows(settings: Sequence[Setting]) -> tuple[tuple[str, str], ...]:
     """Returns the rows of a figure of curves: key and label of the score, and of the training loss."""
-    metric = settings[0].metrics[0]
-    return (metric.column, "top-1 accuracy, %" if metric.unit else metric.label), LOSS
+    measure = settings[0].measures[0]
+    return (measure.column, "top-1 accuracy, %" if measure.unit else measure.label), LOSS
 
 
 def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
@@ -54,8 +54,8 @@ def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
 def recovery_table(section: Section) -> Table | None:
     """Returns epochs to come within some points of the dense accuracy; None without, or without curves of several epochs."""
     dense = section.dense
-    settings = [s for s in section.comparable if curve_of(s, s.metrics[0].column) is not None]
-    if dense is None or section.metrics[0].lowest or not has_course(settings):
+    settings = [s for s in section.comparable if curve_of(s, s.measures[0].column) is not None]
+    if dense is None or section.measures[0].lowest or not has_course(settings):
         return None
     header = ["config", "method", "options", "init", "attention params", *(f"dense - {points:g}" for points in POINTS)]
     rows, raw = [], []
@@ -92,7 +92,7 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
         The name of the PNG, None if no setting has a curve of several epochs.
     """
     chosen = [s for s in section.comparable if not patterns or any(fnmatchcase(s.name, p) for p in patterns)]
-    drawn = [s for s in chosen if curve_of(s, s.metrics[0].column) is not None]
+    drawn = [s for s in chosen if curve_of(s, s.measures[0].column) is not None]
     if not has_course(drawn):
         return None
     series, lines = list(dict.fromkeys(s.series for s in drawn)), curve_rows(drawn)

@@ -70,13 +70,13 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
         axis.set_xlabel(label)
         shown = [*drawn, *([] if section.dense is None else [section.dense])]
         means = [s.score for s in shown]
-        score_axis(axis, section.metrics[0], min(means), max(means))
+        score_axis(axis, section.measures[0], min(means), max(means))
         grid(axis)
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=2.4, columnspacing=1.2
         )
-        return save(figure, folder, f"{section.metrics[0].stem}_{cost}"), notes
+        return save(figure, folder, f"{section.measures[0].stem}_{cost}"), notes
 
 
 def draw_series(

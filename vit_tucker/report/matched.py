@@ -212,7 +212,7 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
 
 def compare_methods(section: Section) -> MethodComparison | None:
     """Returns the comparison of a section by accuracy; None where there is no Tucker setting or nothing to compare it with."""
-    if section.metrics[0].lowest:
+    if section.measures[0].lowest:
         return None
     comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

@@ -92,7 +92,7 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     axis.set_xlabel("attention parameters")
     axis.set_title(section.title)
     axis.patch.set_gid(f"{section.slug}-area")
-    score_axis(axis, section.metrics[0], min(s.score for s in shown), max(s.score for s in shown))
+    score_axis(axis, section.measures[0], min(s.score for s in shown), max(s.score for s in shown))
     axis.set_ylabel(f"{axis.get_ylabel()} ± std")
     grid(axis)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from vit_tucker.report.collect import Results, dotted_leaves, is_below, setting_key, written_config
 from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.show.measures import Measure
 from vit_tucker.show.methods import MethodDisplay, fill_in
-from vit_tucker.show.metrics import Metric
 
 DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
 START_KEYS = ("model.checkpoint", "model.pretrained")
@@ -70,14 +70,14 @@ class Section:
         return min(dense, key=lambda s: (s.is_start, len(self.differences(s))), default=None)
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """Returns what the settings' runs measured, see ``Setting.metrics``."""
-        return self.settings[0].metrics
+    def measures(self) -> tuple[Measure, ...]:
+        """Returns what the settings' runs measured, see ``Setting.measures``."""
+        return self.settings[0].measures
 
     @property
     def what(self) -> str:
         """Returns what a model is evaluated on: an image, or a window of tokens."""
-        return "window" if self.metrics[0].lowest else "image"
+        return "window" if self.measures[0].lowest else "image"
 
     @property
     def methods(self) -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 from vit_tucker.report.collect import Results
 from vit_tucker.report.compare import describe_attention, linear_method
 from vit_tucker.report.stats import Floats, mean, sample_std
+from vit_tucker.show.measures import Measure, measures_in
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
-from vit_tucker.show.metrics import Metric, metrics_in
 
 DENSE = "dense"
 
@@ -96,44 +96,44 @@ class Setting:
         return tuple(run["config"]["seed"] for run in self.runs)
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:
+    def measures(self) -> tuple[Measure, ...]:
         """Returns what the runs measured: top-1 and top-5 accuracy, or perplexity and bits per byte; the first one decides."""
-        return metrics_in(self.runs[0]["last"])
+        return measures_in(self.runs[0]["last"])
 
     @cached_property
     def scores(self) -> Floats:
-        """Returns the first metric after the last epoch, top-1 in percent or perplexity, one per seed."""
-        return self.last_values(self.metrics[0])
+        """Returns the first measure after the last epoch, top-1 in percent or perplexity, one per seed."""
+        return self.last_values(self.measures[0])
 
     @cached_property
     def second_scores(self) -> Floats:
-        """Returns the second metric after the last epoch, top-5 in percent or bits per byte, one per seed; NaN if unknown."""
-        return self.last_values(self.metrics[1])
+        """Returns the second measure after the last epoch, top-5 in percent or bits per byte, one per seed; NaN if unknown."""
+        return self.last_values(self.measures[1])
 
-    def last_values(self, metric: Metric) -> Floats:
-        """Returns a ``metric`` after the last epoch, one per seed; NaN where it is not known."""
-        values = [run["last"][metric.column] for run in self.runs]
+    def last_values(self, measure: Measure) -> Floats:
+        """Returns a ``measure`` after the last epoch, one per seed; NaN where it is not known."""
+        values = [run["last"][measure.column] for run in self.runs]
         return np.array([math.nan if value is None else value for value in values], dtype=float)
 
     @property
     def best_score(self) -> float | None:
-        """Returns the first metric of the best epoch, chosen on the data it is measured on; None where a run's is not known."""
+        """Returns the first measure of the best epoch, chosen on the data it is measured on; None where a run's is not known."""
         best = [run["best"] for run in self.runs]
-        return None if None in best else mean([each[self.metrics[0].name] for each in best])
+        return None if None in best else mean([each[self.measures[0].name] for each in best])
 
     @property
     def score(self) -> float:
-        """Returns the mean of the first metric over the seeds."""
+        """Returns the mean of the first measure over the seeds."""
         return mean(self.scores)
 
     @property
     def merit(self) -> float:
         """Returns the score, with the sign that makes the highest the best."""
-        return -self.score if self.metrics[0].lowest else self.score
+        return -self.score if self.measures[0].lowest else self.score
 
     @property
     def score_std(self) -> float | None:
-        """Returns the sample standard deviation of the first metric over the seeds."""
+        """Returns the sample standard deviation of the first measure over the seeds."""
         return sample_std(self.scores)
 
     @cached_property

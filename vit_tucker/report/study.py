@@ -148,7 +148,7 @@ def write_section(
     """
     folder = out / name
     folder.mkdir(exist_ok=True)
-    comparison, title = compare_methods(section), section.metrics[0].stem.capitalize()
+    comparison, title = compare_methods(section), section.measures[0].stem.capitalize()
     parts = {"Settings": Part(settings_table(section), None)}
     notes: list[str] = []
     for cost, (label, _) in COSTS.items():
@@ -159,7 +159,7 @@ def write_section(
     if comparison is not None:
         parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
         parts["In short"] = Part(headline_table(comparison), None)
-    if section.metrics[0].lowest:
+    if section.measures[0].lowest:
         notes.append("Tables of parameters at equal accuracy, of starts and of epochs to recover are for images alone.")
     elif starts := compare_starts(section):
         parts["Starts compared"] = Part(starts_table(starts), None)
@@ -213,7 +213,7 @@ def facts(section: Section) -> str:
         f"dense reference {dense.name} ({section.describe_recipe(dense) or 'the same recipe'})")  # fmt: skip
     commits = distinct(commit for setting in section.settings for commit in setting.commits.split(", "))
     dates = sorted({run["finished"] for run in runs})
-    unit = "tokens" if section.metrics[0].lowest else "images"
+    unit = "tokens" if section.measures[0].lowest else "images"
     number = mode(run["num_train"] for run in runs)  # those of the recipe: a start may have seen more
     return (
         f"{number} training and {first['data']['num_eval'] or 'streamed'} evaluation {unit}; {', '.join(shown)}; "

@@ -41,8 +41,8 @@ def settings_table(section: Section) -> Table:
     header = ["config", "method", "options", "init"]
     header += ["other recipe"] * any(recipes)
     text_columns = len(header)
-    first, second = (metric.heading for metric in section.metrics)
-    best = f"best epoch{' ' * bool(section.metrics[0].unit)}{section.metrics[0].unit}"
+    first, second = (measure.heading for measure in section.measures)
+    best = f"best epoch{' ' * bool(section.measures[0].unit)}{section.measures[0].unit}"
     header += ["attention params", "of dense", first, best, second, "FLOPs", "latency", "seeds"]
     header += ["commit"] * (len(commits) > 1)
     rows, raw = [], []
@@ -58,7 +58,7 @@ def settings_table(section: Section) -> Table:
         ])  # fmt: skip
         raw.append(raw_setting(setting, recipe))
     notes = [
-        f"{' and '.join(metric.label for metric in section.metrics)}: after the last epoch, mean ± sample standard deviation "
+        f"{' and '.join(measure.label for measure in section.measures)}: after the last epoch, mean ± sample standard deviation "
         f"over seeds. The best epoch is chosen on the evaluation {section.what}s themselves and only shown beside.",
         f"FLOPs: of one forward pass of the whole model per {section.what}, 2 per multiply-add. Latency: ratio to the dense host"
         f"{latency_conditions(section)}.",
@@ -73,7 +73,7 @@ def settings_table(section: Section) -> Table:
 
 
 def second_text(setting: Setting) -> str:
-    """Returns the second metric, '98.20 ± 0.11'; '-' where it is not known."""
+    """Returns the second measure, '98.20 ± 0.11'; '-' where it is not known."""
     known = not np.isnan(setting.second_scores).any()
     return spread(mean(setting.second_scores), sample_std(setting.second_scores)) if known else "-"
 
@@ -82,7 +82,7 @@ def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
     """Returns a line of the CSV file."""
     low, high = setting.latency_range
     of_seeds = " ".join(f"{value:.6g}" for value in setting.scores)
-    first, second = (metric.name for metric in setting.metrics)
+    first, second = (measure.name for measure in setting.measures)
     return {
         "config": setting.name, "method": setting.method, "options": setting.options, "init": setting.init,
         "other_recipe": recipe, "attention_params": setting.params, "share_of_dense": setting.share,

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from vit_tucker.attention.base import AttentionConfig
-from vit_tucker.checkpoint.language_host import PREFIX, is_language_model
+from vit_tucker.checkpoint.language_host import is_language_model
+from vit_tucker.config.data_section import TOKENS
 from vit_tucker.config.schema import RunConfig
 from vit_tucker.data.loaders import Loaders
 from vit_tucker.errors import ConfigError
@@ -17,9 +18,6 @@ from vit_tucker.run.image_builder import ImageBuilder
 from vit_tucker.run.text_builder import TextBuilder
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.training.coordination import Coordinator
-
-TOKENS = "tokens"
-"""The data set that is text."""
 
 
 class Builder(Protocol):
@@ -107,7 +105,7 @@ def builder_of(config: RunConfig) -> Builder:
     if text != language_model:
         raise ConfigError(
             f"model.name: {config.model.name} with data.dataset={config.data.dataset}: "
-            + (f"tokens are for a language model of transformers, '{PREFIX}llama'" if text else
+            + ("tokens are for a language model of transformers, 'hf:llama'" if text else
                f"a language model learns from text, data.dataset={TOKENS}, which vit-tucker tokenize makes")
         )  # fmt: skip
     return TextBuilder() if text else ImageBuilder()

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vit_tucker.show.fonts import installed_fonts
-from vit_tucker.show.metrics import Metric
+from vit_tucker.show.measures import Measure
 from vit_tucker.show.tables import short_count
 
 
@@ -113,20 +113,20 @@ def accuracy_axis(axis: Any, low: float, high: float, horizontal: bool = False) 
     axis.set(**{f"{name}label": "top-1 accuracy, % (log error)"})
 
 
-def score_axis(axis: Any, metric: Metric, low: float, high: float, horizontal: bool = False) -> None:
-    """Makes y an axis of a metric: see ``accuracy_axis`` for one in percent; a perplexity's is logarithmic where it varies much.
+def score_axis(axis: Any, measure: Measure, low: float, high: float, horizontal: bool = False) -> None:
+    """Makes y an axis of a measure: see ``accuracy_axis`` for one in percent; a perplexity's is logarithmic where it varies much.
 
     Args:
         axis: of a figure whose data are drawn.
-        metric: what is drawn.
+        measure: what is drawn.
         low, high: its values.
         horizontal: make it x.
     """
-    if metric.unit:
+    if measure.unit:
         accuracy_axis(axis, low, high, horizontal)
         return
     name = "x" if horizontal else "y"
-    axis.set(**{f"{name}label": metric.label})
+    axis.set(**{f"{name}label": measure.label})
     if high > WIDE * low > 0:
         getattr(axis, f"set_{name}scale")("log")
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from vit_tucker.show.metrics import IMAGE_METRICS
+from vit_tucker.show.measures import IMAGE_MEASURES
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.status import State, Status
 
@@ -39,8 +39,8 @@ def progress_table(jobs: Sequence[Job], statuses: Statuses, most: int | None = N
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
     table.add_column("cell", no_wrap=True)
-    metric = next((s.metric for s in statuses.values() if s.score is not None), IMAGE_METRICS[0])
-    for title in (*(f"seed {seed}" for seed in seeds), f"mean {metric.heading}"):
+    measure = next((s.measure for s in statuses.values() if s.score is not None), IMAGE_MEASURES[0])
+    for title in (*(f"seed {seed}" for seed in seeds), f"mean {measure.heading}"):
         table.add_column(title, justify="right", no_wrap=True)
     by_name: dict[str, dict[int, Job]] = {}
     for job in jobs:

@@ -13,7 +13,7 @@ from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import collect
 from vit_tucker.report.compare import read_results
 from vit_tucker.run.same_run import changes_of_run, check_folder
-from vit_tucker.show.metrics import IMAGE_METRICS, Metric, metrics_in
+from vit_tucker.show.measures import IMAGE_MEASURES, Measure, measures_in
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 
@@ -44,7 +44,7 @@ class Status:
         epoch: finished epochs.
         reason: why it failed, is blocked or is trained elsewhere.
         seconds: training time of a finished run.
-        metric: what the score is.
+        measure: what the score is.
     """
 
     state: State
@@ -52,7 +52,7 @@ class Status:
     epoch: int = 0
     reason: str = ""
     seconds: float = 0.0
-    metric: Metric = IMAGE_METRICS[0]
+    measure: Measure = IMAGE_MEASURES[0]
 
 
 def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) -> Status:
@@ -81,8 +81,8 @@ def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) ->
         update_progress(job, status)
         return status
     seconds, last = results.get("train_seconds", 0.0), results["last"]
-    metric = metrics_in(last)[0]
-    return Status(State.DONE, last[metric.column], results["epochs"], seconds=seconds, metric=metric)
+    measure = measures_in(last)[0]
+    return Status(State.DONE, last[measure.column], results["epochs"], seconds=seconds, measure=measure)
 
 
 def read_statuses(
@@ -120,9 +120,9 @@ def update_progress(job: Job, status: Status) -> None:
             rows = list(csv.DictReader(opened))
     except OSError:
         return
-    metric = metrics_in(rows[0])[0] if rows else status.metric
-    scores = [score for row in rows if (score := row.get(metric.column))]
-    status.epoch, status.score, status.metric = len(rows), float(scores[-1]) if scores else None, metric
+    measure = measures_in(rows[0])[0] if rows else status.measure
+    scores = [score for row in rows if (score := row.get(measure.column))]
+    status.epoch, status.score, status.measure = len(rows), float(scores[-1]) if scores else None, measure
 
 
 def last_words(log: Path, start: int = 0) -> str:

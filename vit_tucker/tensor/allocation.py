@@ -36,7 +36,11 @@ class RankTable:
     norm: float
 
     def at_third(self, index: int) -> "RankTable":
-        """Returns the entries whose third rank is the one of this index."""
+        """Returns the entries with one third rank.
+
+        Args:
+            index: of the rank among ``ranks[2]``.
+        """
         r1, r2, r3 = self.ranks
         part = slice(index, index + 1)
         return RankTable((r1, r2, r3[part]), self.error[..., part], self.cost[..., part], self.norm)

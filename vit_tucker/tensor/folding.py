@@ -1,4 +1,4 @@
-"""Latent pairs that stand for several rotations: those which the tokens that meet can't tell apart.
+"""Finds latent pairs that stand for several rotations: those which the tokens that meet can't tell apart.
 
 Slow rotations hardly turn within a sequence, neighbouring ones stay together, and so pairs with different rotations may share a
 latent pair, at the price of an angle that is slightly wrong. What that costs is measured on the tokens that meet: the pair k
@@ -25,7 +25,7 @@ layers of a language model at a quarter of the cache."""
 
 
 class Folds(NamedTuple):
-    """What folding costs.
+    """The costs of rotating pairs by other angles than their own.
 
     Attributes:
         factors: best factor of the column of a pair with rotation k that rotates by f, (F, F + 1) complex; the last column is of
@@ -38,7 +38,7 @@ class Folds(NamedTuple):
 
 
 class Division(NamedTuple):
-    """Which rotations are folded.
+    """A rotation for each rotation, which stands for it.
 
     Attributes:
         chosen: for each rotation the one that stands for it, (F,); F, no rotation at all, for those that are taken as still.
