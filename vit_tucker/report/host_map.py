@@ -10,7 +10,7 @@ Entry = dict[str, Any]
 
 
 class LibraryHead(NamedTuple):
-    """What the head of a library's map has of its own.
+    """The parts of a map's head that differ from library to library.
 
     Attributes:
         title: of the page.
