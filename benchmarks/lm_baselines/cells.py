@@ -15,12 +15,14 @@ from torch import nn
 from lm_baselines.caching import cached_entries
 from lm_baselines.healing import attention_parameters, heal
 from lm_baselines.methods import Source, best_variant
-from lm_baselines.moments import dense_entries
+from lm_baselines.moments import decoder_layers, dense_entries
 from lm_baselines.text import Splits, scored
 from vit_tucker import __version__
 from vit_tucker.errors import ConfigError
 
 DENSE = "dense"
+BYTES = 2
+"""Of an entry, in bfloat16."""
 
 
 def versions() -> dict[str, str]:
@@ -94,11 +96,11 @@ def one_shot(
         return write_cell(file, settings, **values, perplexity=None), None
     dense = sum(p.numel() for p in attention_parameters(source.model))
     parameters = sum(p.numel() for p in attention_parameters(model))
+    cached = cached_entries(model)
     values |= {
-        "cached_entries": cached_entries(model),
-        "cache_share": cached_entries(model) / dense_entries(source.model),
-    }
-    values |= {
+        "cached_entries": cached,
+        "cache_share": cached / dense_entries(source.model),
+        "cache_bytes": round(cached * len(decoder_layers(model)) * BYTES),
         "attention_params": parameters,
         "params_share": parameters / dense,
         "conversion_seconds": round(seconds, 1),
@@ -124,7 +126,16 @@ def healed(
         everything=settings["train"] == "all", note=lambda step, loss: losses.append(round(loss, 4)),
     )  # fmt: skip
     seconds = time.perf_counter() - started
-    kept = ("method", "entries", "cached_entries", "cache_share", "attention_params", "params_share", "variant")
+    kept = (
+        "method",
+        "entries",
+        "cached_entries",
+        "cache_share",
+        "cache_bytes",
+        "attention_params",
+        "params_share",
+        "variant",
+    )
     return write_cell(
         file, settings, **{key: start[key] for key in kept}, stage="healed", lr=lr, seed=seed, losses=losses,
         validation_loss=scored(model, splits.validation).loss, perplexity=scored(model, splits.test).perplexity,

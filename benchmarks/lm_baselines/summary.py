@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_baselines.cells import DENSE
+from lm_baselines.methods import METHODS
 from lm_baselines.padding import padding_table
 from vit_tucker.show import figures
 from vit_tucker.show.tables import csv_text, decimal, markdown, share
@@ -16,6 +17,8 @@ COLUMNS = (
     "stage",
     "cached_entries",
     "cache_share",
+    "cache_bytes",
+    "attention_params",
     "params_share",
     "lr",
     "seeds",
@@ -23,7 +26,10 @@ COLUMNS = (
     "std",
     "variant",
 )
-PANELS = (("cache_share", "KV cache / dense"), ("params_share", "attention parameters / dense"))
+PANELS = (
+    ("cache_bytes", 1e3, "KV cache, kB per token in bfloat16"),
+    ("attention_params", 1e6, "attention parameters, millions"),
+)
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -140,14 +146,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         rows: see ``read_rows``.
         file: PNG.
     """
-    methods = sorted({row["method"] for row in rows} - {DENSE})
+    methods = list(METHODS)
     dense = [row["perplexity"] for row in rows if row["method"] == DENSE]
     with figures.subplots(6.8, 2.8, 1, 2, sharey=True) as (figure, axes):
-        for axis, (column, label) in zip(axes, PANELS, strict=True):
+        for axis, (column, unit, label) in zip(axes, PANELS, strict=True):
             for i, method in enumerate(methods):
                 for stage, line in (("one-shot", "--"), ("healed", "-")):
                     mine = [row for row in rows if row["method"] == method and row["stage"] == stage]
-                    points = sorted((row[column], row["perplexity"]) for row in mine)
+                    points = sorted((row[column] / unit, row["perplexity"]) for row in mine)
                     if points:
                         axis.plot(*zip(*points, strict=True), line, marker=figures.SHAPES[i], markersize=4, linewidth=0.8,
                                   color=figures.PALETTE[i], label=f"{method}, {stage}")  # fmt: skip
@@ -155,7 +161,13 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                 axis.axhline(value, color="0.6", linewidth=0.8, zorder=0, label="dense")
             axis.set(xlabel=label, yscale="log")
         axes[0].set_ylabel("perplexity")
-        axes[0].set_xscale("log", base=2)
-        axes[0].xaxis.set_major_formatter(figures.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes[0].set_xscale("log")
+        axes[0].xaxis.set_major_locator(
+            figures.FixedLocator(figures.spaced([row["cache_bytes"] / 1e3 for row in rows]))
+        )
+        axes[0].yaxis.set_major_locator(figures.LogLocator(subs=(1, 2, 5)))
+        for side in (axes[0].xaxis, axes[0].yaxis):
+            side.set_minor_locator(figures.NullLocator())
+            side.set_major_formatter(figures.FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes[1].legend(frameon=False, fontsize=5)
         figure.savefig(file, dpi=200)

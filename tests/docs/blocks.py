@@ -35,7 +35,16 @@ def onnx_is_there() -> bool:
     return all(find_spec(name) is not None for name in ("onnx", "onnxscript", "onnxruntime"))
 
 
-NEEDS = {"timm local-dir": timm_has_local_dir, "onnxruntime": onnx_is_there}
+def transformers_is_there() -> bool:
+    """Whether the package of the extra [hf] is installed."""
+    return find_spec("transformers") is not None
+
+
+NEEDS = {
+    "timm local-dir": timm_has_local_dir,
+    "onnxruntime": onnx_is_there,
+    "transformers": transformers_is_there,
+}
 """What a block may need, by the name in its comment."""
 
 

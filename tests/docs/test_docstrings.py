@@ -25,8 +25,6 @@ PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 PACKAGE = read_package(Path(vit_tucker.__file__).parent)
 MODULES = {one.module for one in PACKAGE.every}
 CROWDED = {
-    "vit_tucker.data.loaders.LoaderSources.load",
-    "vit_tucker.data.loaders.LoaderSources.load_samples",
     "vit_tucker.run.trainer.name_what_trains",
     "vit_tucker.run.trainer.prepare",
     "vit_tucker.run.trainer.freeze_others",

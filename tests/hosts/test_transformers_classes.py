@@ -39,6 +39,16 @@ def test_full_rank_is_exact(name, method):
     assert expected.std() > 0.05  # there is something to be equal to
 
 
+def test_full_rank_is_that_of_the_hosts_key_heads():
+    model = make_decoder("llama")
+    assert full_rank_config(model, "tucker").ranks == (4, 24, 2 * 6)
+    assert full_rank_config(model, "mla").kv_lora_rank == 2 * 6
+    assert full_rank_config(model, "gqa").num_kv_heads == 2
+    with pytest.raises(vt.PatchError, match="key/value rank 14 is above its full rank 12"):
+        vt.plan(model, vt.TuckerConfig(ranks=(4, 24, 14), post_ranks=(4, 24, 12)))
+    assert vt.plan(model, vt.TuckerConfig(ranks=(4, 24, 14), shared_kv=True))  # room for keys and values
+
+
 @pytest.mark.parametrize("name", LATENT)
 def test_below_full_rank_is_not(name):
     model = make_decoder(name)

@@ -50,7 +50,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     assert list(lines["Tucker, HOSVD"].get_xdata()) == [
         params for _, params in TUCKER
     ]  # the front only, without "worse"
-    means = [s.top1_mean for s in section.comparable if s.method == "tucker" and s.name != "worse"]
+    means = [s.score for s in section.comparable if s.method == "tucker" and s.name != "worse"]
     assert list(lines["Tucker, HOSVD"].get_ydata()) == means
     assert list(lines["dense (band: ± std)"].get_xdata()) == [DENSE_PARAMS]
     assert axis.get_xscale() == "log"
@@ -61,7 +61,7 @@ def test_accuracy_over_parameters(drawn, tmp_path):
     bars = [container for container in axis.containers if container.has_yerr]
     segments = [segment for bar in bars for collection in bar[2] for segment in collection.get_segments()]
     halves = sorted(np.ptp(segment[:, 1]) / 2 for segment in segments)
-    assert halves == pytest.approx(sorted(s.top1_std for s in section.comparable if s.name != "worse"))
+    assert halves == pytest.approx(sorted(s.score_std for s in section.comparable if s.name != "worse"))
 
 
 def test_a_dense_host_far_away_stands_at_the_end_of_the_axis(drawn, tmp_path):
@@ -223,10 +223,10 @@ def test_ablations_take_settings_that_agree_in_all_else(drawn, tmp_path):
     (section,) = sections(runs)
     (line,) = option_lines(section, "attention.ranks.0")
     assert line.values == ["2", "4", "16"]
-    assert [s.top1_mean for s in line.settings] == [90, 92, 93]
+    assert [s.score for s in line.settings] == [90, 92, 93]
     assert line.label == "Tucker ranks=_,8,8, HOSVD"
     (start,) = option_lines(section, "init")
-    assert dict(zip(start.values, (s.top1_mean for s in start.settings), strict=True)) == {"HOSVD": 92, "random": 80}
+    assert dict(zip(start.values, (s.score for s in start.settings), strict=True)) == {"HOSVD": 92, "random": 80}
     assert option_lines(section, "attention.ranks.1") == []
     (both,) = option_lines(section, "attention.ranks.1,attention.ranks.2")
     assert both.values == ["8, 8", "16, 16"]

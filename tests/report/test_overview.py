@@ -53,8 +53,8 @@ def test_points_are_the_fronts_of_the_methods(tmp_path):
     truth, seen = [], []
     for method in section.methods:
         settings = [s for s in section.comparable if s.method == method]
-        front = [settings[i] for i in pareto_front([s.params for s in settings], [s.top1_mean for s in settings])]
-        truth += [(np.log(s.params), s.top1_mean) for s in front]
+        front = [settings[i] for i in pareto_front([s.params for s in settings], [s.score for s in settings])]
+        truth += [(np.log(s.params), s.score) for s in front]
         seen += [*placed[f"{section.slug}-{method}"]]
     truth, seen = np.array(truth), np.array(seen)
     assert np.log(DENSE_PARAMS) > truth[:, 0].max()

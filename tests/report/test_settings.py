@@ -46,16 +46,14 @@ def test_seeds_make_a_setting_and_the_dense_reference_is_of_the_common_recipe():
     assert all(s.seeds == (0, 1, 2) for s in section.settings)
     assert section.dense is not None
     assert section.dense.name == "mha"
-    assert section.dense.top1_mean == pytest.approx(CEILING, abs=0.2)
-    assert section.dense.top1_mean != pytest.approx(
-        section.settings[0].top1_mean, abs=0.2
-    )  # the start's is a point lower
+    assert section.dense.score == pytest.approx(CEILING, abs=0.2)
+    assert section.dense.score != pytest.approx(section.settings[0].score, abs=0.2)  # the start's is a point lower
     assert section.describe_recipe(section.settings[0]) == "start: epochs=30"
     assert {s.method for s in section.comparable} == {"tucker", "gqa", "mla"}
     tucker = next(s for s in section.comparable if s.method == "tucker")
     values = [run["last"]["eval_top1"] for run in runs if run["name"] == tucker.name]
-    assert tucker.top1_mean == np.mean(values)
-    assert tucker.top1_std == pytest.approx(np.std(values) * np.sqrt(3 / 2))  # n - 1
+    assert tucker.score == np.mean(values)
+    assert tucker.score_std == pytest.approx(np.std(values) * np.sqrt(3 / 2))  # n - 1
     assert (tucker.display.name, tucker.options, tucker.init) == ("Tucker", "ranks=2,4,4", "HOSVD")
 
 

@@ -19,6 +19,7 @@ from tests.run import text
 from tests.run.text import config, write_text
 from tests.run.tiny import run, same, weights
 from tests.training.rules import StopAt
+from vit_tucker.cli.main import main
 from vit_tucker.data.token_files import open_tokens
 from vit_tucker.errors import CheckpointError, ConfigError, DataError, PatchError
 from vit_tucker.inference.perplexity import perplexity
@@ -192,6 +193,46 @@ def test_all_tokens_are_read_where_that_is_asked_for():
         run(config("output_dir=b", "train.epochs=1", "data.check=true"))
 
 
+def test_a_run_goes_on_with_its_own_text_wherever_that_lies():
+    run(config("output_dir=a"))
+    Path("text").rename("elsewhere")
+    write_text(Path("other"), 50)
+    assert run(config("output_dir=a", "data.root=elsewhere"))["evaluation"]["count"] > 0
+    with pytest.raises(DataError, match=r"a: the text of data.val_split, by its SHA-256, was \w+ when the run began"):
+        run(config("output_dir=a", "data.root=other"))
+
+
 def test_steps_of_an_epoch_are_for_text():
     with pytest.raises(ConfigError, match=r"train.steps_per_epoch: is for data.dataset=tokens"):
         run(config("output_dir=a", model={"name": "vit_tiny_patch16_224"}, data={"dataset": "digits"}))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("evaluate a", "a: a language model, which `perplexity` scores; a model of images is needed here"),
+        ("bench a", "a: a language model, which `perplexity` scores"),
+        ("plan hf:llama --method mha", "model.name: hf:llama is a language model, for `train` on text"),
+        (
+            "cost --cfg tiny.yaml",
+            "data.dataset=tokens: text for `train` and `perplexity` of language models, no images",
+        ),
+    ],
+)
+def test_commands_for_images_refuse_language_models(command, message, capsys):
+    run(config("output_dir=a", "train.epochs=1"))
+    capsys.readouterr()
+    assert main(command.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_attention_alone_can_be_trained():
+    run(config("output_dir=dense"))
+    start = {"model": {"name": "hf:dense/checkpoints/last", "pretrained": True}, **TUCKER}
+    run(config("output_dir=a", "train.only=attention", **start))
+    before, after = weights("dense"), weights("a")
+    kept = [name for name in before if ".self_attn." not in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert weights("a").keys() - before.keys() == {name for name in after if ".self_attn." in name} - before.keys()
+    assert not same(after, weights("a", "step-00000005"))

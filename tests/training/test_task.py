@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.show.metrics import IMAGE_METRICS, TOKEN_METRICS, metrics_in
+from vit_tucker.show.measures import IMAGE_MEASURES, TOKEN_MEASURES, measures_in
 from vit_tucker.training.task import ImageTask, TokenTask
 
 
@@ -37,14 +37,14 @@ def test_the_loss_is_the_mean_over_tokens():
 
 
 def test_the_best_is_the_highest_accuracy_and_the_lowest_perplexity():
-    accuracy, perplexity = IMAGE_METRICS[0], TOKEN_METRICS[0]
+    accuracy, perplexity = IMAGE_MEASURES[0], TOKEN_MEASURES[0]
     assert accuracy.better(2.0, 1.0)
     assert not accuracy.better(1.0, 1.0)
     assert perplexity.better(1.0, 2.0)
     assert not perplexity.better(math.nan, 2.0)
     assert (accuracy.text(93.214), perplexity.text(25.94)) == ("top-1 93.21%", "perplexity 25.940")
-    assert metrics_in({"eval_top1": 1.0}) is ImageTask.metrics
-    assert metrics_in({"eval_perplexity": None}) is TokenTask.metrics
+    assert measures_in({"eval_top1": 1.0}) is ImageTask.measures
+    assert measures_in({"eval_perplexity": None}) is TokenTask.measures
 
 
 class TestRecompute:

@@ -33,7 +33,7 @@ class ModelEntry:
     """One model of the map: its attention classes, and which methods can replace them.
 
     Attributes:
-        name: of the model in timm.
+        name: of the model in timm, of the family in transformers.
         layers: number of self-attention layers by class.
         features: what they do beyond plain attention, see ``HostSpec.features``.
         heads: their numbers of heads, rising.
@@ -137,19 +137,26 @@ def model_entry(name: str, model: nn.Module) -> ModelEntry:
         name=name,
         layers=dict(Counter(map(short_name, found))),
         features=tuple(sorted({feature for host in hosts for feature in host.spec.features})),
-        heads=tuple(sorted({getattr(module, "num_heads", 0) for module in found})),
+        heads=tuple(sorted({count_heads(module) for module in found})),
         left_alone=dict(Counter(map(short_name, others))),
         methods={method: status(method, hosts, unread) for method in list_methods()},
     )
 
 
+def count_heads(module: nn.Module) -> int:
+    """Returns the number of heads of an attention module, as it or its config has it; 0 where neither does."""
+    config = getattr(module, "config", None)
+    return int(getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None) or 0)
+
+
 def short_name(module: nn.Module) -> str:
-    """Returns 'eva.EvaAttention' for a timm.models.eva.EvaAttention.
+    """Returns 'eva.EvaAttention' for a timm.models.eva.EvaAttention, 'llama.LlamaAttention' for transformers' in modeling_llama.
 
     Args:
         module: any.
     """
-    return ".".join(full_name(module).split(".")[-2:])
+    place, name = full_name(module).split(".")[-2:]
+    return f"{place.removeprefix('modeling_')}.{name}"
 
 
 def status(method: str, hosts: list[Host], unread: list[str]) -> str:

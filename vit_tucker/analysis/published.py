@@ -127,7 +127,11 @@ class PrintedValue(NamedTuple):
     @property
     def rounded(self) -> Decimal:
         """Returns the value to the digits that are printed, two where none are."""
-        return self.value.quantize(Decimal(self.printed or "0.01"), ROUND_HALF_UP)
+        return self.rounded_alike(self.value)
+
+    def rounded_alike(self, value: Decimal) -> Decimal:
+        """Returns another value to these digits."""
+        return value.quantize(Decimal(self.printed or "0.01"), ROUND_HALF_UP)
 
 
 def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[PrintedValue, PrintedValue]:
@@ -136,18 +140,3 @@ def compare_row(table: PublishedTable, row: PublishedRow) -> tuple[PrintedValue,
     attention = formula.count_weights(sizes) * table.layers * table.attention_bytes
     kv = formula.count_entries(sizes) * table.layers * KV_BYTES
     return PrintedValue(Decimal(attention) / 10**6, row.attention), PrintedValue(Decimal(kv) / 10**6, row.kv)
-
-
-def published_rows(number: int) -> tuple[str, list[tuple[object, ...]], list[str]]:
-    """Returns title, rows and notes of Table 2 or 3: formulas beside the printed numbers."""
-    table = PUBLISHED[number]
-    dense = compare_row(table, table.rows[0])[0].value
-    rows: list[tuple[object, ...]] = []
-    for row in table.rows:
-        attention, kv = compare_row(table, row)
-        parts = [(str(x.rounded), x.printed, x.verdict) for x in (attention, kv)]
-        rows.append((row.label, row.method, *parts[0], round(float(attention.value / dense), 4), *parts[1]))
-    sizes = table.sizes
-    title = f"Table {number}: {table.model} (d={sizes.d} H={sizes.H} N={sizes.N}, {table.layers} layers)"
-    notes = [f"attention: {table.attention_unit}; KV cache: {table.kv_unit}"]
-    return title, rows, [*notes, *(f"{row.label}: {row.note}" for row in table.rows if row.note)]

@@ -79,6 +79,13 @@ class HostSpec:
         return self.num_heads * self.head_dim
 
     @property
+    def kv_dim(self) -> int:
+        """Returns G * D, the width of all key heads together; H * D where heads rotate a key that they share each by its own."""
+        heads = self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+        mixed = self.rope is not None and self.rope.per_head
+        return self.attn_dim if mixed else heads * self.head_dim
+
+    @property
     def scale(self) -> float:
         """Returns the softmax scale of the host, which every method keeps: 1 / sqrt(D) unless the host says otherwise."""
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale

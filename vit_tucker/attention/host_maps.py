@@ -12,7 +12,7 @@ from vit_tucker.attention.rope import rotate_heads
 
 
 class Maps(NamedTuple):
-    """What a call looks like to its host.
+    """The attention maps of a call as its host computes them, and the gradients of the scores.
 
     Attributes:
         x, centred: tokens, and tokens less the shift, (B, N, C); those of padding are zero.

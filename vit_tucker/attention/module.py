@@ -166,6 +166,9 @@ class AttentionModule(ConvertibleModule):
             if buffer is not None and not buffer.is_floating_point() and prefix + name in destination:
                 destination[prefix + name] = buffer.clone()
 
+    def hand_place_to(self, new: "AttentionModule") -> None:
+        """Gives another layer what callers expect of this one, in whose place it is to stand; nothing where timm calls it."""
+
     def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Forms what meets in the attention, rotated: what a cache holds of tokens are their keys and values.
 

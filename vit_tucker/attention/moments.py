@@ -99,7 +99,7 @@ class Moments:
         query: E[[x, 1] [x, 1]^T], (C + 1, C + 1).
         output: E[g g^T], (O, O).
         key: E[kappa_i kappa_i^T], (H, C, C), with RoPE (H, C + 1, C + 1).
-        key_mean: their mean over heads, each scaled to trace 1, see ``key_metric``.
+        key_mean: their mean over heads, each scaled to trace 1, (C, C), or (C + 1, C + 1) for keys with a bias.
         key_traces: traces of the key moments of the heads, (H,).
         value: covariance of a_i, weighted by |g|, (H, C, C).
         value_mean: mean of a_i, weighted by |g|, (H, C).

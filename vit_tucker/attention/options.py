@@ -144,6 +144,11 @@ class Calibration(Checked):
         description="Added to the second moments, relative to their mean eigenvalue; the ridge of the read-out is the one of "
         "1, 10, 100 and 1000 times this that is best for held-out images.",
     )
+    fold_rotations: bool = Field(
+        default=True,
+        description="On hosts with RoPE, pairs of a narrow latent key may stand for several rotations that the tokens can't tell "
+        "apart: calibrate on sequences as long as those to come.",
+    )
     refine_steps: int = Field(
         default=0,
         ge=0,

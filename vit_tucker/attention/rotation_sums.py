@@ -1,4 +1,4 @@
-"""What it costs to rotate a pair of queries and keys by the angles of another pair, summed over calls: see ``tensor.folding``."""
+"""Sums over calls what it costs to rotate a pair of queries and keys by another pair's angles: see ``tensor.folding``."""
 
 import torch
 from torch import Tensor

@@ -240,6 +240,7 @@ def with_settings(new: Form, layer: AttentionModule, plain: AttentionModule, bac
     """
     new.fused_attn, new.backend = layer.fused_attn, backend
     new.position_bias = copy.deepcopy(plain.position_bias)
+    layer.hand_place_to(new)
     return new.requires_grad_(trains(layer)).train(layer.training)
 
 

@@ -19,6 +19,7 @@ from vit_tucker.checkpoint.load import find, read_config
 from vit_tucker.checkpoint.load_report import LoadReport, check_load
 from vit_tucker.checkpoint.loading import ObservedLoad, create_model
 from vit_tucker.checkpoint.read import short_reason, weights_only
+from vit_tucker.config.model_section import LANGUAGE_MODEL
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.config.train_section import DistillConfig
 from vit_tucker.errors import CheckpointError, ConfigError, VitTuckerError, nearest
@@ -207,6 +208,8 @@ def create_teacher(
 
 def refuse_unknown_name(name: str) -> None:
     """Raises ConfigError if timm knows ``name`` neither as a model nor as a place to get one from."""
+    if name.startswith(LANGUAGE_MODEL):
+        raise ConfigError(f"model.name: {name} is a language model, for `train` on text; a timm model is needed here")
     scheme, colon, _ = name.partition(":")
     if colon and scheme in STORED:
         try:
@@ -217,8 +220,7 @@ def refuse_unknown_name(name: str) -> None:
                 "model.checkpoint"
             ) from None
     elif not is_model(name.partition(".")[0]):
-        hint = nearest(name, list_models())
-        raise ConfigError(f"model.name: timm {timm.__version__} has no model '{name}'{hint}")
+        raise ConfigError(f"model.name: timm {timm.__version__} has no model '{name}'{nearest(name, list_models())}")
 
 
 def refuse_stored(name: str) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from vit_tucker.checkpoint.causal_lm import in_one_line, load_dense_causal_lm, source_of
 from vit_tucker.checkpoint.transformers_config import read_entries
+from vit_tucker.config.model_section import LANGUAGE_MODEL
 from vit_tucker.config.schema import ModelConfig
 from vit_tucker.errors import CheckpointError, ConfigError, nearest, reason_of
 from vit_tucker.hosts.transformers_library import import_transformers
@@ -15,15 +16,13 @@ from vit_tucker.storage.digests import CONFIG, SECTION
 from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.weights import load_weights
 
-PREFIX = "hf:"
-"""What names of transformers' models begin with."""
 OF_TIMM = frozenset(ModelConfig.model_fields) - {"name", "pretrained", "checkpoint", "model_kwargs"}
 """Keys of the model section that only timm's models have."""
 
 
 def is_language_model(config: ModelConfig) -> bool:
     """Returns whether a model section names a language model of transformers."""
-    return config.name.startswith(PREFIX)
+    return config.name.startswith(LANGUAGE_MODEL)
 
 
 def load_language_model(config: ModelConfig, vocabulary: int | None = None, stored: Path | None = None) -> nn.Module:
@@ -39,7 +38,7 @@ def load_language_model(config: ModelConfig, vocabulary: int | None = None, stor
         ConfigError: transformers is missing or too old, has no such architecture, or an entry is unknown or can't be.
         CheckpointError: weights are missing or don't fit.
     """
-    name = config.name.removeprefix(PREFIX)
+    name = config.name.removeprefix(LANGUAGE_MODEL)
     transformers = import_transformers(f"model.name: {config.name}")
     refuse_keys_of_timm(config)
     if config.pretrained:

@@ -89,7 +89,7 @@ def cost(args: argparse.Namespace) -> int:
 
 def _paper(args: argparse.Namespace) -> "Table":
     from vit_tucker.analysis.formulas import formula_rows, read_sizes
-    from vit_tucker.analysis.published import published_rows
+    from vit_tucker.analysis.published_modules import published_rows
     from vit_tucker.config.source import read_overrides
     from vit_tucker.report.cost import formula_table, published_table
 

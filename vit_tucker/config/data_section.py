@@ -7,6 +7,8 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from vit_tucker.storage.paths import checked_name, checked_path
 from vit_tucker.validation.checked import Checked
 
+TOKENS = "tokens"
+"""Name of the data set that is text."""
 MAX_IMAGES = 2**40
 Number = Annotated[int, Field(ge=0, lt=10_000_000)]
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -7,6 +7,8 @@ from pydantic import Field
 from vit_tucker.config.data_section import PathText
 from vit_tucker.validation.checked import Checked
 
+LANGUAGE_MODEL = "hf:"
+"""What names of transformers' language models begin with."""
 MAX_WIDTH = 2**16
 MAX_CLASSES = 10_000_000
 """Far beyond what anyone trains with: a number above is a slip, and would end in hours of waiting or in no memory."""

@@ -11,8 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from vit_tucker.config.model_section import LANGUAGE_MODEL
+
 STARTED_FILE = "started.json"
-LOCAL = ("local-dir:", "hf:")
+LOCAL = ("local-dir:", LANGUAGE_MODEL)
 """What names of models in a folder begin with."""
 PATHS = (
     *("model.checkpoint", "model.name", "data.root", "data.class_map", "data.labels", "data.dataset_kwargs.class_map"),

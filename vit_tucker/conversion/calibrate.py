@@ -79,7 +79,7 @@ def calibrate_layer(layer: CalibratedLayer, calls: Calls, options: Calibration) 
     Raises:
         ValueError: too few tokens, or moments that are constant or not finite.
     """
-    moments = convert_layer(layer, calls, options.damping)
+    moments = convert_layer(layer, calls, options)
     output = metric_root(moments.output, options.damping)
     if relative_error(layer, calls, least=EXACT**0.5) ** 2 > EXACT:
         fit_readout(layer.replacement, readout_sums(layer, calls), output, options.damping)
@@ -113,6 +113,11 @@ def sum_moments(layer: WatchedLayer, calls: Calls, needs: Needs) -> Moments:
     return sums.moments()
 
 
+def needed_by(needs: Needs, options: Calibration) -> Needs:
+    """Returns what a conversion ``needs`` with these options."""
+    return needs._replace(rotations=needs.rotations and options.fold_rotations)
+
+
 def collect_moments(
     model: nn.Module, layers: list[Layer], options: Calibration, batches: Iterable[Any], what: str
 ) -> Iterator[tuple[Layer, Moments]]:
@@ -128,28 +133,28 @@ def collect_moments(
             bar.set_description(f"{what} {layer.name}")
             layer.images = sum(map(len, inputs))
             with located(layer.name), timed(layer), torch.no_grad():
-                moments = sum_moments(layer, calls, MEANS)
+                moments = sum_moments(layer, calls, needed_by(MEANS, options))
             yield layer, moments
             bar.update()
 
 
-def convert_layer(layer: CalibratedLayer, calls: Calls, damping: float) -> Moments:
+def convert_layer(layer: CalibratedLayer, calls: Calls, options: Calibration) -> Moments:
     """Converts one layer from its moments, and returns these.
 
     Args:
         layer: its replacement is changed in place.
         calls: of its dense module.
-        damping: see ``Calibration.damping``.
+        options: damping, folding.
 
     Raises:
         ValueError: too few tokens, or see ``sum_moments``.
     """
-    moments = sum_moments(layer, calls, layer.replacement.needs)
+    moments = sum_moments(layer, calls, needed_by(layer.replacement.needs, options))
     widths = [linear.out_features for linear in layer.replacement.input_projections()]
     needed = min(layer.host.spec.embed_dim, max(widths, default=1))
     if moments.tokens < needed:
         raise ValueError(f"{moments.tokens} tokens are too few for rank {needed}; give more images")
-    layer.replacement.convert_calibrated(layer.host.weights.double(), moments, damping)
+    layer.replacement.convert_calibrated(layer.host.weights.double(), moments, options.damping)
     return moments
 
 

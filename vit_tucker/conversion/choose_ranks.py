@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.options import Calibration, MethodConfig, RankRule, Rule
 from vit_tucker.attention.variants.mha import MHAConfig
-from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, layer_tables, whiten
+from vit_tucker.attention.variants.tucker.ranks import LayerTables, choose_ranks, even_rank, layer_tables, whiten
 from vit_tucker.conversion.calibrate import collect_moments
-from vit_tucker.conversion.inputs import Inputs
+from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import WatchedLayer, located
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.readers import Host
 from vit_tucker.show.progress_bars import each
-from vit_tucker.tensor.rotary import ordinary
+from vit_tucker.tensor.folding import best_fold
+from vit_tucker.tensor.rotary import RotaryPairs, ordinary, unlifted_norm
 from vit_tucker.tensor.tucker import Pairs, squared_norm
 
 PRE_WEIGHT = 2.0
@@ -46,7 +47,7 @@ def resolve_ranks(
     configs: Mapping[str, MethodConfig],
     read: Mapping[str, Host],
     tokens: Mapping[str, tuple[int, int]],
-    inputs: list[Inputs] | None,
+    inputs: list[InputBatch] | None,
 ) -> Config:
     """Returns the config with rules for the layers whose ranks are yet to be chosen.
 
@@ -83,7 +84,7 @@ def choose_layer_ranks(
     model: nn.Module,
     layers: list[OpenLayer],
     tokens: Mapping[str, tuple[int, int]],
-    calibration: tuple[Calibration, list[Inputs]] | None,
+    calibration: tuple[Calibration, list[InputBatch]] | None,
 ) -> list[Rule]:
     """Returns rules that give each layer its ranks; layers with the same rank rule share its budget.
 
@@ -125,7 +126,7 @@ def choose_layer_ranks(
 
 @torch.no_grad()
 def _tensors(
-    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[Inputs]] | None
+    model: nn.Module, layers: list[OpenLayer], calibration: tuple[Calibration, list[InputBatch]] | None
 ) -> Iterator[tuple[OpenLayer, Pairs, Pairs]]:
     """Returns both tensors of each layer, in units that compare.
 
@@ -146,6 +147,10 @@ def _tensors(
         with located(layer.name):
             whitened, post = whiten(given, weights.post_pairs(), moments, scale, options.damping)
         pre = ordinary(whitened)
+        if layer.rule.cache is not None and moments.rotations is not None and isinstance(whitened, RotaryPairs):
+            spec = layer.host.spec
+            width = layer.rule.cache * spec.head_dim * (spec.num_kv_heads or spec.num_heads)
+            pre = unlifted_norm(best_fold(whitened, moments.rotations, even_rank(round(width))))
         unit = squared_norm(post) ** (1.0 if options.objective == "layer" else 0.5)
         yield layer, _divided(pre, unit / PRE_WEIGHT), _divided(post, unit)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.conversion.inputs import Images, Inputs, Tokens, reads_tokens
+from vit_tucker.conversion.inputs import Images, InputBatch, Tokens, reads_tokens
 from vit_tucker.conversion.observe import evaluating
 from vit_tucker.errors import PatchError, reason_of
 from vit_tucker.hosts.images import input_shape
@@ -16,7 +16,7 @@ TOKENS_PER_PASS = 512
 """Longer batches of tokens are divided: the graph of a backward pass through a language model is large."""
 
 
-def collect_inputs(model: nn.Module, batches: Iterable[Any], limit: int) -> list[Inputs]:
+def collect_inputs(model: nn.Module, batches: Iterable[Any], limit: int) -> list[InputBatch]:
     """Collects the first ``limit`` images or sequences, in batches, on the model's device.
 
     Args:
@@ -30,8 +30,8 @@ def collect_inputs(model: nn.Module, batches: Iterable[Any], limit: int) -> list
         PatchError: nothing there, something else, values that are not finite, or inputs that the model does not take.
     """
     what = "sequences" if reads_tokens(model) else "images"
-    read: Callable[[nn.Module, Any, int], Iterator[Inputs]] = read_tokens if reads_tokens(model) else read_images
-    found: list[Inputs] = []
+    read: Callable[[nn.Module, Any, int], Iterator[InputBatch]] = read_tokens if reads_tokens(model) else read_images
+    found: list[InputBatch] = []
     count = 0
     with progress_bar(total=limit, what=f"reading calibration {what}", unit=what) as bar:
         for number, batch in enumerate([batches] if isinstance(batches, Tensor | Mapping) else batches):
@@ -66,7 +66,7 @@ def first_part(batch: Any, most: int) -> Any:
     return batch[:most] if isinstance(batch, Tensor) and batch.ndim else batch
 
 
-def shape_of(inputs: Inputs) -> torch.Size:
+def shape_of(inputs: InputBatch) -> torch.Size:
     """Returns the shape of an image, or (): lengths of sequences differ from batch to batch."""
     return inputs.pixels.shape[1:] if isinstance(inputs, Images) else torch.Size()
 
@@ -129,7 +129,7 @@ def read_tokens(model: nn.Module, batch: Any, number: int) -> Iterator[Tokens]:
 
 
 @torch.no_grad()
-def refuse_unfit(model: nn.Module, inputs: Inputs, number: int) -> None:
+def refuse_unfit(model: nn.Module, inputs: InputBatch, number: int) -> None:
     """Tries one image, or one sequence, on the model.
 
     Args:
@@ -159,7 +159,7 @@ def refuse_unfit(model: nn.Module, inputs: Inputs, number: int) -> None:
         ) from None
 
 
-def first_of(inputs: Inputs) -> Inputs:
+def first_of(inputs: InputBatch) -> InputBatch:
     """Returns a batch of its first image or sequence."""
     if isinstance(inputs, Tokens):
         return Tokens(inputs.ids[:1], None if inputs.attention_mask is None else inputs.attention_mask[:1])

@@ -1,4 +1,4 @@
-"""What a model reads in a calibration: batches of images, or of token sequences, and the features that it makes of them."""
+"""Runs models on batches of images or of token sequences, and finds the features that they make of them."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ OWN_MASKS = ("sdpa", "eager")
 """Attention functions of transformers whose masks are tensors that others can read."""
 
 
-class Inputs(Protocol):
+class InputBatch(Protocol):
     """A batch of a model's inputs, on its device.
 
     Attributes:

@@ -12,7 +12,7 @@ from vit_tucker.attention.call import Call, to_sequences
 from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.moments import LayerCall
 from vit_tucker.attention.options import Calibration
-from vit_tucker.conversion.inputs import Inputs
+from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import Layer, detached, watching
 from vit_tucker.errors import PatchError
 from vit_tucker.show.progress_bars import progress_bar
@@ -22,7 +22,7 @@ CALL_BYTES = 3 * 2**30
 
 
 def probed_batches(
-    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration
+    model: nn.Module, layers: list[Layer], inputs: Sequence[InputBatch], options: Calibration
 ) -> Iterator[list[tuple[Layer, LayerCall]]]:
     """Yields the layers' calls of each batch with their probes: gradients of what the objective asks for, or noise.
 
@@ -81,7 +81,7 @@ def probed(spec: HostSpec, call: Call, y: Tensor, probe: Tensor, valid: Tensor |
 
 
 def kept_calls(
-    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration, limit: int
+    model: nn.Module, layers: list[Layer], inputs: Sequence[InputBatch], options: Calibration, limit: int
 ) -> dict[str, list[LayerCall]]:
     """Returns the calls of the leading layers by name, as many layers as fit into memory; none if not even one does.
 
@@ -104,7 +104,7 @@ def kept_calls(
 
 
 def layers_with_calls(
-    model: nn.Module, layers: list[Layer], inputs: Sequence[Inputs], options: Calibration
+    model: nn.Module, layers: list[Layer], inputs: Sequence[InputBatch], options: Calibration
 ) -> Iterator[tuple[Layer, Callable[[], Iterable[LayerCall]]]]:
     """Yields each layer, and what its calls can be had from again and again: from memory, or by running the model anew.
 
@@ -124,18 +124,25 @@ def layers_with_calls(
             del calls
 
 
-def calls_again(model: nn.Module, layer: Layer, inputs: Sequence[Inputs], options: Calibration) -> Iterator[LayerCall]:
-    """Yields the calls of one layer, by running the model; arguments as of ``probed_batches``."""
+def calls_again(
+    model: nn.Module, layer: Layer, inputs: Sequence[InputBatch], options: Calibration
+) -> Iterator[LayerCall]:
+    """Yields the calls of one layer, by running the model anew.
+
+    Args:
+        model, inputs, options: as of ``probed_batches``.
+        layer: dense.
+    """
     for calls in probed_batches(model, [layer], inputs, options):
         yield from (call for _, call in calls)
 
 
 def noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns random numbers of a tensor's shape, the same on every device."""
+    """Returns random numbers of the shape of ``like`` (any), the same on every device."""
     return torch.randn(like.shape, generator=generator).to(like)
 
 
-def objective_of(model: nn.Module, batch: Inputs, objective: str, generator: torch.Generator) -> Tensor | None:
+def objective_of(model: nn.Module, batch: InputBatch, objective: str, generator: torch.Generator) -> Tensor | None:
     """Runs the model, and returns the scalar whose gradients are the probes; None where noise is.
 
     Args:
@@ -171,7 +178,11 @@ def sampled_likelihood(logits: Tensor, generator: torch.Generator, valid: Tensor
 
 
 def refuse_without_gradients(parts: list[Tensor]) -> None:
-    """Raises PatchError if there is none of the features that have gradients."""
+    """Raises PatchError without any features that have gradients.
+
+    Args:
+        parts: these features, (B, ...) of any shapes.
+    """
     if not parts:
         raise PatchError(
             "calibration: the model's features have no gradients: does its forward turn them off? Or calibrate with "

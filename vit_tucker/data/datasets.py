@@ -16,6 +16,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import datasets as tv
 
+from vit_tucker.config.data_section import TOKENS
 from vit_tucker.data.folders import is_folder_set
 from vit_tucker.data.idx import read_idx
 from vit_tucker.data.naming import TRAIN_SPLITS, VALIDATION_SPLITS
@@ -72,6 +73,8 @@ def dataset_info(name: str) -> DatasetInfo:
         return INFO[name]
     if is_folder_set(name) or name.partition("/")[0].lower() in FACTORY_PREFIXES:
         return DatasetInfo(None)
+    if name == TOKENS:
+        raise DataError("data.dataset=tokens: text for `train` and `perplexity` of language models, no images")
     known = [*INFO, "folder", *(f"{prefix}/..." for prefix in FACTORY_PREFIXES)]
     raise DataError(f"data.dataset: unknown data set '{name}', known: {', '.join(known)}{nearest(name, INFO)}")
 
@@ -218,12 +221,10 @@ def load_dataset(source: SplitSource, training: bool) -> Any:
     if not train and split not in EVAL_SPLITS:  # a misspelt training split must not become the test set
         splits = (*TRAIN_SPLITS, *EVAL_SPLITS)
         raise DataError(f"{name} has no split '{split}', known: {', '.join(splits)}{nearest(split, splits)}")
-    download = bool(source.options.get("download", False))
     if name == "digits":
         return load_digits(train, mode)
-    if name == "fashion_mnist":
-        return load_fashion_mnist(train, mode, root, download)
-    return load_cifar(name, train, mode, root, download)
+    place = train, mode, root, bool(source.options.get("download", False))
+    return load_fashion_mnist(*place) if name == "fashion_mnist" else load_cifar(name, *place)
 
 
 def is_iterable(dataset: Any) -> bool:

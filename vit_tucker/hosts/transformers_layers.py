@@ -98,6 +98,14 @@ class DecoderLayer(AttentionModule):
         y, maps = attend(self, q, k, v, mask, dropout=dropout, scaling=self.scale, **kwargs)
         return y.transpose(1, 2), maps
 
+    def hand_place_to(self, new: AttentionModule) -> None:
+        """Makes another layer one of decoders too, in the place of this one; see ``AttentionModule.hand_place_to``."""
+        for name in (*HOST_ATTRIBUTES, "eager", "positional"):
+            if name in vars(self):
+                vars(new)[name] = vars(self)[name]
+        new.__class__ = decoder_class(cast(Hashable, type(new)), cast(Hashable, type(self).__bases__[2]))
+        hand_over(self, new)
+
     def __reduce__(self) -> tuple[Any, ...]:
         method, host = type(self).__bases__[1:]
         return new_layer, (method, host), self.__dict__

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from vit_tucker.checkpoint import describe
+from vit_tucker.checkpoint.libraries import library, library_of
 from vit_tucker.checkpoint.load import find, load
 from vit_tucker.config.find import CONFIG_FILE
 from vit_tucker.config.load import load_config
@@ -35,14 +36,17 @@ def open_model(where: str | Path, **overrides: Any) -> nn.Module:
         overrides: arguments of ``timm.create_model``.
 
     Raises:
-        CheckpointError: see ``vit_tucker.load``. ConfigError: the run's config can't be read.
+        CheckpointError: see ``vit_tucker.load``; or it is a language model. ConfigError: the run's config can't be read.
     """
     run_config(where)
     if (Path(where).expanduser() / CONFIG_FILE).is_file():
         folder, _ = find(where)
         if folder is not None and folder.name != "best":
             LOGGER.warning(f"note: {where}: has no best weights; these are those of {folder.resolve().name}")
-    return load(where, **overrides)
+    model = load(where, **overrides)
+    if library_of(model) is library("transformers"):
+        raise CheckpointError(f"{where}: a language model, which `perplexity` scores; a model of images is needed here")
+    return model
 
 
 def run_config(where: str | Path) -> RunConfig | None:

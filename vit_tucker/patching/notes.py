@@ -28,15 +28,15 @@ def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -
         hosts, layers: what was there and what replaces it, by full module name.
     """
     widths = {name: m.latent_width for name, m in layers.items() if isinstance(m, AttentionModule)}
-    cut = {name: width for name, width in widths.items() if width is not None and width < hosts[name].spec.attn_dim}
+    cut = {name: width for name, width in widths.items() if width is not None and width < hosts[name].spec.kv_dim}
     if cut:
-        full = sorted({hosts[name].spec.attn_dim for name in cut})
+        full = sorted({hosts[name].spec.kv_dim for name in cut})
         return (
             f"latent RoPE: {len(cut)} layers rotate one latent key of width {in_words(sorted(set(cut.values())))} for all heads, "
             f"an approximation of the host's RoPE (exact from width {in_words(full)} on)",
         )
     if any(width is not None for width in widths.values()):
-        return ("latent RoPE: the latent keys are as wide as all heads together and keep their rotations exactly",)
+        return ("latent RoPE: the latent keys are as wide as all key heads together and keep their rotations exactly",)
     return ()
 
 

@@ -13,7 +13,7 @@ from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
 from vit_tucker.conversion.choose_ranks import resolve_ranks
 from vit_tucker.conversion.collect import collect_inputs
-from vit_tucker.conversion.inputs import Inputs
+from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import timed
 from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import Slot, slot_of
@@ -143,7 +143,7 @@ def _build(name: str, module: nn.Module, host: Any, config: MethodConfig) -> Cal
 
 
 def _convert(
-    model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], inputs: list[Inputs] | None
+    model: nn.Module, config: MethodConfig, layers: list[CalibratedLayer], inputs: list[InputBatch] | None
 ) -> bool:
     """Converts the hosts' weights, for the calibration's inputs if there are any; returns whether there was something to do."""
     if config.init != "pretrained" or any(layer.host.like.is_meta for layer in layers):

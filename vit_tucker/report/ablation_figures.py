@@ -7,7 +7,7 @@ from textwrap import fill
 from typing import Any
 
 from vit_tucker.report.ablations import Line, categories, name_of, stem_of
-from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, accuracy_axis, grid, save, subplots
+from vit_tucker.show.figures import COLUMN, LINES, PALETTE, SHAPES, WIDE, grid, save, score_axis, subplots
 
 TICK_WIDTH = 11
 """Letters of a word at a tick in a line."""
@@ -50,8 +50,8 @@ def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
     with subplots(COLUMN, HEIGHT + LEGEND * len(lines)) as (figure, axis):
         for i, line in enumerate(lines):
             style: dict[str, Any] = {"color": PALETTE[i % len(PALETTE)]}
-            x, means = [places[value] for value in line.values], [s.top1_mean for s in line.settings]
-            errors = [s.top1_std or 0.0 for s in line.settings]
+            x, means = [places[value] for value in line.values], [s.score for s in line.settings]
+            errors = [s.score_std or 0.0 for s in line.settings]
             axis.errorbar(x, means, errors, linestyle="none", elinewidth=0.6, alpha=0.6, **style)
             style |= {"marker": SHAPES[i % len(SHAPES)], "markersize": 3.6}
             axis.plot(x, means, LINES[i // len(PALETTE) % len(LINES)], linewidth=0.9, label=line.label, **style)
@@ -61,7 +61,7 @@ def draw_lines(option: str, lines: Sequence[Line], folder: Path) -> str:
         axis.minorticks_off()
         axis.margins(x=0.08)
         axis.set_xlabel(name_of(option))
-        accuracy_axis(axis, *ends(lines))
+        score_axis(axis, lines[0].settings[0].measures[0], *ends(lines))
         grid(axis)
         figure.legend(loc="outside lower center", ncols=1, frameon=False, handlelength=2.4)
         return save(figure, folder, stem_of(option))
@@ -86,13 +86,13 @@ def draw_rows(option: str, lines: Sequence[Line], folder: Path) -> str:
             there = [(centre, line) for centre, line in zip(centres, lines, strict=True) if value in line.values]
             y = [centre + APART * (line.values.index(value) - (len(line.values) - 1) / 2) for centre, line in there]
             settings = [line.settings[line.values.index(value)] for _, line in there]
-            means, errors = [s.top1_mean for s in settings], [s.top1_std or 0.0 for s in settings]
+            means, errors = [s.score for s in settings], [s.score_std or 0.0 for s in settings]
             axis.errorbar(means, y, xerr=errors, linestyle="none", elinewidth=0.6, alpha=0.6, color=colour)
             marker = SHAPES[number % len(SHAPES)]
             axis.plot(means, y, marker, color=colour, markersize=3.4, markeredgewidth=0.0, label=value)
         axis.set_yticks(centres, labels)
         axis.set_ylim(sum(heights), 0)
-        accuracy_axis(axis, *ends(lines), horizontal=True)
+        score_axis(axis, lines[0].settings[0].measures[0], *ends(lines), horizontal=True)
         grid(axis)
         title = None if len(values) > 2 else name_of(option)
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, title=title, title_fontsize=6)
@@ -101,5 +101,5 @@ def draw_rows(option: str, lines: Sequence[Line], folder: Path) -> str:
 
 def ends(lines: Sequence[Line]) -> tuple[float, float]:
     """Returns the lowest and the highest mean accuracy."""
-    means = [s.top1_mean for line in lines for s in line.settings]
+    means = [s.score for line in lines for s in line.settings]
     return min(means), max(means)

@@ -142,12 +142,15 @@ def ablation_table(option: str, lines: Sequence[Line]) -> Table:
     rows, raw = [], []
     for line in lines:
         cells = dict(zip(line.values, line.settings, strict=True))
-        rows.append([line.label, *(spread(s.top1_mean, s.top1_std) if (s := cells.get(v)) else "" for v in values)])
-        raw += [
-            [line.label, value, s.name, s.params, s.top1_mean, s.top1_std, len(s.seeds)] for value, s in cells.items()
-        ]
-    raw_header = ["settings", "value", "config", "attention_params", "top1_mean", "top1_std", "seeds"]
-    note = f"top-1 %, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in all else."
+        rows.append([line.label, *(spread(s.score, s.score_std) if (s := cells.get(v)) else "" for v in values)])
+        raw += [[line.label, value, s.name, s.params, s.score, s.score_std, len(s.seeds)] for value, s in cells.items()]
+    measure = lines[0].settings[0].measures[0]
+    name = measure.name
+    raw_header = ["settings", "value", "config", "attention_params", f"{name}_mean", f"{name}_std", "seeds"]
+    note = (
+        f"{measure.heading}, mean ± sample standard deviation over seeds, by {name_of(option)}; the settings of a row agree in "
+        "all else."
+    )
     return Table([name_of(option), *values], rows, 1, raw_header, raw, [note], stem=stem_of(option))
 
 

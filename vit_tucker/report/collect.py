@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vit_tucker.errors import ConfigError, one_line
+from vit_tucker.show.measures import measures_in
 from vit_tucker.storage import json_files
 from vit_tucker.storage.json_files import parse_object
 from vit_tucker.storage.run_files import IGNORED_KEYS, RunResults
@@ -21,8 +22,6 @@ NUMBERS = (
     "params.attention",
     "params.total",
     "params.dense_attention",
-    "last.eval_top1",
-    "last.eval_top5",
     "config.seed",
 )
 NAMING = ("name", "seed", "output_dir")
@@ -105,7 +104,10 @@ def checked_results(entry: Any, where: str) -> Results:
     missing = [key for key in NEEDED if not isinstance(entry, dict) or key not in entry]
     if missing:
         raise ConfigError(f"{where}: not the results of a run: no '{missing[0]}'")
-    for key in NUMBERS if entry["best"] is None else (*NUMBERS, "best.top1"):
+    last, *others = measures_in(entry["last"] or {})
+    measured = [last.column] if last.lowest else [measure.column for measure in (last, *others)]
+    keys = (*NUMBERS, *(f"last.{column}" for column in measured))
+    for key in keys if entry["best"] is None else (*keys, f"best.{last.name}"):
         value: Any = entry
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None

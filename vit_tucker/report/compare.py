@@ -6,12 +6,11 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import checked_results
+from vit_tucker.show.measures import measures_in
 from vit_tucker.show.tables import decimal, markdown, share
 from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.paths import checked_name
 
-COLUMNS = ("run", "attention", "attention params", "of dense", "params", "top-1 %", "best epoch %", "top-5 %", "epochs",
-           "train s")  # fmt: skip
 KEPT_FILES = ("config.yaml", "summary.csv", "results.json")
 
 
@@ -59,25 +58,38 @@ def compared_rows(folders: list[Path]) -> list[dict[str, Any]]:
         attention = describe_attention(results) + (f", linear: {linear}" if linear else "")
         row = {"run": results["name"], "folder": str(folder), "attention": attention}
         row |= {"attention_params": params["attention"], "of_dense": params["attention"] / params["dense_attention"]}
-        row |= {"params": params["total"], "eval_top1": last["eval_top1"]}
-        row |= {"best_top1": results["best"] and results["best"]["top1"], "eval_top5": last["eval_top5"]}
+        first, second = measures_in(last)
+        row |= {"params": params["total"], first.column: last[first.column]}
+        row |= {
+            f"best_{first.name}": results["best"] and results["best"][first.name],
+            second.column: last[second.column],
+        }
         rows.append({**row, "epochs": results["epochs"], "train_seconds": results.get("train_seconds")})
     return rows
 
 
 def comparison(folders: list[Path]) -> str:
-    """Returns a Markdown table of finished runs: accuracy after the last epoch, and of the best one (on the same images).
+    """Returns a Markdown table of finished runs: scores after the last epoch, and of the best one (on the same data).
 
     Raises:
-        ConfigError: a run is not finished.
+        ConfigError: a run is not finished, or some are of images and some of text.
     """
+    compared = compared_rows(folders)
+    kinds = {measures_in(row): row["folder"] for row in compared}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{' and '.join(kinds.values())}: one is of images, one of text, which have no scores in common"
+        )
+    first, second = next(iter(kinds))
+    columns = ("run", "attention", "attention params", "of dense", "params", first.heading, f"best epoch {first.unit}".strip(),
+               second.heading, "epochs", "train s")  # fmt: skip
     rows = [
         (row["run"], row["attention"], f"{row['attention_params']:,}", share(row["of_dense"]), f"{row['params']:,}",
-         decimal(row["eval_top1"]), decimal(row["best_top1"]), decimal(row["eval_top5"]), str(row["epochs"]),
+         decimal(row[first.column]), decimal(row[f"best_{first.name}"]), decimal(row[second.column]), str(row["epochs"]),
          decimal(row["train_seconds"], 0))
-        for row in compared_rows(folders)
+        for row in compared
     ]  # fmt: skip
-    return markdown(COLUMNS, rows, text_columns=2)
+    return markdown(columns, rows, text_columns=2)
 
 
 def kept_name(folder: Path, results: dict[str, Any]) -> str:

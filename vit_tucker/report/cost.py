@@ -47,10 +47,12 @@ PUBLISHED_COLUMNS = (
     Column("row", "row"),
     Column("method", "method"),
     Column("attention", "attention"),
+    Column("attention_model", "of the model", or_dash),
     Column("attention_published", "published", or_dash),
     Column("attention_deviation", "deviation"),
     Column("of_mha", "of MHA", share),
     Column("kv", "KV cache"),
+    Column("kv_model", "of the model", or_dash),
     Column("kv_published", "published", or_dash),
     Column("kv_deviation", "deviation"),
 )

@@ -19,7 +19,13 @@ POINTS = (5.0, 2.0, 1.0)
 """Percentage points below dense at which a setting counts as recovered, a column each."""
 COLUMNS = 4
 """Panels beside each other at most; more go below, as many in each row."""
-ROWS = (("eval_top1", "top-1 accuracy, %"), ("train_loss", "training loss"))
+LOSS = ("train_loss", "training loss")
+
+
+def curve_rows(settings: Sequence[Setting]) -> tuple[tuple[str, str], ...]:
+    """Returns the rows of a figure of curves: key and label of the score, and of the training loss."""
+    measure = settings[0].measures[0]
+    return (measure.column, "top-1 accuracy, %" if measure.unit else measure.label), LOSS
 
 
 def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
@@ -33,7 +39,7 @@ def curve_of(setting: Setting, key: str) -> tuple[list[int], Floats] | None:
 
 def has_course(settings: Sequence[Setting]) -> bool:
     """Returns whether some setting was evaluated at more than one epoch, so that there is a curve to draw."""
-    curves = [curve_of(setting, key) for setting in settings for key, _ in ROWS]
+    curves = [curve_of(setting, key) for setting in settings for key, _ in curve_rows(settings)]
     return any(curve is not None and len(curve[0]) > 1 for curve in curves)
 
 
@@ -46,21 +52,21 @@ def epochs_to_reach(setting: Setting, accuracy: float) -> int | None:
 
 
 def recovery_table(section: Section) -> Table | None:
-    """Returns epochs to come within some points of the dense mean; None without a dense setting or curves of several epochs."""
+    """Returns epochs to come within some points of the dense accuracy; None without, or without curves of several epochs."""
     dense = section.dense
-    settings = [s for s in section.comparable if curve_of(s, "eval_top1") is not None]
-    if dense is None or not has_course(settings):
+    settings = [s for s in section.comparable if curve_of(s, s.measures[0].column) is not None]
+    if dense is None or section.measures[0].lowest or not has_course(settings):
         return None
     header = ["config", "method", "options", "init", "attention params", *(f"dense - {points:g}" for points in POINTS)]
     rows, raw = [], []
     for setting in settings:
-        reached = [epochs_to_reach(setting, dense.top1_mean - points) for points in POINTS]
+        reached = [epochs_to_reach(setting, dense.score - points) for points in POINTS]
         own = [setting.name, setting.display.name, setting.options, setting.init]
         rows.append([*own, count(setting.params), *(f">{setting.epochs}" if e is None else str(e) for e in reached)])
         raw.append([*own, setting.params, *reached])
     notes = [
         "The first epoch after which the mean top-1 over seeds is at most so many points below that of dense after its last "
-        f"epoch ({dense.top1_mean:.2f}%); `>n`: not in n epochs.",
+        f"epoch ({dense.score:.2f}%); `>n`: not in n epochs.",
     ]
     raw_header = [name.replace(" - ", "_minus_").replace(" ", "_") for name in header]
     return Table(header, rows, 4, raw_header, raw, notes, stem="recovery")
@@ -75,7 +81,7 @@ def check_patterns(patterns: Sequence[str], parts: Sequence[Section]) -> None:
 
 
 def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) -> str | None:
-    """Draws top-1 and training loss over epochs, a column per method and start, as curves.png and .pdf.
+    """Draws the score and training loss over epochs, a column per method and start, as curves.png and .pdf.
 
     Args:
         section: its settings of the common recipe, and dense, are drawn.
@@ -86,17 +92,17 @@ def draw_curves(section: Section, folder: Path, patterns: Sequence[str] = ()) ->
         The name of the PNG, None if no setting has a curve of several epochs.
     """
     chosen = [s for s in section.comparable if not patterns or any(fnmatchcase(s.name, p) for p in patterns)]
-    drawn = [s for s in chosen if curve_of(s, "eval_top1") is not None]
+    drawn = [s for s in chosen if curve_of(s, s.measures[0].column) is not None]
     if not has_course(drawn):
         return None
-    series = list(dict.fromkeys(s.series for s in drawn))
+    series, lines = list(dict.fromkeys(s.series for s in drawn)), curve_rows(drawn)
     blocks = -(-len(series) // COLUMNS)
     width = -(-len(series) // blocks)
     scale = sizes_scale([s.params for s in drawn])
-    size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(ROWS) * blocks, width)
+    size, grid_of = (1.1 + 1.65 * width, 3.2 * blocks), (len(lines) * blocks, width)
     with subplots(*size, *grid_of, squeeze=False, sharex=True) as (figure, axes):
-        for row, (key, label) in enumerate(ROWS):
-            panels = [axes[len(ROWS) * (i // width) + row, i % width] for i in range(blocks * width)]
+        for row, (key, label) in enumerate(lines):
+            panels = [axes[len(lines) * (i // width) + row, i % width] for i in range(blocks * width)]
             for axis, one in zip(panels, series, strict=False):
                 axis.sharey(panels[0])
                 draw_panel(axis, section, [s for s in drawn if s.series == one], key, scale)

@@ -9,7 +9,7 @@ import numpy as np
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import Setting
 from vit_tucker.report.stats import pareto_front
-from vit_tucker.show.figures import COLUMN, FILLS, LINES, accuracy_axis, grid, log_axis, save, subplots
+from vit_tucker.show.figures import COLUMN, FILLS, LINES, grid, log_axis, save, score_axis, subplots
 from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.show.tables import short_count
 
@@ -33,7 +33,7 @@ HEIGHT, LINE, STRIP = 2.7, 0.14, 0.4
 
 
 def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None, list[str]]:
-    """Draws top-1 accuracy over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost>.png and .pdf.
+    """Draws the score over a key of ``COSTS``, for settings of the common recipe, as accuracy_<cost> or perplexity_<cost>.
 
     Args:
         section: its settings and its dense host are drawn.
@@ -41,7 +41,7 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
         folder: where to.
 
     Returns:
-        The name of the PNG, None if no setting has that cost; and a note on settings that lack it.
+        The name of the PNG, beside which is a PDF, None if no setting has that cost; and a note on settings that lack it.
     """
     label, of = COSTS[cost]
     drawn = [s for s in section.comparable if of(s) is not None]
@@ -69,14 +69,14 @@ def draw_accuracy(section: Section, cost: str, folder: Path) -> tuple[str | None
             log_axis(axis, min(costs), max(costs))
         axis.set_xlabel(label)
         shown = [*drawn, *([] if section.dense is None else [section.dense])]
-        means = [s.top1_mean for s in shown]
-        accuracy_axis(axis, min(means), max(means))
+        means = [s.score for s in shown]
+        score_axis(axis, section.measures[0], min(means), max(means))
         grid(axis)
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=2.4, columnspacing=1.2
         )
-        return save(figure, folder, f"accuracy_{cost}"), notes
+        return save(figure, folder, f"{section.measures[0].stem}_{cost}"), notes
 
 
 def draw_series(
@@ -101,9 +101,9 @@ def draw_series(
     number = [start for name, start in series if name == method].index(init)
     style = {"color": display.colour, "marker": display.marker, "markersize": 3.6, "markeredgewidth": 0.8}
     style |= {"fillstyle": FILLS[number % len(FILLS)], "markerfacecoloralt": "white"}
-    costs, means = np.array([of(s) or 0.0 for s in settings]), np.array([s.top1_mean for s in settings])
-    errors = np.array([s.top1_std or 0.0 for s in settings])
-    front = pareto_front(costs, means)
+    costs, means = np.array([of(s) or 0.0 for s in settings]), np.array([s.score for s in settings])
+    errors = np.array([s.score_std or 0.0 for s in settings])
+    front = pareto_front(costs, np.array([s.merit for s in settings]))
     others = [i for i in range(len(settings)) if i not in front]
     axis.plot(costs[others], means[others], linestyle="none", alpha=FAINT, zorder=2, **style)
     axis.errorbar(
@@ -154,7 +154,7 @@ def draw_dense(axis: Any, dense: Setting, of: Cost, ink: str = "black", costs: S
     Returns:
         Its cost, nothing if it is unknown or off the axis.
     """
-    mean, std, cost = dense.top1_mean, dense.top1_std, of(dense)
+    mean, std, cost = dense.score, dense.score_std, of(dense)
     axis.axhline(mean, color=ink, linewidth=0.6, linestyle=(0, (4, 3)), zorder=1)
     if std is not None:
         axis.axhspan(mean - std, mean + std, color=ink, alpha=0.1, linewidth=0, zorder=0)

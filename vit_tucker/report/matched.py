@@ -99,7 +99,7 @@ class MethodComparison:
         self.dense = section.dense
         self.settings = [*section.comparable, *([] if self.dense is None else [self.dense])]
         self.params = np.array([s.params for s in self.settings])
-        self.means = np.array([s.top1_mean for s in self.settings])
+        self.means = np.array([s.score for s in self.settings])
         self.boot = resampled_means(top1_scores(self.settings)) if self.settings else np.zeros((0, 0))
         self.ours = self._members(OURS)
         self.rivals = [method for method in section.methods if method not in REFERENCES]
@@ -136,7 +136,7 @@ class MethodComparison:
         if any(len(setting.runs) < 2 for setting in self.settings):
             return None, None, None, "some settings have one seed, whose noise is not known"
         theirs = self._members(method)
-        noise = np.array([pooled_std(self.dense.top1, s.top1) for s in self.settings])
+        noise = np.array([pooled_std(self.dense.scores, s.scores) for s in self.settings])
 
         def at(means: Floats) -> tuple[Bounds, int | None, int | None]:
             within = means >= means[-1] - noise
@@ -167,7 +167,7 @@ class MethodComparison:
                 method: Factor(values[place], None if boot is None else interval([b[place] for b in boot]))
                 for method, (values, boot) in self.factors.items()
             }
-            reached = self.dense is not None and self.dense.top1_mean >= setting.top1_mean
+            reached = self.dense is not None and self.dense.score >= setting.score
             matches.append(Match(setting, place in self.front, factors, 1 / setting.share if reached else None))
         return sorted(matches, key=lambda match: match.setting.params)
 
@@ -192,7 +192,7 @@ def top1_scores(settings: Sequence[Setting]) -> Floats:
     seeds = sorted({seed for setting in settings for seed in setting.seeds})
     table = np.full((len(settings), len(seeds)), np.nan)
     for row, setting in zip(table, settings, strict=True):
-        row[[seeds.index(seed) for seed in setting.seeds]] = setting.top1
+        row[[seeds.index(seed) for seed in setting.seeds]] = setting.scores
     return table
 
 
@@ -211,6 +211,8 @@ def median_of(values: Sequence[Bounds]) -> Bounds:
 
 
 def compare_methods(section: Section) -> MethodComparison | None:
-    """Returns the comparison of a section; None where there is no Tucker setting or nothing to compare it with."""
+    """Returns the comparison of a section by accuracy; None where there is no Tucker setting or nothing to compare it with."""
+    if section.measures[0].lowest:
+        return None
     comparison = MethodComparison(section)
     return comparison if comparison.ours and comparison.rivals else None

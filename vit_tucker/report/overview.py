@@ -15,10 +15,10 @@ from vit_tucker.show.figures import (
     DARK,
     LIGHT,
     Theme,
-    accuracy_axis,
     grid,
     log_axis,
     save_svg,
+    score_axis,
     subplots,
     themed,
 )
@@ -92,7 +92,7 @@ def draw_panel(axis: Any, section: Section, theme: Theme) -> None:
     axis.set_xlabel("attention parameters")
     axis.set_title(section.title)
     axis.patch.set_gid(f"{section.slug}-area")
-    accuracy_axis(axis, min(s.top1_mean for s in shown), max(s.top1_mean for s in shown))
+    score_axis(axis, section.measures[0], min(s.score for s in shown), max(s.score for s in shown))
     axis.set_ylabel(f"{axis.get_ylabel()} ± std")
     grid(axis)
 
@@ -108,9 +108,9 @@ def draw_method(axis: Any, settings: Sequence[Setting], display: MethodDisplay, 
         gid: name of its line in the SVG file.
     """
     colour = themed(display.colour or theme.ink, theme)
-    costs, means = np.array([s.params for s in settings]), np.array([s.top1_mean for s in settings])
-    errors = np.array([s.top1_std or 0.0 for s in settings])
-    front = pareto_front(costs, means)
+    costs, means = np.array([s.params for s in settings]), np.array([s.score for s in settings])
+    errors = np.array([s.score_std or 0.0 for s in settings])
+    front = pareto_front(costs, np.array([s.merit for s in settings]))
     others = [i for i in range(len(settings)) if i not in front]
     style = {"color": colour, "marker": display.marker, "markeredgewidth": 0.6}
     axis.errorbar(costs[front], means[front], errors[front], linestyle="none", elinewidth=0.7, color=colour, alpha=0.55)

@@ -11,6 +11,7 @@ from typing import Any
 
 from vit_tucker.report.collect import Results, dotted_leaves, is_below, setting_key, written_config
 from vit_tucker.report.settings import DENSE, Setting
+from vit_tucker.show.measures import Measure
 from vit_tucker.show.methods import MethodDisplay, fill_in
 
 DROP_RATES = ("model.drop_rate", "model.proj_drop_rate", "model.attn_drop_rate", "model.drop_path_rate")
@@ -69,6 +70,16 @@ class Section:
         return min(dense, key=lambda s: (s.is_start, len(self.differences(s))), default=None)
 
     @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Returns what the settings' runs measured, see ``Setting.measures``."""
+        return self.settings[0].measures
+
+    @property
+    def what(self) -> str:
+        """Returns what a model is evaluated on: an image, or a window of tokens."""
+        return "window" if self.measures[0].lowest else "image"
+
+    @property
     def methods(self) -> list[str]:
         """Returns the methods of the comparable settings, in the order of tables."""
         return list(dict.fromkeys(s.method for s in self.comparable))
@@ -109,7 +120,8 @@ def host_key(setting: Setting) -> tuple[str, str]:
     """Returns what is equal for settings that may be in one figure: the dense host and what it is evaluated on."""
     model = {k: v for k, v in setting.config.items() if k.startswith("model.") and not is_below(k, RECIPE_KEYS)}
     data = setting.runs[0]["data"]
-    evaluated = (setting.config["data.dataset"], data.get("input_size"), data.get("num_eval"))
+    sizes = data.get("input_size") or data.get("block_size")
+    evaluated = (setting.config["data.dataset"], sizes, data.get("num_eval"))
     return json.dumps(model, sort_keys=True), json.dumps(evaluated)
 
 

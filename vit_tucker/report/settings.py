@@ -1,5 +1,6 @@
 """A setting: all seeds of one config, described and averaged."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ import numpy as np
 from vit_tucker.report.collect import Results
 from vit_tucker.report.compare import describe_attention, linear_method
 from vit_tucker.report.stats import Floats, mean, sample_std
+from vit_tucker.show.measures import Measure, measures_in
 from vit_tucker.show.methods import SHIPPED, MethodDisplay
 
 DENSE = "dense"
@@ -93,31 +95,46 @@ class Setting:
         """Returns the seeds in order."""
         return tuple(run["config"]["seed"] for run in self.runs)
 
-    @cached_property
-    def top1(self) -> Floats:
-        """Returns top-1 accuracy after the last epoch in percent, one per seed."""
-        return np.array([run["last"]["eval_top1"] for run in self.runs], dtype=float)
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """Returns what the runs measured: top-1 and top-5 accuracy, or perplexity and bits per byte; the first one decides."""
+        return measures_in(self.runs[0]["last"])
 
     @cached_property
-    def top5(self) -> Floats:
-        """Returns top-5 accuracy after the last epoch in percent, one per seed."""
-        return np.array([run["last"]["eval_top5"] for run in self.runs], dtype=float)
+    def scores(self) -> Floats:
+        """Returns the first measure after the last epoch, top-1 in percent or perplexity, one per seed."""
+        return self.last_values(self.measures[0])
+
+    @cached_property
+    def second_scores(self) -> Floats:
+        """Returns the second measure after the last epoch, top-5 in percent or bits per byte, one per seed; NaN if unknown."""
+        return self.last_values(self.measures[1])
+
+    def last_values(self, measure: Measure) -> Floats:
+        """Returns a ``measure`` after the last epoch, one per seed; NaN where it is not known."""
+        values = [run["last"][measure.column] for run in self.runs]
+        return np.array([math.nan if value is None else value for value in values], dtype=float)
 
     @property
-    def best_top1_mean(self) -> float | None:
-        """Returns top-1 accuracy of the best epoch, chosen on the images it is measured on; None where a run's is not known."""
+    def best_score(self) -> float | None:
+        """Returns the first measure of the best epoch, chosen on the data it is measured on; None where a run's is not known."""
         best = [run["best"] for run in self.runs]
-        return None if None in best else mean([each["top1"] for each in best])
+        return None if None in best else mean([each[self.measures[0].name] for each in best])
 
     @property
-    def top1_mean(self) -> float:
-        """Returns the mean top-1 accuracy over the seeds."""
-        return mean(self.top1)
+    def score(self) -> float:
+        """Returns the mean of the first measure over the seeds."""
+        return mean(self.scores)
 
     @property
-    def top1_std(self) -> float | None:
-        """Returns the sample standard deviation of top-1 accuracy over the seeds."""
-        return sample_std(self.top1)
+    def merit(self) -> float:
+        """Returns the score, with the sign that makes the highest the best."""
+        return -self.score if self.measures[0].lowest else self.score
+
+    @property
+    def score_std(self) -> float | None:
+        """Returns the sample standard deviation of the first measure over the seeds."""
+        return sample_std(self.scores)
 
     @cached_property
     def params(self) -> float:

@@ -106,7 +106,7 @@ def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]
     means: Floats = np.nanmean(last, axis=1).round(9)  # sums of equal numbers in another order are equal
     ahead, behind = int((means > 0).sum()), int((means < 0).sum())
     repeated = all(len(setting.runs) > 1 for pair in pairs for setting in pair)
-    beyond = sum(abs(a.top1_mean - b.top1_mean) > pooled_std(a.top1, b.top1) for a, b in pairs) if repeated else None
+    beyond = sum(abs(a.score - b.score) > pooled_std(a.scores, b.scores) for a, b in pairs) if repeated else None
     trained_on = [pair for pair in pairs if all(setting.epochs > 1 for setting in pair)]
     first, loss = differences(trained_on, first_top1), differences(pairs, first_loss)
     return StartComparison(
@@ -117,7 +117,7 @@ def compare_pairs(method: str, start: str, reference: str, pairs: Sequence[Pair]
 
 def last_scores(setting: Setting) -> dict[int, float]:
     """Returns top-1 after the last epoch, by seed."""
-    return dict(zip(setting.seeds, map(float, setting.top1), strict=True))
+    return dict(zip(setting.seeds, map(float, setting.scores), strict=True))
 
 
 def first_top1(setting: Setting) -> dict[int, float]:

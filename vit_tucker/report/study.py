@@ -148,18 +148,20 @@ def write_section(
     """
     folder = out / name
     folder.mkdir(exist_ok=True)
-    comparison = compare_methods(section)
+    comparison, title = compare_methods(section), section.measures[0].stem.capitalize()
     parts = {"Settings": Part(settings_table(section), None)}
     notes: list[str] = []
     for cost, (label, _) in COSTS.items():
         figure, missing = draw_accuracy(section, cost, folder)
-        parts[f"Accuracy over {label}"] = Part(None, figure)
+        parts[f"{title} over {label}"] = Part(None, figure)
         notes += missing
         drawn()
     if comparison is not None:
         parts["Attention parameters at equal accuracy"] = Part(matched_table(comparison), None)
         parts["In short"] = Part(headline_table(comparison), None)
-    if starts := compare_starts(section):
+    if section.measures[0].lowest:
+        notes.append("Tables of parameters at equal accuracy, of starts and of epochs to recover are for images alone.")
+    elif starts := compare_starts(section):
         parts["Starts compared"] = Part(starts_table(starts), None)
     parts["Training"] = Part(recovery_table(section), draw_curves(section, folder, curves))
     drawn()
@@ -168,7 +170,7 @@ def write_section(
     for option in drawn_options(section, options):
         if lines := ablations.option_lines(section, option):
             figure = ablation_figures.draw_ablation(option, lines, folder)
-            parts[f"Accuracy by {ablations.name_of(option)}"] = Part(ablations.ablation_table(option, lines), figure)
+            parts[f"{title} by {ablations.name_of(option)}"] = Part(ablations.ablation_table(option, lines), figure)
         else:
             notes.append(f"No two settings differ in {option} alone.")
         drawn()
@@ -211,9 +213,10 @@ def facts(section: Section) -> str:
         f"dense reference {dense.name} ({section.describe_recipe(dense) or 'the same recipe'})")  # fmt: skip
     commits = distinct(commit for setting in section.settings for commit in setting.commits.split(", "))
     dates = sorted({run["finished"] for run in runs})
-    images = mode(run["num_train"] for run in runs)  # those of the recipe: a start may have seen more
+    unit = "tokens" if section.measures[0].lowest else "images"
+    number = mode(run["num_train"] for run in runs)  # those of the recipe: a start may have seen more
     return (
-        f"{images} training and {first['data']['num_eval'] or 'streamed'} evaluation images; {', '.join(shown)}; "
+        f"{number} training and {first['data']['num_eval'] or 'streamed'} evaluation {unit}; {', '.join(shown)}; "
         f"{len(runs)} runs, seeds {seed_list(seeds)}; {reference}. {machine}; {versions}; commit {commits}; finished "
         f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
     )

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from vit_tucker.report.matched import Factor, Headline, MethodComparison
 from vit_tucker.report.sections import Section
 from vit_tucker.report.settings import DENSE, Setting
@@ -39,24 +41,26 @@ def settings_table(section: Section) -> Table:
     header = ["config", "method", "options", "init"]
     header += ["other recipe"] * any(recipes)
     text_columns = len(header)
-    header += ["attention params", "of dense", "top-1 %", "best epoch %", "top-5 %", "FLOPs", "latency", "seeds"]
+    first, second = (measure.heading for measure in section.measures)
+    best = f"best epoch{' ' * bool(section.measures[0].unit)}{section.measures[0].unit}"
+    header += ["attention params", "of dense", first, best, second, "FLOPs", "latency", "seeds"]
     header += ["commit"] * (len(commits) > 1)
     rows, raw = [], []
     for setting, recipe in zip(section.settings, recipes, strict=True):
         rows.append([
             setting.name, setting.display.name, setting.options, setting.init,
             *([recipe or "-"] if any(recipes) else []),
-            count(setting.params), f"{setting.share:.1%}", spread(setting.top1_mean, setting.top1_std),
-            decimal(setting.best_top1_mean), spread(mean(setting.top5), sample_std(setting.top5)),
+            count(setting.params), f"{setting.share:.1%}", spread(setting.score, setting.score_std),
+            decimal(setting.best_score), second_text(setting),
             "-" if setting.flops is None else short_count(setting.flops), describe_latency(setting),
             seed_list(setting.seeds),
             *([setting.commits] if len(commits) > 1 else []),
         ])  # fmt: skip
         raw.append(raw_setting(setting, recipe))
     notes = [
-        "top-1 and top-5: after the last epoch, mean ± sample standard deviation over seeds. The best epoch is chosen on the "
-        "evaluation images themselves and only shown beside.",
-        "FLOPs: of one forward pass of the whole model per image, 2 per multiply-add. Latency: ratio to the dense host"
+        f"{' and '.join(measure.label for measure in section.measures)}: after the last epoch, mean ± sample standard deviation "
+        f"over seeds. The best epoch is chosen on the evaluation {section.what}s themselves and only shown beside.",
+        f"FLOPs: of one forward pass of the whole model per {section.what}, 2 per multiply-add. Latency: ratio to the dense host"
         f"{latency_conditions(section)}.",
     ]
     if len(commits) == 1:
@@ -64,21 +68,29 @@ def settings_table(section: Section) -> Table:
     if any(runs_with_choices(setting) for setting in section.settings):
         notes.append("Ranks chosen by a rule may differ from seed to seed; their parameters are the mean.")
     raw_rows = [list(line.values()) for line in raw]
-    hidden = ("config", "best epoch %", "commit")
+    hidden = ("config", best, "commit")
     return Table(header, rows, text_columns, list(raw[0]), raw_rows, notes, stem="settings", not_in_latex=hidden)
+
+
+def second_text(setting: Setting) -> str:
+    """Returns the second measure, '98.20 ± 0.11'; '-' where it is not known."""
+    known = not np.isnan(setting.second_scores).any()
+    return spread(mean(setting.second_scores), sample_std(setting.second_scores)) if known else "-"
 
 
 def raw_setting(setting: Setting, recipe: str) -> dict[str, object]:
     """Returns a line of the CSV file."""
     low, high = setting.latency_range
-    top1_of_seeds = " ".join(f"{value:.6g}" for value in setting.top1)
+    of_seeds = " ".join(f"{value:.6g}" for value in setting.scores)
+    first, second = (measure.name for measure in setting.measures)
     return {
         "config": setting.name, "method": setting.method, "options": setting.options, "init": setting.init,
         "other_recipe": recipe, "attention_params": setting.params, "share_of_dense": setting.share,
-        "top1_mean": setting.top1_mean, "top1_std": setting.top1_std, "best_epoch_top1_mean": setting.best_top1_mean,
-        "top5_mean": mean(setting.top5), "top5_std": sample_std(setting.top5), "flops": setting.flops,
+        f"{first}_mean": setting.score, f"{first}_std": setting.score_std, f"best_epoch_{first}_mean": setting.best_score,
+        f"{second}_mean": mean(setting.second_scores), f"{second}_std": sample_std(setting.second_scores),
+        "flops": setting.flops,
         "latency_ratio": setting.latency, "latency_ratio_low": low, "latency_ratio_high": high,
-        "seeds": " ".join(map(str, setting.seeds)), "top1_of_seeds": top1_of_seeds, "epochs": setting.epochs,
+        "seeds": " ".join(map(str, setting.seeds)), f"{first}_of_seeds": of_seeds, "epochs": setting.epochs,
         "commits": setting.commits,
     }  # fmt: skip
 
@@ -120,11 +132,11 @@ def matched_table(comparison: MethodComparison) -> Table:
         setting = match.setting
         rows.append([
             setting.options + (" *" if match.on_front else ""), setting.init, count(setting.params),
-            spread(setting.top1_mean, setting.top1_std), *(str(match.factors[m]) for m in rivals),
+            spread(setting.score, setting.score_std), *(str(match.factors[m]) for m in rivals),
             "-" if match.dense is None else f"{match.dense:.1f}x",
         ])  # fmt: skip
         raw.append([
-            setting.name, setting.options, setting.init, match.on_front, setting.params, setting.top1_mean,
+            setting.name, setting.options, setting.init, match.on_front, setting.params, setting.score,
             *(number for m in rivals for number in raw_factor(match.factors[m])), match.dense,
         ])  # fmt: skip
     notes = [

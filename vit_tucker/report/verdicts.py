@@ -57,7 +57,7 @@ def at_equal_accuracy(headline: Headline, matches: Sequence[Match]) -> list[str]
 
 def place(setting: Setting) -> str:
     """Returns 'the 94.06% of ranks=4,8,8, HOSVD (20k)'."""
-    return f"the {setting.top1_mean:.2f}% of {brief(setting)}"
+    return f"the {setting.score:.2f}% of {brief(setting)}"
 
 
 def order_of_magnitude(headline: Headline) -> str:

@@ -18,6 +18,7 @@ from vit_tucker.patching.patch import patch
 from vit_tucker.patching.report import PatchReport
 from vit_tucker.run.built import BuiltModel, all_parameters, patch_all, patched_entries
 from vit_tucker.storage.checkpoints import list_checkpoints
+from vit_tucker.storage.json_files import read_object
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.training.task import TokenTask
 
@@ -63,7 +64,9 @@ def build_language_model(config: RunConfig, run_dir: RunDir, device: torch.devic
             "another tokenizer"
         )
     data: dict[str, Any] = {"tokenizer": facts.tokenizer, "vocabulary": facts.vocabulary, "block_size": block}
-    data["bytes_per_token"] = evaluated.bytes_per_token
+    data |= {"bytes_per_token": evaluated.bytes_per_token, "text": facts.sha256}
+    if started:
+        refuse_other_text(data, run_dir)
     sizes, structure = count_parameters(model), structure_copy(model)
     model.to(device)
     reports = patch_all(
@@ -78,6 +81,24 @@ def build_language_model(config: RunConfig, run_dir: RunDir, device: torch.devic
         host=structure,
         task=TokenTask(block, evaluated.bytes_per_token, config.model.name),
     )
+
+
+def refuse_other_text(data: dict[str, Any], run_dir: RunDir) -> None:
+    """Raises DataError if a run goes on with another text than it began with: ``data.root`` may change, the tokens may not.
+
+    Args:
+        data: as now, see ``BuiltModel``.
+        run_dir: of the run.
+    """
+    if not run_dir.data_config.is_file():
+        return
+    before = read_object(run_dir.data_config)
+    for name, what in (("tokenizer", "tokenizer"), ("text", "text of data.val_split, by its SHA-256,")):
+        if before.get(name) != data[name]:
+            raise DataError(
+                f"{run_dir.path}: the {what} was {before.get(name)} when the run began, and is {data[name]}: name the files of "
+                "then by data.root=, or choose another output_dir="
+            )
 
 
 def block_size(config: RunConfig, model: nn.Module) -> int:

@@ -49,7 +49,7 @@ def finish_run(
         except OSError as error:
             raise unwritable(run_dir.results, error) from error
     best, params = results["best"], results["params"]
-    decides = trainer.task.metrics[0]
+    decides = trainer.task.measures[0]
     score = f"best {decides.text(best[decides.name])} (epoch {best['epoch']})" if best else "the best weights were lost"
     LOGGER.info(
         f"done: {score}, {params['attention']:,} attention parameters of {params['total']:,}, "
@@ -125,7 +125,7 @@ def evaluate_run(
         which = str(weights)
     task = built.task
     scores = evaluate(built.model, task, loaders, accelerator, coordinator)
-    found = [(metric, getattr(scores, metric.name)) for metric in task.metrics]
-    shown = "  ".join(metric.text(value) for metric, value in found if value is not None)
+    found = [(measure, getattr(scores, measure.name)) for measure in task.measures]
+    shown = "  ".join(measure.text(value) for measure, value in found if value is not None)
     LOGGER.info(f"{which}: {shown}  loss {scores.loss:.4f}  {scores.count} {task.unit}")
     return {**results, "evaluation": asdict(scores)}

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vit_tucker.show.fonts import installed_fonts
+from vit_tucker.show.measures import Measure
 from vit_tucker.show.tables import short_count
 
 
@@ -110,6 +111,24 @@ def accuracy_axis(axis: Any, low: float, high: float, horizontal: bool = False) 
     along.set_minor_locator(NullLocator())
     along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set(**{f"{name}label": "top-1 accuracy, % (log error)"})
+
+
+def score_axis(axis: Any, measure: Measure, low: float, high: float, horizontal: bool = False) -> None:
+    """Makes y an axis of a measure: see ``accuracy_axis`` for one in percent; a perplexity's is logarithmic where it varies much.
+
+    Args:
+        axis: of a figure whose data are drawn.
+        measure: what is drawn.
+        low, high: its values.
+        horizontal: make it x.
+    """
+    if measure.unit:
+        accuracy_axis(axis, low, high, horizontal)
+        return
+    name = "x" if horizontal else "y"
+    axis.set(**{f"{name}label": measure.label})
+    if high > WIDE * low > 0:
+        getattr(axis, f"set_{name}scale")("log")
 
 
 def sizes_scale(sizes: Sequence[float]) -> Any:

@@ -117,19 +117,6 @@ class ParameterCounts(Lenient):
     dense_attention: Annotated[int, Field(ge=1)]
 
 
-class BestScores(Lenient):
-    """Scores of the best epoch."""
-
-    top1: Score
-
-
-class LastScores(Lenient):
-    """Scores of the last epoch."""
-
-    eval_top1: Score
-    eval_top5: Score
-
-
 class RunResults(Lenient):
     """results.json of a finished run, as far as it is read again."""
 
@@ -141,8 +128,8 @@ class RunResults(Lenient):
     patch: Patch | None
     data: dict[str, Any]
     epochs: Annotated[int, Field(ge=0)]
-    best: BestScores | None
-    last: LastScores
+    best: dict[str, Score | None] | None
+    last: dict[str, Score | None]
     finished: str
     curve: list[dict[str, Score | None]] | None = None
     train_seconds: Annotated[float, Field(ge=0)] | None = None

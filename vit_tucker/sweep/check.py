@@ -7,13 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from vit_tucker.analysis.costs import HostFactory
-from vit_tucker.analysis.flops import known_flops
-from vit_tucker.data.datasets import dataset_info
 from vit_tucker.errors import FailedError, PatchError, VitTuckerError
-from vit_tucker.hosts.images import input_shape
-from vit_tucker.patching.patch import plan
-from vit_tucker.run.model import classes_and_channels
+from vit_tucker.run.builders import builder_of
 from vit_tucker.run.run import run
 from vit_tucker.show.progress_bars import each
 from vit_tucker.storage.run_dir import RunDir
@@ -33,32 +28,31 @@ def plan_cells(jobs: Sequence[Job]) -> dict[str, int | None]:
         jobs: the runs; one per cell is looked at. Cells whose ranks are yet to be chosen count as dense.
 
     Returns:
-        Operations of a forward pass per image, by cell; None of hosts that don't run without values.
+        Operations of a forward pass per image or window of tokens, by cell; None of hosts that don't run without values.
 
     Raises:
         VitTuckerError: a model that can't be built, or a patch that it doesn't allow; it names the cell.
     """
     hosts: dict[str, tuple[nn.Module, int | None]] = {}
-    saved: dict[str, int] = {}  # cells that differ in their start alone have one structure
+    counted: dict[str, int | None] = {}  # cells that differ in their start alone have one structure
     flops: dict[str, int | None] = {}
     for job in each({job.name: job for job in jobs}.values(), "checking", "cells"):
-        model, attention = job.config.model, job.config.attention
-        factory = HostFactory(model, *classes_and_channels(job.config))
-        if (key := repr(vars(factory))) not in hosts:
-            host = factory.structure()
-            hosts[key] = host, known_flops(host, input_shape(host, model.img_size))
+        attention, builder = job.config.attention, builder_of(job.config)
+        key, structure = builder.host(job.config)
+        if key not in hosts:
+            host = structure()
+            hosts[key] = host, builder.operations(job.config, host, None, None)
         host, dense = hosts[key]
         flops[job.name] = dense
         if attention is None or attention.rank_rule is not None:
             continue
         bare = attention.unconverted()
-        if (patched := f"{key}{bare!r}") not in saved:
+        if (patched := f"{key}{bare!r}") not in counted:
             try:
-                report = plan(host, bare, img_size=model.img_size)
+                counted[patched] = builder.operations(job.config, host, bare, dense)
             except PatchError as error:
                 raise PatchError(f"cell {job.name}: attention: {error}") from None
-            saved[patched] = (report.flops_before or 0) - (report.flops_after or 0)
-        flops[job.name] = None if dense is None else dense - saved[patched]
+        flops[job.name] = counted[patched]
     return flops
 
 
@@ -98,7 +92,7 @@ def describe_cost(jobs: Sequence[Job], flops: Mapping[str, int | None]) -> str:
     """
     total = 0
     for job in jobs:
-        images = job.config.data.num_samples or dataset_info(job.config.data.dataset).num_train
+        images = builder_of(job.config).samples(job.config)
         operations = flops[job.name]
         if images is None or operations is None:
             return "cost unknown: the number of images or the model's operations"

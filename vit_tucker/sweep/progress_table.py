@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from vit_tucker.show.measures import IMAGE_MEASURES
 from vit_tucker.sweep.plan import Job
 from vit_tucker.sweep.status import State, Status
 
@@ -20,11 +21,11 @@ Statuses = Mapping[tuple[str, int], Status]
 def entry(status: Status, epochs: int) -> str:
     """Returns one run's entry in the table: '99.17', '>3/8 97.2', 'FAILED'."""
     if status.state is State.DONE:
-        return f"{status.top1:.2f}"
+        return f"{status.score:.2f}"
     if status.state in SHORT:
         return SHORT[status.state]
     mark = ">" if status.state is State.RUNNING else "|"
-    return f"{mark}{status.epoch}/{epochs}" + ("" if status.top1 is None else f" {status.top1:.1f}")
+    return f"{mark}{status.epoch}/{epochs}" + ("" if status.score is None else f" {status.score:.1f}")
 
 
 def progress_table(jobs: Sequence[Job], statuses: Statuses, most: int | None = None) -> Table:
@@ -38,7 +39,8 @@ def progress_table(jobs: Sequence[Job], statuses: Statuses, most: int | None = N
     seeds = list(dict.fromkeys(job.seed for job in jobs))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style=None)
     table.add_column("cell", no_wrap=True)
-    for title in (*(f"seed {seed}" for seed in seeds), "mean top-1 %"):
+    measure = next((s.measure for s in statuses.values() if s.score is not None), IMAGE_MEASURES[0])
+    for title in (*(f"seed {seed}" for seed in seeds), f"mean {measure.heading}"):
         table.add_column(title, justify="right", no_wrap=True)
     by_name: dict[str, dict[int, Job]] = {}
     for job in jobs:
@@ -48,7 +50,7 @@ def progress_table(jobs: Sequence[Job], statuses: Statuses, most: int | None = N
         by_name = {name: by_name[name] for name in by_name if name in active}
     for name, runs in by_name.items():
         cells = [entry(statuses[name, seed], runs[seed].config.train.epochs) if seed in runs else "" for seed in seeds]
-        done = [s.top1 for seed in runs if (s := statuses[name, seed]).state is State.DONE and s.top1 is not None]
+        done = [s.score for seed in runs if (s := statuses[name, seed]).state is State.DONE and s.score is not None]
         spread = f" +- {statistics.stdev(done):.2f}" if len(done) > 1 else ""
         table.add_row(name, *cells, f"{statistics.fmean(done):.2f}{spread}" if done else "")
     return table

@@ -146,7 +146,7 @@ class Runner:
         done = sum(self.statuses[each.key].state is State.DONE for each in self.jobs)
         what = f"{status.state.value}: {status.reason}" if status.reason else status.state.value
         if status.state is State.DONE:
-            what = f"top-1 {status.top1:.2f}% in {status.seconds:.0f} s"
+            what = f"{status.measure.text(status.score or 0.0)} in {status.seconds:.0f} s"
         return f"[{done}/{len(self.jobs)}] {job.name}, seed {job.seed}: {what}{self._left()}"
 
     def _left(self) -> str:

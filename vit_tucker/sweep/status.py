@@ -13,6 +13,7 @@ from vit_tucker.errors import ConfigError
 from vit_tucker.report.collect import collect
 from vit_tucker.report.compare import read_results
 from vit_tucker.run.same_run import changes_of_run, check_folder
+from vit_tucker.show.measures import IMAGE_MEASURES, Measure, measures_in
 from vit_tucker.storage.run_dir import RunDir
 from vit_tucker.sweep.plan import Job
 
@@ -39,17 +40,19 @@ class Status:
 
     Attributes:
         state: how far it has got.
-        top1: after the last epoch so far, in percent; None before the first.
+        score: after the last epoch so far, top-1 in percent or perplexity; None before the first.
         epoch: finished epochs.
         reason: why it failed, is blocked or is trained elsewhere.
         seconds: training time of a finished run.
+        measure: what the score is.
     """
 
     state: State
-    top1: float | None = None
+    score: float | None = None
     epoch: int = 0
     reason: str = ""
     seconds: float = 0.0
+    measure: Measure = IMAGE_MEASURES[0]
 
 
 def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) -> Status:
@@ -77,8 +80,9 @@ def read_status(job: Job, recorded: Mapping[tuple[str, int], dict[str, Any]]) ->
         status = Status(State.INTERRUPTED if run_dir.config.is_file() else State.WAITING)
         update_progress(job, status)
         return status
-    seconds = results.get("train_seconds", 0.0)
-    return Status(State.DONE, results["last"]["eval_top1"], results["epochs"], seconds=seconds)
+    seconds, last = results.get("train_seconds", 0.0), results["last"]
+    measure = measures_in(last)[0]
+    return Status(State.DONE, last[measure.column], results["epochs"], seconds=seconds, measure=measure)
 
 
 def read_statuses(
@@ -116,8 +120,9 @@ def update_progress(job: Job, status: Status) -> None:
             rows = list(csv.DictReader(opened))
     except OSError:
         return
-    scores = [row["eval_top1"] for row in rows if row.get("eval_top1")]
-    status.epoch, status.top1 = len(rows), float(scores[-1]) if scores else None
+    measure = measures_in(rows[0])[0] if rows else status.measure
+    scores = [score for row in rows if (score := row.get(measure.column))]
+    status.epoch, status.score, status.measure = len(rows), float(scores[-1]) if scores else None, measure
 
 
 def last_words(log: Path, start: int = 0) -> str:

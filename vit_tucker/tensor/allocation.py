@@ -36,7 +36,11 @@ class RankTable:
     norm: float
 
     def at_third(self, index: int) -> "RankTable":
-        """Returns the entries whose third rank is the one of this index."""
+        """Returns the entries with one third rank.
+
+        Args:
+            index: of the rank among ``ranks[2]``.
+        """
         r1, r2, r3 = self.ranks
         part = slice(index, index + 1)
         return RankTable((r1, r2, r3[part]), self.error[..., part], self.cost[..., part], self.norm)
@@ -97,7 +101,9 @@ def third_mode_table(
         pairs, full, cost, multiple, rotary: as of ``rank_table``.
     """
     squares = column_energies(pairs) if rotary else torch.linalg.eigvalsh(gram_right(pairs)).flip(0).clamp_min(0)
-    kept = squares[: full[2]].cumsum(0).cpu()
+    kept = (
+        torch.nn.functional.pad(squares, (0, full[2]))[: full[2]].cumsum(0).cpu()
+    )  # folded tensors have fewer columns
     r3 = rank_steps(full[2], math.lcm(multiple, 2) if rotary else multiple)
     r1, r2 = (torch.tensor([rank]) for rank in full[:2])
     costs = cost(r1[:, None, None], r2[None, :, None], r3[None, None, :]).double()

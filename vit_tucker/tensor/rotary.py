@@ -155,8 +155,16 @@ def ordinary(tensor: Pairs | RotaryPairs) -> Pairs:
     """
     if not isinstance(tensor, RotaryPairs):
         return tensor
-    left, right = lift(tensor).pairs
-    return Pairs(left * 0.5**0.5, right)
+    return unlifted_norm(lift(tensor))
+
+
+def unlifted_norm(lifted: Lifted) -> Pairs:
+    """Returns the ordinary tensor of a lifted one, with the norm of what was lifted: lifted ones have twice the squared norm.
+
+    Args:
+        lifted: see the module.
+    """
+    return Pairs(lifted.pairs.left * 0.5**0.5, lifted.pairs.right)
 
 
 def best_pair_each(tensor: RotaryPairs) -> tuple[Tensor, Tensor]:

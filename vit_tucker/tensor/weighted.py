@@ -32,7 +32,14 @@ def head_weights(metrics: Tensor) -> Tensor:
 
 
 def trace_weights(traces: Tensor) -> Tensor:
-    """Returns how much each head counts by the traces (H,) of its metric, see ``head_weights``."""
+    """Returns how much each head counts, (H,), by the traces of the heads' metrics: see ``head_weights``.
+
+    Args:
+        traces: (H,).
+
+    Raises:
+        ValueError: all are zero, since the inputs are constant.
+    """
     weights = traces.clamp_min(0).sqrt()
     if not (weights > 0).any():
         raise ValueError("the second moments are zero: the inputs are constant")

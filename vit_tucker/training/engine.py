@@ -144,18 +144,18 @@ def finish_epoch(trainer: Trainer, loaders: Loaders, monitor: NullMonitor) -> di
     row: dict[str, Any] = {"epoch": epoch, "train_loss": progress.loss_sum / progress.step}
     if t.objective.penalties:
         row |= {f"train_loss_{name}": mean for name, mean in progress.term_means().items()}
-    metrics, decides = t.task.metrics, t.task.metrics[0]
-    row |= dict.fromkeys(("eval_loss", *(metric.column for metric in metrics)))
+    measures, decides = t.task.measures, t.task.measures[0]
+    row |= dict.fromkeys(("eval_loss", *(measure.column for measure in measures)))
     if epoch % t.config.eval_interval == 0 or epoch == t.config.epochs:
         first: list[tuple[Tensor, Tensor, Tensor]] = []
         place = t.task, loaders, t.accelerator, t.coordinator
         scores = evaluate(t.bare, *place, t.handle_signals, first if t.task.draws else None)
-        row |= {"eval_loss": scores.loss, **{metric.column: getattr(scores, metric.name) for metric in metrics}}
+        row |= {"eval_loss": scores.loss, **{measure.column: getattr(scores, measure.name) for measure in measures}}
         if t.ema is not None:
             scores = evaluate(t.ema.module, *place)
             row[f"eval_ema_{decides.name}"] = getattr(scores, decides.name)
         t.share_faults()
-        found = {metric.name: getattr(scores, metric.name) for metric in metrics}
+        found = {measure.name: getattr(scores, measure.name) for measure in measures}
         if progress.best is None or decides.better(found[decides.name], progress.best[decides.name]):
             progress.best = {"epoch": epoch, **found, "loss": scores.loss}
             t.save_best()

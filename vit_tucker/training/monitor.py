@@ -180,7 +180,7 @@ class Monitor(NullMonitor):
         """Writes the scores, other scalars, and a picture of some predictions."""
         self.eval_seconds = time.perf_counter() - self.started
         scores = {k.replace("eval_", "eval/", 1): v for k, v in row.items() if k.startswith("eval_")}
-        decides = self.task.metrics[0].name
+        decides = self.task.measures[0].name
         best = {} if progress.best is None else {f"best/{decides}": progress.best[decides]}
         self.scalars({**scores, **best, **extra}, progress.global_step)
         if self.events is not None and first:
@@ -194,11 +194,11 @@ class Monitor(NullMonitor):
             self.events.hyperparameters({}, finished=True)
         row = progress.rows[-1]
         parts = [f"epoch {row['epoch']}/{self.config.epochs}", f"loss {row['train_loss']:.4f}"]
-        metrics = self.task.metrics
-        parts += [metric.text(row[metric.column]) for metric in metrics if row[metric.column] is not None]
-        averaged = row.get(f"eval_ema_{metrics[0].name}")
+        measures = self.task.measures
+        parts += [measure.text(row[measure.column]) for measure in measures if row[measure.column] is not None]
+        averaged = row.get(f"eval_ema_{measures[0].name}")
         if averaged is not None:
-            parts.append(f"EMA {metrics[0].text(averaged)}")
+            parts.append(f"EMA {measures[0].text(averaged)}")
         parts.append(f"lr {row['lr']:.2e}")
         if self.steps:
             parts += [f"{self.rate():,.0f} {self.task.unit}/s", f"data wait {self.share:.0%}"]

@@ -17,7 +17,7 @@ class Progress:
         term_sums: the same for each term of the loss, and over how many steps; empty where the loss is all that there is.
         seconds: training time so far, evaluation apart.
         rows: finished rows of summary.csv.
-        best: epoch, loss and metrics (top1, top5; perplexity, bits_per_byte) of the best weights so far.
+        best: epoch, loss and measures (top1, top5; perplexity, bits_per_byte) of the best weights so far.
         processes: how many trained it last.
         steps_per_epoch: of the config that trained it last.
         faults: one line for each image that could not be read.

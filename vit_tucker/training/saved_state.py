@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vit_tucker.errors import CheckpointError
-from vit_tucker.show.metrics import TOKEN_METRICS, metrics_in
+from vit_tucker.show.measures import TOKEN_MEASURES, measures_in
 from vit_tucker.storage.json_files import Strict, checked, kind_of, read_object
 from vit_tucker.training.progress import Progress
 from vit_tucker.validation.mistakes import shown
@@ -20,7 +20,7 @@ Score = Annotated[float, Field(allow_inf_nan=True)]
 TermSum = Annotated[list[Score], Field(min_length=2, max_length=2)]
 """Sum of a term of the loss, and number of steps."""
 COLUMNS = ("epoch", "train_loss", "eval_loss", "lr")
-"""What each row of summary.csv has, beside the metrics of its task."""
+"""What each row of summary.csv has, beside the measures of its task."""
 OPENERS = ("dict", "tensor", "tuple", "dtype")
 """Keys by which ``flatten`` marks what JSON does not have."""
 
@@ -45,7 +45,7 @@ class BestTokens(Strict):
 
 def check_best(values: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointError if values are not the scores of the best weights, of whichever task; ``where`` names them."""
-    checked(BestTokens if TOKEN_METRICS[0].name in values else Best, values, where)
+    checked(BestTokens if TOKEN_MEASURES[0].name in values else Best, values, where)
 
 
 class Scaler(Strict):
@@ -91,7 +91,7 @@ def read_progress(values: Any, checkpoint: Path) -> tuple[Progress, dict[str, An
         check_best(values["best"], f"{where}: best")
     progress = Progress(**{key: value for key, value in values.items() if key != "scaler"})
     for number, row in enumerate(progress.rows, start=1):
-        needed = (*COLUMNS, *(metric.column for metric in metrics_in(row)))
+        needed = (*COLUMNS, *(measure.column for measure in measures_in(row)))
         if missing := [name for name in needed if name not in row]:
             raise CheckpointError(f"{where}.rows.{number - 1}: has no {missing[0]}")
         if row["epoch"] != number:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vit_tucker.errors import ConfigError
-from vit_tucker.show.metrics import IMAGE_METRICS, TOKEN_METRICS, Metric
+from vit_tucker.show.measures import IMAGE_MEASURES, TOKEN_MEASURES, Measure
 from vit_tucker.training.metrics import (
     Scores,
     TokenScores,
@@ -35,7 +35,7 @@ class ImageTask:
     Attributes:
         samples: what a batch consists of, in the plural.
         unit: what is counted in scores and rates.
-        metrics: what is measured; the first one decides which weights are best.
+        measures: what is measured; the first one decides which weights are best.
         num_sums: numbers that ``sums`` returns.
         draws: whether ``picture`` draws something.
         units: of a sample.
@@ -43,7 +43,7 @@ class ImageTask:
 
     samples: ClassVar[str] = "images"
     unit: ClassVar[str] = "images"
-    metrics: ClassVar[tuple[Metric, ...]] = IMAGE_METRICS
+    measures: ClassVar[tuple[Measure, ...]] = IMAGE_MEASURES
     num_sums: ClassVar[int] = 4
     draws: ClassVar[bool] = True
     units: int = 1
@@ -108,7 +108,7 @@ class TokenTask:
 
     samples: ClassVar[str] = "windows"
     unit: ClassVar[str] = "tokens"
-    metrics: ClassVar[tuple[Metric, ...]] = TOKEN_METRICS
+    measures: ClassVar[tuple[Measure, ...]] = TOKEN_MEASURES
     num_sums: ClassVar[int] = 2
     draws: ClassVar[bool] = False
 

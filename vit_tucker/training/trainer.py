@@ -156,7 +156,7 @@ class Trainer:
         best = self.progress.best
         assert best is not None
         state = full_state(self.ema.module if self.ema is not None else self.bare)
-        name = self.task.metrics[0].name
+        name = self.task.measures[0].name
         header = {**self.metadata, "epoch": str(best["epoch"]), name: f"{best[name]:.4f}", "best": json.dumps(best)}
         file, config = self.run_dir.best, self.description
 

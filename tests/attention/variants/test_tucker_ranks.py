@@ -73,7 +73,10 @@ def test_too_small_budgets_name_the_smallest_that_works():
     ("given", "message"),
     [
         ({}, "give one of budget, flops, energy"),
-        ({"budget": 0.1, "energy": 0.9}, "give one of budget, flops, energy, not 2"),
+        (
+            {"budget": 0.1, "energy": 0.9},
+            "give one of budget, flops, energy, cache, or budget and cache, not budget and energy",
+        ),
         ({"budget": 0.0}, "greater than 0"),
         ({"energy": 1.5}, "less than or equal to 1"),
         ({"budgt": 0.1}, "ranks.budgt: unknown key; did you mean 'budget'\\?"),

@@ -66,8 +66,8 @@ class GQAConfig(PerHeadConfig):
 
     @classmethod
     def full_rank(cls, spec: HostSpec) -> "GQAConfig":
-        """Returns the config with as many key/value heads as heads."""
-        return cls(num_kv_heads=spec.num_heads)
+        """Returns the config with as many key/value heads as the host."""
+        return cls(num_kv_heads=spec.num_kv_heads or spec.num_heads)
 
     @classmethod
     def example(cls, spec: HostSpec) -> "GQAConfig":

@@ -6,8 +6,8 @@ from vit_tucker.errors import PatchError
 
 
 def full_latents(spec: HostSpec, shared_kv: bool) -> tuple[int, int]:
-    """Returns the largest useful latents of queries and of keys and values; rotated keys need H*D columns."""
-    key_value = spec.attn_dim * (2 if shared_kv else 1)
+    """Returns the largest useful latents of queries and of keys and values; rotated keys need a column for each of the keys'."""
+    key_value = spec.kv_dim * (2 if shared_kv else 1)
     return min(spec.embed_dim, spec.attn_dim), key_value if spec.rotates_latent else min(spec.embed_dim, key_value)
 
 

@@ -36,11 +36,11 @@ MODES = ("head", "query/output", "key/value")
 def full_ranks(spec: HostSpec) -> tuple[Ranks, Ranks]:
     """Returns the largest useful ranks of the pre- and of the post-softmax tensor: a conversion with them is exact (Thm B.2).
 
-    With RoPE each head's pairs keep their rotations, so that the latent key must hold all H*D columns.
+    With RoPE each head's pairs keep their rotations, so that the latent key must hold all columns of the G key heads.
     """
     query = min(spec.embed_dim + spec.qkv_bias, spec.attn_dim)
-    value, output = min(spec.embed_dim, spec.attn_dim), min(spec.out_dim, spec.attn_dim)
-    key = value if spec.rope is None else spec.attn_dim
+    value, output = min(spec.embed_dim, spec.kv_dim), min(spec.out_dim, spec.attn_dim)
+    key = value if spec.rope is None else spec.kv_dim
     return (spec.num_heads, query, key), (spec.num_heads, output, value)
 
 
@@ -72,6 +72,9 @@ def refuse_ranks(spec: HostSpec, pre: Ranks, post: Ranks, shared_kv: bool, query
         query_bias: the layer keeps the host's query bias.
     """
     full = full_ranks(replace(spec, qkv_bias=spec.qkv_bias and query_bias))
+    if shared_kv:  # one basis for keys and values
+        both = min(2 * spec.kv_dim, spec.attn_dim if spec.rope is not None else min(spec.embed_dim, spec.attn_dim))
+        full = tuple((*ranks[:2], max(ranks[2], both)) for ranks in full)  # type: ignore[assignment]
     for name, ranks, limits in (("ranks", pre, full[0]), ("post_ranks", post, full[1])):
         for mode, rank, limit in zip(MODES, ranks, limits, strict=True):
             if rank > limit:

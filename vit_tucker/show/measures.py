@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Metric:
+class Measure:
     """One number by which a model is judged after an epoch.
 
     Attributes:
@@ -26,8 +26,18 @@ class Metric:
         """Returns the column of summary.csv."""
         return f"eval_{self.name}"
 
+    @property
+    def stem(self) -> str:
+        """Returns what files of its figures begin with, 'accuracy'."""
+        return "accuracy" if self.unit else self.name
+
+    @property
+    def heading(self) -> str:
+        """Returns the title of a column, 'top-1 %'."""
+        return f"{self.label} {self.unit}".strip()
+
     def text(self, value: float) -> str:
-        """Returns the metric with its ``value``, 'top-1 93.21%'."""
+        """Returns the measure with its ``value``, 'top-1 93.21%'."""
         return f"{self.label} {value:.{2 if self.unit else 3}f}{self.unit}"
 
     def better(self, value: float, other: float) -> bool:
@@ -35,13 +45,13 @@ class Metric:
         return value < other if self.lowest else value > other
 
 
-IMAGE_METRICS = (Metric("top1", "top-1", "%"), Metric("top5", "top-5", "%"))
-TOKEN_METRICS = (
-    Metric("perplexity", "perplexity", lowest=True),
-    Metric("bits_per_byte", "bits per byte", lowest=True),
+IMAGE_MEASURES = (Measure("top1", "top-1", "%"), Measure("top5", "top-5", "%"))
+TOKEN_MEASURES = (
+    Measure("perplexity", "perplexity", lowest=True),
+    Measure("bits_per_byte", "bits per byte", lowest=True),
 )
 
 
-def metrics_in(row: Mapping[str, Any]) -> tuple[Metric, ...]:
-    """Returns the metrics of a row of summary.csv, or of the last row in results.json; the first one decides what is best."""
-    return TOKEN_METRICS if TOKEN_METRICS[0].column in row else IMAGE_METRICS
+def measures_in(row: Mapping[str, Any]) -> tuple[Measure, ...]:
+    """Returns the measures of a row of summary.csv, or of the last row in results.json; the first one decides what is best."""
+    return TOKEN_MEASURES if TOKEN_MEASURES[0].column in row else IMAGE_MEASURES
