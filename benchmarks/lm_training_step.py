@@ -45,10 +45,10 @@ def host(dim: int, layers: int) -> nn.Module:
 
 def models_of(dim: int, args: argparse.Namespace) -> dict[str, nn.Module]:
     """Builds the host and the same with Tucker Attention of each rank."""
-    models = {"GQA, transformers": host(dim, args.layers)}
+    models, heads = {"GQA, transformers": host(dim, args.layers)}, min(HEAD_RANK, dim // HEAD_DIM)
     for rank in args.ranks:
-        model = models[f"Tucker ({HEAD_RANK}, {rank}, {rank})"] = host(dim, args.layers)
-        vt.patch(model, vt.TuckerConfig(ranks=(HEAD_RANK, rank, rank), init="random"))
+        model = models[f"Tucker ({heads}, {rank}, {rank})"] = host(dim, args.layers)
+        vt.patch(model, vt.TuckerConfig(ranks=(heads, rank, rank), init="random"))
     return {name: model.train() for name, model in models.items()}
 
 
