@@ -81,7 +81,8 @@ def rank_table(
 
     Source: De Lathauwer et al., A multilinear singular value decomposition, 2000 (property 10: what truncation costs).
     """
-    right = torch.eye(full[2], dtype=pairs.right.dtype, device=pairs.right.device) if rotary else None
+    size = pairs.right.shape[1]  # more than full[2] where heads share keys: the coordinates behind hold nothing
+    right = torch.eye(size, full[2], dtype=pairs.right.dtype, device=pairs.right.device) if rotary else None
     squares = hosvd(pairs, full, right=right).core.square().cpu()
     kept = squares.cumsum(0).cumsum(1).cumsum(2)
     third = math.lcm(multiple, 2) if rotary else multiple
