@@ -1,4 +1,10 @@
-"""Whether cacheshrink's models are right with a cache and with left padding, at a ratio of 1, where they equal the host."""
+"""Whether cacheshrink's models are right with a cache and with left padding, at a ratio of 1, where they equal the host.
+
+Three faults show, each by itself. Masks of sdpa are boolean, and are added to the scores: padded prompts are wrong. From
+transformers 5.24 on its layers don't see the cache, which is called ``cache`` there. With the cache, positions of past keys are
+counted from the cache's length: padded steps are wrong; and they rotate with the base 10,000 where the config has another one in
+``rope_parameters``, as transformers 5 does: then steps are wrong without padding too.
+"""
 
 from collections.abc import Sequence
 from typing import Any
