@@ -204,8 +204,7 @@ def svd_groups(
     rows = pre.left.shape[1]
     left_query = left_out = key_metrics = value_metrics = None
     if moments is not None:
-        metrics = moments.query[:rows, :rows], moments.output
-        left_query, left_out = (metric_root(metric, damping).root for metric in metrics)
+        left_query, left_out = (metric_root(m, damping).root for m in (moments.query[:rows, :rows], moments.output))
         key_metrics, value_metrics = moments.given("key"), moments.given("value")
     keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
     values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)

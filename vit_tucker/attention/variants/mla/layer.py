@@ -77,10 +77,7 @@ class MLA(LatentModule, PerHeadModule):
         return super().run(call)
 
     def absorbs(self, x: Tensor) -> bool:
-        """Returns whether tokens ``x`` (B, N, C) attend in the latent, see ``absorbing_saves``.
-
-        Open numbers of tokens count as large.
-        """
+        """Returns whether tokens ``x`` (B, N, C) attend in the latent, see ``absorbing_saves``; open numbers count as large."""
         if not self.can_absorb or open_shape(x):
             return self.can_absorb and self.kv_down.out_features <= self.head_dim
         return absorbing_saves(self.spec, self.q_down.out_features, self.kv_down.out_features, *x.shape[:2])
