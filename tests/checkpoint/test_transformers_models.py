@@ -254,3 +254,11 @@ def test_a_folder_of_an_older_version_is_loaded_with_a_note(folder, caplog):
     with caplog.at_level(logging.WARNING):
         vt.load(folder)
     assert "has no digests" in caplog.text
+
+
+def test_ranks_that_a_cache_budget_chose_come_back(tmp_path):
+    model = make_decoder("llama", torch.float32)
+    vt.patch(model, vt.TuckerConfig(ranks={"cache": 0.5, "multiple_of": 2}), calibration=tokens(8, 16).split(4))
+    loaded = vt.load(vt.save(model, tmp_path))
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.model.layers[1].self_attn.rank_options() == model.model.layers[1].self_attn.rank_options()

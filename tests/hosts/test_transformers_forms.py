@@ -94,3 +94,13 @@ def test_entries_counted_are_those_of_the_cache(name, method):
 
 def test_entries_of_a_dense_host_are_those_of_its_key_value_heads():
     assert count_kv_entries(make_decoder("llama")) * 2 == count_kv_entries(make_decoder("gpt2")) == 2 * 2 * 24 * 256
+
+
+@pytest.mark.parametrize(("rank", "is_exact"), [(12, True), (10, False)])
+def test_a_latent_key_as_wide_as_the_hosts_key_value_heads_is_exact_and_the_report_says_so(rank, is_exact):
+    model = make_decoder("llama")
+    expected = model(IDS).logits
+    report = vt.patch(model, vt.TuckerConfig(ranks=(4, 24, rank), post_ranks=(4, 24, 12)))
+    assert torch.allclose(model(IDS).logits, expected, rtol=1e-5, atol=1e-5) == is_exact
+    assert ("exact from width 12 on" in str(report)) != is_exact
+    assert ("keep their rotations exactly" in str(report)) == is_exact

@@ -3,7 +3,7 @@
 from vit_tucker.report.cost import LATENCY_COLUMNS, MODEL_COLUMNS, formula_table, model_table
 
 COST = {"label": "tucker ranks=[8,16,16]", "attention_params": 650_000, "params": 58_869_928, "attention_flops": None}
-COST |= {"flops": 1.5e6, "activation_bytes": 95_204_000, "kv_bytes": None, "latency": None}
+COST |= {"flops": 1.5e6, "activation_bytes": 95_204_000, "kv_bytes": None, "per": "image", "latency": None}
 DENSE = {**COST, "label": "dense", "attention_params": 26_000_000}
 LATENCY = {"ms": 12.34, "ratio": 0.5, "ratio_low": 0.45, "ratio_high": 0.55, "peak_bytes": 2_500_000}
 LATENCY |= {"device": "cpu", "threads": 1, "turns": 15}

@@ -36,20 +36,22 @@ class ModelCost:
         attention_params: parameters of its attention layers, biases included.
         params: all parameters.
         attention_flops: operations of its attention layers per image, 2 per multiply-add.
-        flops: of the whole forward pass.
+        flops: of the whole forward pass; None where it needs values.
         activation_bytes: highest sum of bytes beyond model, gradients and optimizer in a training pass, per image.
         kv_bytes: KV cache of all attention layers for the tokens of one image.
         latency: of forward passes, in turns with the dense model.
+        per: what operations, activations and KV cache are of: "image", or "1,024 tokens" of a language model.
     """
 
     label: str
     attention_params: int
     params: int
     attention_flops: int | None
-    flops: int
+    flops: int | None
     activation_bytes: int | None
     kv_bytes: int | None
     latency: Latency | None
+    per: str = "image"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for JSON and tables; those of the latency are None or nested."""

@@ -144,7 +144,11 @@ def model_entry(name: str, model: nn.Module) -> ModelEntry:
 
 
 def count_heads(module: nn.Module) -> int:
-    """Returns the number of heads of an attention module, as it or its config has it; 0 where neither does."""
+    """Returns the number of heads of an attention module, as it or its config has it; 0 where neither does.
+
+    Args:
+        module: of any library.
+    """
     config = getattr(module, "config", None)
     return int(getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None) or 0)
 

@@ -167,7 +167,11 @@ class AttentionModule(ConvertibleModule):
                 destination[prefix + name] = buffer.clone()
 
     def hand_place_to(self, new: "AttentionModule") -> None:
-        """Gives another layer what callers expect of this one, in whose place it is to stand; nothing where timm calls it."""
+        """Gives another layer what callers expect of this one, in whose place it is to stand; nothing where timm calls it.
+
+        Args:
+            new: the same attention in another form; changed in place.
+        """
 
     def project(self, x: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Forms what meets in the attention, rotated: what a cache holds of tokens are their keys and values.

@@ -1,4 +1,4 @@
-"""``python -m vit_tucker cost``: the paper's cost tables, and what any timm model costs with any method."""
+"""``python -m vit_tucker cost``: the paper's cost tables, and what any model costs with any method."""
 
 import argparse
 from pathlib import Path
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   cost vit_large_patch16_224 --method "mla q_lora_rank=32 kv_lora_rank=32" --measure --batch-size 64 --precision bf16
   cost vit_small_patch16_224 --method "tucker ranks={budget: 0.15}" model.pretrained=true model.img_size=384
   cost --cfg imagenet/tucker_r16
+  cost hf:gpt2 --method "tucker ranks=[8,64,64]" --precision bf16
   cost --table 1 d=1024 H=16 N=50 r=[8,32,32]
   cost --table 2 --out table2.tex
 """
@@ -33,9 +34,10 @@ def add_parser(commands: Any) -> None:
     """Adds the command to the subparsers of ``vit-tucker``."""
     parser = commands.add_parser(
         "cost",
-        help="parameters, FLOPs, memory and latency of a timm model with any methods; the paper's cost tables",
+        help="parameters, FLOPs, memory and latency of a model with any methods; the paper's cost tables",
         description="Parameters, FLOPs, activations, KV cache and, with --measure, latency of a timm model, dense and with "
-        "attention methods; or the paper's Tables 1 to 3 by formula.",
+        "attention methods; the same but activations and latency of a language model, hf:NAME; or the paper's Tables 1 to 3 by "
+        "formula.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +45,8 @@ def add_parser(commands: Any) -> None:
         "overrides",
         nargs="*",
         metavar="MODEL | key=value",
-        help="timm model name; config keys, e.g. model.img_size=384; with --table 1 its letters, e.g. d=1024",
+        help="timm model name, or hf:NAME of transformers; config keys, e.g. model.img_size=384; with --table 1 its letters, "
+        "e.g. d=1024",
     )
     add_method(parser)
     parser.add_argument("--cfg", metavar="CONFIG", help="model and method of a config, or of a run folder")

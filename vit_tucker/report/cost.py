@@ -136,10 +136,12 @@ def model_table(model: str, costs: Sequence[Mapping[str, Any]], precision: str, 
         values = {**cost, **(cost["latency"] or {}), "attention": cost["label"], "of_dense": of_dense}
         rows.append([values[column.key] for column in columns])
     bits = {"no": "float32"}.get(precision, precision)
+    measured = any(cost["activation_bytes"] is not None for cost in costs)
+    training = f"of a training step in {bits} with batch size {batch_size}, divided by it, with the CPU's kernels; "
     notes = [
-        "per image; FLOPs: 2 per multiply-add, forward pass; attention params and FLOPs: of the self-attention layers",
-        f"activations: of a training step in {bits} with batch size {batch_size}, divided by it, with the CPU's kernels; MB "
-        f"are 10^6 bytes; KV: of all layers in {bits}",
+        f"per {costs[0]['per']}; FLOPs: 2 per multiply-add, forward pass; attention params and FLOPs: of the self-attention "
+        "layers",
+        f"{f'activations: {training}' if measured else ''}MB are 10^6 bytes; KV: of all layers in {bits}",
     ]
     if latency is not None:
         notes.append(

@@ -10,7 +10,7 @@ Entry = dict[str, Any]
 
 
 class LibraryHead(NamedTuple):
-    """What the head of a library's map has of its own.
+    """The parts of a map's head that differ from library to library.
 
     Attributes:
         title: of the page.
@@ -49,7 +49,7 @@ HEAD = """# {title}
 - **exact**: the method supports everything that the attention of the model does. At full rank the patched model reproduces the
   outputs of the model ({held}). Smaller ranks, fewer key/value heads and narrower latents
   approximate them.
-- **exact (latent RoPE)**: exact from key rank `H * D` on. All heads share one latent key, whose pairs have the rotations of the
+- **exact (latent RoPE)**: exact from key rank `{width}` on. All heads share one latent key, whose pairs have the rotations of the
   heads' pairs. Below that rank some rotations are missing, which the patch report states.
 - **n of m layers**: some layers can be replaced; select them with `layers=` or `exclude=`.
 - **refused**: `patch` raises an error with the reason and changes nothing.
@@ -153,6 +153,7 @@ def document(
         title=own.title,
         models=own.models.format(version=version),
         held=own.held,
+        width="H * D" if library == "timm" else "G * D",
         which=which,
         arguments=f"{own.arguments}{option}--out {file}",
         summary=summary(entries),
