@@ -11,10 +11,11 @@ from vit_tucker.attention.backends import heads
 from vit_tucker.attention.backends.base import Backend, Facts
 from vit_tucker.attention.backends.masks import masked_softmax, open_softmax, zero_rows
 from vit_tucker.attention.backends.registry import register_backend
+from vit_tucker.attention.contraction import CACHE_BYTES
 from vit_tucker.attention.tracing import is_traced
 
-MAPS_BYTES = 64 << 20
-"""Of the scores that exist at once in inference."""
+LEAST_ROWS = 64
+"""Queries of a text that are computed at once in inference; more where the scores of more fit a core's cache."""
 
 
 def refuses(facts: Facts) -> str | None:
@@ -27,7 +28,7 @@ def attend(
 ) -> Tensor:
     """Returns softmax(Q K^T) V by plain products of all heads at once; arguments as of ``fused_attention``."""
     if not is_traced() and not torch.is_grad_enabled() and not dropout:
-        rows = max(1, MAPS_BYTES // (q.shape[0] * q.shape[1] * k.shape[2] * q.element_size()))
+        rows = max(LEAST_ROWS, CACHE_BYTES // (q.shape[0] * q.shape[1] * k.shape[2] * q.element_size() or 1))
         if rows < q.shape[2]:
             return attend_in_parts(q, k, v, attn_mask, is_causal, scale, rows)
     attn, blind = open_softmax(scores_of(q, k, scale), attn_mask, is_causal)
