@@ -145,3 +145,15 @@ def test_decoding(tmp_path, run_here):
     assert caches["MLA re-expanding, c=128"] == pytest.approx(dense / 12, rel=1e-3)
     assert "few queries with a past" in (tmp_path / "decoding.md").read_text()
     assert (tmp_path / "decoding.png").stat().st_size > 1000
+
+
+def test_training_step_of_a_language_model(tmp_path, run_here):
+    pytest.importorskip("transformers")
+    shape = ("--dims", 256, "--ranks", 8, "--layers", 1, "--tokens", 16)
+    done = run_here("lm_training_step.py", *QUICK, *shape, "--save", tmp_path)
+    assert done.returncode == 0, done.stderr
+    dense, tucker = rows_of(tmp_path / "lm_training_step.csv")
+    assert int(dense["attention_params"]) == 256 * 256 * 2 + 2 * 256 * 64
+    assert int(tucker["attention_params"]) == 2 * (4 * 4 + 4 * 8 * 8 + 2 * 256 * 8)
+    assert float(tucker["speedup"]) > 0
+    assert float(tucker["peak_mb"]) > 0

@@ -129,7 +129,14 @@ class Moments:
         return covariance(self.query[:-1, :-1], self.mean)
 
     def given(self, name: str) -> Tensor:
-        """Returns a moment by its name; raises ValueError if it was not summed: the layer's ``needs`` lack it."""
+        """Returns a moment by its name.
+
+        Args:
+            name: of the attribute.
+
+        Raises:
+            ValueError: it was not summed, since the layer's ``needs`` lack it.
+        """
         value: Tensor | None = getattr(self, name)
         if value is None:
             raise ValueError(f"the moment '{name}' was not summed: add it to the layer's needs")

@@ -38,7 +38,7 @@ class InputBatch(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """A batch of images.
+    """A batch of images for a model.
 
     Attributes:
         pixels: (B, channels, height, width), in the model's dtype.

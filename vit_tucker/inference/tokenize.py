@@ -30,7 +30,10 @@ def tokenize_files(
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Opens a tokenizer: bytes, or one of transformers by its folder or hub name.
+    """Opens a tokenizer for ``tokenize_files``.
+
+    Args:
+        name: bytes, or a folder or hub name with a tokenizer of transformers.
 
     Raises:
         ConfigError: there is none of this name, or transformers is not installed.
