@@ -24,7 +24,7 @@ from vit_tucker.training.task import TokenTask
 
 OF_TOKENS = ("dataset", "root", "train_split", "val_split", "block_size", "num_workers", "check")
 """Keys of the data section that a text has."""
-OF_IMAGES = ("smoothing", "mixup", "cutmix", "distill", "latency_batch_size", "layer_decay")
+OF_IMAGES = ("mixup", "cutmix", "distill", "latency_batch_size", "layer_decay")
 """Keys of the recipe that only runs on images have."""
 
 
@@ -35,7 +35,7 @@ def refuse_keys_of_images(config: RunConfig) -> None:
         if name not in OF_TOKENS and getattr(config.data, name) != getattr(defaults[0], name):
             raise ConfigError(f"data.{name}: is for images; data.dataset=tokens has {', '.join(OF_TOKENS)}")
     for name in OF_IMAGES:
-        if name != "smoothing" and getattr(config.train, name) != getattr(defaults[1], name):
+        if getattr(config.train, name) != getattr(defaults[1], name):
             raise ConfigError(f"train.{name}: is for images, not for data.dataset=tokens; leave it out")
 
 
