@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vit_tucker.tensor import allocation
 from vit_tucker.tensor.allocation import least_cost, least_error, minimise, rank_steps, rank_table, third_mode_table
-from vit_tucker.tensor.rotary import RotaryPairs, ordinary
+from vit_tucker.tensor.rotary import RotaryPairs, lift, ordinary
 from vit_tucker.tensor.tucker import Pairs, hosvd, squared_norm
 
 
@@ -182,3 +182,20 @@ def test_zero_tensors_get_the_least():
 def test_minimise_with_one_entry_each():
     single = torch.ones(1, 1, 1, dtype=torch.float64)
     assert minimise([single] * 2, [single] * 2, 2.0) == [0, 0]
+
+
+def test_lifted_keys_that_heads_share_have_more_coordinates_than_their_full_rank():
+    """Four heads read two keys of four columns: sixteen lifted coordinates, of which eight hold everything."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(4, 9, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    shared = right[::2].repeat_interleave(2, 0)
+    lifted = lift(RotaryPairs(left, shared, torch.arange(2).expand(4, -1)))
+    assert lifted.pairs.right.shape[1] == 16
+    found = rank_table(lifted.pairs, (4, 9, 8), cost(), 2, rotary=True)
+    assert found.error.flatten()[-1] == 0
+    assert found.norm == pytest.approx((lifted.pairs.left @ lifted.pairs.right.mT).square().sum().item())
+    own = lift(
+        RotaryPairs(left, right, torch.arange(2).expand(4, -1))
+    )  # the twin: keys of each head's own need all sixteen
+    whole = (own.pairs.left @ own.pairs.right.mT).square().sum().item()
+    assert rank_table(own.pairs, (4, 9, 8), cost(), 2, rotary=True).norm < 0.99 * whole
