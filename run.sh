@@ -13,9 +13,9 @@
 #   ./run.sh cost MODEL --method ...  parameters, FLOPs, memory and latency of a timm model with any methods
 #   ./run.sh COMMAND ...              any command of vit-tucker: convert, evaluate, predict, explain, export, bench, ...; --help lists them
 #   ./run.sh docs                     the documentation into site/; ./run.sh docs serve: while you write it
-#   ./run.sh setup [EXTRA]            only set up; with an extra of setup.cfg: onnx, data (webdataset, sets of the hub), slurm
+#   ./run.sh setup [EXTRA]            only set up; with an extra of setup.cfg: onnx, data (webdataset, sets of the hub), slurm, hf
 #
-# What a command needs beside the package is installed when its arguments first ask for it: onnx by export, slurm, data.
+# What a command needs beside the package is installed when its arguments first ask for it: onnx by export, slurm, data, hf.
 # PYTHON=python3.12 chooses the interpreter (3.10 to 3.13), CONSTRAINTS=constraints-oldest.txt the oldest supported torch and timm.
 set -euo pipefail
 called_from=$PWD
@@ -101,7 +101,9 @@ extra_of() {
     *" -h "* | *" --help "* | " export "*--format[\ =]dense* | " export "*--format[\ =]torch_export*) ;;
     " export "*) extra=onnx ;;
     " sweep "*slurm*) extra=slurm ;;
+    " perplexity "* | " hosts "*transformers*) extra=hf ;;
   esac
+  case " $* " in *[\ =]hf:*) extra=${extra:+$extra,}hf ;; esac
   case " $* " in *[\ =]wds/* | *[\ =]hfds/* | *[\ =]hfids/*) extra=${extra:+$extra,}data ;; esac
   echo "$extra"
 }

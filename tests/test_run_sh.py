@@ -50,6 +50,10 @@ def call(checkout: Path, *arguments: str) -> list[str]:
         ("evaluate runs/a --data hfds/birds", ".[data]"),
         ("export runs/a --data hfds/birds", ".[onnx,data]"),
         ("export wards/a --format dense", "."),
+        ("perplexity runs/a --text b.txt", ".[hf]"),
+        ("hosts --library transformers", ".[hf]"),
+        ("hosts --filter vit_*", "."),
+        ("cost hf:gpt2", ".[hf]"),
     ],
 )
 def test_a_command_installs_what_it_needs(checkout, arguments, installed):

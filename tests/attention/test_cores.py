@@ -69,3 +69,17 @@ def test_compiled_steps_choose_by_one_token_and_else_for_many(tokens: int) -> No
     with torch.no_grad():
         torch.compile(step, backend="eager", fullgraph=True)(torch.randn(1, tokens, C, dtype=torch.float64))
     assert orders == ["apart" if tokens == 1 else "formed"]
+
+
+def test_each_kind_of_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "vit_tucker.attention")
+    with torch.no_grad():
+        for _ in range(2):
+            chosen((1, 1), core=(2, 7, 4))
+            chosen((1, 300), core=(2, 7, 4))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "order of products 'apart': few tokens, for which the cores of all heads are not formed "
+        "[6 heads, core (2, 7, 4), projection of width 24]",
+        "order of products 'formed': the cores of all heads are formed once [6 heads, core (2, 7, 4), projection of width 24]",
+    ]

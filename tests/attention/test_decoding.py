@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vit_tucker.analysis.interleaved import peak_bytes
-from vit_tucker.attention.backends import Choices, recorded_choices
+from vit_tucker.attention.backends import Choices, eager, recorded_choices
 from vit_tucker.attention.decoding import attend_past
 
 B, H, D = 2, 6, 16
@@ -149,3 +149,27 @@ def test_no_copy_of_the_past_is_made(value_width: int, kind: str) -> None:
     peak = peak_bytes(lambda: recorded(q, k, v, mask=mask), kept, torch.device("cpu"))
     assert peak < v.nbytes / 2
     assert peak_bytes(lambda: recorded(q, k.clone(), v, mask=mask), kept, q.device) > k.nbytes  # the twin that copies
+
+
+@pytest.mark.parametrize("kind", [*MASKS, "causal"])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_long_prompts_by_plain_products_are_computed_in_parts(
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = make_heads(9, 9, 1, 24)
+    mask = None if kind == "causal" else make_mask(kind, 9, 9)
+    order = torch.ones(9, 9, dtype=torch.bool).tril() if kind == "causal" else mask
+    monkeypatch.setattr(eager, "LEAST_ROWS", rows)
+    monkeypatch.setattr(eager, "CACHE_BYTES", 0)
+    with torch.no_grad():
+        y = eager.attend(q, k, v, mask, kind == "causal", 0.3, 0.0)
+    torch.testing.assert_close(y, reference(q, k, v, order, 0.3), rtol=0, atol=1e-12)
+
+
+def test_the_scores_of_a_long_prompt_are_bounded() -> None:
+    q, k, v = torch.randn(1, 8, 2048, 16), torch.randn(1, 1, 2048, 16), torch.randn(1, 1, 2048, 16)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: eager.attend(q, k, v, None, True, 0.3, 0.0), [q, k, v], torch.device("cpu"))
+    with torch.enable_grad():
+        whole = peak_bytes(lambda: eager.attend(q, k, v, None, True, 0.3, 0.0), [q, k, v], torch.device("cpu"))
+    assert peak < whole / 4

@@ -219,6 +219,10 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"model\.norm\.weight is int8: a quantised checkpoint"):
             vt.load(folder, verify=False)
 
+    def test_a_push_by_timms_function(self):
+        with pytest.raises(CheckpointError, match=r"for models of timm: write LlamaForCausalLM by vit_tucker\.save"):
+            vt.push_to_hub(make_decoder("llama"), "me/x")
+
     def test_overrides_of_timm(self, folder):
         with pytest.raises(CheckpointError, match="num_classes: dtype or attn_implementation"):
             vt.load(folder, num_classes=3)

@@ -76,6 +76,18 @@ def test_the_third_mode_alone_has_the_entries_of_the_whole_table(rotary):
     torch.testing.assert_close(at.error[..., 0], whole.error[..., 1])
 
 
+@pytest.mark.parametrize("columns", [4, 12], ids=["folded", "grouped heads"])
+def test_lifted_tensors_with_other_columns_than_the_full_rank(columns):
+    """Where folding leaves fewer columns than the full rank, or grouped heads more that are zero, the norm is the tensor's."""
+    left, right = pairs()
+    given = Pairs(left, torch.nn.functional.pad(right[:, :6], (0, 0, 0, max(0, columns - 6)))[:, :columns])
+    for table in (rank_table, third_mode_table):
+        found = table(given, (3, 8, 8), cost(), 2, rotary=True)
+        assert found.norm == pytest.approx(squared_norm(given).item(), rel=1e-12)
+        assert found.error[-1, -1, -1] == pytest.approx(0, abs=1e-12 * found.norm)
+        assert found.error[-1, -1, 0] > 1e-3 * found.norm
+
+
 def test_steps(monkeypatch):
     assert rank_steps(12, 1).tolist() == list(range(1, 13))
     assert rank_steps(20, 8).tolist() == [8, 16, 20]

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from vit_tucker.tensor.allocation import rank_table
+from vit_tucker.tensor.joint_latent import leave_room
 from vit_tucker.tensor.metric import metric_root
 from vit_tucker.tensor.rotary import (
     RotaryPairs,
     as_complex,
     as_real,
-    leave_room,
     lift,
     pair_energies,
     rotary_distance,

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.effective import plain_layer, refuse_infinite
+from vit_tucker.attention.effective import plain_layer
 from vit_tucker.attention.host import HostSpec
+from vit_tucker.attention.linear import refuse_infinite
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Calibration
 from vit_tucker.attention.variants.tucker.ranks import whiten

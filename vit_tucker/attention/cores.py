@@ -6,11 +6,12 @@
     folded    T into the projection beside it, x (U2 T): for many tokens and a rank r2 that is nearly all or more of them
     apart     (x U2) C_j, then the sum over j: for few tokens, as in decoding, where T would cost more than what it is used for
 
-All functions are leaves in fx graphs: the choices depend on shapes.
+All functions are leaves in fx graphs: the choices depend on shapes. Each kind of choice is logged once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
@@ -19,10 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vit_tucker.attention.contraction import folds, joint_product, open_shape
+from vit_tucker.attention.tracing import is_traced
 
+LOGGER = logging.getLogger("vit_tucker.attention")
 Order = Literal["formed", "folded", "apart"]
 FEW_TOKENS = 64
 """Of a batch: with more, the products of "apart" are as fast as one with T. Measured by ``benchmarks/decoding.py``."""
+
+REASONS: dict[Order, str] = {
+    "apart": "few tokens, for which the cores of all heads are not formed",
+    "formed": "the cores of all heads are formed once",
+    "folded": "the cores of all heads are formed and folded into the projection",
+}
+_LOGGED: set[tuple[str, int, tuple[int, ...], int]] = set()
 
 
 def order_macs(tokens: int, width: int, heads: int, core: Sequence[int]) -> dict[Order, int]:
@@ -45,6 +55,24 @@ def order_macs(tokens: int, width: int, heads: int, core: Sequence[int]) -> dict
 
 def choose_order(x: Tensor, width: int, head: Tensor, core: Tensor) -> Order:
     """Chooses the order of least multiply-adds; "apart" only for few tokens in inference.
+
+    Args:
+        x: (B, N, ...) tokens.
+        width: C or O.
+        head: U1, (H, r1).
+        core: C, (r1, r2, r3).
+    """
+    order = least_order(x, width, head, core)
+    kind = order, head.shape[0], tuple(core.shape), width
+    if not is_traced() and kind not in _LOGGED:
+        _LOGGED.add(kind)
+        text = "order of products '%s': %s [%d heads, core %s, projection of width %d]"
+        LOGGER.info(text, order, REASONS[order], *kind[1:])
+    return order
+
+
+def least_order(x: Tensor, width: int, head: Tensor, core: Tensor) -> Order:
+    """Returns what ``choose_order`` does, without a log.
 
     Args:
         x: (B, N, ...) tokens.

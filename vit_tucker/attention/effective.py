@@ -8,7 +8,7 @@ import copy
 import sys
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -244,15 +244,3 @@ def inputs_of(part: nn.Module) -> Tensor | None:
     width = like.shape[0] if isinstance(part, imported_class(*CONV1D)) else like.shape[-1]
     shape = (8, part.in_channels, *part.kernel_size) if isinstance(part, nn.Conv2d) else (8, width)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like.device)
-
-
-@torch.no_grad()
-def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Raises WeightsError for the first of named tensors with NaN or infinite values.
-
-    Args:
-        tensors: (name, tensor of any shape or None).
-    """
-    for name, tensor in tensors:
-        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(f"its weights contain NaN or infinite values ({name.replace('_bias', ' bias')})")

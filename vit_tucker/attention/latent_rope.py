@@ -13,9 +13,10 @@ from vit_tucker.attention.host import HostSpec, MHAWeights
 from vit_tucker.attention.moments import Moments
 from vit_tucker.attention.rope import RopeSpec, spread_rotations
 from vit_tucker.tensor.folding import best_fold
+from vit_tucker.tensor.joint_latent import leave_room
 from vit_tucker.tensor.metric import Root, metric_root
 from vit_tucker.tensor.resize import Resized, grow, keep_pairs, resize_factor
-from vit_tucker.tensor.rotary import Lifted, leave_room, lift, rotary_tucker, whiten_rotary
+from vit_tucker.tensor.rotary import Lifted, lift, rotary_tucker, whiten_rotary
 from vit_tucker.tensor.tucker import Tucker
 from vit_tucker.tensor.weighted import trace_weights
 

@@ -3,11 +3,14 @@
 Weights are those that a Linear computes with: see ``vit_tucker.attention.effective`` for adapters and the like.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import readable
+from vit_tucker.errors import WeightsError
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
@@ -181,3 +184,15 @@ def join_heads(x: Tensor) -> Tensor:
         x: (H, ..., D).
     """
     return x.movedim(0, -2).flatten(-2)
+
+
+@torch.no_grad()
+def refuse_infinite(tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raises WeightsError for the first of named tensors with NaN or infinite values.
+
+    Args:
+        tensors: (name, tensor of any shape or None).
+    """
+    for name, tensor in tensors:
+        if tensor is not None and not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise WeightsError(f"its weights contain NaN or infinite values ({name.replace('_bias', ' bias')})")

@@ -59,7 +59,10 @@ def load_dense_causal_lm(
 
 
 def load_tokenizer(where: str | Path) -> Any:
-    """Loads the tokenizer in a folder of its own, or beside a model, see ``load_dense_causal_lm``.
+    """Loads the tokenizer in a folder of its own, or beside a model.
+
+    Args:
+        where: see ``load_dense_causal_lm``.
 
     Raises:
         CheckpointError: transformers is missing, or there is no tokenizer.

@@ -17,7 +17,12 @@ from vit_tucker.storage.digests import CONFIG, SECTION
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """A folder or a repository of the hub that a model is loaded from; one of both is None."""
+    """A folder or a repository of the hub that a model is loaded from.
+
+    Attributes:
+        folder: None for a repository.
+        hub_id: "owner/name", perhaps with "@revision"; None for a folder.
+    """
 
     folder: Path | None
     hub_id: str | None
@@ -37,7 +42,7 @@ class ModelLibrary:
             ``vit_tucker.save`` that are given; raises CheckpointError if it could not be rebuilt identically.
         header: returns strings for the header of the weights, of a config.json.
         weights_name: returns the name of the weights in a folder, of a config.json.
-        state: returns the tensors to be stored, of a model.
+        state: returns the tensors to be stored, of a model: by name, (any shape).
         write_beside: writes other files of a model into its folder; called with the model, the folder and a tokenizer or None.
         load: rebuilds a model from a place and its config.json; called with ``verify`` and overrides of ``vit_tucker.load`` too.
     """
@@ -61,7 +66,11 @@ def library(name: str) -> ModelLibrary:
 
 
 def library_of(model: nn.Module) -> ModelLibrary:
-    """Returns the library that a model's class, or what that derives from, is from; timm for all others."""
+    """Returns the library that a model's class, or what that derives from, is from; timm for all others.
+
+    Args:
+        model: without wrappers.
+    """
     names = (base.__module__.partition(".")[0] for base in type(model).__mro__)
     return library(next((name for name in names if name in LIBRARIES), "timm"))
 

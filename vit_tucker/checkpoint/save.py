@@ -8,7 +8,7 @@ from timm.models import push_to_hf_hub
 from torch import nn
 
 from vit_tucker.checkpoint.describe import describe
-from vit_tucker.checkpoint.libraries import library_of
+from vit_tucker.checkpoint.libraries import library, library_of
 from vit_tucker.errors import CheckpointError
 from vit_tucker.hosts import find
 from vit_tucker.patching.record import patch_record
@@ -48,13 +48,13 @@ def save(
         OSError: the folder can't be written to.
     """
     bare = unwrapped(model)
-    library = library_of(bare)
-    config = library.describe(bare, label_names=label_names, data=data, model_args=model_args, tokenizer=tokenizer)
+    own = library_of(bare)
+    config = own.describe(bare, label_names=label_names, data=data, model_args=model_args, tokenizer=tokenizer)
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; name a folder")
-    save_model(folder, library.weights_name(config), library.state(bare), library.header(config), config)
-    library.write_beside(bare, folder, tokenizer)
+    save_model(folder, own.weights_name(config), own.state(bare), own.header(config), config)
+    own.write_beside(bare, folder, tokenizer)
     return folder
 
 
@@ -96,6 +96,11 @@ def push_to_hub(
         CheckpointError: see ``save``; nothing was uploaded.
     """
     bare = unwrapped(model)
+    if library_of(bare) is not library("timm"):
+        raise CheckpointError(
+            f"push_to_hub() is for models of timm: write {type(bare).__name__} by vit_tucker.save(model, folder), and upload "
+            "that: huggingface_hub.upload_folder(repo_id=..., folder_path=folder)"
+        )
     config = describe(bare, label_names=label_names, data=data, model_args=model_args)
     given = {k: v for k, v in config.items() if k != "model_args"}
     card = {**describe_card(bare, repo_id), **(model_card or {})}

@@ -153,7 +153,7 @@ def convert_layer(layer: CalibratedLayer, calls: Calls, options: Calibration) ->
     widths = [linear.out_features for linear in layer.replacement.input_projections()]
     needed = min(layer.host.spec.embed_dim, max(widths, default=1))
     if moments.tokens < needed:
-        raise ValueError(f"{moments.tokens} tokens are too few for rank {needed}; give more images")
+        raise ValueError(f"{moments.tokens} tokens are too few for rank {needed}; give more of them")
     layer.replacement.convert_calibrated(layer.host.weights.double(), moments, options.damping)
     return moments
 

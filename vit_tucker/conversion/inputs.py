@@ -24,7 +24,7 @@ class InputBatch(Protocol):
 
     @property
     def valid(self) -> Tensor | None:
-        """Returns which tokens count."""
+        """Returns which tokens of each sequence count."""
 
     def __len__(self) -> int:
         """Returns the number of images or sequences."""

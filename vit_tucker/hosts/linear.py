@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from vit_tucker.attention.base import ParameterCount
-from vit_tucker.attention.effective import full_name, is_adapter, readable, refuse_infinite
+from vit_tucker.attention.effective import full_name, is_adapter, readable
+from vit_tucker.attention.linear import refuse_infinite
 from vit_tucker.attention.options import Selection
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.find import find_attention, find_other_attention

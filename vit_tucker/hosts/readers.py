@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.attention.call import PositionBias
-from vit_tucker.attention.effective import full_name, refuse_infinite
+from vit_tucker.attention.effective import full_name
 from vit_tucker.attention.host import HostSpec, MHAWeights
+from vit_tucker.attention.linear import refuse_infinite
 from vit_tucker.errors import PatchError
 
 

@@ -81,8 +81,11 @@ def rank_table(
 
     Source: De Lathauwer et al., A multilinear singular value decomposition, 2000 (property 10: what truncation costs).
     """
-    size = pairs.right.shape[1]  # more than full[2] where heads share keys: the coordinates behind hold nothing
-    right = torch.eye(size, full[2], dtype=pairs.right.dtype, device=pairs.right.device) if rotary else None
+    right = None
+    if rotary:  # folded tensors have fewer columns than the full rank, those of grouped heads more, which are zero
+        missing = max(0, full[2] - pairs.right.shape[1])
+        pairs = Pairs(pairs.left, torch.nn.functional.pad(pairs.right, (0, 0, 0, missing)))
+        right = torch.eye(pairs.right.shape[1], full[2], dtype=pairs.right.dtype, device=pairs.right.device)
     squares = hosvd(pairs, full, right=right).core.square().cpu()
     kept = squares.cumsum(0).cumsum(1).cumsum(2)
     third = math.lcm(multiple, 2) if rotary else multiple

@@ -204,8 +204,7 @@ def svd_groups(
     rows = pre.left.shape[1]
     left_query = left_out = key_metrics = value_metrics = None
     if moments is not None:
-        left_query = metric_root(moments.query[:rows, :rows], damping).root
-        left_out = metric_root(moments.output, damping).root
+        left_query, left_out = (metric_root(m, damping).root for m in (moments.query[:rows, :rows], moments.output))
         key_metrics, value_metrics = moments.given("key"), moments.given("value")
     keys, change_key = group_bases(pre, num_kv_heads, left_query, key_metrics, damping)
     values, change_value = group_bases(post, num_kv_heads, left_out, value_metrics, damping)
@@ -234,8 +233,7 @@ def group_bases(
         left_root, metrics: root of the left metric (I, I) and right metrics (H, J, J), or None.
         damping: of the right metrics.
     """
-    bases, changes = [], []
-    rows = tensor.right.shape[1]
+    bases, changes, rows = [], [], tensor.right.shape[1]
     for part in torch.arange(len(tensor.left), device=tensor.left.device).chunk(groups):
         left, right, root = tensor.left[part], tensor.right[part], None
         if left_root is not None and metrics is not None:

@@ -77,29 +77,24 @@ class MLA(LatentModule, PerHeadModule):
         return super().run(call)
 
     def absorbs(self, x: Tensor) -> bool:
-        """Returns whether tokens ``x`` (B, N, C) attend in the latent, see ``absorbing_saves``.
-
-        Open numbers of tokens count as large.
-        """
-        if not self.can_absorb:
-            return False
-        q_lora_rank, kv_lora_rank = self.q_down.out_features, self.kv_down.out_features
-        if open_shape(x):
-            return kv_lora_rank <= self.head_dim
-        return absorbing_saves(self.spec, q_lora_rank, kv_lora_rank, *x.shape[:2])
+        """Returns whether tokens ``x`` (B, N, C) attend in the latent, see ``absorbing_saves``; open numbers count as large."""
+        if not self.can_absorb or open_shape(x):
+            return self.can_absorb and self.kv_down.out_features <= self.head_dim
+        return absorbing_saves(self.spec, self.q_down.out_features, self.kv_down.out_features, *x.shape[:2])
 
     def run_absorbed(self, call: Call) -> Tensor:
         """Computes (B, N, O) without heads' keys and values: queries' and output's projection contain WUK_i, WUV_i."""
         (B, N, _), H = call.x.shape, self.num_heads
         latent, k, v = self.latents(call.x)
-        k, v = k.unsqueeze(1), v.unsqueeze(1)
         k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)
         weight = (k_up @ by_heads(self.q_up.weight, H)).flatten(0, 1)  # WUK_i WUQ_i^T, (H*cKV, cQ)
         bias = None if self.q_up.bias is None else (k_up @ by_heads(self.q_up.bias, H).unsqueeze(2)).flatten()
         # flat: torch adds a bias within a product of a slice only where its rows are one dimension
         q = F.linear(latent.flatten(0, 1), weight, bias).reshape(B, N, H, -1).transpose(1, 2)  # (B, H, N, cKV)
-        q, k = self.rotate_latent(q, k, call.rope)
-        y = self.attend(q, k, v, call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)  # (B, N, H*cKV)
+        q, k = self.rotate_latent(q, k.unsqueeze(1), call.rope)
+        y = (
+            self.attend(q, k, v.unsqueeze(1), call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)
+        )  # (B, N, H*cKV)
         v_up, out = by_heads(self.v_up.weight, H).mT, by_heads(self.proj.weight.mT, H)  # (H, cKV, D), (H, D, O)
         weight = (v_up @ out).flatten(0, 1)  # WUV_i WO_i, (H*cKV, O)
         if self.v_up.bias is None:
