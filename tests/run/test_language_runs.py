@@ -213,10 +213,6 @@ def test_steps_of_an_epoch_are_for_text():
         ("evaluate a", "a: a language model, which `perplexity` scores; a model of images is needed here"),
         ("bench a", "a: a language model, which `perplexity` scores"),
         ("plan hf:llama --method mha", "model.name: hf:llama is a language model, for `train` on text"),
-        (
-            "cost --cfg tiny.yaml",
-            "data.dataset=tokens: text for `train` and `perplexity` of language models, no images",
-        ),
     ],
 )
 def test_commands_for_images_refuse_language_models(command, message, capsys):

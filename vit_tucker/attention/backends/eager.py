@@ -41,7 +41,10 @@ def attend_in_parts(
     """Returns what ``attend`` does, of some queries at a time; in causal order later keys are left out.
 
     Args:
-        q, k, v, attn_mask, is_causal, scale: as of ``fused_attention``.
+        q: (B, H, Nq, Dk).
+        k, v: (B, G, Nk, Dk), (B, G, Nk, Dv).
+        attn_mask: broadcasts to (B, H, Nq, Nk), or None.
+        is_causal, scale: as of ``fused_attention``.
         rows: queries at a time.
     """
     parts = []
