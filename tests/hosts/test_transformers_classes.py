@@ -163,6 +163,18 @@ def test_reports_have_a_column_of_the_cache_where_there_is_one():
     assert "cache" not in str(vit) + str(vit.to_dict())
 
 
+def test_the_report_says_for_which_lengths_folded_rotations_hold():
+    config = {"ranks": (4, 16, 8), "post_ranks": (4, 16, 6)}
+    batches = [tokens(4, 30, seed=seed) for seed in range(4)]
+    notes = "\n".join(vt.patch(make_decoder("llama"), "tucker", **config, calibration=batches).notes)
+    assert "rotations that sequences of 30 tokens can't tell apart" in notes
+    unfolded = vt.TuckerConfig(**config, calibration=vt.Calibration(fold_rotations=False))
+    for model, method in ((make_decoder("llama"), unfolded), (make_decoder("gpt2"), vt.TuckerConfig(**config))):
+        assert "can't tell apart" not in "\n".join(vt.patch(model, method, calibration=batches).notes)
+    few = "\n".join(vt.patch(make_decoder("llama"), "tucker", **config, calibration=[tokens(1, 18)]).notes)
+    assert "18 tokens of 1 sequence for 24 columns" in few
+
+
 @pytest.mark.parametrize("name", LATENT)
 def test_unpatch_gives_back_the_very_modules(name):
     model = make_decoder(name)

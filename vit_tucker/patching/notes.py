@@ -50,18 +50,46 @@ def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
     if short:
         worst = max(short, key=lambda layer: layer.host.spec.embed_dim / max(layer.tokens, 1))
         columns = worst.host.spec.embed_dim
-        images = -(-(columns + 1) * worst.images // max(worst.tokens, 1))
+        images, what = -(-(columns + 1) * worst.images // max(worst.tokens, 1)), _input(worst)
         seen = f"{worst.name}{f' (and {len(short) - 1} more)' if short[1:] else ''}"
-        given = f"{worst.tokens} tokens of {_count(worst.images, 'image')} for {columns} columns"
+        given = f"{worst.tokens} tokens of {_count(worst.images, what)} for {columns} columns"
         return (
             f"calibration: {seen}: {given}: whitened spectra end there, whatever the weights are; {columns + 1} tokens "
-            f"are needed ({_count(images, 'image')})",
+            f"are needed ({_count(images, what)})",
         )
     if any(layer.images == 1 for layer in layers):
         return (
-            "calibration: one image: its tokens are alike, so what is fitted to them may fit no other; give a hundred or more",
+            f"calibration: one {_input(layers[0])}: its tokens are alike, so what is fitted to them may fit no other; "
+            "give a hundred or more",
         )
     return ()
+
+
+def folding_notes(
+    config: MethodConfig, layers: Mapping[str, WatchedLayer], modules: Mapping[str, nn.Module]
+) -> tuple[str, ...]:
+    """Notes for which lengths of sequences folded rotations hold, where a language model's latent key is narrower than its keys.
+
+    Args:
+        config: of the patch.
+        layers: with the tokens that they were calibrated on, by full module name.
+        modules: what replaces them.
+    """
+    folds = config.fitted_to is not None and config.fitted_to.fold_rotations
+    for name, module in modules.items():
+        spec, width = layers[name].host.spec, module.latent_width if isinstance(module, AttentionModule) else None
+        if folds and layers[name].images and spec.causal and width is not None and width < spec.kv_dim:
+            length = layers[name].tokens // layers[name].images
+            return (
+                f"latent RoPE: rotations that sequences of {length} tokens can't tell apart share pairs of the latent keys: for "
+                "longer contexts calibrate on longer sequences, or with fold_rotations=False",
+            )
+    return ()
+
+
+def _input(layer: WatchedLayer) -> str:
+    """Returns what a layer was calibrated on, in the singular."""
+    return "sequence" if layer.host.spec.causal else "image"
 
 
 def untrained_notes(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from vit_tucker.hosts.tokens import count_calls, sequence_unit
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import (
     CHOSEN_BY_WEIGHTS,
+    folding_notes,
     optimizer_notes,
     rotation_notes,
     token_notes,
@@ -119,7 +120,11 @@ def prepare(
     left = tuple([name for name in found if name not in read] + slot.find_others(model))
     replacements: dict[str, nn.Module] = {name: layer.replacement for name, layer in layers.items()}
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
-    notes += token_notes([layer for layer in built.values() if layer.images]) + untrained_notes(model, config)
+    notes += (
+        folding_notes(config, layers, replacements)
+        + token_notes([layer for layer in built.values() if layer.images])
+        + untrained_notes(model, config)
+    )
     report = PatchReport(rows, left, applied, notes, slot.name, sequence_unit(model))
     return Prepared(config, replacements, report)
 
