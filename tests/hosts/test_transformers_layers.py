@@ -21,6 +21,7 @@ CONFIGS = {
     "gqa": vt.GQAConfig(num_kv_heads=1),
     "mha": vt.MHAConfig(),
 }
+X = torch.randn(1, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 CELLS = [(name, method) for name in LATENT for method in CONFIGS] + [("qwen3", "gqa"), ("smollm3", "tucker")]
 
 
@@ -183,6 +184,26 @@ def test_implementations_agree(name):
         outputs[implementation] = model(x).logits
     for logits in outputs.values():
         assert (logits - outputs["sdpa"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("name", "window"), [("mistral", 8), ("qwen2", None), ("llama", None), ("gpt2", None)])
+def test_other_attention_functions_get_what_the_host_hands_them(name, window):
+    seen = []
+
+    def spy(module, query, key, value, mask, **kwargs):
+        seen.append(kwargs)
+        return query.transpose(1, 2)[..., : value.shape[-1]], None
+
+    transformers.AttentionInterface.register("spy", spy)
+    model = make_decoder(name)
+    given = {"position_embeddings": model.model.rotary_emb(X, torch.arange(5)[None])} if name != "gpt2" else {}
+    model.config._attn_implementation = "spy"
+    attention_of(model)(X, attention_mask=None, **given)
+    vt.patch(model, vt.MHAConfig())
+    attention_of(model)(X, attention_mask=None, **given)
+    dense, ours = seen
+    assert {key: value for key, value in dense.items() if value is not None} == ours
+    assert ours.get("sliding_window") == window
 
 
 @pytest.mark.slow

@@ -21,9 +21,8 @@ from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, Projections, for_all_heads
 from vit_tucker.hosts.transformers_layers import install, read_decoder_call, restore
 from vit_tucker.hosts.transformers_models import mark, sequence_length
-from vit_tucker.hosts.transformers_source import llama_form
+from vit_tucker.hosts.transformers_source import GPT2, llama_form
 
-GPT2 = "transformers.models.gpt2.modeling_gpt2.GPT2Attention"
 MODELS = "transformers.models."
 CROSS = "it attends to another sequence (cross-attention)"
 
@@ -55,7 +54,7 @@ def read_transformers(module: nn.Module, model: nn.Module | None, plain: bool) -
     if not place.startswith(MODELS):
         raise PatchError(f"unknown attention class {full_name(module)}{EXCLUDE}")
     reader: Callable[[Any], Host] = read_gpt2
-    if full_name(module) != GPT2:
+    if (place, name) != (GPT2, "GPT2Attention"):
         try:
             form = llama_form(place, name)
         except PatchError as error:

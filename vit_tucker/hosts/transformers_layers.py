@@ -22,12 +22,13 @@ from vit_tucker.attention.host import HostSpec
 from vit_tucker.attention.latent_layer import LatentModule
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
+from vit_tucker.hosts.transformers_source import GPT2, llama_form
 
 CACHES = ("cache", "past_key_values")
 """Names of the argument with the cache: transformers 5.24 renamed it."""
 FLAGS = ("use_cache", "cache_position")
 """Arguments with a name like it that hold none."""
-HOST_ATTRIBUTES = ("config", "layer_idx", "is_causal", "sliding_window")
+HOST_ATTRIBUTES = ("config", "layer_idx", "is_causal")
 """What the functions of transformers read of an attention module, beside what ``DecoderLayer`` defines."""
 
 
@@ -39,12 +40,14 @@ class DecoderLayer(AttentionModule):
         layer_idx: place in the cache.
         positional: names of the arguments of the host's forward, in order.
         eager: attention function of the host's file, for the implementation "eager".
+        sliding_window: what the attention function gets under this name; None: nothing.
     """
 
     config: Any
     layer_idx: int
     positional: tuple[str, ...]
     eager: Callable[..., tuple[Tensor, Tensor | None]]
+    sliding_window: int | None
 
     @property
     def num_key_value_groups(self) -> int:
@@ -92,15 +95,14 @@ class DecoderLayer(AttentionModule):
             causal = self.spec.causal if causal is None else causal
             return attend_past(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, dropout=dropout), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
-        window = getattr(self, "sliding_window", None)
-        if window is not None:
-            kwargs = {"sliding_window": window} | kwargs
+        if self.sliding_window is not None:
+            kwargs = {"sliding_window": self.sliding_window} | kwargs
         y, maps = attend(self, q, k, v, mask, dropout=dropout, scaling=self.scale, **kwargs)
         return y.transpose(1, 2), maps
 
     def hand_place_to(self, new: AttentionModule) -> None:
         """Makes another layer one of decoders too, in the place of this one; see ``AttentionModule.hand_place_to``."""
-        for name in (*HOST_ATTRIBUTES, "eager", "positional"):
+        for name in (*HOST_ATTRIBUTES, "eager", "positional", "sliding_window"):
             if name in vars(self):
                 vars(new)[name] = vars(self)[name]
         new.__class__ = decoder_class(cast(Hashable, type(new)), cast(Hashable, type(self).__bases__[2]))
@@ -180,9 +182,20 @@ def install(layer: AttentionModule, host: nn.Module) -> None:
         if hasattr(host, name):
             setattr(layer, name, getattr(host, name))
     vars(layer)["eager"] = importlib.import_module(type(host).__module__).eager_attention_forward
+    vars(layer)["sliding_window"] = window_of(host)
     vars(layer)["positional"] = argument_names(cast(Hashable, type(host)))
     layer.__class__ = decoder_class(cast(Hashable, type(layer)), cast(Hashable, type(host)))
     hand_over(host, layer)
+
+
+def window_of(host: Any) -> int | None:
+    """Returns the window that a host's forward hands to its attention function, from the module or from its config."""
+    place, name = type(host).__module__, type(host).__name__
+    value = None if place == GPT2 else llama_form(place, name).window
+    if value is None:
+        return None
+    window: int | None = getattr(host if value == "self.sliding_window" else host.config, "sliding_window", None)
+    return window
 
 
 def restore(host: nn.Module, layer: AttentionModule) -> None:

@@ -13,6 +13,7 @@ from functools import cache
 
 from vit_tucker.errors import PatchError
 
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
 LLAMA = "transformers.models.llama.modeling_llama"
 ROTARY_FUNCTIONS = ("apply_rotary_pos_emb", "rotate_half")
 ROTATE = (
