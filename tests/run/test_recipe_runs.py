@@ -228,7 +228,8 @@ def test_tensorboard_has_a_table_of_the_runs_of_a_sweep():
     assert len(rows) == len(found) == 3
     for folder, result in results.items():
         row = found[folder.removeprefix("x/")]
-        assert row.metric_values[0].value == pytest.approx(result["best"]["top1"], rel=1e-6)  # float32
+        best = next(metric.value for metric in row.metric_values if metric.name.tag == "best/top1")
+        assert best == pytest.approx(result["best"]["top1"], rel=1e-6)  # float32
         assert row.hparams["method"].string_value == folder.split("/")[1]
     tucker = found["tucker/seed0"].hparams
     assert tucker["attention.ranks"].string_value == "[3, 8, 8]"

@@ -5,11 +5,12 @@ A file that is in the hub's cache needs no network: the client asks once whether
 
 import socket
 from collections.abc import Sequence
+from importlib.util import find_spec
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from timm.models import get_pretrained_cfg
-from timm.models._hub import has_hf_hub, hf_split
+from timm.models._hub import hf_split
 
 from vit_tucker.errors import CheckpointError, reason_of
 
@@ -67,8 +68,8 @@ def refuse_missing(repo: str, files: Sequence[str], what: str, *ways: str) -> No
         what: names them, for the message.
         ways: what would help, beside a cache.
     """
-    if not has_hf_hub():
-        return  # which timm reports
+    if find_spec("huggingface_hub") is None:
+        return  # which timm and transformers report
     from huggingface_hub import try_to_load_from_cache
 
     owner_name, revision = hf_split(repo)

@@ -17,7 +17,7 @@ from vit_tucker.conversion.observe import Layer, detached, watching
 from vit_tucker.errors import PatchError
 from vit_tucker.show.progress_bars import progress_bar
 
-CALL_BYTES = 3 * 2**30
+CALL_BYTES = 2 * 2**30
 """The calls of layers are kept in memory up to this; what does not fit costs further passes over the inputs."""
 
 
