@@ -126,7 +126,10 @@ class TestWithoutTransformers:
             with pytest.raises(CheckpointError, match=r"need transformers.*pip install 'vit_tucker\[hf\]'"):
                 open_it(folder)
 
-    def test_an_old_one_is_refused(self, monkeypatch):
-        monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
-        with pytest.raises(CheckpointError, match=r"transformers 5 or newer, not 4\.57\.1: pip install"):
+    @pytest.mark.parametrize("version", ["4.57.1", "5.9.0"])
+    def test_an_old_one_is_refused(self, monkeypatch, version):
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+        with pytest.raises(CheckpointError, match=rf"transformers 5\.10 or newer, not {version}: pip install"):
             import_transformers("gpt2", CheckpointError)
+        monkeypatch.setattr(sys.modules["transformers"], "__version__", "5.10rc1")
+        assert import_transformers("gpt2", CheckpointError) is sys.modules["transformers"]

@@ -20,6 +20,7 @@ from vit_tucker.hosts.families import EXCLUDE, Family
 from vit_tucker.hosts.plain import plain_host
 from vit_tucker.hosts.readers import Host, Projections, for_all_heads
 from vit_tucker.hosts.transformers_layers import install, read_decoder_call, restore
+from vit_tucker.hosts.transformers_library import import_transformers
 from vit_tucker.hosts.transformers_models import mark, sequence_length
 from vit_tucker.hosts.transformers_source import GPT2, llama_form
 
@@ -49,6 +50,7 @@ def is_left_alone(module: nn.Module) -> bool:
 def read_transformers(module: nn.Module, model: nn.Module | None, plain: bool) -> Host:
     """Reads an attention module of transformers; arguments as of ``families.read_host``, which raises PatchError alike."""
     place, name = type(module).__module__, type(module).__name__
+    import_transformers(name, PatchError)
     if is_cross_attention(module):
         raise PatchError(f"{full_name(module)} can't be replaced: {CROSS}{EXCLUDE}")
     if not place.startswith(MODELS):

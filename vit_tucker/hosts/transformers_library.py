@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -9,8 +10,8 @@ from typing import Any
 
 from vit_tucker.errors import ConfigError, VitTuckerError, how_to_install
 
-OLDEST = 5
-"""First major version of transformers whose attention is read."""
+OLDEST = (5, 10)
+"""First version of transformers whose attention and caches are called as layers of ours are."""
 OLDEST_PYTHON = (3, 11)
 
 
@@ -29,9 +30,10 @@ def import_transformers(what: str, error: type[VitTuckerError] = ConfigError) ->
     except ImportError:
         python = "" if sys.version_info >= OLDEST_PYTHON else f" and Python {'.'.join(map(str, OLDEST_PYTHON))}"
         raise error(f"{what}: language models need transformers{python}: {how_to_install('hf')}") from None
-    if int(package.__version__.partition(".")[0]) < OLDEST:
-        found = package.__version__
-        raise error(f"{what}: language models need transformers {OLDEST} or newer, not {found}: {how_to_install('hf')}")
+    found = package.__version__
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise error(f"{what}: language models need transformers {oldest} or newer, not {found}: {how_to_install('hf')}")
     return package
 
 
