@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from timm.models import get_pretrained_cfg
-from timm.models._hub import hf_split
+from timm.models._hub import has_hf_hub, hf_split
 
 from vit_tucker.errors import CheckpointError, reason_of
 
@@ -35,6 +35,8 @@ def refuse_missing_host(name: str, pretrained: bool) -> None:
         name: timm's, of the model; 'hf-hub:owner/name' for a stored one.
         pretrained: its weights are needed too, from where timm has them.
     """
+    if not has_hf_hub():
+        return  # timm reports it: it can't use what is in the cache either
     scheme, colon, repo = name.partition(":")
     files: tuple[str, ...] = WEIGHT_FILES
     if scheme in SCHEMES:
