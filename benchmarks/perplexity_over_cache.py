@@ -45,13 +45,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--test-blocks", type=int, default=24)
     made.add_argument("--heal", action="store_true", help="also train the converted models")
     made.add_argument("--steps", type=int, default=200)
-    made.add_argument("--batch-size", type=int, default=4)
+    made.add_argument("--batch-size", type=int, default=1, help="blocks of a step")
     made.add_argument(
         "--lrs", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3], help="the first seed's best one is taken"
     )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument(
         "--train", choices=["attention", "all"], default="attention", help="which parameters healing trains"
+    )
+    made.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="bf16", help="of products in healing; parameters are in fp32"
     )
     made.add_argument("--threads", type=int, help="of torch")
     return made
@@ -89,7 +92,8 @@ def settings_of(args: argparse.Namespace, splits: Splits, healing: bool) -> dict
         "calibration_blocks": len(splits.calibration), "choice_blocks": args.choice_blocks,
     }  # fmt: skip
     if healing:
-        found |= {"steps": args.steps, "batch_size": args.batch_size, "train": args.train}
+        found |= {"steps": args.steps, "batch_size": args.batch_size, "train": args.train,
+                  "precision": args.precision}  # fmt: skip
     return found
 
 

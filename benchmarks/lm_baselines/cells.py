@@ -123,7 +123,8 @@ def healed(
     model, started, losses = copy.deepcopy(model), time.perf_counter(), []
     heal(
         model, splits.training, steps=settings["steps"], batch_size=settings["batch_size"], lr=lr, seed=seed,
-        everything=settings["train"] == "all", note=lambda step, loss: losses.append(round(loss, 4)),
+        everything=settings["train"] == "all", bf16=settings["precision"] == "bf16",
+        note=lambda step, loss: losses.append(round(loss, 4)),
     )  # fmt: skip
     seconds = time.perf_counter() - started
     kept = (
@@ -156,5 +157,6 @@ def step_seconds(model: nn.Module, splits: Splits, settings: dict[str, Any]) -> 
     evaluated = (time.perf_counter() - started) / len(splits.test[:4])
     trained = copy.deepcopy(model)
     started = time.perf_counter()
-    heal(trained, splits.training, steps=1, batch_size=settings["batch_size"], lr=0.0, seed=0, everything=False)
+    heal(trained, splits.training, steps=1, batch_size=settings["batch_size"], lr=0.0, seed=0,
+         bf16=settings["precision"] == "bf16")  # fmt: skip
     return evaluated, time.perf_counter() - started

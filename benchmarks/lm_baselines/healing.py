@@ -42,6 +42,7 @@ def heal(
     seed: int,
     teacher: nn.Module | None = None,
     everything: bool = False,
+    bf16: bool = False,
     note: Callable[[int, float], None] | None = None,
 ) -> None:
     """Trains a model in place, in its own type: AdamW (no weight decay), gradients clipped to norm 1, batches by seed.
@@ -52,6 +53,7 @@ def heal(
         steps, batch_size, lr, seed: lr is the peak, see ``rate``.
         teacher: a dense model whose distribution is fitted (KL divergence) in place of the text; None for the text.
         everything: train all parameters of the model; else those of its attention.
+        bf16: products of the forward and backward passes under autocast to bfloat16.
         note: called with each step and its loss.
 
     Raises:
@@ -71,7 +73,8 @@ def heal(
         batch = blocks[order[step * batch_size : (step + 1) * batch_size]]
         for group in optimizer.param_groups:
             group["lr"] = rate(step, steps, lr)
-        loss = token_loss(model, batch) if teacher is None else distance(model, teacher, batch)
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            loss = token_loss(model, batch) if teacher is None else distance(model, teacher, batch)
         if not torch.isfinite(loss):
             raise DivergedError(f"the loss is {loss.item()} at step {step} of healing, lr {lr:g}")
         loss.backward()

@@ -64,7 +64,7 @@ class RankRule(Checked):
         gt=0,
         le=1,
         description="Numbers in a KV cache to spend, as a share of those of the layers' own key/value heads: decides about key "
-        "and value ranks. The other ranks are full, or spend the budget of parameters that is given beside it.",
+        "and value ranks. The other ranks are as large as these can fill, or spend the budget of parameters beside it.",
     )
     multiple_of: int = Field(
         default=8,
@@ -148,6 +148,11 @@ class Calibration(Checked):
         default=True,
         description="On hosts with RoPE, pairs of a narrow latent key may stand for several rotations that the tokens can't tell "
         "apart: calibrate on sequences as long as those to come.",
+    )
+    sequential: bool = Field(
+        default=False,
+        description="Fit each layer's read-out, and its refinement, to what the layers before it, converted already, hand it; "
+        "where blocks add their layers' outputs to the tokens it also makes up for their errors.",
     )
     refine_steps: int = Field(
         default=0,

@@ -7,6 +7,7 @@ its linear read-out by regression, which also corrects what the new scores get w
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from vit_tucker.conversion.error_sums import ErrorSums
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
 from vit_tucker.conversion.observe import Layer, WatchedLayer, evaluating, located, timed
 from vit_tucker.conversion.probes import layers_with_calls
-from vit_tucker.conversion.refine import refine
+from vit_tucker.conversion.refine import joined, refine
+from vit_tucker.conversion.stream import Stream
 from vit_tucker.show.progress_bars import progress_bar
 from vit_tucker.tensor.metric import metric_root
 
@@ -60,36 +62,50 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     """
     inputs = collect_inputs(model, batches, options.images)
     with evaluating(model), progress_bar(total=len(layers), what="converting", unit="layers") as bar:
+        stream = Stream(model, layers, inputs) if options.sequential else None
         for layer, calls in layers_with_calls(model, layers, inputs, options):
             bar.set_description(f"converting {layer.name}")
             layer.images = sum(map(len, inputs))
             with torch.no_grad(), evaluating(layer.replacement), timed(layer), located(layer.name):
-                calibrate_layer(layer, calls, options)
+                calibrate_layer(layer, calls, options, stream)
             bar.update()
 
 
-def calibrate_layer(layer: CalibratedLayer, calls: Calls, options: Calibration) -> None:
+def calibrate_layer(layer: CalibratedLayer, calls: Calls, options: Calibration, stream: Stream | None = None) -> None:
     """Converts one layer, fits its read-out, refines it if asked to, and measures its error; called under no_grad.
 
     Args:
         layer: its replacement, in eval mode, is changed in place.
         calls: of its dense module.
         options: damping, refinement.
+        stream: hands the layer what the layers before it, which are converted, make of the tokens; None: what the dense ones do.
 
     Raises:
         ValueError: too few tokens, or moments that are constant or not finite.
     """
     moments = convert_layer(layer, calls, options)
     output = metric_root(moments.output, options.damping)
-    if relative_error(layer, calls, least=EXACT**0.5) ** 2 > EXACT:
-        fit_readout(layer.replacement, readout_sums(layer, calls), output, options.damping)
+    wanted = calls
+    if stream is not None:
+        wanted = partial(iter, stream.calls(layer, list(calls())))
+    if relative_error(layer, wanted, least=EXACT**0.5) ** 2 > EXACT:
+        fit_readout(layer.replacement, readout_sums(layer, wanted), output, options.damping)
     if options.refine_steps:
         tokens = metric_root(moments.query[:-1, :-1], options.damping)
         steps, lr, seed = options.refine_steps, options.refine_lr, options.seed
         with progress_bar(total=steps, what=f"refining {layer.name}", unit="steps") as bar:
             refine(
-                layer.replacement, list(calls()), tokens, output, steps=steps, lr=lr, seed=seed, after_step=bar.update
+                layer.replacement,
+                joined(wanted()),
+                tokens,
+                output,
+                steps=steps,
+                lr=lr,
+                seed=seed,
+                after_step=bar.update,
             )
+    if stream is not None:
+        stream.add(layer, layer.replacement)
     layer.output_error = relative_error(layer, calls)
 
 

@@ -7,7 +7,8 @@ state seen on it is kept, so the result is never worse there than the start.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,50 @@ from vit_tucker.attention.moments import LayerCall
 from vit_tucker.tensor.metric import Root
 
 SEQUENCES = 16
+TOKENS = 3200
+"""A step takes so many sequences, or tokens, at most."""
 CHECK_EVERY = 10
+
+
+def step_size(call: LayerCall) -> int:
+    """Returns how many sequences of a call a step takes."""
+    return min(SEQUENCES, max(1, TOKENS // call.x.shape[1]))
+
+
+def joined(calls: Iterable[LayerCall]) -> list[LayerCall]:
+    """Returns calls with neighbours of few sequences joined, where they are of one length and share mask and rotations.
+
+    Steps and the held-out part are drawn from one call each, so a call of one sequence would be either of them.
+    """
+    groups: list[list[LayerCall]] = []
+    for call in calls:
+        last = groups[-1] if groups else []
+        if last and sum(len(part.x) for part in last) < SEQUENCES and can_join(last[0], call):
+            last.append(call)
+        else:
+            groups.append([call])
+    return [group[0] if len(group) == 1 else _concatenated(group) for group in groups]
+
+
+def _concatenated(calls: list[LayerCall]) -> LayerCall:
+    x, y, probe = (torch.cat(parts) for parts in zip(*((call.x, call.y, call.probe) for call in calls), strict=True))
+    return replace(calls[0], x=x, y=y, probe=probe)
+
+
+def can_join(one: LayerCall, other: LayerCall) -> bool:
+    """Returns whether two calls differ in their tokens alone."""
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+
+    def shared(call: LayerCall) -> bool:
+        return all(part is None or part.ndim < 4 or len(part) == 1 for part in (call.attn_mask, call.rope))
+
+    return (
+        one.x.shape[1:] == other.x.shape[1:] and one.is_causal == other.is_causal and one.valid is None
+        and other.valid is None and shared(one) and shared(other)
+        and same(one.attn_mask, other.attn_mask) and same(one.rope, other.rope)
+    )  # fmt: skip
 
 
 class Whitened(nn.Module):
@@ -107,7 +151,7 @@ def refine(
             group["lr"] = lr * factor * size
         number = int(torch.randint(len(calls), (), generator=generator))
         call, start = calls[number], held[number].stop if calls[number].x.shape[0] > 1 else 0
-        part = start + torch.randperm(call.x.shape[0] - start, generator=generator)[:SEQUENCES]
+        part = start + torch.randperm(call.x.shape[0] - start, generator=generator)[: step_size(call)]
         with torch.enable_grad():
             loss = _loss(work, call.part(part), metric) / norm
             solver.zero_grad()

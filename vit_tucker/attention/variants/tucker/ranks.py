@@ -103,8 +103,7 @@ def tensor_macs(r1: Any, r2: Any, r3: Any, heads: int, left: int, right: int, to
     """Returns the multiply-adds of one tensor for N tokens.
 
     These are both projections, the core per head in the order that costs least, and what a batch does once: folding the head
-    factor
-    into the core, and, where that pays, the core into the projection.
+    factor into the core, and, where that pays, the core into the projection.
 
     Args:
         r1, r2, r3: ranks.
@@ -156,18 +155,12 @@ class LayerTables:
 
 
 def layer_tables(
-    rule: RankRule,
-    spec: HostSpec,
-    pre: Pairs,
-    post: Pairs,
-    dense: float,
-    calls: int,
-    num_tokens: int,
+    rule: RankRule, spec: HostSpec, pre: Pairs, post: Pairs, dense: float, calls: int, num_tokens: int
 ) -> LayerTables:
-    """Returns the error and cost tables of one layer, in the costs of the rule.
+    """Returns the error and cost tables of one layer.
 
     Args:
-        rule: flops counts operations, all others count parameters.
+        rule: flops counts operations, all others parameters.
         spec: the host.
         pre, post: its tensors, plain or whitened, in units that compare across layers; with RoPE the lifted pre-softmax tensor.
         dense: cost of the dense layer.
@@ -223,7 +216,18 @@ def choose_ranks(rule: RankRule, layers: Sequence[LayerTables]) -> list[tuple[Ra
         if smallest > share:
             raise ValueError(f"too small, the smallest ranks need {math.ceil(smallest * 1e4) / 1e4:.4f}")
         chosen = least_error(tables, share * dense - fixed)
+    chosen = [useful(ranks) for ranks in chosen]
     return list(zip(chosen[::2], chosen[1::2], strict=True))
+
+
+def useful(ranks: Ranks) -> Ranks:
+    """Returns ranks without what no tensor of them fills: a mode's rank is at most the product of the other two.
+
+    Args:
+        ranks: of heads, queries or outputs, keys or values; only the second is lowered.
+    """
+    heads, middle, third = ranks
+    return heads, min(middle, heads * third), third
 
 
 def within_cache(tables: Sequence[RankTable], entries: float) -> list[RankTable]:
