@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lm_baselines.cells import DENSE, healed, one_shot, read_cell, step_seconds, write_cell
+from lm_baselines.chat import save_answers
 from lm_baselines.energy import key_energies
 from lm_baselines.methods import METHODS, Source, rebuild
 from lm_baselines.moments import attention_layers, dense_entries
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--precision", choices=["fp32", "bf16"], default="bf16", help="of products in healing; parameters are in fp32"
     )
+    made.add_argument("--chat", action="store_true", help="also keep what the host and Tucker's models answer")
     made.add_argument("--threads", type=int, help="of torch")
     return made
 
@@ -132,6 +134,8 @@ def measure(args: argparse.Namespace, source: Source, splits: Splits) -> None:
         if cell is None:
             cell, model = one_shot(folder / f"{stem}.json", settings, source, splits, method, entries)
             print(stem, cell["perplexity"], cell["variant"], flush=True)
+        if args.chat and method in (DENSE, "Tucker") and (model is not None or method == DENSE):
+            save_answers(folder / f"{stem}.json", settings, model or source.model, source.tokenizer, cell)
         if args.heal and cell["perplexity"] is not None:
             heal_cells(args, source, splits, folder / stem, cell, model)
 
@@ -160,7 +164,10 @@ def heal_cells(
                     model = source.model
                 elif model is None:
                     model = rebuild(source, cell["method"], cell["entries"], cell["variant"])
-                found = healed(file, settings, model, splits, cell, lr, seed)
+                found, trained = healed(file, settings, model, splits, cell, lr, seed)
+                best = found["validation_loss"] < min(losses.values(), default=float("inf"))
+                if args.chat and cell["method"] == "Tucker" and seed == args.seeds[0] and best:
+                    save_answers(stem.with_name(f"{stem.name}_healed.json"), settings, trained, source.tokenizer, found)
                 print(file.stem, found["perplexity"], f"{found['seconds_per_step']} s per step", flush=True)
             losses.setdefault(lr, found["validation_loss"])
 

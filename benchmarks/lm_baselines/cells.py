@@ -110,8 +110,8 @@ def one_shot(
 
 def healed(
     file: Path, settings: dict[str, Any], model: nn.Module, splits: Splits, start: dict[str, Any], lr: float, seed: int
-) -> dict[str, Any]:
-    """Trains a copy of a converted model, evaluates it and writes the cell.
+) -> tuple[dict[str, Any], nn.Module]:
+    """Trains a copy of a converted model, evaluates it, writes the cell, and returns both.
 
     Args:
         file, settings: see ``write_cell``.
@@ -137,11 +137,12 @@ def healed(
         "params_share",
         "variant",
     )
-    return write_cell(
+    cell = write_cell(
         file, settings, **{key: start[key] for key in kept}, stage="healed", lr=lr, seed=seed, losses=losses,
         validation_loss=scored(model, splits.validation).loss, perplexity=scored(model, splits.test).perplexity,
         seconds_per_step=round(seconds / settings["steps"], 2),
     )  # fmt: skip
+    return cell, model
 
 
 def step_seconds(model: nn.Module, splits: Splits, settings: dict[str, Any]) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from lm_baselines.shrink import cacheshrink
 from lm_baselines.text import scored
 
 Convert = Callable[[], nn.Module]
+CALIBRATION = vt.Calibration(objective="likelihood", sequential=True, refine_steps=40, refine_lr=1e-2)
+"""Of our methods."""
 
 
 @dataclass
@@ -118,15 +120,10 @@ def patched(source: Source, config: vt.AttentionConfig) -> nn.Module:
 
 
 def tucker_variants(source: Source, entries: int) -> Variants:
-    """Yields Tucker with no more parameters than the host: half the entries for keys and half for values, or chosen by layer."""
-    host = attention_layers(source.model)[0]
-    heads, groups, width = shape_of(host)
-    size, latent = host.q_proj.in_features, entries // 2
-    dense = (heads + groups) * width * size  # of each of both tensors
-    rank = min(size, (dense - size * latent) // (heads * latent + size))
-    uniform, rule = (heads, rank, latent), vt.RankRule(cache=entries / (2 * groups * width), budget=1.0)
-    for ranks, named in ((uniform, list(uniform)), (rule, rule.model_dump())):
-        yield {"ranks": named}, partial(patched, source, vt.TuckerConfig(ranks=ranks, calibration=vt.Calibration()))
+    """Yields Tucker with ranks chosen by layer, no more parameters than the host's."""
+    _, groups, width = shape_of(attention_layers(source.model)[0])
+    rule = vt.RankRule(cache=entries / (2 * groups * width), budget=1.0)
+    yield {"ranks": rule.model_dump()}, partial(patched, source, vt.TuckerConfig(ranks=rule, calibration=CALIBRATION))
 
 
 def mla_variants(source: Source, entries: int) -> Variants:
@@ -134,7 +131,7 @@ def mla_variants(source: Source, entries: int) -> Variants:
     size, latent = attention_layers(source.model)[0].q_proj.in_features, entries // 2
     for query in (size // 2, size):
         options: dict[str, Any] = {"q_lora_rank": query, "kv_lora_rank": latent, "shared_kv": False}
-        yield options, partial(patched, source, vt.MLAConfig(**options, calibration=vt.Calibration()))
+        yield options, partial(patched, source, vt.MLAConfig(**options, calibration=CALIBRATION))
 
 
 def gqa_variants(source: Source, entries: int) -> Variants:
@@ -144,7 +141,7 @@ def gqa_variants(source: Source, entries: int) -> Variants:
     if groups and entries == groups * 2 * width and heads % groups == 0:
         for conversion in ("mean", "svd"):
             options: dict[str, Any] = {"num_kv_heads": groups, "conversion": conversion}
-            config = vt.GQAConfig(**options, calibration=vt.Calibration())
+            config = vt.GQAConfig(**options, calibration=CALIBRATION)
             yield options, partial(patched, source, config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_baselines.cells import DENSE
+from lm_baselines.chat import answers_text
 from lm_baselines.methods import METHODS
 from lm_baselines.padding import padding_table
 from vit_tucker.show import figures
@@ -99,7 +100,7 @@ def save_summary(folder: Path) -> None:
     (folder / "results.json").write_text(json.dumps([{c: row[c] for c in COLUMNS} for row in flat], indent=1) + "\n")
     settings = ", ".join(f"{key} {value}" for key, value in {**rows[-1]["settings"], **rows[-1]["versions"]}.items())
     (folder / "results.md").write_text(
-        f"{text}\n\n{energy_line(folder)}{padding_text(folder)}{settings}; {rows[-1]['date']}.\n"
+        f"{text}\n\n{energy_line(folder)}{padding_text(folder)}{answers_text(folder)}{settings}; {rows[-1]['date']}.\n"
     )
     draw(rows, folder / "perplexity.png")
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from lm_baselines.chat import PROMPTS, answers_text, save_answers
 from lm_baselines.healing import attention_parameters, heal, rate
 from lm_baselines.methods import Source
 from lm_baselines.padding import padding_rows
@@ -89,6 +90,15 @@ class TestHealing:
             assert any(changed)
             assert changed == ([True] * len(changed) if everything else attention)
 
+    def test_bf16_is_near_float32_with_parameters_in_their_type(self, host, batches):
+        single = copy.deepcopy(host).float()
+        (exact, first), (rounded, second) = (
+            self.healed(single, torch.cat(batches), bf16=bf16) for bf16 in (False, True)
+        )
+        assert first != second
+        assert second == pytest.approx(first, rel=2**-7)  # bf16 has eight bits
+        assert all(p.dtype == torch.float32 for model in (exact, rounded) for p in model.parameters())
+
     def test_a_teacher_is_at_no_distance_from_itself(self, host, batches):
         _, losses = self.healed(host, torch.cat(batches), steps=1, teacher=host)
         assert losses[0] == pytest.approx(0, abs=1e-9)
@@ -119,6 +129,53 @@ def command(folder, text, monkeypatch, capsys):
         return ended.value.code, capsys.readouterr()
 
     return call
+
+
+def test_answers_are_kept_and_shown(host, tokenizer, tmp_path):
+    (tmp_path / "cells").mkdir()
+    file = tmp_path / "cells" / "dense_32.json"
+    cell = {"method": "dense", "entries": 32, "cache_share": 1.0, "stage": "one-shot"}
+    save_answers(file, {}, host, tokenizer, cell)
+    assert answers_text(tmp_path) == ""  # a tokenizer without a template of chats
+    chatting = copy.deepcopy(tokenizer)
+    chatting.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for name, share in (("dense", 1.0), ("Tucker", 0.25)):
+        save_answers(
+            file.with_name(f"{name}_32.json"), {}, host, chatting, cell | {"method": name, "cache_share": share}
+        )
+    shown = [line for line in answers_text(tmp_path).splitlines() if line.startswith("|")]
+    assert len(shown) == 2 + 2 * len(PROMPTS)
+    assert "Tucker, 25.0% of the cache, one-shot" in shown[3]
+    asked = chatting(PROMPTS[0], return_tensors="pt").input_ids
+    expected = host.generate(asked, max_new_tokens=40, do_sample=False)[0, asked.shape[1] :]
+    assert chatting.decode(expected, skip_special_tokens=True).split() == shown[2].split("|")[3].split()
+
+
+@pytest.mark.slow
+def test_our_methods_are_healed_too(command, tmp_path):
+    status, said = command(
+        tmp_path,
+        "--methods",
+        "Tucker",
+        "MLA",
+        "--shares",
+        "0.5",
+        "--heal",
+        "--steps",
+        "1",
+        "--lrs",
+        "1e-3",
+        "--seeds",
+        "0",
+        "--chat",
+    )
+    assert status == 0, said.err
+    cells = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "cells").iterdir()}
+    assert {"Tucker_16", "MLA_16", "Tucker_16_healed_lr0.001_seed0", "MLA_16_healed_lr0.001_seed0"} <= cells.keys()
+    for name in ("Tucker_16", "MLA_16"):
+        assert cells[name]["cached_entries"] <= 16
+        assert cells[f"{name}_healed_lr0.001_seed0"]["perplexity"] != cells[name]["perplexity"]
+    assert cells["Tucker_16"]["params_share"] <= 1
 
 
 @pytest.mark.slow
