@@ -60,6 +60,43 @@ def test_budgets_hold_over_all_layers_together():
     assert all(r % 4 == 0 for pair in chosen for triple in pair for r in triple[1:])
 
 
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.6])
+def test_a_cache_is_spent_as_the_best_of_all_divisions(share):
+    """Every division of the cache over two layers' keys and values; evenly is worse where the layers differ."""
+    spec = make_spec()
+    rule = vt.RankRule(cache=share, multiple_of=4)
+    layers = []
+    for seed, size in ((0, 1.0), (1, 0.3)):
+        weights = make_weights(spec, seed)
+        falling = torch.logspace(0, -1.5, spec.embed_dim, dtype=torch.float64)[:, None]
+        pre, post = (
+            pair._replace(right=size * pair.right * falling) for pair in (weights.pre_pairs(), weights.post_pairs())
+        )
+        layers.append(layer_tables(rule, spec, pre, post, 1.0, 1, 1))
+    errors = [dict(zip(table.ranks[2].tolist(), table.error[-1, -1].tolist(), strict=True))
+              for layer in layers for table in (layer.pre, layer.post)]  # fmt: skip
+    limit = share * 4 * spec.kv_dim
+    best = min(sum(error[width] for error, width in zip(errors, widths, strict=True))
+               for widths in itertools.product(*errors) if sum(widths) <= limit)  # fmt: skip
+    widths = [ranks[2] for pair in choose_ranks(rule, layers) for ranks in pair]
+    assert sum(widths) <= limit
+    found = sum(error[width] for error, width in zip(errors, widths, strict=True))
+    assert best <= found <= best * (1 + 1e-9)
+    even = max(width for width in errors[0] if 4 * width <= limit)
+    assert sum(error[even] for error in errors) > 1.05 * found
+
+
+@pytest.mark.parametrize("goal", [{"cache": 0.2}, {"cache": 0.2, "budget": 0.9}, {"budget": 0.9}, {"energy": 0.9}])
+def test_no_rank_is_more_than_the_others_fill(goal):
+    """A mode has no more directions than the product of the other two ranks: what is above costs parameters and holds nothing."""
+    spec = make_spec()
+    rule = vt.RankRule(**goal, multiple_of=2)
+    ((pre, post),) = choose_ranks(rule, [tables(rule, spec)])
+    assert all(middle <= heads * width for heads, middle, width in (pre, post))
+    if goal == {"cache": 0.2}:
+        assert pre[1] == pre[0] * pre[2] < full_ranks(spec)[0][1]
+
+
 def test_too_small_budgets_name_the_smallest_that_works():
     spec = make_spec()
     rule = vt.RankRule(budget=0.01)
