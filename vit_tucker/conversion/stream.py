@@ -164,7 +164,7 @@ def find_blocks(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Inpu
         return hook
 
     def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        last[0] = output if isinstance(output, Tensor) else output[0]
+        last[0] = output[0] if isinstance(output, tuple) and output else output
 
     handles = [block.module.register_forward_pre_hook(entered(block), with_kwargs=True) for block in blocks.values()]
     handles += [block.module.register_forward_hook(left) for block in blocks.values()]
