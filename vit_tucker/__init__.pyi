@@ -37,6 +37,7 @@ from .linear.base import LinearModule as LinearModule
 from .linear.base import LinearSpec as LinearSpec
 from .linear.base import LinearWeights as LinearWeights
 from .linear.base import register_linear_method as register_linear_method
+from .linear.low_rank import LowRankLinearConfig as LowRankLinearConfig
 from .patching.freeze import freeze_except_attention as freeze_except_attention
 from .patching.full_rank import full_rank_config as full_rank_config
 from .patching.patch import config_of as config_of

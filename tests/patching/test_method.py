@@ -24,7 +24,11 @@ def test_a_methods_name_with_its_options_is_its_config(make_vit, images):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("tuker", {"ranks": (4, 8, 8)}, "unknown attention method 'tuker', known: .*; did you mean 'tucker'?"),
+        (
+            "tuker",
+            {"ranks": (4, 8, 8)},
+            "unknown method 'tuker'; did you mean 'tucker'?; attention methods: .*; linear methods: lowrank_linear",
+        ),
         ("tucker", {"rank": (4, 8, 8)}, "TuckerConfig: rank: unknown key; did you mean 'ranks'?"),
         ("tucker", {"ranks": (4, 8)}, "TuckerConfig: ranks: has too few entries$"),
         ("tucker", {}, "TuckerConfig: ranks: missing"),

@@ -3,7 +3,7 @@
 Weights are those that a Linear computes with: see ``vit_tucker.attention.effective`` for adapters and the like.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,20 @@ def resized(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
     if isinstance(parameter, nn.Parameter) and parameter.shape == torch.Size(shape):
         return parameter
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def renewed(module: nn.Module, change: Callable[[], None]) -> dict[Tensor, Tensor]:
+    """Changes a module's parameters, and returns new ones by the old ones (of any shape) whose place they took.
+
+    Args:
+        module: whose parameters change.
+        change: does it; called without gradients.
+    """
+    before = dict(module.named_parameters())
+    change()
+    after = dict(module.named_parameters())
+    return {old: after[key] for key, old in before.items() if after[key] is not old}
 
 
 def init_linear(linear: nn.Linear, std: float) -> None:

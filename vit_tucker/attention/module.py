@@ -3,9 +3,9 @@
 import copy
 from abc import abstractmethod
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vit_tucker.attention import call as calls
@@ -16,6 +16,7 @@ from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.convertible import ConvertibleModule
 from vit_tucker.attention.effective import is_adapter
 from vit_tucker.attention.host import HostSpec
+from vit_tucker.attention.linear import renewed
 from vit_tucker.attention.options import refuse_rank_options
 from vit_tucker.errors import PatchError
 
@@ -137,11 +138,7 @@ class AttentionModule(ConvertibleModule):
             raise PatchError(
                 f"{name} can't be resized with adapters, hooks or parametrizations on its Linears: merge them"
             )
-        before = dict(self.named_parameters())
-        with torch.no_grad():
-            self._resize(**current | options)
-        after = dict(self.named_parameters())
-        return {old: after[key] for key, old in before.items() if after[key] is not old}
+        return renewed(self, partial(self._resize, **current | options))
 
     def _resize(self, **options: Any) -> None:
         """Changes the ranks; called under no_grad, only of methods with ``rank_options``."""

@@ -1,1 +1,3 @@
-"""Provides the base of methods that replace ``nn.Linear``; none is shipped yet, plug-ins register theirs."""
+"""Methods that replace ``nn.Linear``: their base, and the low-rank one; plug-ins register others."""
+
+from vit_tucker.linear import low_rank as low_rank

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from vit_tucker.attention.base import ParameterCount
-from vit_tucker.attention.options import MethodConfig, Selection
+from vit_tucker.attention.linear import renewed
+from vit_tucker.attention.options import MethodConfig, Selection, refuse_rank_options
 from vit_tucker.attention.registry import MethodRegistry, Own
 
 
@@ -59,6 +62,29 @@ class LinearModule(nn.Module):
         """Returns the options of the config with the layer's present ranks, where they can change. Here: none."""
         return {}
 
+    def factors(self) -> dict[str, Tensor]:
+        """Returns the live weights by role, of any shapes. Here: none."""
+        return {}
+
+    def resize(self, **options: Any) -> dict[Tensor, Tensor]:
+        """Changes the layer's ranks in place: growth leaves its function as it is, truncation keeps the nearest weight.
+
+        Args:
+            **options: those of ``rank_options`` that change.
+
+        Returns:
+            New parameters by the old ones that they replace, which optimizers still have; a parameter of the same shape stays.
+
+        Raises:
+            PatchError: the method has no such option, or the ranks are impossible; nothing has changed.
+        """
+        current = self.rank_options()
+        refuse_rank_options(type(self).__name__, options, current)
+        return renewed(self, partial(self._resize, **current | options))
+
+    def _resize(self, **options: Any) -> None:
+        """Changes the ranks; called under no_grad, only of methods with ``rank_options``."""
+
     @abstractmethod
     def convert_from(self, weights: LinearWeights) -> None:
         """Approximates the host's weights as well as the layer can; called under no_grad.
@@ -92,6 +118,24 @@ class LinearConfig(MethodConfig):
         Args:
             spec: shape of the layer to replace.
         """
+
+    @classmethod
+    def full_rank(cls, spec: LinearSpec) -> Self:
+        """Returns the config whose conversion of such a layer is exact, for contract tests. Here: the method's defaults.
+
+        Args:
+            spec: shape of the layer to replace.
+        """
+        return cls()
+
+    @classmethod
+    def example(cls, spec: LinearSpec) -> Self:
+        """Returns a config that compresses such a layer, for contract tests and docs. Here: the method's defaults.
+
+        Args:
+            spec: shape of the layer to replace.
+        """
+        return cls()
 
     @abstractmethod
     def build(self, spec: LinearSpec, **factory: Any) -> LinearModule:

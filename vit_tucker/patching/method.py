@@ -7,7 +7,7 @@ from torch import nn
 
 from vit_tucker.attention.options import MethodConfig
 from vit_tucker.errors import ConfigError, nearest, nearest_match
-from vit_tucker.hosts.slot import ATTENTION, SLOTS
+from vit_tucker.hosts.slot import SLOTS
 from vit_tucker.validation.mistakes import shown
 
 Method = MethodConfig | str | Mapping[str, Any]
@@ -58,10 +58,12 @@ def named(name: str) -> type[MethodConfig]:
     """Returns the config class of the method of a name, of whatever slot; attention methods come first.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: no such method; names all there are.
     """
-    for slot in SLOTS.values():
-        if name in slot.methods.entries:
-            config: type[MethodConfig] = slot.methods.get(name)
-            return config
-    return ATTENTION.methods.get(name)
+    known: dict[str, type[MethodConfig]] = {}
+    for slot in reversed(SLOTS.values()):
+        known |= slot.methods.entries
+    if name not in known:
+        listed = "; ".join(f"{slot.methods.kind}s: {', '.join(slot.methods.names())}" for slot in SLOTS.values())
+        raise ConfigError(f"unknown method '{name}'{nearest(name, list(known))}; {listed}")
+    return known[name]
