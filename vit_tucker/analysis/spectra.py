@@ -186,7 +186,7 @@ def analyse(model: nn.Module, batches: Iterable[Any] | None = None, options: Cal
             with located(layer.name):
                 pairs = whiten(weights.pre_tensor(spec.rope), weights.post_pairs(), moments, spec.scale, DAMPING)
             rows += spectra_of(layer.name, *pairs, whitened=True)
-    return Analysis(rows, shapes, token_notes(readable))
+    return Analysis(rows, shapes, token_notes(model, readable))
 
 
 @torch.no_grad()

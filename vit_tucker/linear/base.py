@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from vit_tucker.attention.base import ParameterCount
 from vit_tucker.attention.linear import renewed
 from vit_tucker.attention.options import MethodConfig, Selection, refuse_rank_options
 from vit_tucker.attention.registry import MethodRegistry, Own
+from vit_tucker.errors import PatchError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class LinearSpec:
     in_features: int
     out_features: int
     bias: bool
+
+    @property
+    def embed_dim(self) -> int:
+        """Returns the width of the tokens, by the name that it has in attention."""
+        return self.in_features
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,20 @@ class LinearWeights:
         """Returns the weights in float64, detached."""
         bias = None if self.bias is None else self.bias.detach().double()
         return LinearWeights(self.weight.detach().double(), bias)
+
+
+class LinearMoments(NamedTuple):
+    """Moments of a layer's tokens x and of the probes g that measure its errors, float64.
+
+    Attributes:
+        mean: E[x], (I,).
+        inputs: E[x x^T], (I, I).
+        outputs: E[g g^T], (O, O).
+    """
+
+    mean: Tensor
+    inputs: Tensor
+    outputs: Tensor
 
 
 class LinearModule(nn.Module):
@@ -92,6 +112,19 @@ class LinearModule(nn.Module):
         Args:
             weights: (out_features, in_features) and a bias or None, float64.
         """
+
+    def convert_calibrated(self, weights: LinearWeights, moments: LinearMoments, damping: float) -> None:
+        """Approximates the host's weights on the tokens that it sees; called under no_grad.
+
+        Args:
+            weights: (out_features, in_features) and a bias or None, float64.
+            moments: of the tokens.
+            damping: of the metrics, relative to their mean eigenvalue.
+
+        Raises:
+            PatchError: the layer has no such conversion.
+        """
+        raise PatchError(f"{type(self).__name__} has no activation-aware conversion: leave out calibration")
 
     @abstractmethod
     def dense_weights(self) -> LinearWeights:

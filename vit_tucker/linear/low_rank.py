@@ -18,9 +18,17 @@ from typing_extensions import Self
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.attention.host import DENSE_INIT_STD
 from vit_tucker.attention.linear import resized
-from vit_tucker.attention.options import Rank
+from vit_tucker.attention.options import Calibration, Rank
 from vit_tucker.errors import PatchError
-from vit_tucker.linear.base import LinearConfig, LinearModule, LinearSpec, LinearWeights, register_linear_method
+from vit_tucker.linear.base import (
+    LinearConfig,
+    LinearModule,
+    LinearMoments,
+    LinearSpec,
+    LinearWeights,
+    register_linear_method,
+)
+from vit_tucker.tensor.metric import covariance, metric_root
 from vit_tucker.tensor.resize import grow
 
 
@@ -69,6 +77,17 @@ class LowRankLinear(LinearModule):
         self.set_product(weights.weight)
         if self.bias is not None and weights.bias is not None:
             self.bias.copy_(weights.bias)
+
+    def convert_calibrated(self, weights: LinearWeights, moments: LinearMoments, damping: float) -> None:
+        """Truncates the SVD of the weight between the roots of both metrics; a bias makes up for the mean of the tokens."""
+        bias = None if self.bias is None else weights.bias
+        inputs = moments.inputs if bias is None else covariance(moments.inputs, moments.mean)
+        rows, columns = metric_root(moments.outputs, damping), metric_root(inputs, damping)
+        left, values, right = torch.linalg.svd(rows.root @ weights.weight @ columns.root, full_matrices=False)
+        kept = rows.inverse @ (left[:, : self.rank] * values[: self.rank]) @ right[: self.rank] @ columns.inverse
+        self.set_product(kept)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias + (weights.weight - kept) @ moments.mean)
 
     def set_product(self, weight: Tensor) -> None:
         """Sets the factors to the nearest product of the layer's rank.
@@ -137,6 +156,14 @@ class LowRankLinearConfig(LinearConfig):
 
     method: Literal["lowrank_linear"] = "lowrank_linear"
     rank: Rank = Field(description="Rank r of the weight; the smaller width of a layer is full rank, which is exact.")
+    calibration: Calibration | None = Field(
+        default=None, description="Fit the conversion to images or tokens; null: the weights alone."
+    )
+
+    @property
+    def fitted_to(self) -> Calibration | None:
+        """Returns the images that the conversion looks at; None for a conversion by weights alone."""
+        return self.calibration
 
     def check(self, spec: LinearSpec) -> None:
         """Raises PatchError for a rank above the full one of a layer of this shape."""
@@ -155,6 +182,10 @@ class LowRankLinearConfig(LinearConfig):
     def build(self, spec: LinearSpec, **factory: Any) -> LowRankLinear:
         """Returns the layer, randomly initialised."""
         return LowRankLinear(spec, self.rank, **factory)
+
+    def unconverted(self) -> Self:
+        """Returns the config of the same layers from their own initialisation, without calibration."""
+        return super().unconverted().model_copy(update={"calibration": None})
 
     def rank_options(self) -> dict[str, Any]:
         """Returns the rank as an option of the layer."""

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from vit_tucker.attention.effective import user_hooks
 from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import MethodConfig
+from vit_tucker.conversion.inputs import reads_tokens
 from vit_tucker.conversion.observe import WatchedLayer
 from vit_tucker.hosts.readers import Host
 
@@ -40,17 +41,19 @@ def rotation_notes(hosts: Mapping[str, Host], layers: Mapping[str, nn.Module]) -
     return ()
 
 
-def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
+def token_notes(model: nn.Module, layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
     """Notes what too few images do to moments, and so to whitened spectra, ranks and conversions.
 
     Args:
+        model: whose inputs the moments are of.
         layers: with moments.
     """
+    what = "sequence" if reads_tokens(model) else "image"
     short = [layer for layer in layers if layer.tokens <= layer.host.spec.embed_dim]
     if short:
         worst = max(short, key=lambda layer: layer.host.spec.embed_dim / max(layer.tokens, 1))
         columns = worst.host.spec.embed_dim
-        images, what = -(-(columns + 1) * worst.images // max(worst.tokens, 1)), _input(worst)
+        images = -(-(columns + 1) * worst.images // max(worst.tokens, 1))
         seen = f"{worst.name}{f' (and {len(short) - 1} more)' if short[1:] else ''}"
         given = f"{worst.tokens} tokens of {_count(worst.images, what)} for {columns} columns"
         return (
@@ -59,7 +62,7 @@ def token_notes(layers: Sequence[WatchedLayer]) -> tuple[str, ...]:
         )
     if any(layer.images == 1 for layer in layers):
         return (
-            f"calibration: one {_input(layers[0])}: its tokens are alike, so what is fitted to them may fit no other; "
+            f"calibration: one {what}: its tokens are alike, so what is fitted to them may fit no other; "
             "give a hundred or more",
         )
     return ()
@@ -78,18 +81,13 @@ def folding_notes(
     folds = config.fitted_to is not None and config.fitted_to.fold_rotations
     for name, module in modules.items():
         spec, width = layers[name].host.spec, module.latent_width if isinstance(module, AttentionModule) else None
-        if folds and layers[name].images and spec.causal and width is not None and width < spec.kv_dim:
+        if folds and layers[name].images and width is not None and spec.causal and width < spec.kv_dim:
             length = layers[name].tokens // layers[name].images
             return (
                 f"latent RoPE: rotations that sequences of {length} tokens can't tell apart share pairs of the latent keys: for "
                 "longer contexts calibrate on longer sequences, or with fold_rotations=False",
             )
     return ()
-
-
-def _input(layer: WatchedLayer) -> str:
-    """Returns what a layer was calibrated on, in the singular."""
-    return "sequence" if layer.host.spec.causal else "image"
 
 
 def untrained_notes(model: nn.Module, config: MethodConfig) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import nn
 from vit_tucker.attention.effective import trains
 from vit_tucker.attention.options import MethodConfig
 from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
+from vit_tucker.conversion.calibrate_linear import calibrate_linear
 from vit_tucker.conversion.choose_ranks import resolve_ranks
 from vit_tucker.conversion.collect import collect_inputs
 from vit_tucker.conversion.inputs import InputBatch
@@ -31,6 +32,9 @@ from vit_tucker.patching.notes import (
 from vit_tucker.patching.record import patch_records
 from vit_tucker.patching.report import LayerReport, PatchReport
 from vit_tucker.show.progress_bars import each
+
+CONVERSIONS = {"attention": calibrate, "linear": calibrate_linear}
+"""What converts the layers of a slot for the inputs of a calibration."""
 
 
 class Prepared(NamedTuple):
@@ -122,7 +126,7 @@ def prepare(
     notes += rotation_notes(read, replacements) + weight_notes(read, {name: found[name] for name in chosen})
     notes += (
         folding_notes(config, layers, replacements)
-        + token_notes([layer for layer in built.values() if layer.images])
+        + token_notes(model, [layer for layer in built.values() if layer.images])
         + untrained_notes(model, config)
     )
     report = PatchReport(rows, left, applied, notes, slot.name, sequence_unit(model))
@@ -156,7 +160,7 @@ def _convert(
     if config.fitted_to is not None:
         if inputs is None:  # a plan: its images are not at hand
             return False
-        calibrate(model, layers, config.fitted_to, inputs)
+        CONVERSIONS[slot_of(config).name](model, layers, config.fitted_to, inputs)
         return True
     for layer in each(layers, "converting", "layers"):
         with timed(layer), torch.no_grad():
