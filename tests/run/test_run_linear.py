@@ -19,6 +19,7 @@ from vit_tucker.run.convert import convert, plan
 
 pytestmark = pytest.mark.slow
 
+SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 PLUGIN = """
 from typing import Literal
 from torch import nn
@@ -58,14 +59,12 @@ class KeptConfig(vt.LinearConfig):
 def write_config(in_tmp: Path) -> Iterator[Callable[..., str]]:
     """Makes the file of a tiny run with ``linear:``, given its other sections."""
     Path("kept.py").write_text(PLUGIN)
-    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-
     def write(**sections: Any) -> str:
         train = {"epochs": 1, "warmup_epochs": 0, "cpu": True, "global_batch_size": 256, "sched": "constant"}
         values = {
             "plugins": ["kept.py"],
             "output_dir": "out",
-            "model": {"name": "vit_tiny_patch16_224", **sizes},
+            "model": {"name": "vit_tiny_patch16_224", **SIZES},
             "linear": {"method": "kept", "layers": "blocks.*.mlp.fc1"},
             "data": {"dataset": "digits", "num_workers": 0},
             "train": train,
@@ -121,6 +120,31 @@ def test_a_linear_patch_alone_trains_resumes_and_is_reported(write_config: Calla
     assert main(["evaluate", "out", "--trust-plugins"]) == 0
     assert main(["tables", "out", "--out", "tables"]) == 0
     assert "| " in Path("tables/tables.md").read_text()
+
+
+def test_low_rank_layers_are_calibrated_trained_and_stored(write_config: Callable[..., str]) -> None:
+    """Beside Tucker Attention, from weights of another run; the stored model has their ranks, and a dense form."""
+    dense = run(load_config(write_config(linear=None, output_dir="dense")))
+    linear = {"method": "lowrank_linear", "rank": 6, "layers": "blocks.*.mlp.*", "calibration": {"images": 16}}
+    model = {"name": "vit_tiny_patch16_224", "checkpoint": "dense", **SIZES}
+    file = write_config(model=model, linear=linear, attention={"method": "tucker", "ranks": [2, 8, 8]}, plugins=[])
+    results = run(load_config(file))
+    rows = results["linear"]["layers"]
+    assert [row["name"] for row in rows] == [f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2)]
+    assert all(0 < row["output_error"] < 1 for row in rows)
+    assert "linear" not in dense
+    loaded = vt.load("out")
+    layers = [module for module in loaded.modules() if isinstance(module, vt.LinearModule)]
+    assert [layer.rank_options() for layer in layers] == [{"rank": 6}] * 4
+    assert vt.config_of(loaded, slot="linear").calibration.images == 16
+    x = torch.randn(2, loaded.patch_embed.proj.in_channels, 16, 16)
+    torch.testing.assert_close(vt.dense_model(loaded)(x), loaded(x), rtol=1e-4, atol=1e-5)  # float32
+    assert main(["evaluate", "out"]) == 0
+    layers[0].resize(rank=3)
+    vt.save(loaded, "smaller")
+    again = vt.load("smaller")
+    assert torch.equal(again(x), loaded(x))
+    assert again.blocks[0].mlp.fc1.rank == 3
 
 
 def test_linear_methods_are_not_calibrated(write_config: Callable[..., str]) -> None:
