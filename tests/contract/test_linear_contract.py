@@ -61,6 +61,22 @@ def test_dense_weights_are_those_it_computes_with(name, spec):
     assert layer(x[:0]).shape == (0, 5, spec.out_features)
 
 
+@pytest.mark.parametrize("name", LINEAR_METHODS.names())
+def test_convolutions_of_one_pixel_are_replaced_or_refused(name):
+    spec, method = vt.LinearSpec(12, 20, True, channels_first=True), LINEAR_METHODS.get(name)
+    config = method.full_rank(spec)
+    if not method.convolutions:
+        with pytest.raises(vt.PatchError, match="does not replace convolutions"):
+            config.refuse_features(spec)
+        return
+    config.refuse_features(spec)
+    x, host = torch.randn(2, 12, 3, 4, dtype=torch.float64), randomise(nn.Conv2d(12, 20, 1)).double()
+    layer = config.build(spec, dtype=torch.float64)
+    with torch.no_grad():
+        layer.convert_from(vt.LinearWeights(host.weight.flatten(1), host.bias).double())
+    torch.testing.assert_close(layer(x), host(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "spec"), CASES)
 def test_counts_are_those_of_the_built_layer(name, spec):
     spec = SPECS[spec]

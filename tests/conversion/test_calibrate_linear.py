@@ -12,6 +12,7 @@ from tests.conversion.test_calibrate import pictures
 from tests.hosts.decoders import make_decoder, tokens
 from tests.reference import randomise
 from vit_tucker.conversion import calibrate_linear
+from vit_tucker.hosts.slot import get_slot
 
 MLPS = "blocks.*.mlp.*"
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 4, "num_classes": 5}
@@ -125,6 +126,49 @@ def test_composes_with_calibrated_attention():
     assert "output error" in str(report)
     assert isinstance(model.blocks[0].mlp.fc1, vt.LinearModule)
     assert type(vt.dense_model(model).blocks[0].mlp.fc1) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv", "blocks.1.attn.proj"])
+def test_projections_of_attention_are_found_by_patterns_of_their_own(name):
+    model, images = small_vit(), pictures(24)
+    expected = model(images).detach()
+    report = vt.patch(
+        model, low_rank(24, name.replace("0", "*").replace("1", "*"), objective="layer"), calibration=[images]
+    )
+    assert [row.name for row in report.layers] == [name.replace("1", "0"), name.replace("0", "1")]
+    torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(vt.PatchError, match=r"its (qkv|proj) is a .*LowRankLinear, not a Linear"):
+        vt.patch(model, "tucker", ranks=(2, 8, 8))
+    vt.unpatch(model, slot="linear")
+    vt.patch(model, "tucker", ranks=(2, 8, 8))
+    with pytest.raises(vt.PatchError, match="matches no linear layer"):
+        vt.patch(model, low_rank(4, "blocks.*.attn.*"))
+
+
+def test_convolutions_of_one_pixel_are_found_by_patterns_of_their_own():
+    model = randomise(timm.create_model("poolformer_s12", num_classes=5)).double().eval()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+    assert not [name for name in get_slot("linear").find(model, None) if "mlp" in name]
+    for options in ({}, {"objective": "features"}):
+        config = low_rank(64, "stages.0.blocks.*.mlp.*", **options)
+        report = vt.patch(model, config, calibration=[images] if options else None)
+        assert len(report.layers) == 4
+        assert report.params_after > report.params_before  # full rank
+        torch.testing.assert_close(model(images), expected, rtol=1e-8, atol=1e-8)
+        dense = vt.dense_model(model)
+        assert type(dense.stages[0].blocks[0].mlp.fc1) is nn.Conv2d
+        torch.testing.assert_close(dense(images), expected, rtol=1e-8, atol=1e-8)
+        vt.unpatch(model)
+    assert vt.patch(model, low_rank(8, "stages.0.blocks.*.mlp.*")).flops_after < report.flops_before
+
+
+def test_a_projection_whose_weight_others_read_is_refused():
+    model = timm.create_model("beit_base_patch16_224", depth=1, num_classes=5, img_size=32, embed_dim=24, num_heads=4)
+    with pytest.raises(vt.PatchError, match=r"^blocks.0.attn.qkv: is never called: .*; leave it out$"):
+        vt.patch(model, low_rank(4, "blocks.*.attn.qkv"))
+    assert len(vt.patch(model, low_rank(4, "blocks.*.attn.proj")).layers) == 1
 
 
 @pytest.mark.parametrize(

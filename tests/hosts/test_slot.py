@@ -138,7 +138,8 @@ def test_rules_apply_and_mistakes_name_linear_layers(make_vit):
     assert [row.options for row in vt.plan(model, config).layers] == ["", "label=b", ""]
     for wrong, message in (
         ({"layers": "blocks.*.mlp.fc3"}, r"matches no linear layer .*did you mean"),
-        ({"layers": "blocks.0.attn.qkv"}, "matches no linear layer"),
+        ({"layers": "blocks.0.attn.q"}, "matches no linear layer"),
+        ({"layers": "patch_embed.proj"}, "matches no linear layer"),
         ({"layers": 6}, r"outside 0\.\.5 \(6 linear layers\)"),
         ({"exclude": "*"}, "leave no linear layer to patch"),
         ({"calibration": [torch.zeros(1, 3, 16, 16)]}, "converted by weights alone"),

@@ -59,6 +59,7 @@ class KeptConfig(vt.LinearConfig):
 def write_config(in_tmp: Path) -> Iterator[Callable[..., str]]:
     """Makes the file of a tiny run with ``linear:``, given its other sections."""
     Path("kept.py").write_text(PLUGIN)
+
     def write(**sections: Any) -> str:
         train = {"epochs": 1, "warmup_epochs": 0, "cpu": True, "global_batch_size": 256, "sched": "constant"}
         values = {

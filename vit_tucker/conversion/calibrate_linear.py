@@ -135,6 +135,7 @@ def sum_inputs(
     """
     generator = torch.Generator().manual_seed(options.seed)
     sums = {layer.name: LinearSums.of(layer.host.spec, layer.host.weights.weight) for layer in layers}
+    channels_first = {layer.name: layer.host.spec.channels_first for layer in layers}
     backward = options.objective != "layer"
     calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -157,6 +158,8 @@ def sum_inputs(
                 grads = torch.autograd.grad(target, outputs, allow_unused=True)
                 probes = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grads, outputs, strict=True)]
             for (name, x, _), probe in zip(calls, probes, strict=True):
+                if channels_first[name]:
+                    x, probe = x.movedim(1, -1), None if probe is None else probe.movedim(1, -1)
                 if batch.valid is not None and batch.valid.shape == x.shape[:-1]:
                     x, probe = x[batch.valid], None if probe is None else probe[batch.valid]
                 sums[name].add(x, probe)

@@ -1,6 +1,6 @@
 """Linear layers of models: which ones can be replaced, and what they compute."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from vit_tucker.attention.base import ParameterCount
 from vit_tucker.attention.effective import full_name, is_adapter, readable
 from vit_tucker.attention.linear import refuse_infinite
+from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.options import Selection
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.find import find_attention, find_other_attention
 from vit_tucker.hosts.images import pretrained_cfg
 from vit_tucker.hosts.plain import is_same
 from vit_tucker.linear.base import LinearModule, LinearSpec, LinearWeights
+from vit_tucker.validation.patterns import by_pattern
 
 
 @dataclass(frozen=True)
@@ -43,23 +45,47 @@ class LinearHost:
 
 
 def find_linear(model: nn.Module, layers: Selection | None = None) -> dict[str, nn.Module]:
-    """Finds all linear layers outside of attention by full name, in the model's order; a shared one under each of its names.
+    """Finds linear layers by full name, in the model's order; a shared one under each of its names.
+
+    These are all outside of attention but heads; heads by their full name; and what a pattern names that matches none of these:
+    projections inside of the host's attention, and convolutions of one pixel.
 
     Args:
         model: any.
-        layers: what a config selects: a head is found only if it is in here by its full name.
+        layers: what a config selects.
     """
     items = [layers] if isinstance(layers, int | str) else list(layers or ())
+    patterns = [item for item in items if isinstance(item, str)]
+    usual, others = linear_names(model, patterns)
+    wanted = set().union(
+        *(found for item in patterns if not by_pattern(item, usual) and (found := by_pattern(item, others)))
+    )
+    chosen = wanted.union(usual, (name for name in others if isinstance(model.get_submodule(name), LinearModule)))
+    return {name: module for name, module in model.named_modules(remove_duplicate=False) if name in chosen}
+
+
+def linear_names(model: nn.Module, patterns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the names of the linear layers that a config finds anyway, and of those that it must name.
+
+    Args:
+        model: any.
+        patterns: of a config: a head is found anyway if it is among them by its full name.
+    """
     inside = [f"{name}." for name in (*find_attention(model), *find_other_attention(model))]
-    found: dict[str, nn.Module] = {}
+    ours = [f"{name}." for name, module in find_attention(model).items() if isinstance(module, AttentionModule)]
+    usual: list[str] = []
+    others: list[str] = []
     heads = head_names(model)
     for name, module in model.named_modules(remove_duplicate=False):
-        if name.startswith(tuple(inside)) or not is_linear(module):
+        if not name or not is_linear(module) or name.startswith(tuple(ours)):
             continue
-        inside.append(f"{name}.")  # parts of a layer of ours, or of an adapted one
-        if name and (isinstance(module, LinearModule) or name in items or not name.startswith(heads)):
-            found[name] = module
-    return found
+        ours.append(f"{name}.")  # parts of a layer of ours, or of an adapted one
+        head = name.startswith(heads) and name not in patterns and not isinstance(module, LinearModule)
+        if name.startswith(tuple(inside)) or is_pointwise(module):
+            others.append(name)
+        elif not head:
+            usual.append(name)
+    return usual, others
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,7 +93,13 @@ def is_linear(module: nn.Module) -> bool:
     if is_adapter(module):
         base = getattr(module, "base_layer", getattr(module, "original_module", None))
         return isinstance(base, nn.Module) and is_linear(base)
-    return isinstance(module, nn.Linear | LinearModule)
+    return isinstance(module, nn.Linear | LinearModule) or is_pointwise(module)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Returns whether a module is a plain convolution of one pixel: a linear layer of each pixel's channels."""
+    return type(module) is nn.Conv2d and module.kernel_size == module.stride == (1, 1) and (
+        module.groups == 1 and module.padding in ((0, 0), 0, "valid", "same"))  # fmt: skip
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -90,9 +122,9 @@ def read_linear(module: nn.Module) -> LinearHost:
     if isinstance(module, LinearModule):
         raise PatchError(f"already patched ({type(module).__name__}); call vit_tucker.unpatch(model) first")
     plain = readable(module)
-    weights = LinearWeights(plain.weight, plain.bias)
-    out_features, in_features = plain.weight.shape
+    weights = LinearWeights(plain.weight.flatten(1), plain.bias)
+    out_features, in_features = weights.weight.shape
     bias = 0 if plain.bias is None else plain.bias.numel()
     merged = {} if is_same(plain, module) else {"": full_name(module)}
-    spec = LinearSpec(in_features, out_features, plain.bias is not None)
+    spec = LinearSpec(in_features, out_features, plain.bias is not None, channels_first=is_pointwise(plain))
     return LinearHost(spec, weights, ParameterCount(plain.weight.numel(), bias), merged)

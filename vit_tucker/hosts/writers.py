@@ -57,10 +57,10 @@ def write_linear(module: Any, layer: LinearModule) -> None:
         PatchError: the layer has a bias, or a shape, that the Linear has no place for.
     """
     weights = layer.dense_weights()
-    if (weights.bias is None) != (module.bias is None) or weights.weight.shape != module.weight.shape:
+    if (weights.bias is None) != (module.bias is None) or weights.weight.shape != module.weight.flatten(1).shape:
         raise PatchError(f"{full_name(module)}: the dense weights of {type(layer).__name__} have another shape")
     with torch.no_grad():
-        module.weight.copy_(weights.weight)
+        module.weight.copy_(weights.weight.view_as(module.weight))
         if weights.bias is not None:
             module.bias.copy_(weights.bias)
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ class LinearSpec:
     Attributes:
         in_features, out_features: widths.
         bias: whether there is one.
+        channels_first: a convolution of one pixel: (B, in_features, height, width) -> (B, out_features, height, width).
     """
 
     in_features: int
     out_features: int
     bias: bool
+    channels_first: bool = False
 
     @property
     def embed_dim(self) -> int:
@@ -135,15 +137,26 @@ class LinearConfig(MethodConfig):
     """Base of the configs of all linear methods.
 
     A new method derives from this class, is decorated with ``@register_linear_method("name")`` and sets
-    ``method: Literal["name"] = "name"``.
+    ``method: Literal["name"] = "name"``. One whose layers compute ``LinearSpec.channels_first`` sets ``convolutions``.
     """
 
+    convolutions: ClassVar[bool] = False
     layers: Selection | None = Field(
         default=None,
-        description="Which linear layers outside of attention: full names with wildcards, 're:' patterns, indices, '0-5'; heads "
-        "by their full name alone. All but heads if null.",
+        description="Which linear layers: full names with wildcards, 're:' patterns, indices, '0-5'. All outside of attention "
+        "but heads if null; heads by their full name; projections of attention, and convolutions of one pixel, by patterns that "
+        "match none of these.",
     )
     exclude: Selection | None = Field(default=None, description="Linear layers to leave alone, written as in layers.")
+
+    def refuse_features(self, spec: LinearSpec) -> None:
+        """Raises PatchError for a convolution of one pixel, unless the class sets ``convolutions``.
+
+        Args:
+            spec: shape of the layer to replace.
+        """
+        if spec.channels_first and not self.convolutions:
+            raise PatchError(f"{self.method} does not replace convolutions, and this is one of one pixel")
 
     def check(self, spec: LinearSpec) -> None:
         """Raises PatchError with the reason if the method with these options can't replace such a layer.

@@ -7,7 +7,7 @@ in turn (Schotthoefer et al., arXiv 2205.13571; Zangrando et al., arXiv 2305.190
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -69,7 +69,10 @@ class LowRankLinear(LinearModule):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps (..., I) to (..., O); r numbers per token in between."""
+        """Maps (..., I) to (..., O), or (B, I, height, width) to (B, O, height, width); r numbers per token in between."""
+        if self.spec.channels_first:
+            core, left, right = (part[..., None, None] for part in (self.core, self.left, self.right.mT))
+            return F.conv2d(F.conv2d(F.conv2d(input, right), core), left, self.bias)
         return F.linear(F.linear(F.linear(input, self.right.mT), self.core), self.left, self.bias)
 
     def convert_from(self, weights: LinearWeights) -> None:
@@ -154,6 +157,7 @@ def refuse_rank(spec: LinearSpec, rank: int) -> None:
 class LowRankLinearConfig(LinearConfig):
     """Low-rank linear layers: U S V^T + bias in place of any ``nn.Linear``, from pretrained weights by SVD."""
 
+    convolutions: ClassVar[bool] = True
     method: Literal["lowrank_linear"] = "lowrank_linear"
     rank: Rank = Field(description="Rank r of the weight; the smaller width of a layer is full rank, which is exact.")
     calibration: Calibration | None = Field(

@@ -7,7 +7,7 @@ from torch import nn
 
 from vit_tucker.errors import ConfigError, nearest
 from vit_tucker.hosts.find import find_attention
-from vit_tucker.patching.selection import by_pattern
+from vit_tucker.validation.patterns import by_pattern
 
 ATTENTION = "attention"
 """Means all self-attention layers of a model, replaced or not."""

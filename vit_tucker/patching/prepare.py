@@ -17,7 +17,7 @@ from vit_tucker.conversion.collect import collect_inputs
 from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import timed
 from vit_tucker.errors import PatchError, naming
-from vit_tucker.hosts.slot import Slot, slot_of
+from vit_tucker.hosts.slot import LINEAR, Slot, slot_of
 from vit_tucker.hosts.tokens import count_calls, sequence_unit
 from vit_tucker.patching.layer_configs import choose_layers, describe_options, layer_configs, without_stale_choices
 from vit_tucker.patching.notes import (
@@ -96,7 +96,10 @@ def prepare(
     notes = optimizer_notes(found[name] for name in chosen)
     read = {name: _read(slot, name, found[name], configs[name], model) for name in chosen}
     counters = {name: slot.counter(host) for name, host in read.items()}
+    counters[""] = lambda args, kwargs: (1, 1)  # the model itself: whether it runs
     tokens = count_calls(model, counters, img_size, patch_records(model).values())
+    if slot is LINEAR and "" in tokens and (uncalled := [name for name in chosen if name not in tokens]):
+        raise PatchError(f"{uncalled[0]}: is never called: another module reads its weight by itself; leave it out")
     inputs = None
     if calibration is not None and batches is not None:
         inputs = collect_inputs(model, batches, calibration.images)

@@ -1,10 +1,10 @@
 """Selects modules as configs name them: full names with wildcards, regular expressions, indices and index ranges."""
 
-import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 
 from vit_tucker.errors import PatchError, nearest
+from vit_tucker.validation.patterns import by_pattern
 
 Item = int | str
 Selection = Item | Iterable[Item]
@@ -45,24 +45,6 @@ def matches(item: Item, names: Sequence[str], noun: str = "attention module") ->
             f"{nearest(text, names)}"
         )
     return found
-
-
-def by_pattern(pattern: str, names: Iterable[str]) -> set[str]:
-    """Returns the names that a pattern means; perhaps none.
-
-    Args:
-        pattern: a name with the wildcards * ? [], or 're:' and a regular expression for the full name.
-        names: to choose from.
-
-    Raises:
-        ValueError: it is no regular expression; one line.
-    """
-    if not pattern.startswith("re:"):
-        return {name for name in names if fnmatch.fnmatchcase(name, pattern)}
-    try:
-        return {name for name in names if re.fullmatch(pattern[3:], name)}
-    except re.error as error:
-        raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
 
 
 def select(selection: Selection | None, names: Sequence[str], noun: str = "attention module") -> list[str]:
