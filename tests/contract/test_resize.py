@@ -162,3 +162,38 @@ def test_adapters_are_to_be_merged_first():
     layer.q_proj.register_forward_hook(lambda *_: None)
     with pytest.raises(PatchError, match="merge them"):
         layer.resize(ranks=(2, 4, 4))
+
+
+@pytest.mark.parametrize(("name", "spec"), METHODS)
+def test_orthonormal_factors_leave_the_function(name, spec):
+    """Of badly scaled factors too; bases have orthonormal columns then, pairs that rotate columns of unit length in the mean."""
+    spec, cls = SPECS[spec], vit_tucker.get_method(name)
+    for config in (cls.example(spec), cls.full_rank(spec)):
+        layer = built(config, spec)
+        with torch.no_grad():
+            for number, linear in enumerate(layer.input_projections()):
+                linear.weight.mul_(10.0 ** (number - 1))
+        expected = layer(X, **rope_of(spec))
+        with torch.no_grad():
+            layer.orthonormalise()
+        torch.testing.assert_close(layer(X, **rope_of(spec)), expected, rtol=1e-9, atol=1e-9)
+        for linear in layer.latent_projections if hasattr(layer, "latent_projections") else ():
+            if linear is None or linear.out_features > linear.in_features:
+                continue
+            rows = torch.cat([linear.weight.mT, linear.bias[None]]) if linear.bias is not None else linear.weight.mT
+            gram = rows.mT @ rows
+            if linear is layer.latent_projections[1] and layer.latent_width is not None:
+                lengths = gram.diagonal().unflatten(0, (-1, 2)).mean(1)
+                torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=1e-10, atol=1e-10)
+            else:
+                torch.testing.assert_close(gram, torch.eye(len(gram)).to(gram), rtol=1e-10, atol=1e-10)
+
+
+def test_calibrated_layers_have_orthonormal_bases(make_vit, images):
+    """Conversions for tokens find them in coordinates of unit variance, in which equal steps are far too large in some directions."""
+    model = make_vit()
+    vit_tucker.patch(model, "tucker", ranks=(2, 8, 8), calibration=[torch.randn(8, 3, 16, 16, dtype=torch.float64)])
+    for factor in model.blocks[0].attn.factors().values():
+        if factor.ndim == 2:
+            columns = factor if factor.shape[0] >= factor.shape[1] else factor.mT
+            assert columns.norm(dim=0).max() < 1 + 1e-9

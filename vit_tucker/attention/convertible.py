@@ -57,6 +57,13 @@ class ConvertibleModule(nn.Module):
             damping: ridge towards the present read-out, relative to the mean variance of f.
         """
 
+    def orthonormalise(self) -> None:
+        """Rewrites the layer's factors so that bases have orthonormal columns, under no_grad: the layer's function stays.
+
+        Conversions for tokens leave them in coordinates of unit variance, in which equal steps of an optimizer are far too large
+        for some directions. Here, without factors: nothing.
+        """
+
     def input_projections(self) -> list[nn.Linear]:
         """Returns the Linears that read the layer's input x: refinement steps are taken in whitened coordinates there."""
         return []

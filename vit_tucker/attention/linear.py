@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vit_tucker.attention.contraction import is_plain
 from vit_tucker.attention.effective import readable
 from vit_tucker.errors import WeightsError
+from vit_tucker.tensor.resize import orthonormal
 
 
 def linear_weight(linear: nn.Module) -> Tensor:
@@ -126,6 +127,22 @@ def set_augmented(linear: nn.Linear, weight: Tensor) -> None:
     """
     width = linear.in_features
     set_linear(linear, weight[:width], weight[width] if len(weight) > width else None)
+
+
+def orthonormalise_down(down: nn.Linear, *ups: nn.Linear, pairs: bool = False) -> None:
+    """Rewrites a projection down with orthonormal columns, and those that read it so that their products stay.
+
+    Args:
+        down: into a latent; a bias of it counts as one more row.
+        *ups: out of the latent.
+        pairs: see ``orthonormal``.
+    """
+    factor, change = orthonormal(augmented_weight(down), pairs)
+    if change is None:
+        return
+    set_augmented(down, factor)
+    for up in ups:
+        set_linear(up, change @ linear_weight(up), linear_bias(up))
 
 
 def resize_linear(linear: nn.Linear, in_features: int, out_features: int) -> None:

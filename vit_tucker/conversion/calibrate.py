@@ -104,6 +104,7 @@ def calibrate_layer(layer: CalibratedLayer, calls: Calls, options: Calibration, 
                 seed=seed,
                 after_step=bar.update,
             )
+    layer.replacement.orthonormalise()
     if stream is not None:
         stream.add(layer, layer.replacement)
     layer.output_error = relative_error(layer, calls)

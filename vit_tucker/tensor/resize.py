@@ -115,3 +115,31 @@ def apply_map(core: Tensor, matrix: Tensor, mode: int) -> Tensor:
         mode: the dimension of ``core``, from 0.
     """
     return torch.tensordot(matrix, core, dims=([1], [mode])).movedim(0, mode)
+
+
+def orthonormal(factor: Tensor, pairs: bool = False) -> Resized:
+    """Returns a factor with orthonormal columns that spans the same, and the map by which the rest of its tensor makes up for it.
+
+    Args:
+        factor: (I, r), float64; one of more columns than rows stays itself, with the map None.
+        pairs: pairs of adjacent columns rotate (RoPE) and must not be mixed: each only gets unit length, by one number.
+    """
+    if not pairs:
+        return Resized(factor, None) if factor.shape[1] > factor.shape[0] else Resized(*torch.linalg.qr(factor))
+    lengths = factor.unflatten(1, (-1, 2)).square().sum((0, 2)).div(2).sqrt()  # (r/2,)
+    lengths = torch.where(lengths > 0, lengths, 1.0).repeat_interleave(2)
+    return Resized(factor / lengths, lengths.diag())
+
+
+def orthonormal_tucker(tucker: Tucker, right: Resized) -> Tucker:
+    """Returns an equal Tucker tensor whose head and left factors have orthonormal columns.
+
+    Args:
+        tucker: float64.
+        right: what becomes of its right factor.
+    """
+    head, left = orthonormal(tucker.head), orthonormal(tucker.left)
+    core = tucker.core
+    for mode, part in enumerate((head, left, right)):
+        core = core if part.map is None else apply_map(core, part.map, mode)
+    return Tucker(core, head.factor, left.factor, right.factor)

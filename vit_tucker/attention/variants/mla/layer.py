@@ -23,6 +23,7 @@ from vit_tucker.attention.linear import (
     init_linear,
     linear_bias,
     linear_weight,
+    orthonormalise_down,
     resize_linear,
     set_augmented,
     set_linear,
@@ -89,12 +90,9 @@ class MLA(LatentModule, PerHeadModule):
         k_up = by_heads(self.k_up.weight, H).mT  # (H, cKV, D)
         weight = (k_up @ by_heads(self.q_up.weight, H)).flatten(0, 1)  # WUK_i WUQ_i^T, (H*cKV, cQ)
         bias = None if self.q_up.bias is None else (k_up @ by_heads(self.q_up.bias, H).unsqueeze(2)).flatten()
-        # flat: torch adds a bias within a product of a slice only where its rows are one dimension
         q = F.linear(latent.flatten(0, 1), weight, bias).reshape(B, N, H, -1).transpose(1, 2)  # (B, H, N, cKV)
         q, k = self.rotate_latent(q, k.unsqueeze(1), call.rope)
-        y = (
-            self.attend(q, k, v.unsqueeze(1), call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)
-        )  # (B, N, H*cKV)
+        y = self.attend(q, k, v.unsqueeze(1), call.attn_mask, call.is_causal).transpose(1, 2).flatten(2)
         v_up, out = by_heads(self.v_up.weight, H).mT, by_heads(self.proj.weight.mT, H)  # (H, cKV, D), (H, D, O)
         weight = (v_up @ out).flatten(0, 1)  # WUV_i WO_i, (H*cKV, O)
         if self.v_up.bias is None:
@@ -105,6 +103,16 @@ class MLA(LatentModule, PerHeadModule):
             return y
         each = (by_heads(self.v_up.bias, H).unsqueeze(1) @ out).squeeze(1)  # bUV_i WO_i, (H, O)
         return y - masks.for_blind_rows(call.attn_mask, call.is_causal, each, B, N)
+
+    def orthonormalise(self) -> None:
+        """Rewrites the down projections with orthonormal columns; columns of latent keys that rotate in pairs get unit length."""
+        for down, ups in self._latents():
+            orthonormalise_down(down, *ups, pairs=down is self.kv_down and self.pair_rotations is not None)
+
+    def _latents(self) -> list[tuple[nn.Linear, list[nn.Linear]]]:
+        """Returns each down projection with those that read its latent."""
+        key = (self.kv_down, [self.k_up, self.v_up] if self.v_down is None else [self.k_up])
+        return [(self.q_down, [self.q_up]), key, *([] if self.v_down is None else [(self.v_down, [self.v_up])])]
 
     @property
     def averages_latent(self) -> bool:
@@ -183,27 +191,24 @@ class MLA(LatentModule, PerHeadModule):
 
     def _resize(self, **options: Any) -> None:
         """Resizes each product of a down and an up projection as by its SVD, keys and values of one latent together."""
-        q_lora_rank, kv_lora_rank = options["q_lora_rank"], options["kv_lora_rank"]
-        refuse_ranks(self.spec, q_lora_rank, kv_lora_rank, self.v_down is None)
-        self._resize_latent(self.q_down, [self.q_up], q_lora_rank)
-        if self.v_down is None:
-            self._resize_latent(self.kv_down, [self.k_up, self.v_up], kv_lora_rank)
-        else:
-            self._resize_latent(self.v_down, [self.v_up], kv_lora_rank)
-            self._resize_latent(self.kv_down, [self.k_up], kv_lora_rank)
+        refuse_ranks(self.spec, options["q_lora_rank"], options["kv_lora_rank"], self.v_down is None)
+        for down, ups in self._latents():
+            self._resize_latent(down, ups, options["q_lora_rank" if down is self.q_down else "kv_lora_rank"])
 
     def _resize_latent(self, down: nn.Linear, ups: list[nn.Linear], rank: int) -> None:
         if rank == down.out_features:
             return
         rotations = self.pair_rotations if down is self.kv_down else None
-        factor, rests = augmented_weight(down), [linear_weight(up) for up in ups]
+        rests = [linear_weight(up) for up in ups]
         joined = torch.cat(rests, 1)  # (r, columns of all)
-        (factor, mixing), rotations = resize_keys(factor, joined @ joined.mT, rank, rotations, self.spec)
+        (factor, mixing), rotations = resize_keys(
+            augmented_weight(down), joined @ joined.mT, rank, rotations, self.spec
+        )
         assert mixing is not None
-        biases = [linear_bias(up) for up in ups]
         resize_linear(down, down.in_features, rank)
         set_augmented(down, factor)
-        for up, rest, bias in zip(ups, rests, biases, strict=True):
+        for up, rest in zip(ups, rests, strict=True):
+            bias = linear_bias(up)
             resize_linear(up, rank, up.out_features)
             set_linear(up, mixing @ rest, bias)
         if down is self.kv_down:
@@ -217,8 +222,7 @@ class MLA(LatentModule, PerHeadModule):
     def dense_weights(self) -> MHAWeights:
         """Returns the weights of all H heads."""
         latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
-        value_bias = head_bias(self.v_up, self.num_heads)
-        latent_bias = linear_bias(self.kv_down)
+        value_bias, latent_bias = head_bias(self.v_up, self.num_heads), linear_bias(self.kv_down)
         if self.v_down is None and latent_bias is not None and value_bias is not None:
             shift = latent_bias @ linear_weight(self.v_up)
             value_bias = value_bias + split_heads(shift, self.num_heads)

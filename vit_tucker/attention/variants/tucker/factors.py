@@ -30,6 +30,7 @@ from vit_tucker.attention.variants.tucker.resize import resize_tensors
 from vit_tucker.tensor.allocation import Ranks
 from vit_tucker.tensor.metric import Root
 from vit_tucker.tensor.regression import LinearMoments
+from vit_tucker.tensor.resize import Resized, orthonormal, orthonormal_tucker
 from vit_tucker.tensor.rotary import RotaryPairs
 from vit_tucker.tensor.tucker import Pairs, Tucker, tucker_pairs
 
@@ -126,6 +127,14 @@ class TuckerFactors(LatentModule):
         set_linear(self.proj, post.left.mT, out_bias)
         self.post_head.copy_(post.head)
         self.post_core.copy_(post.core)
+
+    def orthonormalise(self) -> None:
+        """Rewrites all factors with orthonormal columns, as after a HOSVD; columns that rotate in pairs get unit length."""
+        (pre, post), out_bias = self.tucker_form(), self.folded_out_bias()
+        key, value = orthonormal(pre.right, self.pair_rotations is not None), orthonormal(post.right)
+        if self.v_proj is None:  # one basis, perhaps with the key bias as a last row
+            value = Resized(key.factor[: len(post.right)], key.map)
+        self.set_tensors(orthonormal_tucker(pre, key), orthonormal_tucker(post, value), out_bias)
 
     @property
     def latent_projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear | None]:
