@@ -190,7 +190,7 @@ def test_orthonormal_factors_leave_the_function(name, spec):
 
 
 def test_calibrated_layers_have_orthonormal_bases(make_vit, images):
-    """Conversions for tokens find them in coordinates of unit variance, in which equal steps are far too large in some directions."""
+    """Conversions find them in coordinates of unit variance, where equal steps are far too large in some directions."""
     model = make_vit()
     vit_tucker.patch(model, "tucker", ranks=(2, 8, 8), calibration=[torch.randn(8, 3, 16, 16, dtype=torch.float64)])
     for factor in model.blocks[0].attn.factors().values():

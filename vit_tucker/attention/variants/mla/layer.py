@@ -198,8 +198,7 @@ class MLA(LatentModule, PerHeadModule):
     def _resize_latent(self, down: nn.Linear, ups: list[nn.Linear], rank: int) -> None:
         if rank == down.out_features:
             return
-        rotations = self.pair_rotations if down is self.kv_down else None
-        rests = [linear_weight(up) for up in ups]
+        rotations, rests = self.pair_rotations if down is self.kv_down else None, [linear_weight(up) for up in ups]
         joined = torch.cat(rests, 1)  # (r, columns of all)
         (factor, mixing), rotations = resize_keys(
             augmented_weight(down), joined @ joined.mT, rank, rotations, self.spec
@@ -224,8 +223,7 @@ class MLA(LatentModule, PerHeadModule):
         latent, v_latent = linear_weight(self.kv_down), linear_weight(self.value_projection)
         value_bias, latent_bias = head_bias(self.v_up, self.num_heads), linear_bias(self.kv_down)
         if self.v_down is None and latent_bias is not None and value_bias is not None:
-            shift = latent_bias @ linear_weight(self.v_up)
-            value_bias = value_bias + split_heads(shift, self.num_heads)
+            value_bias = value_bias + split_heads(latent_bias @ linear_weight(self.v_up), self.num_heads)
         return MHAWeights(
             query=split_heads(linear_weight(self.q_down) @ linear_weight(self.q_up), self.num_heads),
             key=split_heads(latent @ linear_weight(self.k_up), self.num_heads),
@@ -241,12 +239,12 @@ class MLA(LatentModule, PerHeadModule):
         """Returns pairs of width cKV: left Q_i WUK_i^T, right WDKV."""
         if self.pair_rotations is None:
             return super().rotary_pairs()
-        k_up = head_weight(self.k_up, self.num_heads)  # (H, cKV, D)
-        return self.shared_rotary_pairs(self.pre_pairs().left @ k_up.mT, augmented_weight(self.kv_down))
+        left = self.pre_pairs().left @ head_weight(self.k_up, self.num_heads).mT
+        return self.shared_rotary_pairs(left, augmented_weight(self.kv_down))
 
     def tucker_form(self) -> tuple[Tucker, Tucker]:
         """Returns the down projections as bases, the products of the up projections as cores, see ``tucker_of_latents``."""
         k_basis, v_basis = self.latent_bases()
         q_up, k_up, v_up = (head_weight(up, self.num_heads) for up in (self.q_up, self.k_up, self.v_up))
-        q_down = linear_weight(self.q_down)
-        return tucker_of_latents(self.dense_weights(), (q_down, k_basis, v_basis), (q_up, k_up, v_up))
+        bases = linear_weight(self.q_down), k_basis, v_basis
+        return tucker_of_latents(self.dense_weights(), bases, (q_up, k_up, v_up))
