@@ -141,7 +141,7 @@ def padding_text(folder: Path) -> str:
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draws perplexity over cache and over attention parameters, one-shot dashed and healed solid.
+    """Draws perplexity over cache and over attention parameters, one-shot dashed and hollow, healed solid.
 
     Args:
         rows: see ``read_rows``.
@@ -156,8 +156,9 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
                     mine = [row for row in rows if row["method"] == method and row["stage"] == stage]
                     points = sorted((row[column] / unit, row["perplexity"]) for row in mine)
                     if points:
+                        filled = figures.PALETTE[i] if stage == "healed" else "white"
                         axis.plot(*zip(*points, strict=True), line, marker=figures.SHAPES[i], markersize=4, linewidth=0.8,
-                                  color=figures.PALETTE[i], label=f"{method}, {stage}")  # fmt: skip
+                                  color=figures.PALETTE[i], markerfacecolor=filled, label=f"{method}, {stage}")  # fmt: skip
             for value in dense:
                 axis.axhline(value, color="0.6", linewidth=0.8, zorder=0, label="dense")
             axis.set(xlabel=label, yscale="log")
