@@ -140,6 +140,7 @@ def test_rules_apply_and_mistakes_name_linear_layers(make_vit):
         ({"layers": "blocks.*.mlp.fc3"}, r"matches no linear layer .*did you mean"),
         ({"layers": "blocks.0.attn.q"}, "matches no linear layer"),
         ({"layers": "patch_embed.proj"}, "matches no linear layer"),
+        ({"layers": "re:blocks.(0"}, "layer pattern 're:blocks.*' is no regular expression"),
         ({"layers": 6}, r"outside 0\.\.5 \(6 linear layers\)"),
         ({"exclude": "*"}, "leave no linear layer to patch"),
         ({"calibration": [torch.zeros(1, 3, 16, 16)]}, "converted by weights alone"),

@@ -1,6 +1,7 @@
 """Linear layers of models: which ones can be replaced, and what they compute."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -57,10 +58,10 @@ def find_linear(model: nn.Module, layers: Selection | None = None) -> dict[str, 
     items = [layers] if isinstance(layers, int | str) else list(layers or ())
     patterns = [item for item in items if isinstance(item, str)]
     usual, others = linear_names(model, patterns)
-    wanted = set().union(
-        *(found for item in patterns if not by_pattern(item, usual) and (found := by_pattern(item, others)))
-    )
-    chosen = wanted.union(usual, (name for name in others if isinstance(model.get_submodule(name), LinearModule)))
+    chosen = {*usual, *(name for name in others if isinstance(model.get_submodule(name), LinearModule))}
+    for item in patterns:
+        with suppress(ValueError):  # no pattern, which the choice among what is found reports
+            chosen |= set() if by_pattern(item, usual) else by_pattern(item, others)
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if name in chosen}
 
 
