@@ -14,7 +14,7 @@ from vit_tucker.conversion.collect import collect_inputs
 from vit_tucker.conversion.observe import WatchedLayer, watching
 from vit_tucker.conversion.probes import kept_calls
 from vit_tucker.conversion.refine import joined, step_size
-from vit_tucker.conversion.stream import Stream, replaced
+from vit_tucker.conversion.stream import BlockStream, replaced
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
 
@@ -78,7 +78,7 @@ def test_tokens_are_those_of_the_converted_model(name):
     inputs, layers = collect_inputs(model, batches, 100), watched(model)
     replacements = replacements_of(model, layers)
     calls = kept_calls(model, layers, inputs, SEQUENTIAL, 2**30)
-    stream = Stream(model, layers, inputs)
+    stream = BlockStream(model, layers, inputs)
     state = copy.deepcopy(model.state_dict())
     for number, layer in enumerate(layers):
         with replaced(layers[:number], replacements):
@@ -102,7 +102,7 @@ def test_targets_make_up_for_errors_where_blocks_add(name):
     inputs, layers = collect_inputs(model, batches, 100), watched(model)
     replacements = replacements_of(model, layers)
     calls = kept_calls(model, layers, inputs, SEQUENTIAL, 2**30)
-    stream = Stream(model, layers, inputs)
+    stream = BlockStream(model, layers, inputs)
     for layer in layers[:2]:
         found = stream.calls(layer, calls[layer.name])
         if layer is layers[0]:

@@ -57,7 +57,7 @@ def find_blocks(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Inpu
     """Returns the blocks of layers by the layers' names, with their calls in the dense model.
 
     Args:
-        model, layers, inputs: as of ``Stream``.
+        model, layers, inputs: as of ``BlockStream``.
 
     Raises:
         PatchError: layers that stand in no block of their own, or in one that is called more than once.

@@ -24,7 +24,7 @@ from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
 from vit_tucker.conversion.observe import Layer, WatchedLayer, evaluating, located, timed
 from vit_tucker.conversion.probes import layers_with_calls
 from vit_tucker.conversion.refine import joined, refine
-from vit_tucker.conversion.stream import Stream
+from vit_tucker.conversion.stream import BlockStream
 from vit_tucker.show.progress_bars import progress_bar
 from vit_tucker.tensor.metric import metric_root
 
@@ -62,7 +62,7 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
     """
     inputs = collect_inputs(model, batches, options.images)
     with evaluating(model), progress_bar(total=len(layers), what="converting", unit="layers") as bar:
-        stream = Stream(model, layers, inputs) if options.sequential else None
+        stream = BlockStream(model, layers, inputs) if options.sequential else None
         for layer, calls in layers_with_calls(model, layers, inputs, options):
             bar.set_description(f"converting {layer.name}")
             layer.images = sum(map(len, inputs))
@@ -71,7 +71,9 @@ def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibrat
             bar.update()
 
 
-def calibrate_layer(layer: CalibratedLayer, calls: Calls, options: Calibration, stream: Stream | None = None) -> None:
+def calibrate_layer(
+    layer: CalibratedLayer, calls: Calls, options: Calibration, stream: BlockStream | None = None
+) -> None:
     """Converts one layer, fits its read-out, refines it if asked to, and measures its error; called under no_grad.
 
     Args:

@@ -19,7 +19,7 @@ from vit_tucker.conversion.inputs import InputBatch
 from vit_tucker.conversion.observe import evaluating, groups_within, located, timed
 from vit_tucker.conversion.probes import objective_of
 from vit_tucker.errors import PatchError
-from vit_tucker.linear.base import LinearMoments, LinearSpec
+from vit_tucker.linear.base import InputMoments, LinearSpec
 from vit_tucker.show.progress_bars import progress_bar
 
 SUM_BYTES = 2 * 2**30
@@ -68,11 +68,11 @@ class LinearSums:
         else:
             self.outputs.diagonal().add_(len(x))
 
-    def moments(self) -> LinearMoments:
+    def moments(self) -> InputMoments:
         """Returns the means; raises ValueError without tokens, or for values that are not finite."""
         if self.tokens == 0:
             raise ValueError("no tokens reached the layer")
-        found = LinearMoments(self.total / self.tokens, self.inputs / self.tokens, self.outputs / self.tokens)
+        found = InputMoments(self.total / self.tokens, self.inputs / self.tokens, self.outputs / self.tokens)
         if not all(torch.isfinite(part).all() for part in found):
             raise ValueError("the tokens or their gradients are not finite")
         return found
@@ -170,7 +170,7 @@ def sum_inputs(
     return sums
 
 
-def output_error(layer: Any, moments: LinearMoments) -> float:
+def output_error(layer: Any, moments: InputMoments) -> float:
     """Returns ||y' - y|| / ||y - mean y|| over the tokens, from their moments.
 
     Args:

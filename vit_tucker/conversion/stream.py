@@ -22,7 +22,7 @@ from vit_tucker.conversion.observe import WatchedLayer, first, watching
 from vit_tucker.hosts.families import family_of
 
 
-class Stream:
+class BlockStream:
     """The tokens before a layer's block in the dense model, and in the model with the layers that are converted so far.
 
     Args:

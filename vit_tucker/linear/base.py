@@ -58,7 +58,7 @@ class LinearWeights:
         return LinearWeights(self.weight.detach().double(), bias)
 
 
-class LinearMoments(NamedTuple):
+class InputMoments(NamedTuple):
     """Moments of a layer's tokens x and of the probes g that measure its errors, float64.
 
     Attributes:
@@ -115,7 +115,7 @@ class LinearModule(nn.Module):
             weights: (out_features, in_features) and a bias or None, float64.
         """
 
-    def convert_calibrated(self, weights: LinearWeights, moments: LinearMoments, damping: float) -> None:
+    def convert_calibrated(self, weights: LinearWeights, moments: InputMoments, damping: float) -> None:
         """Approximates the host's weights on the tokens that it sees; called under no_grad.
 
         Args:

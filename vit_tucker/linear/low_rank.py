@@ -21,9 +21,9 @@ from vit_tucker.attention.linear import resized
 from vit_tucker.attention.options import Calibration, Rank
 from vit_tucker.errors import PatchError
 from vit_tucker.linear.base import (
+    InputMoments,
     LinearConfig,
     LinearModule,
-    LinearMoments,
     LinearSpec,
     LinearWeights,
     register_linear_method,
@@ -81,7 +81,7 @@ class LowRankLinear(LinearModule):
         if self.bias is not None and weights.bias is not None:
             self.bias.copy_(weights.bias)
 
-    def convert_calibrated(self, weights: LinearWeights, moments: LinearMoments, damping: float) -> None:
+    def convert_calibrated(self, weights: LinearWeights, moments: InputMoments, damping: float) -> None:
         """Truncates the SVD of the weight between the roots of both metrics; a bias makes up for the mean of the tokens."""
         bias = None if self.bias is None else weights.bias
         inputs = moments.inputs if bias is None else covariance(moments.inputs, moments.mean)
