@@ -189,11 +189,29 @@ def test_orthonormal_factors_leave_the_function(name, spec):
                 torch.testing.assert_close(gram, torch.eye(len(gram)).to(gram), rtol=1e-10, atol=1e-10)
 
 
-def test_calibrated_layers_have_orthonormal_bases(make_vit, images):
+@pytest.mark.parametrize(
+    ("config", "bases"),
+    [
+        (vit_tucker.TuckerConfig(ranks=(2, 8, 8)), ("q_proj", "k_proj", "v_proj")),
+        (vit_tucker.TuckerConfig(ranks=(2, 8, 8), shared_kv=True), ("q_proj", "k_proj")),
+        (vit_tucker.MLAConfig(q_lora_rank=6, kv_lora_rank=6), ("q_down", "kv_down")),
+        (vit_tucker.GQAConfig(num_kv_heads=1, conversion="svd"), ("k_proj", "v_proj")),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"refine_steps": 5}, {"sequential": True}], ids=str)
+def test_calibrated_layers_have_orthonormal_bases(make_vit, config, bases, options):
     """Conversions find them in coordinates of unit variance, where equal steps are far too large in some directions."""
+    if config.method == "gqa" and options.get("refine_steps"):
+        pytest.skip("queries, keys and values of GQA are refined as the weights that they are")
     model = make_vit()
-    vit_tucker.patch(model, "tucker", ranks=(2, 8, 8), calibration=[torch.randn(8, 3, 16, 16, dtype=torch.float64)])
-    for factor in model.blocks[0].attn.factors().values():
-        if factor.ndim == 2:
-            columns = factor if factor.shape[0] >= factor.shape[1] else factor.mT
-            assert columns.norm(dim=0).max() < 1 + 1e-9
+    config = config.model_copy(update={"calibration": vit_tucker.Calibration(**options)})
+    vit_tucker.patch(model, config, calibration=[torch.randn(12, 3, 16, 16, dtype=torch.float64)])
+    for block in model.blocks:
+        for name in bases:
+            linear = getattr(block.attn, name)
+            rows = (
+                linear.weight.mT
+                if linear.bias is None or name != "q_proj"
+                else torch.cat([linear.weight.mT, linear.bias[None]])
+            )
+            torch.testing.assert_close(rows.mT @ rows, torch.eye(rows.shape[1]).double(), rtol=1e-9, atol=1e-9)

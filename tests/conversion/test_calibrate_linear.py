@@ -177,12 +177,17 @@ def test_a_projection_whose_weight_others_read_is_refused():
         ({"refine_steps": 3}, "calibration: refine_steps is for attention; .* leave it out"),
         ({"sequential": True}, "calibration: sequential is for attention; .* leave it out"),
         ({"images": 0}, "images"),
+        ({"layers": "head"}, "head: calibration: no tokens reached the layer: .*objective='likelihood'"),
+        (
+            {"layers": "head", "objective": "layer"},
+            "head: calibration: no tokens reached the layer: .*objective='likelihood'",
+        ),
     ],
 )
 def test_misuse_is_one_line(options, message):
     model = small_vit()
     with pytest.raises(vt.VitTuckerError, match=message) as caught:
-        vt.patch(model, low_rank(**options), calibration=[pictures(4)])
+        vt.patch(model, low_rank(**{"rank": 4, "objective": "features"} | options), calibration=[pictures(4)])
     assert "\n" not in str(caught.value)
     assert vt.patch_record(model, "linear") is None
     with pytest.raises(vt.PatchError, match="calibration is set but there are no images"):

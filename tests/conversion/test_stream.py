@@ -9,14 +9,18 @@ import torch
 import vit_tucker as vt
 from tests.conversion.test_calibrate import pictures
 from tests.hosts.decoders import make_decoder, tokens
+from tests.patching.test_families import small_model
 from tests.reference import randomise
+from vit_tucker.conversion.blocks import adds_output
 from vit_tucker.conversion.collect import collect_inputs
-from vit_tucker.conversion.observe import WatchedLayer, watching
+from vit_tucker.conversion.observe import CalibratedLayer, WatchedLayer, watching
 from vit_tucker.conversion.probes import kept_calls
 from vit_tucker.conversion.refine import joined, step_size
 from vit_tucker.conversion.stream import BlockStream, replaced
 from vit_tucker.hosts.families import read_host
 from vit_tucker.hosts.find import find_attention
+from vit_tucker.hosts.images import input_shape
+from vit_tucker.patching.full_rank import full_rank_config
 
 IDS = tokens(6, 12) % 9 + 2
 SEQUENTIAL = vt.Calibration(sequential=True, objective="layer")
@@ -60,28 +64,26 @@ def seen_by(model, inputs, layers):
     return found
 
 
-def replacements_of(model, layers):
-    """Layers of heads cut to one key/value head, which every host may have."""
-    made = {}
-    for layer in layers:
-        config = vt.GQAConfig(num_kv_heads=1)
-        made[layer.name] = config.build(layer.host.spec, dtype=torch.float64).eval()
+def streamed(model, batches, dtype=torch.float64):
+    """A model's layers, whose replacements have one key/value head, as every host may; their calls, the inputs and the stream."""
+    inputs, layers = collect_inputs(model, batches, 100), []
+    for name, module in find_attention(model).items():
+        host = read_host(module, model)
+        replacement = vt.GQAConfig(num_kv_heads=1).build(host.spec, dtype=dtype).eval()
         with torch.no_grad():
-            made[layer.name].convert_from(layer.host.weights.double())
-    return made
+            replacement.convert_from(host.weights.double())
+        layers.append(CalibratedLayer(name, module, host, replacement=replacement))
+    return layers, kept_calls(model, layers, inputs, SEQUENTIAL, 2**30), inputs, BlockStream(model, layers, inputs)
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_tokens_are_those_of_the_converted_model(name):
     """At each layer: as in whole passes of the model with all earlier layers replaced, and not as in the dense model."""
     model, batches, _ = make_host(name)
-    inputs, layers = collect_inputs(model, batches, 100), watched(model)
-    replacements = replacements_of(model, layers)
-    calls = kept_calls(model, layers, inputs, SEQUENTIAL, 2**30)
-    stream = BlockStream(model, layers, inputs)
+    layers, calls, inputs, stream = streamed(model, batches)
     state = copy.deepcopy(model.state_dict())
     for number, layer in enumerate(layers):
-        with replaced(layers[:number], replacements):
+        with replaced(layers[:number]):
             met = seen_by(model, inputs, layers)[layer.name]
         found = stream.calls(layer, calls[layer.name])
         dense = calls[layer.name]
@@ -90,7 +92,7 @@ def test_tokens_are_those_of_the_converted_model(name):
             torch.testing.assert_close(call.x, x.reshape(call.x.shape), rtol=1e-9, atol=1e-9)
             assert torch.equal(call.probe, before.probe)
             assert (number == 0) == torch.equal(call.x, before.x)
-        stream.add(layer, replacements[layer.name])
+        stream.add(layer)
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -99,14 +101,11 @@ def test_tokens_are_those_of_the_converted_model(name):
 def test_targets_make_up_for_errors_where_blocks_add(name):
     """A layer that returned its target would restore the tokens of the dense model; elsewhere the target is the dense output."""
     model, batches, adds = make_host(name)
-    inputs, layers = collect_inputs(model, batches, 100), watched(model)
-    replacements = replacements_of(model, layers)
-    calls = kept_calls(model, layers, inputs, SEQUENTIAL, 2**30)
-    stream = BlockStream(model, layers, inputs)
+    layers, calls, _, stream = streamed(model, batches)
     for layer in layers[:2]:
         found = stream.calls(layer, calls[layer.name])
         if layer is layers[0]:
-            stream.add(layer, replacements[layer.name])
+            stream.add(layer)
     changed = [not torch.equal(call.y, before.y) for call, before in zip(found, calls[layer.name], strict=True)]
     assert all(changed) if adds else not any(changed)
     if not adds:
@@ -123,6 +122,34 @@ def test_targets_make_up_for_errors_where_blocks_add(name):
         with torch.no_grad():
             torch.testing.assert_close(restored, block.run(number, stream.dense[number]), rtol=1e-9, atol=1e-9)
             assert not torch.allclose(block.run(number, stream.current[number]), restored, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "adds"), [("llama", True), ("granite", False)])
+def test_rounding_of_bfloat16_does_not_hide_what_blocks_add(name, adds):
+    model = make_decoder(name, torch.bfloat16, **({} if adds else {"residual_multiplier": 0.5}))
+    layers, _, _, stream = streamed(model, [IDS], torch.bfloat16)
+    block = stream.blocks[layers[1].name]
+    assert (
+        adds_output(block, layers[1], stream.blocks[layers[0].name].run(0, stream.blocks[layers[0].name].tokens[0]))
+        == adds
+    )
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["beit_base_patch16_224", "crossvit_tiny_240", "deit3_small_patch16_224", "eva02_tiny_patch14_224", "fastvit_sa12",
+     "maxvit_rmlp_pico_rw_256", "metaformer.MetaFormer", "visformer_tiny", "vit_relpos_small_patch16_224", "volo.VOLO"],
+)  # fmt: skip
+def test_families_can_be_calibrated_in_sequence(family):
+    """Grids, windows, channels first, biases by position, several stages: each at full rank, which stays exact."""
+    model = small_model(family)
+    images = torch.randn(24, *input_shape(model), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+    config = full_rank_config(model, "gqa").model_copy(update={"calibration": SEQUENTIAL})
+    vt.patch(model, config, calibration=[images])
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_layer_between_others_that_stay_dense():

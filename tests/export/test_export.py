@@ -97,6 +97,22 @@ def test_onnx_with_rope_in_latent_and_in_heads(tmp_path):
         assert str(path).encode() not in content
 
 
+def test_low_rank_linear_layers(tmp_path):
+    """In ONNX and as a torch.export program, beside Tucker Attention; the host's own Linears would give something else."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from vit_tucker.export.onnx_file import onnx_runner
+
+    model = small(TUCKER)
+    images, before = torch.randn(3, 3, 32, 32), model(torch.ones(1, 3, 32, 32))
+    vt.patch(model, vt.LowRankLinearConfig(rank=6, layers="blocks.*.mlp.*"))
+    assert (model(torch.ones(1, 3, 32, 32)) - before).abs().max() > 1e-2 * before.abs().max()
+    exported = export_model(model, tmp_path / "model.onnx")
+    assert_close(onnx_runner(exported.path, threads=1)(images), model(images))
+    program, _ = opened(export_model(model, tmp_path / "model.pt2", PT2).path)
+    assert_close(program(images), model(images))
+
+
 @pytest.fixture(scope="module")
 def any_size(tmp_path_factory):
     """A model of any image size, and its file."""

@@ -6,7 +6,6 @@ its linear read-out by regression, which also corrects what the new scores get w
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,14 +13,13 @@ import torch
 from torch import nn
 
 from vit_tucker.attention.call import Call
-from vit_tucker.attention.module import AttentionModule
 from vit_tucker.attention.moment_sums import MomentSums
 from vit_tucker.attention.moments import MEANS, LayerCall, Moments, Needs
 from vit_tucker.attention.options import Calibration
 from vit_tucker.conversion.collect import collect_inputs
 from vit_tucker.conversion.error_sums import ErrorSums
 from vit_tucker.conversion.fit_readout import HeldOut, fit_readout
-from vit_tucker.conversion.observe import Layer, WatchedLayer, evaluating, located, timed
+from vit_tucker.conversion.observe import CalibratedLayer, Layer, WatchedLayer, evaluating, located, timed
 from vit_tucker.conversion.probes import layers_with_calls
 from vit_tucker.conversion.refine import joined, refine
 from vit_tucker.conversion.stream import BlockStream
@@ -32,19 +30,6 @@ Calls = Callable[[], Iterable[LayerCall]]
 """The calls of a layer, as often as they are asked for."""
 EXACT = 1e-10
 """Relative squared output error below which a conversion counts as exact and its read-out is left alone."""
-
-
-@dataclass
-class CalibratedLayer(WatchedLayer):
-    """A layer on its way through the calibration.
-
-    Attributes:
-        replacement: the module to convert.
-        output_error: ||y^ - y|| / ||y - mean y|| over the calibration tokens.
-    """
-
-    replacement: AttentionModule = field(kw_only=True)
-    output_error: float = float("nan")
 
 
 def calibrate(model: nn.Module, layers: list[CalibratedLayer], options: Calibration, batches: Iterable[Any]) -> None:
@@ -108,7 +93,7 @@ def calibrate_layer(
             )
     layer.replacement.orthonormalise()
     if stream is not None:
-        stream.add(layer, layer.replacement)
+        stream.add(layer)
     layer.output_error = relative_error(layer, calls)
 
 

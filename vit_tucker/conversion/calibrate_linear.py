@@ -71,10 +71,12 @@ class LinearSums:
     def moments(self) -> InputMoments:
         """Returns the means; raises ValueError without tokens, or for values that are not finite."""
         if self.tokens == 0:
-            raise ValueError("no tokens reached the layer")
+            raise ValueError("no tokens reached the layer: a head is called with objective='likelihood' alone")
         found = InputMoments(self.total / self.tokens, self.inputs / self.tokens, self.outputs / self.tokens)
         if not all(torch.isfinite(part).all() for part in found):
             raise ValueError("the tokens or their gradients are not finite")
+        if not found.outputs.any():
+            raise ValueError("the layer's output has no influence on the model's features")
         return found
 
 
@@ -154,7 +156,7 @@ def sum_inputs(
                 target = objective_of(model, batch, options.objective, generator)
             outputs = [y for *_, y in calls]
             probes: Sequence[Tensor | None] = [None] * len(calls)
-            if target is not None:
+            if target is not None and outputs:
                 grads = torch.autograd.grad(target, outputs, allow_unused=True)
                 probes = [torch.zeros_like(y) if grad is None else grad for grad, y in zip(grads, outputs, strict=True)]
             for (name, x, _), probe in zip(calls, probes, strict=True):

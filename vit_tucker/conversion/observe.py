@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.call import Call
+from vit_tucker.attention.call import Call, from_sequences
+from vit_tucker.attention.module import AttentionModule
 from vit_tucker.errors import PatchError
 from vit_tucker.hosts.families import family_of
 from vit_tucker.hosts.readers import Host
@@ -33,6 +34,19 @@ class WatchedLayer:
     seconds: float = 0.0
     images: int = 0
     tokens: int = 0
+
+
+@dataclass
+class CalibratedLayer(WatchedLayer):
+    """A layer on its way through the calibration.
+
+    Attributes:
+        replacement: the module to convert.
+        output_error: ||y^ - y|| / ||y - mean y|| over the calibration tokens.
+    """
+
+    replacement: AttentionModule = field(kw_only=True)
+    output_error: float = float("nan")
 
 
 Item = TypeVar("Item")
@@ -91,15 +105,25 @@ def groups_within(items: Iterable[Item], size: Callable[[Item], int], limit: int
 
 
 @contextmanager
-def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], None]) -> Iterator[None]:
-    """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks; y in the host's layout."""
+def watching(layers: Iterable[Layer], see: Callable[[Layer, Call, Tensor], Tensor | None]) -> Iterator[None]:
+    """Calls ``see(layer, call, y)`` at each call of each layer's dense module, before its own hooks.
 
-    def hook(layer: Layer) -> Callable[..., None]:
+    Args:
+        layers: of a model.
+        see: is given the output y in the host's layout; what it returns, (B, N, O), takes its place.
+    """
+
+    def hook(layer: Layer) -> Callable[..., Any]:
         family = family_of(layer.module)
         assert family is not None
 
-        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            see(layer, family.read_call(module, layer.host.spec, args, kwargs), first(output))
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            y = first(output)
+            given = see(layer, family.read_call(module, layer.host.spec, args, kwargs), y)
+            if given is None:
+                return None
+            given = from_sequences(given, y, layer.host.spec.layout)
+            return given if isinstance(output, Tensor) else (given, *output[1:])
 
         return seen
 

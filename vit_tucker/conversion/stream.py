@@ -5,21 +5,18 @@ each layer is fitted to what it will meet. Where a block adds its layer's output
 for what earlier layers have put wrong: y + (h - h'), for the tokens h of the dense block and h' of the converted one.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit_tucker.attention.call import Call, from_sequences
-from vit_tucker.attention.module import AttentionModule
+from vit_tucker.attention.call import Call
 from vit_tucker.attention.moments import LayerCall
-from vit_tucker.conversion.blocks import Block, StopAtLayerError, adds_output, find_blocks, tokens_before, with_first
+from vit_tucker.conversion.blocks import Block, StopAtLayerError, adds_output, find_blocks, tokens_before
 from vit_tucker.conversion.inputs import InputBatch
-from vit_tucker.conversion.observe import WatchedLayer, first, watching
-from vit_tucker.hosts.families import family_of
+from vit_tucker.conversion.observe import CalibratedLayer, WatchedLayer, watching
 
 
 class BlockStream:
@@ -37,8 +34,7 @@ class BlockStream:
     def __init__(self, model: nn.Module, layers: Sequence[WatchedLayer], inputs: Sequence[InputBatch]) -> None:
         self.model, self.inputs = model, inputs
         self.blocks = find_blocks(model, layers, inputs)
-        self.converted: list[WatchedLayer] = []
-        self.replacements: dict[str, AttentionModule] = {}
+        self.converted: list[CalibratedLayer] = []
         self.dense: list[Tensor] = []
         self.current: list[Tensor] = []
 
@@ -65,18 +61,16 @@ class BlockStream:
         return found
 
     @torch.no_grad()
-    def add(self, layer: WatchedLayer, replacement: AttentionModule) -> None:
+    def add(self, layer: CalibratedLayer) -> None:
         """Counts a layer as converted: the tokens pass its block.
 
         Args:
-            layer: of which the calls were asked for last.
-            replacement: of the layer, in eval mode.
+            layer: of which the calls were asked for last; its replacement is in eval mode.
         """
         block = self.blocks[layer.name]
         self.converted.append(layer)
-        self.replacements[layer.name] = replacement
         self.dense = [block.run(number, tokens) for number, tokens in enumerate(self.dense)]
-        with replaced([layer], self.replacements):
+        with replaced([layer]):
             self.current = [block.run(number, tokens) for number, tokens in enumerate(self.current)]
 
     def _move_to(self, block: Block) -> None:
@@ -84,7 +78,7 @@ class BlockStream:
             return
         self.dense, self.current = block.tokens, block.tokens
         if self.converted:
-            with replaced(self.converted, self.replacements):
+            with replaced(self.converted):
                 self.current = [tokens_before(self.model, block.module, batch) for batch in self.inputs]
 
     def _call_of(self, block: Block, layer: WatchedLayer, number: int) -> Call:
@@ -99,28 +93,10 @@ class BlockStream:
         return calls[0]
 
 
-@contextmanager
-def replaced(layers: Sequence[WatchedLayer], replacements: dict[str, AttentionModule]) -> Iterator[None]:
+def replaced(layers: Sequence[CalibratedLayer]) -> AbstractContextManager[None]:
     """Has a model's dense layers return what their replacements make of their inputs.
 
     Args:
-        layers: of the model.
-        replacements: by the layers' names.
+        layers: of the model, converted.
     """
-
-    def hook(layer: WatchedLayer) -> Any:
-        family = family_of(layer.module)
-        assert family is not None
-
-        def answer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            y = replacements[layer.name].run(family.read_call(module, layer.host.spec, args, kwargs))
-            return with_first(output, from_sequences(y, first(output), layer.host.spec.layout))
-
-        return answer
-
-    handles = [layer.module.register_forward_hook(hook(layer), prepend=True, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watching(layers, lambda layer, call, y: layer.replacement.run(call))

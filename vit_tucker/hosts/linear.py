@@ -72,8 +72,9 @@ def linear_names(model: nn.Module, patterns: Sequence[str]) -> tuple[list[str], 
         model: any.
         patterns: of a config: a head is found anyway if it is among them by its full name.
     """
-    inside = [f"{name}." for name in (*find_attention(model), *find_other_attention(model))]
-    ours = [f"{name}." for name, module in find_attention(model).items() if isinstance(module, AttentionModule)]
+    attention = find_attention(model)
+    inside = tuple(f"{name}." for name in (*attention, *find_other_attention(model)))
+    ours = [f"{name}." for name, module in attention.items() if isinstance(module, AttentionModule)]
     usual: list[str] = []
     others: list[str] = []
     heads = head_names(model)
@@ -82,7 +83,7 @@ def linear_names(model: nn.Module, patterns: Sequence[str]) -> tuple[list[str], 
             continue
         ours.append(f"{name}.")  # parts of a layer of ours, or of an adapted one
         head = name.startswith(heads) and name not in patterns and not isinstance(module, LinearModule)
-        if name.startswith(tuple(inside)) or is_pointwise(module):
+        if name.startswith(inside) or is_pointwise(module):
             others.append(name)
         elif not head:
             usual.append(name)

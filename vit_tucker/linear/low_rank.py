@@ -2,7 +2,7 @@
 
 From pretrained weights it is the truncated singular value decomposition (Eckart and Young), exact at full rank: U and V have
 orthonormal columns then, and S is diagonal. The core S stands by itself because dynamical low-rank training moves bases and core
-in turn (Schotthoefer et al., arXiv 2205.13571; Zangrando et al., arXiv 2305.19059).
+in turn (arXiv 2410.18720, 2505.08022, 2601.08882).
 """
 
 from __future__ import annotations

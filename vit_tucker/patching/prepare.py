@@ -10,12 +10,12 @@ from torch import nn
 
 from vit_tucker.attention.effective import trains
 from vit_tucker.attention.options import MethodConfig
-from vit_tucker.conversion.calibrate import CalibratedLayer, calibrate
+from vit_tucker.conversion.calibrate import calibrate
 from vit_tucker.conversion.calibrate_linear import calibrate_linear
 from vit_tucker.conversion.choose_ranks import resolve_ranks
 from vit_tucker.conversion.collect import collect_inputs
 from vit_tucker.conversion.inputs import InputBatch
-from vit_tucker.conversion.observe import timed
+from vit_tucker.conversion.observe import CalibratedLayer, timed
 from vit_tucker.errors import PatchError, naming
 from vit_tucker.hosts.slot import LINEAR, Slot, slot_of
 from vit_tucker.hosts.tokens import count_calls, sequence_unit

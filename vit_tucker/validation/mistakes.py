@@ -39,7 +39,8 @@ def describe_mistake(
         return f"{place}: {key}: unknown key{unknown_key_hint(path, model, values)}"
     if kind == "union_tag_invalid":
         name, known = str(context["tag"]), quoted(context["expected_tags"])
-        return f"{place}: {key}: unknown method '{shorten(name)}', known: {', '.join(known)}{nearest(name, known)}"
+        hint = nearest(name, known) or ("; methods of linear layers: linear.method" if path[0] == "attention" else "")
+        return f"{place}: {key}: unknown method '{shorten(name)}', known: {', '.join(known)}{hint}"
     if kind == "union_tag_not_found":
         methods = [str(part.model_fields["method"].default) for part in models_at(model, path)]
         return f"{place}: {key}.method: missing, known: {', '.join(methods)}"

@@ -31,6 +31,7 @@ from vit_tucker.errors import PatchError
 from vit_tucker.show import methods
 from vit_tucker.show.methods import MethodDisplay
 from vit_tucker.tensor.metric import metric_root
+from vit_tucker.tensor.resize import orthonormal
 from vit_tucker.tensor.rotary import RotaryPairs, best_pair_each
 from vit_tucker.tensor.tucker import Pairs, gram_right, leading_eigenvectors
 from vit_tucker.tensor.weighted import head_weights, mean_metric
@@ -245,6 +246,9 @@ def group_bases(
         else:
             basis = leading_eigenvectors(gram_right(Pairs(left, right)), right.shape[-1])
             change = right.mT @ basis
-        bases.append(basis if root is None else root.inverse @ basis)
+        if root is not None:  # from coordinates of unit variance back to orthonormal columns
+            basis, triangle = orthonormal(root.inverse @ basis, isinstance(tensor, RotaryPairs))
+            change = change if triangle is None else change @ triangle.mT
+        bases.append(basis)
         changes.append(change)
     return torch.stack(bases), torch.cat(changes)
